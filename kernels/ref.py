@@ -1,0 +1,160 @@
+"""The pure-torch twin of every op: the specification that the fast kernels are tested against, and the CPU path.
+
+T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim; the mean square is taken in float32."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[0], x[1]), (x[2], x[3]), ... x [T, ..., R]; cos, sin [T, R / 2] float32."""
+    shape = (x.shape[0], *[1] * (x.dim() - 2), cos.shape[-1])
+    cos, sin = cos.view(shape), sin.view(shape)
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """[..., 2I] -> [..., I]: silu(gate) * up, gate first."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, max_q: int, max_kv: int, scale: float
+) -> Tensor:
+    """Causal attention over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
+
+    q [sum q, H, dqk], k [sum kv, H, dqk], v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv].
+    """
+    out = v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+    q_bounds, kv_bounds = q_starts.tolist(), kv_starts.tolist()
+    for i in range(len(q_bounds) - 1):
+        qs, ks = slice(q_bounds[i], q_bounds[i + 1]), slice(kv_bounds[i], kv_bounds[i + 1])
+        num_q, num_kv = qs.stop - qs.start, ks.stop - ks.start
+        scores = torch.einsum("qhd,khd->hqk", q[qs].float(), k[ks].float()) * scale
+        future = torch.ones(num_q, num_kv, dtype=torch.bool, device=q.device).triu(num_kv - num_q + 1)
+        scores = scores.masked_fill(future, float("-inf")).softmax(-1)
+        out[qs] = torch.einsum("hqk,khd->qhd", scores, v[ks].float()).to(out.dtype)
+    return out
+
+
+def mla_decode(q: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float) -> Tensor:
+    """Absorbed MLA for one query token a sequence: keys are whole cache rows, values their first C columns.
+
+    q [B, H, C + R], kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, C + R] (the caller keeps
+    the first C columns). A sequence of length 0 gives zeros.
+    """
+    out = torch.zeros_like(q)
+    for i, length in enumerate(kv_lens.tolist()):
+        if length:
+            pages = page_table[i, : -(-length // kv_pages.shape[1])].long()
+            rows = kv_pages[pages].flatten(0, 1)[:length].float()
+            out[i] = (((q[i].float() @ rows.T) * scale).softmax(-1) @ rows).to(out.dtype)
+    return out
+
+
+def gate_topk(
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's group-limited top-k (technical report, section 2.1.2; DeepSeek's `noaux_tc`).
+
+    Experts compete by sigmoid(logit) + bias; first the best `topk_group` groups by the sum of their two best, then
+    the best `top_k` experts within them. The weights are the scores WITHOUT the bias. logits [T, E] float32,
+    bias [E]. Returns ids [T, K] int64 and weights [T, K] float32.
+    """
+    scores = logits.sigmoid()
+    choice = scores + bias
+    if n_group > 1:
+        groups = choice.unflatten(-1, (n_group, -1))  # [T, G, E / G]
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
+        keep = torch.zeros(groups.shape[:2], dtype=torch.bool, device=logits.device).scatter(1, best, True)
+        choice = groups.masked_fill(~keep[..., None], float("-inf")).flatten(1)
+    ids = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def ep_scatter(x: Tensor, experts: Tensor, num_local: int, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Received tokens -> rows grouped by expert, each group padded to `alignment` rows.
+
+    x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
+    row_expert [M] int32 (-1 = padding) and index [N, K]: where token n's k-th copy went, -1 = nowhere.
+    """
+    flat = experts.flatten()
+    counts = torch.bincount(flat[flat >= 0], minlength=num_local)
+    sizes = (counts + alignment - 1) // alignment * alignment
+    starts = sizes.cumsum(0) - sizes
+    order = torch.argsort(flat, stable=True)[(flat < 0).sum() :]  # copies by expert, in token order within one
+    expert = flat[order]
+    first = counts.cumsum(0) - counts
+    rows = starts[expert] + torch.arange(len(order), device=x.device) - first[expert]
+    total = int(sizes.sum())
+    index = torch.full_like(flat, -1)
+    index[order] = rows
+    row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
+    row_expert[rows] = expert.to(torch.int32)
+    out = x.new_empty(total, x.shape[1])
+    out[rows] = x[order // experts.shape[1]]
+    return out, row_expert, index.view_as(experts)
+
+
+def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Received tokens -> [L, N, D], expert e's rows in its first counts[e] places. Shapes are fixed: no host sync.
+
+    x [N, D]; experts [N, K] local ids, -1 = not here, none twice in a row. Returns rows [L, N, D] (rows past the
+    count are undefined), counts [L] int32 and index [N, K] into the rows flattened to [L * N], -1 = nowhere.
+    """
+    num_rows = x.shape[0]
+    chosen = torch.zeros(num_rows, num_local + 1, dtype=torch.int64, device=x.device)
+    chosen.scatter_(1, experts.where(experts >= 0, num_local), 1)
+    chosen = chosen[:, :num_local]  # the last column caught the -1s
+    place = chosen.cumsum(0) - chosen  # [N, L] rank of token n among expert e's tokens
+    counts = chosen.sum(0).to(torch.int32)
+    local = experts.clamp(min=0)
+    index = (local * num_rows + place.gather(1, local)).where(experts >= 0, -1)
+    source = torch.zeros(num_local * num_rows + 1, dtype=torch.int64, device=x.device)
+    token = torch.arange(num_rows, device=x.device)[:, None].expand_as(index)
+    source.scatter_(0, index.where(index >= 0, num_local * num_rows).flatten(), token.flatten())
+    return x[source[:-1]].view(num_local, num_rows, -1), counts, index
+
+
+def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+    """out[t] = sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. Returns [T, D]."""
+    out = torch.zeros(index.shape[0], rows.shape[-1], device=rows.device)
+    if rows.shape[0] == 0:
+        return out.to(rows.dtype)
+    for k in range(index.shape[1]):
+        term = rows[index[:, k].clamp(min=0)].float()
+        if weights is not None:
+            term = term * weights[:, k, None]
+        out += term.where(index[:, k, None] >= 0, 0.0)
+    return out.to(rows.dtype)
+
+
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
+    """out[m] = x[m] @ weight[row_expert[m]].T; rows with -1 are undefined. x [M, D], weight [L, N, D] -> [M, N]."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for expert in row_expert.unique().tolist():
+        if expert >= 0:
+            rows = row_expert == expert
+            out[rows] = x[rows] @ weight[expert].T
+    return out
+
+
+def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. x [L, N, D] -> [L, N, n]."""
+    out = x.new_empty(*x.shape[:2], weight.shape[1])
+    for expert, count in enumerate(counts.tolist()):
+        out[expert, :count] = x[expert, :count] @ weight[expert].T
+    return out

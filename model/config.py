@@ -1,0 +1,147 @@
+"""ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SUPPORTED = "deepseek_v3"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding, plain or YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3)."""
+
+    theta: float = 10000.0
+    factor: float = 1.0  # 1 = plain rope, no scaling
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Field names are Hugging Face's; `rope` gathers what config.json spreads over `rope_theta` and friends."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    q_lora_rank: int | None = None
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    first_k_dense_replace: int = 0
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0
+    dtype: str = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    rope: Rope = field(default_factory=Rope)
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of one cached token: the latent and the shared rope key, C + R."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        return max(0, self.num_hidden_layers - self.first_k_dense_replace)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ModelConfig":
+        """Read `folder/config.json`; ValueError names the field, its value and the rule it breaks."""
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise ValueError(f"--model {folder}: no such folder")
+        if not path.is_file():
+            raise ValueError(f"--model {folder}: it has no config.json")
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config") -> "ModelConfig":
+        if raw.get("model_type") != SUPPORTED:
+            raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; only {SUPPORTED!r} is supported")
+        unsupported = {
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "moe_layer_freq": 1,
+            "rope_interleave": True,
+        }
+        for name, only in unsupported.items():
+            if raw.get(name, only) != only:
+                raise ValueError(f"{where}: {name} is {raw[name]!r}; only {only!r} is supported")
+        own = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None and name != "rope"}
+        own["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+        eos = raw.get("eos_token_id")
+        own["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        own["rope"] = _read_rope(raw, where)
+        required = [f.name for f in cls.__dataclass_fields__.values() if f.default is f.default_factory]
+        if missing := [name for name in required if name not in own]:
+            raise ValueError(f"{where}: required fields are missing: {', '.join(missing)}")
+        config = cls(**own)
+        config._check(where)
+        return config
+
+    def _check(self, where: str) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_routed_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{where}: {name} is {getattr(self, name)}; it must be at least 1")
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups:
+            raise ValueError(f"{where}: n_routed_experts % n_group must be 0, not {experts} % {groups}")
+        if not 1 <= self.topk_group <= groups:
+            raise ValueError(f"{where}: topk_group is {self.topk_group}; it must be in 1..n_group ({groups})")
+        reachable = self.topk_group * (experts // groups)
+        if not 1 <= self.num_experts_per_tok <= reachable:
+            raise ValueError(
+                f"{where}: num_experts_per_tok is {self.num_experts_per_tok}; it must be in 1..{reachable} "
+                f"(topk_group {self.topk_group} x {experts // groups} experts a group)"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"{where}: qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
+
+
+def _read_rope(raw: dict, where: str) -> Rope:
+    """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's single `rope_parameters`."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind != "yarn":
+        raise ValueError(f"{where}: rope type is {kind!r}; only 'default' and 'yarn' are supported")
+    if "factor" not in given:
+        raise ValueError(f"{where}: yarn rope scaling has no 'factor'")
+    return Rope(
+        theta=theta,
+        factor=given["factor"],
+        original_max_position=given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096),
+        beta_fast=given.get("beta_fast") or 32.0,
+        beta_slow=given.get("beta_slow") or 1.0,
+        mscale=given.get("mscale") or 0.0,
+        mscale_all_dim=given.get("mscale_all_dim") or 0.0,
+    )

@@ -1,0 +1,20 @@
+"""SwiGLU: the dense layers' FFN (split over mesh.attn) and the shared expert (whole on every rank)."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.backend import Ops
+from model.layers import Linear
+
+
+class FFN(nn.Module):
+    """down(silu(gate(x)) * up(x)); `width` is this rank's share, so with a split the result is a partial sum."""
+
+    def __init__(self, hidden: int, width: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.gate_up_proj = Linear(hidden, 2 * width, dtype, device)  # gate's rows, then up's
+        self.down_proj = Linear(width, hidden, dtype, device)
+        self.silu_mul = ops.silu_mul
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.silu_mul(self.gate_up_proj(x)))

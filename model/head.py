@@ -1,0 +1,26 @@
+"""Final norm, gather of the rows whose logits are wanted, LM head split over mesh.attn."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.backend import Ops
+from model.batch import Batch
+from model.config import ModelConfig
+from model.layers import Linear, RMSNorm
+from parallel.mesh import Group
+
+
+class Head(nn.Module):
+    def __init__(self, config: ModelConfig, attn: Group, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.attn = attn
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, dtype, device)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size // attn.size, dtype, device)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""
+        logits = self.lm_head(self.norm(x[batch.logit_rows])).float()
+        if self.attn.size == 1:
+            return logits
+        parts = self.attn.all_gather(logits).view(self.attn.size, *logits.shape)  # [t, N, V / t]
+        return parts.transpose(0, 1).flatten(1)

@@ -1,0 +1,83 @@
+"""The small layers. Weights are allocated uninitialised; `model/weights.py` fills them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.backend import Ops
+from model.config import ModelConfig
+
+
+def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """y = x @ weight.T, no bias; weight [out, in]."""
+
+    def __init__(self, num_in: int, num_out: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.weight = weight(num_out, num_in, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.weight = weight(size, dtype=dtype, device=device)
+        self.eps, self.rms_norm = eps, ops.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, hidden: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.weight = weight(vocab_size, hidden, dtype=dtype, device=device)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """cos, sin [length, R / 2] float32.
+
+    YaRN (section 3.2): frequencies that turn often within the original context stay, those that turn less than once
+    are divided by `factor`, with a linear ramp between the pair indices of `beta_fast` and `beta_slow` turns.
+    """
+    rope, dim = config.rope, config.qk_rope_head_dim
+    freqs = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if rope.factor != 1.0:
+
+        def pair_turning(turns: float) -> float:
+            """The (real-valued) pair index that makes this many turns over the original context."""
+            return dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low = max(math.floor(pair_turning(rope.beta_fast)), 0)
+        high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)
+        ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 = keep, 1 = divide
+        freqs = freqs * (1 - ramp) + freqs / rope.factor * ramp
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), freqs)
+    # transformers' reading: the ratio of the two mscales where both are given, else YaRN's own attention factor.
+    scale = mscale(rope.factor)
+    if rope.mscale and rope.mscale_all_dim:
+        scale = mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+    return (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+
+
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's attention temperature (section 3.4), as DeepSeek generalises it."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1 / sqrt(head dim), times mscale squared under YaRN (DeepSeek-V2, section 3.1.4)."""
+    scale = config.qk_head_dim**-0.5
+    if config.rope.mscale_all_dim:
+        scale *= mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2
+    return scale

@@ -1,0 +1,101 @@
+"""The mixture-of-experts layer: gate, dispatch, experts, combine (DeepSeek-V3, section 2.1.2).
+
+`MoE.steps` is a generator that yields where communication is in flight; whoever drives it may run something else
+there. Its order is the layer's schedule:
+
+    gate, dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine, add
+"""
+
+from collections.abc import Generator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.backend import Ops
+from model.config import ModelConfig
+from model.ffn import FFN
+from model.layers import weight
+from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll
+from parallel.placement import Placement
+
+
+class Gate(nn.Module):
+    """Scores every expert for every token, in float32 as DeepSeek does."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device | str):
+        super().__init__()
+        self.config, self.gate_topk = config, ops.gate_topk
+        self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=torch.float32, device=device)
+        self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> logical expert ids [T, K] int64, weights [T, K] float32."""
+        config = self.config
+        return self.gate_topk(
+            F.linear(x.float(), self.weight),
+            self.e_score_correction_bias,
+            config.n_group,
+            config.topk_group,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+
+
+class Experts(nn.Module):
+    """The experts in this rank's slots, stacked: gate_up_proj [L, 2I, D], down_proj [L, D, I]."""
+
+    def __init__(self, config: ModelConfig, num_local: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = weight(num_local, 2 * width, hidden, dtype=dtype, device=device)
+        self.down_proj = weight(num_local, hidden, width, dtype=dtype, device=device)
+        self.ops = ops
+
+    def forward(self, arrived: Contiguous | Masked) -> Tensor:
+        """The layout decides the GEMM. Returns rows in the layout of `arrived.x`."""
+        ops = self.ops
+        match arrived:
+            case Contiguous(x, row_expert):
+                hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, self.gate_up_proj, row_expert))
+                return ops.grouped_gemm_contiguous(hidden, self.down_proj, row_expert)
+            case Masked(x, counts):
+                hidden = ops.silu_mul(ops.grouped_gemm_masked(x, self.gate_up_proj, counts))
+                return ops.grouped_gemm_masked(hidden, self.down_proj, counts)
+
+
+class MoE(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        placement: Placement,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        """`layer` counts MoE layers from 0: the row of the placement map."""
+        super().__init__()
+        self.layer, self.placement = layer, placement
+        self.gate = Gate(config, ops, device)
+        self.experts = Experts(config, placement.slots_per_rank, ops, dtype, device)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = FFN(config.hidden_size, width, ops, dtype, device)
+
+    def steps(
+        self, x: Tensor, is_token: Tensor, dispatcher: ContiguousAllToAll | MaskedAllToAll
+    ) -> Generator[None, None, Tensor]:
+        """x [T, D] -> [T, D]; rows where `is_token` is False are padding and visit no routed expert."""
+        experts, weights = self.gate(x)
+        slots = self.placement.to_slots(experts, self.layer).where(is_token[:, None], -1)
+        pending = dispatcher.dispatch(x, slots, weights)
+        shared = self.shared_experts(x) if self.shared_experts is not None else None
+        yield
+        arrived = pending.wait()
+        pending = dispatcher.combine(self.experts(arrived), arrived)
+        yield
+        routed = pending.wait()
+        return routed if shared is None else routed + shared

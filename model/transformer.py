@@ -1,0 +1,108 @@
+"""The whole model. Its forward is a generator of the layers' generators, driven by `parallel/overlap.py`.
+
+With attention TP t, a dense layer is the usual pair of all-reduces; an MoE layer scatters instead, so that each rank
+dispatches 1/t of its replica's tokens:
+
+    x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
+"""
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+
+from kernels.backend import Ops
+from model.batch import Batch
+from model.config import ModelConfig
+from model.ffn import FFN
+from model.head import Head
+from model.layers import Embedding, RMSNorm, rope_table
+from model.mla import MLA
+from model.moe import MoE
+from parallel.dispatch import ContiguousAllToAll, MaskedAllToAll
+from parallel.mesh import Mesh
+from parallel.overlap import run
+from parallel.placement import Placement
+
+Dispatcher = ContiguousAllToAll | MaskedAllToAll
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        mesh: Mesh,
+        placement: Placement,
+        rope: tuple[Tensor, Tensor],
+        ops: Ops,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.attn, device = mesh.attn, mesh.device
+        hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}
+        self.input_layernorm = RMSNorm(hidden, eps, ops, **on)
+        self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on)
+        self.is_moe = layer >= config.first_k_dense_replace
+        if self.is_moe:
+            self.mlp = MoE(config, layer - config.first_k_dense_replace, placement, ops, **on)
+        else:
+            self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, **on)
+
+    def steps(self, x: Tensor, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
+        """x [T, D] -> [T, D]."""
+        attended = self.self_attn(self.input_layernorm(x), batch, kv_pages)
+        if not self.is_moe:
+            x = x + self.attn.all_reduce(attended)
+            return x + self.attn.all_reduce(self.mlp(self.post_attention_layernorm(x)))
+        x = self.attn.scatter(x) + self.attn.reduce_scatter(attended)
+        normed = self.post_attention_layernorm(x)
+        x = x + (yield from self.mlp.steps(normed, self.attn.scatter(batch.is_token), dispatcher))
+        return self.attn.all_gather(x)
+
+
+class Transformer(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        placement: Placement,
+        ops: Ops,
+        dtype: torch.dtype,
+        max_model_len: int,
+    ):
+        """Allocates this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table."""
+        super().__init__()
+        check_split(config, mesh)
+        self.config, self.dtype, self.placement = config, dtype, placement
+        rope = rope_table(config, max_model_len, mesh.device)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
+        self.layers = nn.ModuleList(
+            Block(config, i, mesh, placement, rope, ops, dtype) for i in range(config.num_hidden_layers)
+        )
+        self.head = Head(config, mesh.attn, ops, dtype, mesh.device)
+
+    def steps(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
+        """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows."""
+        x = self.embed_tokens(batch.token_ids)
+        for layer, kv_pages in zip(self.layers, kv_pool, strict=True):
+            x = yield from layer.steps(x, batch, kv_pages, dispatcher)
+        return self.head(x, batch)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Tensor:
+        return run(self.steps(batch, kv_pool, dispatcher))
+
+
+def check_split(config: ModelConfig, mesh: Mesh) -> None:
+    """ValueError spells the equation for what does not divide over the attention group."""
+    t = mesh.attn.size
+    dense = config.intermediate_size if config.first_k_dense_replace else t
+    for name, value in (
+        ("num_attention_heads", config.num_attention_heads),
+        ("intermediate_size", dense),
+        ("vocab_size", config.vocab_size),
+    ):
+        if value % t:
+            raise ValueError(f"--attn-tp {t}: {name} % attn-tp must be 0, not {value} % {t} = {value % t}")
