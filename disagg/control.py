@@ -1,0 +1,208 @@
+"""Small typed messages between processes: ZeroMQ carries them, msgspec encodes and checks them.
+
+router  <-- Port (ROUTER) ... DEALER -->  the first rank of each attention replica
+prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode rank
+"""
+
+import socket
+from typing import Any
+
+import msgspec
+import zmq
+
+from disagg.request import Request
+
+HEARTBEAT_MS = 2_000  # ZeroMQ's own, answered by its I/O thread however long a step takes
+DEAD_AFTER_MS = 10_000
+
+
+class Member(msgspec.Struct, frozen=True):
+    """How to reach one rank. A fresh `id` for each process: a restarted one is somebody else."""
+
+    id: str
+    host: str
+    door: int = 0  # port of a prefill rank's door
+    store: int = 0  # port of the TCPStore where its links meet
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """A replica to the router: I am here. `members` are its ranks, the sender first."""
+
+    role: str
+    members: list[Member]
+    max_batch: int
+    kv_tokens: int
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """The router to a decode (or unified) replica: serve this, with the prefill done over there."""
+
+    request: Request
+    prefill: list[Member] | None
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """The router: nobody wants this any more."""
+
+    uid: int
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """The router: these processes have died."""
+
+    ids: list[str]
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """The router: no more requests will come; stop."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """The router: nothing, but sending it finds out whether you are still connected."""
+
+
+class Update(msgspec.Struct, frozen=True):
+    """News of one request."""
+
+    uid: int
+    tokens: list[int] = []
+    logprobs: list[list[tuple[int, float]]] = []
+    finish: str | None = None
+    error: str | None = None
+    retry: bool = False  # the error struck before any token: another prefill rank may do better
+
+
+class Updates(msgspec.Struct, frozen=True, tag=True):
+    """A replica to the router: all news of one step in one message."""
+
+    updates: list[Update]
+
+
+class Bye(msgspec.Struct, frozen=True, tag=True):
+    """A replica to the router, last of all: what it did."""
+
+    stats: dict[str, float]
+
+
+ToWorker = Submit | Abort | Gone | Finish | Ping
+ToRouter = Hello | Updates | Bye
+
+_encode = msgspec.msgpack.encode
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_to_router = msgspec.msgpack.Decoder(ToRouter)
+
+
+def new_socket(kind: int) -> zmq.Socket:
+    sock = zmq.Context.instance().socket(kind)
+    sock.setsockopt(zmq.LINGER, 2_000)
+    sock.setsockopt(zmq.SNDHWM, 0)
+    sock.setsockopt(zmq.RCVHWM, 0)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, DEAD_AFTER_MS)
+    return sock
+
+
+def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
+    """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
+    try:
+        sock.bind(f"tcp://{host}:{port or '*'}")
+    except zmq.ZMQError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+
+
+def parse_address(name: str, address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise ValueError(f"{name} is {address!r}; it must be HOST:PORT")
+    return host, int(port)
+
+
+def local_host(towards: str) -> str:
+    """My address as a machine at `towards` sees it: the one that a packet to it would leave from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))  # sends nothing
+        except OSError as error:
+            raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
+        return probe.getsockname()[0]
+
+
+class RouterPort:
+    """The router's end: talks to workers by their id."""
+
+    def __init__(self, host: str, port: int):
+        self._sock = new_socket(zmq.ROUTER)
+        self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error
+        self.port = bind(self._sock, host, port)
+
+    def send(self, worker: str, message: ToWorker) -> bool:
+        """False if that worker is no longer connected."""
+        try:
+            self._sock.send_multipart((worker.encode(), _encode(message)))
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    def poll(self, timeout_ms: int) -> list[tuple[str, ToRouter]]:
+        """What has come, waiting up to `timeout_ms` for the first message."""
+        messages = []
+        while self._sock.poll(0 if messages else timeout_ms):
+            worker, body = self._sock.recv_multipart()
+            messages.append((worker.decode(), _to_router.decode(body)))
+        return messages
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class WorkerPort:
+    """A replica's end. Connects by itself whenever the router comes up; `gone` once it was there and left."""
+
+    def __init__(self, worker: str, host: str, port: int):
+        self._sock = new_socket(zmq.DEALER)
+        self._sock.setsockopt_string(zmq.IDENTITY, worker)
+        self._monitor = self._sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._sock.connect(f"tcp://{host}:{port}")
+
+    def send(self, message: ToRouter) -> None:
+        self._sock.send(_encode(message))
+
+    def poll(self, timeout_ms: int = 0) -> list[ToWorker]:
+        messages = []
+        while self._sock.poll(0 if messages else timeout_ms):
+            messages.append(_to_worker.decode(self._sock.recv()))
+        return messages
+
+    def wait(self, timeout_ms: int) -> None:
+        """Until a message is here to be polled, at most `timeout_ms`."""
+        self._sock.poll(timeout_ms)
+
+    @property
+    def gone(self) -> bool:
+        return bool(self._monitor.poll(0))
+
+    def close(self) -> None:
+        self._sock.disable_monitor()
+        self._sock.close()
+
+
+class Pipe:
+    """One end of a link's private pipe, or of a door: whatever `kind` of messages, in order."""
+
+    def __init__(self, sock: zmq.Socket, kind: Any):
+        self.sock, self._decoder = sock, msgspec.msgpack.Decoder(kind)
+
+    def send(self, message: Any) -> None:
+        self.sock.send(_encode(message))
+
+    def poll(self, timeout_ms: int = 0) -> list[Any]:
+        messages = []
+        while self.sock.poll(0 if messages else timeout_ms):
+            messages.append(self._decoder.decode(self.sock.recv()))
+        return messages
+
+    def close(self) -> None:
+        self.sock.close()

@@ -1,0 +1,62 @@
+"""What a run did, as a table."""
+
+from collections import Counter
+from statistics import median
+
+ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decode": ("decode",)}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Nearest-rank percentile; nan of nothing."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+class Metrics:
+    """Gathered by the router: latencies as it sees them, work as the replicas report it when they leave."""
+
+    def __init__(self) -> None:
+        self.finished: Counter = Counter()  # by finish_reason
+        self.prompt_tokens = self.generated_tokens = self.retries = 0
+        self.ttft: list[float] = []
+        self.inter_token: list[float] = []
+        self.first_submit = self.last_finish = 0.0
+        self._stats: list[tuple[str, dict[str, float]]] = []
+
+    def replica_left(self, role: str, stats: dict[str, float]) -> None:
+        self._stats.append((role, stats))
+
+    def table(self) -> str:
+        rows = [("requests", ", ".join(f"{n} {reason}" for reason, n in sorted(self.finished.items()) if n) or "none")]
+        seconds = self.last_finish - self.first_submit
+        rows.append(("wall time", f"{seconds:.2f} s"))
+        rows.append(("tokens", f"{self.prompt_tokens} prompt, {self.generated_tokens} generated"))
+        if seconds > 0:
+            total = (self.prompt_tokens + self.generated_tokens) / seconds
+            rows.append(("overall", f"{total:,.0f} tok/s, {self.generated_tokens / seconds:,.0f} generated tok/s"))
+        for phase, tokens in (("prefill", "prompt_tokens"), ("decode", "decode_step_decodes")):
+            if rate := self._rate(phase, tokens):
+                rows.append((phase, rate))
+        for name, values in (("TTFT", self.ttft), ("inter-token", self.inter_token)):
+            if values:
+                rows.append(
+                    (name, f"median {median(values) * 1e3:.1f} ms, p99 {percentile(values, 0.99) * 1e3:.1f} ms")
+                )
+        moved = sum(stats.get("transfer_bytes", 0) for _, stats in self._stats)
+        if moved:
+            busy = sum(stats["transfer_seconds"] for _, stats in self._stats if "transfer_seconds" in stats)
+            speed = moved / max(busy, 1e-9) / 1e9
+            rows.append(("KV transfer", f"{moved:,.0f} bytes, {speed:.3f} GB/s while receiving"))
+        if self.retries:
+            rows.append(("retries", str(self.retries)))
+        return "\n".join(f"{name:>12}  {value}" for name, value in rows)
+
+    def _rate(self, phase: str, tokens: str) -> str:
+        """Tokens of one phase over the time the replicas spent in it; they work side by side, so the longest counts."""
+        stats = [stats for role, stats in self._stats if phase in ROLE_PHASES[role]]
+        done = sum(s.get(tokens, 0) for s in stats)
+        seconds = max((s.get(f"{phase}_seconds", 0.0) for s in stats), default=0.0)
+        steps = max((s.get(f"{phase}_steps", 0) for s in stats), default=0)
+        return f"{done / seconds:,.0f} tok/s in {steps:.0f} steps of {seconds / steps * 1e3:.1f} ms" if steps else ""

@@ -1,0 +1,145 @@
+"""The prefill role: compute prompts, and push each chunk's KV to the decode rank while the next one is computed."""
+
+import queue
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import zmq
+
+from disagg.control import Gone, Member, Pipe, bind, new_socket
+from disagg.engine import Engine, Sampled
+from disagg.handoff import (
+    Closed,
+    Join,
+    Knock,
+    Last,
+    Open,
+    Room,
+    RoomEnded,
+    RoomState,
+    SendLink,
+    SendPages,
+    link_key,
+    listen,
+)
+from disagg.scheduler import Plan, Sequence
+from model.batch import PAGE
+
+
+@dataclass(eq=False)
+class Departure:
+    """A prompt at work, and where its KV goes."""
+
+    sequence: Sequence
+    pages: list[int]  # the decode side's
+    links: list[SendLink]  # those that this rank serves
+    room: Room
+    sent: int = 0  # pages
+
+
+class Door:
+    """Where decode ranks knock: the two ports that they need to make a link with this rank."""
+
+    def __init__(self, host: str):
+        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.pipe = Pipe(new_socket(zmq.PULL), Knock)
+        self.port = bind(self.pipe.sock, host)
+        self.host = host
+
+
+class Prefill:
+    def __init__(self, engine: Engine, members: list[Member], door: Door):
+        """`members`: the ranks of this replica, in order; `door` is this rank's."""
+        self.engine, self.scheduler, self.door = engine, engine.scheduler, door
+        self.rank, self.members = engine.mesh.attn.rank, members
+        self.departures: dict[int, Departure] = {}
+        self.links: dict[str, SendLink] = {}  # by the decode rank's id
+        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        self.updates: list = []  # the decode side speaks to the router
+
+    def collect(self) -> list[Any]:
+        for knock in self.door.pipe.poll():
+            self.link(knock.decode)
+        events = []
+        while not self.events.empty():
+            events.append(self.events.get())
+        return events
+
+    def handle(self, event: Any) -> None:
+        match event:
+            case Open():
+                self.open(event)
+            case RoomEnded(uid, error):
+                departure = self.departures[uid]
+                departure.room.end_link(error)
+                if error is not None:
+                    self.fail(departure, error)
+                if departure.room.may_release:
+                    del self.departures[uid]
+                    if departure.sequence.pages:
+                        self.scheduler.release(departure.sequence)
+            case Gone(ids):
+                for gone in self.links.keys() & set(ids):
+                    self.links.pop(gone).stop(abort=True)
+
+    def open(self, event: Open) -> None:
+        request, step = event.request, len(self.members)
+        links = [self.link(decode) for decode in event.decode[self.rank :: step]]
+        departure = Departure(Sequence(request), event.pages, links, Room(len(event.decode)))
+        departure.room.rise(RoomState.WAITING)
+        self.departures[request.uid] = departure
+        for link in links:
+            link.put(Join(request.uid))
+        try:
+            self.scheduler.check_fits(len(request.prompt))
+        except ValueError as error:
+            self.fail(departure, f"prefill: {error}")
+        else:
+            self.scheduler.add(departure.sequence)
+
+    def fail(self, departure: Departure, error: str) -> None:
+        """Compute it no further and close it on every link; its pages wait until all of them have let go."""
+        departure.room.fail(error)
+        self.scheduler.remove(departure.sequence)
+        for link in departure.links:
+            link.put(Closed(departure.sequence.request.uid, error))  # ignored where the room has ended already
+
+    def link(self, decode: Member) -> SendLink:
+        if decode.id not in self.links:
+            connect = listen(self.door.store, self.door.host, self.engine.pool.device)
+            key = link_key(self.members[self.rank], decode)
+            self.links[decode.id] = SendLink(key, connect, self.engine.pool, self.events)
+        return self.links[decode.id]
+
+    def plan(self) -> Plan:
+        return self.scheduler.schedule(reserve_output=False)
+
+    def after(self, plan: Plan, sampled: list[Sampled]) -> None:
+        ready = self.engine.written()
+        for sequence, _ in plan.prefills:
+            departure = self.departures[sequence.request.uid]
+            departure.room.rise(RoomState.TRANSFERRING)
+            whole = sequence.computed == len(sequence.tokens)
+            upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # a page is sent once, full
+            if upto > departure.sent:
+                new = slice(departure.sent, upto)
+                for link in departure.links:
+                    link.put(SendPages(sequence.request.uid, sequence.pages[new], departure.pages[new], ready))
+                departure.sent = upto
+        for one in sampled:
+            self.scheduler.remove(one.sequence)
+            for link in self.departures[one.sequence.request.uid].links:
+                link.put(Last(one.sequence.request.uid, one.token, one.logprobs))
+
+    @property
+    def in_flight(self) -> bool:
+        return bool(self.departures)
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.stop()
+        self.door.pipe.close()

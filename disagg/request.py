@@ -1,0 +1,130 @@
+"""Request: what a user asks for. Parsing and every rule about it live here; errors name field, value and rule."""
+
+import json
+import secrets
+from typing import Any
+
+import msgspec
+
+MAX_LOGPROBS = 20
+PROMPTS = ("prompt", "prompt_token_ids", "messages")
+
+
+class Request(msgspec.Struct, frozen=True):
+    """`uid` is the router's own number for it (and its room's in the KV handoff); the user's `id` never travels."""
+
+    uid: int
+    prompt: list[int]
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    ignore_eos: bool = False
+    logprobs: int = 0
+
+
+class UserRequest(msgspec.Struct, frozen=True):
+    """One parsed input line: the request, and what only the router needs to answer it."""
+
+    id: Any
+    request: Request
+    stop: list[str]
+
+
+class PromptEncoder:
+    """Text or messages to token ids. Wraps a `tokenizers.Tokenizer` and a compiled chat template (or None)."""
+
+    def __init__(self, tokenizer: Any, chat_template: Any):
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+
+    def text(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not Unicode: {error.reason} at character {error.start}") from None
+        return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        if self.chat_template is None:
+            raise ValueError("messages: this model has no chat template; give a prompt")
+        try:
+            text = self.chat_template.render(messages=messages, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything about its input
+            raise ValueError(f"messages: the chat template refuses them: {error}") from None
+        return self.text(text, add_special_tokens=False)  # the template writes its own
+
+
+def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
+    """One JSON object -> a request that the engine can run. ValueError otherwise."""
+    raw = read_object(line)
+    known = {"id", *PROMPTS, *_RULES, "stop"}
+    if unknown := sorted(raw.keys() - known):
+        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    given = [name for name in PROMPTS if name in raw]
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
+    fields = {name: _check(name, raw[name], *_RULES[name]) for name in _RULES if name in raw}
+    fields.setdefault("seed", secrets.randbits(31))
+    stop = raw.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop is {raw['stop']!r}; it must be a non-empty string or a list of them")
+    prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
+    request = Request(uid, prompt, **fields)
+    total = len(prompt) + request.max_tokens
+    if total > max_model_len:
+        raise ValueError(
+            f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {total} is over "
+            f"max_model_len ({max_model_len})"
+        )
+    return UserRequest(raw.get("id", uid), request, stop)
+
+
+def read_object(line: str) -> dict:
+    try:
+        raw = json.loads(line)
+    except ValueError as error:  # also integers of thousands of digits
+        raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: it is nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"a line must be a JSON object, not {type(raw).__name__}")
+    return raw
+
+
+def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> list[int]:
+    if name == "prompt":
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"prompt is {value!r:.60}; it must be a non-empty string")
+        return encoder.text(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} is {value!r:.60}; it must be a non-empty list")
+    if name == "messages":
+        for message in value:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise ValueError(f"messages holds {message!r:.60}; each must have a string role and a string content")
+        return encoder.chat(value)
+    for token in value:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f"prompt_token_ids holds {token!r:.60}; each must be an integer in 0..{vocab_size - 1}")
+    return value
+
+
+# name -> type, is it allowed, the rule in words
+_RULES = {
+    "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
+    "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
+    "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
+    "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
+    "seed": (int, lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1"),
+    "ignore_eos": (bool, lambda v: True, "true or false"),
+    "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
+}
+
+
+def _check(name: str, value: Any, kind: type, allowed: Any, rule: str) -> Any:
+    exact = type(value) is kind or (kind is float and type(value) is int)
+    if not exact or not allowed(value):
+        raise ValueError(f"{name} is {value!r:.60}; it must be {rule}")
+    return value

@@ -1,0 +1,273 @@
+"""The router: pairs each request with a prefill and a decode replica, and puts its answer together.
+
+It holds the tokenizer and the configuration only. Replicas may come before or after it, and in any order; requests
+wait until there is one to serve them. A replica that dies takes its requests with it: those that have no token yet
+are tried once more elsewhere, the others end with an error.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from disagg.control import Abort, Bye, Finish, Gone, Hello, Ping, RouterPort, Submit, ToRouter, Update, Updates
+from disagg.metrics import ROLE_PHASES, Metrics
+from disagg.request import UserRequest
+from disagg.tokenizer import TextStream
+
+PING_S = 1.0
+REPLACEMENT_S = 30.0  # how long requests wait for a role that has died out to come back
+FAREWELL_S = 15.0  # how long to wait for the replicas' last words
+ATTEMPTS = 2
+QUEUE_FACTOR = 2  # requests at a decode replica, in multiples of its batch; the rest wait here, for whoever is free
+
+
+@dataclass(eq=False)
+class Replica:
+    """Some ranks that serve together."""
+
+    id: str
+    hello: Hello
+    reserved: int = 0  # tokens of KV that its requests may come to hold
+    requests: set[int] = field(default_factory=set)
+    prompts: int = 0  # prefill: prompt tokens without a first token yet
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A request on its way."""
+
+    user: UserRequest
+    position: int  # in the input
+    stream: TextStream
+    submitted: float
+    logprobs: list = field(default_factory=list)
+    first: float | None = None
+    latest: float | None = None
+    attempts: int = 0
+    decode: Replica | None = None
+    prefill: Replica | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of output."""
+
+    id: Any
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_s: float | None
+    latency_s: float | None
+    logprobs: list | None = None
+    error: str | None = None
+
+    def as_dict(self) -> dict:
+        optional = {k: v for k in ("logprobs", "error") if (v := getattr(self, k)) is not None}
+        return {k: v for k, v in vars(self).items() if k not in ("logprobs", "error")} | optional
+
+
+def refusal(id: Any, error: str) -> Answer:
+    """The answer to a line that never became a request."""
+    return Answer(id, "", [], "error", 0, 0, None, None, error=error)
+
+
+class Router:
+    def __init__(self, port: RouterPort, tokenizer: Tokenizer, stopped: Callable[[], bool]):
+        """`stopped()` turns true when the user wants to end early (Ctrl-C)."""
+        self.port, self.tokenizer, self.stopped = port, tokenizer, stopped
+        self.replicas: dict[str, Replica] = {}
+        self.metrics = Metrics()
+        self._tracked: dict[int, Tracked] = {}  # by uid; a retry is a new uid, so late news of the old one are nobody's
+        self._waiting: deque[int] = deque()  # uids without a replica
+        self._uids = itertools.count()
+        self._next_ping = 0.0
+        self._short_of_replicas_since: float | None = None
+
+    def run(
+        self,
+        requests: Iterable[UserRequest],
+        deliver: Callable[[int, Answer], None],
+        show: Callable[[int, str], None] = lambda position, piece: None,
+    ) -> None:
+        """Serve all `requests`, then send everybody home.
+
+        `show(position, piece)` is called as text comes, `deliver(position, answer)` as each request ends.
+        """
+        self._deliver, self._show = deliver, show
+        self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
+        for position, user in enumerate(requests):
+            tracked = Tracked(user, position, TextStream(self.tokenizer, user.stop), self.metrics.first_submit)
+            self._queue(tracked)
+        while self._tracked and not self.stopped():
+            for replica_id, message in self.port.poll(20):
+                self._handle(replica_id, message)
+            self._assign()
+            self._ping()
+        for uid in list(self._tracked):
+            self._end(uid, "error", "interrupted")
+        self._farewell()
+
+    def _queue(self, tracked: Tracked) -> None:
+        uid = next(self._uids)
+        self._tracked[uid] = tracked
+        self._waiting.append(uid)
+
+    def _handle(self, replica_id: str, message: ToRouter) -> None:
+        match message:
+            case Hello():
+                self.replicas[replica_id] = Replica(replica_id, message)
+            case Updates(updates):
+                for update in updates:
+                    if update.uid in self._tracked:
+                        self._update(update)
+            case Bye(stats):
+                if replica := self.replicas.pop(replica_id, None):
+                    self.metrics.replica_left(replica.hello.role, stats)
+                    self._lose(replica, "was stopped")
+
+    def _assign(self) -> None:
+        """Give waiting requests to the emptiest replicas: by KV for decode, by prompt tokens ahead for prefill."""
+        while self._waiting:
+            pair = self._choose()
+            if pair is None:
+                break
+            uid = self._waiting.popleft()
+            tracked = self._tracked[uid]
+            request = msgspec.structs.replace(tracked.user.request, uid=uid)
+            decode, prefill = pair
+            tracked.decode, tracked.prefill, tracked.attempts = decode, prefill, tracked.attempts + 1
+            decode.requests.add(uid)
+            decode.reserved += len(request.prompt) + request.max_tokens
+            if prefill is not None:
+                prefill.prompts += len(request.prompt)
+            self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not None else None))
+
+    def _choose(self) -> tuple[Replica, Replica | None] | None:
+        """A decode (or unified) replica with room, and a prefill replica for a decode one."""
+        by_role = {role: [r for r in self.replicas.values() if r.hello.role == role] for role in ROLE_PHASES}
+        complete = by_role["unified"] + (by_role["decode"] if by_role["prefill"] else [])
+        self._give_up_if_gone_for_long(bool(complete))
+        free = [r for r in complete if len(r.requests) < QUEUE_FACTOR * r.hello.max_batch]
+        if not free:
+            return None
+        decode = min(free, key=lambda r: r.reserved / r.hello.kv_tokens)
+        if decode.hello.role == "unified":
+            return decode, None
+        return decode, min(by_role["prefill"], key=lambda r: r.prompts)
+
+    def _give_up_if_gone_for_long(self, served: bool) -> None:
+        """Before anybody came, wait for ever. Once a role has died out, wait REPLACEMENT_S for it to come back."""
+        now = time.monotonic()
+        if served:
+            self._short_of_replicas_since = now
+        elif self._short_of_replicas_since is not None and now - self._short_of_replicas_since > REPLACEMENT_S:
+            for uid in self._waiting:
+                self._end(uid, "error", f"no replica left to serve it, and none came back in {REPLACEMENT_S:.0f} s")
+            self._waiting.clear()
+
+    def _update(self, update: Update) -> None:
+        tracked, now = self._tracked[update.uid], time.monotonic()
+        if update.error is not None:
+            if update.retry and tracked.attempts < ATTEMPTS:
+                self._retry(update.uid)
+            else:
+                self._end(update.uid, "error", update.error)
+            return
+        for i, token in enumerate(update.tokens):
+            if tracked.latest is None:
+                self.metrics.ttft.append(now - tracked.submitted)
+                tracked.first = now
+                self._prompt_done(tracked)
+            else:
+                self.metrics.inter_token.append(now - tracked.latest)
+            tracked.latest = now
+            tracked.logprobs.extend(update.logprobs[i : i + 1])
+            shown = len(tracked.stream.text)
+            stopped = tracked.stream.push(token)
+            self._show(tracked.position, tracked.stream.text[shown:])
+            if stopped:
+                self.port.send(tracked.decode.id, Abort(update.uid))
+                self._end(update.uid, "stop")
+                return
+        if update.finish:
+            tracked.stream.close()
+            self._end(update.uid, update.finish)
+
+    def _prompt_done(self, tracked: Tracked) -> None:
+        if tracked.prefill is not None:
+            tracked.prefill.prompts -= len(tracked.user.request.prompt)
+            tracked.prefill = None
+
+    def _leave(self, uid: int) -> Tracked:
+        """Nobody serves this uid any more."""
+        tracked = self._tracked.pop(uid)
+        self._prompt_done(tracked)
+        if tracked.decode is not None:
+            request = tracked.user.request
+            tracked.decode.requests.discard(uid)
+            tracked.decode.reserved -= len(request.prompt) + request.max_tokens
+        tracked.decode = None
+        return tracked
+
+    def _retry(self, uid: int) -> None:
+        self.metrics.retries += 1
+        self._queue(self._leave(uid))
+
+    def _end(self, uid: int, reason: str, error: str | None = None) -> None:
+        tracked, now = self._leave(uid), time.monotonic()
+        request, stream = tracked.user.request, tracked.stream
+        self.metrics.finished[reason] += 1
+        self.metrics.prompt_tokens += len(request.prompt)
+        self.metrics.generated_tokens += len(stream.token_ids)
+        self.metrics.last_finish = now
+        answer = Answer(
+            id=tracked.user.id,
+            text=stream.text,
+            token_ids=stream.token_ids,
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=len(stream.token_ids),
+            ttft_s=None if tracked.first is None else round(tracked.first - tracked.submitted, 4),
+            latency_s=round(now - tracked.submitted, 4),
+            logprobs=tracked.logprobs if request.logprobs else None,
+            error=error,
+        )
+        self._deliver(tracked.position, answer)
+
+    def _ping(self) -> None:
+        """Sending is how the router learns that a replica has died."""
+        now = time.monotonic()
+        if now < self._next_ping:
+            return
+        self._next_ping = now + PING_S
+        for replica in list(self.replicas.values()):
+            if not self.port.send(replica.id, Ping()):
+                del self.replicas[replica.id]
+                self._lose(replica, "died")
+
+    def _lose(self, lost: Replica, how: str) -> None:
+        for replica in self.replicas.values():
+            self.port.send(replica.id, Gone([member.id for member in lost.hello.members]))
+        for uid in list(lost.requests):
+            tracked = self._tracked[uid]
+            if tracked.stream.token_ids or tracked.attempts >= ATTEMPTS:
+                self._end(uid, "error", f"the {lost.hello.role} replica serving it {how}")
+            else:
+                self._retry(uid)
+
+    def _farewell(self) -> None:
+        for replica in self.replicas.values():
+            self.port.send(replica.id, Finish())
+        deadline = time.monotonic() + FAREWELL_S
+        while self.replicas and time.monotonic() < deadline:
+            for replica_id, message in self.port.poll(50):
+                self._handle(replica_id, message)
+            self._ping()

@@ -1,0 +1,143 @@
+"""Continuous batching: which tokens run in the next step.
+
+    waiting --(a place in the batch, all its pages)--> running --> finished
+
+A request's pages are all reserved when it is admitted, so a running request never runs out and nothing is preempted.
+Deterministic: the ranks of an attention replica feed it the same events and it makes the same choices on each.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from disagg.request import Request
+from model.batch import PAGE, Chunk
+from model.kv_cache import PageAllocator, pages_for
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request at work: its tokens so far and how many of them have their KV in `pages`."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.tokens or list(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def append(self, token: int, eos_token_ids: tuple[int, ...]) -> str | None:
+        """Add a sampled token; the reason if it is the last one."""
+        self.tokens.append(token)
+        if token in eos_token_ids and not self.request.ignore_eos:
+            return "stop"
+        return "length" if self.num_generated >= self.request.max_tokens else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of one replica."""
+
+    decodes: list[Sequence]
+    prefills: list[tuple[Sequence, int]]  # (sequence, tokens to compute now)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(count for _, count in self.prefills)
+
+    def chunks(self) -> tuple[list[Chunk], list[Chunk]]:
+        decodes = [Chunk(s.tokens[s.computed :], s.computed, s.pages) for s in self.decodes]
+        prefills = [
+            Chunk(s.tokens[s.computed : s.computed + n], s.computed, s.pages, s.computed + n == len(s.tokens))
+            for s, n in self.prefills
+        ]
+        return decodes, prefills
+
+    def advance(self) -> list[Sequence]:
+        """Count the step's tokens as computed. Returns the sequences that have logits, in the order of the rows."""
+        for sequence in self.decodes:
+            sequence.computed += 1
+        for sequence, count in self.prefills:
+            sequence.computed += count
+        return self.decodes + [s for s, _ in self.prefills if s.computed == len(s.tokens)]
+
+
+class Scheduler:
+    def __init__(self, allocator: PageAllocator, max_batch: int, max_tokens_per_step: int, max_model_len: int):
+        """`max_batch` sequences run at once; a step computes at most `max_tokens_per_step` tokens."""
+        if max_batch > max_tokens_per_step:
+            raise ValueError(
+                f"--max-batch ({max_batch}) is over --max-tokens-per-step ({max_tokens_per_step}): "
+                f"a step must hold one token of every running request"
+            )
+        self.allocator, self.max_model_len = allocator, max_model_len
+        self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def check_fits(self, num_tokens: int) -> None:
+        """ValueError, with the numbers, if a request that fills this many tokens of KV can never run here."""
+        if num_tokens > self.max_model_len:
+            raise ValueError(f"the request needs {num_tokens} tokens, over max_model_len ({self.max_model_len})")
+        need, have = pages_for(num_tokens), self.allocator.capacity
+        if need > have:
+            raise ValueError(
+                f"the request can never fit: {num_tokens} tokens need {need} pages of {PAGE}, "
+                f"this rank has {have} ({have * PAGE} tokens; --kv-tokens)"
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that passed `check_fits`. It may bring its pages with it (KV that was handed over)."""
+        self.waiting.append(sequence)
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a sequence its pages, all at once; False if there are not enough now."""
+        pages = self.allocator.alloc(pages_for(num_tokens))
+        sequence.pages = pages or []
+        return pages is not None
+
+    def schedule(self, reserve_output: bool = True) -> Plan:
+        """The next step: every running request's next token, then prompt chunks, oldest first.
+
+        `reserve_output`: reserve room for the tokens to be generated, not the prompt alone (the prefill role).
+        """
+        decodes = [s for s in self.running if s.num_generated]
+        budget = self.max_tokens_per_step - len(decodes)
+        prefills = []
+        for sequence in self.running:
+            if not sequence.num_generated and budget > 0:
+                prefills.append((sequence, count := min(budget, len(sequence.tokens) - sequence.computed)))
+                budget -= count
+        while self.waiting and len(self.running) < self.max_batch and budget > 0:
+            sequence = self.waiting[0]
+            wanted = len(sequence.request.prompt) + reserve_output * sequence.request.max_tokens
+            if not sequence.pages and not self.reserve(sequence, wanted):
+                break  # in order: a large request is not overtaken for ever
+            self.running.append(self.waiting.popleft())
+            if sequence.num_generated:
+                decodes.append(sequence)
+                budget -= 1
+            else:
+                prefills.append((sequence, count := min(budget, len(sequence.tokens))))
+                budget -= count
+        return Plan(decodes, prefills)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of the queues. Its pages stay its own: see `release`."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give a sequence's pages back. Never while a transfer may still write them."""
+        self.allocator.free(sequence.pages)
+        sequence.pages = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)

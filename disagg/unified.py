@@ -1,0 +1,67 @@
+"""The unified role: prompts and tokens in one job. What decode has in common with it is here too."""
+
+from typing import Any
+
+from disagg.control import Abort, Submit, Update
+from disagg.engine import Engine, Sampled
+from disagg.scheduler import Plan, Sequence
+
+
+class Unified:
+    """One replica's requests. `handle` and `after` see the same on every rank of the replica, in the same order, so
+    their scheduler and page allocator stay equal without further talk."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.scheduler = engine, engine.scheduler
+        self.sequences: dict[int, Sequence] = {}  # by uid, all that are queued or running
+        self.updates: list[Update] = []  # for the router
+
+    def collect(self) -> list[Any]:
+        """What happened to this rank alone since the last step; the loop tells the rest of the replica."""
+        return []
+
+    def handle(self, event: Any) -> None:
+        match event:
+            case Submit(request, _):
+                try:
+                    self.scheduler.check_fits(len(request.prompt) + request.max_tokens)
+                except ValueError as error:
+                    self.updates.append(Update(request.uid, error=str(error)))
+                else:
+                    self.sequences[request.uid] = Sequence(request)
+                    self.scheduler.add(self.sequences[request.uid])
+            case Abort(uid) if uid in self.sequences:
+                self.finish(self.sequences[uid])
+
+    def plan(self) -> Plan:
+        return self.scheduler.schedule()
+
+    def after(self, plan: Plan, sampled: list[Sampled]) -> None:
+        for one in sampled:
+            self.emit(one.sequence, one.token, one.logprobs)
+
+    def emit(self, sequence: Sequence, token: int, logprobs: list[tuple[int, float]]) -> bool:
+        """A request has a new token; was it the last?"""
+        reason = sequence.append(token, self.engine.config.eos_token_ids)
+        uid = sequence.request.uid
+        self.updates.append(Update(uid, [token], [logprobs] if sequence.request.logprobs else [], reason))
+        if reason:
+            self.finish(sequence)
+        return bool(reason)
+
+    def finish(self, sequence: Sequence) -> None:
+        del self.sequences[sequence.request.uid]
+        self.scheduler.remove(sequence)
+        if sequence.pages:
+            self.scheduler.release(sequence)
+
+    @property
+    def in_flight(self) -> bool:
+        """Is something under way outside the scheduler, that will soon make work?"""
+        return False
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,85 @@
+"""From logits to tokens. A row's choice depends on its logits, its own parameters, its seed and its position only:
+never on the batch around it, the device, or the number of ranks. So the same request gives the same tokens anywhere."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greedy
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """One row of sampling parameters for each row of logits, all [N]."""
+
+    temperature: Tensor  # float32; 0 = greedy
+    top_p: Tensor  # float32 in (0, 1]
+    top_k: Tensor  # int64; 0 = off
+    seed: Tensor  # int64
+    position: Tensor  # int64: how many tokens stand before the sampled one
+
+    @classmethod
+    def build(cls, rows: list[tuple[float, float, int, int, int]], device: torch.device | str) -> "SamplingRows":
+        columns = zip(*rows, strict=True) if rows else ([],) * 5
+        kinds = (torch.float32, torch.float32, torch.int64, torch.int64, torch.int64)
+        return cls(*(torch.tensor(c, dtype=k).to(device) for c, k in zip(columns, kinds, strict=True)))
+
+
+def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """logits [N, V] float32 -> tokens [N] int64: the argmax where temperature is 0, else temperature, top-k, top-p.
+
+    Adding Gumbel noise and taking the argmax samples from the softmax.
+    """
+    greedy = logits.argmax(-1)
+    warm = rows.temperature > COLDEST
+    if not warm.any():
+        return greedy
+    scaled = logits / rows.temperature.where(warm, 1.0)[:, None]
+    noisy = keep_top(scaled, rows.top_k, rows.top_p) + gumbel(rows.seed, rows.position, logits.shape[1])
+    return noisy.argmax(-1).where(warm, greedy)
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """-inf outside the k likeliest tokens, then outside the smallest set of them with probability >= top_p."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    limit = top_k.where(top_k > 0, logits.shape[1])[:, None]
+    ordered = ordered.masked_fill(rank >= limit, float("-inf"))
+    probability = ordered.softmax(-1)
+    before = probability.cumsum(-1) - probability  # of the likelier tokens; 0 for the first, so one always stays
+    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def gumbel(seed: Tensor, position: Tensor, width: int) -> Tensor:
+    """[N, width] Gumbel noise, a pure function of (seed, position, column): a counter-based generator in integers."""
+    row = _mix(_mix(seed ^ (seed >> 32)) ^ position)
+    bits = _mix(row[:, None] ^ _mix(torch.arange(width, device=seed.device)))
+    uniform = ((bits >> 8).float() + 0.5) / 2**24
+    return -(-uniform.log()).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser (multiply and xor-shift, twice) in int64 arithmetic."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """For each row the `count` likeliest (token, log probability), highest first, and the chosen token among them.
+
+    Probabilities are the model's own: before temperature, top-k and top-p.
+    """
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(count, logits.shape[1]), dim=-1)
+    chosen = logprobs.gather(1, tokens[:, None])
+    result = []
+    for ids, values, token, own in zip(
+        best.indices.tolist(), best.values.tolist(), tokens.tolist(), chosen[:, 0].tolist(), strict=True
+    ):
+        pairs = list(zip(ids, values, strict=True))
+        result.append(pairs if token in ids else [*pairs, (token, own)])
+    return result

@@ -1,0 +1,187 @@
+"""Serve a DeepSeek-V3-architecture model. One command for every role; torchrun starts its ranks.
+
+    python run.py --model model/tiny --prompt "In the beginning"
+    torchrun --nproc-per-node 4 run.py --model model/tiny --input prompts.jsonl --output out.jsonl
+
+Prefill and decode in jobs of their own, in any order (--router is where the router listens):
+
+    python run.py --role router --listen 127.0.0.1:7000 --model model/tiny --input prompts.jsonl --output out.jsonl
+    torchrun --nproc-per-node 2 run.py --role prefill --router 127.0.0.1:7000 --model model/tiny
+    torchrun --nproc-per-node 2 run.py --role decode  --router 127.0.0.1:7000 --model model/tiny
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from disagg.control import RouterPort, parse_address
+from disagg.engine import DTYPES, Engine, EngineConfig
+from disagg.jsonl import Job, Writer, read_lines
+from disagg.router import Answer, Router
+from disagg.tokenizer import load_tokenizer
+from disagg.worker import Interrupt, serve
+from kernels.backend import Ops
+from model.config import ModelConfig
+from parallel.mesh import Mesh
+
+ROLES = ("unified", "prefill", "decode", "router")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face folder: config.json, safetensors, tokenizer.json")
+    add("--role", choices=ROLES, default="unified", help="the loop that this job runs (default: unified, all in one)")
+
+    work = parser.add_argument_group("work (unified, router)")
+    work.add_argument("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it comes")
+    work.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate for --prompt (64)")
+    work.add_argument("--input", metavar="FILE", help="requests, a JSON object a line: prompt | prompt_token_ids | ...")
+    work.add_argument("--output", metavar="FILE", help="answers, a JSON object a line, in input order")
+    work.add_argument("--show", action="store_true", help="also print each text when it is finished")
+
+    where = parser.add_argument_group("where")
+    where.add_argument("--listen", metavar="HOST:PORT", help="router: where prefill and decode jobs find it")
+    where.add_argument("--router", metavar="HOST:PORT", help="prefill, decode: the router's address")
+    where.add_argument("--attn-tp", type=int, default=1, metavar="T", help="ranks that share one attention replica (1)")
+    where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    where.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA, else float32"
+    )
+
+    size = parser.add_argument_group("sizes, for each attention replica")
+    size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
+    size.add_argument(
+        "--max-tokens-per-step", type=int, default=1024, metavar="N", help="longer prompts are cut (1024)"
+    )
+    size.add_argument("--kv-tokens", type=int, default=65536, metavar="N", help="tokens that the KV pool holds (65536)")
+    size.add_argument("--max-model-len", type=int, metavar="N", help="prompt and generated tokens (the model's own)")
+    args = parser.parse_args(argv)
+    _check_flags(args)
+    return args
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    has_work = args.role in ("unified", "router")
+    if has_work and (args.prompt is None) == (args.input is None):
+        raise ValueError(f"--role {args.role} needs exactly one of --prompt and --input")
+    if args.input is not None and args.output is None:
+        raise ValueError("--input needs --output, the file to write the answers to")
+    if not has_work and (args.prompt is not None or args.input is not None):
+        raise ValueError(f"--role {args.role} takes its work from the router, not from --prompt or --input")
+    for role_needs, flag in ((args.role == "router", "listen"), (not has_work, "router")):
+        if role_needs and getattr(args, flag) is None:
+            raise ValueError(f"--role {args.role} needs --{flag} HOST:PORT")
+        if not role_needs and getattr(args, flag) is not None:
+            raise ValueError(f"--role {args.role} does not take --{flag}")
+
+
+class FrontDoor:
+    """What the user gave to do, and where the answers go. The router serves it; the unified job runs it in a thread."""
+
+    def __init__(self, args: argparse.Namespace, settings: EngineConfig, config: ModelConfig, listen: tuple[str, int]):
+        encoder = load_tokenizer(args.model)
+        self.args, self.tokenizer, self.writer = args, encoder.tokenizer, None
+        if args.prompt is not None:
+            lines = [json.dumps({"prompt": args.prompt, "max_tokens": args.max_tokens})]
+        else:
+            lines = read_lines(args.input)
+        self.job = Job(lines, encoder, config.vocab_size, settings.model_len(config))
+        if args.prompt is not None and self.job.num_refused:
+            raise ValueError(self.job.answers[0].error.removeprefix("line 1: "))
+        self.port = RouterPort(*listen)
+        if args.output is not None:
+            self.writer = Writer(args.output, args.input)
+
+    def run(self, stopped: Callable[[], bool]) -> None:
+        router = Router(self.port, self.tokenizer, stopped)
+        router.metrics.finished["error"] += self.job.num_refused
+        self.bar = tqdm(total=len(self.job.answers), initial=self.job.num_refused, unit="request", disable=None)
+        if self.writer is not None:
+            self.writer.flush(self.job.answers)
+        router.run(self.job.requests, self._deliver, self._show)
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+        print(router.metrics.table(), file=sys.stderr, flush=True)
+        self.port.close()
+
+    def _deliver(self, position: int, answer: Answer) -> None:
+        self.job.deliver(position, answer)
+        if self.writer is not None:
+            self.writer.flush(self.job.answers)
+        if self.args.prompt is not None:
+            print("" if answer.error is None else f"\nerror: {answer.error}", flush=True)
+        elif self.args.show:
+            tqdm.write(f"--- {answer.id}: {answer.error or answer.text}", file=sys.stdout)
+            sys.stdout.flush()
+        self.bar.update()
+
+    def _show(self, position: int, piece: str) -> None:
+        if self.args.prompt is not None:
+            print(piece, end="", flush=True)
+
+
+def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelConfig) -> int:
+    interrupt = Interrupt()
+    mesh = Mesh.create(args.attn_tp, args.device)
+    front, router = None, None
+    if args.role == "unified":
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1") if mesh.size > 1 else "127.0.0.1"
+        front, error = None, None
+        if mesh.rank == 0:
+            try:
+                front = FrontDoor(args, settings, config, (host, 0))
+            except ValueError as problem:
+                error = str(problem)
+        error, port = mesh.ep.exchange((error, front and front.port.port))[0]
+        if error is not None:
+            raise ValueError(error)
+        router = (host, port)
+    else:
+        router = parse_address("--router", args.router)
+    engine = Engine(settings, config, args.model, mesh, Ops())
+    if mesh.rank == 0:
+        print(
+            f"{args.role}: {mesh.size} ranks, {mesh.num_replicas} attention replicas on {mesh.device}", file=sys.stderr
+        )
+    thread = None
+    if front is not None:
+        thread = threading.Thread(target=front.run, args=(lambda: interrupt.seen,), name="router")
+        thread.start()
+    found = serve(args.role, engine, mesh, router, interrupt)
+    if thread is not None:
+        thread.join()
+    mesh.close()
+    if not found:
+        print(f"{args.role}: the router at {args.router} is gone", file=sys.stderr)
+    return 0 if found else 1
+
+
+def main() -> int:
+    try:
+        args = parse_args()
+        settings = EngineConfig(
+            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype
+        )
+        config = ModelConfig.from_pretrained(args.model)
+        if args.role != "router":
+            return run_worker(args, settings, config)
+        interrupt = Interrupt()
+        FrontDoor(args, settings, config, parse_address("--listen", args.listen)).run(lambda: interrupt.seen)
+        return 0
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
