@@ -50,18 +50,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     where = parser.add_argument_group("where")
     where.add_argument("--listen", metavar="HOST:PORT", help="router: where prefill and decode jobs find it")
     where.add_argument("--router", metavar="HOST:PORT", help="prefill, decode: the router's address")
-    where.add_argument("--attn-tp", type=int, default=1, metavar="T", help="ranks that share one attention replica (1)")
+    where.add_argument("--attn-tp", type=int, default=1, metavar="T", help="ranks of one attention replica (1)")
     where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    where.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA, else float32"
-    )
+    where.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA")
 
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
-    size.add_argument(
-        "--max-tokens-per-step", type=int, default=1024, metavar="N", help="longer prompts are cut (1024)"
-    )
-    size.add_argument("--kv-tokens", type=int, default=65536, metavar="N", help="tokens that the KV pool holds (65536)")
+    size.add_argument("--max-tokens-per-step", type=int, default=1024, metavar="N", help="prompts are cut to it (1024)")
+    size.add_argument("--kv-tokens", type=int, default=65536, metavar="N", help="tokens of KV in the pool (65536)")
     size.add_argument("--max-model-len", type=int, metavar="N", help="prompt and generated tokens (the model's own)")
     args = parser.parse_args(argv)
     _check_flags(args)
@@ -149,9 +145,8 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         router = parse_address("--router", args.router)
     engine = Engine(settings, config, args.model, mesh, Ops())
     if mesh.rank == 0:
-        print(
-            f"{args.role}: {mesh.size} ranks, {mesh.num_replicas} attention replicas on {mesh.device}", file=sys.stderr
-        )
+        who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
+        print(f"{args.role}: {who} on {mesh.device.type}", file=sys.stderr)
     thread = None
     if front is not None:
         thread = threading.Thread(target=front.run, args=(lambda: interrupt.seen,), name="router")

@@ -120,3 +120,5 @@ class Decode(Unified):
     def close(self) -> None:
         for link in self.links.values():
             link.stop()
+        for link in self.links.values():
+            link.join(timeout=5)  # a thread inside gloo while the process ends would crash it

@@ -142,4 +142,6 @@ class Prefill:
     def close(self) -> None:
         for link in self.links.values():
             link.stop()
+        for link in self.links.values():
+            link.join(timeout=5)  # a thread inside gloo while the process ends would crash it
         self.door.pipe.close()
