@@ -36,6 +36,7 @@ class Decode(Unified):
         self.arrivals: dict[int, Arrival] = {}  # pages, KV on its way
         self.links: dict[str, ReceiveLink] = {}  # by the prefill rank's id
         self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
+        self.lost_links: list[ReceiveLink] = []
 
     def collect(self) -> list[Any]:
         events = []
@@ -62,7 +63,8 @@ class Decode(Unified):
                 super().handle(event)
             case Gone(ids):
                 for gone in self.links.keys() & set(ids):
-                    self.links.pop(gone).stop(abort=True)
+                    self.lost_links.append(self.links.pop(gone))
+                    self.lost_links[-1].stop(abort=True)
 
     def plan(self) -> Plan:
         while self.queue and self.open(self.queue[0]):
@@ -111,7 +113,7 @@ class Decode(Unified):
         return bool(self.arrivals)
 
     def stats(self) -> dict[str, float]:
-        links = self.links.values()
+        links = [*self.links.values(), *self.lost_links]
         return {
             "transfer_bytes": sum(link.bytes_moved for link in links),
             "transfer_seconds": sum(link.seconds_moving for link in links),

@@ -89,7 +89,8 @@ class Router:
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count()
         self._next_ping = 0.0
-        self._short_of_replicas_since: float | None = None
+        self._open = False  # has there been anybody to serve a request yet?
+        self._short_of_replicas_since = 0.0
 
     def run(
         self,
@@ -139,6 +140,8 @@ class Router:
             pair = self._choose()
             if pair is None:
                 break
+            if not self._open:
+                self._start_clocks()
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
             request = msgspec.structs.replace(tracked.user.request, uid=uid)
@@ -163,12 +166,19 @@ class Router:
             return decode, None
         return decode, min(by_role["prefill"], key=lambda r: r.prompts)
 
+    def _start_clocks(self) -> None:
+        """Latencies count from when there is somebody to serve: starting the jobs is not the requests' wait."""
+        self._open, now = True, time.monotonic()
+        self.metrics.first_submit = now
+        for tracked in self._tracked.values():
+            tracked.submitted = now
+
     def _give_up_if_gone_for_long(self, served: bool) -> None:
         """Before anybody came, wait for ever. Once a role has died out, wait REPLACEMENT_S for it to come back."""
         now = time.monotonic()
         if served:
             self._short_of_replicas_since = now
-        elif self._short_of_replicas_since is not None and now - self._short_of_replicas_since > REPLACEMENT_S:
+        elif self._open and now - self._short_of_replicas_since > REPLACEMENT_S:
             for uid in self._waiting:
                 self._end(uid, "error", f"no replica left to serve it, and none came back in {REPLACEMENT_S:.0f} s")
             self._waiting.clear()

@@ -1,0 +1,81 @@
+"""scripts/demo runs this: disaggregated serving on this machine, then the same requests in one process to compare.
+
+Starts what a user would start by hand (the commands are printed), shows each text as it is finished, then the
+router's table, and checks that the tokens equal those of one unified process.
+"""
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = "scripts/prompts.jsonl"
+MODEL = "model/tiny"
+RANKS = 2  # on each side
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(*command: str, quiet: bool = False) -> subprocess.Popen:
+    """Start a process of run.py. Quiet ones get a session of their own: Ctrl-C is the router's, who sends all home."""
+    print("$ " + shlex.join(["torchrun" if "torch.distributed.run" in command else "python", *_visible(command)]))
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=quiet)
+
+
+def _visible(command: tuple[str, ...]) -> list[str]:
+    return [word for word in command if word not in ("-m", "torch.distributed.run")]
+
+
+def read_tokens(path: Path) -> dict[str, list[int]]:
+    return {answer["id"]: answer["token_ids"] for answer in map(json.loads, path.read_text().splitlines())}
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        apart, together = Path(scratch, "disaggregated.jsonl"), Path(scratch, "unified.jsonl")
+        address = f"127.0.0.1:{free_port()}"
+        torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "run.py")
+        jobs = [
+            start(*torchrun, "--role", role, "--router", address, "--model", MODEL, quiet=True)
+            for role in ("prefill", "decode")
+        ]
+        router = ("run.py", "--role", "router", "--listen", address, "--model", MODEL)
+        jobs.append(start(*router, "--input", PROMPTS, "--output", str(apart), "--show"))
+        try:
+            failed = [job.args for job in jobs if job.wait(timeout=300)]
+        except KeyboardInterrupt:  # the router has had it too, and sends everybody home
+            for job in jobs:
+                job.wait(timeout=60)
+            return 0
+        finally:
+            for job in jobs:
+                if job.poll() is None:
+                    job.kill()
+        if failed:
+            print("failed:", *map(shlex.join, failed), sep="\n  ")
+            return 1
+
+        print("\nThe same requests in one unified process:", flush=True)
+        one = start("run.py", "--model", MODEL, "--input", PROMPTS, "--output", str(together))
+        if one.wait(timeout=300):
+            return 1
+        different = [id for id, tokens in read_tokens(together).items() if read_tokens(apart)[id] != tokens]
+        if different:
+            print(f"\nDIFFERENT tokens for: {', '.join(different)}")
+            return 1
+        count = sum(map(len, read_tokens(apart).values()))
+        print(f"\nAll {count} tokens of {RANKS} prefill + {RANKS} decode ranks equal those of one process.")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

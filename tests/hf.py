@@ -1,0 +1,174 @@
+"""Random DeepSeek-V3-like checkpoints made by transformers, transformers' own answers, and a small driver of ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
+
+from kernels.backend import Ops
+from model.batch import Batch, Chunk
+from model.config import ModelConfig
+from model.kv_cache import PageAllocator, make_pool, pages_for
+from model.transformer import Transformer
+from model.weights import load_weights
+from parallel.dispatch import ContiguousAllToAll, MaskedAllToAll
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+}
+BASE: dict[str, Any] = {  # every width differs from every other where it can, so that a swap does not fit
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 256,
+    "num_nextn_predict_layers": 0,
+    "rope_parameters": YARN,
+}
+SHAPES: dict[str, dict[str, Any]] = {  # what each configuration changes in BASE
+    "v3": {"num_hidden_layers": 4, "first_k_dense_replace": 2},
+    "no_q_lora": {"q_lora_rank": None},
+    "one_group": {"n_group": 1, "topk_group": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "top_8": {
+        "n_routed_experts": 32,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 0.5,
+        "n_shared_experts": 2,
+    },
+    "one_dense": {"num_hidden_layers": 2, "rms_norm_eps": 1e-2, "tie_word_embeddings": True},
+    "no_dense": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 0,
+        "rope_parameters": {k: v for k, v in YARN.items() if "mscale" not in k},
+    },
+    "all_dense": {"num_hidden_layers": 2, "first_k_dense_replace": 2},
+}
+
+
+def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes: Any) -> Path:
+    """A random checkpoint of SHAPES[shape] in float32, with well-spread logits and a gate bias that matters."""
+    config = DeepseekV3Config(**{**BASE, **SHAPES[shape], **changes})
+    theirs = DeepseekV3ForCausalLM(config).float()
+    generator = torch.Generator().manual_seed(len(shape))
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            if config.tie_word_embeddings and name == "lm_head.weight":
+                continue
+            if "norm" in name:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif "e_score_correction_bias" in name:
+                tensor.uniform_(-0.3, 0.3, generator=generator)
+            else:
+                std = 0.4 if "lm_head" in name else 0.2 if "embed" in name else 0.15
+                tensor.normal_(0.0, std, generator=generator)
+    theirs.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = None) -> Transformer:
+    """Our model of that folder, in float32; one rank's share of it if `mesh` says so."""
+    mesh, config = mesh or Mesh(), ModelConfig.from_pretrained(folder)
+    placement = placement or Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size)
+    model = Transformer(config, mesh, placement, Ops(), torch.float32, config.max_position_embeddings)
+    load_weights(model, folder, config, mesh)
+    return model
+
+
+def dispatchers(model: Transformer, capacity: int) -> tuple[ContiguousAllToAll, MaskedAllToAll]:
+    slots, ops = model.placement.num_slots, Ops()
+    return ContiguousAllToAll(Mesh().ep, slots, ops), MaskedAllToAll(Mesh().ep, slots, ops, capacity)
+
+
+@dataclass
+class Answer:
+    """What greedy decoding gave: for each prompt its new tokens, and the logprobs [new, V] they were chosen from."""
+
+    tokens: list[list[int]]
+    logprobs: list[Tensor]
+    steps: list[tuple[int, int]] = field(default_factory=list)  # ours only: (decodes, prefill tokens) of each forward
+
+
+@torch.inference_mode()
+def their_answer(folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> Answer:
+    """transformers' greedy generation, and its logprobs of the generated texts read in one forward."""
+    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    tokens = theirs.generate(ids, attention_mask=mask)[:, longest:].tolist()
+    texts = [[*p, *t] for p, t in zip(prompts, tokens, strict=True)]
+    padded = torch.tensor([text + [0] * (longest + new_tokens - len(text)) for text in texts])
+    logprobs = theirs(padded).logits.log_softmax(-1)
+    spans = [slice(len(p) - 1, len(p) - 1 + new_tokens) for p in prompts]
+    return Answer(tokens, [row[span] for row, span in zip(logprobs, spans, strict=True)])
+
+
+def our_answer(
+    model: Transformer,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    chunk: int,
+    arrivals: Sequence[int] | None = None,
+) -> Answer:
+    """Greedy decoding of all prompts together, in prompt chunks of `chunk` tokens; prompt i joins at step arrivals[i].
+
+    Pages are allocated one by one as sequences grow, so that they lie interleaved in the pool.
+    """
+    arrivals = arrivals or [0] * len(prompts)
+    allocator = PageAllocator(sum(pages_for(len(p) + new_tokens) for p in prompts) + 1)
+    pool = make_pool(model.config, allocator.capacity + 1, torch.float32, "cpu")
+    contiguous, masked = dispatchers(model, len(prompts))
+    texts, computed = [list(p) for p in prompts], [0] * len(prompts)
+    pages: list[list[int]] = [[] for _ in prompts]
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+    steps = []
+    while any(len(rows) < new_tokens for rows in logits):
+        active = [i for i, at in enumerate(arrivals) if at <= len(steps) and len(logits[i]) < new_tokens]
+        decodes, prefills = ([i for i in active if bool(logits[i]) is decoding] for decoding in (True, False))
+        chunks = {}
+        for i in decodes + prefills:
+            ids = texts[i][computed[i] : computed[i] + chunk]
+            while len(pages[i]) < pages_for(computed[i] + len(ids)):
+                pages[i].extend(allocator.alloc(1))
+            chunks[i] = Chunk(ids, computed[i], list(pages[i]), computed[i] + len(ids) == len(texts[i]))
+            computed[i] += len(ids)
+        batch = Batch.build([chunks[i] for i in decodes], [chunks[i] for i in prefills], "cpu")
+        rows = model(batch, pool, contiguous if prefills else masked)
+        steps.append((len(decodes), batch.num_tokens - len(decodes)))
+        for i, row in zip([i for i in decodes + prefills if chunks[i].wants_logits], rows, strict=True):
+            logits[i].append(row)
+            texts[i].append(int(row.argmax()))
+    tokens = [text[len(p) :] for text, p in zip(texts, prompts, strict=True)]
+    return Answer(tokens, [torch.stack(rows).log_softmax(-1) for rows in logits], steps)

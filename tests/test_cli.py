@@ -1,0 +1,286 @@
+"""run.py as a user meets it: whole processes, their output, their exit status, their one-line errors."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+LINES = [
+    {"id": "a", "prompt": "In the beginning", "max_tokens": 8},
+    {"id": "b", "prompt_token_ids": [5, 6, 7] * 30, "max_tokens": 5, "temperature": 0.9, "seed": 3},
+    {"id": "c", "messages": [{"role": "user", "content": "river"}], "max_tokens": 1, "logprobs": 3},
+    {"id": "d", "prompt": "def ", "max_tokens": 12, "ignore_eos": True, "stop": [" "]},
+    {"id": "e", "prompt_token_ids": [9], "max_tokens": 70, "ignore_eos": True},
+]
+
+
+def start(*command: str) -> subprocess.Popen:
+    """A process group of its own, so that it can be interrupted as a terminal would."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
+    with pytest.raises(ProcessLookupError):  # nothing of its process group is left
+        os.killpg(process.pid, 0)
+    return process.returncode, out, err
+
+
+def run(*flags: str, ranks: int = 0) -> tuple[int, str, str]:
+    launcher = (*TORCHRUN, str(ranks)) if ranks else (sys.executable,)
+    return finish(start(*launcher, "run.py", *flags))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(answers: list[dict]) -> list[dict]:
+    return [{k: v for k, v in answer.items() if k not in ("ttft_s", "latency_s", "logprobs")} for answer in answers]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+@pytest.fixture
+def unified(tiny: Path, prompts: Path, tmp_path: Path) -> list[dict]:
+    """The answers of one process."""
+    out = tmp_path / "unified.jsonl"
+    code, _, err = run("--model", str(tiny), "--input", str(prompts), "--output", str(out))
+    assert code == 0, err
+    return read(out)
+
+
+class Deployment:
+    """A router, a prefill job and a decode job."""
+
+    def __init__(self, tiny: Path, source: Path, out: Path):
+        self.tiny, self.address, self.out = str(tiny), f"127.0.0.1:{free_port()}", out
+        self.source, self.jobs = str(source), {}
+
+    def start_job(self, role: str, ranks: int = 2, *more: str) -> None:
+        flags = ("--role", role, "--router", self.address, "--model", self.tiny, *more)
+        self.jobs[role] = start(*TORCHRUN, str(ranks), "run.py", *flags)
+
+    def start_router(self) -> None:
+        flags = ("--role", "router", "--listen", self.address, "--model", self.tiny)
+        self.jobs["router"] = start(
+            sys.executable, "run.py", *flags, "--input", self.source, "--output", str(self.out), "--show"
+        )
+
+    def finish(self) -> dict[str, tuple[int, str, str]]:
+        return {role: finish(process) for role, process in self.jobs.items()}
+
+    def wait_for_answers(self, count: int, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not (self.out.exists() and len(self.out.read_text().splitlines()) >= count):
+            assert time.monotonic() < deadline, f"no {count} answers in {timeout} s"
+            time.sleep(0.05)
+
+
+def test_prompt_prints_its_continuation(tiny: Path) -> None:
+    code, out, err = run("--model", str(tiny), "--prompt", "In the beginning", "--max-tokens", "12")
+    assert code == 0 and len(out.strip()) > 10
+    assert "1 length" in err and "TTFT" in err and "Traceback" not in err
+
+
+def test_answers_have_their_fields(unified: list[dict]) -> None:
+    assert [answer["id"] for answer in unified] == ["a", "b", "c", "d", "e"]
+    assert [len(answer["token_ids"]) for answer in unified if answer["id"] in "ace"] == [8, 1, 70]
+    assert unified[3]["finish_reason"] == "stop" and " " not in unified[3]["text"]
+    assert unified[1]["prompt_tokens"] == 90 and unified[1]["completion_tokens"] == len(unified[1]["token_ids"])
+    pairs = unified[2]["logprobs"][0]
+    assert pairs == sorted(pairs, key=lambda pair: -pair[1]) and len(pairs) == 3
+    assert unified[2]["token_ids"][0] in [token for token, _ in pairs]
+    assert all(0 <= answer["ttft_s"] <= answer["latency_s"] for answer in unified)
+    assert all("error" not in answer for answer in unified)
+
+
+def test_torchrun_gives_the_same_answers(tiny: Path, prompts: Path, unified: list[dict], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--attn-tp", "2")
+    code, _, err = run(*flags, ranks=4)
+    assert code == 0 and "Traceback" not in err, err
+    assert "4 ranks in 2 attention replicas" in err
+    assert timeless(read(out)) == timeless(unified)
+
+
+@pytest.mark.parametrize("order", [("decode", "prefill", "router"), ("router", "prefill", "decode")])
+def test_jobs_in_any_order(
+    tiny: Path, prompts: Path, unified: list[dict], tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
+    for role in order:
+        deployment.start_router() if role == "router" else deployment.start_job(role)
+        time.sleep(1)
+    for role, (code, _, err) in deployment.finish().items():
+        assert code == 0 and "Traceback" not in err, f"{role}: {err}"
+    assert timeless(read(deployment.out)) == timeless(unified)
+
+
+def test_ctrl_c_on_the_router_sends_all_home(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps({"prompt_token_ids": [i + 9], "max_tokens": n, "ignore_eos": True}) + "\n"
+                              for i, n in enumerate([2, 2, 2000, 2000])))  # fmt: skip
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment.start_job("prefill")
+    deployment.start_job("decode")
+    deployment.start_router()
+    deployment.wait_for_answers(2)
+    os.killpg(deployment.jobs["router"].pid, signal.SIGINT)
+    for role, (code, _, err) in deployment.finish().items():
+        assert code == 0 and "Traceback" not in err, f"{role}: {err}"
+    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length", "length", "error", "error"]
+    assert [answer.get("error") for answer in read(deployment.out)][2:] == ["interrupted"] * 2
+
+
+def test_ctrl_c_on_one_process(tiny: Path) -> None:
+    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "2000")
+    assert process.stdout.read(1)  # it generates
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 0 and "Traceback" not in err, err
+
+
+def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> None:
+    """SIGINT to one rank only, not to torchrun (which reports a signal that it gets itself, whatever its ranks do)."""
+    source = tmp_path / "long.jsonl"
+    source.write_text('{"prompt": "In", "max_tokens": 2000, "ignore_eos": true}\n{"prompt": "In", "max_tokens": 1}\n')
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    flags = ("--model", str(tiny), "--input", str(source), "--output", str(deployment.out), "--show")
+    process = start(*TORCHRUN, "2", "run.py", *flags)
+    assert process.stdout.readline().startswith("--- 2")  # the short one has been answered
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 0 and "Traceback" not in err, err
+    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["error", "length"]
+
+
+def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the batch: decode goes on, and what still needs a prefill waits for the next job."""
+    source = tmp_path / "many.jsonl"
+    rows = [{"prompt_token_ids": [7 + i] * 40, "max_tokens": 60, "ignore_eos": True} for i in range(16)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_job("decode", 1, "--max-batch", "2")  # few at a time: the router holds the others back
+    deployment.start_router()
+    deployment.wait_for_answers(2)
+    killed = deployment.jobs.pop("prefill")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    time.sleep(2)
+    assert len(read(deployment.out)) < 16, "it was over before the prefill job died: the test shows nothing"
+    deployment.start_job("prefill", ranks=1)
+    for role, (code, _, err) in deployment.finish().items():
+        assert code == 0, f"{role}: {err}"
+    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 16
+
+
+def test_a_bad_line_ruins_only_itself(tiny: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "mixed.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        '{"id": 1, "prompt": "In", "max_tokens": 2, "ignore_eos": true}',
+        "{not json",
+        '{"id": 3, "prompt": "x", "surprise": 1}',
+        '{"id": 4, "prompt": ""}',
+        '{"id": 5, "prompt_token_ids": [4096]}',
+        '{"id": 6, "prompt": "x", "max_tokens": 0}',
+        '{"id": 7, "prompt": "x", "top_p": 1.5}',
+        '{"id": 8, "prompt": "x", "messages": []}',
+        '{"id": 9, "prompt_token_ids": [5], "max_tokens": 2048}',
+        '{"id": 10, "prompt_token_ids": ' + json.dumps([5] * 600) + ', "max_tokens": 100}',
+        '{"id": 11, "prompt": "In", "max_tokens": 2, "ignore_eos": true}',
+    ]
+    source.write_text("\n".join(lines) + "\n")
+    code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(out), "--kv-tokens", "640")
+    answers = read(out)
+    assert code == 0 and "9 error" in err
+    assert [answer["id"] for answer in answers] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [answer["finish_reason"] for answer in answers] == ["length", *["error"] * 9, "length"]
+    expected = ["not JSON", "'surprise'", "prompt is ''", "4096", "max_tokens is 0", "top_p is 1.5", "exactly one of",
+                "= 2049 is over max_model_len (2048)", "700 tokens need 11 pages of 64, this rank has 10"]  # fmt: skip
+    for answer, words in zip(answers[1:10], expected, strict=True):
+        assert words in answer["error"], answer
+
+
+BAD_COMMANDS = {
+    "no router": (("--role", "decode"), "--role decode needs --router HOST:PORT"),
+    "no listen": (("--role", "router", "--prompt", "x"), "--role router needs --listen HOST:PORT"),
+    "no work": ((), "--role unified needs exactly one of --prompt and --input"),
+    "work for prefill": (("--role", "prefill", "--router", "a:1", "--prompt", "x"), "takes its work from the router"),
+    "input alone": (("--input", "x.jsonl"), "--input needs --output"),
+    "missing input": (("--input", "no/such.jsonl", "--output", "{tmp}/o"), "--input no/such.jsonl: cannot be read"),
+    "bad address": (("--role", "prefill", "--router", "nowhere"), "--router is 'nowhere'; it must be HOST:PORT"),
+    "max batch": (("--prompt", "x", "--max-batch", "0"), "--max-batch is 0; it must be at least 1"),
+    "step below batch": (("--prompt", "x", "--max-tokens-per-step", "9"), "--max-batch (64) is over --max-tokens-per"),
+    "model len": (("--prompt", "x", "--max-model-len", "4096"), "--max-model-len (4096) is over the model's"),
+    "attn tp": (("--prompt", "x", "--attn-tp", "2"), "ranks % --attn-tp must be 0, not 1 % 2 = 1"),
+    "empty prompt": (("--prompt", ""), "prompt is ''; it must be a non-empty string"),
+    "zero tokens": (("--prompt", "x", "--max-tokens", "0"), "max_tokens is 0; it must be an integer of at least 1"),
+    "output is a folder": (("--input", "{tmp}/in", "--output", "{tmp}"), "cannot be written (Is a directory)"),
+    "output is the input": (("--input", "{tmp}/in", "--output", "{tmp}/in"), "it is the --input file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_a_bad_command_is_one_clear_line(tiny: Path, tmp_path: Path, case: str) -> None:
+    (tmp_path / "in").write_text('{"prompt": "x"}\n')
+    flags, message = BAD_COMMANDS[case]
+    code, out, err = run("--model", str(tiny), *(flag.format(tmp=tmp_path) for flag in flags))
+    assert code == 2 and out == "" and err.startswith("run.py: error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert (tmp_path / "in").read_text() == '{"prompt": "x"}\n'
+
+
+def test_a_missing_model_is_one_clear_line(tmp_path: Path) -> None:
+    code, _, err = run("--model", str(tmp_path / "none"), "--prompt", "x")
+    assert (code, err) == (2, f"run.py: error: --model {tmp_path / 'none'}: no such folder\n")
+
+
+def test_a_port_in_use_is_one_clear_line(tiny: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, _, err = run("--model", str(tiny), "--role", "router", "--listen", address, "--prompt", "x")
+    assert (code, err) == (2, f"run.py: error: cannot listen on {address}: Address already in use\n")
+
+
+def test_experts_that_do_not_divide_spell_the_equation(tiny: Path) -> None:
+    code, _, err = run("--model", str(tiny), "--prompt", "x", ranks=3)
+    assert code != 0
+    assert err.count("run.py: error:") == 1 and "n_routed_experts % ranks must be 0, not 32 % 3 = 2" in err
+
+
+def test_help_is_worth_reading() -> None:
+    code, out, _ = run("--help")
+    assert code == 0 and "torchrun --nproc-per-node 2 run.py --role prefill" in out

@@ -1,0 +1,618 @@
+"""The KV handoff, over real links: pages arrive bit by bit where they belong, every room ends exactly once on either
+side whatever crosses on the way, and once it has ended nothing writes its pages any more."""
+
+import multiprocessing
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from disagg.control import Member
+from disagg.handoff import (
+    Cancel,
+    Closed,
+    Join,
+    Last,
+    Link,
+    Open,
+    ReceiveLink,
+    Room,
+    RoomEnded,
+    RoomState,
+    Sending,
+    SendLink,
+    SendPages,
+    dial,
+    link_key,
+    listen,
+)
+from disagg.prefill import Door
+from disagg.request import Request
+from model.batch import PAGE
+from model.kv_cache import PageAllocator
+
+CPU = torch.device("cpu")
+HOST = "127.0.0.1"
+LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
+CANARY = -7.5
+SOON = 20  # seconds; nothing here takes one
+
+
+# ---- rooms
+
+OPS = st.one_of(
+    st.tuples(st.just("rise"), st.sampled_from((RoomState.WAITING, RoomState.TRANSFERRING))),
+    st.tuples(st.just("fail"), st.just("broken")),
+    st.tuples(st.just("end_link"), st.sampled_from((None, None, "cut"))),
+)
+
+
+@given(st.integers(1, 4), st.lists(OPS, max_size=12))
+@settings(deadline=None, derandomize=True, max_examples=400)
+def test_a_room_only_rises_or_fails_and_lets_go_of_its_pages_last(links: int, ops: list[tuple[str, Any]]) -> None:
+    room = Room(links)
+    seen, ends, errors = [room.state], [], []
+    for name, value in ops:
+        try:
+            getattr(room, name)(value)
+        except AssertionError:
+            illegal_rise = name == "rise" and value < room.state
+            assert illegal_rise or len(ends) == links, f"{name}({value}) was refused in {room.state.name}"
+            assert room.state == seen[-1], "refused, and yet done"
+            continue
+        seen.append(room.state)
+        if name == "end_link":
+            ends.append(value)
+        if name != "rise" and value is not None:
+            errors.append(value)
+        assert room.may_release == (len(ends) == links)
+        assert (room.state == RoomState.FAILED) == bool(errors)
+        assert room.error == (errors[0] if errors else None)
+        assert (room.state == RoomState.DONE) == (ends == [None] * links and not errors)
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert after == RoomState.FAILED or (before != RoomState.FAILED and after >= before)
+
+
+def test_a_link_that_ends_a_room_twice_is_caught() -> None:
+    room = Room(1)
+    room.end_link(None)
+    with pytest.raises(AssertionError, match="twice"):
+        room.end_link(None)
+
+
+def test_a_room_that_failed_on_one_link_keeps_its_pages_until_the_other_has_ended() -> None:
+    room = Room(2)
+    room.end_link("cut")
+    assert room.state == RoomState.FAILED and not room.may_release
+    room.end_link(None)
+    assert room.state == RoomState.FAILED and room.may_release
+
+
+# ---- a pair of links in one process
+
+
+def make_pool(value: float | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    shape = (LAYERS, NUM_PAGES, PAGE, WIDTH)
+    return torch.randn(shape).to(dtype) if value is None else torch.full(shape, value, dtype=dtype)
+
+
+@dataclass
+class End:
+    """One side: its pool, its link, and what it heard from it."""
+
+    pool: Tensor
+    link: Link
+    events: queue.SimpleQueue
+    endings: list[RoomEnded] = field(default_factory=list)
+
+    def hear(self) -> Any:
+        event = self.events.get(timeout=SOON)
+        if isinstance(event, RoomEnded):
+            self.endings.append(event)
+        return event
+
+    def hear_end(self, uid: int, error: str | None = None) -> RoomEnded:
+        """The next event must be that this room ended, with an error that contains this (or with none)."""
+        event = self.hear()
+        assert isinstance(event, RoomEnded) and event.uid == uid, event
+        assert (event.error is None) == (error is None) and (error or "") in (event.error or ""), event
+        return event
+
+    def hear_open(self, uid: int) -> Open:
+        event = self.hear()
+        assert isinstance(event, Open) and event.request.uid == uid, event
+        return event
+
+    def hush(self) -> None:
+        """No more is to be heard, not even when the link stops."""
+        self.link.stop()
+        self.link.join(SOON)
+        assert not self.link.is_alive(), "stop() did not end the thread"
+        assert self.events.empty(), f"one more: {self.events.get()}"
+
+
+@dataclass
+class Pair:
+    prefill: End
+    decode: End
+    me: Member
+
+    def opening(self, uid: int, pages: list[int]) -> Join:
+        return Join(uid, Open(Request(uid, [1, 2, 3]), pages, [self.me]))
+
+    def open(self, uid: int, pages: list[int]) -> None:
+        """A room that both sides have joined."""
+        self.decode.link.put(self.opening(uid, pages))
+        assert self.prefill.hear_open(uid).pages == pages
+        self.prefill.link.put(Join(uid))
+
+    def sync(self, uid: int) -> None:
+        """What the decode side put before has reached the prefill link when this returns; leaves a room `uid` open."""
+        self.decode.link.put(self.opening(uid, []))
+        self.prefill.hear_open(uid)
+
+    def hush(self) -> None:
+        for end in (self.prefill, self.decode):
+            end.hush()
+
+
+@pytest.fixture
+def make_pair() -> Iterator[Any]:
+    pairs: list[Pair] = []
+
+    def make(dtype: torch.dtype = torch.float32) -> Pair:
+        door = Door(HOST)
+        prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
+        theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
+        pool = make_pool(CANARY, dtype)
+        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours)
+        (knock,) = door.pipe.poll(SOON * 1000)
+        assert knock.decode == decode
+        source = make_pool(None, dtype)
+        send = SendLink(link_key(prefill, knock.decode), listen(door.store, HOST, CPU), source, theirs)
+        pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        for end in (pair.prefill, pair.decode):
+            end.link.stop()
+            end.link.join(2)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: Any, dtype: torch.dtype) -> None:
+    pair = make_pair(dtype)
+    pair.prefill.pool[:, 3, ::5] = float("nan")
+    pair.prefill.pool[:, 5, ::7] = float("-inf")
+    pair.open(1, [9, 2, 14, 4])
+    for mine, theirs in (([3], [9]), ([11, 5], [2, 14]), ([1], [4])):
+        pair.prefill.link.put(SendPages(1, mine, theirs))
+    pair.prefill.link.put(Last(1, 77, [(77, -0.25), (3, -1.5)]))
+    ended = pair.decode.hear_end(1)
+    assert (ended.token, ended.logprobs) == (77, [(77, -0.25), (3, -1.5)])
+    pair.prefill.hear_end(1)
+    assert bits(pair.decode.pool[:, [9, 2, 14, 4]]).equal(bits(pair.prefill.pool[:, [3, 11, 5, 1]]))
+    others = [page for page in range(NUM_PAGES) if page not in (9, 2, 14, 4)]
+    assert (pair.decode.pool[:, others] == CANARY).all()
+    size = 4 * LAYERS * PAGE * WIDTH * dtype.itemsize
+    assert pair.prefill.link.bytes_moved == pair.decode.link.bytes_moved == size
+    pair.hush()
+
+
+def test_rooms_that_share_a_link_do_not_mix(make_pair: Any) -> None:
+    pair, rng = make_pair(), random.Random(1)
+    places = {uid: list(range(1 + 5 * uid, 6 + 5 * uid)) for uid in range(3)}  # the decode side's
+    sources = {uid: rng.sample(range(1, NUM_PAGES), 5) for uid in places}
+    for uid, pages in places.items():
+        pair.open(uid, pages)
+    todo = dict.fromkeys(places, 0)
+    while todo:
+        uid = rng.choice(sorted(todo))
+        chunk = slice(todo[uid], todo[uid] + rng.randint(1, 2))
+        if todo[uid] < 5:
+            pair.prefill.link.put(SendPages(uid, sources[uid][chunk], places[uid][chunk]))
+            todo[uid] = chunk.stop
+        else:
+            pair.prefill.link.put(Last(uid, 100 + uid, []))
+            del todo[uid]
+    for _ in places:
+        ended = pair.decode.hear()
+        assert ended.error is None and ended.token == 100 + ended.uid
+    for uid, pages in places.items():
+        assert bits(pair.decode.pool[:, pages]).equal(bits(pair.prefill.pool[:, sources[uid]])), f"room {uid}"
+    assert (pair.decode.pool[:, 0] == CANARY).all()
+
+
+def test_kv_that_comes_before_this_rank_has_joined_waits_for_it(make_pair: Any) -> None:
+    """With attention TP the replica's first rank opens the room; another rank's own loop may be a step behind."""
+    pair = make_pair()
+    pair.prefill.link.put(Join(1))
+    pair.prefill.link.put(SendPages(1, [3], [8]))
+    pair.prefill.link.put(Last(1, 5, []))
+    time.sleep(0.3)
+    assert (pair.decode.pool == CANARY).all(), "written before this rank had reserved the page"
+    pair.decode.link.put(Join(1))
+    assert pair.decode.hear_end(1).token == 5
+    assert pair.decode.pool[:, 8].equal(pair.prefill.pool[:, 3])
+    pair.prefill.hear_end(1)
+    pair.hush()
+
+
+# ---- endings that cross
+
+
+def test_a_cancelled_room_ends_on_both_sides_and_sends_no_more(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [1, 2])
+    pair.prefill.link.put(SendPages(1, [1], [1]))
+    pair.decode.link.put(Cancel(1))
+    pair.prefill.hear_end(1, "cancelled")
+    pair.decode.hear_end(1, "cancelled")
+    for late in (SendPages(1, [2], [2]), Last(1, 9, []), Closed(1, "too late")):
+        pair.prefill.link.put(late)
+    pair.sync(2)
+    assert (pair.decode.pool[:, 2] == CANARY).all()
+    pair.prefill.link.put(Join(2))
+    pair.prefill.link.put(Last(2, 0, []))
+    pair.decode.hear_end(2)
+    pair.prefill.hear_end(2)
+    pair.hush()
+
+
+def test_a_cancel_that_comes_before_the_sender_joined_ends_the_room_when_it_joins(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.decode.link.put(pair.opening(1, [4]))
+    pair.decode.link.put(Cancel(1))
+    pair.prefill.hear_open(1)
+    pair.sync(2)  # the Cancel is there
+    assert pair.decode.events.empty(), "it ended before the sender promised to send nothing"
+    for command in (Join(1), SendPages(1, [1], [4]), Last(1, 9, [])):
+        pair.prefill.link.put(command)
+    pair.prefill.hear_end(1, "cancelled")
+    pair.decode.hear_end(1, "cancelled")
+    pair.prefill.link.put(Join(2))
+    pair.prefill.link.put(Closed(2, "enough"))
+    pair.prefill.hear_end(2, "enough")
+    pair.decode.hear_end(2, "enough")
+    assert (pair.decode.pool == CANARY).all()
+    pair.hush()
+
+
+def test_a_cancel_that_crosses_the_last_byte_changes_nothing(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [4])
+    pair.prefill.link.put(Join(2))
+    pair.prefill.link.put(Last(2, 22, []))  # holds the decode link up: this rank has not joined room 2 yet
+    pair.prefill.link.put(Last(1, 11, []))
+    pair.prefill.hear_end(2)
+    pair.prefill.hear_end(1)
+    pair.decode.link.put(Cancel(1))  # on its way while Last(1) lies unread
+    pair.decode.link.put(Join(2))
+    assert pair.decode.hear_end(2).token == 22
+    assert pair.decode.hear_end(1).token == 11
+    pair.sync(3)
+    pair.prefill.link.put(Join(3))
+    pair.prefill.link.put(Last(3, 33, []))
+    assert pair.decode.hear_end(3).token == 33
+    pair.prefill.hear_end(3)
+    pair.hush()
+
+
+def test_a_cancel_after_the_end_reaches_nobody(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [4])
+    pair.prefill.link.put(Last(1, 11, []))
+    pair.decode.hear_end(1)
+    pair.prefill.hear_end(1)
+    pair.decode.link.put(Cancel(1))
+    pair.open(2, [4])
+    pair.prefill.link.put(Last(2, 22, []))
+    pair.decode.hear_end(2)
+    pair.prefill.hear_end(2)
+    pair.hush()
+
+
+def test_the_senders_error_reaches_the_receiver(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [4, 5])
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(Closed(1, "the prompt does not fit"))
+    pair.prefill.hear_end(1, "the prompt does not fit")
+    pair.decode.hear_end(1, "the prompt does not fit")
+    pair.hush()
+
+
+class Storm:
+    """The two loops of a prefill and a decode rank, in one thread and in a random order; rooms share few pages, so a
+    page that one has let go is soon another's. Whoever gets pages that a room let go paints them at once."""
+
+    def __init__(self, pair: Pair, seed: int, num_rooms: int):
+        self.pair, self.rng, self.num_rooms = pair, random.Random(seed), num_rooms
+        self.allocator = PageAllocator(NUM_PAGES)
+        self.opened = 0
+        self.pages: dict[int, list[int]] = {}  # decode's, of rooms on their way
+        self.painted: list[tuple[list[int], float]] = []  # pages that no room owns, and their colour
+        self.cancelled: set[int] = set()
+        self.unjoined: list[Open] = []  # prefill heard of it and its loop has not got to it
+        self.work: dict[int, list[tuple[int, int]]] = {}  # prefill's: uid -> what it still has to send
+        self.closed: set[int] = set()
+        self.sent: dict[int, list[tuple[int, int]]] = {}
+        self.endings = {"prefill": Counter(), "decode": Counter()}
+        self.outcomes: Counter = Counter()
+
+    def run(self) -> None:
+        deadline = time.monotonic() + SOON
+        moves = (self.open, self.cancel, self.join, self.send, self.send, self.decode_hears, self.prefill_hears)
+        while self.opened < self.num_rooms or self.pages or self.work or self.unjoined:
+            assert time.monotonic() < deadline, f"a room never ended: {self.pages.keys()} {self.work.keys()}"
+            self.rng.choice(moves)()
+            if self.rng.random() < 0.05:
+                time.sleep(0.001)
+        self.pair.hush()
+        for side in self.endings.values():
+            assert side == Counter(range(self.num_rooms)), "a room must end exactly once on each side"
+        for pages, colour in self.painted:
+            self.check(pages, colour)
+
+    def open(self) -> None:
+        if self.opened == self.num_rooms:
+            return
+        count = self.rng.randint(1, 5)
+        while (pages := self.allocator.alloc(count)) is None and self.painted:
+            old, colour = self.painted.pop(0)
+            self.check(old, colour)
+            self.allocator.free(old)
+        if pages is None:
+            return
+        uid, self.opened = self.opened, self.opened + 1
+        self.pages[uid] = pages
+        self.pair.decode.link.put(self.pair.opening(uid, pages))
+        if self.rng.random() < 0.2:
+            self.cancel_room(uid)  # at once: it may overtake the other loop's Join
+
+    def cancel(self) -> None:
+        if self.pages and self.rng.random() < 0.4:
+            self.cancel_room(self.rng.choice(sorted(self.pages)))
+
+    def cancel_room(self, uid: int) -> None:
+        if uid not in self.cancelled:
+            self.cancelled.add(uid)
+            self.pair.decode.link.put(Cancel(uid))
+
+    def join(self) -> None:
+        if self.unjoined and self.rng.random() < 0.7:
+            event = self.unjoined.pop(0)
+            uid = event.request.uid
+            self.work[uid] = [(self.rng.randrange(1, NUM_PAGES), theirs) for theirs in event.pages]
+            self.sent[uid] = []
+            self.pair.prefill.link.put(Join(uid))
+
+    def send(self) -> None:
+        busy = sorted(self.work.keys() - self.closed)
+        if not busy:
+            return
+        uid = self.rng.choice(busy)
+        link, left = self.pair.prefill.link, self.work[uid]
+        if self.rng.random() < 0.05:
+            link.put(Closed(uid, "computed no further"))
+            self.closed.add(uid)
+        elif left:
+            chunk = [left.pop(0) for _ in range(min(len(left), self.rng.randint(1, 3)))]
+            link.put(SendPages(uid, [mine for mine, _ in chunk], [theirs for _, theirs in chunk]))
+            self.sent[uid] += chunk
+        else:
+            link.put(Last(uid, 1000 + uid, []))
+            self.closed.add(uid)
+
+    def prefill_hears(self) -> None:
+        if not self.pair.prefill.events.empty():
+            event = self.pair.prefill.hear()
+            if isinstance(event, Open):
+                self.unjoined.append(event)
+            else:
+                self.endings["prefill"][event.uid] += 1
+                del self.work[event.uid]
+
+    def decode_hears(self) -> None:
+        if self.pair.decode.events.empty():
+            return
+        ended = self.pair.decode.hear()
+        self.endings["decode"][ended.uid] += 1
+        pages = self.pages.pop(ended.uid)
+        if ended.error is None:
+            assert ended.token == 1000 + ended.uid
+            mine, theirs = zip(*self.sent[ended.uid], strict=True)
+            assert list(theirs) == pages
+            assert self.pair.decode.pool[:, list(theirs)].equal(self.pair.prefill.pool[:, list(mine)])
+        else:
+            assert ended.uid in self.cancelled or "computed no further" in ended.error
+        self.outcomes[ended.error] += 1
+        colour = 1e6 + ended.uid  # the next owner's, who computes here
+        self.pair.decode.pool[:, pages] = colour
+        self.painted.append((pages, colour))
+
+    def check(self, pages: list[int], colour: float) -> None:
+        assert (self.pair.decode.pool[:, pages] == colour).all(), "a room that had ended was written to"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_writes_the_pages_of_a_room_that_has_ended_however_aborts_fall(make_pair: Any, seed: int) -> None:
+    storm = Storm(make_pair(), seed, num_rooms=120)
+    storm.run()
+    assert storm.outcomes.keys() == {None, "cancelled", "computed no further"}, storm.outcomes
+    assert min(storm.outcomes.values()) > 2, "the storm was too calm to show anything"
+
+
+# ---- links that break
+
+
+@pytest.mark.parametrize("kind", (SendLink, ReceiveLink))
+def test_a_link_that_cannot_connect_ends_its_rooms_and_refuses_later_ones(kind: type[Link]) -> None:
+    may_connect = threading.Event()
+
+    def connect(key: str) -> Any:
+        may_connect.wait(SOON)
+        raise RuntimeError("nobody there")
+
+    end = End(pool := make_pool(CANARY), None, events := queue.SimpleQueue())
+    end.link = kind("p/d", connect, pool, events)
+    for uid in (1, 2):
+        end.link.put(Join(uid))
+    end.link.put(Cancel(1))
+    may_connect.set()
+    end.hear_end(1, "nobody there")
+    end.hear_end(2, "nobody there")
+    end.link.put(Join(3))
+    assert "p/d" in end.hear_end(3, "nobody there").error
+    end.hush()
+
+
+def test_links_come_and_go() -> None:
+    """A worker makes a new link whenever a peer was lost; the old one leaves nothing behind that is in its way."""
+
+    def connect(key: str) -> Any:
+        raise RuntimeError("nobody there")
+
+    events, pool = queue.SimpleQueue(), make_pool(CANARY)
+    for _ in range(200):
+        link = ReceiveLink("p/d", connect, pool, events)
+        link.stop()
+        link.join(SOON)
+        del link
+
+
+def test_stop_ends_the_rooms_that_are_open(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [4])
+    for end in (pair.prefill, pair.decode):
+        end.link.stop()
+        end.hear_end(1, "stopped")
+        end.hush()
+
+
+def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> None:
+    """The prefill rank announced a room and was lost before the router's word of it came to this decode rank."""
+    pair = make_pair()
+    pair.prefill.link.put(Join(1))
+    pair.prefill.link.put(Last(1, 5, []))
+    pair.prefill.hear_end(1)
+    time.sleep(0.3)  # Last(1) is there
+    pair.decode.link.stop(abort=True)
+    pair.decode.link.join(5)
+    assert not pair.decode.link.is_alive()
+
+
+def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pair: Any) -> None:
+    pair = make_pair()
+    for uid in (1, 2):
+        pair.open(uid, [uid])
+    pair.prefill.link.pipe.send(Sending(1, [1]))  # announced, and then the sender's group goes down
+    time.sleep(0.3)
+    pair.prefill.link.transport.group = None
+    for _ in range(2):
+        ended = pair.decode.hear()
+        assert ended.uid in (1, 2) and "link p/d" in ended.error
+    pair.decode.link.put(Join(3))
+    pair.decode.hear_end(3, "link p/d")
+    pair.prefill.link.put(SendPages(1, [1], [1]))
+    for _ in range(2):
+        ended = pair.prefill.hear()
+        assert ended.uid in (1, 2) and "link p/d" in ended.error
+    pair.prefill.link.put(Join(4))
+    pair.prefill.hear_end(4, "link p/d")
+    assert Counter(e.uid for e in pair.decode.endings) == Counter((1, 2, 3))
+    assert Counter(e.uid for e in pair.prefill.endings) == Counter((1, 2, 4))
+    pair.hush()
+
+
+HUGE = (1, 3, PAGE, 60_000)  # 15 MB a page: more than any socket buffers
+
+
+def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
+    """A peer process: meets the decode rank, announces a page, and has only half a mind to send it."""
+    door = Door(HOST)
+    doing.put(Member(prefill.id, HOST, door.port, door.store.port))
+    assert door.pipe.poll(SOON * 1000)
+    pipe, transport = listen(door.store, HOST, CPU)(link_key(prefill, decode))
+    (opening,) = pipe.poll(SOON * 1000)
+    pipe.send(Sending(opening.request.uid, opening.pages))
+    doing.put("sending")
+    time.sleep(2 * SOON)
+    del transport
+
+
+def decode_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
+    """A peer process: asks for KV and never takes it."""
+    pipe, transport = dial(prefill, decode, CPU)(link_key(prefill, decode))
+    pipe.send(Open(Request(1, [1]), [1, 2], [decode]))
+    for message in pipe.poll(SOON * 1000):
+        doing.put(type(message).__name__)
+    time.sleep(2 * SOON)
+    del transport
+
+
+def spawn(target: Any, *args: Any) -> tuple[Any, Any]:
+    context = multiprocessing.get_context("spawn")
+    doing = context.Queue()
+    process = context.Process(target=target, args=(*args, doing), daemon=True)
+    process.start()
+    return process, doing
+
+
+def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms() -> None:
+    decode = Member("d", HOST)
+    process, doing = spawn(prefill_that_dies, Member("p", HOST), decode)
+    prefill = doing.get(timeout=60)  # it imports torch first
+    end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
+    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events)
+    end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
+    end.link.put(Join(2))
+    assert doing.get(timeout=SOON) == "sending"
+    time.sleep(0.2)
+    assert end.events.empty()
+    process.kill()
+    assert {end.hear().uid, end.hear().uid} == {1, 2}
+    assert all("link p/d" in ended.error for ended in end.endings)
+    end.link.put(Join(3))
+    end.hear_end(3, "link p/d")
+    assert (end.pool == CANARY).all()
+    end.hush()
+    process.join(SOON)
+
+
+def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms() -> None:
+    door, decode = Door(HOST), Member("d", HOST)
+    prefill = Member("p", HOST, door.port, door.store.port)
+    process, doing = spawn(decode_that_dies, prefill, decode)
+    assert door.pipe.poll(60_000)
+    end = End(torch.randn(HUGE), None, queue.SimpleQueue())
+    end.link = SendLink(link_key(prefill, decode), listen(door.store, HOST, CPU), end.pool, end.events)
+    end.hear_open(1)
+    for uid in (1, 2):
+        end.link.put(Join(uid))
+    end.link.put(SendPages(1, [1, 2], [1, 2]))
+    assert doing.get(timeout=SOON) == "Sending"
+    time.sleep(0.2)
+    assert end.events.empty()
+    process.kill()
+    assert {end.hear().uid, end.hear().uid} == {1, 2}
+    assert all("link p/d" in ended.error for ended in end.endings)
+    end.link.put(Join(3))
+    end.hear_end(3, "link p/d")
+    end.hush()
+    process.join(SOON)

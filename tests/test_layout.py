@@ -1,0 +1,95 @@
+"""The structure that the README promises: imports run one way, files stay small, optional libraries stay optional."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+ORDER = ["kernels", "parallel", "model", "disagg", "run"]  # each may import those before it
+OPTIONAL = {  # library -> the only files that may import it, and there inside functions too
+    "triton": "kernels/",
+    "deep_gemm": "kernels/",
+    "flash_mla": "kernels/",
+    "flash_attn": "kernels/",
+    "deep_ep": "parallel/deepep.py",
+    "nixl": "disagg/transport/",
+    "mooncake": "disagg/transport/",
+}
+PRODUCT = sorted(p for name in ORDER for p in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")])
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at module level?) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found.append((node.module, id(node) in top))
+    return found
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    mine = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module, at_top in imports(path):
+        package = module.split(".")[0]
+        assert package not in ("scripts", "tests"), f"{path.name} imports {module}"
+        if package in ORDER:
+            assert ORDER.index(package) <= ORDER.index(mine), f"{mine} must not import {package} ({path.name})"
+        home = OPTIONAL.get(package)
+        assert home is None or str(path.relative_to(ROOT)).startswith(home), f"{path.name} imports {package}"
+        assert at_top or home is not None, f"{path.name} imports {module} inside a function"
+    assert "TYPE_CHECKING" not in path.read_text()
+
+
+def test_no_module_cycles() -> None:
+    graph = {}
+    for path in PRODUCT:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[name] = {module for module, _ in imports(path)}
+    done, active = set(), []
+
+    def visit(name: str) -> None:
+        assert name not in active, f"a cycle: {' -> '.join([*active[active.index(name) :], name])}"
+        if name in done or name not in graph:
+            return
+        active.append(name)
+        for module in graph[name]:
+            visit(module)
+        active.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+    assert len(done) == len(PRODUCT)
+
+
+def test_files_stay_small() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PRODUCT}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
+
+
+def test_every_package_has_a_docstring() -> None:
+    assert [
+        p.name for p in PRODUCT if p.name != "__init__.py" and not ast.get_docstring(ast.parse(p.read_text()))
+    ] == []
+
+
+def test_the_cpu_path_imports_no_gpu_library() -> None:
+    code = f"import sys; sys.argv = ['run.py']; import run; print(sorted(set({list(OPTIONAL)}) & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def test_the_repository_stays_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    files = [ROOT / name for name in listed.decode().split("\0") if name]
+    assert sum(path.stat().st_size for path in files if path.exists()) < 12_000_000

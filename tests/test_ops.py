@@ -1,0 +1,226 @@
+"""Every op of kernels/ref.py equals an independent formulation, and nothing undefined (NaN here) leaks out of it."""
+
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from kernels import ref
+
+NAN = float("nan")
+
+
+def test_rms_norm_equals_torch() -> None:
+    x, weight = torch.randn(5, 3, 24) * 3, torch.rand(24) + 0.5
+    assert_close(ref.rms_norm(x, weight, 0.1), F.rms_norm(x, (24,), weight, 0.1))
+    half = x.bfloat16()
+    assert ref.rms_norm(half, weight.bfloat16(), 1e-6).dtype == torch.bfloat16
+    tiny = torch.full((1, 24), 1e-4).half()  # its square is 0 in float16
+    assert_close(ref.rms_norm(tiny, torch.ones(24).half(), 0.0), torch.ones(1, 24).half(), atol=2e-3, rtol=0)
+
+
+def test_rope_turns_interleaved_pairs_as_complex_numbers() -> None:
+    q, angles = torch.randn(7, 4, 8), torch.rand(7, 4) * 10
+    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(7, 1, 4), angles[:, None])
+    assert_close(ref.rope(q, angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2))
+    assert_close(ref.rope(q[:, 0], angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2)[:, 0])
+
+
+def test_silu_mul_takes_the_gate_first() -> None:
+    gate, up = torch.randn(3, 2, 6), torch.randn(3, 2, 6)
+    assert_close(ref.silu_mul(torch.cat((gate, up), -1)), gate / (1 + torch.exp(-gate)) * up)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[(5, 5)], [(1, 9)], [(3, 10)], [(1, 1)], [(64, 130), (1, 65), (6, 6), (1, 1), (63, 64)], []],
+    ids=["whole", "last token", "prefix", "one token", "ragged", "no sequence"],
+)
+def test_prefill_attention_equals_sdpa(lengths: list[tuple[int, int]]) -> None:
+    heads, dqk, dv, scale = 3, 12, 7, 0.4
+    num_q, num_kv = (sum(column) for column in zip(*lengths, strict=True)) if lengths else (0, 0)
+    q, k, v = torch.randn(num_q, heads, dqk), torch.randn(num_kv, heads, dqk), torch.randn(num_kv, heads, dv)
+    starts = torch.tensor([(0, 0), *lengths]).cumsum(0).to(torch.int32)
+    longest = [max(column) for column in zip(*lengths, strict=True)] if lengths else [0, 0]
+    out = ref.prefill_attention(q, k, v, starts[:, 0], starts[:, 1], *longest, scale)
+    assert out.shape == (num_q, heads, dv)
+    parts = zip(*(x.split([n[side] for n in lengths]) for x, side in ((q, 0), (k, 1), (v, 1), (out, 0))), strict=True)
+    for (n, m), (q1, k1, v1, out1) in zip(lengths, parts, strict=True):
+        seen = torch.arange(m) <= torch.arange(n)[:, None] + (m - n)
+        one = [x.transpose(0, 1)[None] for x in (q1, k1, v1)]
+        assert_close(out1, F.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale)[0].transpose(0, 1))
+
+
+def test_mla_decode_equals_dense_softmax_and_reads_nothing_else() -> None:
+    lens, heads, latent, rope, scale = [64, 0, 1, 65, 63, 200], 3, 10, 4, 0.3
+    pool = torch.full((16, 64, latent + rope), NAN)
+    free = torch.randperm(15) + 1
+    table, dense = torch.zeros(len(lens), 4, dtype=torch.int32), []
+    for i, length in enumerate(lens):
+        pages, free = free[: math.ceil(length / 64)], free[math.ceil(length / 64) :]
+        table[i, : len(pages)] = pages
+        dense.append(torch.randn(length, latent + rope))
+        for position, row in enumerate(dense[-1]):
+            pool[pages[position // 64], position % 64] = row
+    q = torch.randn(len(lens), heads, latent + rope)
+    out = ref.mla_decode(q, pool, table, torch.tensor(lens, dtype=torch.int32), scale)
+    assert out.shape == q.shape
+    for i, rows in enumerate(dense):
+        weights = torch.exp(torch.einsum("hd,nd->hn", q[i].double(), rows.double()) * scale)
+        want = weights @ rows[:, :latent].double() / weights.sum(-1, keepdim=True)
+        assert_close(out[i, :, :latent], (want if len(rows) else torch.zeros(heads, latent)).float())
+
+
+def slow_gate(
+    logits: list[float], bias: list[float], groups: int, keep: int, top_k: int, normalize: bool, scale: float
+) -> dict[int, float]:
+    """One token's experts and weights, after the words of the technical report, section 2.1.2."""
+    affinity = [1 / (1 + math.exp(-logit)) for logit in logits]
+    biased = [a + b for a, b in zip(affinity, bias, strict=True)]
+    size = len(logits) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    best = sorted(members, key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:2]))[:keep]
+    chosen = sorted((e for group in best for e in group), key=lambda e: -biased[e])[:top_k]
+    total = sum(affinity[e] for e in chosen) if normalize else 1.0
+    return {e: affinity[e] / total * scale for e in chosen}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("experts", "groups", "keep", "top_k"),
+    [(16, 1, 1, 4), (16, 4, 2, 4), (16, 4, 4, 16), (64, 8, 4, 8), (16, 8, 3, 2), (8, 8, 3, 3), (8, 4, 1, 2), (1, 1, 1, 1)],
+)
+def test_gate_topk_equals_the_report(experts: int, groups: int, keep: int, top_k: int, normalize: bool) -> None:
+    logits, bias = torch.randn(50, experts), torch.randn(experts) * 0.3
+    ids, weights = ref.gate_topk(logits, bias, groups, keep, top_k, normalize, 2.5)
+    assert ids.shape == weights.shape == (50, top_k)
+    assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
+    for token in range(50):
+        want = slow_gate(logits[token].tolist(), bias.tolist(), groups, keep, top_k, normalize, 2.5)
+        got = dict(zip(ids[token].tolist(), weights[token].tolist(), strict=True))
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_gate_topk_follows_a_bias_below_minus_one() -> None:
+    """Left-out groups must lose to every kept expert, also where its biased score is negative."""
+    logits, bias = torch.randn(50, 16), torch.full((16,), -5.0)
+    ids, _ = ref.gate_topk(logits, bias, 4, 2, 8, True, 1.0)
+    for token in range(50):
+        assert set(ids[token].tolist()) == slow_gate(logits[token].tolist(), bias.tolist(), 4, 2, 8, True, 1.0).keys()
+    assert ref.gate_topk(logits[:0], bias, 4, 2, 8, True, 1.0)[0].shape == (0, 8)
+
+
+LOCAL, WIDTH, HIDDEN = 5, 6, 8
+
+
+def routed() -> Iterator:
+    """(name, experts [N, K]): local ids, none twice in a row, -1 = not here."""
+    rng = random.Random(0)
+    somewhere = [rng.sample([*range(LOCAL), -1, -2, -3], 3) for _ in range(40)]
+    yield "some not here", [[max(e, -1) for e in row] for row in somewhere]
+    yield "all here", [rng.sample(range(LOCAL), 3) for _ in range(40)]
+    yield "one expert gets all", [[-1, 3, -1]] * 9
+    yield "first and last empty", [[1, 3, -1], [3, 2, 1], [-1, -1, 2]]
+    yield "one token", [[4, 0, 2]]
+    yield "nowhere", [[-1, -1, -1]] * 4
+    yield "no rows", []
+
+
+every_routing = pytest.mark.parametrize("experts", [pytest.param(e, id=name) for name, e in routed()])
+
+
+def problem(experts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, experts, weights, gate_up, down, and the MoE's output by a loop over tokens, in float64."""
+    ids = torch.tensor(experts, dtype=torch.int64).view(-1, 3)
+    x, weights = torch.randn(len(ids), HIDDEN), torch.rand(len(ids), 3)
+    gate_up, down = torch.randn(LOCAL, 2 * WIDTH, HIDDEN), torch.randn(LOCAL, HIDDEN, WIDTH)
+    want = torch.zeros(len(ids), HIDDEN, dtype=torch.float64)
+    for t, row in enumerate(experts):
+        for k, e in enumerate(row):
+            if e >= 0:
+                both = gate_up[e].double() @ x[t].double()
+                hidden = F.silu(both[:WIDTH]) * both[WIDTH:]
+                want[t] += weights[t, k].double() * (down[e].double() @ hidden)
+    return x, ids, weights, gate_up, down, want.float()
+
+
+@every_routing
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_contiguous_round_trip_equals_a_loop_over_tokens(experts: list[list[int]], alignment: int) -> None:
+    x, ids, weights, gate_up, down, want = problem(experts)
+    rows, row_expert, index = ref.ep_scatter(x, ids, LOCAL, alignment)
+    padding = row_expert < 0
+
+    def poisoned(t: Tensor) -> Tensor:
+        return t.masked_fill(padding[:, None], NAN)
+
+    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, row_expert)))
+    out = poisoned(ref.grouped_gemm_contiguous(poisoned(hidden), down, row_expert))
+    assert_close(ref.ep_gather(out, index, weights), want, atol=1e-4, rtol=1e-4)
+
+
+@every_routing
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_ep_scatter_groups_by_expert_and_pads_to_the_alignment(experts: list[list[int]], alignment: int) -> None:
+    x, ids, *_ = problem(experts)
+    rows, row_expert, index = ref.ep_scatter(x, ids, LOCAL, alignment)
+    counts = [sum(row.count(e) for row in experts) for e in range(LOCAL)]
+    layout = [[e] * n + [-1] * (-n % alignment) for e, n in enumerate(counts)]
+    assert row_expert.tolist() == sum(layout, [])
+    assert row_expert.dtype == torch.int32
+    assert rows.shape == (len(row_expert), HIDDEN)
+    assert_provenance(rows, row_expert, index, x, ids)
+
+
+@every_routing
+def test_masked_round_trip_equals_a_loop_over_tokens(experts: list[list[int]]) -> None:
+    x, ids, weights, gate_up, down, want = problem(experts)
+    rows, counts, index = ref.ep_scatter_masked(x, ids, LOCAL)
+    padding = torch.arange(len(x)) >= counts[:, None]  # [L, N]
+
+    def poisoned(t: Tensor) -> Tensor:
+        return t.masked_fill(padding[..., None], NAN)
+
+    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_masked(poisoned(rows), gate_up, counts)))
+    out = poisoned(ref.grouped_gemm_masked(poisoned(hidden), down, counts))
+    assert_close(ref.ep_gather(out.flatten(0, 1), index, weights), want, atol=1e-4, rtol=1e-4)
+
+
+@every_routing
+def test_ep_scatter_masked_fills_each_expert_from_the_front(experts: list[list[int]]) -> None:
+    x, ids, *_ = problem(experts)
+    rows, counts, index = ref.ep_scatter_masked(x, ids, LOCAL)
+    assert rows.shape == (LOCAL, len(x), HIDDEN)
+    assert counts.dtype == torch.int32
+    assert counts.tolist() == [sum(row.count(e) for row in experts) for e in range(LOCAL)]
+    filled = torch.arange(len(x)) < counts[:, None]
+    row_expert = torch.arange(LOCAL)[:, None].where(filled, -1).flatten()
+    assert_provenance(rows.flatten(0, 1), row_expert, index, x, ids)
+
+
+def assert_provenance(rows: Tensor, row_expert: Tensor, index: Tensor, x: Tensor, ids: Tensor) -> None:
+    """Every copy lies in a row of its own, under its own expert, with its token's bytes."""
+    assert torch.equal(index >= 0, ids >= 0)
+    used = index[index >= 0]
+    assert sorted(used.tolist()) == (row_expert >= 0).nonzero().flatten().tolist()
+    assert torch.equal(row_expert[used].long(), ids[ids >= 0])
+    assert torch.equal(rows[used], x[(ids >= 0).nonzero()[:, 0]])
+
+
+def test_ep_gather_sums_in_float32_and_keeps_the_dtype() -> None:
+    """1 + 7 x 2^-9 is 1.0 when every step rounds to bfloat16."""
+    rows = torch.tensor([1.0, *[2**-9] * 7]).bfloat16()[:, None]
+    out = ref.ep_gather(rows, torch.arange(8)[None])
+    assert out.dtype == torch.bfloat16
+    assert out.item() == torch.tensor(1 + 7 * 2**-9).bfloat16().item() != 1.0
+
+
+def test_ep_gather_without_weights_adds_what_is_there() -> None:
+    rows = torch.tensor([[NAN, NAN], [1.0, 2.0], [10.0, 20.0]])
+    out = ref.ep_gather(rows, torch.tensor([[1, 2], [-1, 2], [-1, -1], [1, -1]]))
+    assert out.tolist() == [[11.0, 22.0], [10.0, 20.0], [0.0, 0.0], [1.0, 2.0]]

@@ -1,0 +1,361 @@
+"""Whatever is asked, in whatever order: every page has one owner, a step stays within its bounds, requests start in
+the order they came, all of them end, and two schedulers that see the same events decide the same."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from disagg.request import Request
+from disagg.scheduler import Plan, Scheduler, Sequence
+from model.batch import NULL_PAGE, PAGE
+from model.kv_cache import PageAllocator
+
+EOS, OTHER = 1, 2
+CAPACITY = 7  # pages
+MAX_MODEL_LEN = 6 * PAGE
+
+
+@dataclass
+class Replica:
+    """A scheduler and what its role remembers of each request. Two of them live the same life."""
+
+    scheduler: Scheduler
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # by uid, all that are not over
+
+    @property
+    def holders(self) -> list[Sequence]:
+        return [s for s in self.sequences.values() if s.pages]
+
+
+def make_scheduler(max_batch: int, max_tokens_per_step: int, capacity: int = CAPACITY) -> Scheduler:
+    return Scheduler(PageAllocator(capacity + 1), max_batch, max_tokens_per_step, MAX_MODEL_LEN)
+
+
+def make_sequence(uid: int, prompt_len: int, max_tokens: int = 1) -> Sequence:
+    return Sequence(Request(uid, [OTHER] * prompt_len, max_tokens))
+
+
+def shape_of(plan: Plan) -> tuple[list, list]:
+    """All that a plan decides, by value."""
+    decodes = [(s.request.uid, s.computed, s.pages) for s in plan.decodes]
+    return decodes, [(s.request.uid, s.computed, s.pages, count) for s, count in plan.prefills]
+
+
+class Life(RuleBasedStateMachine):
+    """The unified role: a request takes pages for its prompt and its output when it is admitted."""
+
+    reserve_output = True
+
+    @initialize(max_batch=st.integers(1, 5), more=st.integers(0, 200))
+    def start(self, max_batch: int, more: int) -> None:
+        self.max_batch, self.max_tokens = max_batch, max_batch + more
+        self.twins = [Replica(make_scheduler(max_batch, max_batch + more)) for _ in range(2)]
+        self.submitted = 0
+        self.started: list[int] = []  # uids, in the order of their first step
+        self.queued: list[int] = []  # uids, in the order in which they were added
+
+    @property
+    def one(self) -> Replica:
+        return self.twins[0]
+
+    def add(self, uid: int) -> None:
+        self.queued.append(uid)
+        for twin in self.twins:
+            twin.scheduler.add(twin.sequences[uid])
+
+    @rule(prompt_len=st.integers(1, 2 * PAGE + 1) | st.integers(1, 5), max_tokens=st.integers(1, 4) | st.just(PAGE))
+    def submit(self, prompt_len: int, max_tokens: int) -> None:
+        uid, self.submitted = self.submitted, self.submitted + 1
+        for twin in self.twins:
+            twin.scheduler.check_fits(prompt_len + max_tokens)
+            twin.sequences[uid] = make_sequence(uid, prompt_len, max_tokens)
+        self.arrive(uid)
+
+    def arrive(self, uid: int) -> None:
+        self.add(uid)
+
+    @rule(ends=st.lists(st.booleans(), min_size=10, max_size=10))
+    def step(self, ends: list[bool]) -> None:
+        plans = [twin.scheduler.schedule(self.reserve_output) for twin in self.twins]
+        assert shape_of(plans[0]) == shape_of(plans[1])
+        self.check(plans[0])
+        for plan, twin in zip(plans, self.twins, strict=True):
+            before = {uid: s.computed for uid, s in twin.sequences.items()}
+            decodes, prefills = plan.chunks()
+            sampled = plan.advance()
+            for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], decodes + prefills, strict=True):
+                assert sequence.computed == before[sequence.request.uid] + len(chunk.token_ids)
+                assert chunk.wants_logits == (sequence in sampled)
+            for sequence, end in zip(sampled, ends, strict=False):
+                self.sampled(twin, sequence, EOS if end else OTHER)
+
+    def check(self, plan: Plan) -> None:
+        decodes, prefills = plan.chunks()
+        running = plan.decodes + [s for s, _ in plan.prefills]
+        assert len(self.one.scheduler.running) <= self.max_batch
+        assert sum(len(c.token_ids) for c in decodes + prefills) <= self.max_tokens
+        assert len({s.request.uid for s in running}) == len(running), "a sequence twice in one step"
+        assert all(len(c.token_ids) == 1 for c in decodes)
+        for sequence, chunk in zip(running, decodes + prefills, strict=True):
+            written = chunk.start + len(chunk.token_ids)
+            assert chunk.token_ids, "a chunk of nothing"
+            assert chunk.start == sequence.computed
+            assert list(chunk.token_ids) == sequence.tokens[chunk.start : written]
+            assert written <= len(chunk.pages) * PAGE, "a token without a page"
+            if sequence.request.uid not in self.started:
+                self.started.append(sequence.request.uid)
+        in_order = [uid for uid in self.queued if uid in self.started]
+        assert self.started == in_order, "overtaken"
+        skipped = [s for s in self.one.scheduler.running if s not in running]
+        assert not skipped or sum(len(c.token_ids) for c in decodes + prefills) == self.max_tokens, "idle for nothing"
+
+        queue, room = self.one.scheduler.waiting, self.max_batch - len(self.one.scheduler.running)
+        if queue and room and sum(len(c.token_ids) for c in decodes + prefills) < self.max_tokens:
+            request = queue[0].request
+            tokens = len(request.prompt) + (request.max_tokens if self.reserve_output else 0)
+            assert not queue[0].pages, "it has its pages, and waits for nothing"
+            assert tokens > self.one.scheduler.allocator.num_free * PAGE, "there is room, and it waits for nothing"
+
+    def sampled(self, twin: Replica, sequence: Sequence, token: int) -> None:
+        before = sequence.num_generated
+        reason = sequence.append(token, (EOS,))
+        assert sequence.num_generated == before + 1 <= sequence.request.max_tokens
+        assert (reason == "stop") == (token == EOS)
+        assert (reason is not None) == (token == EOS or before + 1 == sequence.request.max_tokens)
+        if reason is not None:
+            self.drop(twin, sequence.request.uid)
+
+    def drop(self, twin: Replica, uid: int) -> None:
+        sequence = twin.sequences.pop(uid)
+        twin.scheduler.remove(sequence)
+        twin.scheduler.release(sequence)
+        assert sequence.pages == []
+
+    @precondition(lambda self: self.one.sequences)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        uid = data.draw(st.sampled_from(sorted(self.one.sequences)))
+        if uid in self.queued and uid not in self.started:
+            self.queued.remove(uid)
+        for twin in self.twins:
+            self.drop(twin, uid)
+
+    @invariant()
+    def every_page_has_one_owner(self) -> None:
+        for twin in self.twins if hasattr(self, "twins") else []:
+            owned = [page for s in twin.holders for page in s.pages]
+            assert len(set(owned)) == len(owned), "a page owned twice"
+            assert NULL_PAGE not in owned
+            assert all(0 < page <= CAPACITY for page in owned)
+            assert twin.scheduler.allocator.num_free + len(owned) == CAPACITY
+
+    def settle(self) -> None:
+        """What goes on outside the scheduler comes to its end."""
+
+    def teardown(self) -> None:
+        if not hasattr(self, "twins"):
+            return
+        for _ in range(5_000):
+            self.settle()
+            if not self.one.sequences:
+                break
+            self.step([False] * 10)
+            self.every_page_has_one_owner()
+        for twin in self.twins:
+            assert not twin.sequences and not twin.scheduler.has_work, "a request never ended"
+            assert twin.scheduler.allocator.num_free == CAPACITY, "a page was lost"
+
+
+class PrefillLife(Life):
+    """The prefill role: room for the prompt alone; after the first token the pages stay until the links let go."""
+
+    reserve_output = False
+
+    def sampled(self, twin: Replica, sequence: Sequence, token: int) -> None:
+        assert len(sequence.pages) == -(-len(sequence.request.prompt) // PAGE), "it reserved more than the prompt"
+        twin.scheduler.remove(sequence)  # its KV is still being read
+
+    @property
+    def computed(self) -> list[int]:
+        return [uid for uid, s in self.one.sequences.items() if s.computed == len(s.request.prompt)]
+
+    @precondition(lambda self: self.computed)
+    @rule(data=st.data())
+    def links_ended(self, data: st.DataObject) -> None:
+        uid = data.draw(st.sampled_from(self.computed))
+        for twin in self.twins:
+            self.drop(twin, uid)
+
+    def settle(self) -> None:
+        for uid in self.computed:
+            for twin in self.twins:
+                self.drop(twin, uid)
+
+
+class DecodeLife(Life):
+    """The decode role: pages first, then the prompt's KV from elsewhere, and only then the scheduler."""
+
+    @initialize()
+    def nobody(self) -> None:
+        self.without_pages: deque[int] = deque()
+        self.on_its_way: list[int] = []
+
+    def arrive(self, uid: int) -> None:
+        self.without_pages.append(uid)
+        self.reserve()
+
+    def reserve(self) -> None:
+        while self.without_pages:
+            uid = self.without_pages[0]
+            got = []
+            for twin in self.twins:
+                sequence, free = twin.sequences[uid], twin.scheduler.allocator.num_free
+                tokens = len(sequence.request.prompt) + sequence.request.max_tokens
+                got.append(twin.scheduler.reserve(sequence, tokens))
+                assert got[-1] == (-(-tokens // PAGE) <= free)
+                assert len(sequence.pages) == (-(-tokens // PAGE) if got[-1] else 0)
+            assert got[0] == got[1]
+            if not got[0]:
+                break
+            self.on_its_way.append(self.without_pages.popleft())
+
+    def handed_over(self, uid: int) -> None:
+        self.on_its_way.remove(uid)
+        for twin in self.twins:
+            sequence = twin.sequences[uid]
+            sequence.computed = len(sequence.tokens)
+            if sequence.append(OTHER, (EOS,)):
+                self.drop(twin, uid)
+        if uid in self.one.sequences:
+            self.add(uid)
+
+    @precondition(lambda self: self.on_its_way)
+    @rule(data=st.data())
+    def kv_came(self, data: st.DataObject) -> None:
+        self.handed_over(data.draw(st.sampled_from(self.on_its_way)))
+
+    def drop(self, twin: Replica, uid: int) -> None:
+        super().drop(twin, uid)
+        if uid in self.without_pages:
+            self.without_pages.remove(uid)
+        if uid in self.on_its_way:
+            self.on_its_way.remove(uid)
+
+    def check(self, plan: Plan) -> None:
+        assert not plan.prefills, "the decode role computes no prompt"
+        super().check(plan)
+
+    def settle(self) -> None:
+        self.reserve()
+        for uid in list(self.on_its_way):
+            self.handed_over(uid)
+
+
+@pytest.mark.parametrize("life", (Life, PrefillLife, DecodeLife))
+def test_a_life_of_requests_keeps_every_invariant(life: type[Life]) -> None:
+    run_state_machine_as_test(
+        life, settings=settings(max_examples=120, stateful_step_count=40, deadline=None, derandomize=True)
+    )
+
+
+def test_a_prompt_is_computed_in_chunks_of_the_step_budget_and_has_logits_once() -> None:
+    scheduler = make_scheduler(max_batch=2, max_tokens_per_step=50)
+    sequence = make_sequence(0, prompt_len=120, max_tokens=5)
+    scheduler.add(sequence)
+    counts, rows = [], []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        counts.append(plan.num_prefill_tokens)
+        (chunk,) = plan.chunks()[1]
+        rows.append((chunk.start, len(chunk.token_ids), chunk.wants_logits))
+        sampled = plan.advance()
+    assert counts == [50, 50, 20]
+    assert rows == [(0, 50, False), (50, 50, False), (100, 20, True)]
+    assert sampled == [sequence]
+    assert len(sequence.pages) == 2  # 120 + 5 tokens
+
+
+def test_running_requests_decode_before_prompts_share_what_is_left_of_the_budget() -> None:
+    scheduler = make_scheduler(max_batch=4, max_tokens_per_step=10)
+    old = make_sequence(0, prompt_len=4, max_tokens=9)
+    scheduler.add(old)
+    scheduler.schedule().advance()
+    old.append(OTHER, (EOS,))
+    for uid, length in ((1, 6), (2, 6), (3, 6)):
+        scheduler.add(make_sequence(uid, length))
+    plan = scheduler.schedule()
+    assert [s.request.uid for s in plan.decodes] == [0]
+    assert [(s.request.uid, count) for s, count in plan.prefills] == [(1, 6), (2, 3)]
+    assert [s.request.uid for s in scheduler.waiting] == [3]
+
+
+def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> None:
+    scheduler = make_scheduler(max_batch=4, max_tokens_per_step=400)
+    first, large, small = make_sequence(0, 3 * PAGE), make_sequence(1, 5 * PAGE), make_sequence(2, 1)
+    for sequence in (first, large, small):
+        scheduler.add(sequence)
+    assert [s.request.uid for s, _ in scheduler.schedule().prefills] == [0]
+    assert [s.request.uid for s in scheduler.waiting] == [1, 2]
+    scheduler.remove(first)
+    scheduler.release(first)
+    assert [s.request.uid for s, _ in scheduler.schedule().prefills] == [1, 2]
+
+
+@pytest.mark.parametrize("reserve_output, pages", ((True, 3), (False, 1)))
+def test_the_prefill_role_reserves_the_prompt_and_the_others_the_output_too(reserve_output: bool, pages: int) -> None:
+    scheduler = make_scheduler(max_batch=1, max_tokens_per_step=PAGE)
+    sequence = make_sequence(0, prompt_len=PAGE, max_tokens=PAGE + 1)
+    scheduler.add(sequence)
+    scheduler.schedule(reserve_output)
+    assert len(sequence.pages) == pages
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    scheduler = make_scheduler(max_batch=1, max_tokens_per_step=1, capacity=3)
+    scheduler.check_fits(3 * PAGE)
+    with pytest.raises(ValueError, match=f"{3 * PAGE + 1} tokens need 4 pages of {PAGE}, this rank has 3"):
+        scheduler.check_fits(3 * PAGE + 1)
+
+
+def test_a_request_over_max_model_len_is_refused_with_the_numbers() -> None:
+    scheduler = make_scheduler(max_batch=1, max_tokens_per_step=1, capacity=100)
+    scheduler.check_fits(MAX_MODEL_LEN)
+    with pytest.raises(ValueError, match=rf"needs {MAX_MODEL_LEN + 1} tokens, over max_model_len \({MAX_MODEL_LEN}\)"):
+        scheduler.check_fits(MAX_MODEL_LEN + 1)
+
+
+def test_a_batch_larger_than_a_step_is_refused_with_the_numbers() -> None:
+    make_scheduler(max_batch=8, max_tokens_per_step=8)
+    with pytest.raises(ValueError, match=r"--max-batch \(9\) is over --max-tokens-per-step \(8\)"):
+        make_scheduler(max_batch=9, max_tokens_per_step=8)
+
+
+def test_the_end_of_text_token_ends_a_request_unless_it_is_to_be_ignored() -> None:
+    request = Request(0, [5], max_tokens=3)
+    assert Sequence(request).append(EOS, (7, EOS)) == "stop"
+    ignoring = Sequence(Request(0, [5], max_tokens=3, ignore_eos=True))
+    assert [ignoring.append(EOS, (7, EOS)) for _ in range(3)] == [None, None, "length"]
+
+
+def test_the_allocator_gives_all_or_nothing_and_takes_only_what_it_gave() -> None:
+    allocator = PageAllocator(5)
+    assert allocator.alloc(5) is None and allocator.num_free == 4
+    pages = allocator.alloc(4)
+    assert sorted(pages) == [1, 2, 3, 4]
+    allocator.free(pages[:1])
+    with pytest.raises(AssertionError, match="is not allocated"):
+        allocator.free(pages[:1])
+    with pytest.raises(AssertionError, match="is not allocated"):
+        allocator.free([NULL_PAGE])
+    assert allocator.num_free == 1

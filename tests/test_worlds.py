@@ -1,0 +1,97 @@
+"""The same request gives the same tokens in every arrangement: any world size, any attention TP, idle ranks, unified
+or disaggregated with any pairing of the two sides. And no page leaks on any rank."""
+
+import random
+import threading
+from pathlib import Path
+
+import torch.distributed as dist
+
+from disagg.control import RouterPort
+from disagg.engine import Engine, EngineConfig
+from disagg.request import Request, UserRequest
+from disagg.router import Answer, Router
+from disagg.tokenizer import load_tokenizer
+from disagg.worker import Interrupt, serve
+from kernels.backend import Ops
+from model.batch import NULL_PAGE
+from model.config import ModelConfig
+from parallel.mesh import Mesh
+from tests.worlds import run_world, sub_mesh
+
+SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
+SIDE = 8  # the most ranks a side has: the prefill (or unified) job starts at rank 0, the decode job at rank 8
+SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=48, kv_tokens=1024, max_model_len=512)
+
+
+def requests(vocab_size: int) -> list[UserRequest]:
+    """Fewer than ranks, so that some idle: one token, both sides of a page boundary, several chunks, sampling."""
+    rng = random.Random(0)
+    lengths, outputs = (1, 63, 64, 65, 130), (6, 3, 1, 5, 4)
+    made = []
+    for i, (length, max_tokens) in enumerate(zip(lengths, outputs, strict=True)):
+        prompt = [rng.randrange(vocab_size) for _ in range(length)]
+        warm = {"temperature": 0.8, "top_p": 0.9, "top_k": 40} if i % 2 else {}
+        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, logprobs=2, **warm)
+        made.append(UserRequest(i, request, []))
+    return made
+
+
+def collect(answers: dict[int, Answer]) -> list[tuple]:
+    return [(answers[i].token_ids, answers[i].finish_reason, answers[i].error) for i in sorted(answers)]
+
+
+def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, interrupt: Interrupt) -> list[tuple]:
+    """Serve the requests with these jobs. Every rank of the world calls this; rank 0 gets what came out."""
+    rank, answers, thread = dist.get_rank(), {}, None
+    port = [0]
+    if rank == 0:
+        encoder = load_tokenizer(tiny)
+        router = Router(RouterPort("127.0.0.1", 0), encoder.tokenizer, lambda: False)
+        work = requests(encoder.tokenizer.get_vocab_size())
+        thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
+        port = [router.port.port]
+    dist.broadcast_object_list(port)
+    if thread is not None:
+        thread.start()
+    for role, engine, mesh in jobs:
+        if mesh is not None:
+            assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt)
+            allocator = engine.scheduler.allocator
+            assert not engine.scheduler.has_work
+            assert allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"
+    if thread is not None:
+        thread.join()
+        router.port.close()
+    return collect(answers)
+
+
+def body(rank: int, tiny: Path) -> None:
+    config, interrupt = ModelConfig.from_pretrained(tiny), Interrupt()
+
+    def engines(first: int) -> dict[tuple[int, int], tuple[Engine | None, Mesh | None]]:
+        made = {}
+        for shape in SHAPES:
+            mesh = sub_mesh(first, *shape)
+            engine = Engine(SETTINGS, config, str(tiny), mesh, Ops()) if mesh is not None else None
+            made[shape] = (engine, mesh)
+        return made
+
+    left, right = engines(0), engines(SIDE)
+    expected = one_run([("unified", *left[(1, 1)])], tiny, interrupt)
+    if rank == 0:
+        assert [len(tokens) for tokens, *_ in expected] == [6, 3, 1, 5, 4]
+        assert len({tuple(tokens) for tokens, *_ in expected}) == 5
+    for shape in SHAPES[1:]:
+        got = one_run([("unified", *left[shape])], tiny, interrupt)
+        assert got == expected or rank, f"unified {shape}: {got} instead of {expected}"
+    for shape in SHAPES:
+        for other in SHAPES:
+            got = one_run([("prefill", *left[shape]), ("decode", *right[other])], tiny, interrupt)
+            assert got == expected or rank, f"prefill {shape}, decode {other}: {got} instead of {expected}"
+    for engine, _ in (*left.values(), *right.values()):
+        assert engine is None or engine.pool[:, NULL_PAGE + 1 :].isfinite().all()
+
+
+def test_every_arrangement_gives_the_same_tokens(tiny: Path) -> None:
+    run_world(2 * SIDE, body, tiny, timeout_s=280)

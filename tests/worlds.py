@@ -1,0 +1,72 @@
+"""Worlds of real processes for tests: gloo on this machine, bounded in time, a free port.
+
+Start-up is slow (every process imports torch), so a test spawns one world and checks many things in it.
+"""
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Group, Mesh
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float = 240) -> None:
+    """Call `body(rank, *args)` in `size` processes that form one gloo world. Fails with the first rank's traceback."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(rank, size, store.port, errors, body, args), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks):
+        time.sleep(0.05)
+    stuck = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
+    failed = any(process.exitcode for process in ranks)
+    for process in ranks:
+        process.kill()
+        process.join()
+    if not errors.empty():
+        raise AssertionError(errors.get())
+    assert not failed, f"exit codes {[p.exitcode for p in ranks]}"
+    assert not stuck, f"ranks {stuck} were still running after {timeout_s} s"
+
+
+def _rank(rank: int, size: int, port: int, errors: Any, body: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        body(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        errors.put(f"rank {rank} of {size}:\n{traceback.format_exc()}")
+        raise
+
+
+def sub_mesh(first: int, size: int, attn_tp: int = 1) -> Mesh | None:
+    """A job of `size` ranks within the world, from rank `first` on. EVERY rank of the world must call this; None for
+    those outside it."""
+    ranks = list(range(first, first + size))
+    me, ep, attn = dist.get_rank(), Group(), Group()
+    handle = dist.new_group(ranks) if size > 1 else None
+    if me in ranks and size > 1:
+        ep = Group(size, me - first, handle)
+    for row in torch.tensor(ranks).reshape(-1, attn_tp).tolist():
+        handle = dist.new_group(row) if attn_tp > 1 else None
+        if me in row:
+            attn = Group(attn_tp, row.index(me), handle)
+    return Mesh(me - first, size, torch.device("cpu"), attn, ep) if me in ranks else None
