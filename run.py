@@ -12,14 +12,13 @@ Prefill and decode in jobs of their own, in any order (--router is where the rou
 
 import argparse
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable
 
 from tqdm import tqdm
 
-from disagg.control import RouterPort, parse_address
+from disagg.control import RouterPort, local_host, parse_address
 from disagg.engine import DTYPES, Engine, EngineConfig
 from disagg.jsonl import Job, Writer, read_lines
 from disagg.router import Answer, Router
@@ -27,7 +26,7 @@ from disagg.tokenizer import load_tokenizer
 from disagg.worker import Interrupt, serve
 from kernels.backend import Ops
 from model.config import ModelConfig
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, launched_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
 
@@ -128,21 +127,10 @@ class FrontDoor:
 def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelConfig) -> int:
     interrupt = Interrupt()
     mesh = Mesh.create(args.attn_tp, args.device)
-    front, router = None, None
     if args.role == "unified":
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1") if mesh.size > 1 else "127.0.0.1"
-        front, error = None, None
-        if mesh.rank == 0:
-            try:
-                front = FrontDoor(args, settings, config, (host, 0))
-            except ValueError as problem:
-                error = str(problem)
-        error, port = mesh.ep.exchange((error, front and front.port.port))[0]
-        if error is not None:
-            raise ValueError(error)
-        router = (host, port)
+        front, router = open_front_door(args, settings, config, mesh)
     else:
-        router = parse_address("--router", args.router)
+        front, router = None, parse_address("--router", args.router)
     engine = Engine(settings, config, args.model, mesh, Ops())
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
@@ -160,6 +148,24 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     return 0 if found else 1
 
 
+def open_front_door(
+    args: argparse.Namespace, settings: EngineConfig, config: ModelConfig, mesh: Mesh
+) -> tuple[FrontDoor | None, tuple[str, int]]:
+    """On rank 0, the front door; on every rank, where its router listens. An error there is one on all ranks."""
+    front, error, address = None, None, None
+    if mesh.rank == 0:
+        host = local_host(mesh.first_host)
+        try:
+            front = FrontDoor(args, settings, config, (host, 0))
+            address = (host, front.port.port)
+        except ValueError as problem:
+            error = str(problem)
+    error, address = mesh.ep.exchange((error, address))[0]
+    if error is not None:
+        raise ValueError(error)
+    return front, address
+
+
 def main() -> int:
     try:
         args = parse_args()
@@ -173,7 +179,7 @@ def main() -> int:
         FrontDoor(args, settings, config, parse_address("--listen", args.listen)).run(lambda: interrupt.seen)
         return 0
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             print(f"run.py: error: {error}", file=sys.stderr)
         return 2
 

@@ -4,6 +4,7 @@ router  <-- Port (ROUTER) ... DEALER -->  the first rank of each attention repli
 prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode rank
 """
 
+import os
 import socket
 from typing import Any
 
@@ -107,7 +108,7 @@ def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
     try:
         sock.bind(f"tcp://{host}:{port or '*'}")
     except zmq.ZMQError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
     return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
 
 

@@ -102,6 +102,7 @@ class Mesh:
     device: torch.device = torch.device("cpu")
     attn: Group = Group()
     ep: Group = Group()
+    first_host: str = "127.0.0.1"  # where rank 0 runs
 
     @property
     def replica(self) -> int:
@@ -120,7 +121,7 @@ class Mesh:
     @classmethod
     def create(cls, attn_tp: int = 1, device: str = "auto") -> "Mesh":
         """Read torchrun's environment, join the job, make the groups. ValueError spells the equation it fails."""
-        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), launched_rank()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if attn_tp < 1 or size % attn_tp:
             raise ValueError(f"ranks % --attn-tp must be 0, not {size} % {attn_tp}" + f" = {size % max(attn_tp, 1)}")
@@ -136,7 +137,7 @@ class Mesh:
             handle = dist.new_group(row) if attn_tp > 1 else None
             if rank in row:
                 attn = Group(attn_tp, row.index(rank), handle)
-        return cls(rank, size, device, attn, Group(size, rank, dist.group.WORLD))
+        return cls(rank, size, device, attn, Group(size, rank, dist.group.WORLD), os.environ["MASTER_ADDR"])
 
     def agree(self, *mine: int) -> list[list[int]]:
         """The one small CPU collective of a step: every rank's numbers, a row a rank."""
@@ -149,6 +150,11 @@ class Mesh:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """My rank before there is a mesh; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -24,7 +24,7 @@ LINES = [
 
 
 def start(*command: str) -> subprocess.Popen:
-    """A process group of its own, so that it can be interrupted as a terminal would."""
+    """A session of its own. So has each rank that torchrun starts: a signal to torchrun does not reach them."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -38,13 +38,17 @@ def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, st
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
         raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
-    with pytest.raises(ProcessLookupError):  # nothing of its process group is left
-        os.killpg(process.pid, 0)
     return process.returncode, out, err
 
 
+def processes(*words: str) -> list[int]:
+    """Everything running whose command line holds all these words."""
+    listed = subprocess.run(["ps", "-axwwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if all(word in line for word in words)]
+
+
 def run(*flags: str, ranks: int = 0) -> tuple[int, str, str]:
-    launcher = (*TORCHRUN, str(ranks)) if ranks else (sys.executable,)
+    launcher = (*TORCHRUN, str(ranks), "--standalone") if ranks else (sys.executable,)
     return finish(start(*launcher, "run.py", *flags))
 
 
@@ -87,7 +91,7 @@ class Deployment:
 
     def start_job(self, role: str, ranks: int = 2, *more: str) -> None:
         flags = ("--role", role, "--router", self.address, "--model", self.tiny, *more)
-        self.jobs[role] = start(*TORCHRUN, str(ranks), "run.py", *flags)
+        self.jobs[role] = start(*TORCHRUN, str(ranks), "--standalone", "run.py", *flags)
 
     def start_router(self) -> None:
         flags = ("--role", "router", "--listen", self.address, "--model", self.tiny)
@@ -96,7 +100,9 @@ class Deployment:
         )
 
     def finish(self) -> dict[str, tuple[int, str, str]]:
-        return {role: finish(process) for role, process in self.jobs.items()}
+        ended = {role: finish(process) for role, process in self.jobs.items()}
+        assert not processes(self.address), "it left ranks behind"
+        return ended
 
     def wait_for_answers(self, count: int, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
@@ -177,8 +183,9 @@ def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> N
     flags = ("--model", str(tiny), "--input", str(source), "--output", str(deployment.out), "--show")
     process = start(*TORCHRUN, "2", "run.py", *flags)
     assert process.stdout.readline().startswith("--- 2")  # the short one has been answered
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(ranks[1]), signal.SIGINT)
+    ranks = [pid for pid in processes(str(deployment.out)) if pid != process.pid]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGINT)
     code, _, err = finish(process)
     assert code == 0 and "Traceback" not in err, err
     assert [answer["finish_reason"] for answer in read(deployment.out)] == ["error", "length"]
@@ -194,9 +201,9 @@ def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
     deployment.start_job("decode", 1, "--max-batch", "2")  # few at a time: the router holds the others back
     deployment.start_router()
     deployment.wait_for_answers(2)
-    killed = deployment.jobs.pop("prefill")
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    for pid in processes(deployment.address, "--role prefill"):
+        os.kill(pid, signal.SIGKILL)
+    deployment.jobs.pop("prefill").communicate()
     time.sleep(2)
     assert len(read(deployment.out)) < 16, "it was over before the prefill job died: the test shows nothing"
     deployment.start_job("prefill", ranks=1)

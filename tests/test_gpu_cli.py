@@ -1,0 +1,49 @@
+"""The command line on a GPU over NCCL: the tokens of the CPU, unified and with KV handed over between two jobs.
+
+Several ranks share the GPU; NCCL >= 2.30 allows that with NCCL_MULTI_RANK_GPU_ENABLE=1.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import Deployment, read, run
+
+pytestmark = pytest.mark.gpu
+PROMPTS = "scripts/prompts.jsonl"
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    out = tmp_path_factory.mktemp("cpu") / "out.jsonl"
+    flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out), "--device", "cpu")
+    code, _, err = run(*flags)
+    assert code == 0, err
+    return tokens(out)
+
+
+def tokens(path: Path) -> list[list[int]]:
+    return [answer["token_ids"] for answer in read(path)]
+
+
+@pytest.mark.parametrize(("ranks", "attn_tp"), [(0, 1), (2, 1), (2, 2), (4, 2)])
+def test_unified(ranks: int, attn_tp: int, expected: list[list[int]], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out), "--attn-tp", str(attn_tp))
+    code, _, err = run(*flags, "--device", "cuda", "--dtype", "float32", ranks=ranks)
+    assert code == 0, err
+    assert tokens(out) == expected
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
+def test_disaggregated(prefill: int, decode: int, expected: list[list[int]], tmp_path: Path) -> None:
+    deployment = Deployment(Path("model/tiny"), Path(PROMPTS), tmp_path / "out.jsonl")
+    for role, ranks in (("prefill", prefill), ("decode", decode)):
+        deployment.start_job(role, ranks, "--device", "cuda", "--dtype", "float32")
+    deployment.start_router()
+    ended = deployment.finish()
+    for role, (code, _, err) in ended.items():
+        assert code == 0, f"{role}: {err}"
+    assert tokens(deployment.out) == expected
+    print(json.dumps({"pairing": (prefill, decode), "table": ended["router"][2]}))
