@@ -126,7 +126,7 @@ def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int) -> tuple[Tenso
     source = torch.zeros(num_local * num_rows + 1, dtype=torch.int64, device=x.device)
     token = torch.arange(num_rows, device=x.device)[:, None].expand_as(index)
     source.scatter_(0, index.where(index >= 0, num_local * num_rows).flatten(), token.flatten())
-    return x[source[:-1]].view(num_local, num_rows, -1), counts, index
+    return x[source[:-1]].view(num_local, num_rows, x.shape[1]), counts, index
 
 
 def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -1,10 +1,17 @@
 """ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 SUPPORTED = "deepseek_v3"
+MAY_BE_ZERO = (
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "num_nextn_predict_layers",
+    "bos_token_id",
+    "qk_nope_head_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,10 @@ class ModelConfig:
             raise ValueError(f"--model {folder}: it has no config.json")
         try:
             raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: it must hold a JSON object, not {type(raw).__name__}")
         return cls.from_dict(raw, str(path))
 
     @classmethod
@@ -107,9 +116,12 @@ class ModelConfig:
         return config
 
     def _check(self, where: str) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_routed_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{where}: {name} is {getattr(self, name)}; it must be at least 1")
+        for name, kind in {f.name: f.type for f in fields(self)}.items():
+            value = getattr(self, name)
+            if kind in (int, int | None) and value is not None:
+                least = 0 if name in MAY_BE_ZERO else 1
+                if type(value) is not int or value < least:
+                    raise ValueError(f"{where}: {name} is {value!r}; it must be an integer of at least {least}")
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:
             raise ValueError(f"{where}: n_routed_experts % n_group must be 0, not {experts} % {groups}")
@@ -136,6 +148,9 @@ def _read_rope(raw: dict, where: str) -> Rope:
         raise ValueError(f"{where}: rope type is {kind!r}; only 'default' and 'yarn' are supported")
     if "factor" not in given:
         raise ValueError(f"{where}: yarn rope scaling has no 'factor'")
+    for name, only in (("attention_factor", None), ("truncate", True)):
+        if given.get(name, only) != only:
+            raise ValueError(f"{where}: yarn's {name} is {given[name]!r}; only {only!r} is supported")
     return Rope(
         theta=theta,
         factor=given["factor"],

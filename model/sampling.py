@@ -56,7 +56,7 @@ def gumbel(seed: Tensor, position: Tensor, width: int) -> Tensor:
     """[N, width] Gumbel noise, a pure function of (seed, position, column): a counter-based generator in integers."""
     row = _mix(_mix(seed ^ (seed >> 32)) ^ position)
     bits = _mix(row[:, None] ^ _mix(torch.arange(width, device=seed.device)))
-    uniform = ((bits >> 8).float() + 0.5) / 2**24
+    uniform = ((bits >> 9).float() + 0.5) / 2**23  # 24 bits: exact in float32, never 0 or 1
     return -(-uniform.log()).log()
 
 

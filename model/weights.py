@@ -143,7 +143,10 @@ def _files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
         _complain(folder, "shards are missing", sorted({p.name for p in files.values() if not p.is_file()}))
         present = {path: set(_names(path)) for path in set(files.values())}
         absent = sorted(name for name, path in files.items() if name not in present[path])

@@ -74,13 +74,15 @@ SHAPES: dict[str, dict[str, Any]] = {  # what each configuration changes in BASE
     },
     "all_dense": {"num_hidden_layers": 2, "first_k_dense_replace": 2},
 }
+# With these seeds the best and second-best token of test_model.py's texts are never closer than 1e-3.
+SEEDS = {"v3": 0, "no_q_lora": 1, "one_group": 5, "top_8": 1, "one_dense": 4, "no_dense": 0, "all_dense": 1}
 
 
 def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes: Any) -> Path:
     """A random checkpoint of SHAPES[shape] in float32, with well-spread logits and a gate bias that matters."""
     config = DeepseekV3Config(**{**BASE, **SHAPES[shape], **changes})
     theirs = DeepseekV3ForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(len(shape))
+    generator = torch.Generator().manual_seed(SEEDS[shape])
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
             if config.tie_word_embeddings and name == "lm_head.weight":

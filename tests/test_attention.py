@@ -155,6 +155,7 @@ def test_padding_rows_write_only_the_null_page_and_change_nothing(model: Transfo
         assert batch.num_tokens % multiple == 0
         logits.append(model(batch, pool, dispatcher))
     assert batch.is_token.tolist() == ([True, False, True, True] if prefilling else [True, False, False, False])
+    assert batch.kv_lens.tolist() == [65] + [0] * (1 if prefilling else 3)
     assert logits[1].shape == (1 + prefilling, model.config.vocab_size)
     assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
     assert_close(pools[1][:, NULL_PAGE + 1 :], pools[0][:, NULL_PAGE + 1 :], atol=1e-5, rtol=1e-5)

@@ -55,9 +55,8 @@ def test_greedy_tokens_and_logprobs_equal_transformers(case: Case, style: str) -
 def test_the_answers_are_worth_comparing(case: Case) -> None:
     """Texts that repeat one token, or logits that are all alike, would hide mistakes."""
     assert len({tuple(tokens) for tokens in case.theirs.tokens}) == len(LENGTHS)
-    for tokens, logprobs in zip(case.theirs.tokens, case.theirs.logprobs, strict=True):
-        assert len(set(tokens)) >= 4
-        assert logprobs.std(-1).min() > 0.5
+    assert len(set(sum(case.theirs.tokens, []))) >= 20
+    assert all(logprobs.std(-1).min() > 0.5 for logprobs in case.theirs.logprobs)
 
 
 @pytest.mark.parametrize("rope", [hf.YARN, {"rope_type": "default", "rope_theta": 500.0}], ids=["yarn", "default"])

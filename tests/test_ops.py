@@ -93,7 +93,16 @@ def slow_gate(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("experts", "groups", "keep", "top_k"),
-    [(16, 1, 1, 4), (16, 4, 2, 4), (16, 4, 4, 16), (64, 8, 4, 8), (16, 8, 3, 2), (8, 8, 3, 3), (8, 4, 1, 2), (1, 1, 1, 1)],
+    [
+        (16, 1, 1, 4),
+        (16, 4, 2, 4),
+        (16, 4, 4, 16),
+        (64, 8, 4, 8),
+        (16, 8, 3, 2),
+        (8, 8, 3, 3),
+        (8, 4, 1, 2),
+        (1, 1, 1, 1),
+    ],
 )
 def test_gate_topk_equals_the_report(experts: int, groups: int, keep: int, top_k: int, normalize: bool) -> None:
     logits, bias = torch.randn(50, experts), torch.randn(experts) * 0.3

@@ -265,7 +265,7 @@ class DecodeLife(Life):
 @pytest.mark.parametrize("life", (Life, PrefillLife, DecodeLife))
 def test_a_life_of_requests_keeps_every_invariant(life: type[Life]) -> None:
     run_state_machine_as_test(
-        life, settings=settings(max_examples=120, stateful_step_count=40, deadline=None, derandomize=True)
+        life, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
     )
 
 
@@ -298,6 +298,20 @@ def test_running_requests_decode_before_prompts_share_what_is_left_of_the_budget
     assert [s.request.uid for s in plan.decodes] == [0]
     assert [(s.request.uid, count) for s, count in plan.prefills] == [(1, 6), (2, 3)]
     assert [s.request.uid for s in scheduler.waiting] == [3]
+
+
+def test_a_request_that_was_handed_over_takes_its_token_out_of_the_budget() -> None:
+    scheduler = make_scheduler(max_batch=3, max_tokens_per_step=10)
+    handed_over = make_sequence(0, prompt_len=30, max_tokens=5)
+    assert scheduler.reserve(handed_over, 35)
+    handed_over.computed = 30
+    handed_over.append(OTHER, (EOS,))
+    scheduler.add(handed_over)
+    scheduler.add(make_sequence(1, prompt_len=20))
+    plan = scheduler.schedule()
+    assert plan.decodes == [handed_over] and plan.num_prefill_tokens == 9
+    (chunk,), _ = plan.chunks()
+    assert (list(chunk.token_ids), chunk.start) == ([OTHER], 30)
 
 
 def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> None:

@@ -1,0 +1,217 @@
+"""A configuration is read completely, or refused with the field, its value and the rule it breaks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hf import YARN
+
+from model.config import ModelConfig, Rope
+
+REQUIRED: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+}
+MINIMAL = {"model_type": "deepseek_v3", **REQUIRED}
+
+
+def refused(raw: dict[str, Any], *words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_dict(raw, "somewhere/config.json")
+    message = str(error.value)
+    assert message.startswith("somewhere/config.json: ")
+    assert all(word in message for word in words), message
+
+
+def test_the_smallest_config_gets_the_documented_defaults() -> None:
+    config = ModelConfig.from_dict(MINIMAL)
+    for name, value in REQUIRED.items():
+        assert getattr(config, name) == value, name
+    assert config.q_lora_rank is None
+    assert (config.n_shared_experts, config.n_group, config.topk_group, config.first_k_dense_replace) == (1, 1, 1, 0)
+    assert (config.norm_topk_prob, config.routed_scaling_factor, config.rms_norm_eps) == (True, 1.0, 1e-6)
+    assert (config.max_position_embeddings, config.tie_word_embeddings) == (4096, False)
+    assert (config.num_nextn_predict_layers, config.dtype) == (0, "bfloat16")
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    assert config.rope == Rope(theta=10000.0, factor=1.0, original_max_position=4096, mscale=0.0, mscale_all_dim=0.0)
+
+
+def test_every_optional_field_is_read() -> None:
+    given = {
+        "q_lora_rank": 24,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 777,
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 1,
+        "bos_token_id": 0,
+    }
+    config = ModelConfig.from_dict(MINIMAL | given)
+    for name, value in given.items():
+        assert getattr(config, name) == value, name
+    assert (config.qk_head_dim, config.kv_dim, config.num_moe_layers) == (24, 40, 2)
+
+
+def test_null_means_the_default() -> None:
+    raw = MINIMAL | {"q_lora_rank": None, "n_group": None, "rope_scaling": None, "eos_token_id": None, "dtype": None}
+    assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(MINIMAL)
+
+
+def test_unknown_fields_are_let_be() -> None:
+    assert ModelConfig.from_dict(MINIMAL | {"architectures": ["x"], "rope": 7}) == ModelConfig.from_dict(MINIMAL)
+
+
+@pytest.mark.parametrize(("given", "want"), [(None, ()), (1, (1,)), (0, (0,)), ([1, 5], (1, 5))])
+def test_end_of_sequence_is_one_id_or_several(given: Any, want: tuple[int, ...]) -> None:
+    assert ModelConfig.from_dict(MINIMAL | {"eos_token_id": given}).eos_token_ids == want
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_both_spellings_of_dtype(name: str) -> None:
+    assert ModelConfig.from_dict(MINIMAL | {name: "float32"}).dtype == "float32"
+
+
+def test_more_dense_layers_than_layers_leave_no_moe_layer() -> None:
+    assert ModelConfig.from_dict(MINIMAL | {"first_k_dense_replace": 9}).num_moe_layers == 0
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_each_required_field_is_asked_for_by_name(name: str) -> None:
+    refused({k: v for k, v in MINIMAL.items() if k != name}, "required", name)
+    refused(MINIMAL | {name: None}, "required", name)
+
+
+def test_all_missing_fields_are_named_at_once() -> None:
+    refused({"model_type": "deepseek_v3"}, *REQUIRED)
+
+
+@pytest.mark.parametrize("value", ["llama", "deepseek_v2", None])
+def test_model_type(value: str | None) -> None:
+    refused(MINIMAL | {"model_type": value}, "model_type", repr(value), "'deepseek_v3'")
+
+
+ONLY = {
+    "scoring_func": ("softmax", "sigmoid"),
+    "topk_method": ("greedy", "noaux_tc"),
+    "hidden_act": ("gelu", "silu"),
+    "attention_bias": (True, False),
+    "moe_layer_freq": (2, 1),
+    "rope_interleave": (False, True),
+}
+
+
+@pytest.mark.parametrize("name", ONLY)
+def test_what_has_one_supported_value(name: str) -> None:
+    wrong, only = ONLY[name]
+    refused(MINIMAL | {name: wrong}, name, repr(wrong), repr(only))
+    assert ModelConfig.from_dict(MINIMAL | {name: only}) == ModelConfig.from_dict(MINIMAL)
+
+
+@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_routed_experts"]
+)
+def test_sizes_are_at_least_one(name: str, value: int) -> None:
+    refused(MINIMAL | {name: value}, name, str(value), "at least 1")
+
+
+def test_groups_divide_the_experts() -> None:
+    refused(MINIMAL | {"n_group": 3}, "n_routed_experts % n_group must be 0, not 16 % 3")
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_there_is_at_least_one_group(value: int) -> None:
+    refused(MINIMAL | {"n_group": value}, "n_group", str(value))
+
+
+@pytest.mark.parametrize("value", [0, -1, "4", True, 2.0])
+@pytest.mark.parametrize("name", ["topk_group", "num_experts_per_tok", "num_hidden_layers", "q_lora_rank"])
+def test_sizes_are_positive_integers(name: str, value: object) -> None:
+    refused(MINIMAL | {name: value}, name, repr(value), "an integer of at least 1")
+
+
+@pytest.mark.parametrize("value", [5, 99])
+def test_kept_groups_are_some_of_the_groups(value: int) -> None:
+    refused(MINIMAL | {"n_group": 4, "topk_group": value}, "topk_group", str(value), "1..n_group (4)")
+
+
+@pytest.mark.parametrize("value", [9, 17])
+def test_a_token_asks_for_no_more_experts_than_it_can_reach(value: int) -> None:
+    raw = MINIMAL | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": value}
+    refused(raw, "num_experts_per_tok", str(value), "1..8", "topk_group 2 x 4 experts a group")
+    assert ModelConfig.from_dict(raw | {"num_experts_per_tok": 8}).num_experts_per_tok == 8
+
+
+def test_rope_turns_pairs() -> None:
+    refused(MINIMAL | {"qk_rope_head_dim": 7}, "qk_rope_head_dim", "7", "even")
+
+
+def test_an_unknown_rope_is_refused() -> None:
+    refused(MINIMAL | {"rope_scaling": {"type": "linear", "factor": 2}}, "rope type", "'linear'", "'yarn'")
+    refused(MINIMAL | {"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "rope type", "'llama3'", "'yarn'")
+
+
+def test_yarn_needs_its_factor() -> None:
+    refused(MINIMAL | {"rope_scaling": {"type": "yarn"}}, "yarn", "'factor'")
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "rope_scaling, old type"])
+def test_every_number_of_yarn_is_read_in_every_spelling(spelling: str) -> None:
+    numbers = {k: v for k, v in YARN.items() if k not in ("rope_type", "rope_theta")} | {
+        "beta_fast": 20,
+        "beta_slow": 2,
+    }
+    if spelling == "rope_parameters":
+        raw: dict[str, Any] = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, **numbers}}
+    else:
+        kind = "type" if "old" in spelling else "rope_type"
+        raw = {"rope_theta": 500.0, "rope_scaling": {kind: "yarn", **numbers}}
+    assert ModelConfig.from_dict(MINIMAL | raw).rope == Rope(500.0, 4.0, 64, 20, 2, 0.7, 1.0)
+
+
+def test_yarn_without_an_original_context_takes_the_models() -> None:
+    raw = MINIMAL | {"max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 2.0}}
+    assert ModelConfig.from_dict(raw).rope == Rope(10000.0, 2.0, 512, 32.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "raw", [{"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}]
+)
+def test_plain_rope_in_both_spellings(raw: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict(MINIMAL | raw).rope == Rope(theta=500.0)
+
+
+def test_a_file_is_read_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINIMAL))
+    assert ModelConfig.from_pretrained(tmp_path) == ModelConfig.from_dict(MINIMAL)
+    assert ModelConfig.from_pretrained(str(tmp_path)) == ModelConfig.from_dict(MINIMAL)
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense"])
+def test_a_file_that_is_not_json_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json: not JSON"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_missing_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="absent: no such folder"):
+        ModelConfig.from_pretrained(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no config.json"):
+        ModelConfig.from_pretrained(tmp_path)

@@ -1,0 +1,280 @@
+"""Every line of input is either a request that the engine can run or one ValueError that says what is wrong with it."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jinja2 import Template, TemplateError
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+from disagg.request import PromptEncoder, UserRequest, parse_request
+
+VOCAB_SIZE = 257
+BOS = 256
+LIMIT = 64  # max_model_len
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token for each byte of UTF-8, and a bos."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return tokenizer
+
+
+def refuse_system(message: str) -> None:
+    raise TemplateError(message)
+
+
+TEMPLATE = Template(
+    "{% for m in messages %}{% if m.role == 'system' %}{{ refuse('no system here') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TEMPLATE.globals["refuse"] = refuse_system
+TOKENIZER = byte_tokenizer()
+ENCODER = PromptEncoder(TOKENIZER, TEMPLATE)
+
+
+def parse(fields: dict | str, encoder: PromptEncoder = ENCODER) -> UserRequest:
+    line = fields if isinstance(fields, str) else json.dumps(fields)
+    return parse_request(line, 7, encoder, VOCAB_SIZE, LIMIT)
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    user = parse({"prompt": "hi"})
+    request = user.request
+    assert (user.id, user.stop, request.uid) == (7, [], 7)
+    assert (request.max_tokens, request.temperature, request.top_p, request.top_k) == (16, 0.0, 1.0, 0)
+    assert (request.ignore_eos, request.logprobs) == (False, 0)
+    assert 0 <= request.seed < 2**31
+
+
+def test_what_is_given_is_taken() -> None:
+    given = {
+        "max_tokens": 40,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "seed": 2**63 - 1,
+        "ignore_eos": True,
+        "logprobs": 20,
+    }
+    user = parse({"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], **given})
+    assert user.id == "mine" and user.stop == ["a", "bc"]
+    assert user.request.prompt == [0, 3, 256]
+    assert {name: getattr(user.request, name) for name in given} == given
+
+
+def test_requests_without_a_seed_draw_different_ones() -> None:
+    assert len({parse({"prompt": "hi"}).request.seed for _ in range(20)}) > 1
+
+
+@pytest.mark.parametrize("field, value", (("temperature", 1), ("temperature", 0), ("top_p", 1)))
+def test_an_integer_is_a_number_where_a_number_is_asked_for(field: str, value: int) -> None:
+    assert getattr(parse({"prompt": "hi", field: value}).request, field) == value
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert parse({"prompt": "hi", "stop": "\n\n"}).stop == ["\n\n"]
+
+
+def test_the_tokenizer_adds_bos_to_a_prompt_and_the_chat_template_to_messages() -> None:
+    text = "é!"
+    as_bytes = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert len(as_bytes) == len(text.encode())
+    assert parse({"prompt": text}).request.prompt == [BOS, *as_bytes]
+    chat = parse({"messages": [{"role": "user", "content": text}]}).request.prompt
+    assert TOKENIZER.decode(chat) == "[user]é![assistant]" and BOS not in chat
+    written = PromptEncoder(TOKENIZER, Template("<bos>{{ messages[0].content }}"))
+    assert parse({"messages": [{"role": "user", "content": text}]}, written).request.prompt == [BOS, *as_bytes]
+
+
+def test_a_prompt_may_fill_the_model_exactly() -> None:
+    request = parse({"prompt_token_ids": [1] * (LIMIT - 1), "max_tokens": 1}).request
+    assert len(request.prompt) == LIMIT - 1
+
+
+BAD_FIELDS = (
+    *(("max_tokens", value, "at least 1") for value in (0, -1, 1.0, True, "5", None, [])),
+    *(("top_p", value, r"in \(0, 1\]") for value in (0, -0.1, 1.0001, 2, "1", True, None, float("nan"))),
+    *(("top_k", value, "at least 0") for value in (-1, 0.5, False, "1", 2**31, None)),
+    *(("seed", value, "in 0..2") for value in (-1, 2**63, 1.0, True, None, "x")),
+    *(
+        ("temperature", value, "in 0..1000")
+        for value in (-0.01, float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 1001, True, "0", None)
+    ),
+    *(("ignore_eos", value, "true or false") for value in (0, 1, "true", None)),
+    *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, None, [])),
+    *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, None, True, [None])),
+)
+
+
+@pytest.mark.parametrize("field, value, rule", BAD_FIELDS)
+def test_a_bad_field_is_named_with_its_value_and_the_rule(field: str, value: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule) as caught:
+        parse({"prompt": "hi", field: value})
+    assert str(caught.value).startswith(f"{field} is {value!r}"[:50])
+    assert len(str(caught.value)) < 200
+
+
+BAD_PROMPTS = (
+    *({"prompt": value} for value in ("", 5, None, ["hi"], True, {})),
+    *(
+        {"prompt_token_ids": value}
+        for value in ([], "12", None, 5, {}, [VOCAB_SIZE], [-1], [True], [1.0], ["1"], [[1]])
+    ),
+    {"prompt_token_ids": [1, 2, 10**30]},
+    *({"messages": value} for value in ([], "hi", None, {}, ["hi"], [5], [None])),
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"content": "hi"}]},
+    {"messages": [{"role": "user", "content": None}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+    {"messages": [{"role": 1, "content": "hi"}]},
+    {"messages": [{"role": "user", "content": "hi"}, {}]},
+    {"messages": [{"role": "system", "content": "hi"}]},  # this template refuses
+    {"prompt": "a \ud800 b"},
+    {"messages": [{"role": "user", "content": "\udfff"}]},
+)
+
+
+@pytest.mark.parametrize("fields", BAD_PROMPTS, ids=lambda fields: json.dumps(fields)[:60])
+def test_a_bad_prompt_is_refused_by_name(fields: dict) -> None:
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        parse(fields)
+
+
+def test_a_token_that_is_not_in_the_vocabulary_is_named_with_the_vocabularys_bounds() -> None:
+    parse({"prompt_token_ids": [VOCAB_SIZE - 1, 0]})
+    with pytest.raises(ValueError, match=f"holds {VOCAB_SIZE}; each must be an integer in 0..{VOCAB_SIZE - 1}"):
+        parse({"prompt_token_ids": [1, VOCAB_SIZE]})
+
+
+def test_messages_need_a_chat_template() -> None:
+    with pytest.raises(ValueError, match="messages: this model has no chat template"):
+        parse({"messages": [{"role": "user", "content": "hi"}]}, PromptEncoder(TOKENIZER, None))
+
+
+@pytest.mark.parametrize(
+    "given", ((), ("prompt", "messages"), ("prompt", "prompt_token_ids"), ("prompt", "prompt_token_ids", "messages"))
+)
+def test_exactly_one_kind_of_prompt_is_given(given: tuple[str, ...]) -> None:
+    values = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "prompt_token_ids": [1]}
+    with pytest.raises(ValueError, match=f"exactly one of .* not {' and '.join(given) or 'none'}"):
+        parse({name: values[name] for name in given})
+
+
+@pytest.mark.parametrize("length, max_tokens", ((LIMIT, 1), (LIMIT - 4, 5), (1, LIMIT), (1000, 1000), (1, 10**30)))
+def test_a_request_over_the_models_length_is_told_the_numbers(length: int, max_tokens: int) -> None:
+    numbers = rf"\({length} tokens\).*\({max_tokens}\) = {length + max_tokens} is over max_model_len \({LIMIT}\)"
+    with pytest.raises(ValueError, match=numbers):
+        parse({"prompt_token_ids": [1] * length, "max_tokens": max_tokens})
+
+
+def test_a_long_text_is_counted_in_tokens_with_its_bos() -> None:
+    with pytest.raises(ValueError, match=rf"prompt \({LIMIT + 1} tokens\)"):
+        parse({"prompt": "x" * LIMIT})
+
+
+def test_an_unknown_field_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown field 'max_token'; known are .*max_tokens"):
+        parse({"prompt": "hi", "max_token": 5})
+
+
+@pytest.mark.parametrize(
+    "line",
+    (
+        "hello",
+        "",
+        "{",
+        '{"prompt": "hi"',
+        '{"prompt": "hi"} x',
+        "{'prompt': 'hi'}",
+        '{"prompt": "a\nb"}',
+        '{"max_tokens": ' + "9" * 10_000 + ', "prompt": "hi"}',
+        '{"id": ' + "[" * 100_000 + "]" * 100_000 + ', "prompt": "hi"}',
+        "[" * 100_000,
+    ),
+    ids=lambda line: line[:20],
+)
+def test_what_is_not_json_is_said_to_be_so(line: str) -> None:
+    with pytest.raises(ValueError, match="^not JSON"):
+        parse(line)
+
+
+@pytest.mark.parametrize("line", ("5", '"prompt"', "null", "true", "[]", '[{"prompt": "hi"}]', "NaN"))
+def test_a_line_that_is_not_an_object_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=f"must be a JSON object, not {type(json.loads(line)).__name__}"):
+        parse(line)
+
+
+@pytest.mark.parametrize("fields", ({"prompt": "unheard words"}, {"messages": [{"role": "user", "content": "hm"}]}))
+def test_a_prompt_without_a_single_token_is_refused(fields: dict) -> None:
+    """The model has nothing to start from: neither a bos nor any token that the text became."""
+    tokenizer = Tokenizer(BPE(vocab={"x": 0}, merges=[]))  # drops what it does not know
+    with pytest.raises(ValueError, match="token"):
+        parse(fields, PromptEncoder(tokenizer, Template("")))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.integers(-2, 30)
+    | st.floats()
+    | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("id", "prompt", "prompt_token_ids", "messages", "stop", "max_tokens", "temperature", "top_p", "top_k", "seed")
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(("user", "system")), "content": st.text(st.characters())})
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from((*FIELDS, "ignore_eos", "logprobs")) | st.text(max_size=3), JSON, max_size=6)
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "prompt": st.text(st.characters(codec=None), max_size=8),
+            "prompt_token_ids": st.lists(st.integers(-1, VOCAB_SIZE), max_size=70),
+            "messages": MESSAGES,
+            "max_tokens": st.integers(-1, 70),
+            "temperature": st.floats() | st.integers(-1, 2),
+            "top_p": st.floats(-0.5, 1.5),
+            "top_k": st.integers(-1, 2**31),
+            "logprobs": st.integers(-1, 21),
+            "stop": st.text(max_size=1) | st.lists(st.text(max_size=2), max_size=2),
+        },
+    )
+)
+@example({"prompt": "hi"})
+@settings(deadline=None, derandomize=True, max_examples=600)
+def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> None:
+    try:
+        user = parse(fields)
+    except ValueError as error:
+        assert type(error) is ValueError, "a ValueError of somebody else, which says nothing of the field"
+        str(error).encode()
+        return
+    request = user.request
+    assert 1 <= len(request.prompt) <= LIMIT - request.max_tokens
+    assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in request.prompt)
+    assert request.max_tokens >= 1 and request.temperature >= 0 and 0 < request.top_p <= 1
+    assert 0 <= request.top_k < 2**31 and 0 <= request.seed < 2**63 and 0 <= request.logprobs <= 20
+    assert all(isinstance(stop, str) and stop for stop in user.stop)
+
+
+@given(st.text(max_size=60))
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_any_text_is_a_value_error_or_a_request(line: str) -> None:
+    with pytest.raises(ValueError, match="not JSON|must be a JSON object|unknown field|exactly one of"):
+        parse(line)

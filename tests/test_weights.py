@@ -1,0 +1,283 @@
+"""A rank's parameters are its own shares of the checkpoint's tensors; what does not fit is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import hf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from parallel.mesh import Group, Mesh
+from parallel.placement import Placement
+
+GATE = "model.layers.2.mlp.gate.weight"
+EXPERT = "model.layers.3.mlp.experts.5.down_proj.weight"
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf.save(tmp_path_factory.mktemp("single"), "v3")
+
+
+@pytest.fixture(scope="module")
+def saved_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = hf.save(tmp_path_factory.mktemp("sharded"), "v3", max_shard_size="400KB")
+    assert (folder / INDEX).is_file()
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    return folder
+
+
+@pytest.fixture
+def single(saved: Path, tmp_path: Path) -> Path:
+    """A copy that the test may spoil."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(saved_sharded: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_sharded, tmp_path / "model")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object], file: str = FILE) -> None:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+
+
+def reconfigure(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder: Path, *names: str, count: int | None = None) -> None:
+    """Loading says ValueError, and its message names all of `names`."""
+    with pytest.raises(ValueError) as error:
+        hf.load(folder)
+    assert all(name in str(error.value) for name in names), str(error.value)
+    if count is not None:
+        assert f"{count} tensors" in str(error.value)
+
+
+def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    one, two = dict(a.named_parameters()), dict(b.named_parameters())
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere", "no such folder")
+
+
+def test_a_folder_without_config(single: Path) -> None:
+    (single / "config.json").unlink()
+    refused(single, str(single), "config.json")
+
+
+def test_a_config_that_is_not_json(single: Path) -> None:
+    (single / "config.json").write_text('{"model_type": ')
+    refused(single, "config.json", "not JSON")
+
+
+def test_an_unsupported_model_type(single: Path) -> None:
+    reconfigure(single, model_type="llama")
+    refused(single, "model_type", "'llama'", "deepseek_v3")
+
+
+def test_a_folder_without_weights(single: Path) -> None:
+    (single / FILE).unlink()
+    refused(single, str(single), FILE, INDEX)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1], ids=["empty", "no header", "half a header", "one byte short"])
+def test_a_truncated_file(single: Path, keep: int) -> None:
+    (single / FILE).write_bytes((single / FILE).read_bytes()[:keep])
+    refused(single, FILE, "not a whole safetensors file")
+
+
+def test_a_truncated_shard(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(sharded, shard.name, "not a whole safetensors file")
+
+
+def test_a_missing_shard(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(sharded, shard.name, "missing")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"], ids=["not JSON", "no weight_map", "a list"])
+def test_an_index_that_is_none(sharded: Path, text: str) -> None:
+    (sharded / INDEX).write_text(text)
+    refused(sharded, INDEX)
+
+
+def test_a_tensor_that_its_shard_does_not_hold(sharded: Path) -> None:
+    shard = json.loads((sharded / INDEX).read_text())["weight_map"][EXPERT]
+    rewrite(sharded, lambda tensors: tensors.pop(EXPERT), shard)
+    refused(sharded, EXPERT, "missing", count=1)
+
+
+@pytest.mark.parametrize("name", [GATE, EXPERT, "lm_head.weight", "model.layers.0.self_attn.q_b_proj.weight"])
+def test_a_missing_tensor(single: Path, name: str) -> None:
+    rewrite(single, lambda tensors: tensors.pop(name))
+    refused(single, name, "missing", count=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", GATE + "_scale_inv", "model.layers.4.input_layernorm.weight"]
+)
+def test_a_leftover_tensor(single: Path, name: str) -> None:
+    rewrite(single, lambda tensors: tensors.update({name: torch.ones(3)}))
+    refused(single, name, "not of this model", count=1)
+
+
+@pytest.mark.parametrize("name", [EXPERT, GATE, "model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_a_tensor_of_the_wrong_shape(single: Path, name: str) -> None:
+    shape: list[int] = []
+
+    def transpose(tensors: dict[str, Tensor]) -> None:
+        shape.extend(tensors[name].shape)
+        tensors[name] = tensors[name].T
+
+    rewrite(single, transpose)
+    refused(single, name, str(shape), str(shape[::-1]), count=1)
+
+
+def test_many_wrong_tensors_are_counted_and_some_named(single: Path) -> None:
+    names = [f"model.layers.2.mlp.experts.{e}.up_proj.weight" for e in range(10, 16)]
+    rewrite(single, lambda tensors: [tensors.pop(name) for name in names])
+    refused(single, names[0], "2 more", count=6)
+
+
+def test_multi_token_prediction_layers_are_skipped_only_if_the_config_has_them(single: Path, saved: Path) -> None:
+    extra = ["eh_proj.weight", "enorm.weight", "mlp.experts.0.down_proj.weight", "shared_head.head.weight"]
+    names = [f"model.layers.4.{name}" for name in extra]
+    rewrite(single, lambda tensors: tensors.update({name: torch.ones(2, 2) for name in names}))
+    refused(single, names[0], "not of this model", count=4)
+    reconfigure(single, num_nextn_predict_layers=1)
+    assert_same(hf.load(single), hf.load(saved))
+    rewrite(single, lambda tensors: tensors.update({"model.layers.5.enorm.weight": torch.ones(2)}))
+    refused(single, "model.layers.5.enorm.weight", "not of this model", count=1)
+
+
+def test_old_checkpoints_rope_frequencies_are_skipped(single: Path, saved: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(single, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert_same(hf.load(single), hf.load(saved))
+
+
+def test_shards_load_as_one_file_does(saved: Path, saved_sharded: Path) -> None:
+    assert_same(hf.load(saved), hf.load(saved_sharded))
+
+
+def test_every_parameter_is_filled(saved: Path) -> None:
+    """The numbers of the file and of the model are the same: none is lost, none is left as it was allocated."""
+    stored = torch.cat([t.flatten() for t in load_file(saved / FILE).values()])
+    loaded = torch.cat([p.flatten() for p in hf.load(saved).parameters()])
+    assert torch.equal(loaded.sort().values, stored.sort().values)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    folder = hf.save(tmp_path, "one_dense")
+    tensors = load_file(folder / FILE)
+    assert "lm_head.weight" not in tensors
+    model = hf.load(folder)
+    assert torch.equal(model.head.lm_head.weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_bfloat16_files_load_into_float32_models(single: Path) -> None:
+    rewrite(single, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    stored, model = load_file(single / FILE), hf.load(single)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert torch.equal(model.head.lm_head.weight, stored["lm_head.weight"].float())
+
+
+def slot_of(tensors: dict[str, Tensor], layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    """What a slot holds: gate's rows and then up's, and down."""
+    gate, up, down = (
+        tensors[f"model.layers.{layer}.mlp.experts.{expert}.{n}_proj.weight"] for n in ("gate", "up", "down")
+    )
+    return torch.cat((gate, up)), down
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_an_expert_rank_reads_its_own_experts_only(single: Path, saved: Path, rank: int) -> None:
+    """Every other expert in its file is NaN."""
+    mine = range(4 * rank, 4 * rank + 4)
+
+    def poison(tensors: dict[str, Tensor]) -> None:
+        others = [n for n in tensors if ".experts." in n and int(n.split(".experts.")[1].split(".")[0]) not in mine]
+        assert len(others) == 12 * 3 * 2  # experts x matrices x layers
+        for name in others:
+            tensors[name].fill_(float("nan"))
+
+    rewrite(single, poison)
+    model, stored = hf.load(single, Mesh(rank=rank, size=4, ep=Group(4, rank))), load_file(saved / FILE)
+    whole = dict(hf.load(saved).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if ".experts." not in name:
+            assert torch.equal(parameter, whole[name]), name
+    for layer in (2, 3):
+        experts = model.layers[layer].mlp.experts
+        assert len(experts.gate_up_proj) == len(experts.down_proj) == 4
+        for slot, expert in enumerate(mine):
+            gate_up, down = slot_of(stored, layer, expert)
+            assert torch.equal(experts.gate_up_proj[slot], gate_up)
+            assert torch.equal(experts.down_proj[slot], down)
+
+
+def test_a_placement_decides_which_slots_an_expert_fills(saved: Path) -> None:
+    """Two replicas of expert 3, another order in each layer, 5 slots on each of 4 ranks."""
+    tables = torch.stack([torch.cat((torch.randperm(16), torch.tensor([3, 7, 7, 1]))) for _ in range(2)])
+    placement = replace(Placement.identity(2, 16, 4), expert_of_slot=tables)
+    stored = load_file(saved / FILE)
+    for rank in range(4):
+        model = hf.load(saved, Mesh(rank=rank, size=4, ep=Group(4, rank)), placement)
+        for layer in (2, 3):
+            experts = model.layers[layer].mlp.experts
+            assert len(experts.gate_up_proj) == 5
+            for slot in range(5):
+                gate_up, down = slot_of(stored, layer, int(tables[layer - 2, rank * 5 + slot]))
+                assert torch.equal(experts.gate_up_proj[slot], gate_up)
+                assert torch.equal(experts.down_proj[slot], down)
+
+
+SPLIT_ROWS = ("lm_head", "q_proj", "q_b_proj", "kv_b_proj")  # whole heads, or tokens of the vocabulary
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("shape", ["v3", "no_q_lora"])
+def test_attention_shards_concatenate_to_the_whole_tensors(shape: str, size: int, tmp_path: Path) -> None:
+    folder = hf.save(tmp_path, shape)
+    ranks = [hf.load(folder, Mesh(rank=r, size=size, attn=Group(size, r), ep=Group(size, r))) for r in range(size)]
+    shards = [dict(model.named_parameters()) for model in ranks]
+    split = 0
+    for name, whole in hf.load(folder).named_parameters():
+        parts = [shard[name] for shard in shards]
+        kind = name.split(".")[-2]
+        is_dense = "mlp.gate_up_proj.weight" in name or "mlp.down_proj.weight" in name
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")) or kind in SPLIT_ROWS:
+            together = torch.cat(parts)
+        elif is_dense and kind == "gate_up_proj":
+            together = torch.cat([part.chunk(2)[half] for half in range(2) for part in parts])
+        elif kind == "o_proj" or is_dense:
+            together = torch.cat(parts, 1)
+        else:
+            assert all(torch.equal(part, whole) for part in parts), name
+            continue
+        split += 1
+        assert torch.equal(together, whole), name
+        assert all(part.numel() * size == whole.numel() for part in parts), name
+    config = ranks[0].config
+    per_attention = 3  # q, kv_b, o
+    assert split == 1 + per_attention * config.num_hidden_layers + 2 * config.num_hidden_layers
