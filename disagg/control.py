@@ -197,7 +197,11 @@ class Pipe:
         self.sock, self._decoder = sock, msgspec.msgpack.Decoder(kind)
 
     def send(self, message: Any) -> None:
-        self.sock.send(_encode(message))
+        """ConnectionError if the other end has gone (a blocking send would wait for its return)."""
+        try:
+            self.sock.send(_encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            raise ConnectionError("the other end has gone") from None
 
     def poll(self, timeout_ms: int = 0) -> list[Any]:
         messages = []

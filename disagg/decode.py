@@ -22,6 +22,7 @@ class Arrival:
     sequence: Sequence
     prefill: list[Member]
     room: Room
+    link: ReceiveLink | None = None  # once it has its pages
     first: tuple[int, list[tuple[int, float]]] | None = None  # token, logprobs
     wanted: bool = True  # False once aborted
 
@@ -57,14 +58,14 @@ class Decode(Unified):
                 self.room_ended(uid, event)
             case Abort(uid) if uid in self.arrivals:
                 self.arrivals[uid].wanted = False
-                self.my_link(self.arrivals[uid]).put(Cancel(uid))
+                self.arrivals[uid].link.put(Cancel(uid))
             case Abort(uid):
                 self.queue = deque(a for a in self.queue if a.sequence.request.uid != uid)
                 super().handle(event)
             case Gone(ids):
                 for gone in self.links.keys() & set(ids):
                     self.lost_links.append(self.links.pop(gone))
-                    self.lost_links[-1].stop(abort=True)
+                    self.lost_links[-1].stop()
 
     def plan(self) -> Plan:
         while self.queue and self.open(self.queue[0]):
@@ -79,11 +80,12 @@ class Decode(Unified):
         self.arrivals[request.uid] = arrival
         arrival.room.rise(RoomState.WAITING)
         opening = Open(request, sequence.pages, self.members) if self.rank == 0 else None
-        self.my_link(arrival).put(Join(request.uid, opening))
+        arrival.link = self.link(arrival.prefill[self.rank % len(arrival.prefill)])
+        arrival.link.put(Join(request.uid, opening))
         return True
 
-    def my_link(self, arrival: Arrival) -> ReceiveLink:
-        prefill, me = arrival.prefill[self.rank % len(arrival.prefill)], self.members[self.rank]
+    def link(self, prefill: Member) -> ReceiveLink:
+        me = self.members[self.rank]
         if prefill.id not in self.links:
             connect = dial(prefill, me, self.engine.pool.device)
             self.links[prefill.id] = ReceiveLink(link_key(prefill, me), connect, self.engine.pool, self.events)

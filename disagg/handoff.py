@@ -16,6 +16,7 @@ replica, so each decode rank takes a copy from one of them.
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
@@ -147,38 +148,60 @@ class RoomEnded(msgspec.Struct, frozen=True):
 
 
 class Link(threading.Thread):
-    """One end of a link. Its pipe and transport belong to its thread; the rank's loop only calls `put`."""
+    """One end of a link. Its pipe and transport belong to its thread; the rank's loop calls `put` and `stop` only."""
 
     def __init__(self, key: str, connect: Callable[[str], tuple[Pipe, TorchTransport]], pool: Tensor, events: Any):
         """`connect(key)` runs in the thread, and may block or raise; `events` is a queue that the loop drains."""
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
-        self.rooms: set[int] = set()  # joined and not yet ended
         self.bytes_moved, self.seconds_moving = 0, 0.0
         self._connect, self._events = connect, events
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
-        self._stopped = False
+        self._changed = threading.Condition()  # guards the next two, and the pool against a link that is down
+        self._rooms: set[int] = set()  # joined and not yet ended
+        self._down: str | None = None  # why
         self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
-        self._wake.bind(f"inproc://link-{id(self)}")
-        self._woken.connect(f"inproc://link-{id(self)}")
+        address = f"inproc://{uuid.uuid4().hex}"
+        self._wake.bind(address)
+        self._woken.connect(address)
         self.pipe: Pipe | None = None
         self.transport: TorchTransport | None = None
         self.start()
 
     def put(self, command: Any) -> None:
-        self._commands.put(command)
-        with suppress(zmq.Again):  # nobody polls any more: the link is down, and its thread reads the queue itself
-            self._wake.send(b"", zmq.DONTWAIT)
+        with self._changed:
+            if isinstance(command, Join):
+                if self._down is not None:
+                    self._events.put(RoomEnded(command.uid, self._down))
+                else:
+                    self._rooms.add(command.uid)
+                    self._changed.notify()
+            if self._down is None:
+                self._commands.put(command)
+                self._wake.send(b"")
 
-    def stop(self, abort: bool = False) -> None:
-        """End the thread; with `abort`, the peer is dead and a transfer in flight must be ended too."""
-        self._stopped = True
-        if abort and self.transport is not None:
+    def stop(self) -> None:
+        """End the link; the peer may be dead. Its rooms end at once, and nothing is written to the pool any more.
+
+        NCCL's transfer in flight ends too; gloo's goes on in the thread until it times out, into a buffer of its own.
+        """
+        if self._go_down("stopped") and self.transport is not None:
             self.transport.abort()
-        self.put(None)
+
+    def _go_down(self, error: str) -> bool:
+        """End all rooms; False if they have been already."""
+        with self._changed:
+            if self._down is not None:
+                return False
+            self._down = f"link {self.key}: {error}"
+            for uid in self._rooms:
+                self._events.put(RoomEnded(uid, self._down))
+            self._rooms.clear()
+            self._changed.notify()
+            self._wake.send(b"")
+            return True
 
     def run(self) -> None:
-        error = "stopped"
         try:
             if self.pool.is_cuda:
                 torch.cuda.set_device(self.pool.device)
@@ -186,13 +209,7 @@ class Link(threading.Thread):
             self.pipe, self.transport = self._connect(self.key)
             self._loop()
         except Exception as broken:  # whatever broke it, the rooms must hear of it
-            error = f"{type(broken).__name__}: {broken}"
-        for uid in list(self.rooms):
-            self.end(RoomEnded(uid, f"link {self.key}: {error}"))
-        while not self._stopped:  # the link is down: refuse what still comes
-            command = self._commands.get()
-            if isinstance(command, Join):
-                self.end(RoomEnded(command.uid, f"link {self.key}: {error}"))
+            self._go_down(f"{type(broken).__name__}: {broken}")
         if self.pipe is not None:
             self.pipe.close()
 
@@ -200,23 +217,27 @@ class Link(threading.Thread):
         poller = zmq.Poller()
         poller.register(self.pipe.sock, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
-        while not self._stopped:
+        while self._down is None:
             poller.poll()
             for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
                 self.handle(message)
-            while self._woken.poll(0):
+            if self._woken.poll(0):
                 self._woken.recv()
-                with suppress(queue.Empty):  # `_await` may have taken it already
-                    if (command := self._commands.get_nowait()) is not None:
-                        self.handle(command)
+                with suppress(queue.Empty):  # the link went down
+                    self.handle(self._commands.get_nowait())
 
     def handle(self, item: Any) -> None:
         """A message from the peer or a command from the loop."""
         raise NotImplementedError
 
+    def is_open(self, uid: int) -> bool:
+        return uid in self._rooms
+
     def end(self, ended: RoomEnded) -> None:
-        self.rooms.discard(ended.uid)
-        self._events.put(ended)
+        with self._changed:
+            if ended.uid in self._rooms:
+                self._rooms.remove(ended.uid)
+                self._events.put(ended)
 
 
 class SendLink(Link):
@@ -230,21 +251,19 @@ class SendLink(Link):
         match item:
             case Open():
                 self._events.put(item)
-            case Join(uid):
-                self.rooms.add(uid)
-                if uid in self._cancelled:
-                    self._cancelled.remove(uid)
-                    self._close(uid, "cancelled")
-            case Cancel(uid) if uid not in self.rooms:
+            case Join(uid) if uid in self._cancelled:
+                self._cancelled.remove(uid)
+                self._close(uid, "cancelled")
+            case Cancel(uid) if not self.is_open(uid):
                 self._cancelled.add(uid)
             case Cancel(uid):
                 self._close(uid, "cancelled")
-            case SendPages(uid, mine, theirs, ready) if uid in self.rooms:
+            case SendPages(uid, mine, theirs, ready) if self.is_open(uid):
                 self._send(uid, mine, theirs, ready)
-            case Last(uid) if uid in self.rooms:
+            case Last(uid) if self.is_open(uid):
                 self.pipe.send(item)
                 self.end(RoomEnded(uid))
-            case Closed(uid, error) if uid in self.rooms:
+            case Closed(uid, error) if self.is_open(uid):
                 self._close(uid, error)
 
     def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
@@ -267,11 +286,9 @@ class ReceiveLink(Link):
 
     def handle(self, item: Any) -> None:
         match item:
-            case Join(uid, opening):
-                self.rooms.add(uid)
-                if opening is not None:
-                    self.pipe.send(opening)
-            case Cancel(uid) if uid in self.rooms:
+            case Join(_, Open() as opening):
+                self.pipe.send(opening)
+            case Cancel(uid) if self.is_open(uid):
                 self.pipe.send(item)
             case Sending(uid, pages):
                 self._receive(uid, pages)
@@ -290,15 +307,20 @@ class ReceiveLink(Link):
         self.transport.recv(packed)
         self.seconds_moving += time.perf_counter() - start
         self.bytes_moved += packed.nbytes
-        self.pool[:, pages] = packed
-        if packed.is_cuda:
-            torch.cuda.current_stream().synchronize()  # Last must not overtake the copy
+        with self._changed:
+            if self._down is None:  # else the room has ended, and the pages may be somebody else's
+                self.pool[:, pages] = packed
+                if packed.is_cuda:
+                    torch.cuda.current_stream().synchronize()  # Last must not overtake the copy
 
     def _await(self, uid: int) -> None:
         """Until this rank's own loop has joined the room: another rank of the replica may have opened it earlier."""
-        while uid not in self.rooms:
-            command = self._commands.get(timeout=TIMEOUT.total_seconds())
-            self.handle(command)
+        with self._changed:
+            joined = self._changed.wait_for(
+                lambda: self.is_open(uid) or self._down is not None, timeout=TIMEOUT.total_seconds()
+            )
+        if not joined:
+            raise TimeoutError(f"this rank never joined room {uid}")
 
 
 def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:

@@ -81,7 +81,7 @@ class Prefill:
                         self.scheduler.release(departure.sequence)
             case Gone(ids):
                 for gone in self.links.keys() & set(ids):
-                    self.links.pop(gone).stop(abort=True)
+                    self.links.pop(gone).stop()
 
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)

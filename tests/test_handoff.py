@@ -340,12 +340,15 @@ def test_the_senders_error_reaches_the_receiver(make_pair: Any) -> None:
     pair.hush()
 
 
+STOPPED = "computed no further"  # the sender's own ending
+
+
 class Storm:
     """The two loops of a prefill and a decode rank, in one thread and in a random order; rooms share few pages, so a
     page that one has let go is soon another's. Whoever gets pages that a room let go paints them at once."""
 
-    def __init__(self, pair: Pair, seed: int, num_rooms: int):
-        self.pair, self.rng, self.num_rooms = pair, random.Random(seed), num_rooms
+    def __init__(self, pair: Pair, seed: int):
+        self.pair, self.rng = pair, random.Random(seed)
         self.allocator = PageAllocator(NUM_PAGES)
         self.opened = 0
         self.pages: dict[int, list[int]] = {}  # decode's, of rooms on their way
@@ -361,19 +364,24 @@ class Storm:
     def run(self) -> None:
         deadline = time.monotonic() + SOON
         moves = (self.open, self.cancel, self.join, self.send, self.send, self.decode_hears, self.prefill_hears)
-        while self.opened < self.num_rooms or self.pages or self.work or self.unjoined:
+        while not self.seen_all or self.pages or self.work or self.unjoined:
             assert time.monotonic() < deadline, f"a room never ended: {self.pages.keys()} {self.work.keys()}"
             self.rng.choice(moves)()
             if self.rng.random() < 0.05:
                 time.sleep(0.001)
         self.pair.hush()
         for side in self.endings.values():
-            assert side == Counter(range(self.num_rooms)), "a room must end exactly once on each side"
+            assert side == Counter(range(self.opened)), "a room must end exactly once on each side"
         for pages, colour in self.painted:
             self.check(pages, colour)
 
+    @property
+    def seen_all(self) -> bool:
+        """Threads decide which endings there are: go on until each kind has been there a few times."""
+        return self.opened >= 100 and all(self.outcomes[error] >= 3 for error in (None, "cancelled", STOPPED))
+
     def open(self) -> None:
-        if self.opened == self.num_rooms:
+        if self.seen_all:
             return
         count = self.rng.randint(1, 5)
         while (pages := self.allocator.alloc(count)) is None and self.painted:
@@ -412,7 +420,7 @@ class Storm:
         uid = self.rng.choice(busy)
         link, left = self.pair.prefill.link, self.work[uid]
         if self.rng.random() < 0.05:
-            link.put(Closed(uid, "computed no further"))
+            link.put(Closed(uid, STOPPED))
             self.closed.add(uid)
         elif left:
             chunk = [left.pop(0) for _ in range(min(len(left), self.rng.randint(1, 3)))]
@@ -443,7 +451,7 @@ class Storm:
             assert list(theirs) == pages
             assert self.pair.decode.pool[:, list(theirs)].equal(self.pair.prefill.pool[:, list(mine)])
         else:
-            assert ended.uid in self.cancelled or "computed no further" in ended.error
+            assert ended.error == STOPPED or (ended.error == "cancelled" and ended.uid in self.cancelled)
         self.outcomes[ended.error] += 1
         colour = 1e6 + ended.uid  # the next owner's, who computes here
         self.pair.decode.pool[:, pages] = colour
@@ -455,10 +463,7 @@ class Storm:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_writes_the_pages_of_a_room_that_has_ended_however_aborts_fall(make_pair: Any, seed: int) -> None:
-    storm = Storm(make_pair(), seed, num_rooms=120)
-    storm.run()
-    assert storm.outcomes.keys() == {None, "cancelled", "computed no further"}, storm.outcomes
-    assert min(storm.outcomes.values()) > 2, "the storm was too calm to show anything"
+    Storm(make_pair(), seed).run()
 
 
 # ---- links that break
@@ -515,7 +520,7 @@ def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> No
     pair.prefill.link.put(Last(1, 5, []))
     pair.prefill.hear_end(1)
     time.sleep(0.3)  # Last(1) is there
-    pair.decode.link.stop(abort=True)
+    pair.decode.link.stop()
     pair.decode.link.join(3)
     assert not pair.decode.link.is_alive()
 
@@ -557,7 +562,7 @@ def test_stop_with_abort_ends_a_transfer_in_flight(make_pair: Any, side: str) ->
         pair.prefill.link.put(SendPages(1, [1], [4]))
     time.sleep(0.3)
     end = getattr(pair, side)
-    end.link.stop(abort=True)
+    end.link.stop()
     end.hear_end(1, "link p/d", within=3)
 
 
@@ -638,11 +643,12 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
     assert end.events.empty()
     process.kill()
     if takes_some:
-        end.link.stop(abort=True)  # as when the router says so; gloo alone notices after its timeout only
+        end.link.stop()  # as when the router says so; gloo alone notices after its timeout only
     assert {end.hear(5).uid, end.hear(5).uid} == {1, 2}
     assert all("link p/d" in ended.error for ended in end.endings)
     if not takes_some:
         end.link.put(Join(3))
         end.hear_end(3, "link p/d")
-    end.hush()
+        end.hush()
+    assert end.events.empty()
     process.join(SOON)
