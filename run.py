@@ -124,6 +124,26 @@ class FrontDoor:
             print(piece, end="", flush=True)
 
 
+class RouterThread(threading.Thread):
+    """The router beside rank 0 of a unified job. What breaks it also ends the job, and is raised by `join`."""
+
+    def __init__(self, front: FrontDoor, interrupt: Interrupt):
+        super().__init__(name="router")
+        self.front, self.interrupt, self.error = front, interrupt, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.front.run(lambda: self.interrupt.seen)
+        except Exception as error:
+            self.error, self.interrupt.seen = error, True
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout)
+        if self.error is not None:
+            raise self.error
+
+
 def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelConfig) -> int:
     interrupt = Interrupt()
     mesh = Mesh.create(args.attn_tp, args.device)
@@ -135,10 +155,7 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         print(f"{args.role}: {who} on {mesh.device.type}", file=sys.stderr)
-    thread = None
-    if front is not None:
-        thread = threading.Thread(target=front.run, args=(lambda: interrupt.seen,), name="router")
-        thread.start()
+    thread = RouterThread(front, interrupt) if front is not None else None
     found = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:
         thread.join()

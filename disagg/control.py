@@ -6,6 +6,7 @@ prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode 
 
 import os
 import socket
+import sys
 from typing import Any
 
 import msgspec
@@ -114,7 +115,7 @@ def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
 
 def parse_address(name: str, address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 65536:
+    if not host or not port.isdecimal() or not port.isascii() or not 0 <= int(port) < 65536:
         raise ValueError(f"{name} is {address!r}; it must be HOST:PORT")
     return host, int(port)
 
@@ -151,8 +152,11 @@ class RouterPort:
         """What has come, waiting up to `timeout_ms` for the first message."""
         messages = []
         while self._sock.poll(0 if messages else timeout_ms):
-            worker, body = self._sock.recv_multipart()
-            messages.append((worker.decode(), _to_router.decode(body)))
+            try:
+                worker, body = self._sock.recv_multipart()
+                messages.append((worker.decode(), _to_router.decode(body)))
+            except ValueError as error:  # also msgspec's: not one of ours
+                print(f"router: dropped a message that is not a worker's ({error})", file=sys.stderr)
         return messages
 
     def close(self) -> None:

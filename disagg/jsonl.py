@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from disagg.request import PromptEncoder, UserRequest, parse_request, read_object
+from disagg.request import PromptEncoder, UserRequest, is_id, parse_request, read_object
 from disagg.router import Answer, refusal
 
 
@@ -38,18 +38,22 @@ class Writer:
 
     def __init__(self, path: str, source: str):
         """ValueError if `path` cannot be written, or is the input itself."""
-        if Path(path).exists() and Path(path).samefile(source):
-            raise ValueError(f"--output {path}: it is the --input file")
         try:
+            if Path(path).exists() and Path(path).samefile(source):
+                raise ValueError(f"--output {path}: it is the --input file")
             self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the batch runs)
         except OSError as error:
             raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from None
         self._written = 0
 
     def flush(self, answers: list[Answer | None]) -> None:
-        for answer in self._ready(answers):
-            self._file.write(json.dumps(answer.as_dict()) + "\n")
-        self._file.flush()
+        """ValueError if the disk refuses."""
+        try:
+            for answer in self._ready(answers):
+                self._file.write(json.dumps(answer.as_dict()) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"--output {self._file.name}: cannot be written ({error.strerror})") from None
 
     def _ready(self, answers: list[Answer | None]) -> Iterator[Answer]:
         while self._written < len(answers) and answers[self._written] is not None:
@@ -63,14 +67,16 @@ class Writer:
 def read_lines(path: str) -> list[str]:
     """ValueError if `path` cannot be read. Bytes that are not UTF-8 become U+FFFD."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise ValueError(f"--input {path}: cannot be read ({error.strerror})") from None
+    return text.split("\n")  # not splitlines(): JSON strings may hold U+2028 and its like
 
 
 def _own_id(line: str, number: int):
     """The id that a bad line gives itself, if it can be read that far; else its number."""
     try:
-        return read_object(line).get("id", number)
+        own = read_object(line).get("id", number)
     except ValueError:
         return number
+    return own if is_id(own) else number

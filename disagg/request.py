@@ -27,7 +27,7 @@ class Request(msgspec.Struct, frozen=True):
 class UserRequest(msgspec.Struct, frozen=True):
     """One parsed input line: the request, and what only the router needs to answer it."""
 
-    id: Any
+    id: str | int | None
     request: Request
     stop: list[str]
 
@@ -38,12 +38,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, chat_template: Any):
         self.tokenizer, self.chat_template = tokenizer, chat_template
 
-    def text(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text is not Unicode: {error.reason} at character {error.start}") from None
-        return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
+    def text(self, prompt: str) -> list[int]:
+        return self._encode("prompt", prompt, add_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> list[int]:
         if self.chat_template is None:
@@ -52,7 +48,17 @@ class PromptEncoder:
             text = self.chat_template.render(messages=messages, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything about its input
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
-        return self.text(text, add_special_tokens=False)  # the template writes its own
+        return self._encode("messages", text, add_special_tokens=False)  # the template writes its own
+
+    def _encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{field}: not Unicode, {error.reason} at character {error.start}") from None
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if not ids:
+            raise ValueError(f"{field}: the tokenizer makes no token of it")
+        return ids
 
 
 def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
@@ -61,6 +67,8 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     known = {"id", *PROMPTS, *_RULES, "stop"}
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    if not is_id(raw.get("id")):
+        raise ValueError(f"id is {raw['id']!r:.60}; it must be a string, an integer or null")
     given = [name for name in PROMPTS if name in raw]
     if len(given) != 1:
         raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
@@ -79,6 +87,10 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
             f"max_model_len ({max_model_len})"
         )
     return UserRequest(raw.get("id", uid), request, stop)
+
+
+def is_id(value: Any) -> bool:
+    return value is None or type(value) in (str, int)
 
 
 def read_object(line: str) -> dict:

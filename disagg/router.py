@@ -107,14 +107,16 @@ class Router:
         for position, user in enumerate(requests):
             tracked = Tracked(user, position, TextStream(self.tokenizer, user.stop), self.metrics.first_submit)
             self._queue(tracked)
-        while self._tracked and not self.stopped():
-            for replica_id, message in self.port.poll(20):
-                self._handle(replica_id, message)
-            self._assign()
-            self._ping()
-        for uid in list(self._tracked):
-            self._end(uid, "error", "interrupted")
-        self._farewell()
+        try:
+            while self._tracked and not self.stopped():
+                for replica_id, message in self.port.poll(20):
+                    self._handle(replica_id, message)
+                self._assign()
+                self._ping()
+            for uid in list(self._tracked):
+                self._end(uid, "error", "interrupted")
+        finally:  # also if `deliver` fails: nobody must be left waiting
+            self._farewell()
 
     def _queue(self, tracked: Tracked) -> None:
         uid = next(self._uids)

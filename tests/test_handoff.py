@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore
 
-from disagg.control import Member
+from disagg.control import Member, Pipe, new_socket
 from disagg.handoff import (
     Cancel,
     Closed,
@@ -40,6 +42,7 @@ from disagg.handoff import (
 )
 from disagg.prefill import Door
 from disagg.request import Request
+from disagg.transport.torch_dist import TorchTransport
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
 
@@ -531,7 +534,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
         pair.open(uid, [uid])
     pair.prefill.link.pipe.send(Sending(1, [1]))  # announced, and then the sender's group goes down
     time.sleep(0.3)
-    pair.prefill.link.transport.group = None
+    pair.prefill.link.transport = None
     for _ in range(2):
         ended = pair.decode.hear()
         assert ended.uid in (1, 2) and "link p/d" in ended.error
@@ -549,7 +552,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
 
 
 @pytest.mark.parametrize("side", ("prefill", "decode"))
-def test_stop_with_abort_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
+def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     """The router said that the peer is gone; its machine may have gone without a word, so no socket knows."""
     pair = make_pair()
     pair.open(1, [4])
@@ -564,6 +567,40 @@ def test_stop_with_abort_ends_a_transfer_in_flight(make_pair: Any, side: str) ->
     end = getattr(pair, side)
     end.link.stop()
     end.hear_end(1, "link p/d", within=3)
+
+
+def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) -> None:
+    """stop() lets the pages go at once, and a slow peer may still finish what it has begun."""
+    pair = make_pair()
+    pair.open(1, [4, 5])
+    pair.prefill.link.pipe.send(Sending(1, [4, 5]))
+    time.sleep(0.3)
+    pair.decode.link.stop()
+    pair.decode.hear_end(1, "stopped")
+    pair.decode.pool[:, [4, 5]] = 8.5  # another room's
+    pair.prefill.link.transport.send(pair.prefill.pool[:, [1, 2]])
+    pair.decode.hush()
+    assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
+
+
+def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> None:
+    """With attention TP a prefill rank may have to send on a link on which it has heard nothing yet."""
+    door, decode = Door(HOST), Member("d", HOST)
+    key = link_key(Member("p", HOST), decode)
+    end = End(make_pool(None), None, queue.SimpleQueue())
+    end.link = SendLink(key, listen(door.store, HOST, CPU), end.pool, end.events)
+    store = TCPStore(HOST, door.store.port, is_master=False)
+    transport = TorchTransport(PrefixStore(key, store), 1, CPU)
+    end.link.put(Join(1))
+    end.link.put(Last(1, 5, []))
+    time.sleep(0.3)
+    pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed)
+    pipe.sock.connect(f"tcp://{HOST}:{store.get(f'{key}/pipe').decode()}")
+    end.hear_end(1)
+    assert pipe.poll(SOON * 1000) == [Last(1, 5, [])]
+    end.hush()
+    pipe.close()
+    del transport
 
 
 HUGE = (1, 3, PAGE, 100_000)  # 26 MB a page: more than any socket buffers
