@@ -329,7 +329,10 @@ def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str]
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
         sock = new_socket(zmq.DEALER)
         store.set(f"{key}/pipe", str(bind(sock, host)))
-        return Pipe(sock, Open | Cancel), TorchTransport(dist.PrefixStore(key, store), 0, device)
+        transport = TorchTransport(dist.PrefixStore(key, store), 0, device)
+        if not sock.poll(TIMEOUT.total_seconds() * 1000, zmq.POLLOUT):  # this end may be the first to speak
+            raise TimeoutError("nobody came to the pipe")
+        return Pipe(sock, Open | Cancel), transport
 
     return connect
 

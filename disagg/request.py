@@ -55,7 +55,10 @@ class PromptEncoder:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{field}: not Unicode, {error.reason} at character {error.start}") from None
-        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"{field}: the tokenizer refuses it: {error}") from None
         if not ids:
             raise ValueError(f"{field}: the tokenizer makes no token of it")
         return ids
@@ -79,6 +82,8 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {raw['stop']!r}; it must be a non-empty string or a list of them")
     prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
+    if max(prompt) >= vocab_size:
+        raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
     request = Request(uid, prompt, **fields)
     total = len(prompt) + request.max_tokens
     if total > max_model_len:
