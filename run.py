@@ -24,8 +24,9 @@ from disagg.jsonl import Job, Writer, read_lines
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
 from disagg.worker import Interrupt, serve
-from kernels.backend import Ops
+from kernels.backend import choose, table
 from model.config import ModelConfig
+from model.transformer import op_shape
 from parallel.mesh import Mesh, launched_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
@@ -52,6 +53,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--attn-tp", type=int, default=1, metavar="T", help="ranks of one attention replica (1)")
     where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     where.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA")
+
+    where.add_argument(
+        "--backend", action="append", default=[], metavar="[OP=]LIB", help="force flash_mla, deep_gemm, triton or torch"
+    )
 
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
@@ -151,10 +156,11 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         front, router = open_front_door(args, settings, config, mesh)
     else:
         front, router = None, parse_address("--router", args.router)
-    engine = Engine(settings, config, args.model, mesh, Ops())
+    ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend)
+    engine = Engine(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
-        print(f"{args.role}: {who} on {mesh.device.type}", file=sys.stderr)
+        print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
     thread = RouterThread(front, interrupt) if front is not None else None
     found = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:

@@ -1,7 +1,14 @@
-"""Which library serves which op: decided once, handed to the model's constructors, printed once per job."""
+"""Which library serves which op: decided once, handed to the model's constructors, printed once per job.
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+For every op there is the torch twin (`kernels/ref.py`: the specification, and the CPU path), mostly a Triton kernel of
+ours, and for some a vendor library. The first of an op's row in PREFERENCE that can serve is chosen.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
 
 from kernels import ref
 
@@ -23,7 +30,126 @@ class Ops:
     grouped_gemm_masked: Callable = ref.grouped_gemm_masked
     alignment: int = 1  # rows: what grouped_gemm_contiguous wants each expert's group padded to
 
-    def table(self) -> str:
-        """One line an op: its name and the module that serves it."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return "\n".join(f"  {name:24} {op.__module__}" for name, op in chosen.items() if callable(op))
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides whether a library can serve it."""
+
+    kv_lora_rank: int
+    rope_dim: int
+    qk_head_dim: int
+    v_head_dim: int
+    hidden: int
+    expert_width: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    op: str
+    library: str
+    why: str  # what was wrong with the libraries that come before it
+
+
+OURS = {  # op -> the module with its Triton kernel
+    "rms_norm": "kernels.norm",
+    "rope": "kernels.norm",
+    "silu_mul": "kernels.quant",
+    "prefill_attention": "kernels.attention",
+    "mla_decode": "kernels.attention",
+    "gate_topk": "kernels.route",
+    "ep_scatter": "kernels.route",
+    "ep_scatter_masked": "kernels.route",
+    "ep_gather": "kernels.route",
+    "grouped_gemm_contiguous": "kernels.grouped_gemm",
+    "grouped_gemm_masked": "kernels.grouped_gemm",
+}
+PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
+    "mla_decode": ("flash_mla", "triton", "torch"),
+    "grouped_gemm_contiguous": ("deep_gemm", "triton", "torch"),
+    "grouped_gemm_masked": ("deep_gemm", "triton", "torch"),
+}
+LIBRARIES = ("flash_mla", "deep_gemm", "triton", "torch")
+
+
+def choose(
+    shape: Shape, dtype: torch.dtype, device: torch.device, forced: Iterable[str] = ()
+) -> tuple[Ops, list[Choice]]:
+    """The ops for a model on a device. `forced` holds `op=library`, or `library` to prefer it for whatever it serves
+    over the vendors'. ValueError if an op's forced library cannot serve it."""
+    by_op, preferred = _parse_forced(forced)
+    chosen, choices = {}, []
+    for op, order in PREFERENCE.items():
+        if preferred is not None:
+            order = [name for name in (preferred, "triton", "torch") if name in order]
+        if op in by_op:
+            order = [by_op[op]]
+        obstacles = []
+        for library in order:
+            obstacle = _obstacle(library, shape, dtype, device)
+            if obstacle is None:
+                break
+            obstacles.append(f"{library}: {obstacle}")
+        else:
+            raise ValueError(f"--backend {op}={order[-1]}: {obstacles[-1]}")
+        chosen[op] = _load(op, library)
+        forced_why = "forced" if op in by_op or library == preferred else ""
+        choices.append(Choice(op, library, "; ".join(obstacles) or forced_why))
+    padded = chosen["grouped_gemm_contiguous"] is not ref.grouped_gemm_contiguous
+    return Ops(**chosen, alignment=128 if padded else 1), choices
+
+
+def table(choices: list[Choice]) -> str:
+    """One line for each library and reason: its ops, and why no other serves them."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        lines.setdefault((choice.library, choice.why), []).append(choice.op)
+    return "\n".join(f"{lib:>10}: {', '.join(ops)}" + (f" ({why})" if why else "") for (lib, why), ops in lines.items())
+
+
+def _parse_forced(forced: Iterable[str]) -> tuple[dict[str, str], str | None]:
+    by_op, preferred = {}, None
+    for word in forced:
+        op, _, library = word.rpartition("=")
+        if library not in LIBRARIES:
+            raise ValueError(f"--backend {word}: {library!r} is none of {', '.join(LIBRARIES)}")
+        if not op:
+            preferred = library
+        elif op not in PREFERENCE:
+            raise ValueError(f"--backend {word}: {op!r} is none of {', '.join(PREFERENCE)}")
+        elif library not in PREFERENCE[op]:
+            raise ValueError(f"--backend {word}: {op} is served by {', '.join(PREFERENCE[op])}")
+        else:
+            by_op[op] = library
+    return by_op, preferred
+
+
+def _obstacle(library: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a library cannot serve; None if it can."""
+    if library == "torch":
+        return None
+    if device.type != "cuda":
+        return "no GPU"
+    if library != "triton":
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            return "needs Hopper"
+        if dtype != torch.bfloat16:
+            return f"needs bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if library == "flash_mla" and (shape.kv_lora_rank, shape.rope_dim) != (512, 64):
+        return f"needs latent 512 + rope 64, not {shape.kv_lora_rank} + {shape.rope_dim}"
+    if library == "deep_gemm" and (shape.hidden % 128 or shape.expert_width % 128):
+        return f"needs widths in 128s, not {shape.hidden} and {shape.expert_width}"
+    try:
+        importlib.import_module(library)
+    except Exception as error:  # a library may fail in its own way: no compiler, another torch
+        return f"does not import ({type(error).__name__}: {error})"
+    return None
+
+
+def _load(op: str, library: str) -> Callable:
+    match library:
+        case "torch":
+            return getattr(ref, op)
+        case "triton":
+            return getattr(importlib.import_module(OURS[op]), op)
+        case _:
+            return getattr(importlib.import_module(f"kernels.{library}_ops"), op)

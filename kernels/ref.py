@@ -28,6 +28,30 @@ def silu_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+FP8_MAX = 448.0  # of e4m3
+BLOCK = 128
+
+
+def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D] -> e4m3 [N, D] and float32 scales [ceil(N / 128), ceil(D / 128)], so that weight ~ fp8 * scale.
+
+    DeepSeek-V3's weight format (technical report, section 3.3.2); the scales are its `weight_scale_inv`.
+    """
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # [n, 128, d, 128]
+    scale = blocks.abs().amax((1, 3)).clamp(min=1e-12) / FP8_MAX
+    scaled = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+    return scaled.flatten(2).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn), scale
+
+
+def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
+    """The float32 values of a part of a quantised tensor that begins at (first_row, first_column) of the whole."""
+    row = torch.arange(first_row, first_row + weight.shape[0], device=weight.device) // BLOCK
+    column = torch.arange(first_column, first_column + weight.shape[1], device=weight.device) // BLOCK
+    return weight.float() * scale[row[:, None], column]
+
+
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, max_q: int, max_kv: int, scale: float
 ) -> Tensor:

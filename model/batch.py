@@ -76,7 +76,7 @@ class Batch:
             if chunk.wants_logits:
                 logit_rows.append(len(token_ids) - 1)
 
-        width = max((len(c.pages) for c in decodes), default=0)
+        width = max((len(c.pages) for c in decodes), default=0) or 1
         page_table = [list(c.pages) + [NULL_PAGE] * (width - len(c.pages)) for c in decodes]
         q_starts, kv_starts, context_rows = [0], [0], []
         for chunk in prefills:

@@ -55,6 +55,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0
     dtype: str = "bfloat16"
+    fp8: bool = False  # weights in e4m3 with one scale for each 128x128 block
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     rope: Rope = field(default_factory=Rope)
@@ -103,11 +104,16 @@ class ModelConfig:
         for name, only in unsupported.items():
             if raw.get(name, only) != only:
                 raise ValueError(f"{where}: {name} is {raw[name]!r}; only {only!r} is supported")
-        own = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None and name != "rope"}
+        own = {
+            name: raw[name]
+            for name in cls.__dataclass_fields__
+            if raw.get(name) is not None and name not in ("rope", "fp8")
+        }
         own["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
         eos = raw.get("eos_token_id")
         own["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         own["rope"] = _read_rope(raw, where)
+        own["fp8"] = _read_quantization(raw.get("quantization_config"), where)
         required = [f.name for f in cls.__dataclass_fields__.values() if f.default is f.default_factory]
         if missing := [name for name in required if name not in own]:
             raise ValueError(f"{where}: required fields are missing: {', '.join(missing)}")
@@ -135,6 +141,18 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"{where}: qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
+
+
+def _read_quantization(given: dict | None, where: str) -> bool:
+    if not given:
+        return False
+    method, block = given.get("quant_method"), given.get("weight_block_size")
+    if method != "fp8" or list(block or ()) != [128, 128]:
+        raise ValueError(
+            f"{where}: quantization_config has quant_method {method!r} and weight_block_size {block!r}; "
+            f"only 'fp8' with [128, 128] is supported"
+        )
+    return True
 
 
 def _read_rope(raw: dict, where: str) -> Rope:

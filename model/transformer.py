@@ -11,7 +11,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops
+from kernels.backend import Ops, Shape
 from model.batch import Batch
 from model.config import ModelConfig
 from model.ffn import FFN
@@ -93,6 +93,18 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Tensor:
         return run(self.steps(batch, kv_pool, dispatcher))
+
+
+def op_shape(config: ModelConfig) -> Shape:
+    """What decides which kernels can serve this model."""
+    return Shape(
+        kv_lora_rank=config.kv_lora_rank,
+        rope_dim=config.qk_rope_head_dim,
+        qk_head_dim=config.qk_head_dim,
+        v_head_dim=config.v_head_dim,
+        hidden=config.hidden_size,
+        expert_width=config.moe_intermediate_size,
+    )
 
 
 def check_split(config: ModelConfig, mesh: Mesh) -> None:

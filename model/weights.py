@@ -11,9 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.ref import BLOCK, dequantize_128x128
 from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
@@ -31,6 +33,11 @@ class Entry:
     part: tuple[int, int] = (0, 1)  # (0, 2), (1, 2): the first, second half of the parameter's rows
     expert: int | None = None  # fills the slots that hold this logical expert...
     moe_layer: int = 0  # ...of this MoE layer
+
+    @property
+    def scale_name(self) -> str:
+        """Of a tensor in fp8: its scales, one for each 128x128 block."""
+        return f"{self.name}_scale_inv"
 
 
 def checkpoint_table(config: ModelConfig) -> Iterator[Entry]:
@@ -95,6 +102,8 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
     files = _files(Path(folder))
     table = list(checkpoint_table(config))
     wanted = {entry.name for entry in table}
+    if config.fp8:
+        wanted |= {name for entry in table if (name := entry.scale_name) in files}
     skipped = [name for name in files if _is_known_extra(name, config)]
     _complain(folder, "tensors are missing", sorted(wanted - files.keys()))
     _complain(folder, "tensors are not of this model", sorted(files.keys() - wanted - set(skipped)))
@@ -108,9 +117,27 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
             if tuple(stored.get_shape()) != entry.shape:
                 wrong.append(f"{entry.name} is {list(stored.get_shape())}, must be {list(entry.shape)}")
                 continue
-            for target in _targets(parameters[entry.parameter], entry, model.placement, mesh):
-                target.copy_(stored[_my_share(entry, mesh)])
+            targets = list(_targets(parameters[entry.parameter], entry, model.placement, mesh))
+            if not targets:
+                continue
+            share = _my_share(entry, mesh)
+            value = stored[share]
+            if value.dtype == torch.float8_e4m3fn:
+                scale = _read_scale(folder, entry, files, opened)
+                value = dequantize_128x128(value, scale, *(part.start or 0 for part in (*share, slice(0))[:2]))
+            for target in targets:
+                target.copy_(value)
     _complain(folder, "tensors have the wrong shape", wrong)
+
+
+def _read_scale(folder: str | Path, entry: Entry, files: dict[str, Path], opened: dict[Path, safe_open]) -> Tensor:
+    if entry.scale_name not in files:
+        raise ValueError(f"{folder}: {entry.name} is in fp8, but there is no {entry.scale_name}")
+    scale = opened[files[entry.scale_name]].get_tensor(entry.scale_name)
+    expected = tuple(-(-size // BLOCK) for size in entry.shape)
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"{folder}: {entry.scale_name} is {list(scale.shape)}, must be {list(expected)}")
+    return scale
 
 
 def _targets(parameter: Tensor, entry: Entry, placement: Placement, mesh: Mesh) -> Iterator[Tensor]:

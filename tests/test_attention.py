@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import hf
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from model.mla import MLA
 from model.transformer import Transformer
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Pending
 from parallel.mesh import Mesh
+from tests import hf
 
 NAN = float("nan")
 LONG, SHORT = 131, 64  # tokens of the two sequences of most tests: three pages, and exactly one

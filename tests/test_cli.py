@@ -291,3 +291,10 @@ def test_experts_that_do_not_divide_spell_the_equation(tiny: Path) -> None:
 def test_help_is_worth_reading() -> None:
     code, out, _ = run("--help")
     assert code == 0 and "torchrun --nproc-per-node 2 run.py --role prefill" in out
+
+
+def test_the_demo_ends_with_equal_tokens() -> None:
+    code, out, err = finish(start(sys.executable, "scripts/demo.py"))
+    assert code == 0, err
+    assert "ranks equal those of one process." in out.splitlines()[-1]
+    assert "--- genesis: " in out and "KV transfer" in err

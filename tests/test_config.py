@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf import YARN
 
 from model.config import ModelConfig, Rope
+from tests.hf import YARN
 
 REQUIRED: dict[str, Any] = {
     "vocab_size": 160,

@@ -27,11 +27,12 @@ def tokens(path: Path) -> list[list[int]]:
     return [answer["token_ids"] for answer in read(path)]
 
 
-@pytest.mark.parametrize(("ranks", "attn_tp"), [(0, 1), (2, 1), (2, 2), (4, 2)])
-def test_unified(ranks: int, attn_tp: int, expected: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("ranks", "attn_tp"), [(0, 1), (2, 1), (4, 2)])
+def test_unified(ranks: int, attn_tp: int, backend: str, expected: list[list[int]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out), "--attn-tp", str(attn_tp))
-    code, _, err = run(*flags, "--device", "cuda", "--dtype", "float32", ranks=ranks)
+    code, _, err = run(*flags, "--device", "cuda", "--dtype", "float32", "--backend", backend, ranks=ranks)
     assert code == 0, err
     assert tokens(out) == expected
 

@@ -5,11 +5,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import hf
 import pytest
 import torch
 
 from model.transformer import Transformer
+from tests import hf
 
 NEW_TOKENS = 64
 LENGTHS = (1, 5, 63, 64, 65, 30)  # the page boundary, and prompts that cross it while decoding

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import hf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
+from tests import hf
 
 GATE = "model.layers.2.mlp.gate.weight"
 EXPERT = "model.layers.3.mlp.experts.5.down_proj.weight"

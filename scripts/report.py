@@ -1,0 +1,55 @@
+"""Render docs/measurements.json as docs/measurements.md.
+
+python scripts/report.py                    # render
+python scripts/report.py --merge FILE...    # first take over the records that a benchmark wrote elsewhere
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from scripts.measurements import STORE, Record, commit, load, merge, save
+
+INTRO = """# Measurements
+
+Rendered from `measurements.json` by `scripts/report.py`; do not edit. `ratio` is how many times as good as the
+reference a figure is (over 1 is better, for times too). Every figure is *measured* unless its kind says *simulated*
+or *modelled*.
+"""
+
+
+def render(records: list[Record]) -> str:
+    parts = [INTRO]
+    for origin, group in groupby(records, key=_origin):
+        parts.append(
+            f"\n## {origin}\n\n| figure | value | reference | ratio | kind |\n| --- | --- | --- | --- | --- |\n"
+        )
+        for r in group:
+            reference = "" if r.reference is None else f"{r.reference:,.4g} ({r.source})"
+            ratio = "" if r.ratio is None else f"{r.ratio:.3f}"
+            parts.append(f"| {r.name} | {r.value:,.4g} {r.unit} | {reference} | {ratio} | {r.kind} |\n")
+    return "".join(parts)
+
+
+def _origin(r: Record) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in r.versions.items())
+    return f"{r.machine}, {r.date}, commit {r.commit}\n\n`{r.command}` with {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merge", nargs="*", default=[], type=Path, metavar="FILE")
+    args = parser.parse_args()
+    records = load()
+    for path in args.merge:
+        records = merge([r if r.commit else replace(r, commit=commit()) for r in load(path)], records)
+    save(records)
+    STORE.with_suffix(".md").write_text(render(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Which library serves which op: decided by what is there, forced by name, refused with the reason."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from kernels import ref
+from kernels.backend import OURS, PREFERENCE, Ops, Shape, choose, table
+
+V3 = Shape(kv_lora_rank=512, rope_dim=64, qk_head_dim=192, v_head_dim=128, hidden=7168, expert_width=2048)
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_runs_the_torch_twins() -> None:
+    ops, choices = choose(V3, torch.float32, CPU)
+    assert ops == Ops() and ops.alignment == 1
+    assert {choice.library for choice in choices} == {"torch"}
+    assert all("triton: no GPU" in choice.why for choice in choices)
+
+
+def test_every_op_has_a_twin_a_kernel_and_a_row() -> None:
+    names = {field.name for field in fields(Ops)} - {"alignment"}
+    assert names == set(PREFERENCE) == set(OURS)
+    assert all(callable(getattr(ref, name)) for name in names)
+    assert all(order[-2:] == ("triton", "torch") for order in PREFERENCE.values())
+
+
+@pytest.mark.parametrize(
+    ("forced", "message"),
+    [
+        ("mla_decode=flash_mla", "--backend mla_decode=flash_mla: flash_mla: no GPU"),
+        ("rope=triton", "--backend rope=triton: triton: no GPU"),
+        ("rope=deep_gemm", "--backend rope=deep_gemm: rope is served by triton, torch"),
+        ("rope=cuda", "--backend rope=cuda: 'cuda' is none of flash_mla, deep_gemm, triton, torch"),
+        ("attention=torch", "--backend attention=torch: 'attention' is none of rms_norm, rope"),
+        ("", "--backend : '' is none of"),
+    ],
+)
+def test_what_cannot_be_forced_is_refused(forced: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^--backend") as error:
+        choose(V3, torch.float32, CPU, [forced])
+    assert message in str(error.value)
+
+
+def test_the_table_names_every_op_once() -> None:
+    text = table(choose(V3, torch.float32, CPU, ["torch"])[1])
+    assert all(text.count(f" {op}") == 1 or op in ("ep_scatter", "rope") for op in PREFERENCE)
+    assert "(forced)" in text

@@ -1,0 +1,46 @@
+"""The committed figures are complete, and their page is what the script renders from them."""
+
+import math
+
+import pytest
+
+from scripts.measurements import KINDS, STORE, Record, load, merge, save
+from scripts.report import render
+
+ENVIRONMENT = {"machine": "m", "versions": {"torch": "2"}, "command": "c", "commit": "abc", "date": "2026-01-01"}
+
+
+def test_every_committed_record_says_where_it_comes_from() -> None:
+    records = load()
+    assert len({record.name for record in records}) == len(records)
+    for record in records:
+        assert record.kind in KINDS and math.isfinite(record.value), record
+        assert record.machine and record.versions and record.command and record.commit and record.date, record
+        assert (record.reference is None) == (record.source == ""), record
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert STORE.with_suffix(".md").read_text() == render(load())
+
+
+def test_ratio_points_the_same_way_for_rates_and_times() -> None:
+    assert Record("rate", 90, "tok/s", "higher", 100, "s", **ENVIRONMENT).ratio == 0.9
+    assert Record("time", 50, "us", "lower", 100, "s", **ENVIRONMENT).ratio == 2.0
+    assert Record("alone", 50, "us", **ENVIRONMENT).ratio is None
+
+
+def test_records_survive_the_file_and_newer_ones_win(tmp_path) -> None:
+    path = tmp_path / "some" / "file.json"
+    old = [Record("a", 1, "s", **ENVIRONMENT), Record("b", 2, "s", "lower", 4, "them", **ENVIRONMENT)]
+    save(old, path)
+    assert load(path) == old
+    assert [r.value for r in merge([Record("a", 3, "s", **ENVIRONMENT)], old)] == [3, 2]
+
+
+def test_a_kind_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind is 'guessed'; it must be one of measured, simulated, modelled"):
+        Record("a", 1, "s", kind="guessed", **ENVIRONMENT)
+
+
+def test_a_simulated_figure_says_so_on_the_page() -> None:
+    assert "| simulated |" in render([Record("a", 1, "s", kind="simulated", **ENVIRONMENT)])
