@@ -12,6 +12,7 @@ Prefill and decode in jobs of their own, in any order (--router is where the rou
 
 import argparse
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from disagg.worker import Interrupt, serve
 from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.transformer import op_shape
-from parallel.mesh import Mesh, launched_rank
+from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
 
@@ -72,8 +73,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     has_work = args.role in ("unified", "router")
     if has_work and (args.prompt is None) == (args.input is None):
         raise ValueError(f"--role {args.role} needs exactly one of --prompt and --input")
-    if args.input is not None and args.output is None:
-        raise ValueError("--input needs --output, the file to write the answers to")
+    if (args.input is None) != (args.output is None):
+        raise ValueError("--input and --output go together: requests from one file, answers to another")
     if not has_work and (args.prompt is not None or args.input is not None):
         raise ValueError(f"--role {args.role} takes its work from the router, not from --prompt or --input")
     for role_needs, flag in ((args.role == "router", "listen"), (not has_work, "router")):
@@ -100,8 +101,8 @@ class FrontDoor:
         if args.output is not None:
             self.writer = Writer(args.output, args.input)
 
-    def run(self, stopped: Callable[[], bool]) -> None:
-        router = Router(self.port, self.tokenizer, stopped)
+    def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:
+        router = Router(self.port, self.tokenizer, stopped, expected)
         router.metrics.finished["error"] += self.job.num_refused
         self.bar = tqdm(total=len(self.job.answers), initial=self.job.num_refused, unit="request", disable=None)
         if self.writer is not None:
@@ -132,14 +133,14 @@ class FrontDoor:
 class RouterThread(threading.Thread):
     """The router beside rank 0 of a unified job. What breaks it also ends the job, and is raised by `join`."""
 
-    def __init__(self, front: FrontDoor, interrupt: Interrupt):
+    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int):
         super().__init__(name="router")
-        self.front, self.interrupt, self.error = front, interrupt, None
+        self.front, self.interrupt, self.expected, self.error = front, interrupt, expected, None
         self.start()
 
     def run(self) -> None:
         try:
-            self.front.run(lambda: self.interrupt.seen)
+            self.front.run(lambda: self.interrupt.seen, self.expected)
         except Exception as error:
             self.error, self.interrupt.seen = error, True
 
@@ -156,19 +157,21 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         front, router = open_front_door(args, settings, config, mesh)
     else:
         front, router = None, parse_address("--router", args.router)
+        if router[1] == 0:
+            raise ValueError(f"--router is {args.router!r}; port 0 is only for --listen, which says what it got")
     ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend)
     engine = Engine(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
-    thread = RouterThread(front, interrupt) if front is not None else None
-    found = serve(args.role, engine, mesh, router, interrupt)
+    thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
+    problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:
         thread.join()
     mesh.close()
-    if not found:
-        print(f"{args.role}: the router at {args.router} is gone", file=sys.stderr)
-    return 0 if found else 1
+    if problem is not None:
+        print(f"{args.role}: {problem}", file=sys.stderr)
+    return 0 if problem is None else 1
 
 
 def open_front_door(
@@ -199,13 +202,18 @@ def main() -> int:
         if args.role != "router":
             return run_worker(args, settings, config)
         interrupt = Interrupt()
-        FrontDoor(args, settings, config, parse_address("--listen", args.listen)).run(lambda: interrupt.seen)
+        front = FrontDoor(args, settings, config, parse_address("--listen", args.listen))
+        print(f"router: listening on port {front.port.port}", file=sys.stderr)
+        front.run(lambda: interrupt.seen)
         return 0
     except ValueError as error:
-        if launched_rank() == 0:
+        if launched_local_rank() == 0:  # the others of this machine would only repeat it
             print(f"run.py: error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # without unwinding: a link's thread may still be inside a transfer whose peer has died

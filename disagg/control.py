@@ -7,7 +7,8 @@ prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode 
 import os
 import socket
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
 import msgspec
 import zmq
@@ -30,10 +31,11 @@ class Member(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router: I am here. `members` are its ranks, the sender first."""
 
-    role: str
-    members: list[Member]
-    max_batch: int
-    kv_tokens: int
+    role: Literal["unified", "prefill", "decode"]
+    members: Annotated[list[Member], msgspec.Meta(min_length=1)]
+    max_batch: Annotated[int, msgspec.Meta(ge=1)]
+    kv_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    kv: str  # what is handed over: replicas that differ in it cannot serve together
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -56,7 +58,9 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """The router: no more requests will come; stop."""
+    """The router: no more requests will come, or you are not wanted; stop."""
+
+    error: str | None = None
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -107,7 +111,9 @@ def new_socket(kind: int) -> zmq.Socket:
 def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
     """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
     try:
-        sock.bind(f"tcp://{host}:{port or '*'}")
+        sock.bind(f"tcp://{socket.gethostbyname(host)}:{port or '*'}")
+    except (OSError, UnicodeError):
+        raise ValueError(f"cannot listen on {host}:{port}: no such host") from None
     except zmq.ZMQError as error:
         raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
     return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
@@ -155,7 +161,7 @@ class RouterPort:
             try:
                 worker, body = self._sock.recv_multipart()
                 messages.append((worker.decode(), _to_router.decode(body)))
-            except ValueError as error:  # also msgspec's: not one of ours
+            except (ValueError, msgspec.MsgspecError) as error:
                 print(f"router: dropped a message that is not a worker's ({error})", file=sys.stderr)
         return messages
 
@@ -208,9 +214,11 @@ class Pipe:
             raise ConnectionError("the other end has gone") from None
 
     def poll(self, timeout_ms: int = 0) -> list[Any]:
+        """What has come. What is none of ours is dropped: a door is open to strangers."""
         messages = []
         while self.sock.poll(0 if messages else timeout_ms):
-            messages.append(self._decoder.decode(self.sock.recv()))
+            with suppress(msgspec.MsgspecError):
+                messages.append(self._decoder.decode(self.sock.recv()))
         return messages
 
     def close(self) -> None:

@@ -4,13 +4,14 @@ queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 """
 
 import queue
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
 from disagg.control import Abort, Gone, Member, Submit, Update
 from disagg.engine import Engine
-from disagg.handoff import Cancel, Join, Open, ReceiveLink, Room, RoomEnded, RoomState, dial, link_key
+from disagg.handoff import Cancel, Join, Open, Room, RoomEnded, RoomState
+from disagg.links import Links, ReceiveLink, dial, link_key
 from disagg.scheduler import Plan, Sequence
 from disagg.unified import Unified
 
@@ -23,6 +24,7 @@ class Arrival:
     prefill: list[Member]
     room: Room
     link: ReceiveLink | None = None  # once it has its pages
+    generation: int = 0  # of the link
     first: tuple[int, list[tuple[int, float]]] | None = None  # token, logprobs
     wanted: bool = True  # False once aborted
 
@@ -35,9 +37,9 @@ class Decode(Unified):
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Arrival] = deque()  # no pages yet
         self.arrivals: dict[int, Arrival] = {}  # pages, KV on its way
-        self.links: dict[str, ReceiveLink] = {}  # by the prefill rank's id
         self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
-        self.lost_links: list[ReceiveLink] = []
+        self.links = Links(self.make_link)
+        self.generations: Counter[str] = Counter()  # of the links to a prefill replica, by its first rank's id
 
     def collect(self) -> list[Any]:
         events = []
@@ -48,11 +50,7 @@ class Decode(Unified):
     def handle(self, event: Any) -> None:
         match event:
             case Submit(request, prefill):
-                try:
-                    self.scheduler.check_fits(len(request.prompt) + request.max_tokens)
-                except ValueError as error:
-                    self.updates.append(Update(request.uid, error=str(error)))
-                else:
+                if self.fits(request):
                     self.queue.append(Arrival(Sequence(request), prefill, Room(len(self.members))))
             case RoomEnded(uid):
                 self.room_ended(uid, event)
@@ -63,9 +61,7 @@ class Decode(Unified):
                 self.queue = deque(a for a in self.queue if a.sequence.request.uid != uid)
                 super().handle(event)
             case Gone(ids):
-                for gone in self.links.keys() & set(ids):
-                    self.lost_links.append(self.links.pop(gone))
-                    self.lost_links[-1].stop()
+                self.links.lose(ids)
 
     def plan(self) -> Plan:
         while self.queue and self.open(self.queue[0]):
@@ -75,25 +71,29 @@ class Decode(Unified):
     def open(self, arrival: Arrival) -> bool:
         """Give the request its pages, then ask for its KV; False if the pages have to wait."""
         sequence, request = arrival.sequence, arrival.sequence.request
+        if any(member.id in self.links.gone for member in arrival.prefill):
+            self.updates.append(Update(request.uid, error="its prefill replica has died", retry=True))
+            return True
         if not self.scheduler.reserve(sequence, len(request.prompt) + request.max_tokens):
             return False
         self.arrivals[request.uid] = arrival
         arrival.room.rise(RoomState.WAITING)
-        opening = Open(request, sequence.pages, self.members) if self.rank == 0 else None
-        arrival.link = self.link(arrival.prefill[self.rank % len(arrival.prefill)])
+        arrival.generation = self.generations[arrival.prefill[0].id]
+        opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
+        arrival.link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
         arrival.link.put(Join(request.uid, opening))
         return True
 
-    def link(self, prefill: Member) -> ReceiveLink:
-        me = self.members[self.rank]
-        if prefill.id not in self.links:
-            connect = dial(prefill, me, self.engine.pool.device)
-            self.links[prefill.id] = ReceiveLink(link_key(prefill, me), connect, self.engine.pool, self.events)
-        return self.links[prefill.id]
+    def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
+        me, pool = self.members[self.rank], self.engine.pool
+        connect = dial(prefill, me, pool.device, generation)
+        return ReceiveLink(link_key(prefill, me, generation), connect, pool, self.events)
 
     def room_ended(self, uid: int, ended: RoomEnded) -> None:
         arrival = self.arrivals[uid]
         arrival.room.end_link(ended.error)
+        if ended.link_down:
+            self.give_up_links(arrival)
         if ended.error is None:
             arrival.first = (ended.token, ended.logprobs)
         if not arrival.room.may_release:
@@ -110,19 +110,20 @@ class Decode(Unified):
         if arrival.wanted:
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
 
+    def give_up_links(self, arrival: Arrival) -> None:
+        """One link of the replica went down: all of them to that prefill replica go, or the room would wait for the
+        others for ever. The next request makes new ones."""
+        leader = arrival.prefill[0].id
+        if arrival.generation == self.generations[leader]:
+            self.generations[leader] += 1
+        arrival.link.stop()
+
     @property
     def in_flight(self) -> bool:
         return bool(self.arrivals)
 
     def stats(self) -> dict[str, float]:
-        links = [*self.links.values(), *self.lost_links]
-        return {
-            "transfer_bytes": sum(link.bytes_moved for link in links),
-            "transfer_seconds": sum(link.seconds_moving for link in links),
-        }
+        return self.links.stats()
 
     def close(self) -> None:
-        for link in self.links.values():
-            link.stop()
-        for link in self.links.values():
-            link.join(timeout=5)  # a thread inside gloo while the process ends would crash it
+        self.links.close()

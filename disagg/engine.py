@@ -1,7 +1,8 @@
 """Engine: one rank's model, KV pool and scheduler. It runs a plan and gives back tokens; it knows no router and no
 link, and is the same for every role."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -107,6 +108,14 @@ class Engine:
     def written(self) -> torch.cuda.Event | None:
         """An event after which the KV of every step so far is in the pool; None on a CPU, where it already is."""
         return torch.cuda.current_stream().record_event() if self.mesh.device.type == "cuda" else None
+
+    @property
+    def kv_layout(self) -> str:
+        """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them."""
+        model = hashlib.sha256(repr(replace(self.config, dtype="", fp8=False)).encode()).hexdigest()[:8]
+        layers, _, page, width = self.pool.shape
+        dtype = str(self.pool.dtype).removeprefix("torch.")
+        return f"{layers} layers x {page} x {width} {dtype}, model {model}"
 
     @property
     def kv_tokens(self) -> int:

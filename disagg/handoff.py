@@ -13,24 +13,13 @@ With attention TP on either side, decode rank j is linked to prefill rank j % t:
 replica, so each decode rank takes a copy from one of them.
 """
 
-import queue
-import threading
-import time
-import uuid
-from collections.abc import Callable
-from contextlib import suppress
 from enum import IntEnum
 from typing import Any
 
 import msgspec
-import torch
-import torch.distributed as dist
-import zmq
-from torch import Tensor
 
-from disagg.control import Member, Pipe, bind, new_socket
+from disagg.control import Member
 from disagg.request import Request
-from disagg.transport.torch_dist import TIMEOUT, TorchTransport
 
 
 class RoomState(IntEnum):
@@ -81,6 +70,7 @@ class Knock(msgspec.Struct, frozen=True, tag=True):
     """decode -> the prefill rank's door: make a link with me."""
 
     decode: Member
+    generation: int  # 0, 1, ... each time the one before went down
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
@@ -89,6 +79,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     request: Request
     pages: list[int]
     decode: list[Member]
+    generation: int = 0  # of the links to them
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -145,213 +136,4 @@ class RoomEnded(msgspec.Struct, frozen=True):
     error: str | None = None
     token: int = -1
     logprobs: list[tuple[int, float]] = []
-
-
-class Link(threading.Thread):
-    """One end of a link. Its pipe and transport belong to its thread; the rank's loop calls `put` and `stop` only."""
-
-    def __init__(self, key: str, connect: Callable[[str], tuple[Pipe, TorchTransport]], pool: Tensor, events: Any):
-        """`connect(key)` runs in the thread, and may block or raise; `events` is a queue that the loop drains."""
-        super().__init__(name=f"link {key}", daemon=True)
-        self.key, self.pool = key, pool
-        self.bytes_moved, self.seconds_moving = 0, 0.0
-        self._connect, self._events = connect, events
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
-        self._changed = threading.Condition()  # guards the next two, and the pool against a link that is down
-        self._rooms: set[int] = set()  # joined and not yet ended
-        self._down: str | None = None  # why
-        self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
-        address = f"inproc://{uuid.uuid4().hex}"
-        self._wake.bind(address)
-        self._woken.connect(address)
-        self.pipe: Pipe | None = None
-        self.transport: TorchTransport | None = None
-        self.start()
-
-    def put(self, command: Any) -> None:
-        with self._changed:
-            if isinstance(command, Join):
-                if self._down is not None:
-                    self._events.put(RoomEnded(command.uid, self._down))
-                else:
-                    self._rooms.add(command.uid)
-                    self._changed.notify()
-            if self._down is None:
-                self._commands.put(command)
-                self._wake.send(b"")
-
-    def stop(self) -> None:
-        """End the link; the peer may be dead. Its rooms end at once, and nothing is written to the pool any more.
-
-        NCCL's transfer in flight ends too; gloo's goes on in the thread until it times out, into a buffer of its own.
-        """
-        if self._go_down("stopped") and self.transport is not None:
-            self.transport.abort()
-
-    def _go_down(self, error: str) -> bool:
-        """End all rooms; False if they have been already."""
-        with self._changed:
-            if self._down is not None:
-                return False
-            self._down = f"link {self.key}: {error}"
-            for uid in self._rooms:
-                self._events.put(RoomEnded(uid, self._down))
-            self._rooms.clear()
-            self._changed.notify()
-            self._wake.send(b"")
-            return True
-
-    def run(self) -> None:
-        try:
-            if self.pool.is_cuda:
-                torch.cuda.set_device(self.pool.device)
-                torch.cuda.set_stream(torch.cuda.Stream())
-            self.pipe, self.transport = self._connect(self.key)
-            self._loop()
-        except Exception as broken:  # whatever broke it, the rooms must hear of it
-            self._go_down(f"{type(broken).__name__}: {broken}")
-        if self.pipe is not None:
-            self.pipe.close()
-
-    def _loop(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self.pipe.sock, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
-        while self._down is None:
-            poller.poll()
-            for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
-                self.handle(message)
-            if self._woken.poll(0):
-                self._woken.recv()
-                with suppress(queue.Empty):  # the link went down
-                    self.handle(self._commands.get_nowait())
-
-    def handle(self, item: Any) -> None:
-        """A message from the peer or a command from the loop."""
-        raise NotImplementedError
-
-    def is_open(self, uid: int) -> bool:
-        return uid in self._rooms
-
-    def end(self, ended: RoomEnded) -> None:
-        with self._changed:
-            if ended.uid in self._rooms:
-                self._rooms.remove(ended.uid)
-                self._events.put(ended)
-
-
-class SendLink(Link):
-    """The prefill rank's end."""
-
-    def __init__(self, *args: Any):
-        self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
-        super().__init__(*args)
-
-    def handle(self, item: Any) -> None:
-        match item:
-            case Open():
-                self._events.put(item)
-            case Join(uid) if uid in self._cancelled:
-                self._cancelled.remove(uid)
-                self._close(uid, "cancelled")
-            case Cancel(uid) if not self.is_open(uid):
-                self._cancelled.add(uid)
-            case Cancel(uid):
-                self._close(uid, "cancelled")
-            case SendPages(uid, mine, theirs, ready) if self.is_open(uid):
-                self._send(uid, mine, theirs, ready)
-            case Last(uid) if self.is_open(uid):
-                self.pipe.send(item)
-                self.end(RoomEnded(uid))
-            case Closed(uid, error) if self.is_open(uid):
-                self._close(uid, error)
-
-    def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
-        if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
-        packed = self.pool[:, mine]  # [layers, pages, 64, C + R], contiguous
-        self.pipe.send(Sending(uid, theirs))
-        start = time.perf_counter()
-        self.transport.send(packed)
-        self.seconds_moving += time.perf_counter() - start
-        self.bytes_moved += packed.nbytes
-
-    def _close(self, uid: int, error: str) -> None:
-        self.pipe.send(Closed(uid, error))
-        self.end(RoomEnded(uid, error))
-
-
-class ReceiveLink(Link):
-    """The decode rank's end."""
-
-    def handle(self, item: Any) -> None:
-        match item:
-            case Join(_, Open() as opening):
-                self.pipe.send(opening)
-            case Cancel(uid) if self.is_open(uid):
-                self.pipe.send(item)
-            case Sending(uid, pages):
-                self._receive(uid, pages)
-            case Last(uid, token, logprobs):
-                self._await(uid)
-                self.end(RoomEnded(uid, None, token, logprobs))
-            case Closed(uid, error):
-                self._await(uid)
-                self.end(RoomEnded(uid, error))
-
-    def _receive(self, uid: int, pages: list[int]) -> None:
-        self._await(uid)
-        layers, _, *page = self.pool.shape
-        packed = self.pool.new_empty(layers, len(pages), *page)
-        start = time.perf_counter()
-        self.transport.recv(packed)
-        self.seconds_moving += time.perf_counter() - start
-        self.bytes_moved += packed.nbytes
-        with self._changed:
-            if self._down is None:  # else the room has ended, and the pages may be somebody else's
-                self.pool[:, pages] = packed
-                if packed.is_cuda:
-                    torch.cuda.current_stream().synchronize()  # Last must not overtake the copy
-
-    def _await(self, uid: int) -> None:
-        """Until this rank's own loop has joined the room: another rank of the replica may have opened it earlier."""
-        with self._changed:
-            joined = self._changed.wait_for(
-                lambda: self.is_open(uid) or self._down is not None, timeout=TIMEOUT.total_seconds()
-            )
-        if not joined:
-            raise TimeoutError(f"this rank never joined room {uid}")
-
-
-def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:
-    """The prefill end's `connect`: put up a pipe and tell its port through the store that this rank hosts."""
-
-    def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        sock = new_socket(zmq.DEALER)
-        store.set(f"{key}/pipe", str(bind(sock, host)))
-        transport = TorchTransport(dist.PrefixStore(key, store), 0, device)
-        if not sock.poll(TIMEOUT.total_seconds() * 1000, zmq.POLLOUT):  # this end may be the first to speak
-            raise TimeoutError("nobody came to the pipe")
-        return Pipe(sock, Open | Cancel), transport
-
-    return connect
-
-
-def dial(prefill: Member, me: Member, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:
-    """The decode end's `connect`: knock at the prefill rank's door, then meet it in its store."""
-
-    def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        door = Pipe(new_socket(zmq.PUSH), Knock)
-        door.sock.connect(f"tcp://{prefill.host}:{prefill.door}")
-        door.send(Knock(me))
-        door.close()
-        store = dist.TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
-        sock = new_socket(zmq.DEALER)
-        sock.connect(f"tcp://{prefill.host}:{store.get(f'{key}/pipe').decode()}")
-        return Pipe(sock, Sending | Last | Closed), TorchTransport(dist.PrefixStore(key, store), 1, device)
-
-    return connect
-
-
-def link_key(prefill: Member, decode: Member) -> str:
-    return f"{prefill.id}/{decode.id}"
+    link_down: bool = False  # it was not the room's own fault

@@ -9,20 +9,8 @@ import zmq
 
 from disagg.control import Gone, Member, Pipe, bind, new_socket
 from disagg.engine import Engine, Sampled
-from disagg.handoff import (
-    Closed,
-    Join,
-    Knock,
-    Last,
-    Open,
-    Room,
-    RoomEnded,
-    RoomState,
-    SendLink,
-    SendPages,
-    link_key,
-    listen,
-)
+from disagg.handoff import Closed, Join, Knock, Last, Open, Room, RoomEnded, RoomState, SendPages
+from disagg.links import Links, SendLink, link_key, listen
 from disagg.scheduler import Plan, Sequence
 from model.batch import PAGE
 
@@ -54,13 +42,13 @@ class Prefill:
         self.engine, self.scheduler, self.door = engine, engine.scheduler, door
         self.rank, self.members = engine.mesh.attn.rank, members
         self.departures: dict[int, Departure] = {}
-        self.links: dict[str, SendLink] = {}  # by the decode rank's id
-        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
+        self.links = Links(self.make_link)
         self.updates: list = []  # the decode side speaks to the router
 
     def collect(self) -> list[Any]:
         for knock in self.door.pipe.poll():
-            self.link(knock.decode)
+            self.links.get(knock.decode, knock.generation)
         events = []
         while not self.events.empty():
             events.append(self.events.get())
@@ -80,12 +68,11 @@ class Prefill:
                     if departure.sequence.pages:
                         self.scheduler.release(departure.sequence)
             case Gone(ids):
-                for gone in self.links.keys() & set(ids):
-                    self.links.pop(gone).stop()
+                self.links.lose(ids)
 
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
-        links = [self.link(decode) for decode in event.decode[self.rank :: step]]
+        links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
         departure = Departure(Sequence(request), event.pages, links, Room(len(event.decode)))
         departure.room.rise(RoomState.WAITING)
         self.departures[request.uid] = departure
@@ -105,12 +92,10 @@ class Prefill:
         for link in departure.links:
             link.put(Closed(departure.sequence.request.uid, error))  # ignored where the room has ended already
 
-    def link(self, decode: Member) -> SendLink:
-        if decode.id not in self.links:
-            connect = listen(self.door.store, self.door.host, self.engine.pool.device)
-            key = link_key(self.members[self.rank], decode)
-            self.links[decode.id] = SendLink(key, connect, self.engine.pool, self.events)
-        return self.links[decode.id]
+    def make_link(self, decode: Member, generation: int) -> SendLink:
+        connect = listen(self.door.store, self.door.host, self.engine.pool.device)
+        key = link_key(self.members[self.rank], decode, generation)
+        return SendLink(key, connect, self.engine.pool, self.events)
 
     def plan(self) -> Plan:
         return self.scheduler.schedule(reserve_output=False)
@@ -140,8 +125,5 @@ class Prefill:
         return {}
 
     def close(self) -> None:
-        for link in self.links.values():
-            link.stop()
-        for link in self.links.values():
-            link.join(timeout=5)  # a thread inside gloo while the process ends would crash it
+        self.links.close()
         self.door.pipe.close()

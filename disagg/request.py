@@ -27,7 +27,7 @@ class Request(msgspec.Struct, frozen=True):
 class UserRequest(msgspec.Struct, frozen=True):
     """One parsed input line: the request, and what only the router needs to answer it."""
 
-    id: str | int | None
+    id: str | int
     request: Request
     stop: list[str]
 
@@ -66,12 +66,12 @@ class PromptEncoder:
 
 def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
     """One JSON object -> a request that the engine can run. ValueError otherwise."""
-    raw = read_object(line)
+    raw = {name: value for name, value in read_object(line).items() if value is not None}  # null = not given
     known = {"id", *PROMPTS, *_RULES, "stop"}
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    if not is_id(raw.get("id")):
-        raise ValueError(f"id is {raw['id']!r:.60}; it must be a string, an integer or null")
+    if not is_id(raw.get("id", uid)):
+        raise ValueError(f"id is {raw['id']!r:.60}; it must be a string or an integer")
     given = [name for name in PROMPTS if name in raw]
     if len(given) != 1:
         raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
@@ -80,7 +80,7 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-        raise ValueError(f"stop is {raw['stop']!r}; it must be a non-empty string or a list of them")
+        raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
     prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
     if max(prompt) >= vocab_size:
         raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
@@ -95,7 +95,7 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
 
 
 def is_id(value: Any) -> bool:
-    return value is None or type(value) in (str, int)
+    return type(value) in (str, int)
 
 
 def read_object(line: str) -> dict:

@@ -6,6 +6,7 @@ are tried once more elsewhere, the others end with an error.
 """
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from disagg.control import Abort, Bye, Finish, Gone, Hello, Ping, RouterPort, Submit, ToRouter, Update, Updates
-from disagg.metrics import ROLE_PHASES, Metrics
+from disagg.metrics import Metrics
 from disagg.request import UserRequest
 from disagg.tokenizer import TextStream
 
@@ -80,8 +81,9 @@ def refusal(id: Any, error: str) -> Answer:
 
 
 class Router:
-    def __init__(self, port: RouterPort, tokenizer: Tokenizer, stopped: Callable[[], bool]):
-        """`stopped()` turns true when the user wants to end early (Ctrl-C)."""
+    def __init__(self, port: RouterPort, tokenizer: Tokenizer, stopped: Callable[[], bool], expected: int = 0):
+        """`stopped()` turns true when the user wants to end early (Ctrl-C). `expected`: replicas that will surely
+        come, and are waited for even if there is nothing to serve (those of the same job)."""
         self.port, self.tokenizer, self.stopped = port, tokenizer, stopped
         self.replicas: dict[str, Replica] = {}
         self.metrics = Metrics()
@@ -89,6 +91,8 @@ class Router:
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count()
         self._next_ping = 0.0
+        self._expected, self._leaving = expected, False
+        self._kv: str | None = None  # what the first replica hands over; all must be alike
         self._open = False  # has there been anybody to serve a request yet?
         self._short_of_replicas_since = 0.0
 
@@ -111,6 +115,7 @@ class Router:
             while self._tracked and not self.stopped():
                 for replica_id, message in self.port.poll(20):
                     self._handle(replica_id, message)
+                self._give_up_if_nobody_serves()
                 self._assign()
                 self._ping()
             for uid in list(self._tracked):
@@ -126,7 +131,7 @@ class Router:
     def _handle(self, replica_id: str, message: ToRouter) -> None:
         match message:
             case Hello():
-                self.replicas[replica_id] = Replica(replica_id, message)
+                self._welcome(replica_id, message)
             case Updates(updates):
                 for update in updates:
                     if update.uid in self._tracked:
@@ -135,6 +140,18 @@ class Router:
                 if replica := self.replicas.pop(replica_id, None):
                     self.metrics.replica_left(replica.hello.role, stats)
                     self._lose(replica, "was stopped")
+
+    def _welcome(self, replica_id: str, hello: Hello) -> None:
+        self._expected -= 1
+        self._kv = self._kv or hello.kv
+        if hello.kv != self._kv:
+            error = f"refused: its KV is {hello.kv}; the others' is {self._kv} (same --model and --dtype everywhere)"
+            print(f"router: a {hello.role} replica was {error}", file=sys.stderr)
+            self.port.send(replica_id, Finish(error))
+            return
+        self.replicas[replica_id] = Replica(replica_id, hello)
+        if self._leaving:
+            self.port.send(replica_id, Finish())
 
     def _assign(self) -> None:
         """Give waiting requests to the emptiest replicas: by KV for decode, by prompt tokens ahead for prefill."""
@@ -157,16 +174,20 @@ class Router:
 
     def _choose(self) -> tuple[Replica, Replica | None] | None:
         """A decode (or unified) replica with room, and a prefill replica for a decode one."""
-        by_role = {role: [r for r in self.replicas.values() if r.hello.role == role] for role in ROLE_PHASES}
-        complete = by_role["unified"] + (by_role["decode"] if by_role["prefill"] else [])
-        self._give_up_if_gone_for_long(bool(complete))
-        free = [r for r in complete if len(r.requests) < QUEUE_FACTOR * r.hello.max_batch]
+        free = [r for r in self._able_to_serve() if len(r.requests) < QUEUE_FACTOR * r.hello.max_batch]
         if not free:
             return None
         decode = min(free, key=lambda r: r.reserved / r.hello.kv_tokens)
         if decode.hello.role == "unified":
             return decode, None
-        return decode, min(by_role["prefill"], key=lambda r: r.prompts)
+        return decode, min(self._in_role("prefill"), key=lambda r: r.prompts)
+
+    def _in_role(self, role: str) -> list[Replica]:
+        return [replica for replica in self.replicas.values() if replica.hello.role == role]
+
+    def _able_to_serve(self) -> list[Replica]:
+        """Where a request can go: unified replicas, and decode ones as long as there is anybody to prefill."""
+        return self._in_role("unified") + (self._in_role("decode") if self._in_role("prefill") else [])
 
     def _start_clocks(self) -> None:
         """Latencies count from when there is somebody to serve: starting the jobs is not the requests' wait."""
@@ -175,10 +196,10 @@ class Router:
         for tracked in self._tracked.values():
             tracked.submitted = now
 
-    def _give_up_if_gone_for_long(self, served: bool) -> None:
+    def _give_up_if_nobody_serves(self) -> None:
         """Before anybody came, wait for ever. Once a role has died out, wait REPLACEMENT_S for it to come back."""
         now = time.monotonic()
-        if served:
+        if self._able_to_serve():
             self._short_of_replicas_since = now
         elif self._open and now - self._short_of_replicas_since > REPLACEMENT_S:
             for uid in self._waiting:
@@ -210,7 +231,9 @@ class Router:
                 self._end(update.uid, "stop")
                 return
         if update.finish:
+            shown = len(tracked.stream.text)
             tracked.stream.close()
+            self._show(tracked.position, tracked.stream.text[shown:])
             self._end(update.uid, update.finish)
 
     def _prompt_done(self, tracked: Tracked) -> None:
@@ -266,7 +289,7 @@ class Router:
                 self._lose(replica, "died")
 
     def _lose(self, lost: Replica, how: str) -> None:
-        for replica in self.replicas.values():
+        for replica in () if self._leaving else self.replicas.values():
             self.port.send(replica.id, Gone([member.id for member in lost.hello.members]))
         for uid in list(lost.requests):
             tracked = self._tracked[uid]
@@ -276,10 +299,11 @@ class Router:
                 self._retry(uid)
 
     def _farewell(self) -> None:
+        self._leaving = True
         for replica in self.replicas.values():
             self.port.send(replica.id, Finish())
         deadline = time.monotonic() + FAREWELL_S
-        while self.replicas and time.monotonic() < deadline:
+        while (self.replicas or self._expected > 0) and time.monotonic() < deadline:
             for replica_id, message in self.port.poll(50):
                 self._handle(replica_id, message)
             self._ping()

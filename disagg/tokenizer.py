@@ -24,9 +24,11 @@ def load_tokenizer(folder: str | Path) -> PromptEncoder:
 
 
 def _chat_template(folder: Path):
-    settings = folder / "tokenizer_config.json"
-    settings = json.loads(settings.read_text()) if settings.is_file() else {}
-    alone = folder / "chat_template.jinja"
+    path, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    try:
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
     source = alone.read_text() if alone.is_file() else settings.get("chat_template")
     if not source:
         return None
@@ -35,7 +37,10 @@ def _chat_template(folder: Path):
     for name in ("bos_token", "eos_token", "pad_token"):
         token = settings.get(name)
         environment.globals[name] = token.get("content") if isinstance(token, dict) else token
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{folder}: its chat template cannot be read ({error})") from None
 
 
 def _raise(message: str) -> None:

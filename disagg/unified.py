@@ -4,6 +4,7 @@ from typing import Any
 
 from disagg.control import Abort, Submit, Update
 from disagg.engine import Engine, Sampled
+from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
 
 
@@ -23,15 +24,20 @@ class Unified:
     def handle(self, event: Any) -> None:
         match event:
             case Submit(request, _):
-                try:
-                    self.scheduler.check_fits(len(request.prompt) + request.max_tokens)
-                except ValueError as error:
-                    self.updates.append(Update(request.uid, error=str(error)))
-                else:
+                if self.fits(request):
                     self.sequences[request.uid] = Sequence(request)
                     self.scheduler.add(self.sequences[request.uid])
             case Abort(uid) if uid in self.sequences:
                 self.finish(self.sequences[uid])
+
+    def fits(self, request: Request) -> bool:
+        """Can it ever run here? If not, the router hears why."""
+        try:
+            self.scheduler.check_fits(len(request.prompt) + request.max_tokens)
+        except ValueError as error:
+            self.updates.append(Update(request.uid, error=str(error)))
+            return False
+        return True
 
     def plan(self) -> Plan:
         return self.scheduler.schedule()

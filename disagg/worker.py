@@ -29,8 +29,10 @@ class Interrupt:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._see)
 
-    def _see(self, *_: object) -> None:
+    def _see(self, number: int, _: object) -> None:
+        """The second one kills."""
         self.seen = True
+        signal.signal(number, signal.SIG_DFL)
 
 
 def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[Role, list[Member]]:
@@ -49,22 +51,24 @@ def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[
     raise AssertionError(name)
 
 
-def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> bool:
-    """Run until the router says Finish or somebody interrupts. False if the router was lost."""
+def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
+    """Run until the router says Finish or somebody interrupts. What went wrong, if the end was not a good one."""
     role, members = make_role(name, engine, mesh, router[0])
     port = WorkerPort(members[0].id, *router) if mesh.leads else None
     if port is not None:
-        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens))
-    stats, nap_ms, finished, lost = Counter(), 1, False, False
+        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout))
+    stats, nap_ms, finished, problem = Counter(), 1, False, None
     while True:
         inbox = port.poll() if port is not None else []
         for events in mesh.attn.exchange([*inbox, *role.collect()]):
             for event in events:
-                finished |= isinstance(event, Finish)
+                if isinstance(event, Finish):
+                    finished, problem = True, event.error
                 role.handle(event)
         plan = role.plan()
-        lost = port is not None and not finished and port.gone
-        mine = (plan.num_prefill_tokens, len(plan.decodes), finished or lost or interrupt.seen)
+        if port is not None and not finished and port.gone:
+            finished, problem = True, f"the router at {router[0]}:{router[1]} is gone"
+        mine = (plan.num_prefill_tokens, len(plan.decodes), finished or interrupt.seen)
         prefill_tokens, decodes, stop = (sum(column) for column in zip(*mesh.agree(*mine), strict=True))
         if stop:
             break
@@ -87,7 +91,7 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
     if port is not None:
         port.send(Bye(dict(stats)))
         port.close()
-    return not lost
+    return problem
 
 
 def _count(stats: Counter, mine: tuple[int, int, bool], prefill: bool, seconds: float) -> None:

@@ -158,6 +158,8 @@ def _read_quantization(given: dict | None, where: str) -> bool:
 def _read_rope(raw: dict, where: str) -> Rope:
     """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's single `rope_parameters`."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: rope_scaling is {given!r}; it must be an object")
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":

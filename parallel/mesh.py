@@ -121,8 +121,8 @@ class Mesh:
     @classmethod
     def create(cls, attn_tp: int = 1, device: str = "auto") -> "Mesh":
         """Read torchrun's environment, join the job, make the groups. ValueError spells the equation it fails."""
-        size, rank = int(os.environ.get("WORLD_SIZE", 1)), launched_rank()
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        local_rank = launched_local_rank()
         if attn_tp < 1 or size % attn_tp:
             raise ValueError(f"ranks % --attn-tp must be 0, not {size} % {attn_tp}" + f" = {size % max(attn_tp, 1)}")
         device = pick_device(device, local_rank)
@@ -152,9 +152,9 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def launched_rank() -> int:
-    """My rank before there is a mesh; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+def launched_local_rank() -> int:
+    """My rank among those of this machine, before there is a mesh; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -35,8 +35,9 @@ def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, st
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        for pid in processes(process.args[-1]):  # its ranks too: they hold the pipes open
+            os.kill(pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=10)
         raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
     return process.returncode, out, err
 
@@ -212,6 +213,59 @@ def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
     assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 16
 
 
+def test_a_killed_decode_job_takes_its_requests_with_it(tiny: Path, tmp_path: Path) -> None:
+    """Those that have tokens end with an error; the router serves the others through the job that takes its place."""
+    source = tmp_path / "many.jsonl"
+    rows = [
+        {"prompt_token_ids": [7 + i], "max_tokens": n, "ignore_eos": True} for i, n in enumerate([1, 2000, 2000, 9])
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_job("decode", 1, "--max-batch", "1")  # gets two requests at a time
+    deployment.start_router()
+    deployment.wait_for_answers(1)
+    time.sleep(0.3)
+    for pid in processes(deployment.address, "--role decode"):
+        os.kill(pid, signal.SIGKILL)
+    deployment.jobs.pop("decode").communicate()
+    deployment.start_job("decode", ranks=1)
+    for role, (code, _, err) in deployment.finish().items():
+        assert code == 0, f"{role}: {err}"
+    answers = read(deployment.out)
+    assert [answer["finish_reason"] for answer in answers] == ["length", "error", "error", "length"]
+    assert {answer["error"] for answer in answers[1:3]} == {"the decode replica serving it died"}
+
+
+def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_router()
+    time.sleep(4)
+    deployment.start_job("decode", 1, "--dtype", "bfloat16")
+    code, _, err = finish(deployment.jobs.pop("decode"))
+    assert code != 0 and "decode: refused: its KV is 5 layers x 64 x 80 bfloat16" in err, err
+    deployment.start_job("decode", ranks=1)
+    ended = deployment.finish()
+    assert [code for code, *_ in ended.values()] == [0, 0, 0]
+    assert "a decode replica was refused" in ended["router"][2]
+    assert all(answer["finish_reason"] != "error" for answer in read(deployment.out))
+
+
+def test_a_batch_of_nothing_ends_well(tiny: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
+    source.write_text("bad\n")
+    code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(out), ranks=2)
+    assert code == 0 and "1 error" in err and "gone" not in err, err
+    assert [answer["finish_reason"] for answer in read(out)] == ["error"]
+
+
+def test_a_disk_that_fills_up_ends_the_job(tiny: Path, prompts: Path) -> None:
+    code, _, err = run("--model", str(tiny), "--input", str(prompts), "--output", "/dev/full")
+    assert code == 2 and "--output /dev/full: cannot be written (No space left on device)" in err
+    assert "Traceback" not in err
+
+
 def test_a_bad_line_ruins_only_itself(tiny: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "mixed.jsonl", tmp_path / "out.jsonl"
     lines = [
@@ -244,7 +298,11 @@ BAD_COMMANDS = {
     "no listen": (("--role", "router", "--prompt", "x"), "--role router needs --listen HOST:PORT"),
     "no work": ((), "--role unified needs exactly one of --prompt and --input"),
     "work for prefill": (("--role", "prefill", "--router", "a:1", "--prompt", "x"), "takes its work from the router"),
-    "input alone": (("--input", "x.jsonl"), "--input needs --output"),
+    "input alone": (("--input", "x.jsonl"), "--input and --output go together"),
+    "output of a prompt": (("--prompt", "x", "--output", "{tmp}/o"), "--input and --output go together"),
+    "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for --listen"),
+    "no such host": (("--role", "router", "--listen", "999.1.1.1:1", "--prompt", "x"), "999.1.1.1:1: no such host"),
+    "backend": (("--prompt", "x", "--backend", "mla_decode=flash_mla"), "--backend mla_decode=flash_mla: flash_mla: "),
     "missing input": (("--input", "no/such.jsonl", "--output", "{tmp}/o"), "--input no/such.jsonl: cannot be read"),
     "bad address": (("--role", "prefill", "--router", "nowhere"), "--router is 'nowhere'; it must be HOST:PORT"),
     "max batch": (("--prompt", "x", "--max-batch", "0"), "--max-batch is 0; it must be at least 1"),

@@ -22,24 +22,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control import Member, Pipe, new_socket
-from disagg.handoff import (
-    Cancel,
-    Closed,
-    Join,
-    Last,
-    Link,
-    Open,
-    ReceiveLink,
-    Room,
-    RoomEnded,
-    RoomState,
-    Sending,
-    SendLink,
-    SendPages,
-    dial,
-    link_key,
-    listen,
-)
+from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendPages
+from disagg.links import Link, ReceiveLink, SendLink, dial, link_key, listen
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import TorchTransport

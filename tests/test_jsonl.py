@@ -89,7 +89,7 @@ def test_a_bad_line_is_answered_by_its_own_id_or_else_its_number(encoder: Prompt
         (4, "error", "line 4: "),
         (5, "error", "line 5: "),
         (6, "error", "line 6: "),
-        (None, "error", "line 7: "),
+        (7, "error", "line 7: "),
     ]
     assert "prompt is ''" in job.answers[1].error and "top_p is 3" in job.answers[5].error
     assert [user.id for user in job.requests] == ["fine", 8]

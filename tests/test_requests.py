@@ -102,17 +102,17 @@ def test_a_prompt_may_fill_the_model_exactly() -> None:
 
 
 BAD_FIELDS = (
-    *(("max_tokens", value, "at least 1") for value in (0, -1, 1.0, True, "5", None, [])),
-    *(("top_p", value, r"in \(0, 1\]") for value in (0, -0.1, 1.0001, 2, "1", True, None, float("nan"))),
-    *(("top_k", value, "at least 0") for value in (-1, 0.5, False, "1", 2**31, None)),
-    *(("seed", value, "in 0..2") for value in (-1, 2**63, 1.0, True, None, "x")),
+    *(("max_tokens", value, "at least 1") for value in (0, -1, 1.0, True, "5", [])),
+    *(("top_p", value, r"in \(0, 1\]") for value in (0, -0.1, 1.0001, 2, "1", True, float("nan"))),
+    *(("top_k", value, "at least 0") for value in (-1, 0.5, False, "1", 2**31)),
+    *(("seed", value, "in 0..2") for value in (-1, 2**63, 1.0, True, "x")),
     *(
         ("temperature", value, "in 0..1000")
-        for value in (-0.01, float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 1001, True, "0", None)
+        for value in (-0.01, float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 1001, True, "0")
     ),
-    *(("ignore_eos", value, "true or false") for value in (0, 1, "true", None)),
-    *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, None, [])),
-    *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, None, True, [None])),
+    *(("ignore_eos", value, "true or false") for value in (0, 1, "true")),
+    *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, [])),
+    *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),
 )
 
 
@@ -278,3 +278,9 @@ def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> 
 def test_any_text_is_a_value_error_or_a_request(line: str) -> None:
     with pytest.raises(ValueError, match="not JSON|must be a JSON object|unknown field|exactly one of"):
         parse(line)
+
+
+def test_null_is_as_good_as_not_given() -> None:
+    names = ("id", "max_tokens", "temperature", "top_p", "top_k", "stop", "ignore_eos", "logprobs", "messages")
+    given = parse({"prompt_token_ids": [1], "seed": 5, **dict.fromkeys(names)})
+    assert given == parse({"prompt_token_ids": [1], "seed": 5})

@@ -56,7 +56,7 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, inte
         thread.start()
     for role, engine, mesh in jobs:
         if mesh is not None:
-            assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt)
+            assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt) is None
             allocator = engine.scheduler.allocator
             assert not engine.scheduler.has_work
             assert allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"
