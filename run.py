@@ -56,7 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA")
 
     where.add_argument(
-        "--backend", action="append", default=[], metavar="[OP=]LIB", help="force flash_mla, deep_gemm, triton or torch"
+        "--backend",
+        action="append",
+        metavar="[OP=]LIB",
+        help="auto, or force flash_mla, deep_gemm, triton or torch, for one op or all (torch)",
     )
 
     size = parser.add_argument_group("sizes, for each attention replica")
@@ -159,7 +162,9 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         front, router = None, parse_address("--router", args.router)
         if router[1] == 0:
             raise ValueError(f"--router is {args.router!r}; port 0 is only for --listen, which says what it got")
-    ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend)
+    # The torch references until the whole engine has been measured with the kernels on a GPU; then "auto".
+    backend = args.backend or ["torch"]
+    ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, backend)
     engine = Engine(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"

@@ -75,7 +75,7 @@ def choose(
     shape: Shape, dtype: torch.dtype, device: torch.device, forced: Iterable[str] = ()
 ) -> tuple[Ops, list[Choice]]:
     """The ops for a model on a device. `forced` holds `op=library`, or `library` to prefer it for whatever it serves
-    over the vendors'. ValueError if an op's forced library cannot serve it."""
+    over the vendors', or `auto`, which forces nothing. ValueError if an op's forced library cannot serve it."""
     by_op, preferred = _parse_forced(forced)
     chosen, choices = {}, []
     for op, order in PREFERENCE.items():
@@ -109,6 +109,8 @@ def table(choices: list[Choice]) -> str:
 def _parse_forced(forced: Iterable[str]) -> tuple[dict[str, str], str | None]:
     by_op, preferred = {}, None
     for word in forced:
+        if word == "auto":
+            continue
         op, _, library = word.rpartition("=")
         if library not in LIBRARIES:
             raise ValueError(f"--backend {word}: {library!r} is none of {', '.join(LIBRARIES)}")

@@ -14,6 +14,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual add before a norm: returns (rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[0], x[1]), (x[2], x[3]), ... x [T, ..., R]; cos, sin [T, R / 2] float32."""
     shape = (x.shape[0], *[1] * (x.dim() - 2), cos.shape[-1])
@@ -32,24 +38,49 @@ FP8_MAX = 448.0  # of e4m3
 BLOCK = 128
 
 
-def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D] -> e4m3 [N, D] and float32 scales [ceil(N / 128), ceil(D / 128)], so that weight ~ fp8 * scale.
+def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], so that x ~ fp8 * scale.
 
-    DeepSeek-V3's weight format (technical report, section 3.3.2); the scales are its `weight_scale_inv`.
+    DeepSeek-V3's activation format (technical report, section 3.3.2): one scale for each row and 128 columns.
     """
-    rows, columns = weight.shape
+    groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = groups.abs().amax(-1).clamp(min=1e-4) / FP8_MAX
+    scaled = (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return scaled.flatten(-2)[..., : x.shape[-1]].contiguous(), scale
+
+
+def dequantize_1x128(x: Tensor, scale: Tensor) -> Tensor:
+    return x.float() * scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
+
+
+def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., N, D] -> e4m3 [..., N, D] and float32 scales [..., ceil(N / 128), ceil(D / 128)].
+
+    DeepSeek-V3's weight format (same section); the scales are its checkpoints' `weight_scale_inv`.
+    """
+    rows, columns = weight.shape[-2:]
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # [n, 128, d, 128]
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-12) / FP8_MAX
-    scaled = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
-    return scaled.flatten(2).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn), scale
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, 128, d, 128]
+    scale = blocks.abs().amax((-3, -1)).clamp(min=1e-12) / FP8_MAX
+    scaled = (blocks / scale[..., None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return scaled.flatten(-4, -3).flatten(-2)[..., :rows, :columns].contiguous(), scale
 
 
 def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
     """The float32 values of a part of a quantised tensor that begins at (first_row, first_column) of the whole."""
-    row = torch.arange(first_row, first_row + weight.shape[0], device=weight.device) // BLOCK
-    column = torch.arange(first_column, first_column + weight.shape[1], device=weight.device) // BLOCK
-    return weight.float() * scale[row[:, None], column]
+    row = torch.arange(first_row, first_row + weight.shape[-2], device=weight.device) // BLOCK
+    column = torch.arange(first_column, first_column + weight.shape[-1], device=weight.device) // BLOCK
+    return weight.float() * scale[..., row[:, None], column]
+
+
+def silu_mul_quant(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 2I] -> quantize_1x128 of silu(gate) * up, with nothing rounded in between."""
+    return quantize_1x128(silu_mul(x.float()))
+
+
+def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """x [M, D] in 1x128, weight [N, D] in 128x128 -> x @ weight.T [M, N], here in float32."""
+    return dequantize_1x128(x, x_scale) @ dequantize_128x128(weight, weight_scale).T
 
 
 def prefill_attention(
@@ -71,18 +102,20 @@ def prefill_attention(
     return out
 
 
-def mla_decode(q: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float) -> Tensor:
-    """Absorbed MLA for one query token a sequence: keys are whole cache rows, values their first C columns.
+def mla_decode(
+    q: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float, v_dim: int | None = None
+) -> Tensor:
+    """Absorbed MLA for one query token a sequence: keys are whole cache rows, values their first `v_dim` columns.
 
-    q [B, H, C + R], kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, C + R] (the caller keeps
-    the first C columns). A sequence of length 0 gives zeros.
+    q [B, H, C + R], kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, v_dim] (None: all columns).
+    A sequence of length 0 gives zeros.
     """
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], v_dim or q.shape[2])
     for i, length in enumerate(kv_lens.tolist()):
         if length:
             pages = page_table[i, : -(-length // kv_pages.shape[1])].long()
             rows = kv_pages[pages].flatten(0, 1)[:length].float()
-            out[i] = (((q[i].float() @ rows.T) * scale).softmax(-1) @ rows).to(out.dtype)
+            out[i] = (((q[i].float() @ rows.T) * scale).softmax(-1) @ rows[:, : out.shape[2]]).to(out.dtype)
     return out
 
 
@@ -182,3 +215,16 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = x[expert, :count] @ weight[expert].T
     return out
+
+
+def grouped_gemm_contiguous_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
+) -> Tensor:
+    """grouped_gemm_contiguous of quantised operands, here in float32."""
+    x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
+    return grouped_gemm_contiguous(x, weight, row_expert)
+
+
+def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
+    """grouped_gemm_masked of quantised operands, here in float32."""
+    return grouped_gemm_masked(dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale), counts)

@@ -99,5 +99,7 @@ class MLA(nn.Module):
             return q_nope.new_empty(0, self.heads, self.config.v_head_dim)
         w_uk, w_uv = self.up_projections()
         q = torch.cat((torch.einsum("thn,hnc->thc", q_nope, w_uk), q_rope), -1)  # [B, H, C + R]
-        attended = self.ops.mla_decode(q, kv_pages, batch.page_table, batch.kv_lens, self.scale)
-        return torch.einsum("thc,hvc->thv", attended[..., : self.config.kv_lora_rank], w_uv)
+        attended = self.ops.mla_decode(
+            q, kv_pages, batch.page_table, batch.kv_lens, self.scale, v_dim=self.config.kv_lora_rank
+        )
+        return torch.einsum("thc,hvc->thv", attended, w_uv)

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 
 def test_a_cpu_runs_the_torch_twins() -> None:
-    ops, choices = choose(V3, torch.float32, CPU)
+    ops, choices = choose(V3, torch.float32, CPU, ["auto"])
+    assert (ops, choices) == choose(V3, torch.float32, CPU)
     assert ops == Ops() and ops.alignment == 1
     assert {choice.library for choice in choices} == {"torch"}
     assert all("triton: no GPU" in choice.why for choice in choices)

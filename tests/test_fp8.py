@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from disagg.tokenizer import load_tokenizer
+from kernels import ref
 from kernels.backend import Ops
 from kernels.ref import dequantize_128x128, quantize_128x128
 from model.batch import Batch, Chunk
@@ -54,6 +55,36 @@ def test_round_trip_is_within_the_format(shape: tuple[int, int]) -> None:
     error = (dequantize_128x128(quantised, scale) - weight).abs()
     step = scale.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
     assert (error <= (weight.abs() * 2**-4).maximum(step * 2**-10) * 1.001).all()  # 3 mantissa bits; subnormals
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (5, 1), (3, 4, 300), (0, 256)])
+def test_activations_have_a_scale_for_each_row_and_128_columns(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2])[:, None]
+    values, scale = ref.quantize_1x128(x)
+    assert values.shape == shape and values.dtype == torch.float8_e4m3fn
+    assert scale.shape == (*shape[:-1], -(-shape[-1] // 128))
+    error = (ref.dequantize_1x128(values, scale) - x).abs()
+    step = scale.repeat_interleave(128, -1)[..., : shape[-1]]
+    assert (error <= (x.abs() * 2**-4).maximum(step * 2**-10) * 1.001).all()
+
+
+def test_products_of_quantised_operands_are_near_the_exact_ones() -> None:
+    x, weight = torch.randn(3, 40, 256), torch.randn(3, 130, 256)
+    (xq, xs), (wq, ws) = ref.quantize_1x128(x), quantize_128x128(weight)
+    exact = x @ weight.transpose(1, 2)
+    counts = torch.tensor([40, 0, 7], dtype=torch.int32)
+    masked = ref.grouped_gemm_masked_fp8(xq, xs, wq, ws, counts)
+    row_expert = torch.tensor([0] * 40 + [2] * 40, dtype=torch.int32)
+    rows, scales = xq.view(torch.uint8)[[0, 2]].view(torch.float8_e4m3fn).flatten(0, 1), xs[[0, 2]].flatten(0, 1)
+    grouped = ref.grouped_gemm_contiguous_fp8(rows, scales, wq, ws, row_expert)
+    for e, got in (
+        (0, ref.gemm_fp8(xq[0], xs[0], wq[0], ws[0])),
+        (0, masked[0]),
+        (2, masked[2, :7]),
+        (2, grouped[40:]),
+    ):
+        want = exact[e, : len(got)]
+        assert 0.01 < (got - want).norm() / want.norm() < 0.06  # two operands with 3 mantissa bits each
 
 
 def test_a_part_dequantises_as_in_the_whole() -> None:

@@ -1,0 +1,211 @@
+"""Matrix products in Triton: the tile that every GEMM here shares, and the dense fp8 one.
+
+fp8 follows DeepSeek-V3 (technical report, section 3.3): x carries one scale for each row and 128 columns, w one for
+each 128 x 128 block, so the tensor core can only sum 128 columns before the scales must be applied in float32:
+
+    out[m, n] = sum over blocks b of 128 columns:  xs[m, b] * ws[n / 128, b] * (x[m, b] . w[n, b])
+
+Operands arrive through TMA descriptors, 128 bytes of D a step whatever the dtype (TMA's widest swizzle), and what
+lies outside a descriptor reads as zero.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tile(NamedTuple):
+    """The output block of one program: `slabs` times block_m rows by block_n columns.
+
+    Two slabs share the loads of w but go through the tensor core one after the other, which halves the registers for
+    the unscaled product: with 4 warps two programs then fit an SM, and one's scaling hides behind the other's product.
+    """
+
+    block_m: int
+    block_n: int
+    slabs: int
+    num_warps: int
+    num_stages: int  # steps of D loaded ahead
+    parts: int = 1  # programs that share the tile's D; their sums are added in a fixed order
+
+    @property
+    def rows(self) -> int:
+        return self.slabs * self.block_m
+
+
+TWO_SLABS = Tile(64, 128, 2, 4, 3)  # 128 x 128, two programs an SM: the best wherever there is enough to do
+
+
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
+    """x [..., D] as rows [prod(...), D], loaded in blocks of [block_rows, 128 bytes]."""
+    if (x.shape[-1] * x.itemsize) % 16 or not x.is_contiguous() or x.data_ptr() % 16:
+        raise ValueError(f"TMA: rows must be contiguous multiples of 16 bytes, got {tuple(x.shape)} {x.dtype}")
+    return TensorDescriptor.from_tensor(x.flatten(0, -2), [block_rows, 128 // x.itemsize])
+
+
+@triton.jit
+def block_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile number -> (row block, column block): down GROUP_M row blocks, then right. Neighbours share L2's contents."""
+    first = tile // (GROUP_M * num_n) * GROUP_M
+    height = tl.minimum(num_m - first, GROUP_M)
+    tile = tile % (GROUP_M * num_n)
+    return first + tile % height, tile // height
+
+
+@triton.jit
+def pin(x):
+    """x, which the compiler must have computed by here."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def dot_slabs(
+    x_desc, w_desc, x_scale, w_scale, row, w_row, rows_end, D, k_start, k_end,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """SLABS (1 or 2) products x[row.. : BLOCK_M rows] @ w[w_row.. : BLOCK_N rows].T over steps k_start..k_end of D.
+
+    x_scale points to row 0 of [rows, D / 128], read for rows < rows_end; w_scale to this tile's row of
+    [N / 128, D / 128]; None = no scales. Returns top, bottom float32.
+    """
+    rows = row + tl.arange(0, BLOCK_M)
+    top = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    bottom = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # stays so, and out of the registers, with one slab
+    if x_scale is None:
+        for k in range(k_start, k_end):
+            w = w_desc.load([w_row, k * BLOCK_K])  # [BLOCK_N, BLOCK_K]
+            top = tl.dot(x_desc.load([row, k * BLOCK_K]), w.T, top, input_precision="ieee")
+    else:
+        num_k = tl.cdiv(D, BLOCK_K)
+        top_scale = x_scale + tl.minimum(rows, rows_end - 1).to(tl.int64) * num_k
+        bottom_scale = x_scale + tl.minimum(rows + BLOCK_M, rows_end - 1).to(tl.int64) * num_k
+        ws = tl.load(w_scale + k_start)  # one for the tile: BLOCK_N divides 128
+        xs = tl.load(top_scale + k_start)  # [BLOCK_M]
+        xs2 = tl.load(bottom_scale + k_start)
+        for k in range(k_start, k_end):
+            w = w_desc.load([w_row, k * BLOCK_K])
+            x = x_desc.load([row, k * BLOCK_K])
+            scale = xs * ws
+            scale2 = xs2 * ws
+            after = tl.minimum(k + 1, k_end - 1)  # the next scales come while the tensor core is busy with this step
+            xs = tl.load(top_scale + after)
+            ws = tl.load(w_scale + after)
+            if SLABS == 2:
+                xs2 = tl.load(bottom_scale + after)
+                x2 = x_desc.load([row + BLOCK_M, k * BLOCK_K])
+            top += tl.dot(x, w.T) * scale[:, None]
+            if SLABS == 2:
+                top = pin(top)  # or the compiler mixes both slabs' scaling and runs out of registers
+                bottom += tl.dot(x2, w.T) * scale2[:, None]
+    return top, bottom
+
+
+@triton.jit
+def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr):
+    """out[row.., col..] = the slabs, clipped to rows < rows_end and columns < N."""
+    cols = col + tl.arange(0, BLOCK_N)
+    for i in tl.static_range(SLABS):
+        rows = row + i * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (rows < rows_end)[:, None] & (cols < N)[None, :]
+        tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], slabs[i].to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tiles_kernel(
+    x_desc, w_desc, x_scale, w_scale, row_expert, out, M, N, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """row_expert [M] names each row block's weight; None = there is one weight.
+
+    Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile; that is written
+    as a loop because the compiler, which spills registers without it, then does not.
+    """
+    num_m, num_n, num_k = tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
+    k_start, k_end = 0, num_k
+    if PARTS > 1:
+        part = tl.program_id(1)
+        k_start, k_end = num_k * part // PARTS, num_k * (part + 1) // PARTS
+        out += part.to(tl.int64) * M * N
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        m, n = block_order(tile, num_m, num_n, GROUP_M)
+        row, col = m * BLOCK_M * SLABS, n * BLOCK_N
+        expert = 0
+        if row_expert is not None:
+            expert = tl.load(row_expert + row)
+        if expert >= 0:  # else a block of padding
+            scale = w_scale
+            if w_scale is not None:
+                scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
+            slabs = dot_slabs(
+                x_desc, w_desc, x_scale, scale, row, expert * N + col, M, D, k_start, k_end,
+                BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
+            )  # fmt: skip
+            store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
+
+
+@triton.jit
+def sum_parts_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in tl.static_range(PARTS):
+        total += tl.load(parts + i * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+def launch_tiles(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, row_expert: Tensor | None, tile: Tile
+) -> Tensor:
+    """x [M, D], w [N, D] or [L, N, D] -> [M, N] in bf16 if there are scales, else in x's dtype."""
+    (m, d), n = x.shape, w.shape[-2]
+    out = x.new_empty(m, n, dtype=x.dtype if x_scale is None else torch.bfloat16)
+    if out.numel() == 0:
+        return out
+    check_scales(x, x_scale, w, w_scale)
+    parts = out if tile.parts == 1 else x.new_empty(tile.parts, m, n, dtype=torch.float32)
+    tiles_kernel[triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.block_n), tile.parts](
+        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale, w_scale, row_expert, parts,
+        m, n, d, tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if tile.parts > 1:
+        sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024)
+    return out
+
+
+def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None) -> None:
+    if x_scale is None or w_scale is None:
+        return
+    blocks = -(-x.shape[-1] // 128)
+    want_x, want_w = (*x.shape[:-1], blocks), (*w.shape[:-2], -(-w.shape[-2] // 128), blocks)
+    if x_scale.shape != want_x or w_scale.shape != want_w:
+        raise ValueError(f"scales {tuple(x_scale.shape)}, {tuple(w_scale.shape)} should be {want_x}, {want_w}")
+    assert x_scale.is_contiguous() and w_scale.is_contiguous(), "scales must be contiguous"
+
+
+def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
+    """The largest tile that still gives every SM its programs; where none does, several programs share a tile's D."""
+    if m > 256 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= 2 * sms:
+        return TWO_SLABS
+    tiles = triton.cdiv(m, 64) * triton.cdiv(n, 128)
+    if tiles >= 0.9 * sms:
+        return Tile(64, 128, 1, 4, 4 if tiles > sms else 6)  # 4 stages leave room for a second program in the SM
+    tiles = max(1, triton.cdiv(m, 64) * triton.cdiv(n, 64))
+    return Tile(64, 64, 1, 4, 6, max(1, min(2 * sms // tiles, d // 1792)))  # a part takes at least 14 steps
+
+
+def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """out = (x * its 1x128 scales) @ (w * its 128x128 scales).T in bf16, each 128 columns' sum scaled in float32.
+
+    x [M, D] float8_e4m3fn, x_scale [M, ceil(D / 128)] float32; w [N, D] float8_e4m3fn,
+    w_scale [ceil(N / 128), ceil(D / 128)] float32 -> [M, N] bf16. D must be a multiple of 16.
+    """
+    return launch_tiles(x, x_scale, w, w_scale, None, dense_tile(x.shape[0], *w.shape, num_sms(x.device)))

@@ -1,0 +1,119 @@
+"""One GEMM over all of a rank's experts, in Triton, for the two layouts that dispatch delivers (`kernels/gemm.py`
+has the tile, and what fp8 scales mean):
+
+    contiguous   rows [M, D] in per-expert segments of whole 128-row blocks; each row says whose it is
+    masked       rows [L, R, D], the first counts[e] of them real; only the GPU knows the counts
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gemm import (
+    TWO_SLABS,
+    Tile,
+    block_descriptor,
+    block_order,
+    check_scales,
+    dot_slabs,
+    launch_tiles,
+    num_sms,
+    store_slabs,
+)
+
+ALIGNMENT = 128  # rows of a contiguous segment
+
+
+@triton.jit
+def masked_kernel(
+    x_desc, w_desc, x_scale, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A fixed number of programs deal the real tiles among themselves: expert by expert, found by counting blocks."""
+    ids = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + ids, mask=ids < L, other=0)
+    num_n, num_k = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
+    tiles = tl.cdiv(counts, BLOCK_M * SLABS) * num_n  # [EXPERTS]
+    ends = tl.cumsum(tiles, 0)
+    for tile in range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0)):
+        before = ends <= tile  # experts whose tiles all come earlier
+        expert = tl.sum(before.to(tl.int32), 0)
+        count = tl.sum(tl.where(ids == expert, counts, 0), 0)
+        tile -= tl.sum(tl.where(before, tiles, 0), 0)
+        m, n = block_order(tile, tl.cdiv(count, BLOCK_M * SLABS), num_n, GROUP_M)
+        row, rows_end, col = expert * R + m * BLOCK_M * SLABS, expert * R + count, n * BLOCK_N
+        scale = w_scale
+        if w_scale is not None:
+            scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
+        slabs = dot_slabs(
+            x_desc, w_desc, x_scale, scale, row, expert * N + col, rows_end, D, 0, num_k,
+            BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
+        )  # fmt: skip
+        store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M, BLOCK_N, SLABS)
+
+
+def launch_masked(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, counts: Tensor, tile: Tile
+) -> Tensor:
+    (num_local, room, d), n = x.shape, w.shape[1]
+    out = x.new_empty(num_local, room, n, dtype=x.dtype if x_scale is None else torch.bfloat16)
+    if out.numel() == 0:
+        return out
+    check_scales(x, x_scale, w, w_scale)
+    most = num_local * triton.cdiv(room, tile.rows) * triton.cdiv(n, tile.block_n)
+    shared = tile.num_stages * (tile.rows + tile.block_n) * 128  # bytes, of an SM's 227 KiB
+    programs = min(most, num_sms(x.device) * min(8 // tile.num_warps, 227 * 1024 // shared))
+    masked_kernel[programs,](
+        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale, w_scale, counts, out,
+        num_local, room, n, d, triton.next_power_of_2(num_local),
+        tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def plain_tile(x: Tensor) -> Tile:
+    """float32 runs on the ordinary cores, whose sums fit the registers only in a small tile."""
+    return Tile(64, 64, 1, 8, 2) if x.dtype == torch.float32 else Tile(128, 128, 1, 8, 4)
+
+
+def _check_contiguous(x: Tensor, row_expert: Tensor) -> None:
+    if x.shape[0] % ALIGNMENT or row_expert.shape != x.shape[:1]:
+        raise ValueError(f"rows {tuple(x.shape)}, ids {tuple(row_expert.shape)}: rows must be equal, {ALIGNMENT} * n")
+
+
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
+    """out[m] = x[m] @ weight[row_expert[m]].T; rows with -1 are undefined, and blocks of them are skipped.
+
+    x [M, D] bf16 (or float16, float32), weight [L, N, D], row_expert [M] int32 -> [M, N]. Every expert's segment
+    starts at a multiple of 128 rows and is filled from the front, so a block's first row names its expert.
+    """
+    _check_contiguous(x, row_expert)
+    return launch_tiles(x, None, weight, None, row_expert, plain_tile(x))
+
+
+def grouped_gemm_contiguous_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, row_expert: Tensor) -> Tensor:
+    """`grouped_gemm_contiguous` on fp8 e4m3 operands; bf16 out.
+
+    x [M, D], x_scale [M, ceil(D / 128)] float32; w [L, N, D], w_scale [L, ceil(N / 128), ceil(D / 128)] float32.
+    """
+    _check_contiguous(x, row_expert)
+    return launch_tiles(x, x_scale, w, w_scale, row_expert, TWO_SLABS)
+
+
+def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. No host sync: CUDA-graph safe.
+
+    x [L, R, D] bf16 (or float16, float32), weight [L, N, D], counts [L] int32 on the GPU -> [L, R, N].
+    """
+    return launch_masked(x, None, weight, None, counts, plain_tile(x))
+
+
+def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_gemm_masked` on fp8 e4m3 operands; bf16 out.
+
+    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32; w, w_scale as `grouped_gemm_contiguous_fp8`.
+    """
+    tile = TWO_SLABS if x.shape[1] > 64 else Tile(64, 128, 1, 4, 4)
+    return launch_masked(x, x_scale, w, w_scale, counts, tile)

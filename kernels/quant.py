@@ -1,0 +1,126 @@
+"""fp8 e4m3 with block scales (DeepSeek-V3, section 3.3.2), and silu(gate) * up fused with it.
+
+A scale is max(largest magnitude in the block, 1e-4) / 448, float32; the fp8 value is x / scale. Activations get one
+scale for each row and 128 columns (the last group may be shorter), weights one for each 128 x 128 block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GROUP = tl.constexpr(128)  # columns that share a scale
+FP8_MAX = tl.constexpr(448.0)  # e4m3's largest finite value
+SMALLEST = tl.constexpr(1e-4)  # keeps a block of zeros from dividing by zero
+ROWS = 32  # rows of one program's tile
+
+
+@triton.jit
+def _silu_mul(x, rows, cols, mask, W):
+    """silu(gate) * up in float32 on a tile of x [.., 2W]."""
+    at = x + rows.to(tl.int64)[:, None] * 2 * W + cols[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [rows, cols]
+    up = tl.load(at + W, mask=mask, other=0.0).to(tl.float32)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _store_quantized(y, out, scales, rows, cols, mask, live, group, D):
+    """Tile y [rows, 128] float32 -> fp8 into out [.., D] and its scales into column `group` of [.., ceil(D / 128)]."""
+    scale = tl.maximum(tl.max(tl.abs(y), 1), SMALLEST) / FP8_MAX  # [rows]
+    y = tl.clamp(y / scale[:, None], -FP8_MAX, FP8_MAX)
+    wide = rows.to(tl.int64)
+    tl.store(out + wide[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+    tl.store(scales + wide * tl.cdiv(D, GROUP) + group, scale, mask=live)
+
+
+@triton.jit
+def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr):
+    group = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = group * GROUP + tl.arange(0, GROUP)
+    live = rows < M
+    mask = live[:, None] & (cols < D)[None, :]
+    y = tl.load(x + rows.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    _store_quantized(y, out, scales, rows, cols, mask, live, group, D)
+
+
+@triton.jit
+def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
+    """scales None: a plain silu * mul. row_expert None: every row is real."""
+    group = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = group * GROUP + tl.arange(0, GROUP)
+    live = rows < M
+    if row_expert is not None:
+        live = live & (tl.load(row_expert + rows, mask=live, other=-1) >= 0)
+    mask = live[:, None] & (cols < W)[None, :]
+    y = _silu_mul(x, rows, cols, mask, W)
+    if scales is None:
+        tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+    else:
+        _store_quantized(y, out, scales, rows, cols, mask, live, group, W)
+
+
+@triton.jit
+def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
+    """Grid (expert, group, P): P programs walk the expert's real row blocks, however many there are."""
+    expert, group = tl.program_id(0), tl.program_id(1)
+    count = tl.load(counts + expert)
+    cols = group * GROUP + tl.arange(0, GROUP)
+    for start in range(tl.program_id(2) * ROWS, count, tl.num_programs(2) * ROWS):
+        place = start + tl.arange(0, ROWS)
+        live = place < count
+        rows = expert * R + place
+        mask = live[:, None] & (cols < W)[None, :]
+        _store_quantized(_silu_mul(x, rows, cols, mask, W), out, scales, rows, cols, mask, live, group, W)
+
+
+def _fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Room for x's leading shape and `width` columns: values in fp8, scales in float32."""
+    shape, groups = x.shape[:-1], triton.cdiv(width, GROUP.value)
+    return x.new_empty(*shape, width, dtype=torch.float8_e4m3fn), x.new_empty(*shape, groups, dtype=torch.float32)
+
+
+def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> fp8 e4m3 [..., D], scales [..., ceil(D / 128)] float32, one for each row and 128 columns."""
+    out, scales = _fp8_like(x, x.shape[-1])
+    if out.numel():
+        rows, width = out.numel() // x.shape[-1], x.shape[-1]
+        _quantize_kernel[triton.cdiv(rows, ROWS), scales.shape[-1]](x.contiguous(), out, scales, rows, width, ROWS)
+    return out, scales
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """[..., 2I] -> [..., I]: silu(gate) * up, gate first, in float32 and rounded once."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    if out.numel():
+        rows, width = out.numel() // out.shape[-1], out.shape[-1]
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value))
+        _silu_mul_kernel[grid](x.contiguous(), None, out, None, rows, width, ROWS)
+    return out
+
+
+def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [M, 2I] -> quantize_1x128(silu(gate) * up) without the bf16 in between.
+
+    Rows whose row_expert [M] is -1 are padding: neither read nor written.
+    """
+    out, scales = _fp8_like(x, x.shape[-1] // 2)
+    if out.numel():
+        grid = (triton.cdiv(x.shape[0], ROWS), scales.shape[-1])
+        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, scales, x.shape[0], out.shape[-1], ROWS)
+    return out, scales
+
+
+def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """x [L, R, 2I] -> silu_mul_quant of each expert's first counts[e] rows; the rest is neither read nor written.
+
+    counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
+    """
+    out, scales = _fp8_like(x, x.shape[-1] // 2)
+    if out.numel():
+        num_local, room, width = out.shape
+        grid = (num_local, scales.shape[-1], min(16, triton.cdiv(room, ROWS)))
+        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, scales, room, width, ROWS)
+    return out, scales

@@ -1,0 +1,234 @@
+"""Where tokens go, in Triton: the group-limited top-k gate, and the moves from token order to expert order and back.
+
+A copy is one (token, k) pair. Its row is its expert's first row plus its rank among that expert's copies, counted in
+token order: blocks of copies are counted, the counts are summed over the blocks before, and ranks inside a block
+come from a cumulative sum. No atomics, so the order is the same on every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _gate_kernel(
+    logits, bias, ids_out, weights_out, num_experts, n_group, topk_group, top_k, scale,
+    NORMALIZE: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """One token a program, its experts as [groups, experts a group] padded to powers of two [G, P]."""
+    token = tl.program_id(0).to(tl.int64)
+    per_group = num_experts // n_group
+    group, place = tl.arange(0, G), tl.arange(0, P)
+    expert = group[:, None] * per_group + place[None, :]  # [G, P]
+    exists = (group < n_group)[:, None] & (place < per_group)[None, :]
+    scores = tl.sigmoid(tl.load(logits + token * num_experts + expert, mask=exists, other=0.0).to(tl.float32))
+    choice = scores + tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
+    choice = tl.where(exists, choice, float("-inf"))
+
+    if G > 1:  # keep the topk_group groups whose two best experts sum highest
+        best, first = tl.max(choice, 1, return_indices=True)  # [G]
+        second = tl.max(tl.where(place[None, :] == first[:, None], float("-inf"), choice), 1)
+        value = tl.where(group < n_group, tl.where(per_group > 1, best + second, best), float("-inf"))
+        keep = group < 0
+        for _ in range(topk_group):
+            winner = tl.argmax(value, 0)  # the lower id on a tie
+            keep = keep | (group == winner)
+            value = tl.where(group == winner, float("-inf"), value)
+        choice = tl.where(keep[:, None], choice, float("-inf"))
+
+    choice, scores, expert = tl.reshape(choice, [G * P]), tl.reshape(scores, [G * P]), tl.reshape(expert, [G * P])
+    slot, k = tl.arange(0, G * P), tl.arange(0, K)
+    ids = tl.zeros((K,), dtype=tl.int32)
+    weights = tl.zeros((K,), dtype=tl.float32)
+    for i in range(top_k):
+        taken = slot == tl.argmax(choice, 0)
+        ids = tl.where(k == i, tl.sum(tl.where(taken, expert, 0), 0), ids)
+        weights = tl.where(k == i, tl.sum(tl.where(taken, scores, 0.0), 0), weights)
+        choice = tl.where(taken, float("-inf"), choice)
+    if NORMALIZE:
+        weights = weights / (tl.sum(weights, 0) + 1e-20)
+    tl.store(ids_out + token * top_k + k, ids.to(tl.int64), mask=k < top_k)
+    tl.store(weights_out + token * top_k + k, weights * scale, mask=k < top_k)
+
+
+def gate_topk(
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's group-limited top-k, as `ref.gate_topk`, one launch; ties go to the lower id.
+
+    logits [T, E] float32, bias [E] -> ids [T, K] int64 in falling order of score + bias, weights [T, K] float32.
+    """
+    tokens, num_experts = logits.shape
+    if num_experts % n_group:
+        raise ValueError(f"{num_experts=} is not a multiple of {n_group=}")
+    ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
+    if tokens:
+        g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
+        _gate_kernel[tokens,](
+            logits.contiguous(), bias, ids, weights, num_experts, n_group, topk_group, top_k, scale,
+            normalize, g, p, triton.next_power_of_2(top_k), num_warps=1,
+        )  # fmt: skip
+    return ids, weights
+
+
+@triton.jit
+def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr):
+    """block_counts[block, e] = how many of the block's copies go to expert e."""
+    ids = tl.arange(0, EXPERTS)
+    copy = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
+    expert = tl.load(experts + copy, mask=copy < num_copies, other=-1).to(tl.int32)
+    hot = (expert[:, None] == ids[None, :]).to(tl.int32)  # [COPIES, EXPERTS]
+    tl.store(block_counts + tl.program_id(0) * L + ids, tl.sum(hot, 0), mask=ids < L)
+
+
+@triton.jit
+def _place_kernel(
+    experts, block_ends, starts, room, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr
+):
+    """index[copy] = e's first row + copies to e in the blocks before + those before it in its own; -1 = nowhere.
+
+    e's first row is starts[e], or e * room if starts is None.
+    """
+    block = tl.program_id(0)
+    ids = tl.arange(0, EXPERTS)
+    copy = block * COPIES + tl.arange(0, COPIES)
+    expert = tl.load(experts + copy, mask=copy < num_copies, other=-1).to(tl.int32)
+    hot = (expert[:, None] == ids[None, :]).to(tl.int32)
+    before = tl.load(block_ends + (block - 1) * L + ids, mask=(ids < L) & (block > 0), other=0)
+    if starts is None:
+        first = ids.to(tl.int64) * room + before  # [EXPERTS]
+    else:
+        first = tl.load(starts + ids, mask=ids < L, other=0) + before
+    rank = tl.sum((tl.cumsum(hot, 0) - 1 + first[None, :]) * hot, 1)  # [COPIES]
+    here = expert >= 0
+    row = tl.where(here, rank, -1).to(tl.int64)
+    tl.store(index + copy, row, mask=copy < num_copies)
+    if row_expert is not None:
+        tl.store(row_expert + row, expert, mask=here)
+
+
+@triton.jit
+def _move_kernel(x, index, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[index[n, k]] = x[n] for every k: a token is read once."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    value = tl.load(x + token * D + cols, mask=cols < D)
+    for k in tl.static_range(K):
+        row = tl.load(index + token * K + k)
+        tl.store(out + row * D + cols, value, mask=(cols < D) & (row >= 0))
+
+
+@triton.jit
+def _gather_kernel(rows, index, weights, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(index + token * K + k)
+        value = tl.load(rows + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
+        if weights is not None:
+            value *= tl.load(weights + token * K + k, mask=row >= 0, other=0.0)
+        total += value
+    tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
+
+
+def _columns(x: Tensor) -> tuple[int, int]:
+    """Columns a program moves (2 KiB of them, 16 bytes a thread), and the programs a row takes."""
+    block = min(triton.next_power_of_2(x.shape[-1]), 2048 // x.itemsize)
+    return block, triton.cdiv(x.shape[-1], block)
+
+
+def _move(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    if x.shape[0] and out.numel():
+        source, target = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (x.contiguous(), out))
+        block, programs = _columns(x)
+        _move_kernel[x.shape[0], programs](source, index, target, x.shape[1], index.shape[1], block)
+    return out
+
+
+def _count(experts: Tensor, num_local: int) -> tuple[Tensor, int]:
+    """Running counts after each block of copies [blocks, L] int32 (the last row is the total), and a block's copies."""
+    width = triton.next_power_of_2(num_local)
+    copies = max(16, min(256, 8192 // width))  # the [copies, experts] table lives in registers
+    blocks = triton.cdiv(experts.numel(), copies)
+    if blocks == 0:
+        return experts.new_zeros(1, num_local, dtype=torch.int32), copies
+    block_counts = experts.new_empty(blocks, num_local, dtype=torch.int32)
+    _count_kernel[blocks,](experts, block_counts, experts.numel(), num_local, width, copies)
+    return block_counts.cumsum(0, dtype=torch.int32), copies
+
+
+def _place(
+    experts: Tensor, block_ends: Tensor, copies: int, starts: Tensor | int, row_expert: Tensor | None = None
+) -> Tensor:
+    """starts [L] int64: each expert's first row; or the rows of room that every expert has."""
+    num_local = block_ends.shape[1]
+    index = torch.empty_like(experts)
+    if experts.numel():
+        starts, room = (None, starts) if isinstance(starts, int) else (starts, 0)
+        _place_kernel[triton.cdiv(experts.numel(), copies),](
+            experts, block_ends, starts, room, index, row_expert, experts.numel(), num_local,
+            triton.next_power_of_2(num_local), copies,
+        )  # fmt: skip
+    return index
+
+
+def ep_scatter(
+    x: Tensor,
+    experts: Tensor,
+    num_local: int,
+    alignment: int,
+    counts: list[int] | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Received tokens -> rows grouped by expert in token order, each group padded to `alignment` rows.
+
+    x [N, D]; experts [N, K] int64 local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
+    row_expert [M] int32 (-1 = padding) and index [N, K] int64: where token n's k-th copy went, -1 = nowhere; and with
+    `scales` [N, S], those moved alike [M, S]. counts: copies of each expert if the host knows them (rounded up to
+    `alignment` or not); without, M costs one host sync.
+    """
+    experts = experts.contiguous()
+    block_ends, copies = _count(experts, num_local)
+    sizes = (block_ends[-1] + alignment - 1) // alignment * alignment
+    ends = sizes.cumsum(0)
+    total = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
+    row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
+    index = _place(experts, block_ends, copies, ends - sizes, row_expert)
+    rows = _move(x, index, x.new_empty(total, x.shape[1]))
+    if scales is None:
+        return rows, row_expert, index
+    return rows, row_expert, index, _move(scales, index, scales.new_empty(total, scales.shape[1]))
+
+
+def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int, scales: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Received tokens -> [L, N, D], expert e's rows in its first counts[e] places, in token order. No host sync.
+
+    x [N, D]; experts [N, K] int64 local ids, -1 = not here, none twice in a row. Returns rows [L, N, D] (rows past
+    the count are undefined), counts [L] int32 and index [N, K] int64 into the rows flattened to [L * N], -1 = nowhere;
+    and with `scales` [N, S], those moved alike [L, N, S].
+    """
+    experts, room = experts.contiguous(), x.shape[0]
+    block_ends, copies = _count(experts, num_local)
+    index = _place(experts, block_ends, copies, room)
+    rows = _move(x, index, x.new_empty(num_local, room, x.shape[1]))
+    if scales is None:
+        return rows, block_ends[-1], index
+    return rows, block_ends[-1], index, _move(scales, index, scales.new_empty(num_local, room, scales.shape[1]))
+
+
+def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+    """out[t] = sum over k of weights[t, k] * rows[index[t, k]], float32, in the order of k; -1 adds nothing.
+
+    rows [M, D], index [T, K] int64, weights [T, K] float32 or None -> [T, D] in rows' dtype, the same bits every run.
+    """
+    out = rows.new_empty(index.shape[0], rows.shape[-1])
+    if out.numel():
+        block, programs = _columns(rows)
+        weights = None if weights is None else weights.contiguous()
+        _gather_kernel[index.shape[0], programs](
+            rows.contiguous(), index.contiguous(), weights, out, rows.shape[-1], index.shape[1], block
+        )
+    return out

@@ -1,0 +1,144 @@
+"""The attention kernels against their twins in float32, both paths (Triton, and Gluon on Hopper), poisoned with NaN."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels import attention_hopper as hopper
+from kernels import ref
+from kernels.attention import mla_decode, prefill_attention
+
+pytestmark = pytest.mark.gpu
+DEVICE, NAN = "cuda", float("nan")
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(params=["best", "portable"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "portable":
+        monkeypatch.setattr(hopper, "_on_hopper", lambda q: False)
+    return request.param
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def agree(out: Tensor, want: Tensor) -> None:
+    """bf16: 2^-9 of rounding in the softmax weights and again in the result; float32: exp2 and the order of sums."""
+    norm, each = (1e-2, 2e-2) if out.dtype == BF16 else (1e-5, 1e-4)
+    assert out.shape == want.shape and out.isfinite().all()
+    assert ((out.float() - want).norm() / want.norm().clamp(min=1e-9)).item() < norm
+    torch.testing.assert_close(out.float(), want, rtol=each, atol=each * max(want.std().item(), 1e-6))
+
+
+def decode_inputs(lens: list[int], heads: int, dim: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Pages in random places; every row that no sequence owns is NaN, every table entry past a sequence's end wild."""
+    need = [-(-n // 64) for n in lens]
+    pages = randn(sum(need) + 3, 64, dim, dtype=dtype)
+    owned = torch.zeros(len(pages), 64, dtype=torch.bool, device=DEVICE)
+    table = torch.full((len(lens), width), 2**28, dtype=torch.int32)
+    free = iter(torch.randperm(len(pages)).tolist())
+    for i, n in enumerate(lens):
+        for j in range(need[i]):
+            table[i, j] = page = next(free)
+            owned[page, : min(64, n - 64 * j)] = True
+    pages[~owned] = NAN
+    return randn(len(lens), heads, dim, dtype=dtype), pages, table.to(DEVICE), torch.tensor(lens, device=DEVICE).int()
+
+
+DECODE = [
+    ([4096, 1, 0, 63, 64, 65, 1000], 128, 512, 64),
+    ([777], 128, 512, 64),
+    ([0], 128, 512, 64),
+    ([random.randrange(600) for _ in range(300)], 16, 512, 64),  # enough programs for one split
+    ([5000, 130, 0], 72, 512, 64),
+    ([200, 64, 0, 7], 4, 64, 16),
+    ([100, 300], 1, 64, 48),
+    ([100, 300], 128, 256, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(("lens", "heads", "c", "r"), DECODE)
+def test_decode(lens: list[int], heads: int, c: int, r: int, dtype: torch.dtype, path: str) -> None:
+    q, pages, table, kv_lens = decode_inputs(lens, heads, c + r, max(lens) // 64 + 9, dtype)
+    scale = (c + r) ** -0.5
+    want = ref.mla_decode(q.float(), pages.float(), table, kv_lens, scale)
+    agree(mla_decode(q, pages, table, kv_lens, scale, v_dim=c), want[..., :c])
+    if path == "best":
+        agree(mla_decode(q, pages, table, kv_lens, scale), want)  # all columns
+
+
+def test_decode_empty() -> None:
+    q, pages, table, kv_lens = decode_inputs([], 128, 576, 4, BF16)
+    assert mla_decode(q, pages, table, kv_lens, 1.0, v_dim=512).shape == (0, 128, 512)
+
+
+@pytest.mark.parametrize("batch", [2, 140])
+def test_decode_in_graph(batch: int, path: str) -> None:
+    """One capture serves any lengths, pages and queries of its shape."""
+    lens = [[random.randrange(n) for _ in range(batch)] for n in (700, 1200, 2)]
+    inputs = [decode_inputs(n, 128, 576, 20, BF16) for n in lens]
+    most = max(len(pages) for _, pages, _, _ in inputs)
+    static = [t.clone() for t in inputs[0]]
+    static[1] = torch.full((most, 64, 576), NAN, device=DEVICE, dtype=BF16)
+    mla_decode(*static[:3], torch.zeros_like(static[3]), 0.1, v_dim=512)  # compile
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mla_decode(*static, 0.1, v_dim=512)
+    for q, pages, table, kv_lens in inputs:
+        for to, new in zip(static, (q, pages, table, kv_lens), strict=True):
+            to[: len(new)].copy_(new)
+        out.fill_(NAN)
+        graph.replay()
+        agree(out, ref.mla_decode(q.float(), pages.float(), table, kv_lens, 0.1)[..., :512])
+
+
+PREFILL = [
+    ([(1, 1)], 2, 192, 128),
+    ([(300, 300), (0, 0), (1, 700), (129, 129), (128, 256), (77, 500), (0, 40), (64, 1000)], 4, 192, 128),
+    ([(n, n + random.randrange(300)) for n in (random.randrange(400) for _ in range(40))], 2, 192, 128),
+    ([(1024, 1024)], 3, 192, 128),
+    ([(5, 5), (40, 70), (200, 333)], 4, 48, 32),
+    ([(150, 200), (3, 3)], 2, 64, 64),
+    ([(150, 200), (3, 3)], 2, 112, 80),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(("lens", "heads", "dqk", "dv"), PREFILL)
+def test_prefill(lens: list[tuple[int, int]], heads: int, dqk: int, dv: int, dtype: torch.dtype, path: str) -> None:
+    """v is a slice of a wider projection, and the rows after the last sequence are NaN."""
+    starts = torch.tensor([(0, 0), *lens], device=DEVICE).cumsum(0).int()
+    q_starts, kv_starts = starts[:, 0].contiguous(), starts[:, 1].contiguous()
+    num_q, num_kv = starts[-1].tolist()
+    q, k = randn(num_q, heads, dqk, dtype=dtype), randn(num_kv + 200, heads, dqk, dtype=dtype)
+    v = randn(num_kv + 200, heads, dv + 32, dtype=dtype)[..., 32:]
+    k[num_kv:], v[num_kv:] = NAN, NAN
+    args = (q_starts, kv_starts, max(n for n, _ in lens), max(n for _, n in lens), dqk**-0.5)
+    out = prefill_attention(q, k, v, *args)
+    agree(out, ref.prefill_attention(q.float(), k.float(), v.float(), *args))
+    if path == "best":  # one sequence's NaN stays in it
+        first = lens[0][1]
+        k[:first], v[:first] = NAN, NAN
+        kept = prefill_attention(q, k, v, *args)[lens[0][0] :]
+        assert torch.equal(kept, out[lens[0][0] :])
+
+
+def test_prefill_empty() -> None:
+    starts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    q, v = randn(0, 4, 192), randn(0, 4, 128)
+    assert prefill_attention(q, q, v, starts, starts, 0, 0, 1.0).shape == (0, 4, 128)

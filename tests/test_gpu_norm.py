@@ -1,0 +1,66 @@
+"""RMSNorm, its fused residual add, and rope in Triton against their twins."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels import norm, ref
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+
+
+def agree(out: Tensor, want: Tensor) -> None:
+    """The twin rounds at the same two places; only the order of the sum differs, by one step of the format at each."""
+    step = 2**-6 if out.dtype == torch.bfloat16 else 1e-5
+    assert out.shape == want.shape and out.dtype == want.dtype and out.is_contiguous()
+    torch.testing.assert_close(out, want, rtol=step, atol=step * 1e-2)
+    if out.dtype == torch.bfloat16 and out.numel() > 1000:
+        assert (out != want).float().mean() < 0.01  # and rarely that
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (3, 100), (4097, 16)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, *shape, device=DEVICE, dtype=dtype) * 3
+    weight = torch.randn(shape[-1], device=DEVICE, dtype=dtype)
+    agree(norm.rms_norm(x, weight, 1e-6), ref.rms_norm(x, weight, 1e-6))
+    before = residual.clone()
+    normed, total = norm.add_rms_norm(x, residual, weight, 1e-6)
+    want_normed, want_total = ref.add_rms_norm(x, residual, weight, 1e-6)
+    agree(normed, want_normed)
+    assert torch.equal(total, want_total) and torch.equal(residual, before)
+
+
+def test_rms_norm_of_a_slice(dtype: torch.dtype) -> None:
+    """The latent is a slice of kv_a_proj's output; what lies beside it is never read."""
+    wide = torch.full((77, 576), float("nan"), device=DEVICE, dtype=dtype)
+    wide[:, :512] = torch.randn(77, 512, device=DEVICE, dtype=dtype)
+    weight = torch.randn(512, device=DEVICE, dtype=dtype)
+    agree(norm.rms_norm(wide[:, :512], weight, 1e-6), ref.rms_norm(wide[:, :512], weight, 1e-6))
+
+
+@pytest.mark.parametrize("heads", [None, 1, 16, 128])
+@pytest.mark.parametrize(("tokens", "dim"), [(0, 64), (1, 64), (333, 64), (50, 16), (9, 24)])
+def test_rope(tokens: int, dim: int, heads: int | None, dtype: torch.dtype) -> None:
+    """x is a slice of a projection, cos and sin are rows of a table."""
+    lead = (tokens,) if heads is None else (tokens, heads)
+    x = torch.full((*lead, 3 * dim), float("nan"), device=DEVICE, dtype=dtype)
+    x[..., 2 * dim :] = torch.randn(*lead, dim, device=DEVICE, dtype=dtype)
+    angle = torch.rand(tokens, dim // 2, device=DEVICE) * 100
+    agree(norm.rope(x[..., 2 * dim :], angle.cos(), angle.sin()), ref.rope(x[..., 2 * dim :], angle.cos(), angle.sin()))

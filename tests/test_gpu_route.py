@@ -1,0 +1,166 @@
+"""The Triton gate and the moves between token order and expert order: bitwise the twins' wherever they only move."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels import ref
+from kernels.route import ep_gather, ep_scatter, ep_scatter_masked, gate_topk
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+
+
+GATES = [(256, 8, 4, 8), (384, 1, 1, 8), (64, 1, 1, 6), (32, 4, 2, 4), (160, 8, 3, 6), (96, 3, 2, 5), (8, 8, 2, 2)]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
+def test_gate(experts: int, n_group: int, topk_group: int, top_k: int, normalize: bool) -> None:
+    """Scores that are far apart leave no doubt about the order: the twin's ids, in its order."""
+    apart = torch.rand(500, experts, device=DEVICE).argsort(1) / experts  # a permutation of a grid in each row
+    logits, bias = torch.logit(0.05 + 0.9 * apart), torch.zeros(experts, device=DEVICE)
+    ids, weights = gate_topk(logits, bias, n_group, topk_group, top_k, normalize, 2.5)
+    groups = apart.unflatten(1, (n_group, -1))
+    sums = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).sort(1, descending=True).values
+    unsure = torch.zeros(500, dtype=torch.bool, device=DEVICE)
+    if topk_group < n_group:  # sums of two grid points may tie at the border: there either group is right
+        unsure = (sums[:, topk_group - 1] - sums[:, topk_group]).abs() < 1e-5
+    want_ids, want_weights = ref.gate_topk(logits, bias, n_group, topk_group, top_k, normalize, 2.5)
+    assert ids.dtype == torch.int64 and weights.dtype == torch.float32
+    assert torch.equal(ids[~unsure], want_ids[~unsure])
+    torch.testing.assert_close(weights[~unsure], want_weights[~unsure], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 777])
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
+def test_gate_random(experts: int, n_group: int, topk_group: int, top_k: int, tokens: int) -> None:
+    """Random scores may come within rounding of each other: then the chosen scores must be as good as the twin's."""
+    logits, bias = torch.randn(tokens, experts, device=DEVICE), torch.randn(experts, device=DEVICE) * 0.1
+    args = (logits, bias, n_group, topk_group, top_k, False, 1.0)
+    (ids, weights), (want, _) = gate_topk(*args), ref.gate_topk(*args)
+    scores = logits.sigmoid()
+    torch.testing.assert_close(weights, scores.gather(1, ids), rtol=1e-5, atol=1e-6)
+    choice = scores + bias
+    assert ids.sort(1).values.diff(dim=1).gt(0).all()  # all different
+    differ = (ids != want).any(1)
+    assert differ.sum() <= 2  # rounding is rare
+    same_groups = (ids[differ] // (experts // n_group)).sort(1).values == (want[differ] // (experts // n_group)).sort(
+        1
+    ).values
+    gap = (choice.gather(1, ids) - choice.gather(1, want))[differ].abs()
+    assert (gap[same_groups.all(1)] < 1e-5).all()
+
+
+def test_gate_ties_go_to_the_lower_id() -> None:
+    logits, bias = torch.zeros(3, 64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    assert gate_topk(logits, bias, 1, 1, 4, True, 1.0)[0].tolist() == [[0, 1, 2, 3]] * 3
+    assert gate_topk(logits, bias, 8, 2, 12, True, 1.0)[0].tolist() == [list(range(12))] * 3
+
+
+def routed(tokens: int, top_k: int, num_local: int, share: float) -> Tensor:
+    """[tokens, top_k] distinct local ids, about `share` of them here."""
+    ids = torch.rand(tokens, max(num_local, top_k), device=DEVICE).argsort(1)[:, :top_k]
+    here = (torch.rand(tokens, top_k, device=DEVICE) < share) & (ids < num_local)
+    return ids.where(here, -1)
+
+
+def same(out: tuple[Tensor, ...], want: tuple[Tensor, ...], real: Tensor) -> None:
+    """rows where `real`, and all else, bitwise."""
+    assert torch.equal(out[0][real], want[0][real])
+    for a, b in zip(out[1:3], want[1:], strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+ROUTES = [
+    (1, 8, 4, 1.0),
+    (300, 8, 9, 0.3),
+    (1000, 6, 64, 1.0),
+    (200, 8, 256, 0.9),
+    (70, 1, 1, 0.5),
+    (0, 8, 4, 1.0),
+    (50, 4, 5, 0.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "top_k", "num_local", "share"), ROUTES)
+def test_scatter(tokens: int, top_k: int, num_local: int, share: float, dtype: torch.dtype) -> None:
+    experts = routed(tokens, top_k, num_local, share)
+    x = torch.randn(tokens, 200, device=DEVICE).to(dtype)
+    want = ref.ep_scatter(x, experts, num_local, 128)
+    same(ep_scatter(x, experts, num_local, 128), want, want[1] >= 0)
+    counts = torch.bincount(experts[experts >= 0], minlength=num_local).tolist()
+    same(ep_scatter(x, experts, num_local, 128, counts), want, want[1] >= 0)
+    aligned = [-(-count // 128) * 128 for count in counts]
+    same(ep_scatter(x, experts, num_local, 128, aligned), want, want[1] >= 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "top_k", "num_local", "share"), ROUTES)
+def test_scatter_masked(tokens: int, top_k: int, num_local: int, share: float, dtype: torch.dtype) -> None:
+    experts = routed(tokens, top_k, num_local, share)
+    x = torch.randn(tokens, 200, device=DEVICE).to(dtype)
+    want = ref.ep_scatter_masked(x, experts, num_local)
+    real = torch.arange(tokens, device=DEVICE) < want[1][:, None]
+    same(ep_scatter_masked(x, experts, num_local), want, real)
+
+
+def test_scatter_moves_fp8_with_its_scales() -> None:
+    experts = routed(200, 8, 9, 0.3)
+    x = torch.randn(200, 256, device=DEVICE).to(torch.float8_e4m3fn)
+    scales = torch.rand(200, 2, device=DEVICE)
+    rows, row_expert, index, moved = ep_scatter(x, experts, 9, 128, scales=scales)
+    token, k = (index >= 0).nonzero(as_tuple=True)
+    assert torch.equal(rows.view(torch.uint8)[index[token, k]], x.view(torch.uint8)[token])
+    assert torch.equal(moved[index[token, k]], scales[token])
+    rows, _, index, moved = ep_scatter_masked(x, experts, 9, scales=scales)
+    assert rows.shape == (9, 200, 256) and moved.shape == (9, 200, 2)
+    assert torch.equal(rows.flatten(0, 1).view(torch.uint8)[index[token, k]], x.view(torch.uint8)[token])
+    assert torch.equal(moved.flatten(0, 1)[index[token, k]], scales[token])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "top_k", "num_local", "share"), ROUTES)
+def test_gather(tokens: int, top_k: int, num_local: int, share: float, dtype: torch.dtype, weighted: bool) -> None:
+    experts = routed(tokens, top_k, num_local, share)
+    x = torch.randn(tokens, 200, device=DEVICE).to(dtype)
+    rows, row_expert, index = ref.ep_scatter(x, experts, num_local, 128)
+    rows[row_expert < 0] = float("nan")  # padding is never read
+    weights = torch.rand(tokens, top_k, device=DEVICE).where(experts >= 0, float("nan")) if weighted else None
+    out, want = ep_gather(rows, index, weights), ref.ep_gather(rows, index, weights)
+    assert out.dtype == dtype and out.shape == want.shape
+    torch.testing.assert_close(out, want)
+    assert torch.equal(out, ep_gather(rows, index, weights))
+
+
+def test_masked_scatter_and_gather_in_a_graph() -> None:
+    """Captured once, replayed on other routing: nothing in it waits for the host."""
+    x, experts = torch.randn(64, 256, device=DEVICE), routed(64, 8, 16, 0.5)
+
+    def step() -> tuple[Tensor, Tensor]:
+        rows, counts, index = ep_scatter_masked(x, experts, 16)
+        return ep_gather(rows.flatten(0, 1), index), counts
+
+    step()  # compile
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, counts = step()
+    for share in (0.5, 1.0, 0.0):
+        experts.copy_(routed(64, 8, 16, share))
+        graph.replay()
+        torch.testing.assert_close(out, x * (experts >= 0).sum(1, keepdim=True))
+        assert counts.tolist() == [(experts == e).sum().item() for e in range(16)]
