@@ -3,7 +3,6 @@
 queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 """
 
-import queue
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
@@ -37,15 +36,11 @@ class Decode(Unified):
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Arrival] = deque()  # no pages yet
         self.arrivals: dict[int, Arrival] = {}  # pages, KV on its way
-        self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
         self.links = Links(self.make_link)
         self.generations: Counter[str] = Counter()  # of the links to a prefill replica, by its first rank's id
 
     def collect(self) -> list[Any]:
-        events = []
-        while not self.events.empty():
-            events.append(self.events.get())
-        return events
+        return self.links.drain()
 
     def handle(self, event: Any) -> None:
         match event:
@@ -87,7 +82,7 @@ class Decode(Unified):
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
         me, pool = self.members[self.rank], self.engine.pool
         connect = dial(prefill, me, pool.device, generation)
-        return ReceiveLink(link_key(prefill, me, generation), connect, pool, self.events)
+        return ReceiveLink(link_key(prefill, me, generation), connect, pool, self.links.events)
 
     def room_ended(self, uid: int, ended: RoomEnded) -> None:
         arrival = self.arrivals[uid]

@@ -240,6 +240,7 @@ class Links:
 
     def __init__(self, make: Callable[[Member, int], Link]):
         self._make = make
+        self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
         self._links: dict[tuple[str, int], Link] = {}
         self._dropped: list[Link] = []
         self.gone: set[str] = set()  # peers that have died
@@ -249,6 +250,13 @@ class Links:
             self._drop(key for key in self._links if key[0] == peer.id and key[1] < generation)
             self._links[peer.id, generation] = self._make(peer, generation)
         return self._links[peer.id, generation]
+
+    def drain(self) -> list[Any]:
+        """What the links' threads have told since the last time."""
+        told = []
+        while not self.events.empty():
+            told.append(self.events.get())
+        return told
 
     def lose(self, ids: list[str]) -> None:
         """These peers have died."""

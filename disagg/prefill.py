@@ -1,6 +1,5 @@
 """The prefill role: compute prompts, and push each chunk's KV to the decode rank while the next one is computed."""
 
-import queue
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +41,13 @@ class Prefill:
         self.engine, self.scheduler, self.door = engine, engine.scheduler, door
         self.rank, self.members = engine.mesh.attn.rank, members
         self.departures: dict[int, Departure] = {}
-        self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
         self.links = Links(self.make_link)
         self.updates: list = []  # the decode side speaks to the router
 
     def collect(self) -> list[Any]:
         for knock in self.door.pipe.poll():
             self.links.get(knock.decode, knock.generation)
-        events = []
-        while not self.events.empty():
-            events.append(self.events.get())
-        return events
+        return self.links.drain()
 
     def handle(self, event: Any) -> None:
         match event:
@@ -95,7 +90,7 @@ class Prefill:
     def make_link(self, decode: Member, generation: int) -> SendLink:
         connect = listen(self.door.store, self.door.host, self.engine.pool.device)
         key = link_key(self.members[self.rank], decode, generation)
-        return SendLink(key, connect, self.engine.pool, self.events)
+        return SendLink(key, connect, self.engine.pool, self.links.events)
 
     def plan(self) -> Plan:
         return self.scheduler.schedule(reserve_output=False)

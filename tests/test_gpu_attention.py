@@ -17,13 +17,6 @@ DEVICE, NAN = "cuda", float("nan")
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
-
-
 @pytest.fixture(params=["best", "portable"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "portable":

@@ -1,7 +1,5 @@
 """The Triton GEMMs and quantizers against float32 torch on the same inputs; what must not be read is NaN."""
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,13 +20,6 @@ from kernels.ref import quantize_128x128
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

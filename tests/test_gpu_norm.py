@@ -1,7 +1,5 @@
 """RMSNorm, its fused residual add, and rope in Triton against their twins."""
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,13 +10,6 @@ from kernels import norm, ref
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
 
 
 def agree(out: Tensor, want: Tensor) -> None:

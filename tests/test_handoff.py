@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control import Member, Pipe, new_socket
 from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendPages
-from disagg.links import Link, ReceiveLink, SendLink, dial, link_key, listen
+from disagg.links import Link, Links, ReceiveLink, SendLink, dial, link_key, listen
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import TorchTransport
@@ -673,3 +673,40 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
         end.hush()
     assert end.events.empty()
     process.join(SOON)
+
+
+def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
+    """One transient failure must not end a pair of ranks for good."""
+    door, decode = Door(HOST), Member("d", HOST)
+    prefill = Member("p", HOST, door.port, door.store.port)
+    source, pool = make_pool(None), make_pool(CANARY)
+    sending = Links(
+        lambda peer, g: SendLink(link_key(prefill, peer, g), listen(door.store, HOST, CPU), source, sending.events)
+    )
+    receiving = Links(
+        lambda peer, g: ReceiveLink(link_key(peer, decode, g), dial(peer, decode, CPU, g), pool, receiving.events)
+    )
+    for generation in range(3):
+        receiver = receiving.get(prefill, generation)
+        receiver.put(Join(generation, Open(Request(generation, [1]), [5], [decode], generation)))
+        (knock,) = door.pipe.poll(SOON * 1000)
+        assert (knock.decode, knock.generation) == (decode, generation)
+        sender = sending.get(decode, generation)
+        assert sending.events.get(timeout=SOON).generation == generation
+        sender.put(Join(generation))
+        sender.put(SendPages(generation, [generation + 1], [5]))
+        sender.put(Last(generation, 7, []))
+        assert receiving.events.get(timeout=SOON) == RoomEnded(generation, None, 7)
+        assert torch.equal(pool[:, 5], source[:, generation + 1])
+        assert sending.events.get(timeout=SOON) == RoomEnded(generation)
+        receiver.stop()
+        receiver.put(Join(100 + generation))
+        assert receiving.events.get(timeout=SOON).link_down
+    assert receiving.get(prefill, 2) is receiver and sending.get(decode, 2) is sender
+    page = source[:, 1].nbytes
+    assert receiving.stats()["transfer_bytes"] == 3 * page
+    receiving.lose(["p"])
+    assert receiving.gone == {"p"}
+    for links in (sending, receiving):
+        links.close()
+    assert sending.drain() == [] and receiving.drain() == []
