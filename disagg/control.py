@@ -98,8 +98,8 @@ _to_worker = msgspec.msgpack.Decoder(ToWorker)
 _to_router = msgspec.msgpack.Decoder(ToRouter)
 
 
-def new_socket(kind: int) -> zmq.Socket:
-    sock = zmq.Context.instance().socket(kind)
+def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
+    sock = (context or zmq.Context.instance()).socket(kind)
     sock.setsockopt(zmq.LINGER, 2_000)
     sock.setsockopt(zmq.SNDHWM, 0)
     sock.setsockopt(zmq.RCVHWM, 0)
@@ -140,7 +140,8 @@ class RouterPort:
     """The router's end: talks to workers by their id."""
 
     def __init__(self, host: str, port: int):
-        self._sock = new_socket(zmq.ROUTER)
+        self._context = zmq.Context()  # of its own, so that `close` can see its last messages off
+        self._sock = new_socket(zmq.ROUTER, self._context)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error
         self.port = bind(self._sock, host, port)
 
@@ -167,13 +168,15 @@ class RouterPort:
 
     def close(self) -> None:
         self._sock.close()
+        self._context.term()
 
 
 class WorkerPort:
     """A replica's end. Connects by itself whenever the router comes up; `gone` once it was there and left."""
 
     def __init__(self, worker: str, host: str, port: int):
-        self._sock = new_socket(zmq.DEALER)
+        self._context = zmq.Context()  # as the router's
+        self._sock = new_socket(zmq.DEALER, self._context)
         self._sock.setsockopt_string(zmq.IDENTITY, worker)
         self._monitor = self._sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._sock.connect(f"tcp://{host}:{port}")
@@ -196,8 +199,11 @@ class WorkerPort:
         return bool(self._monitor.poll(0))
 
     def close(self) -> None:
+        """Returns when everything that was sent has left, or cannot (2 s)."""
         self._sock.disable_monitor()
+        self._monitor.close()
         self._sock.close()
+        self._context.term()
 
 
 class Pipe:

@@ -113,8 +113,7 @@ class Router:
             self._queue(tracked)
         try:
             while self._tracked and not self.stopped():
-                for replica_id, message in self.port.poll(20):
-                    self._handle(replica_id, message)
+                self._listen(20)
                 self._give_up_if_nobody_serves()
                 self._assign()
                 self._ping()
@@ -127,6 +126,10 @@ class Router:
         uid = next(self._uids)
         self._tracked[uid] = tracked
         self._waiting.append(uid)
+
+    def _listen(self, timeout_ms: int) -> None:
+        for replica_id, message in self.port.poll(timeout_ms):
+            self._handle(replica_id, message)
 
     def _handle(self, replica_id: str, message: ToRouter) -> None:
         match message:
@@ -150,6 +153,8 @@ class Router:
             self.port.send(replica_id, Finish(error))
             return
         self.replicas[replica_id] = Replica(replica_id, hello)
+        if hello.role != "unified":
+            print(f"router: a {hello.role} replica joined, ranks: {len(hello.members)}", file=sys.stderr, flush=True)
         if self._leaving:
             self.port.send(replica_id, Finish())
 
@@ -285,8 +290,9 @@ class Router:
         self._next_ping = now + PING_S
         for replica in list(self.replicas.values()):
             if not self.port.send(replica.id, Ping()):
-                del self.replicas[replica.id]
-                self._lose(replica, "died")
+                self._listen(0)  # what it said before it left is still to be read: its Bye, perhaps
+                if self.replicas.pop(replica.id, None) is not None:
+                    self._lose(replica, "died")
 
     def _lose(self, lost: Replica, how: str) -> None:
         for replica in () if self._leaving else self.replicas.values():
@@ -304,6 +310,5 @@ class Router:
             self.port.send(replica.id, Finish())
         deadline = time.monotonic() + FAREWELL_S
         while (self.replicas or self._expected > 0) and time.monotonic() < deadline:
-            for replica_id, message in self.port.poll(50):
-                self._handle(replica_id, message)
+            self._listen(50)
             self._ping()

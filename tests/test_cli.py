@@ -244,7 +244,8 @@ def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, 
     deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_router()
-    time.sleep(4)
+    while "a prefill replica joined" not in (line := deployment.jobs["router"].stderr.readline()):
+        assert line, "the router ended"
     deployment.start_job("decode", 1, "--dtype", "bfloat16")
     code, _, err = finish(deployment.jobs.pop("decode"))
     assert code != 0 and "decode: refused: its KV is 5 layers x 64 x 80 bfloat16" in err, err
