@@ -60,7 +60,10 @@ class Batch:
     def build(
         cls, decodes: Sequence[Chunk], prefills: Sequence[Chunk], device: torch.device | str, multiple: int = 1
     ) -> "Batch":
-        """Lay out chunks; pad with empty decode rows until T is a multiple of `multiple` (the attention TP size)."""
+        """Lay out chunks; pad with empty decode rows until T is a multiple of `multiple` (the attention TP size).
+
+        No chunks at all is what a rank with nothing to do runs, because every rank steps every time.
+        """
         assert all(len(c.token_ids) == 1 for c in decodes), "a decode chunk is one token"
         real = len(decodes) + sum(len(c.token_ids) for c in prefills)
         padding = [Chunk((0,), 0, (), wants_logits=False)] * (-real % multiple)
@@ -101,11 +104,6 @@ class Batch:
             max_q=max((len(c.token_ids) for c in prefills), default=0),
             max_kv=max((c.start + len(c.token_ids) for c in prefills), default=0),
         )
-
-    @classmethod
-    def empty(cls, device: torch.device | str) -> "Batch":
-        """No tokens: what a rank with nothing to do runs, because every rank steps every time."""
-        return cls.build((), (), device)
 
 
 def _row(pages: Sequence[int], position: int) -> int:

@@ -192,7 +192,7 @@ def test_padding_rows_visit_no_expert(model: Transformer) -> None:
 def test_the_empty_batch_runs_and_writes_nothing(model: Transformer, layout: int) -> None:
     pool = written_pool(model)
     before = pool.clone()
-    logits = model(Batch.empty("cpu"), pool, hf.dispatchers(model, 8)[layout])
+    logits = model(Batch.build((), (), "cpu"), pool, hf.dispatchers(model, 8)[layout])
     assert logits.shape == (0, model.config.vocab_size)
     assert torch.equal(pool, before)
 
@@ -202,4 +202,4 @@ def test_the_empty_batch_runs_in_every_shape_of_model(shape: str, tmp_path: Path
     model = hf.load(hf.save(tmp_path, shape))
     pool = make_pool(model.config, 2, torch.float32, "cpu")
     for dispatcher in hf.dispatchers(model, 1):
-        assert model(Batch.empty("cpu"), pool, dispatcher).shape == (0, model.config.vocab_size)
+        assert model(Batch.build((), (), "cpu"), pool, dispatcher).shape == (0, model.config.vocab_size)

@@ -16,7 +16,7 @@ TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet, and for o
 class TorchTransport:
     def __init__(self, store: dist.Store, me: int, device: torch.device):
         """`me` is 0 or 1; blocks until the other side has come. Any of this may raise RuntimeError."""
-        self.peer = 1 - me
+        self.peer, self.device = 1 - me, device
         if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(store, me, 2, dist.ProcessGroupNCCL.Options())
         else:
@@ -33,7 +33,7 @@ class TorchTransport:
 
     def _finish(self, work: dist.Work) -> None:
         work.wait()
-        if torch.cuda.is_available():
+        if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # NCCL's wait() only orders streams
 
     def abort(self) -> None:
