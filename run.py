@@ -165,7 +165,7 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     # The torch references until the whole engine has been measured with the kernels on a GPU; then "auto".
     backend = args.backend or ["torch"]
     ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, backend)
-    engine = Engine(settings, config, args.model, mesh, ops)
+    engine = Engine.from_pretrained(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)

@@ -1,20 +1,25 @@
-"""Engine: one rank's model, KV pool and scheduler. It runs a plan and gives back tokens; it knows no router and no
-link, and is the same for every role."""
+"""Engine: one rank's model, KV pool and scheduler. It launches steps and hands back their tokens; it knows no router
+and no link, and is the same for every role."""
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from disagg.graph import DecodeStep, make_buckets, resolve
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
-from model.batch import PAGE, Batch
+from model.batch import PAGE, Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
-from model.sampling import SamplingRows, sample, top_logprobs
+from model.sampling import COLDEST, SamplingRows, logprob_pairs, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import load_weights
-from parallel.dispatch import ContiguousAllToAll, MaskedAllToAll
+from parallel.dispatch import Dispatcher, make_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -30,6 +35,7 @@ class EngineConfig:
     kv_tokens: int = 65536
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
+    graphs: bool = True  # decode in CUDA graphs where there is CUDA
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_tokens_per_step", "kv_tokens", "max_model_len"):
@@ -61,53 +67,120 @@ class Sampled:
     logprobs: list[tuple[int, float]]  # empty unless asked for
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that was launched: its tokens are on their way to the host, its KV to the pool."""
+
+    plan: Plan
+    mixed: bool  # does any rank have prompt tokens in it?
+    sequences: list[Sequence]  # those that get a token
+    tokens: Tensor  # [N] on the host, once `done`
+    logprobs: tuple[Tensor, Tensor] | None  # likewise
+    done: torch.cuda.Event | None  # None on a CPU, where it already is
+
+    def sampled(self) -> list[Sampled]:
+        """The tokens; waits for them."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens = self.tokens.tolist()
+        if self.logprobs is None:
+            return [Sampled(s, token, []) for s, token in zip(self.sequences, tokens, strict=True)]
+        rows = zip(self.sequences, tokens, *(part.tolist() for part in self.logprobs), strict=True)
+        return [
+            Sampled(s, token, logprob_pairs(ids, values, s.request.logprobs) if s.request.logprobs else [])
+            for s, token, ids, values in rows
+        ]
+
+
 class Engine:
-    def __init__(self, settings: EngineConfig, config: ModelConfig, folder: str, mesh: Mesh, ops: Ops):
-        """Loads this rank's weights. ValueError for whatever does not fit together."""
-        self.config, self.settings, self.mesh = config, settings, mesh
-        self.max_model_len = settings.model_len(config)
-        dtype = settings.torch_dtype(mesh.device)
-        # The largest step every rank may take part in, spread over its attention group.
-        capacity = -(-settings.max_batch // mesh.attn.size)
+    def __init__(
+        self,
+        settings: EngineConfig,
+        model: Transformer,
+        mesh: Mesh,
+        contiguous: Dispatcher,
+        masked: Dispatcher,
+    ):
+        """`model` has its weights. ValueError for whatever does not fit together."""
+        self.config, self.settings, self.mesh, self.model = model.config, settings, mesh, model
+        self.max_model_len = settings.model_len(self.config)
         self.scheduler = Scheduler(
             PageAllocator(pages_for(settings.kv_tokens) + 1),
             settings.max_batch,
             settings.max_tokens_per_step,
             self.max_model_len,
         )
+        self.pool = make_pool(self.config, self.scheduler.allocator.capacity + 1, model.dtype, mesh.device)
+        self.contiguous = contiguous
+        buckets = make_buckets(settings.max_batch, mesh.attn.size)
+        self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
+        forward = partial(self._forward, dispatcher=masked)
+        self.decode = DecodeStep(forward, self.tokens, buckets, pages_for(self.max_model_len))
+
+    @classmethod
+    def from_pretrained(
+        cls, settings: EngineConfig, config: ModelConfig, folder: str | Path, mesh: Mesh, ops: Ops
+    ) -> "Engine":
+        """With this rank's share of the weights in `folder`."""
         placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
-        self.model = Transformer(config, mesh, placement, ops, dtype, self.max_model_len)
-        load_weights(self.model, folder, config, mesh)
-        self.pool = make_pool(config, self.scheduler.allocator.capacity + 1, dtype, mesh.device)
-        self.contiguous = ContiguousAllToAll(mesh.ep, placement.num_slots, ops)
-        self.masked = MaskedAllToAll(mesh.ep, placement.num_slots, ops, capacity)
+        dtype = settings.torch_dtype(mesh.device)
+        model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config))
+        load_weights(model, folder, config, mesh)
+        return cls(settings, model, mesh, *make_dispatchers(mesh.ep, placement.num_slots, ops))
 
-    def run(self, plan: Plan, masked: bool) -> list[Sampled]:
-        """One forward over this rank's part of an agreed step (it may be empty: every rank steps every time).
+    def _forward(self, batch: Batch, dispatcher: Dispatcher) -> Tensor:
+        return self.model(batch, self.pool, dispatcher)
 
-        `masked`: no rank has prompt tokens in this step, so all use the fixed-capacity layout.
+    def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
+        """Let every kernel compile before the first request, and capture the decode step. All ranks together.
+
+        `progress` wraps each list of sizes that is worked through.
         """
-        batch = Batch.build(*plan.chunks(), self.mesh.device, multiple=self.mesh.attn.size)
-        logits = self.model(batch, self.pool, self.masked if masked else self.contiguous)
-        return self._sample(logits, plan.advance())
+        if self.mesh.device.type != "cuda":
+            return
+        most, limit = (
+            self.settings.max_tokens_per_step,
+            min(self.max_model_len, self.scheduler.allocator.capacity * PAGE),
+        )
+        sizes = {n for i in range(most.bit_length()) for n in (2**i - 1, 2**i) if 0 < n < most} | {most}
+        for size in progress(sorted(sizes, reverse=True)):
+            prompts = [
+                Chunk([0] * min(limit, size - at), 0, range(1, pages_for(limit) + 1)) for at in range(0, size, limit)
+            ]
+            self._mixed([], prompts)
+        if self.settings.graphs:
+            self.decode.capture(progress)
+        torch.cuda.synchronize()
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        if not sequences:
-            return []
-        rows = [
-            (s.request.temperature, s.request.top_p, s.request.top_k, s.request.seed, len(s.tokens)) for s in sequences
-        ]
-        tokens = sample(logits, SamplingRows.build(rows, logits.device))
-        count = max(s.request.logprobs for s in sequences)
-        logprobs = top_logprobs(logits, tokens, count) if count else [[]] * len(sequences)
-        return [
-            Sampled(s, token, _first(pairs, s.request.logprobs, token))
-            for s, token, pairs in zip(sequences, tokens.tolist(), logprobs, strict=True)
-        ]
+    def launch(self, plan: Plan, decode_rows: int | None) -> Step:
+        """Start this rank's part of an agreed step (it may be empty: every rank steps every time).
 
-    def written(self) -> torch.cuda.Event | None:
-        """An event after which the KV of every step so far is in the pool; None on a CPU, where it already is."""
-        return torch.cuda.current_stream().record_event() if self.mesh.device.type == "cuda" else None
+        `decode_rows`: the bucket, if no rank has prompt tokens in this step; then all use the fixed-capacity layout.
+        """
+        decodes, prefills = plan.chunks()
+        logits = self._mixed(decodes, prefills) if decode_rows is None else self.decode.run(decodes, decode_rows)
+        sequences = plan.advance()
+        count = len(sequences)
+        logits, tokens = logits[:count], self.tokens[:count]
+        if any(s.request.temperature > COLDEST for s in sequences):
+            rows = [
+                (s.request.temperature, s.request.top_p, s.request.top_k, s.request.seed, s.computed) for s in sequences
+            ]
+            tokens.copy_(sample(logits, SamplingRows.build(rows, logits.device)))
+        most = max((s.request.logprobs for s in sequences), default=0)
+        logprobs = tuple(_to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
+        host_tokens = _to_host(tokens)
+        done = torch.cuda.current_stream().record_event() if tokens.is_cuda else None
+        return Step(plan, decode_rows is None, sequences, host_tokens, logprobs, done)
+
+    @torch.inference_mode()
+    def _mixed(self, decodes: list[Chunk], prefills: list[Chunk]) -> Tensor:
+        """A step with prompt tokens: logits of the rows that want them, their greedy choices in `tokens`."""
+        batch = Batch.build(decodes, prefills, self.mesh.device, multiple=self.mesh.attn.size)
+        batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
+        logits = self._forward(batch, self.contiguous)
+        self.tokens[: logits.shape[0]] = logits.argmax(-1)
+        return logits
 
     @property
     def kv_layout(self) -> str:
@@ -122,8 +195,8 @@ class Engine:
         return self.scheduler.allocator.capacity * PAGE
 
 
-def _first(pairs: list[tuple[int, float]], count: int, token: int) -> list[tuple[int, float]]:
-    """The `count` likeliest of a row that was computed for the greediest request, and always the chosen token."""
-    if not count:
-        return []
-    return [pair for i, pair in enumerate(pairs) if i < count or pair[0] == token]
+def _to_host(x: Tensor) -> Tensor:
+    """A copy on the host: of a CUDA tensor it is there once an event recorded after this call is done."""
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

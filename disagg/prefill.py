@@ -7,7 +7,7 @@ import torch.distributed as dist
 import zmq
 
 from disagg.control import Gone, Member, Pipe, bind, new_socket
-from disagg.engine import Engine, Sampled
+from disagg.engine import Engine, Step
 from disagg.handoff import Closed, Join, Knock, Last, Open, Room, RoomEnded, RoomState, SendPages
 from disagg.links import Links, SendLink, link_key, listen
 from disagg.scheduler import Plan, Sequence
@@ -95,22 +95,28 @@ class Prefill:
     def plan(self) -> Plan:
         return self.scheduler.schedule(reserve_output=False)
 
-    def after(self, plan: Plan, sampled: list[Sampled]) -> None:
-        ready = self.engine.written()
-        for sequence, _ in plan.prefills:
+    def launched(self, step: Step) -> None:
+        """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
+        for sequence, _ in step.plan.prefills:
             departure = self.departures[sequence.request.uid]
             departure.room.rise(RoomState.TRANSFERRING)
-            whole = sequence.computed == len(sequence.tokens)
+            whole = not sequence.in_prompt
             upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # a page is sent once, full
             if upto > departure.sent:
                 new = slice(departure.sent, upto)
                 for link in departure.links:
-                    link.put(SendPages(sequence.request.uid, sequence.pages[new], departure.pages[new], ready))
+                    link.put(SendPages(sequence.request.uid, sequence.pages[new], departure.pages[new], step.done))
                 departure.sent = upto
-        for one in sampled:
-            self.scheduler.remove(one.sequence)
-            for link in self.departures[one.sequence.request.uid].links:
-                link.put(Last(one.sequence.request.uid, one.token, one.logprobs))
+            if whole:
+                self.scheduler.remove(sequence)
+
+    def after(self, step: Step) -> None:
+        for one in step.sampled():
+            one.sequence.in_flight -= 1
+            uid = one.sequence.request.uid
+            if uid in self.departures:  # else its links ended while the token was on its way
+                for link in self.departures[uid].links:
+                    link.put(Last(uid, one.token, one.logprobs))
 
     @property
     def in_flight(self) -> bool:

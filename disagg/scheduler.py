@@ -22,6 +22,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    in_flight: int = 0  # sampled tokens, of steps that were launched, that the host has not seen yet
+    row: int = 0  # of the latest of them among the tokens of its step
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.request.prompt)
@@ -29,6 +31,15 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.computed < len(self.request.prompt)
+
+    @property
+    def wants_token(self) -> bool:
+        """Will there be another token after those in flight, as far as one can tell without seeing them?"""
+        return self.num_generated + self.in_flight < self.request.max_tokens
 
     def append(self, token: int, eos_token_ids: tuple[int, ...]) -> str | None:
         """Add a sampled token; the reason if it is the last one."""
@@ -50,7 +61,7 @@ class Plan:
         return sum(count for _, count in self.prefills)
 
     def chunks(self) -> tuple[list[Chunk], list[Chunk]]:
-        decodes = [Chunk(s.tokens[s.computed :], s.computed, s.pages) for s in self.decodes]
+        decodes = [Chunk((s.tokens[-1] if not s.in_flight else -1 - s.row,), s.computed, s.pages) for s in self.decodes]
         prefills = [
             Chunk(s.tokens[s.computed : s.computed + n], s.computed, s.pages, s.computed + n == len(s.tokens))
             for s, n in self.prefills
@@ -58,12 +69,15 @@ class Plan:
         return decodes, prefills
 
     def advance(self) -> list[Sequence]:
-        """Count the step's tokens as computed. Returns the sequences that have logits, in the order of the rows."""
+        """The step was launched. Returns the sequences that get a token from it, in the order of its rows."""
         for sequence in self.decodes:
             sequence.computed += 1
         for sequence, count in self.prefills:
             sequence.computed += count
-        return self.decodes + [s for s, _ in self.prefills if s.computed == len(s.tokens)]
+        sampled = self.decodes + [s for s, _ in self.prefills if not s.in_prompt]
+        for row, sequence in enumerate(sampled):
+            sequence.in_flight, sequence.row = sequence.in_flight + 1, row
+        return sampled
 
 
 class Scheduler:
@@ -103,13 +117,16 @@ class Scheduler:
     def schedule(self, reserve_output: bool = True) -> Plan:
         """The next step: every running request's next token, then prompt chunks, oldest first.
 
+        The tokens of the step before may still be in flight: a request that turns out to have ended with one of them
+        has then taken part in a step too many.
+
         `reserve_output`: reserve room for the tokens to be generated, not the prompt alone (the prefill role).
         """
-        decodes = [s for s in self.running if s.num_generated]
+        decodes = [s for s in self.running if not s.in_prompt and s.wants_token]
         budget = self.max_tokens_per_step - len(decodes)
         prefills = []
         for sequence in self.running:
-            if not sequence.num_generated and budget > 0:
+            if sequence.in_prompt and budget > 0:
                 prefills.append((sequence, count := min(budget, len(sequence.tokens) - sequence.computed)))
                 budget -= count
         while self.waiting and len(self.running) < self.max_batch and budget > 0:
@@ -118,7 +135,7 @@ class Scheduler:
             if not sequence.pages and not self.reserve(sequence, wanted):
                 break  # in order: a large request is not overtaken for ever
             self.running.append(self.waiting.popleft())
-            if sequence.num_generated:
+            if not sequence.in_prompt:
                 decodes.append(sequence)
                 budget -= 1
             else:

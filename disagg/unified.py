@@ -3,7 +3,7 @@
 from typing import Any
 
 from disagg.control import Abort, Submit, Update
-from disagg.engine import Engine, Sampled
+from disagg.engine import Engine, Step
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
 
@@ -42,9 +42,18 @@ class Unified:
     def plan(self) -> Plan:
         return self.scheduler.schedule()
 
-    def after(self, plan: Plan, sampled: list[Sampled]) -> None:
-        for one in sampled:
-            self.emit(one.sequence, one.token, one.logprobs)
+    def launched(self, step: Step) -> None:
+        """A step of mine has just been launched."""
+
+    def after(self, step: Step) -> None:
+        """Take up the tokens of a step; the next one may have been launched already."""
+        for one in step.sampled():
+            sequence = one.sequence
+            sequence.in_flight -= 1
+            if self.sequences.get(sequence.request.uid) is sequence:
+                self.emit(sequence, one.token, one.logprobs)
+            elif not sequence.in_flight:  # it ended while this token was on its way, which nobody wants now
+                self.scheduler.release(sequence)
 
     def emit(self, sequence: Sequence, token: int, logprobs: list[tuple[int, float]]) -> bool:
         """A request has a new token; was it the last?"""
@@ -58,7 +67,7 @@ class Unified:
     def finish(self, sequence: Sequence) -> None:
         del self.sequences[sequence.request.uid]
         self.scheduler.remove(sequence)
-        if sequence.pages:
+        if sequence.pages and not sequence.in_flight:  # else a step still writes there: `after` releases them
             self.scheduler.release(sequence)
 
     @property

@@ -1,4 +1,7 @@
-"""The step loop that every rank of every role runs: events, plan, agree, run, report.
+"""The step loop that every rank of every role runs: events, plan, agree, launch, take up the step before, report.
+
+A step is launched before the tokens of the one before it are looked at: while the GPU runs it, the CPU takes up those
+tokens, tells the router, and plans the next one.
 
 The ranks of an attention replica share their events first (the router's messages reach its first rank only, a link's
 its own), so that each of them then takes the same decisions. The ranks of the job agree once a step on what kind of
@@ -12,7 +15,7 @@ from collections import Counter
 
 from disagg.control import Bye, Finish, Hello, Member, Updates, WorkerPort, local_host
 from disagg.decode import Decode
-from disagg.engine import Engine
+from disagg.engine import Engine, Step
 from disagg.prefill import Door, Prefill
 from disagg.unified import Unified
 from parallel.mesh import Mesh
@@ -57,7 +60,7 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
     port = WorkerPort(members[0].id, *router) if mesh.leads else None
     if port is not None:
         port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout))
-    stats, nap_ms, finished, problem = Counter(), 1, False, None
+    pipeline, nap_ms, finished, problem = Pipeline(role, engine, mesh), 1, False, None
     while True:
         inbox = port.poll() if port is not None else []
         for events in mesh.attn.exchange([*inbox, *role.collect()]):
@@ -65,18 +68,12 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
                 if isinstance(event, Finish):
                     finished, problem = True, event.error
                 role.handle(event)
-        plan = role.plan()
         if port is not None and not finished and port.gone:
             finished, problem = True, f"the router at {router[0]}:{router[1]} is gone"
-        mine = (plan.num_prefill_tokens, len(plan.decodes), finished or interrupt.seen)
-        prefill_tokens, decodes, stop = (sum(column) for column in zip(*mesh.agree(*mine), strict=True))
-        if stop:
+        turned = pipeline.turn(stop=finished or interrupt.seen)
+        if turned is None:
             break
-        if prefill_tokens or decodes:
-            start = time.perf_counter()
-            sampled = engine.run(plan, masked=not prefill_tokens)
-            role.after(plan, sampled)
-            _count(stats, mine, prefill_tokens > 0, time.perf_counter() - start)
+        if turned:
             nap_ms = 1
         elif port is not None:
             nap_ms = 1 if role.in_flight else min(2 * nap_ms, LONGEST_NAP_MS)
@@ -86,6 +83,7 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
         role.updates.clear()
 
     role.close()
+    stats = pipeline.stats
     for other in mesh.attn.exchange(role.stats()):
         stats.update(other)
     if port is not None:
@@ -94,10 +92,42 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
     return problem
 
 
-def _count(stats: Counter, mine: tuple[int, int, bool], prefill: bool, seconds: float) -> None:
-    """A step in which any rank has prompt tokens counts as prefill on all of them."""
-    phase = "prefill" if prefill else "decode"
-    stats[f"{phase}_steps"] += 1
-    stats[f"{phase}_seconds"] += seconds
-    stats["prompt_tokens"] += mine[0]
-    stats[f"{phase}_step_decodes"] += mine[1]
+class Pipeline:
+    """At most one step in flight while the next is planned: plan, agree, launch, then take up the one before."""
+
+    def __init__(self, role: Role, engine: Engine, mesh: Mesh):
+        self.role, self.engine, self.mesh = role, engine, mesh
+        self.stats: Counter = Counter()
+        self._running: Step | None = None
+        self._marked = 0.0  # when the step that runs now began, as far as the host can tell
+
+    def turn(self, stop: bool = False) -> bool | None:
+        """Was there anything to do? None once any rank wants to stop; the ranks learn that together."""
+        plan = self.role.plan()
+        agreed = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), stop)
+        prefill_tokens, decodes, stops = zip(*agreed, strict=True)
+        if any(stops):
+            if self._running is not None:  # its pages are released only now
+                self.role.after(self._running)
+            return None
+        before, self._running, launched_at = self._running, None, time.perf_counter()
+        if any(prefill_tokens) or any(decodes):
+            rows = None if any(prefill_tokens) else self.engine.decode.bucket(max(decodes))
+            self._running = self.engine.launch(plan, rows)
+            self.role.launched(self._running)
+        if before is not None:
+            self.role.after(before)
+            now = time.perf_counter()
+            self._count(before, now - self._marked)
+            self._marked = now
+        else:
+            self._marked = launched_at
+        return before is not None or self._running is not None
+
+    def _count(self, step: Step, seconds: float) -> None:
+        """A step in which any rank has prompt tokens counts as prefill on all of them."""
+        phase = "prefill" if step.mixed else "decode"
+        self.stats[f"{phase}_steps"] += 1
+        self.stats[f"{phase}_seconds"] += seconds
+        self.stats["prompt_tokens"] += step.plan.num_prefill_tokens
+        self.stats[f"{phase}_step_decodes"] += len(step.plan.decodes)

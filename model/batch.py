@@ -7,11 +7,14 @@ chunks (attended in expanded form):
     page_table [3, P]   |                         decode reads the pool through its pages
     q_starts            | 0           4     6     prefill: where each chunk's queries begin
     kv_starts           | 0                 9 12  and where its keys begin among context_rows
+
+A token that the step before sampled, and that only the GPU knows yet, has the id -1 - r: the r-th of that step's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +42,7 @@ class Batch:
     q_starts: Tensor  # [S + 1] int32
     kv_starts: Tensor  # [S + 1] int32
     context_rows: Tensor  # [sum of prefill kv lengths] int64: pool rows of all their tokens so far, in order
-    logit_rows: Tensor  # [N] int64: rows of T whose logits are wanted, decodes first
+    logit_rows: Tensor | None  # [N] int64: rows of T whose logits are wanted, decodes first; None: all of them
     max_q: int = 0
     max_kv: int = 0
 
@@ -57,6 +60,26 @@ class Batch:
         return self.kv_rows >= (NULL_PAGE + 1) * PAGE
 
     @classmethod
+    def decode(cls, token_ids: Tensor, positions: Tensor, page_table: Tensor) -> "Batch":
+        """One token of each sequence, from tensors alone: token_ids, positions [B] int64, page_table [B, P] int32.
+
+        A row whose pages are all NULL_PAGE is padding. Nothing waits for the host: safe in a CUDA graph.
+        """
+        page = page_table.gather(1, (positions // PAGE)[:, None])[:, 0]
+        none = positions.new_zeros(1, dtype=torch.int32)
+        return cls(
+            token_ids=token_ids,
+            positions=positions,
+            kv_rows=page * PAGE + positions % PAGE,
+            page_table=page_table,
+            kv_lens=(positions + 1).where(page != NULL_PAGE, 0).to(torch.int32),
+            q_starts=none,
+            kv_starts=none,
+            context_rows=positions[:0],
+            logit_rows=None,
+        )
+
+    @classmethod
     def build(
         cls, decodes: Sequence[Chunk], prefills: Sequence[Chunk], device: torch.device | str, multiple: int = 1
     ) -> "Batch":
@@ -69,42 +92,43 @@ class Batch:
         padding = [Chunk((0,), 0, (), wants_logits=False)] * (-real % multiple)
         decodes = [*decodes, *padding]
         chunks = [*decodes, *prefills]
+        lengths = [len(c.token_ids) for c in chunks]
+        last_rows = np.cumsum(lengths, dtype=np.int64) - 1
+        spans = [np.arange(c.start, c.start + n) for c, n in zip(chunks, lengths, strict=True)]
+        contexts = [c.start + len(c.token_ids) for c in prefills]
 
-        token_ids, positions, kv_rows, logit_rows = [], [], [], []
-        for chunk in chunks:
-            token_ids.extend(chunk.token_ids)
-            span = range(chunk.start, chunk.start + len(chunk.token_ids))
-            positions.extend(span)
-            kv_rows.extend(_row(chunk.pages, p) if chunk.pages else 0 for p in span)
-            if chunk.wants_logits:
-                logit_rows.append(len(token_ids) - 1)
-
-        width = max((len(c.pages) for c in decodes), default=0) or 1
-        page_table = [list(c.pages) + [NULL_PAGE] * (width - len(c.pages)) for c in decodes]
-        q_starts, kv_starts, context_rows = [0], [0], []
-        for chunk in prefills:
-            length = chunk.start + len(chunk.token_ids)
-            q_starts.append(q_starts[-1] + len(chunk.token_ids))
-            kv_starts.append(kv_starts[-1] + length)
-            context_rows.extend(_row(chunk.pages, p) for p in range(length))
-
-        def tensor(values, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        def tensor(parts: list, dtype: torch.dtype) -> Tensor:
+            host = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(dtype)
+            if torch.device(device).type == "cuda":
+                host = host.pin_memory()  # or the copy would wait for the step that the GPU is at
+            return host.to(device, non_blocking=True)
 
         return cls(
-            token_ids=tensor(token_ids, torch.int64),
-            positions=tensor(positions, torch.int64),
-            kv_rows=tensor(kv_rows, torch.int64),
-            page_table=tensor(page_table, torch.int32).view(len(decodes), width),
-            kv_lens=tensor([c.start + 1 if c.pages else 0 for c in decodes], torch.int32),
-            q_starts=tensor(q_starts, torch.int32),
-            kv_starts=tensor(kv_starts, torch.int32),
-            context_rows=tensor(context_rows, torch.int64),
-            logit_rows=tensor(logit_rows, torch.int64),
-            max_q=max((len(c.token_ids) for c in prefills), default=0),
-            max_kv=max((c.start + len(c.token_ids) for c in prefills), default=0),
+            token_ids=tensor([c.token_ids for c in chunks], torch.int64),
+            positions=tensor(spans, torch.int64),
+            kv_rows=tensor([_rows(c.pages, span) for c, span in zip(chunks, spans, strict=True)], torch.int64),
+            page_table=tensor([page_rows(decodes).ravel()], torch.int32).view(len(decodes), -1 if decodes else 1),
+            kv_lens=tensor([[c.start + 1 if c.pages else 0 for c in decodes]], torch.int32),
+            q_starts=tensor([[0], np.cumsum(lengths[len(decodes) :])], torch.int32),
+            kv_starts=tensor([[0], np.cumsum(contexts)], torch.int32),
+            context_rows=tensor(
+                [_rows(c.pages, np.arange(n)) for c, n in zip(prefills, contexts, strict=True)], torch.int64
+            ),
+            logit_rows=tensor([last_rows[[c.wants_logits for c in chunks]]], torch.int64),
+            max_q=max(lengths[len(decodes) :], default=0),
+            max_kv=max(contexts, default=0),
         )
 
 
-def _row(pages: Sequence[int], position: int) -> int:
-    return pages[position // PAGE] * PAGE + position % PAGE
+def page_rows(chunks: Sequence[Chunk], width: int | None = None) -> np.ndarray:
+    """The chunks' page lists as a table [B, width], filled up with NULL_PAGE; as wide as the longest if None."""
+    width = width or max((len(c.pages) for c in chunks), default=0) or 1
+    table = np.full((len(chunks), width), NULL_PAGE, np.int64)
+    for row, chunk in zip(table, chunks, strict=True):
+        row[: len(chunk.pages)] = chunk.pages
+    return table
+
+
+def _rows(pages: Sequence[int], positions: np.ndarray) -> np.ndarray:
+    """The pool rows of these positions; the null page's first for padding."""
+    return np.asarray(pages or [NULL_PAGE])[positions // PAGE] * PAGE + positions % PAGE

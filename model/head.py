@@ -19,7 +19,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""
-        logits = self.lm_head(self.norm(x[batch.logit_rows])).float()
+        rows = x if batch.logit_rows is None else x[batch.logit_rows]
+        logits = self.lm_head(self.norm(rows)).float()
         if self.attn.size == 1:
             return logits
         parts = self.attn.all_gather(logits).view(self.attn.size, *logits.shape)  # [t, N, V / t]

@@ -33,8 +33,6 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """
     greedy = logits.argmax(-1)
     warm = rows.temperature > COLDEST
-    if not warm.any():
-        return greedy
     scaled = logits / rows.temperature.where(warm, 1.0)[:, None]
     noisy = keep_top(scaled, rows.top_k, rows.top_p) + gumbel(rows.seed, rows.position, logits.shape[1])
     return noisy.argmax(-1).where(warm, greedy)
@@ -68,18 +66,18 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """For each row the `count` likeliest (token, log probability), highest first, and the chosen token among them.
+def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and log probabilities, both [N, count + 1]: the `count` likeliest, highest first, then the chosen token.
 
     Probabilities are the model's own: before temperature, top-k and top-p.
     """
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, logits.shape[1]), dim=-1)
-    chosen = logprobs.gather(1, tokens[:, None])
-    result = []
-    for ids, values, token, own in zip(
-        best.indices.tolist(), best.values.tolist(), tokens.tolist(), chosen[:, 0].tolist(), strict=True
-    ):
-        pairs = list(zip(ids, values, strict=True))
-        result.append(pairs if token in ids else [*pairs, (token, own)])
-    return result
+    chosen = tokens[:, None]
+    return torch.cat((best.indices, chosen), 1), torch.cat((best.values, logprobs.gather(1, chosen)), 1)
+
+
+def logprob_pairs(ids: list[int], values: list[float], count: int) -> list[tuple[int, float]]:
+    """One row of `top_logprobs` as (token, log probability): the `count` likeliest, and always the chosen token."""
+    pairs = list(zip(ids[:-1], values[:-1], strict=True))[:count]
+    return pairs if ids[-1] in ids[:count] else [*pairs, (ids[-1], values[-1])]

@@ -87,31 +87,29 @@ class ContiguousAllToAll:
 
 
 class MaskedAllToAll:
-    """Equal splits of `capacity` rows for each pair of ranks, whatever was routed; nothing waits for the host."""
+    """Equal splits of T rows for each pair of ranks, whatever was routed; nothing waits for the host."""
 
-    def __init__(self, group: Group, num_slots: int, ops: Ops, capacity: int):
-        """`capacity`: the most tokens a rank dispatches at once. All ranks must pass the same."""
-        self.group, self.ops, self.capacity = group, ops, capacity
+    def __init__(self, group: Group, num_slots: int, ops: Ops):
+        self.group, self.ops = group, ops
         self.num_local = num_slots // group.size
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
-        """As ContiguousAllToAll.dispatch, for T <= capacity."""
+        """As ContiguousAllToAll.dispatch; every rank must pass the same number T of tokens, padding included."""
         (num_tokens, top_k), ranks = slots.shape, self.group.size
-        assert num_tokens <= self.capacity, f"{num_tokens=} over {self.capacity=}"
         rank_of = slots.div(self.num_local, rounding_mode="floor")
         to_rank = _one_hot(rank_of, ranks)
-        place = to_rank.cumsum(0) - 1 + torch.arange(ranks, device=x.device) * self.capacity  # [T, R] row on the wire
-        sentinel = ranks * self.capacity
+        place = to_rank.cumsum(0) - 1 + torch.arange(ranks, device=x.device) * num_tokens  # [T, R] row on the wire
+        sentinel = ranks * num_tokens
         source = torch.full((sentinel + 1,), num_tokens, dtype=torch.int64, device=x.device)
         token = torch.arange(num_tokens, device=x.device)[:, None].expand_as(place)
         source.scatter_(0, place.where(to_rank, sentinel).flatten(), token.flatten())
-        source = source[:-1]  # [R * capacity] the token in each row on the wire; num_tokens = none
+        source = source[:-1]  # [R * T] the token in each row on the wire; num_tokens = none
 
         # One more token, that wants no expert, fills the rows that nobody routed.
         x = torch.cat((x, x.new_zeros(1, x.shape[1])))
         slots = torch.cat((slots, slots.new_full((1, top_k), -1)))
         weights = torch.cat((weights, weights.new_zeros(1, top_k)))
-        first_slot = torch.arange(ranks, device=x.device).repeat_interleave(self.capacity)[:, None] * self.num_local
+        first_slot = torch.arange(ranks, device=x.device).repeat_interleave(num_tokens)[:, None] * self.num_local
         local = slots[source] - first_slot
         local = local.where((local >= 0) & (local < self.num_local), -1)
         transfer = self.group.all_to_all(_pack(x[source], local, weights[source]))
@@ -129,6 +127,43 @@ class MaskedAllToAll:
         index, row_weights, returned = arrived.way_back
         transfer = self.group.all_to_all(self.ops.ep_gather(y.flatten(0, 1), index, row_weights))
         return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned))
+
+
+class LocalContiguous:
+    """What is left of a dispatch when one rank holds every expert: nothing travels."""
+
+    def __init__(self, num_slots: int, ops: Ops):
+        self.num_local, self.ops = num_slots, ops
+
+    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
+        rows, row_expert, index = self.ops.ep_scatter(x, slots, self.num_local, self.ops.alignment)
+        return Pending(lambda: Contiguous(rows, row_expert, (index, weights)))
+
+    def combine(self, y: Tensor, arrived: Contiguous) -> Pending[Tensor]:
+        out = self.ops.ep_gather(y, *arrived.way_back)
+        return Pending(lambda: out)
+
+
+class LocalMasked(LocalContiguous):
+    """The same in the masked layout."""
+
+    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+        rows, counts, index = self.ops.ep_scatter_masked(x, slots, self.num_local)
+        return Pending(lambda: Masked(rows, counts, (index, weights)))
+
+    def combine(self, y: Tensor, arrived: Masked) -> Pending[Tensor]:
+        out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back)
+        return Pending(lambda: out)
+
+
+Dispatcher = ContiguousAllToAll | MaskedAllToAll | LocalContiguous | LocalMasked
+
+
+def make_dispatchers(group: Group, num_slots: int, ops: Ops) -> tuple[Dispatcher, Dispatcher]:
+    """The contiguous and the masked dispatcher of a job."""
+    if group.size == 1:
+        return LocalContiguous(num_slots, ops), LocalMasked(num_slots, ops)
+    return ContiguousAllToAll(group, num_slots, ops), MaskedAllToAll(group, num_slots, ops)
 
 
 def _one_hot(rank_of: Tensor, ranks: int) -> Tensor:

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.transformer import Transformer
 from model.weights import load_weights
-from parallel.dispatch import ContiguousAllToAll, MaskedAllToAll
+from parallel.dispatch import Dispatcher, make_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -107,9 +107,8 @@ def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = N
     return model
 
 
-def dispatchers(model: Transformer, capacity: int) -> tuple[ContiguousAllToAll, MaskedAllToAll]:
-    slots, ops = model.placement.num_slots, Ops()
-    return ContiguousAllToAll(Mesh().ep, slots, ops), MaskedAllToAll(Mesh().ep, slots, ops, capacity)
+def dispatchers(model: Transformer) -> tuple[Dispatcher, Dispatcher]:
+    return make_dispatchers(Mesh().ep, model.placement.num_slots, Ops())
 
 
 @dataclass
@@ -151,7 +150,7 @@ def our_answer(
     arrivals = arrivals or [0] * len(prompts)
     allocator = PageAllocator(sum(pages_for(len(p) + new_tokens) for p in prompts) + 1)
     pool = make_pool(model.config, allocator.capacity + 1, torch.float32, "cpu")
-    contiguous, masked = dispatchers(model, len(prompts))
+    contiguous, masked = dispatchers(model)
     texts, computed = [list(p) for p in prompts], [0] * len(prompts)
     pages: list[list[int]] = [[] for _ in prompts]
     logits: list[list[Tensor]] = [[] for _ in prompts]

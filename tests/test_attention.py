@@ -137,7 +137,7 @@ def mixed_chunks() -> tuple[list[Chunk], list[Chunk]]:
 def written_pool(model: Transformer) -> Tensor:
     pool = make_pool(model.config, NUM_PAGES, torch.float32, "cpu")
     batch = Batch.build([], [Chunk(list(range(20, 84)), 0, [3])], "cpu")
-    model(batch, pool, hf.dispatchers(model, 8)[0])
+    model(batch, pool, hf.dispatchers(model)[0])
     assert pool[:, 3].count_nonzero() > 0
     return pool
 
@@ -146,7 +146,7 @@ def written_pool(model: Transformer) -> Tensor:
 def test_padding_rows_write_only_the_null_page_and_change_nothing(model: Transformer, prefilling: bool) -> None:
     decodes, prefills = mixed_chunks()
     prefills = prefills if prefilling else []
-    contiguous, masked = hf.dispatchers(model, 8)
+    contiguous, masked = hf.dispatchers(model)
     dispatcher = contiguous if prefilling else masked
     pools, logits = [written_pool(model) for _ in range(2)], []
     pools[1][:, NULL_PAGE] = NAN
@@ -167,7 +167,7 @@ def test_padding_rows_write_only_the_null_page_and_change_nothing(model: Transfo
 def test_a_step_of_nothing_but_padding_is_finite(model: Transformer) -> None:
     pool = make_pool(model.config, NUM_PAGES, torch.float32, "cpu")
     padding = [Chunk((0,), 0, (), wants_logits=False)] * 4
-    logits = model(Batch.build(padding, [], "cpu"), pool, hf.dispatchers(model, 8)[1])
+    logits = model(Batch.build(padding, [], "cpu"), pool, hf.dispatchers(model)[1])
     assert logits.shape == (0, model.config.vocab_size)
     assert pool.isfinite().all()
     assert not pool[:, NULL_PAGE + 1 :].any()
@@ -192,7 +192,7 @@ def test_padding_rows_visit_no_expert(model: Transformer) -> None:
 def test_the_empty_batch_runs_and_writes_nothing(model: Transformer, layout: int) -> None:
     pool = written_pool(model)
     before = pool.clone()
-    logits = model(Batch.build((), (), "cpu"), pool, hf.dispatchers(model, 8)[layout])
+    logits = model(Batch.build((), (), "cpu"), pool, hf.dispatchers(model)[layout])
     assert logits.shape == (0, model.config.vocab_size)
     assert torch.equal(pool, before)
 
@@ -201,5 +201,5 @@ def test_the_empty_batch_runs_and_writes_nothing(model: Transformer, layout: int
 def test_the_empty_batch_runs_in_every_shape_of_model(shape: str, tmp_path: Path) -> None:
     model = hf.load(hf.save(tmp_path, shape))
     pool = make_pool(model.config, 2, torch.float32, "cpu")
-    for dispatcher in hf.dispatchers(model, 1):
+    for dispatcher in hf.dispatchers(model):
         assert model(Batch.build((), (), "cpu"), pool, dispatcher).shape == (0, model.config.vocab_size)

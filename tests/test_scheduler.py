@@ -1,5 +1,6 @@
 """Whatever is asked, in whatever order: every page has one owner, a step stays within its bounds, requests start in
-the order they came, all of them end, and two schedulers that see the same events decide the same."""
+the order they came, all of them end, and two schedulers that see the same events decide the same. Always one step is in
+flight: its tokens are seen after the next one was launched."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -32,10 +33,12 @@ class Replica:
 
     scheduler: Scheduler
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by uid, all that are not over
+    over: list[Sequence] = field(default_factory=list)  # but a step in flight still writes to their pages
+    flying: list[Sequence] = field(default_factory=list)  # that get a token from the step in flight
 
     @property
     def holders(self) -> list[Sequence]:
-        return [s for s in self.sequences.values() if s.pages]
+        return [s for s in [*self.sequences.values(), *self.over] if s.pages]
 
 
 def make_scheduler(max_batch: int, max_tokens_per_step: int, capacity: int = CAPACITY) -> Scheduler:
@@ -56,6 +59,7 @@ class Life(RuleBasedStateMachine):
     """The unified role: a request takes pages for its prompt and its output when it is admitted."""
 
     reserve_output = True
+    waits_for_flight = True  # somebody else than the steps may write to freed pages at once
 
     @initialize(max_batch=st.integers(1, 5), more=st.integers(0, 200))
     def start(self, max_batch: int, more: int) -> None:
@@ -97,8 +101,18 @@ class Life(RuleBasedStateMachine):
             for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], decodes + prefills, strict=True):
                 assert sequence.computed == before[sequence.request.uid] + len(chunk.token_ids)
                 assert chunk.wants_logits == (sequence in sampled)
-            for sequence, end in zip(sampled, ends, strict=False):
-                self.sampled(twin, sequence, EOS if end else OTHER)
+            self.launched(twin, plan)
+            landing, twin.flying = twin.flying, sampled
+            for sequence, end in zip(landing, ends, strict=False):
+                sequence.in_flight -= 1
+                if twin.sequences.get(sequence.request.uid) is sequence:
+                    self.sampled(twin, sequence, EOS if end else OTHER)
+                elif sequence in twin.over and not sequence.in_flight:
+                    twin.over.remove(sequence)
+                    twin.scheduler.release(sequence)
+
+    def launched(self, twin: Replica, plan: Plan) -> None:
+        pass
 
     def check(self, plan: Plan) -> None:
         decodes, prefills = plan.chunks()
@@ -111,13 +125,16 @@ class Life(RuleBasedStateMachine):
             written = chunk.start + len(chunk.token_ids)
             assert chunk.token_ids, "a chunk of nothing"
             assert chunk.start == sequence.computed
-            assert list(chunk.token_ids) == sequence.tokens[chunk.start : written]
+            if sequence.in_flight:
+                assert list(chunk.token_ids) == [-1 - self.one.flying.index(sequence)]
+            else:
+                assert list(chunk.token_ids) == sequence.tokens[chunk.start : written]
             assert written <= len(chunk.pages) * PAGE, "a token without a page"
             if sequence.request.uid not in self.started:
                 self.started.append(sequence.request.uid)
         in_order = [uid for uid in self.queued if uid in self.started]
         assert self.started == in_order, "overtaken"
-        skipped = [s for s in self.one.scheduler.running if s not in running]
+        skipped = [s for s in self.one.scheduler.running if s not in running and (s.in_prompt or s.wants_token)]
         assert not skipped or sum(len(c.token_ids) for c in decodes + prefills) == self.max_tokens, "idle for nothing"
 
         queue, room = self.one.scheduler.waiting, self.max_batch - len(self.one.scheduler.running)
@@ -139,8 +156,10 @@ class Life(RuleBasedStateMachine):
     def drop(self, twin: Replica, uid: int) -> None:
         sequence = twin.sequences.pop(uid)
         twin.scheduler.remove(sequence)
-        twin.scheduler.release(sequence)
-        assert sequence.pages == []
+        if sequence.in_flight and self.waits_for_flight:
+            twin.over.append(sequence)
+        else:
+            twin.scheduler.release(sequence)
 
     @precondition(lambda self: self.one.sequences)
     @rule(data=st.data())
@@ -168,7 +187,7 @@ class Life(RuleBasedStateMachine):
             return
         for _ in range(5_000):
             self.settle()
-            if not self.one.sequences:
+            if not self.one.sequences and not self.one.flying:
                 break
             self.step([False] * 10)
             self.every_page_has_one_owner()
@@ -181,10 +200,16 @@ class PrefillLife(Life):
     """The prefill role: room for the prompt alone; after the first token the pages stay until the links let go."""
 
     reserve_output = False
+    waits_for_flight = False
+
+    def launched(self, twin: Replica, plan: Plan) -> None:
+        for sequence, _ in plan.prefills:
+            if not sequence.in_prompt:
+                assert len(sequence.pages) == -(-len(sequence.request.prompt) // PAGE), "more than the prompt"
+                twin.scheduler.remove(sequence)  # its KV is still being read
 
     def sampled(self, twin: Replica, sequence: Sequence, token: int) -> None:
-        assert len(sequence.pages) == -(-len(sequence.request.prompt) // PAGE), "it reserved more than the prompt"
-        twin.scheduler.remove(sequence)  # its KV is still being read
+        assert sequence not in twin.scheduler.running
 
     @property
     def computed(self) -> list[int]:
@@ -291,6 +316,7 @@ def test_running_requests_decode_before_prompts_share_what_is_left_of_the_budget
     old = make_sequence(0, prompt_len=4, max_tokens=9)
     scheduler.add(old)
     scheduler.schedule().advance()
+    old.in_flight -= 1
     old.append(OTHER, (EOS,))
     for uid, length in ((1, 6), (2, 6), (3, 6)):
         scheduler.add(make_sequence(uid, length))

@@ -73,7 +73,7 @@ def body(rank: int, tiny: Path) -> None:
         made = {}
         for shape in SHAPES:
             mesh = sub_mesh(first, *shape)
-            engine = Engine(SETTINGS, config, str(tiny), mesh, Ops()) if mesh is not None else None
+            engine = Engine.from_pretrained(SETTINGS, config, tiny, mesh, Ops()) if mesh is not None else None
             made[shape] = (engine, mesh)
         return made
 

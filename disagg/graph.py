@@ -1,0 +1,112 @@
+"""The decode step on the GPU: fixed inputs, a few sizes ("buckets"), each captured once as a CUDA graph.
+
+    host:   token ids, positions, pages --copy--> inputs [2, rows], page_table [rows, P]
+    graph:  ids of tokens in flight resolved -> model (attention, dispatch, experts, combine, head) -> argmax
+
+The ranks of a job agree on the bucket, so that all replay the same graph; rows beyond a rank's own sequences are
+padding: they read and write the null page and route nowhere. Without graphs (on a CPU, or switched off) the same
+forward runs as it is.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.batch import Batch, Chunk, page_rows
+
+
+def make_buckets(most: int, multiple: int = 1) -> list[int]:
+    """Rows of a decode step, rising: 1, 2, 4, 8, then two a doubling, up to `most`; in multiples of `multiple`."""
+    sizes = [2**i for i in range(most.bit_length())]
+    sizes += [size * 3 // 2 for size in sizes if size >= 16]
+    return sorted({-(-size // multiple) * multiple for size in [*(s for s in sizes if s < most), most]})
+
+
+def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
+    """Ids below 0 stand for the tokens of the step before, which only the GPU knows: -1 - r is tokens[r]."""
+    return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
+
+
+class DecodeStep:
+    def __init__(
+        self,
+        forward: Callable[[Batch], Tensor],
+        tokens: Tensor,
+        buckets: list[int],
+        max_pages: int,
+    ):
+        """`forward(batch)` -> logits [rows, V]. `tokens` [rows]: the latest step's, written in place."""
+        self.forward, self.tokens, self.buckets = forward, tokens, buckets
+        device, most = tokens.device, buckets[-1]
+        on_gpu = device.type == "cuda"
+        self.inputs = torch.zeros(2, most, dtype=torch.int64, device=device)
+        self.page_table = torch.zeros(most, max_pages, dtype=torch.int32, device=device)
+        # Two, in turn: the copy out of one may not have begun when the next step is prepared.
+        self._staging = [torch.zeros(2, most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        self._staged: list[Sequence[int]] | None = None  # the pages in page_table, by row
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def bucket(self, count: int) -> int:
+        """The rows that a step of `count` sequences takes."""
+        return next(rows for rows in self.buckets if rows >= count)
+
+    def run(self, chunks: list[Chunk], rows: int) -> Tensor:
+        """Logits [rows, V] of the next token of each sequence, its greedy choice already in `tokens`."""
+        self._stage(chunks, rows)
+        if rows in self._graphs:
+            graph, logits = self._graphs[rows]
+            graph.replay()
+            return logits
+        return self._forward(rows)
+
+    @torch.inference_mode()
+    def _forward(self, rows: int) -> Tensor:
+        ids, positions = self.inputs[:, :rows]
+        logits = self.forward(Batch.decode(resolve(ids, self.tokens), positions, self.page_table[:rows]))
+        self.tokens[:rows] = logits.argmax(-1)
+        return logits
+
+    def _stage(self, chunks: list[Chunk], rows: int) -> None:
+        staging = self._staging[0]
+        self._staging.reverse()
+        host = staging.numpy()
+        host[:, :rows] = 0
+        host[0, : len(chunks)] = [chunk.token_ids[0] for chunk in chunks]
+        host[1, : len(chunks)] = [chunk.start for chunk in chunks]
+        self.inputs.copy_(staging, non_blocking=True)
+        pages = [chunk.pages for chunk in chunks] + [()] * (rows - len(chunks))
+        if self._staged is None or len(pages) != len(self._staged) or any(map(_differ, pages, self._staged)):
+            table = np.zeros((rows, self.page_table.shape[1]), np.int32)
+            table[: len(chunks)] = page_rows(chunks, table.shape[1])
+            host_table = torch.from_numpy(table)
+            if self.tokens.is_cuda:
+                host_table = host_table.pin_memory()
+            self.page_table[:rows].copy_(host_table, non_blocking=True)
+            self._staged = pages
+
+    def capture(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
+        """Run every bucket (kernels compile), then capture it: the largest first, so that the others fit its memory.
+        Every rank of the job must call this together."""
+        pool = None
+        for rows in progress(self.buckets[::-1]):
+            for _ in range(2):
+                self.run([], rows)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._forward(rows)
+            pool = graph.pool()
+            self._graphs[rows] = graph, logits
+
+    def reset(self) -> None:
+        """Let go of the graphs. Before the process groups end: destroying one that a graph uses hangs."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
+
+def _differ(mine: Sequence[int], staged: Sequence[int]) -> bool:
+    """By identity: a sequence keeps one list of pages for as long as it has them."""
+    return mine is not staged
