@@ -143,9 +143,11 @@ class Engine:
             min(self.max_model_len, self.scheduler.allocator.capacity * PAGE),
         )
         sizes = {n for i in range(most.bit_length()) for n in (2**i - 1, 2**i) if 0 < n < most} | {most}
+        vocab = self.config.vocab_size
         for size in progress(sorted(sizes, reverse=True)):
             prompts = [
-                Chunk([0] * min(limit, size - at), 0, range(1, pages_for(limit) + 1)) for at in range(0, size, limit)
+                Chunk([i * 7919 % vocab for i in range(min(limit, size - at))], 0, range(1, pages_for(limit) + 1))
+                for at in range(0, size, limit)
             ]
             self._mixed([], prompts)
         if self.settings.graphs:

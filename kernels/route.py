@@ -1,8 +1,9 @@
 """Where tokens go, in Triton: the group-limited top-k gate, and the moves from token order to expert order and back.
 
 A copy is one (token, k) pair. Its row is its expert's first row plus its rank among that expert's copies, counted in
-token order: blocks of copies are counted, the counts are summed over the blocks before, and ranks inside a block
-come from a cumulative sum. No atomics, so the order is the same on every run.
+token order. Many copies (contiguous): blocks of them are counted, the counts summed over the blocks before, and ranks
+inside a block come from a cumulative sum. Few (masked): a program for each expert walks over all of them. No atomics,
+so the order is the same on every run.
 """
 
 import torch
@@ -75,38 +76,46 @@ def gate_topk(
 
 @triton.jit
 def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr):
-    """block_counts[block, e] = how many of the block's copies go to expert e."""
+    """block_counts[e, block] = how many of the block's copies go to expert e."""
     ids = tl.arange(0, EXPERTS)
     copy = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
     expert = tl.load(experts + copy, mask=copy < num_copies, other=-1).to(tl.int32)
     hot = (expert[:, None] == ids[None, :]).to(tl.int32)  # [COPIES, EXPERTS]
-    tl.store(block_counts + tl.program_id(0) * L + ids, tl.sum(hot, 0), mask=ids < L)
+    tl.store(block_counts + ids * tl.num_programs(0) + tl.program_id(0), tl.sum(hot, 0), mask=ids < L)
 
 
 @triton.jit
 def _place_kernel(
-    experts, block_ends, starts, room, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr
+    experts, block_ends, starts, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr
 ):
-    """index[copy] = e's first row + copies to e in the blocks before + those before it in its own; -1 = nowhere.
-
-    e's first row is starts[e], or e * room if starts is None.
-    """
+    """index[copy] = e's first row + copies to e in the blocks before + those before it in its own; -1 = nowhere."""
     block = tl.program_id(0)
     ids = tl.arange(0, EXPERTS)
     copy = block * COPIES + tl.arange(0, COPIES)
     expert = tl.load(experts + copy, mask=copy < num_copies, other=-1).to(tl.int32)
     hot = (expert[:, None] == ids[None, :]).to(tl.int32)
-    before = tl.load(block_ends + (block - 1) * L + ids, mask=(ids < L) & (block > 0), other=0)
-    if starts is None:
-        first = ids.to(tl.int64) * room + before  # [EXPERTS]
-    else:
-        first = tl.load(starts + ids, mask=ids < L, other=0) + before
+    before = tl.load(block_ends + ids * tl.num_programs(0) + block - 1, mask=(ids < L) & (block > 0), other=0)
+    first = tl.load(starts + ids, mask=ids < L, other=0) + before  # [EXPERTS]
     rank = tl.sum((tl.cumsum(hot, 0) - 1 + first[None, :]) * hot, 1)  # [COPIES]
     here = expert >= 0
     row = tl.where(here, rank, -1).to(tl.int64)
     tl.store(index + copy, row, mask=copy < num_copies)
-    if row_expert is not None:
-        tl.store(row_expert + row, expert, mask=here)
+    tl.store(row_expert + row, expert, mask=here)
+
+
+@triton.jit
+def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.constexpr):
+    """One expert a program: numbers its copies in token order, and counts them. The first also writes the -1s."""
+    mine = tl.program_id(0)
+    row = mine.to(tl.int64) * room
+    for start in range(0, num_copies, COPIES):
+        copy = start + tl.arange(0, COPIES)
+        expert = tl.load(experts + copy, mask=copy < num_copies, other=-2).to(tl.int32)
+        hot = (expert == mine).to(tl.int32)
+        tl.store(index + copy, row + tl.cumsum(hot, 0) - 1, mask=hot > 0)
+        tl.store(index + copy, tl.full([COPIES], -1, tl.int64), mask=(expert == -1) & (mine == 0))
+        row += tl.sum(hot, 0)
+    tl.store(counts + mine, (row - mine.to(tl.int64) * room).to(tl.int32))
 
 
 @triton.jit
@@ -148,33 +157,6 @@ def _move(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _count(experts: Tensor, num_local: int) -> tuple[Tensor, int]:
-    """Running counts after each block of copies [blocks, L] int32 (the last row is the total), and a block's copies."""
-    width = triton.next_power_of_2(num_local)
-    copies = max(16, min(256, 8192 // width))  # the [copies, experts] table lives in registers
-    blocks = triton.cdiv(experts.numel(), copies)
-    if blocks == 0:
-        return experts.new_zeros(1, num_local, dtype=torch.int32), copies
-    block_counts = experts.new_empty(blocks, num_local, dtype=torch.int32)
-    _count_kernel[blocks,](experts, block_counts, experts.numel(), num_local, width, copies)
-    return block_counts.cumsum(0, dtype=torch.int32), copies
-
-
-def _place(
-    experts: Tensor, block_ends: Tensor, copies: int, starts: Tensor | int, row_expert: Tensor | None = None
-) -> Tensor:
-    """starts [L] int64: each expert's first row; or the rows of room that every expert has."""
-    num_local = block_ends.shape[1]
-    index = torch.empty_like(experts)
-    if experts.numel():
-        starts, room = (None, starts) if isinstance(starts, int) else (starts, 0)
-        _place_kernel[triton.cdiv(experts.numel(), copies),](
-            experts, block_ends, starts, room, index, row_expert, experts.numel(), num_local,
-            triton.next_power_of_2(num_local), copies,
-        )  # fmt: skip
-    return index
-
-
 def ep_scatter(
     x: Tensor,
     experts: Tensor,
@@ -191,32 +173,40 @@ def ep_scatter(
     `alignment` or not); without, M costs one host sync.
     """
     experts = experts.contiguous()
-    block_ends, copies = _count(experts, num_local)
-    sizes = (block_ends[-1] + alignment - 1) // alignment * alignment
+    width, num_copies = triton.next_power_of_2(num_local), experts.numel()
+    copies = max(16, min(256, 8192 // width))  # the [copies, experts] table lives in registers
+    blocks = max(1, triton.cdiv(num_copies, copies))
+    block_ends = experts.new_empty(num_local, blocks, dtype=torch.int32)
+    _count_kernel[blocks,](experts, block_ends, num_copies, num_local, width, copies)
+    block_ends = block_ends.cumsum(1, dtype=torch.int32)
+    sizes = (block_ends[:, -1] + alignment - 1) // alignment * alignment
     ends = sizes.cumsum(0)
     total = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
     row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
-    index = _place(experts, block_ends, copies, ends - sizes, row_expert)
+    index = torch.empty_like(experts)
+    _place_kernel[blocks,](experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies)
     rows = _move(x, index, x.new_empty(total, x.shape[1]))
     if scales is None:
         return rows, row_expert, index
     return rows, row_expert, index, _move(scales, index, scales.new_empty(total, scales.shape[1]))
 
 
-def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Received tokens -> [L, N, D], expert e's rows in its first counts[e] places, in token order. No host sync.
+def ep_scatter_masked(
+    x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Received tokens -> [L, R, D], expert e's rows in its first counts[e] places, in token order. No host sync.
 
-    x [N, D]; experts [N, K] int64 local ids, -1 = not here, none twice in a row. Returns rows [L, N, D] (rows past
-    the count are undefined), counts [L] int32 and index [N, K] int64 into the rows flattened to [L * N], -1 = nowhere;
-    and with `scales` [N, S], those moved alike [L, N, S].
+    x [N, D]; experts [N, K] int64 local ids, -1 = not here, none twice in a row. R is N rounded up to `alignment`.
+    Returns rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] int64 into the rows
+    flattened to [L * R], -1 = nowhere; and with `scales` [N, S], those moved alike [L, R, S].
     """
-    experts, room = experts.contiguous(), x.shape[0]
-    block_ends, copies = _count(experts, num_local)
-    index = _place(experts, block_ends, copies, room)
+    experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
+    index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
+    _place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024)
     rows = _move(x, index, x.new_empty(num_local, room, x.shape[1]))
     if scales is None:
-        return rows, block_ends[-1], index
-    return rows, block_ends[-1], index, _move(scales, index, scales.new_empty(num_local, room, scales.shape[1]))
+        return rows, counts, index
+    return rows, counts, index, _move(scales, index, scales.new_empty(num_local, room, scales.shape[1]))
 
 
 def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:

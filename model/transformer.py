@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         """Allocates this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table."""
         super().__init__()
         check_split(config, mesh)
-        self.config, self.dtype, self.placement = config, dtype, placement
+        self.config, self.dtype, self.placement, self.ops = config, dtype, placement, ops
         rope = rope_table(config, max_model_len, mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(
