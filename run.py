@@ -169,6 +169,8 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
+        if config.fp8:
+            print(f"fp8: {engine.precision.why}", file=sys.stderr)
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:

@@ -11,6 +11,7 @@ from kernels.backend import Ops
 from model.batch import PAGE, Batch
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
+from model.precision import decide
 from model.sampling import SamplingRows, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import load_weights
@@ -76,7 +77,8 @@ class Engine:
             self.max_model_len,
         )
         placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
-        self.model = Transformer(config, mesh, placement, ops, dtype, self.max_model_len)
+        self.precision = decide(config, mesh.attn.size, dtype, mesh.device)
+        self.model = Transformer(config, mesh, placement, ops, dtype, self.max_model_len, self.precision.fp8)
         load_weights(self.model, folder, config, mesh)
         self.pool = make_pool(config, self.scheduler.allocator.capacity + 1, dtype, mesh.device)
         self.contiguous = ContiguousAllToAll(mesh.ep, placement.num_slots, ops)
