@@ -36,7 +36,7 @@ class Ops:
     gemm_fp8: Callable = ref.gemm_fp8
     grouped_gemm_contiguous_fp8: Callable = ref.grouped_gemm_contiguous_fp8
     grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
-    alignment: int = 1  # rows: what the contiguous grouped GEMMs want each expert's group padded to
+    alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "grouped_gemm_contiguous_fp8": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked_fp8": ("deep_gemm", "triton", "torch"),
 }
-CONTIGUOUS = ("grouped_gemm_contiguous", "grouped_gemm_contiguous_fp8")
 LIBRARIES = ("flash_mla", "deep_gemm", "triton", "torch")
 
 
@@ -112,7 +111,7 @@ def choose(
         chosen[op] = _load(op, library)
         forced_why = "forced" if op in by_op or library == preferred else ""
         choices.append(Choice(op, library, "; ".join(obstacles) or forced_why))
-    padded = any(chosen[op] is not getattr(ref, op) for op in CONTIGUOUS)
+    padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
     return Ops(**chosen, alignment=128 if padded else 1), choices
 
 

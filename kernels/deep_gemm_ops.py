@@ -14,7 +14,8 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`ref.grouped_gemm_masked`."""
+    """`ref.grouped_gemm_masked`, for rooms of 128 rows each or a multiple."""
+    _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, _expected_rows(x))
     return out
@@ -43,7 +44,8 @@ def grouped_gemm_contiguous_fp8(
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
-    """`ref.grouped_gemm_masked_fp8`, for widths as `gemm_fp8`."""
+    """`ref.grouped_gemm_masked_fp8`, for rooms as `grouped_gemm_masked` and widths as `gemm_fp8`."""
+    _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[1]:
         rows = (x, _column_major(x_scale))
@@ -51,6 +53,12 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_s
             rows, (weight, weight_scale), out, counts, _expected_rows(x), disable_ue8m0_cast=True
         )
     return out
+
+
+def _check_room(x: Tensor) -> None:
+    """The kernels store whole blocks of 64 or 128 rows: in a smaller room, over the next expert's rows."""
+    if x.shape[1] % 128:
+        raise ValueError(f"an expert's room must be a multiple of 128 rows: {x.shape[1]} % 128 = {x.shape[1] % 128}")
 
 
 def _expected_rows(x: Tensor) -> int:

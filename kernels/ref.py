@@ -185,26 +185,29 @@ def ep_scatter(
     return moved[0], row_expert, index.view_as(experts), *moved[1:]
 
 
-def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Received tokens -> [L, N, D], expert e's rows in its first counts[e] places. Shapes are fixed: no host sync.
+def ep_scatter_masked(
+    x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Received tokens -> [L, R, D], expert e's rows in its first counts[e] places. Shapes are fixed: no host sync.
 
-    x [N, D]; experts [N, K] local ids, -1 = not here, none twice in a row. Returns rows [L, N, D] (rows past the
-    count are undefined), counts [L] int32 and index [N, K] into the rows flattened to [L * N], -1 = nowhere; and with
-    `scales` [N, S], those moved alike [L, N, S].
+    x [N, D]; experts [N, K] local ids, -1 = not here, none twice in a row. R is N rounded up to `alignment`. Returns
+    rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] into the rows flattened to
+    [L * R], -1 = nowhere; and with `scales` [N, S], those moved alike [L, R, S].
     """
     num_rows = x.shape[0]
+    room = -(-num_rows // alignment) * alignment
     chosen = torch.zeros(num_rows, num_local + 1, dtype=torch.int64, device=x.device)
     chosen.scatter_(1, experts.where(experts >= 0, num_local), 1)
     chosen = chosen[:, :num_local]  # the last column caught the -1s
     place = chosen.cumsum(0) - chosen  # [N, L] rank of token n among expert e's tokens
     counts = chosen.sum(0).to(torch.int32)
     local = experts.clamp(min=0)
-    index = (local * num_rows + place.gather(1, local)).where(experts >= 0, -1)
-    source = torch.zeros(num_local * num_rows + 1, dtype=torch.int64, device=x.device)
+    index = (local * room + place.gather(1, local)).where(experts >= 0, -1)
+    source = torch.zeros(num_local * room + 1, dtype=torch.int64, device=x.device)
     token = torch.arange(num_rows, device=x.device)[:, None].expand_as(index)
-    source.scatter_(0, index.where(index >= 0, num_local * num_rows).flatten(), token.flatten())
+    source.scatter_(0, index.where(index >= 0, num_local * room).flatten(), token.flatten())
     moved = [
-        _movable(t)[source[:-1]].view(t.dtype).view(num_local, num_rows, t.shape[1])
+        _movable(t)[source[:-1]].view(t.dtype).view(num_local, room, t.shape[1])
         for t in ((x,) if scales is None else (x, scales))
     ]
     return moved[0], counts, index, *moved[1:]

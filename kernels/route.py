@@ -203,14 +203,16 @@ def ep_scatter(
     return rows, row_expert, index, _move(scales, index, scales.new_empty(total, scales.shape[1]))
 
 
-def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Received tokens -> [L, N, D], expert e's rows in its first counts[e] places, in token order. No host sync.
+def ep_scatter_masked(
+    x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Received tokens -> [L, R, D], expert e's rows in its first counts[e] places, in token order. No host sync.
 
-    x [N, D]; experts [N, K] int64 local ids, -1 = not here, none twice in a row. Returns rows [L, N, D] (rows past
-    the count are undefined), counts [L] int32 and index [N, K] int64 into the rows flattened to [L * N], -1 = nowhere;
-    and with `scales` [N, S], those moved alike [L, N, S].
+    x [N, D]; experts [N, K] int64 local ids, -1 = not here, none twice in a row. R is N rounded up to `alignment`.
+    Returns rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] int64 into the rows
+    flattened to [L * R], -1 = nowhere; and with `scales` [N, S], those moved alike [L, R, S].
     """
-    experts, room = experts.contiguous(), x.shape[0]
+    experts, room = experts.contiguous(), triton.cdiv(x.shape[0], alignment) * alignment
     block_ends, copies = _count(experts, num_local)
     index = _place(experts, block_ends, copies, room)
     rows = _move(x, index, x.new_empty(num_local, room, x.shape[1]))

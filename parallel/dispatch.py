@@ -132,7 +132,7 @@ class MaskedAllToAll:
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
             rows, scales = _rows(rows)
             grouped, counts, index, *scale = self.ops.ep_scatter_masked(
-                rows, experts.long(), self.num_local, scales=scales
+                rows, experts.long(), self.num_local, self.ops.alignment, scales=scales
             )
             return Masked(grouped, counts, (index, row_weights, returned), *scale)
 

@@ -66,6 +66,7 @@ def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, 
         ContiguousAllToAll(group, num_slots, Ops()),
         ContiguousAllToAll(group, num_slots, Ops(alignment=8)),
         MaskedAllToAll(group, num_slots, Ops(), CAPACITY),
+        MaskedAllToAll(group, num_slots, Ops(alignment=128), CAPACITY),
     ):
         arrived = dispatcher.dispatch(sent, slots, weights).wait()
         y = apply_experts(arrived, group.rank * experts_a_rank)
@@ -100,7 +101,7 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
     }
     for dispatcher in (
         ContiguousAllToAll(group, num_slots, Ops(alignment=8)),
-        MaskedAllToAll(group, num_slots, Ops(), CAPACITY),
+        MaskedAllToAll(group, num_slots, Ops(alignment=128), CAPACITY),
     ):
         arrived = dispatcher.dispatch(sent, slots, torch.ones(tokens, TOP_K)).wait()
         assert arrived.x.dtype == dtype and (arrived.scale is None) == isinstance(sent, Tensor)
@@ -109,6 +110,7 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
                 real, owners = row_expert >= 0, row_expert[row_expert >= 0]
                 assert len(x) % 8 == 0
             case Masked(x, counts, scale=scale):
+                assert x.shape[1] % 128 == 0
                 real = torch.arange(x.shape[1]) < counts[:, None]
                 owners = torch.arange(len(counts)).repeat_interleave(counts)
         rows = keys(x.view(torch.uint8)[real], None if scale is None else scale[real])
