@@ -17,7 +17,8 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`ref.grouped_gemm_masked`, for rooms of 128 rows each or a multiple."""
     _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
-    deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, _expected_rows(x))
+    if x.shape[1]:
+        deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, _expected_rows(x))
     return out
 
 
