@@ -27,6 +27,7 @@ from disagg.tokenizer import load_tokenizer
 from disagg.worker import Interrupt, serve
 from kernels.backend import choose, table
 from model.config import ModelConfig
+from model.precision import decide
 from model.transformer import op_shape
 from parallel.mesh import Mesh, launched_local_rank
 
@@ -169,6 +170,9 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
+        if config.fp8:
+            fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device)
+            print(f"fp8: {fp8.why}", file=sys.stderr)
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:

@@ -16,6 +16,7 @@ from kernels.backend import Ops
 from model.batch import PAGE, Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
+from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, logprob_pairs, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import load_weights
@@ -124,7 +125,8 @@ class Engine:
         """With this rank's share of the weights in `folder`."""
         placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
         dtype = settings.torch_dtype(mesh.device)
-        model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config))
+        fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
+        model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
         load_weights(model, folder, config, mesh)
         return cls(settings, model, mesh, *make_dispatchers(mesh.ep, placement.num_slots, ops))
 

@@ -12,6 +12,8 @@ import torch
 
 from kernels import ref
 
+Quantized = tuple[torch.Tensor, torch.Tensor]  # e4m3 values [..., D] and their 1x128 scales, float32 [..., D / 128]
+
 
 @dataclass(frozen=True)
 class Ops:
@@ -28,7 +30,13 @@ class Ops:
     ep_gather: Callable = ref.ep_gather
     grouped_gemm_contiguous: Callable = ref.grouped_gemm_contiguous
     grouped_gemm_masked: Callable = ref.grouped_gemm_masked
-    alignment: int = 1  # rows: what grouped_gemm_contiguous wants each expert's group padded to
+    quantize_1x128: Callable = ref.quantize_1x128
+    silu_mul_quant: Callable = ref.silu_mul_quant
+    silu_mul_quant_masked: Callable = ref.silu_mul_quant_masked
+    gemm_fp8: Callable = ref.gemm_fp8
+    grouped_gemm_contiguous_fp8: Callable = ref.grouped_gemm_contiguous_fp8
+    grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
+    alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,20 @@ OURS = {  # op -> the module with its Triton kernel
     "ep_gather": "kernels.route",
     "grouped_gemm_contiguous": "kernels.grouped_gemm",
     "grouped_gemm_masked": "kernels.grouped_gemm",
+    "quantize_1x128": "kernels.quant",
+    "silu_mul_quant": "kernels.quant",
+    "silu_mul_quant_masked": "kernels.quant",
+    "gemm_fp8": "kernels.gemm",
+    "grouped_gemm_contiguous_fp8": "kernels.grouped_gemm",
+    "grouped_gemm_masked_fp8": "kernels.grouped_gemm",
 }
 PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "mla_decode": ("flash_mla", "triton", "torch"),
     "grouped_gemm_contiguous": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked": ("deep_gemm", "triton", "torch"),
+    "gemm_fp8": ("deep_gemm", "triton", "torch"),
+    "grouped_gemm_contiguous_fp8": ("deep_gemm", "triton", "torch"),
+    "grouped_gemm_masked_fp8": ("deep_gemm", "triton", "torch"),
 }
 LIBRARIES = ("flash_mla", "deep_gemm", "triton", "torch")
 
@@ -94,7 +111,7 @@ def choose(
         chosen[op] = _load(op, library)
         forced_why = "forced" if op in by_op or library == preferred else ""
         choices.append(Choice(op, library, "; ".join(obstacles) or forced_why))
-    padded = chosen["grouped_gemm_contiguous"] is not ref.grouped_gemm_contiguous
+    padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
     return Ops(**chosen, alignment=128 if padded else 1), choices
 
 

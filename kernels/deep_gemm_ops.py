@@ -1,6 +1,7 @@
-"""DeepGEMM behind our contracts (Hopper, bf16)."""
+"""DeepGEMM behind our contracts (Hopper; bf16, and fp8 with float32 scales and bf16 out)."""
 
 import deep_gemm
+import torch
 from torch import Tensor
 
 
@@ -13,7 +14,59 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`ref.grouped_gemm_masked`; `expected_m` only tunes: an even share of a quarter-full room."""
+    """`ref.grouped_gemm_masked`, for rooms of 128 rows each or a multiple."""
+    _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
-    deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, max(1, x.shape[1] // 4))
+    if x.shape[1]:
+        deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, _expected_rows(x))
     return out
+
+
+def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """`ref.gemm_fp8`, for D a multiple of 128 and N one of 64."""
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
+    if x.shape[0]:
+        rows = (x, _column_major(x_scale))
+        deep_gemm.fp8_gemm_nt(rows, (weight, weight_scale), out, disable_ue8m0_cast=True)
+    return out
+
+
+def grouped_gemm_contiguous_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
+) -> Tensor:
+    """`ref.grouped_gemm_contiguous_fp8`, for groups padded to 128 rows and widths as `gemm_fp8`."""
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
+    if x.shape[0]:
+        rows = (x, _column_major(x_scale))
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+            rows, (weight, weight_scale), out, row_expert, disable_ue8m0_cast=True
+        )
+    return out
+
+
+def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
+    """`ref.grouped_gemm_masked_fp8`, for rooms as `grouped_gemm_masked` and widths as `gemm_fp8`."""
+    _check_room(x)
+    out = x.new_empty(*x.shape[:2], weight.shape[1], dtype=torch.bfloat16)
+    if x.shape[1]:
+        rows = (x, _column_major(x_scale))
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(
+            rows, (weight, weight_scale), out, counts, _expected_rows(x), disable_ue8m0_cast=True
+        )
+    return out
+
+
+def _check_room(x: Tensor) -> None:
+    """The kernels store whole blocks of 64 or 128 rows: in a smaller room, over the next expert's rows."""
+    if x.shape[1] % 128:
+        raise ValueError(f"an expert's room must be a multiple of 128 rows: {x.shape[1]} % 128 = {x.shape[1] % 128}")
+
+
+def _expected_rows(x: Tensor) -> int:
+    """Of an expert; it only tunes: an even share of a quarter-full room."""
+    return max(1, x.shape[1] // 4)
+
+
+def _column_major(scale: Tensor) -> Tensor:
+    """The layout that TMA reads: columns contiguous, each padded to 16 bytes; a copy unless it is so already."""
+    return deep_gemm.get_mn_major_tma_aligned_tensor(scale)

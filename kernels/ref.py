@@ -73,14 +73,22 @@ def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_
     return weight.float() * scale[..., row[:, None], column]
 
 
-def silu_mul_quant(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 2I] -> quantize_1x128 of silu(gate) * up, with nothing rounded in between."""
+def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[..., 2I] -> quantize_1x128 of silu(gate) * up, with nothing rounded in between.
+
+    Rows [M] whose row_expert is -1 are padding: what comes out for them is undefined.
+    """
     return quantize_1x128(silu_mul(x.float()))
 
 
+def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """silu_mul_quant of x[e, :counts[e]]; the rest is undefined. x [L, R, 2I], counts [L] int32."""
+    return silu_mul_quant(x)
+
+
 def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """x [M, D] in 1x128, weight [N, D] in 128x128 -> x @ weight.T [M, N], here in float32."""
-    return dequantize_1x128(x, x_scale) @ dequantize_128x128(weight, weight_scale).T
+    """x [M, D] in 1x128, weight [N, D] in 128x128 -> x @ weight.T [M, N], summed in float32 and rounded to bf16."""
+    return (dequantize_1x128(x, x_scale) @ dequantize_128x128(weight, weight_scale).T).bfloat16()
 
 
 def prefill_attention(
@@ -142,11 +150,19 @@ def gate_topk(
     return ids, weights * scale
 
 
-def ep_scatter(x: Tensor, experts: Tensor, num_local: int, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
+def _movable(x: Tensor) -> Tensor:
+    """x with elements that every indexing op knows: fp8 as bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def ep_scatter(
+    x: Tensor, experts: Tensor, num_local: int, alignment: int, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Received tokens -> rows grouped by expert, each group padded to `alignment` rows.
 
     x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
-    row_expert [M] int32 (-1 = padding) and index [N, K]: where token n's k-th copy went, -1 = nowhere.
+    row_expert [M] int32 (-1 = padding) and index [N, K]: where token n's k-th copy went, -1 = nowhere; and with
+    `scales` [N, S], those moved alike [M, S].
     """
     flat = experts.flatten()
     counts = torch.bincount(flat[flat >= 0], minlength=num_local)
@@ -161,29 +177,40 @@ def ep_scatter(x: Tensor, experts: Tensor, num_local: int, alignment: int) -> tu
     index[order] = rows
     row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
     row_expert[rows] = expert.to(torch.int32)
-    out = x.new_empty(total, x.shape[1])
-    out[rows] = x[order // experts.shape[1]]
-    return out, row_expert, index.view_as(experts)
+    moved = []
+    for source in (x,) if scales is None else (x, scales):
+        out = source.new_empty(total, source.shape[1])
+        _movable(out)[rows] = _movable(source)[order // experts.shape[1]]
+        moved.append(out)
+    return moved[0], row_expert, index.view_as(experts), *moved[1:]
 
 
-def ep_scatter_masked(x: Tensor, experts: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Received tokens -> [L, N, D], expert e's rows in its first counts[e] places. Shapes are fixed: no host sync.
+def ep_scatter_masked(
+    x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Received tokens -> [L, R, D], expert e's rows in its first counts[e] places. Shapes are fixed: no host sync.
 
-    x [N, D]; experts [N, K] local ids, -1 = not here, none twice in a row. Returns rows [L, N, D] (rows past the
-    count are undefined), counts [L] int32 and index [N, K] into the rows flattened to [L * N], -1 = nowhere.
+    x [N, D]; experts [N, K] local ids, -1 = not here, none twice in a row. R is N rounded up to `alignment`. Returns
+    rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] into the rows flattened to
+    [L * R], -1 = nowhere; and with `scales` [N, S], those moved alike [L, R, S].
     """
     num_rows = x.shape[0]
+    room = -(-num_rows // alignment) * alignment
     chosen = torch.zeros(num_rows, num_local + 1, dtype=torch.int64, device=x.device)
     chosen.scatter_(1, experts.where(experts >= 0, num_local), 1)
     chosen = chosen[:, :num_local]  # the last column caught the -1s
     place = chosen.cumsum(0) - chosen  # [N, L] rank of token n among expert e's tokens
     counts = chosen.sum(0).to(torch.int32)
     local = experts.clamp(min=0)
-    index = (local * num_rows + place.gather(1, local)).where(experts >= 0, -1)
-    source = torch.zeros(num_local * num_rows + 1, dtype=torch.int64, device=x.device)
+    index = (local * room + place.gather(1, local)).where(experts >= 0, -1)
+    source = torch.zeros(num_local * room + 1, dtype=torch.int64, device=x.device)
     token = torch.arange(num_rows, device=x.device)[:, None].expand_as(index)
-    source.scatter_(0, index.where(index >= 0, num_local * num_rows).flatten(), token.flatten())
-    return x[source[:-1]].view(num_local, num_rows, x.shape[1]), counts, index
+    source.scatter_(0, index.where(index >= 0, num_local * room).flatten(), token.flatten())
+    moved = [
+        _movable(t)[source[:-1]].view(t.dtype).view(num_local, room, t.shape[1])
+        for t in ((x,) if scales is None else (x, scales))
+    ]
+    return moved[0], counts, index, *moved[1:]
 
 
 def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -220,11 +247,12 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_gemm_contiguous_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
 ) -> Tensor:
-    """grouped_gemm_contiguous of quantised operands, here in float32."""
+    """grouped_gemm_contiguous of quantised operands, summed in float32 and rounded to bf16."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
-    return grouped_gemm_contiguous(x, weight, row_expert)
+    return grouped_gemm_contiguous(x, weight, row_expert).bfloat16()
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
-    """grouped_gemm_masked of quantised operands, here in float32."""
-    return grouped_gemm_masked(dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale), counts)
+    """grouped_gemm_masked of quantised operands, summed in float32 and rounded to bf16."""
+    x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
+    return grouped_gemm_masked(x, weight, counts).bfloat16()

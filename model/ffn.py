@@ -3,18 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops
-from model.layers import Linear
+from kernels.backend import Ops, Quantized
+from model.layers import FP8, Linear
 
 
 class FFN(nn.Module):
-    """down(silu(gate(x)) * up(x)); `width` is this rank's share, so with a split the result is a partial sum."""
+    """down(silu(gate(x)) * up(x)); `width` is this rank's share, so with a split the result is a partial sum.
+
+    `dtype` is the weights': with fp8 ones, what lies between the two products is fp8 too.
+    """
 
     def __init__(self, hidden: int, width: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
-        self.gate_up_proj = Linear(hidden, 2 * width, dtype, device)  # gate's rows, then up's
-        self.down_proj = Linear(width, hidden, dtype, device)
-        self.silu_mul = ops.silu_mul
+        self.gate_up_proj = Linear(hidden, 2 * width, ops, dtype, device)  # gate's rows, then up's
+        self.down_proj = Linear(width, hidden, ops, dtype, device)
+        self.silu_mul = ops.silu_mul_quant if dtype == FP8 else ops.silu_mul
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x [T, D], bare or (fp8) quantised -> [T, D]."""
         return self.down_proj(self.silu_mul(self.gate_up_proj(x)))

@@ -15,7 +15,7 @@ class Head(nn.Module):
         super().__init__()
         self.attn = attn
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, dtype, device)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size // attn.size, dtype, device)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size // attn.size, ops, dtype, device)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import Ops
+from kernels.backend import Ops, Quantized
+from kernels.ref import BLOCK
 from model.config import ModelConfig
 
 
@@ -14,15 +15,39 @@ def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Pa
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+FP8 = torch.float8_e4m3fn
+
+
+def block_scales(values: nn.Parameter) -> nn.Parameter | None:
+    """Room for the scales of an fp8 weight [..., N, D]: float32 [..., ceil(N / 128), ceil(D / 128)], else None."""
+    if values.dtype != FP8:
+        return None
+    *stack, rows, columns = values.shape
+    return weight(*stack, -(-rows // BLOCK), -(-columns // BLOCK), dtype=torch.float32, device=values.device)
+
+
 class Linear(nn.Module):
-    """y = x @ weight.T, no bias; weight [out, in]."""
+    """y = x @ weight.T, no bias; weight [out, in] of `dtype`.
 
-    def __init__(self, num_in: int, num_out: int, dtype: torch.dtype, device: torch.device | str):
+    In fp8 (DeepSeek-V3, section 3.3) the weight has a scale for each 128x128 block, x is quantised 1x128 and y is bf16.
+    """
+
+    def __init__(self, num_in: int, num_out: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
+        self.ops = ops
         self.weight = weight(num_out, num_in, dtype=dtype, device=device)
+        self.weight_scale_inv = block_scales(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def operand(self, x: Tensor) -> Tensor | Quantized:
+        """x as the product takes it. Linears that share an input share this."""
+        return x if self.weight_scale_inv is None else self.ops.quantize_1x128(x)
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x [T, in], or its `operand` -> [T, out]."""
+        if self.weight_scale_inv is None:
+            return F.linear(x, self.weight)
+        values, scale = self.operand(x) if isinstance(x, Tensor) else x
+        return self.ops.gemm_fp8(values, scale, self.weight, self.weight_scale_inv)
 
 
 class RMSNorm(nn.Module):

@@ -4,6 +4,8 @@
 there. Its order is the layer's schedule:
 
     gate, dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine, add
+
+With fp8 weights x is quantised once, after the gate, for the wire and the shared expert; combine is bf16.
 """
 
 from collections.abc import Generator
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from kernels.backend import Ops
 from model.config import ModelConfig
 from model.ffn import FFN
-from model.layers import weight
+from model.layers import FP8, block_scales, weight
 from parallel.dispatch import Contiguous, Dispatcher, Masked
 from parallel.placement import Placement
 
@@ -44,25 +46,37 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts in this rank's slots, stacked: gate_up_proj [L, 2I, D], down_proj [L, D, I]."""
+    """The experts in this rank's slots, stacked: gate_up_proj [L, 2I, D], down_proj [L, D, I] of `dtype`.
+
+    In fp8 each has its scales beside it, `*_scale_inv` [L, ceil(rows / 128), ceil(columns / 128)], and x comes in fp8.
+    """
 
     def __init__(self, config: ModelConfig, num_local: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         width, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = weight(num_local, 2 * width, hidden, dtype=dtype, device=device)
+        self.gate_up_proj_scale_inv = block_scales(self.gate_up_proj)
         self.down_proj = weight(num_local, hidden, width, dtype=dtype, device=device)
+        self.down_proj_scale_inv = block_scales(self.down_proj)
         self.ops = ops
 
     def forward(self, arrived: Contiguous | Masked) -> Tensor:
         """The layout decides the GEMM. Returns rows in the layout of `arrived.x`."""
         ops = self.ops
+        gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)
         match arrived:
-            case Contiguous(x, row_expert):
+            case Contiguous(x, row_expert, scale=None):
                 hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, self.gate_up_proj, row_expert))
                 return ops.grouped_gemm_contiguous(hidden, self.down_proj, row_expert)
-            case Masked(x, counts):
+            case Contiguous(x, row_expert, scale=scale):
+                both = ops.grouped_gemm_contiguous_fp8(x, scale, *gate_up, row_expert)
+                return ops.grouped_gemm_contiguous_fp8(*ops.silu_mul_quant(both, row_expert), *down, row_expert)
+            case Masked(x, counts, scale=None):
                 hidden = ops.silu_mul(ops.grouped_gemm_masked(x, self.gate_up_proj, counts))
                 return ops.grouped_gemm_masked(hidden, self.down_proj, counts)
+            case Masked(x, counts, scale=scale):
+                both = ops.grouped_gemm_masked_fp8(x, scale, *gate_up, counts)
+                return ops.grouped_gemm_masked_fp8(*ops.silu_mul_quant_masked(both, counts), *down, counts)
 
 
 class MoE(nn.Module):
@@ -75,9 +89,10 @@ class MoE(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        """`layer` counts MoE layers from 0: the row of the placement map."""
+        """`layer` counts MoE layers from 0: the row of the placement map. `dtype` is the experts'."""
         super().__init__()
         self.layer, self.placement = layer, placement
+        self.quantize = ops.quantize_1x128 if dtype == FP8 else None
         self.gate = Gate(config, ops, device)
         self.experts = Experts(config, placement.slots_per_rank, ops, dtype, device)
         self.shared_experts = None
@@ -89,6 +104,8 @@ class MoE(nn.Module):
         """x [T, D] -> [T, D]; rows where `is_token` is False are padding and visit no routed expert."""
         experts, weights = self.gate(x)
         slots = self.placement.to_slots(experts, self.layer).where(is_token[:, None], -1)
+        if self.quantize is not None:
+            x = self.quantize(x)
         pending = dispatcher.dispatch(x, slots, weights)
         shared = self.shared_experts(x) if self.shared_experts is not None else None
         yield

@@ -16,9 +16,10 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.head import Head
-from model.layers import Embedding, RMSNorm, rope_table
+from model.layers import FP8, Embedding, RMSNorm, rope_table
 from model.mla import MLA
 from model.moe import MoE
+from model.precision import misfit
 from parallel.dispatch import Dispatcher
 from parallel.mesh import Mesh
 from parallel.overlap import run
@@ -35,18 +36,20 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         ops: Ops,
         dtype: torch.dtype,
+        fp8: bool,
     ):
         super().__init__()
         self.attn, device = mesh.attn, mesh.device
         hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}
         self.input_layernorm = RMSNorm(hidden, eps, ops, **on)
-        self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on)
+        projection = FP8 if fp8 else dtype
+        self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on, fp8=fp8)
         self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on)
         self.is_moe = layer >= config.first_k_dense_replace
         if self.is_moe:
-            self.mlp = MoE(config, layer - config.first_k_dense_replace, placement, ops, **on)
+            self.mlp = MoE(config, layer - config.first_k_dense_replace, placement, ops, projection, device)
         else:
-            self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, **on)
+            self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, projection, device)
 
     def steps(self, x: Tensor, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
         """x [T, D] -> [T, D]."""
@@ -69,15 +72,22 @@ class Transformer(nn.Module):
         ops: Ops,
         dtype: torch.dtype,
         max_model_len: int,
+        fp8: bool = False,
     ):
-        """Allocates this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table."""
+        """Allocates this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table.
+
+        `fp8`: the projections stay in block fp8 (`model/precision.py` decides); embeddings, norms, gates, kv_b_proj and
+        the LM head never do. ValueError spells the equation that does not hold.
+        """
         super().__init__()
         check_split(config, mesh)
+        if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
+            raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops = config, dtype, placement, ops
         rope = rope_table(config, max_model_len, mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(
-            Block(config, i, mesh, placement, rope, ops, dtype) for i in range(config.num_hidden_layers)
+            Block(config, i, mesh, placement, rope, ops, dtype, fp8) for i in range(config.num_hidden_layers)
         )
         self.head = Head(config, mesh.attn, ops, dtype, mesh.device)
 

@@ -2,6 +2,9 @@
 
 `checkpoint_table` is the whole mapping: what every tensor is called on disk, the shape it must have, which of our
 parameters it fills, and how it is split. The loader checks the checkpoint against it in both directions.
+
+A tensor in block fp8 has its scales beside it, `NAME_scale_inv`. Where the parameter is fp8 too, both are copied as
+they are, always together; elsewhere the tensor is dequantised on the way.
 """
 
 import json
@@ -11,12 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.ref import BLOCK, dequantize_128x128
 from model.config import ModelConfig
+from model.layers import FP8
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Placement
@@ -121,13 +124,25 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
             if not targets:
                 continue
             share = _my_share(entry, mesh)
-            value = stored[share]
-            if value.dtype == torch.float8_e4m3fn:
+            value, scale = stored[share], None
+            if value.dtype == FP8:
                 scale = _read_scale(folder, entry, files, opened)
+            if targets[0].dtype == FP8:
+                if scale is None:
+                    raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
+                places = _targets(parameters[f"{entry.parameter}_scale_inv"], entry, model.placement, mesh)
+                for place in places:
+                    place.copy_(scale[tuple(map(_blocks, share))])
+            elif scale is not None:
                 value = dequantize_128x128(value, scale, *(part.start or 0 for part in (*share, slice(0))[:2]))
             for target in targets:
                 target.copy_(value)
     _complain(folder, "tensors have the wrong shape", wrong)
+
+
+def _blocks(part: slice) -> slice:
+    """The blocks of a part that is whole blocks."""
+    return part if part.stop is None else slice(part.start // BLOCK, part.stop // BLOCK)
 
 
 def _read_scale(folder: str | Path, entry: Entry, files: dict[str, Path], opened: dict[Path, safe_open]) -> Tensor:

@@ -6,7 +6,9 @@ there; that rank spreads it over its experts' rows, and sums the weighted result
     source rank                       expert rank                          source rank
     x [T, D], slots [T, K]  -- row -> scatter to experts, GEMMs, gather -- row -> sum over ranks [T, D]
 
-A row on the wire is bytes (gloo knows no fp8):  hidden | K local expert ids (int32) | K weights (float32).
+A row on the wire is bytes (gloo knows no fp8), with its scales if the tokens are in fp8; what comes back never is:
+
+    hidden | scales (float32) | K local expert ids (int32) | K weights (float32)
 
 Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, sizes known on the host) for prefill,
 `Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode.
@@ -20,7 +22,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.backend import Ops
+from kernels.backend import Ops, Quantized
 from parallel.mesh import Group
 
 Result = TypeVar("Result")
@@ -33,6 +35,7 @@ class Contiguous:
     x: Tensor  # [M, D]; padding rows are undefined
     row_expert: Tensor  # [M] int32, -1 = padding
     way_back: tuple  # what combine needs
+    scale: Tensor | None = None  # [M, D / 128] float32 if x is in fp8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Masked:
     x: Tensor  # [L, rows, D]; rows past the count are undefined
     counts: Tensor  # [L] int32, on the device
     way_back: tuple
+    scale: Tensor | None = None  # [L, rows, D / 128] float32 if x is in fp8
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class ContiguousAllToAll:
         self.group, self.ops = group, ops
         self.num_local = num_slots // group.size
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
-        """x [T, D]; slots [T, K] physical ids, -1 = nowhere, none twice in a row; weights [T, K] float32."""
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
+        """x [T, D], bare or quantised; slots [T, K] physical ids, -1 = nowhere, none twice in a row; weights [T, K]."""
+        payload = _columns(x)
         rank_of = slots.div(self.num_local, rounding_mode="floor")  # [T, K]; -1 stays -1
         to_rank = _one_hot(rank_of, self.group.size)  # [T, R] bool
         rank, token = to_rank.T.nonzero(as_tuple=True)  # ordered by rank, then token
@@ -68,14 +73,18 @@ class ContiguousAllToAll:
         send, recv = torch.stack((send, recv)).tolist()  # the host needs both: one copy
 
         local = (slots[token] - rank[:, None] * self.num_local).where(rank_of[token] == rank[:, None], -1)
-        transfer = self.group.all_to_all(_pack(x[token], local, weights[token]), send, recv)
+        wire, layout = _pack(*(column[token] for column in payload), local.to(torch.int32), weights[token])
+        transfer = self.group.all_to_all(wire, send, recv)
         row = to_rank.T.flatten().cumsum(0).view(self.group.size, -1).T - 1  # [T, R] where (t, r) went on the wire
         returned = _distinct_rows(rank_of, row)
 
         def wait() -> Contiguous:
-            rows, experts, row_weights = _unpack(transfer.wait(), x.dtype, x.shape[1], slots.shape[1])
-            grouped, row_expert, index = self.ops.ep_scatter(rows, experts, self.num_local, self.ops.alignment)
-            return Contiguous(grouped, row_expert, (index, row_weights, returned, send, recv))
+            *rows, experts, row_weights = _unpack(transfer.wait(), layout)
+            rows, scales = _rows(rows)
+            grouped, row_expert, index, *scale = self.ops.ep_scatter(
+                rows, experts.long(), self.num_local, self.ops.alignment, scales=scales
+            )
+            return Contiguous(grouped, row_expert, (index, row_weights, returned, send, recv), *scale)
 
         return Pending(wait)
 
@@ -93,32 +102,37 @@ class MaskedAllToAll:
         self.group, self.ops = group, ops
         self.num_local = num_slots // group.size
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked]:
         """As ContiguousAllToAll.dispatch; every rank must pass the same number T of tokens, padding included."""
         (num_tokens, top_k), ranks = slots.shape, self.group.size
         rank_of = slots.div(self.num_local, rounding_mode="floor")
         to_rank = _one_hot(rank_of, ranks)
-        place = to_rank.cumsum(0) - 1 + torch.arange(ranks, device=x.device) * num_tokens  # [T, R] row on the wire
+        device = slots.device
+        place = to_rank.cumsum(0) - 1 + torch.arange(ranks, device=device) * num_tokens  # [T, R] row on the wire
         sentinel = ranks * num_tokens
-        source = torch.full((sentinel + 1,), num_tokens, dtype=torch.int64, device=x.device)
-        token = torch.arange(num_tokens, device=x.device)[:, None].expand_as(place)
+        source = torch.full((sentinel + 1,), num_tokens, dtype=torch.int64, device=device)
+        token = torch.arange(num_tokens, device=device)[:, None].expand_as(place)
         source.scatter_(0, place.where(to_rank, sentinel).flatten(), token.flatten())
         source = source[:-1]  # [R * T] the token in each row on the wire; num_tokens = none
 
         # One more token, that wants no expert, fills the rows that nobody routed.
-        x = torch.cat((x, x.new_zeros(1, x.shape[1])))
+        payload = [torch.cat((column, column.new_zeros(1, column.shape[1]))) for column in _columns(x)]
         slots = torch.cat((slots, slots.new_full((1, top_k), -1)))
         weights = torch.cat((weights, weights.new_zeros(1, top_k)))
-        first_slot = torch.arange(ranks, device=x.device).repeat_interleave(num_tokens)[:, None] * self.num_local
+        first_slot = torch.arange(ranks, device=device).repeat_interleave(num_tokens)[:, None] * self.num_local
         local = slots[source] - first_slot
         local = local.where((local >= 0) & (local < self.num_local), -1)
-        transfer = self.group.all_to_all(_pack(x[source], local, weights[source]))
+        wire, layout = _pack(*(column[source] for column in payload), local.to(torch.int32), weights[source])
+        transfer = self.group.all_to_all(wire)
         returned = _distinct_rows(rank_of, place)
 
         def wait() -> Masked:
-            rows, experts, row_weights = _unpack(transfer.wait(), x.dtype, x.shape[1], top_k)
-            grouped, counts, index = self.ops.ep_scatter_masked(rows, experts, self.num_local)
-            return Masked(grouped, counts, (index, row_weights, returned))
+            *rows, experts, row_weights = _unpack(transfer.wait(), layout)
+            rows, scales = _rows(rows)
+            grouped, counts, index, *scale = self.ops.ep_scatter_masked(
+                rows, experts.long(), self.num_local, self.ops.alignment, scales=scales
+            )
+            return Masked(grouped, counts, (index, row_weights, returned), *scale)
 
         return Pending(wait)
 
@@ -135,9 +149,12 @@ class LocalContiguous:
     def __init__(self, num_slots: int, ops: Ops):
         self.num_local, self.ops = num_slots, ops
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
-        rows, row_expert, index = self.ops.ep_scatter(x, slots, self.num_local, self.ops.alignment)
-        return Pending(lambda: Contiguous(rows, row_expert, (index, weights)))
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
+        x, scales = (x, None) if isinstance(x, Tensor) else x
+        rows, row_expert, index, *scale = self.ops.ep_scatter(
+            x, slots, self.num_local, self.ops.alignment, scales=scales
+        )
+        return Pending(lambda: Contiguous(rows, row_expert, (index, weights), *scale))
 
     def combine(self, y: Tensor, arrived: Contiguous) -> Pending[Tensor]:
         out = self.ops.ep_gather(y, *arrived.way_back)
@@ -147,9 +164,12 @@ class LocalContiguous:
 class LocalMasked(LocalContiguous):
     """The same in the masked layout."""
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
-        rows, counts, index = self.ops.ep_scatter_masked(x, slots, self.num_local)
-        return Pending(lambda: Masked(rows, counts, (index, weights)))
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+        x, scales = (x, None) if isinstance(x, Tensor) else x
+        rows, counts, index, *scale = self.ops.ep_scatter_masked(
+            x, slots, self.num_local, self.ops.alignment, scales=scales
+        )
+        return Pending(lambda: Masked(rows, counts, (index, weights), *scale))
 
     def combine(self, y: Tensor, arrived: Masked) -> Pending[Tensor]:
         out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back)
@@ -182,15 +202,27 @@ def _distinct_rows(rank_of: Tensor, row: Tensor) -> Tensor:
     return row.gather(1, rank_of.clamp(min=0)).where((rank_of >= 0) & ~earlier, -1)
 
 
-def _pack(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    parts = (x, experts.to(torch.int32), weights)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+def _columns(x: Tensor | Quantized) -> tuple[Tensor, ...]:
+    """What travels for each token, in dtypes that every op knows: fp8 in words of four."""
+    if isinstance(x, Tensor):
+        return (x,)
+    values, scale = x
+    return values.view(torch.int32), scale
 
 
-def _unpack(wire: Tensor, dtype: torch.dtype, hidden: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, experts, weights = wire.split((hidden * dtype.itemsize, 4 * top_k, 4 * top_k), dim=1)
-    return (
-        x.contiguous().view(dtype),
-        experts.contiguous().view(torch.int32).long(),
-        weights.contiguous().view(torch.float32),
-    )
+def _rows(columns: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """_columns undone: (x, None), or fp8 values and their scales."""
+    if len(columns) == 1:
+        return columns[0], None
+    return columns[0].view(torch.float8_e4m3fn), columns[1]
+
+
+def _pack(*columns: Tensor) -> tuple[Tensor, list[tuple[torch.dtype, int]]]:
+    """Rows of bytes, and what is in them: each column's dtype and width."""
+    wire = torch.cat([column.contiguous().view(torch.uint8) for column in columns], 1)
+    return wire, [(column.dtype, column.shape[1]) for column in columns]
+
+
+def _unpack(wire: Tensor, layout: list[tuple[torch.dtype, int]]) -> list[Tensor]:
+    pieces = wire.split([dtype.itemsize * width for dtype, width in layout], dim=1)
+    return [piece.contiguous().view(dtype) for piece, (dtype, _) in zip(pieces, layout, strict=True)]

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Ops
+from kernels.backend import Ops, Quantized
+from kernels.ref import dequantize_1x128, quantize_1x128
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll, Pending, make_dispatchers
 from parallel.mesh import Group, Mesh
 from tests.worlds import run_world, sub_mesh
 
-HIDDEN, TOP_K, ROWS = 16, 4, 24
+HIDDEN, TOP_K, ROWS = 256, 4, 24
 
 
 def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator) -> Tensor:
@@ -30,6 +31,11 @@ def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator) 
     raise AssertionError(kind)
 
 
+def plain(x: Tensor, scale: Tensor | None) -> Tensor:
+    """What was dispatched, in float32."""
+    return x if scale is None else dequantize_1x128(x, scale)
+
+
 def expert(rows: Tensor, slot: Tensor) -> Tensor:
     """A stand-in expert that is different for each slot and not linear."""
     return torch.tanh(rows * (1 + slot)) + slot
@@ -38,20 +44,24 @@ def expert(rows: Tensor, slot: Tensor) -> Tensor:
 def apply_experts(arrived: Contiguous | Masked, first_slot: int) -> Tensor:
     """Run `expert` on the rows that are there; everything else becomes NaN and must not be read."""
     match arrived:
-        case Contiguous(x, row_expert):
-            y = expert(x, first_slot + row_expert[:, None].float())
+        case Contiguous(x, row_expert, scale=scale):
+            y = expert(plain(x, scale), first_slot + row_expert[:, None].float())
             return y.masked_fill(row_expert[:, None] < 0, float("nan"))
-        case Masked(x, counts):
+        case Masked(x, counts, scale=scale):
             slot = first_slot + torch.arange(len(counts), dtype=torch.float32)
             there = torch.arange(x.shape[1]) < counts[:, None]
-            return expert(x, slot[:, None, None]).masked_fill(~there[..., None], float("nan"))
+            return expert(plain(x, scale), slot[:, None, None]).masked_fill(~there[..., None], float("nan"))
 
 
-def start(dispatcher: Any, x: Tensor, slots: Tensor, weights: Tensor) -> Pending:
+def start(dispatcher: Any, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending:
     """Dispatch; for the masked layout, whose ranks must all bring as many rows, with padding that goes nowhere."""
     if isinstance(dispatcher, MaskedAllToAll):
-        pad = (0, 0, 0, ROWS - x.shape[0])
-        x, slots, weights = F.pad(x, pad), F.pad(slots, pad, value=-1), F.pad(weights, pad)
+        pad = (0, 0, 0, ROWS - slots.shape[0])
+        if isinstance(x, Tensor):
+            x = F.pad(x, pad)
+        else:
+            x = (F.pad(x[0].view(torch.uint8), pad).view(x[0].dtype), F.pad(x[1], pad))
+        slots, weights = F.pad(slots, pad, value=-1), F.pad(weights, pad)
     return dispatcher.dispatch(x, slots, weights)
 
 
@@ -59,61 +69,75 @@ def local(group: Group, num_slots: int, alignment: int = 1) -> tuple:
     return make_dispatchers(group, num_slots, Ops(alignment=alignment)) if group.size == 1 else ()
 
 
-def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int) -> None:
+def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, fp8: bool) -> None:
     generator = torch.Generator().manual_seed(1000 * group.rank + tokens)
     num_slots = experts_a_rank * group.size
     x = torch.randn(tokens, HIDDEN, generator=generator)
     slots = routing(kind, tokens, num_slots, generator)
     weights = torch.rand(tokens, TOP_K, generator=generator)
+    sent = quantize_1x128(x) if fp8 else x
+    if fp8:
+        x = dequantize_1x128(*sent)
     copies = expert(x[:, None], slots[..., None].float()) * weights[..., None]
     expected = copies.masked_fill(slots[..., None] < 0, 0).sum(1)
     for dispatcher in (
         ContiguousAllToAll(group, num_slots, Ops()),
         ContiguousAllToAll(group, num_slots, Ops(alignment=8)),
         MaskedAllToAll(group, num_slots, Ops()),
+        MaskedAllToAll(group, num_slots, Ops(alignment=128)),
         *local(group, num_slots),
     ):
-        arrived = start(dispatcher, x, slots, weights).wait()
+        arrived = start(dispatcher, sent, slots, weights).wait()
         y = apply_experts(arrived, group.rank * experts_a_rank)
         out = dispatcher.combine(y, arrived).wait()[:tokens]
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {m}")  # noqa: B023
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {fp8=} {m}")  # noqa: B023
 
 
-def check_provenance(group: Group, experts_a_rank: int) -> None:
-    """Payloads say where they come from: (source rank, token, slots); each must have arrived where it was sent."""
+def keys(x: Tensor, scale: Tensor | None) -> list[bytes]:
+    """Every bit of each row."""
+    parts = (x,) if scale is None else (x, scale)
+    rows = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    return [bytes(row.tolist()) for row in rows]
+
+
+def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> None:
+    """Every row is another, and arrives bit for bit at the experts it was sent to, once, and nowhere else."""
     num_slots, tokens = experts_a_rank * group.size, 5 + group.rank
     generator = torch.Generator().manual_seed(group.rank)
     slots = routing("ragged", tokens, num_slots, generator)
-    x = torch.zeros(tokens, HIDDEN)
-    x[:, 0], x[:, 1], x[:, 2 : 2 + TOP_K] = group.rank, torch.arange(tokens), slots.float()
-    everyone = group.exchange(slots)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    sent: Tensor | Quantized = quantize_1x128(x) if dtype == torch.float8_e4m3fn else x.to(dtype)
+    mine = keys(sent, None) if isinstance(sent, Tensor) else keys(*sent)
+    everyone = group.exchange((mine, slots.tolist()))
+    origin = {key: (source, token) for source, (rows, _) in enumerate(everyone) for token, key in enumerate(rows)}
     first = group.rank * experts_a_rank
+    expected = {
+        (source, token, slot)
+        for source, (_, theirs) in enumerate(everyone)
+        for token, row in enumerate(theirs)
+        for slot in row
+        if first <= slot < first + experts_a_rank
+    }
     for dispatcher in (
         ContiguousAllToAll(group, num_slots, Ops(alignment=8)),
-        MaskedAllToAll(group, num_slots, Ops()),
-        *local(group, num_slots, alignment=8),
+        MaskedAllToAll(group, num_slots, Ops(alignment=128)),
+        *local(group, num_slots, alignment=128),
     ):
-        pending = start(dispatcher, x, slots, torch.ones(tokens, TOP_K))
-        arrived, got = pending.wait(), set()
+        arrived = start(dispatcher, sent, slots, torch.ones(tokens, TOP_K)).wait()
+        assert arrived.x.dtype == dtype and (arrived.scale is None) == isinstance(sent, Tensor)
         match arrived:
-            case Contiguous(rows, row_expert):
-                pairs = [(row, e) for row, e in zip(rows, row_expert.tolist(), strict=True) if e >= 0]
-                assert len(rows) % 8 == 0
-            case Masked(rows, counts):
-                pairs = [(row, e) for e, count in enumerate(counts.tolist()) for row in rows[e, :count]]
-        for row, e in pairs:
-            assert first + e in row[2 : 2 + TOP_K].tolist(), "a row arrived at an expert that it did not ask for"
-            got.add((int(row[0]), int(row[1]), first + e))
-        assert len(got) == len(pairs), "a copy arrived twice"
-        expected = {
-            (source, token, slot)
-            for source, theirs in enumerate(everyone)
-            for token, row in enumerate(theirs.tolist())
-            for slot in row
-            if first <= slot < first + experts_a_rank
-        }
-        assert got == expected
-        dispatcher.combine(rows, arrived).wait()
+            case Contiguous(x, row_expert, scale=scale):
+                real, owners = row_expert >= 0, row_expert[row_expert >= 0]
+                assert len(x) % 8 == 0
+            case Masked(x, counts, scale=scale):
+                assert x.shape[1] % 128 == 0
+                real = torch.arange(x.shape[1]) < counts[:, None]
+                owners = torch.arange(len(counts)).repeat_interleave(counts)
+        rows = keys(x.view(torch.uint8)[real], None if scale is None else scale[real])
+        got = [(*origin[key], first + e) for key, e in zip(rows, owners.tolist(), strict=True)]
+        assert len(set(got)) == len(got), "a copy arrived twice"
+        assert set(got) == expected
+        dispatcher.combine(plain(x, scale), arrived).wait()
 
 
 def check_collectives(mesh: Mesh) -> None:
@@ -140,8 +164,10 @@ def body(rank: int) -> None:
         check_collectives(mesh)
         for kind in ("random", "ragged", "one rank", "nowhere"):
             for tokens in (0, 1, 5 * rank, ROWS if rank % 2 else 0):  # ragged over ranks; some have nothing
-                check_round_trip(mesh.ep, 6, kind, min(tokens, ROWS))
-        check_provenance(mesh.ep, 4)
+                for fp8 in (False, True):
+                    check_round_trip(mesh.ep, 6, kind, min(tokens, ROWS), fp8)
+        for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+            check_provenance(mesh.ep, 4, dtype)
 
 
 def test_layouts_equal_the_local_computation() -> None:

@@ -1,4 +1,7 @@
-"""Block-fp8 checkpoints: the format's round trip, and the model run from one, dequantised, against its bf16 parent."""
+"""Block-fp8 checkpoints: the format's round trip, and the model run from one, dequantised, against its bf16 parent.
+
+tests/test_precision.py has the model that is not dequantised.
+"""
 
 import json
 import shutil
@@ -22,6 +25,7 @@ from parallel.dispatch import ContiguousAllToAll
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from scripts.quantize import quantize_folder
+from tests.test_cli import run
 
 TEXT = """Genesis 1
 
@@ -170,3 +174,12 @@ def test_other_quantisations_are_refused(fp8: Path, tmp_path: Path) -> None:
     raw["quantization_config"]["weight_block_size"] = [64, 64]
     with pytest.raises(ValueError, match=r"weight_block_size \[64, 64\]; only 'fp8' with \[128, 128\]"):
         ModelConfig.from_dict(raw)
+
+
+def test_the_start_up_says_what_becomes_of_fp8(tiny: Path, fp8: Path) -> None:
+    flags = ("--prompt", "In the beginning", "--max-tokens", "1", "--device", "cpu")
+    code, _, err = run("--model", str(fp8), *flags)
+    assert code == 0, err
+    assert "\nfp8: dequantised to float32 (no GPU)\n" in err
+    code, _, err = run("--model", str(tiny), *flags)
+    assert code == 0 and "\nfp8:" not in err, err

@@ -1,4 +1,7 @@
-"""The Triton GEMMs and quantizers against float32 torch on the same inputs; what must not be read is NaN."""
+"""GEMMs and quantizers, Triton's and deep_gemm's, against torch on the same inputs; what must not be read is NaN."""
+
+import importlib
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def close(out: Tensor, want: Tensor, rel: float = 1e-2) -> None:
     assert out.shape == want.shape
     if want.numel():
-        out = out.float()
+        out, want = out.float(), want.float()
         error = ((out - want).norm() / want.norm()).item()
         assert error < rel, f"{error=}"
         row_size = want.square().mean(-1, keepdim=True).sqrt()
@@ -198,3 +201,64 @@ def test_silu_mul_quant_masked(sizes: list[int], room: int, width: int) -> None:
     x[~real] = float("nan")
     values, scales = silu_mul_quant_masked(x, counts)
     quantized(values[real], scales[real], ref.silu_mul_quant(x[real]))
+
+
+@pytest.fixture(scope="module")
+def vendor() -> ModuleType:
+    """deep_gemm behind our contracts."""
+    pytest.importorskip("deep_gemm")
+    return importlib.import_module("kernels.deep_gemm_ops")
+
+
+@pytest.mark.parametrize("m", [0, 1, 17, 256, 300])
+@pytest.mark.parametrize(("n", "d"), [(128, 128), (576, 512), (2112, 7168), (1024, 256)])
+def test_deep_gemm_dense_fp8(vendor: ModuleType, m: int, n: int, d: int) -> None:
+    (x, xs), (w, ws) = quantize_1x128(normal(m, d)), quantize_128x128(normal(n, d))
+    out = vendor.gemm_fp8(x, xs, w, ws)
+    assert out.dtype == torch.bfloat16
+    close(out, ref.gemm_fp8(x, xs, w, ws))
+
+
+@pytest.mark.parametrize(
+    ("counts", "tail", "n", "d"),
+    [([3, 0, 200, 128], 0, 192, 256), ([0, 0, 1], 256, 512, 128), ([300] * 9, 0, 512, 1024), ([0, 0], 0, 256, 256)],
+)
+def test_deep_gemm_contiguous_fp8(vendor: ModuleType, counts: list[int], tail: int, n: int, d: int) -> None:
+    row_expert = segments(counts, tail)
+    real = row_expert >= 0
+    (x, xs), (w, ws) = quantize_1x128(normal(len(real), d)), quantize_128x128(normal(len(counts), n, d))
+    want = ref.grouped_gemm_contiguous_fp8(x, xs, w, ws, row_expert)
+    x.view(torch.uint8)[~real] = 0x7F
+    xs[~real] = float("nan")
+    close(vendor.grouped_gemm_contiguous_fp8(x, xs, w, ws, row_expert)[real], want[real])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "n", "d"),
+    [
+        ([0, 5, 130, 200], 256, 192, 256),
+        ([64], 128, 256, 128),
+        ([0, 0, 0], 128, 256, 256),
+        ([512] * 4, 512, 1024, 512),
+        ([1, 128, 3, 70] * 8, 128, 512, 512),
+        ([0], 0, 128, 128),
+    ],
+)
+def test_deep_gemm_masked(vendor: ModuleType, sizes: list[int], room: int, n: int, d: int) -> None:
+    """fp8 and bf16: every real row, also next to an expert whose last block is not full."""
+    counts = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
+    real = valid(counts, room)
+    x, w = normal(len(sizes), room, d, dtype=torch.bfloat16), normal(len(sizes), n, d, dtype=torch.bfloat16)
+    want = ref.grouped_gemm_masked(x.float(), w.float(), counts)
+    close(vendor.grouped_gemm_masked(x, w, counts)[real], want[real])
+    (x, xs), (w, ws) = quantize_1x128(x), quantize_128x128(w)
+    want = ref.grouped_gemm_masked_fp8(x, xs, w, ws, counts)
+    x.view(torch.uint8)[~real] = 0x7F
+    xs[~real] = float("nan")
+    close(vendor.grouped_gemm_masked_fp8(x, xs, w, ws, counts)[real], want[real])
+
+
+def test_deep_gemm_masked_needs_whole_blocks(vendor: ModuleType) -> None:
+    x, counts = torch.zeros(2, 144, 128, device=DEVICE).bfloat16(), torch.ones(2, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="an expert's room must be a multiple of 128 rows: 144 % 128 = 16"):
+        vendor.grouped_gemm_masked(x, x[:, :128], counts)

@@ -104,9 +104,10 @@ def test_scatter(tokens: int, top_k: int, num_local: int, share: float, dtype: t
 def test_scatter_masked(tokens: int, top_k: int, num_local: int, share: float, dtype: torch.dtype) -> None:
     experts = routed(tokens, top_k, num_local, share)
     x = torch.randn(tokens, 200, device=DEVICE).to(dtype)
-    want = ref.ep_scatter_masked(x, experts, num_local)
-    real = torch.arange(tokens, device=DEVICE) < want[1][:, None]
-    same(ep_scatter_masked(x, experts, num_local), want, real)
+    for alignment in (1, 128):
+        want = ref.ep_scatter_masked(x, experts, num_local, alignment)
+        real = torch.arange(want[0].shape[1], device=DEVICE) < want[1][:, None]
+        same(ep_scatter_masked(x, experts, num_local, alignment), want, real)
 
 
 def test_scatter_moves_fp8_with_its_scales() -> None:

@@ -187,10 +187,11 @@ def test_ep_scatter_groups_by_expert_and_pads_to_the_alignment(experts: list[lis
 
 
 @every_routing
-def test_masked_round_trip_equals_a_loop_over_tokens(experts: list[list[int]]) -> None:
+@pytest.mark.parametrize("alignment", [1, 64])
+def test_masked_round_trip_equals_a_loop_over_tokens(experts: list[list[int]], alignment: int) -> None:
     x, ids, weights, gate_up, down, want = problem(experts)
-    rows, counts, index = ref.ep_scatter_masked(x, ids, LOCAL)
-    padding = torch.arange(len(x)) >= counts[:, None]  # [L, N]
+    rows, counts, index = ref.ep_scatter_masked(x, ids, LOCAL, alignment)
+    padding = torch.arange(rows.shape[1]) >= counts[:, None]  # [L, R]
 
     def poisoned(t: Tensor) -> Tensor:
         return t.masked_fill(padding[..., None], NAN)
@@ -201,15 +202,32 @@ def test_masked_round_trip_equals_a_loop_over_tokens(experts: list[list[int]]) -
 
 
 @every_routing
-def test_ep_scatter_masked_fills_each_expert_from_the_front(experts: list[list[int]]) -> None:
+@pytest.mark.parametrize("alignment", [1, 64])
+def test_ep_scatter_masked_fills_each_expert_from_the_front(experts: list[list[int]], alignment: int) -> None:
     x, ids, *_ = problem(experts)
-    rows, counts, index = ref.ep_scatter_masked(x, ids, LOCAL)
-    assert rows.shape == (LOCAL, len(x), HIDDEN)
+    rows, counts, index = ref.ep_scatter_masked(x, ids, LOCAL, alignment)
+    assert rows.shape == (LOCAL, -(-len(x) // alignment) * alignment, HIDDEN)
     assert counts.dtype == torch.int32
     assert counts.tolist() == [sum(row.count(e) for row in experts) for e in range(LOCAL)]
-    filled = torch.arange(len(x)) < counts[:, None]
+    filled = torch.arange(rows.shape[1]) < counts[:, None]
     row_expert = torch.arange(LOCAL)[:, None].where(filled, -1).flatten()
     assert_provenance(rows.flatten(0, 1), row_expert, index, x, ids)
+
+
+@every_routing
+def test_both_scatters_move_fp8_with_its_scales(experts: list[list[int]]) -> None:
+    ids = torch.tensor(experts, dtype=torch.int64).view(-1, 3)
+    x, scales = ref.quantize_1x128(torch.randn(len(ids), 256))
+    rows, row_expert, index, moved = ref.ep_scatter(x, ids, LOCAL, 4, scales=scales)
+    assert rows.dtype == x.dtype and moved.shape == (len(rows), 2)
+    assert_provenance(rows.view(torch.uint8), row_expert, index, x.view(torch.uint8), ids)
+    assert_provenance(moved, row_expert, index, scales, ids)
+    rows, counts, index, moved = ref.ep_scatter_masked(x, ids, LOCAL, 64, scales=scales)
+    assert rows.dtype == x.dtype and moved.shape == (*rows.shape[:2], 2)
+    filled = torch.arange(rows.shape[1]) < counts[:, None]
+    row_expert = torch.arange(LOCAL)[:, None].where(filled, -1).flatten()
+    assert_provenance(rows.view(torch.uint8).flatten(0, 1), row_expert, index, x.view(torch.uint8), ids)
+    assert_provenance(moved.flatten(0, 1), row_expert, index, scales, ids)
 
 
 def assert_provenance(rows: Tensor, row_expert: Tensor, index: Tensor, x: Tensor, ids: Tensor) -> None:
