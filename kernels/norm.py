@@ -1,9 +1,25 @@
-"""RMSNorm (with or without the residual add) and rope in Triton: one pass over memory each."""
+"""RMSNorm (with or without the residual add), rope, and both with MLA's cache write in Triton: one pass over memory
+each."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _normed(x, weight, eps, dim):
+    """rms_norm of x [ROWS, BLOCK_D] (zero past `dim` columns) in float32, rounded to x's dtype before the weight."""
+    x32 = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x32 * x32, 1) / dim + eps)
+    return (x32 * inverse[:, None]).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+
+
+@triton.jit
+def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rope of x [ROWS, BLOCK_D] by cos, sin [ROWS, BLOCK_D / 2]."""
+    even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
+    return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
 
 
 @triton.jit
@@ -18,10 +34,7 @@ def _rms_norm_kernel(
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row * residual_stride + col, mask=here, other=0.0)).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
-    x32 = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x32 * x32, 1) / dim + eps)
-    weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0).to(tl.float32)
-    normed = (x32 * inverse[:, None]).to(x.dtype).to(tl.float32) * weight
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim)
     tl.store(out_ptr + row * dim + col, normed.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -78,9 +91,7 @@ def _rope_kernel(
     here_pair = (row < rows) & (pair < dim // 2)
     cos = tl.load(cos_ptr + token * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
     sin = tl.load(sin_ptr + token * sin_stride + pair, mask=here_pair, other=0.0)
-    even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
-    turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D)
-    tl.store(out_ptr + row * dim + col, turned.to(x.dtype), mask=here)
+    tl.store(out_ptr + row * dim + col, _turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -102,3 +113,56 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ROWS=per_program, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _norm_rope_write_kernel(
+    kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, pages_ptr, tokens, kv_stride, cos_stride, sin_stride,
+    eps, latent: tl.constexpr, rope_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    live = token < tokens
+    source = kv_ptr + token * kv_stride
+    target = pages_ptr + tl.load(rows_ptr + token, mask=live, other=0) * (latent + rope_dim)
+
+    col = tl.arange(0, BLOCK_C)[None]
+    here = live & (col < latent)
+    x = tl.load(source + col, mask=here, other=0.0)  # [ROWS, BLOCK_C]
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < latent, other=0.0), eps, latent)
+    tl.store(target + col, normed.to(pages_ptr.dtype.element_ty), mask=here)
+
+    col, pair = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_R // 2)[None]
+    here, here_pair = live & (col < rope_dim), live & (pair < rope_dim // 2)
+    position = tl.load(positions_ptr + token, mask=live, other=0)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_R / 2]
+    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
+    key = tl.load(source + latent + col, mask=here, other=0.0)  # [ROWS, BLOCK_R]
+    tl.store(target + latent + col, _turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
+
+
+def norm_rope_write(
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    kv_pages: Tensor,
+) -> None:
+    """MLA's cache write: kv_pages' flat row rows[t] = [rms_norm(kv[t, :C]), rope(kv[t, C:])]: `ref.norm_rope_write`.
+
+    kv [T, C + R] with unit last stride, norm_weight [C], kv_pages [pages, 64, C + R] contiguous, of one dtype;
+    tables [length, R / 2] float32; positions, rows [T] int64. Tokens of one row (padding, in the null page) race.
+    """
+    tokens, latent = kv.shape[0], norm_weight.numel()
+    if tokens == 0:
+        return
+    pool, rope_dim = kv_pages.view(-1, kv.shape[1]), kv.shape[1] - latent
+    block = triton.next_power_of_2(latent)
+    per_program = max(1, 2048 // block)
+    _norm_rope_write_kernel[triton.cdiv(tokens, per_program),](
+        kv, norm_weight, cos_table, sin_table, positions, rows, pool, tokens, kv.stride(0), cos_table.stride(0),
+        sin_table.stride(0), eps, latent, rope_dim,
+        ROWS=per_program, BLOCK_C=block, BLOCK_R=max(2, triton.next_power_of_2(rope_dim)), num_warps=4,
+    )  # fmt: skip

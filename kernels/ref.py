@@ -28,6 +28,27 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
+def norm_rope_write(
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    kv_pages: Tensor,
+) -> None:
+    """MLA's cache write (DeepSeek-V2, section 2.1): [rms_norm(latent), rope(shared key)] of each token, in place.
+
+    kv [T, C + R], norm_weight [C], kv_pages [pages, 64, C + R], contiguous, all of one dtype; cos_table, sin_table
+    [length, R / 2] float32, indexed by positions [T] int64. Token t goes to row rows[t] (int64) of the flat pages;
+    where several go to one row, any of them stays.
+    """
+    latent, key = kv.tensor_split((norm_weight.numel(),), -1)
+    roped = rope(key, cos_table[positions], sin_table[positions])
+    kv_pages.view(-1, kv.shape[-1])[rows] = torch.cat((rms_norm(latent, norm_weight, eps), roped), -1)
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """[..., 2I] -> [..., I]: silu(gate) * up, gate first."""
     gate, up = x.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""RMSNorm, its fused residual add, and rope in Triton against their twins."""
+"""RMSNorm, its fused residual add, rope and the cache write in Triton against their twins."""
 
 import pytest
 import torch
@@ -55,3 +55,30 @@ def test_rope(tokens: int, dim: int, heads: int | None, dtype: torch.dtype) -> N
     x[..., 2 * dim :] = torch.randn(*lead, dim, device=DEVICE, dtype=dtype)
     angle = torch.rand(tokens, dim // 2, device=DEVICE) * 100
     agree(norm.rope(x[..., 2 * dim :], angle.cos(), angle.sin()), ref.rope(x[..., 2 * dim :], angle.cos(), angle.sin()))
+
+
+def tables(length: int, dim: int) -> tuple[Tensor, Tensor]:
+    angle = torch.rand(length, dim // 2, device=DEVICE) * 100
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize(("latent", "rope"), [(512, 64), (64, 16), (100, 24)])
+@pytest.mark.parametrize(("tokens", "padding"), [(0, 0), (1, 0), (333, 50), (5, 5)])
+def test_norm_rope_write(tokens: int, padding: int, latent: int, rope: int, dtype: torch.dtype) -> None:
+    """kv is a slice of something wider; padding goes to the null page; no other row of the pages is touched."""
+    width = latent + rope
+    wide = torch.full((tokens, width + 72), float("nan"), device=DEVICE, dtype=dtype)
+    kv = wide[:, 8 : 8 + width]
+    kv.copy_(torch.randn(tokens, width, device=DEVICE) * 3)
+    weight = torch.randn(latent, device=DEVICE, dtype=dtype)
+    positions = torch.randint(1000, (tokens,), device=DEVICE)
+    rows = torch.randperm(8 * 64, device=DEVICE)[:tokens] + 64
+    rows[torch.randperm(tokens, device=DEVICE)[:padding]] = 0
+    out, want = torch.full((2, 9, 64, width), float("nan"), device=DEVICE, dtype=dtype)
+    args = (kv, weight, 1e-6, *tables(1000, rope), positions, rows)
+    assert norm.norm_rope_write(*args, out) is None
+    ref.norm_rope_write(*args, want)
+    written = out.flatten(0, 1).isfinite().all(-1)
+    assert sorted({*rows.tolist()}) == written.nonzero().flatten().tolist()
+    assert out.flatten(0, 1)[~written].isnan().all()
+    agree(out[1:].nan_to_num(0.0), want[1:].nan_to_num(0.0))

@@ -31,6 +31,27 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers() -> None:
     assert_close(ref.rope(q[:, 0], angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2)[:, 0])
 
 
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """x [T, H, R] by angles [T, R / 2], as complex numbers."""
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+
+def test_norm_rope_write_fills_each_tokens_row_and_no_other() -> None:
+    latent, rope, tokens = 10, 4, 7
+    wide, weight, table = torch.randn(tokens, 20), torch.rand(latent) + 0.5, torch.rand(30, rope // 2) * 10
+    kv, positions = wide[:, 3 : 3 + latent + rope], torch.randint(30, (tokens,))
+    rows = torch.randperm(2 * 64)[:tokens] + 64
+    rows[3] = rows[5] = 0  # padding: both in the null page
+    pages = torch.full((3, 64, latent + rope), NAN)
+    ref.norm_rope_write(kv, weight, 0.1, table.cos(), table.sin(), positions, rows, pages)
+    want = torch.cat((F.rms_norm(kv[:, :latent], (latent,), weight, 0.1), kv[:, latent:]), -1)
+    want[:, latent:] = turned(kv[:, None, latent:], table[positions])[:, 0]
+    flat, real = pages.flatten(0, 1), rows > 0
+    assert_close(flat[rows[real]], want[real])
+    assert flat.isfinite().all(-1).nonzero().flatten().tolist() == sorted({*rows.tolist()})
+
+
 def test_silu_mul_takes_the_gate_first() -> None:
     gate, up = torch.randn(3, 2, 6), torch.randn(3, 2, 6)
     assert_close(ref.silu_mul(torch.cat((gate, up), -1)), gate / (1 + torch.exp(-gate)) * up)
