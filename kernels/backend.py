@@ -18,7 +18,9 @@ class Ops:
     """Every op the model calls. The contract of each is its twin's docstring in `kernels/ref.py`."""
 
     rms_norm: Callable = ref.rms_norm
-    rope: Callable = ref.rope
+    rope_query: Callable = ref.rope_query
+    rope_into: Callable = ref.rope_into
+    norm_rope_write: Callable = ref.norm_rope_write
     silu_mul: Callable = ref.silu_mul
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
@@ -52,7 +54,9 @@ class Choice:
 
 OURS = {  # op -> the module with its Triton kernel
     "rms_norm": "kernels.norm",
-    "rope": "kernels.norm",
+    "rope_query": "kernels.norm",
+    "rope_into": "kernels.norm",
+    "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
     "prefill_attention": "kernels.attention",
     "mla_decode": "kernels.attention",

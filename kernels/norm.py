@@ -80,39 +80,48 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 @triton.jit
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, rows, heads, x_stride, x_head_stride, cos_stride, sin_stride, dim: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
+    target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
-    token, head = row // heads, row % heads
+    """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
+    token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
-    here = (row < rows) & (col < dim)
-    x = tl.load(x_ptr + token * x_stride + head * x_head_stride + col, mask=here, other=0.0)
-    here_pair = (row < rows) & (pair < dim // 2)
-    cos = tl.load(cos_ptr + token * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
-    sin = tl.load(sin_ptr + token * sin_stride + pair, mask=here_pair, other=0.0)
-    tl.store(out_ptr + row * dim + col, _turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
+    live = row < rows
+    here, here_pair = live & (col < dim), live & (pair < dim // 2)
+    x = tl.load(source_ptr + token * source_stride + head * source_head_stride + col, mask=here, other=0.0)
+    position = tl.load(positions_ptr + token, mask=live, other=0)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
+    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
+    target = target_ptr + token * target_stride + head * target_head_stride + col
+    tl.store(target, _turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[0], x[1]), (x[2], x[3]), ... by each token's angles: `ref.rope`.
+def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """Rotate the last `rope_dim` columns of every head of q [T, H, nope + R], in place: `ref.rope_query`.
 
-    x [T, R] or [T, ..., R] bf16 or float32, possibly a strided view; cos, sin [T, R / 2] float32 -> x's shape,
-    contiguous. Rows are (token, head) pairs, so that a slice of a projection is read in place.
+    q bf16 or float32 with unit last stride; tables [length, R / 2] float32; positions [T] int64.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out
-    tokens, dim = x.shape[0], x.shape[-1]
-    x = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # [T, H, R]
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    block = max(2, triton.next_power_of_2(dim))
+    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
+
+
+def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope_query into the last `rope_dim` columns of out [T, H, C + R], of q's dtype and with unit last stride.
+
+    q is left alone, and so are out's other columns. out may be q, but may not overlap it otherwise.
+    """
+    rows = q.shape[0] * q.shape[1]
+    if rows == 0:
+        return
+    source, target = q[..., -rope_dim:], out[..., -rope_dim:]
+    block = max(2, triton.next_power_of_2(rope_dim))
     per_program = max(1, 2048 // block)
-    _rope_kernel[triton.cdiv(tokens * x.shape[1], per_program),](
-        x, cos, sin, out, tokens * x.shape[1], x.shape[1], x.stride(0), x.stride(1), cos.stride(0), sin.stride(0), dim,
+    _rope_kernel[triton.cdiv(rows, per_program),](
+        source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
+        target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
         ROWS=per_program, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -28,6 +28,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
+def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope of the last `rope_dim` columns of every head of q [T, H, nope + R], in place.
+
+    cos_table, sin_table [length, R / 2] float32, indexed by positions [T] int64.
+    """
+    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
+
+
+def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope_query, written into the last `rope_dim` columns of out [T, H, C + R] instead; its others are left alone."""
+    out[..., -rope_dim:] = rope(q[..., -rope_dim:], cos_table[positions], sin_table[positions])
+
+
 def norm_rope_write(
     kv: Tensor,
     norm_weight: Tensor,

@@ -46,20 +46,29 @@ def test_rms_norm_of_a_slice(dtype: torch.dtype) -> None:
     agree(norm.rms_norm(wide[:, :512], weight, 1e-6), ref.rms_norm(wide[:, :512], weight, 1e-6))
 
 
-@pytest.mark.parametrize("heads", [None, 1, 16, 128])
-@pytest.mark.parametrize(("tokens", "dim"), [(0, 64), (1, 64), (333, 64), (50, 16), (9, 24)])
-def test_rope(tokens: int, dim: int, heads: int | None, dtype: torch.dtype) -> None:
-    """x is a slice of a projection, cos and sin are rows of a table."""
-    lead = (tokens,) if heads is None else (tokens, heads)
-    x = torch.full((*lead, 3 * dim), float("nan"), device=DEVICE, dtype=dtype)
-    x[..., 2 * dim :] = torch.randn(*lead, dim, device=DEVICE, dtype=dtype)
-    angle = torch.rand(tokens, dim // 2, device=DEVICE) * 100
-    agree(norm.rope(x[..., 2 * dim :], angle.cos(), angle.sin()), ref.rope(x[..., 2 * dim :], angle.cos(), angle.sin()))
-
-
 def tables(length: int, dim: int) -> tuple[Tensor, Tensor]:
     angle = torch.rand(length, dim // 2, device=DEVICE) * 100
     return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 16, 128])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "beside"), [(0, 64, 128), (1, 64, 128), (333, 64, 128), (50, 16, 32), (9, 24, 5)]
+)
+def test_rope(tokens: int, dim: int, beside: int, heads: int, dtype: torch.dtype) -> None:
+    """The query is a slice of something wider; what lies beside the rotated columns is not touched."""
+    wide = torch.randn(tokens + 2, heads, beside + dim + 8, device=DEVICE).to(dtype)
+    q, positions = wide[1:-1, :, 8:], torch.randint(1000, (tokens,), device=DEVICE)
+    args, before = (*tables(1000, dim), positions, dim), wide.clone()
+    out, want = torch.full((2, tokens, heads, 512 + dim), float("nan"), device=DEVICE, dtype=dtype)
+    assert norm.rope_into(q, out, *args) is None
+    ref.rope_into(q, want, *args)
+    assert out[..., :512].isnan().all() and torch.equal(wide, before)
+    agree(out[..., 512:].contiguous(), want[..., 512:].contiguous())
+    assert norm.rope_query(q, *args) is None
+    assert torch.equal(q[..., beside:], out[..., 512:])
+    q[..., beside:] = before[1:-1, :, 8 + beside :]
+    assert torch.equal(wide, before)
 
 
 @pytest.mark.parametrize(("latent", "rope"), [(512, 64), (64, 16), (100, 24)])

@@ -24,17 +24,30 @@ def test_rms_norm_equals_torch() -> None:
     assert_close(ref.rms_norm(tiny, torch.ones(24).half(), 0.0), torch.ones(1, 24).half(), atol=2e-3, rtol=0)
 
 
-def test_rope_turns_interleaved_pairs_as_complex_numbers() -> None:
-    q, angles = torch.randn(7, 4, 8), torch.rand(7, 4) * 10
-    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(7, 1, 4), angles[:, None])
-    assert_close(ref.rope(q, angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2))
-    assert_close(ref.rope(q[:, 0], angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2)[:, 0])
-
-
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """x [T, H, R] by angles [T, R / 2], as complex numbers."""
+    """The last dim of x [T, H, R] in interleaved pairs as complex numbers, turned by angles [T, R / 2]."""
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+
+def test_rope_turns_interleaved_pairs_as_complex_numbers() -> None:
+    q, angles = torch.randn(7, 4, 8), torch.rand(7, 4) * 10
+    assert_close(ref.rope(q, angles.cos(), angles.sin()), turned(q, angles))
+    assert_close(ref.rope(q[:, 0], angles.cos(), angles.sin()), turned(q, angles)[:, 0])
+
+
+def test_rope_of_a_query_turns_its_last_columns_and_no_other() -> None:
+    wide, table, positions = torch.randn(7, 3, 20), torch.rand(30, 4) * 10, torch.randint(30, (7,))
+    q, before = wide[..., 2:15], wide.clone()  # 5 + 8 of 20 columns
+    out = torch.full((7, 3, 6 + 8), NAN)
+    ref.rope_into(q, out, table.cos(), table.sin(), positions, 8)
+    want = turned(before[..., 7:15], table[positions])
+    assert_close(out[..., 6:], want)
+    assert out[..., :6].isnan().all() and torch.equal(wide, before)
+    ref.rope_query(q, table.cos(), table.sin(), positions, 8)
+    assert_close(wide[..., 7:15], want)
+    wide[..., 7:15] = before[..., 7:15]
+    assert torch.equal(wide, before)
 
 
 def test_norm_rope_write_fills_each_tokens_row_and_no_other() -> None:
