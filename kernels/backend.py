@@ -22,6 +22,7 @@ class Ops:
     rope_into: Callable = ref.rope_into
     norm_rope_write: Callable = ref.norm_rope_write
     silu_mul: Callable = ref.silu_mul
+    silu_mul_masked: Callable = ref.silu_mul_masked
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
     gate_topk: Callable = ref.gate_topk
@@ -58,6 +59,7 @@ OURS = {  # op -> the module with its Triton kernel
     "rope_into": "kernels.norm",
     "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
+    "silu_mul_masked": "kernels.quant",
     "prefill_attention": "kernels.attention",
     "mla_decode": "kernels.attention",
     "gate_topk": "kernels.route",

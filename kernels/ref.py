@@ -62,10 +62,22 @@ def norm_rope_write(
     kv_pages.view(-1, kv.shape[-1])[rows] = torch.cat((rms_norm(latent, norm_weight, eps), roped), -1)
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """[..., 2I] -> [..., I]: silu(gate) * up, gate first."""
+def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
+    """[..., 2I] -> [..., I]: silu(gate) * up, gate first. Rows whose row_expert [M] is -1 are undefined."""
+    if row_expert is not None:
+        out, real = x.new_empty(x.shape[0], x.shape[1] // 2), row_expert >= 0
+        out[real] = silu_mul(x[real])
+        return out
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
+    """out[e, :counts[e]] = silu_mul(x[e, :counts[e]]); the rest is undefined. x [L, R, 2I], counts [L] -> [L, R, I]."""
+    out = x.new_empty(*x.shape[:2], x.shape[2] // 2)
+    for expert, count in enumerate(counts.tolist()):
+        out[expert, :count] = silu_mul(x[expert, :count])
+    return out
 
 
 FP8_MAX = 448.0  # of e4m3

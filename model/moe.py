@@ -58,10 +58,10 @@ class Experts(nn.Module):
         ops = self.ops
         match arrived:
             case Contiguous(x, row_expert):
-                hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, self.gate_up_proj, row_expert))
+                hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, self.gate_up_proj, row_expert), row_expert)
                 return ops.grouped_gemm_contiguous(hidden, self.down_proj, row_expert)
             case Masked(x, counts):
-                hidden = ops.silu_mul(ops.grouped_gemm_masked(x, self.gate_up_proj, counts))
+                hidden = ops.silu_mul_masked(ops.grouped_gemm_masked(x, self.gate_up_proj, counts), counts)
                 return ops.grouped_gemm_masked(hidden, self.down_proj, counts)
 
 

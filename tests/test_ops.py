@@ -70,6 +70,20 @@ def test_silu_mul_takes_the_gate_first() -> None:
     assert_close(ref.silu_mul(torch.cat((gate, up), -1)), gate / (1 + torch.exp(-gate)) * up)
 
 
+def test_silu_mul_of_real_rows_only() -> None:
+    gate, up = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    x, want = torch.cat((gate, up), -1), gate / (1 + torch.exp(-gate)) * up
+    counts = torch.tensor([0, 5, 2, 1], dtype=torch.int32)
+    real = torch.arange(5) < counts[:, None]
+    out = ref.silu_mul_masked(x.masked_fill(~real[..., None], NAN), counts)
+    assert out.shape == want.shape
+    assert_close(out[real], want[real])
+    row_expert = torch.tensor([0, -1, 2, 2, -1], dtype=torch.int32)
+    out = ref.silu_mul(x[0].masked_fill((row_expert < 0)[:, None], NAN), row_expert)
+    assert out.shape == want[0].shape
+    assert_close(out[row_expert >= 0], want[0][row_expert >= 0])
+
+
 @pytest.mark.parametrize(
     "lengths",
     [[(5, 5)], [(1, 9)], [(3, 10)], [(1, 1)], [(64, 130), (1, 65), (6, 6), (1, 1), (63, 64)], []],
@@ -202,7 +216,7 @@ def test_contiguous_round_trip_equals_a_loop_over_tokens(experts: list[list[int]
     def poisoned(t: Tensor) -> Tensor:
         return t.masked_fill(padding[:, None], NAN)
 
-    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, row_expert)))
+    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, row_expert)), row_expert)
     out = poisoned(ref.grouped_gemm_contiguous(poisoned(hidden), down, row_expert))
     assert_close(ref.ep_gather(out, index, weights), want, atol=1e-4, rtol=1e-4)
 
@@ -229,7 +243,7 @@ def test_masked_round_trip_equals_a_loop_over_tokens(experts: list[list[int]]) -
     def poisoned(t: Tensor) -> Tensor:
         return t.masked_fill(padding[..., None], NAN)
 
-    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_masked(poisoned(rows), gate_up, counts)))
+    hidden = ref.silu_mul_masked(poisoned(ref.grouped_gemm_masked(poisoned(rows), gate_up, counts)), counts)
     out = poisoned(ref.grouped_gemm_masked(poisoned(hidden), down, counts))
     assert_close(ref.ep_gather(out.flatten(0, 1), index, weights), want, atol=1e-4, rtol=1e-4)
 
