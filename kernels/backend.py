@@ -18,6 +18,9 @@ class Ops:
     """Every op the model calls. The contract of each is its twin's docstring in `kernels/ref.py`."""
 
     rms_norm: Callable = ref.rms_norm
+    add_rms_norm: Callable = ref.add_rms_norm
+    rms_norm_quant: Callable = ref.rms_norm_quant
+    add_rms_norm_quant: Callable = ref.add_rms_norm_quant
     rope_query: Callable = ref.rope_query
     rope_into: Callable = ref.rope_into
     norm_rope_write: Callable = ref.norm_rope_write
@@ -55,6 +58,9 @@ class Choice:
 
 OURS = {  # op -> the module with its Triton kernel
     "rms_norm": "kernels.norm",
+    "add_rms_norm": "kernels.norm",
+    "rms_norm_quant": "kernels.norm",
+    "add_rms_norm_quant": "kernels.norm",
     "rope_query": "kernels.norm",
     "rope_into": "kernels.norm",
     "norm_rope_write": "kernels.norm",

@@ -1,10 +1,14 @@
-"""RMSNorm (with or without the residual add), rope, and both with MLA's cache write in Triton: one pass over memory
-each."""
+"""RMSNorm (with or without the residual add, and quantised or not), rope, and MLA's cache write that needs both.
+
+One pass over memory each.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.quant import GROUP, store_quantized
 
 
 @triton.jit
@@ -24,8 +28,8 @@ def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, x_stride, residual_stride, eps, dim: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
+    dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
@@ -34,8 +38,16 @@ def _rms_norm_kernel(
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row * residual_stride + col, mask=here, other=0.0)).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
-    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim)
-    tl.store(out_ptr + row * dim + col, normed.to(out_ptr.dtype.element_ty), mask=here)
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * dim + col, normed, mask=here)
+    if QUANT:  # as rows of one group each: dim is a multiple of GROUP
+        groups: tl.constexpr = BLOCK_D // GROUP
+        part = tl.arange(0, ROWS * groups)
+        row, group = tl.program_id(0).to(tl.int64) * ROWS + part // groups, part % groups
+        live, col = (row < rows) & (group < dim // GROUP), tl.arange(0, GROUP)
+        y = normed.to(tl.float32).reshape(ROWS * groups, GROUP)
+        mask = live[:, None] & (col < GROUP)[None, :]
+        store_quantized(y, values_ptr, scales_ptr, row * (dim // GROUP) + group, col, mask, live, 0, GROUP)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -44,21 +56,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dim = x.shape[-1]
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out, total
-    x = _rows(x)
-    other = x if residual is None else _rows(residual)
-    block = triton.next_power_of_2(dim)
-    per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
-    _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
-        x, other, weight, out, total, x.shape[0], x.stride(0), other.stride(0), eps, dim,
-        ROWS=per_program, BLOCK_D=block, ADD=residual is not None, num_warps=4 if block <= 2048 else 8,
-    )  # fmt: skip
-    return out, total
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False) -> tuple[Tensor, ...]:
+    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual."""
+    dim, on = x.shape[-1], x.device
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on)
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=on)
+    values = scales = None
+    if quant:
+        assert dim % GROUP.value == 0, f"{dim=}"
+        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=on)
+        scales = torch.empty(*x.shape[:-1], dim // GROUP.value, dtype=torch.float32, device=on)
+    if x.numel():
+        x = _rows(x)
+        other = x if residual is None else _rows(residual)
+        block = triton.next_power_of_2(dim)
+        per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
+        _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
+            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps, dim,
+            ROWS=per_program, BLOCK_D=block, ADD=residual is not None, QUANT=quant,
+            num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+    return (out, values, scales, total) if quant else (out, total)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,6 +94,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x, residual [..., D] of one dtype. Neither is written; the sum never returns to memory before it is normed.
     """
     return _norm(x, residual, weight, eps)
+
+
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales).
+
+    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128]: `ref.rms_norm_quant`.
+    """
+    return _norm(x, None, weight, eps, quant=True)[:3]
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual)."""
+    return _norm(x, residual, weight, eps, quant=True)
 
 
 @triton.jit

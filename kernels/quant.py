@@ -25,7 +25,7 @@ def _silu_mul(x, rows, cols, mask, W):
 
 
 @triton.jit
-def _store_quantized(y, out, scales, rows, cols, mask, live, group, D):
+def store_quantized(y, out, scales, rows, cols, mask, live, group, D):
     """Tile y [rows, 128] float32 -> fp8 into out [.., D] and its scales into column `group` of [.., ceil(D / 128)]."""
     scale = tl.maximum(tl.max(tl.abs(y), 1), SMALLEST) / FP8_MAX  # [rows]
     y = tl.clamp(y / scale[:, None], -FP8_MAX, FP8_MAX)
@@ -42,7 +42,7 @@ def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr):
     live = rows < M
     mask = live[:, None] & (cols < D)[None, :]
     y = tl.load(x + rows.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_quantized(y, out, scales, rows, cols, mask, live, group, D)
+    store_quantized(y, out, scales, rows, cols, mask, live, group, D)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
     if scales is None:
         tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
     else:
-        _store_quantized(y, out, scales, rows, cols, mask, live, group, W)
+        store_quantized(y, out, scales, rows, cols, mask, live, group, W)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
         if scales is None:
             tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
         else:
-            _store_quantized(y, out, scales, rows, cols, mask, live, group, W)
+            store_quantized(y, out, scales, rows, cols, mask, live, group, W)
 
 
 def _fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,20 @@ def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_
     return weight.float() * scale[..., row[:, None], column]
 
 
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales)."""
+    normed = rms_norm(x, weight, eps)
+    return normed, *quantize_1x128(normed)
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residual add before rms_norm_quant: returns (normed, values, scales, x + residual)."""
+    total = x + residual
+    return *rms_norm_quant(total, weight, eps), total
+
+
 def silu_mul_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., 2I] -> quantize_1x128 of silu(gate) * up, with nothing rounded in between."""
     return quantize_1x128(silu_mul(x.float()))

@@ -38,6 +38,42 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(total, want_total) and torch.equal(residual, before)
 
 
+def quantised(normed: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Values and scales of exactly what was returned as normed: the next fp8 step at most, and rarely that."""
+    want_values, want_scales = ref.quantize_1x128(normed)
+    assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert values.shape == normed.shape and values.is_contiguous() and scales.is_contiguous()
+    torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0)
+    values, want = values.float(), want_values.float()
+    assert ((values - want).abs() <= want.abs() / 7.9 + 2**-8).all()
+    assert not values.numel() or (values == want).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (4097, 128), (9, 384)])
+def test_rms_norm_quant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, *shape, device=DEVICE, dtype=dtype) * 3
+    x *= torch.rand(*shape[:-1], 1, device=DEVICE).mul(6).sub(3).exp().to(dtype)
+    weight = torch.randn(shape[-1], device=DEVICE, dtype=dtype)
+    x[-1:], residual[-1:] = 0, 0  # the smallest scale
+    normed, values, scales = norm.rms_norm_quant(x, weight, 1e-6)
+    agree(normed, ref.rms_norm(x, weight, 1e-6))
+    quantised(normed, values, scales)
+    before = residual.clone()
+    normed, values, scales, total = norm.add_rms_norm_quant(x, residual, weight, 1e-6)
+    agree(normed, ref.add_rms_norm(x, residual, weight, 1e-6)[0])
+    quantised(normed, values, scales)
+    assert torch.equal(total, x + residual) and torch.equal(residual, before)
+
+
+def test_rms_norm_quant_of_a_slice(dtype: torch.dtype) -> None:
+    wide = torch.full((77, 2112), float("nan"), device=DEVICE, dtype=dtype)
+    wide[:, :1536] = torch.randn(77, 1536, device=DEVICE, dtype=dtype)
+    weight = torch.randn(1536, device=DEVICE, dtype=dtype)
+    normed, values, scales = norm.rms_norm_quant(wide[:, :1536], weight, 1e-6)
+    agree(normed, ref.rms_norm(wide[:, :1536], weight, 1e-6))
+    quantised(normed, values, scales)
+
+
 def test_rms_norm_of_a_slice(dtype: torch.dtype) -> None:
     """The latent is a slice of kv_a_proj's output; what lies beside it is never read."""
     wide = torch.full((77, 576), float("nan"), device=DEVICE, dtype=dtype)

@@ -24,6 +24,33 @@ def test_rms_norm_equals_torch() -> None:
     assert_close(ref.rms_norm(tiny, torch.ones(24).half(), 0.0), torch.ones(1, 24).half(), atol=2e-3, rtol=0)
 
 
+def test_add_rms_norm_norms_the_rounded_sum() -> None:
+    """And leaves both terms alone."""
+    x, residual, weight = torch.randn(5, 24).bfloat16(), torch.randn(5, 24).bfloat16() * 50, torch.rand(24).bfloat16()
+    before = x.clone(), residual.clone()
+    normed, total = ref.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual) and total.dtype == torch.bfloat16
+    assert_close(normed, F.rms_norm((x + residual).float(), (24,), weight.float(), 1e-6).bfloat16(), rtol=2e-2, atol=0)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dim", [128, 384])
+def test_rms_norm_quant_quantises_what_the_norm_gives(dim: int) -> None:
+    x, residual = torch.randn(2, 5, 3, dim).bfloat16()
+    weight = torch.rand(dim).bfloat16() + 0.5
+    residual[1] = -x[1]  # the smallest scale
+    normed, values, scales, total = ref.add_rms_norm_quant(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    for a, b in zip((normed, values, scales), ref.rms_norm_quant(total, weight, 1e-6), strict=True):
+        assert torch.equal(a.float(), b.float())
+    assert torch.equal(normed, ref.rms_norm(total, weight, 1e-6))
+    assert values.dtype == torch.float8_e4m3fn and scales.shape == (5, 3, dim // 128)
+    groups = normed.float().unflatten(-1, (-1, 128))
+    assert_close(scales, groups.abs().amax(-1).clamp(min=1e-4) / 448)
+    error = values.float().unflatten(-1, (-1, 128)) * scales[..., None] - groups
+    assert (error.abs() <= groups.abs() / 15.9 + scales[..., None] * 2**-10).all()
+
+
 def turned(x: Tensor, angles: Tensor) -> Tensor:
     """The last dim of x [T, H, R] in interleaved pairs as complex numbers, turned by angles [T, R / 2]."""
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
