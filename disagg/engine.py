@@ -64,7 +64,7 @@ class Sampled:
 class Engine:
     def __init__(self, settings: EngineConfig, config: ModelConfig, folder: str, mesh: Mesh, ops: Ops):
         """Loads this rank's weights. ValueError for whatever does not fit together."""
-        self.config, self.settings, self.mesh = config, settings, mesh
+        self.config, self.settings, self.mesh, self.ops = config, settings, mesh, ops
         self.max_model_len = settings.model_len(config)
         dtype = settings.torch_dtype(mesh.device)
         # The largest step every rank may take part in, spread over its attention group.

@@ -15,7 +15,7 @@ from kernels import ref
 
 @dataclass(frozen=True)
 class Ops:
-    """Every op the model calls. The contract of each is its twin's docstring in `kernels/ref.py`."""
+    """Every op the model and the handoff call. The contract of each is its twin's docstring in `kernels/ref.py`."""
 
     rms_norm: Callable = ref.rms_norm
     add_rms_norm: Callable = ref.add_rms_norm
@@ -34,6 +34,8 @@ class Ops:
     ep_gather: Callable = ref.ep_gather
     grouped_gemm_contiguous: Callable = ref.grouped_gemm_contiguous
     grouped_gemm_masked: Callable = ref.grouped_gemm_masked
+    pack_pages: Callable = ref.pack_pages
+    unpack_pages: Callable = ref.unpack_pages
     alignment: int = 1  # rows: what grouped_gemm_contiguous wants each expert's group padded to
 
 
@@ -74,6 +76,8 @@ OURS = {  # op -> the module with its Triton kernel
     "ep_gather": "kernels.route",
     "grouped_gemm_contiguous": "kernels.grouped_gemm",
     "grouped_gemm_masked": "kernels.grouped_gemm",
+    "pack_pages": "kernels.pages",
+    "unpack_pages": "kernels.pages",
 }
 PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "mla_decode": ("flash_mla", "triton", "torch"),

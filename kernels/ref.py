@@ -288,3 +288,13 @@ def grouped_gemm_contiguous_fp8(
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
     """grouped_gemm_masked of quantised operands, here in float32."""
     return grouped_gemm_masked(dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale), counts)
+
+
+def pack_pages(pool: Tensor, pages: Tensor) -> Tensor:
+    """pool [layers, pages, 64, W], pages [n] int64 -> those pages of every layer [layers, n, 64, W], contiguous."""
+    return pool[:, pages]
+
+
+def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:
+    """The way back, in place: packed [layers, n, 64, W] -> pool's pages [n] int64, all different."""
+    pool[:, pages] = packed

@@ -308,3 +308,17 @@ def test_ep_gather_without_weights_adds_what_is_there() -> None:
     rows = torch.tensor([[NAN, NAN], [1.0, 2.0], [10.0, 20.0]])
     out = ref.ep_gather(rows, torch.tensor([[1, 2], [-1, 2], [-1, -1], [1, -1]]))
     assert out.tolist() == [[11.0, 22.0], [10.0, 20.0], [0.0, 0.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("pages", [[3], [5, 0, 2, 6], []])
+def test_pages_are_packed_in_order_and_come_back_to_others(pages: list[int]) -> None:
+    pool, theirs = torch.randn(3, 7, 64, 5), [(page + 1) % 7 for page in pages]
+    packed = ref.pack_pages(pool, torch.tensor(pages, dtype=torch.int64))
+    assert packed.shape == (3, len(pages), 64, 5) and packed.is_contiguous()
+    other = torch.full_like(pool, NAN)
+    ref.unpack_pages(packed, other, torch.tensor(theirs, dtype=torch.int64))
+    for layer in range(3):
+        for mine, place, their in zip(pages, range(len(pages)), theirs, strict=True):
+            assert torch.equal(packed[layer, place], pool[layer, mine])
+            assert torch.equal(other[layer, their], pool[layer, mine])
+    assert other[:, [page for page in range(7) if page not in theirs]].isnan().all()
