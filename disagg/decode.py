@@ -81,8 +81,9 @@ class Decode(Unified):
 
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
         me, pool = self.members[self.rank], self.engine.pool
-        connect = dial(prefill, me, pool.device, generation)
-        return ReceiveLink(link_key(prefill, me, generation), connect, pool, self.links.events)
+        connect, unpack_pages = dial(prefill, me, pool.device, generation), self.engine.ops.unpack_pages
+        key = link_key(prefill, me, generation)
+        return ReceiveLink(key, connect, pool, self.links.events, unpack_pages=unpack_pages)
 
     def room_ended(self, uid: int, ended: RoomEnded) -> None:
         arrival = self.arrivals[uid]

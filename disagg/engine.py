@@ -103,7 +103,7 @@ class Engine:
         masked: Dispatcher,
     ):
         """`model` has its weights. ValueError for whatever does not fit together."""
-        self.config, self.settings, self.mesh, self.model = model.config, settings, mesh, model
+        self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
         self.scheduler = Scheduler(
             PageAllocator(pages_for(settings.kv_tokens) + 1),

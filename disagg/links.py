@@ -20,6 +20,7 @@ from torch import Tensor
 from disagg.control import Member, Pipe, bind, new_socket
 from disagg.handoff import Cancel, Closed, Join, Knock, Last, Open, RoomEnded, Sending, SendPages
 from disagg.transport.torch_dist import TIMEOUT, TorchTransport
+from kernels import ref
 
 
 class Link(threading.Thread):
@@ -106,6 +107,12 @@ class Link(threading.Thread):
         """A message from the peer or a command from the loop."""
         raise NotImplementedError
 
+    def page_ids(self, pages: list[int]) -> Tensor:
+        """For a kernel, which checks no bounds."""
+        if not all(0 <= page < self.pool.shape[1] for page in pages):
+            raise ValueError(f"{pages=} of a pool of {self.pool.shape[1]}")
+        return torch.tensor(pages, dtype=torch.int64, device=self.pool.device)
+
     def is_open(self, uid: int) -> bool:
         return uid in self._rooms
 
@@ -119,8 +126,9 @@ class Link(threading.Thread):
 class SendLink(Link):
     """The prefill rank's end."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
+        self._pack_pages = pack_pages
         super().__init__(*args)
 
     def handle(self, item: Any) -> None:
@@ -145,7 +153,7 @@ class SendLink(Link):
     def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        packed = self.pool[:, mine]  # [layers, pages, 64, C + R], contiguous
+        packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
         self.pipe.send(Sending(uid, theirs))
         start = time.perf_counter()
         self.transport.send(packed)
@@ -159,6 +167,10 @@ class SendLink(Link):
 
 class ReceiveLink(Link):
     """The decode rank's end."""
+
+    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages):
+        self._unpack_pages = unpack_pages
+        super().__init__(*args)
 
     def handle(self, item: Any) -> None:
         match item:
@@ -178,14 +190,14 @@ class ReceiveLink(Link):
     def _receive(self, uid: int, pages: list[int]) -> None:
         self._await(uid)
         layers, _, *page = self.pool.shape
-        packed = self.pool.new_empty(layers, len(pages), *page)
+        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)
         start = time.perf_counter()
         self.transport.recv(packed)
         self.seconds_moving += time.perf_counter() - start
         self.bytes_moved += packed.nbytes
         with self._changed:
             if self._down is None:  # else the room has ended, and the pages may be somebody else's
-                self.pool[:, pages] = packed
+                self._unpack_pages(packed, self.pool, ids)
                 if packed.is_cuda:
                     torch.cuda.current_stream().synchronize()  # Last must not overtake the copy
 

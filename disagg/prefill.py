@@ -90,7 +90,8 @@ class Prefill:
     def make_link(self, decode: Member, generation: int) -> SendLink:
         connect = listen(self.door.store, self.door.host, self.engine.pool.device)
         key = link_key(self.members[self.rank], decode, generation)
-        return SendLink(key, connect, self.engine.pool, self.links.events)
+        pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
+        return SendLink(key, connect, pool, self.links.events, pack_pages=pack_pages)
 
     def plan(self) -> Plan:
         return self.scheduler.schedule(reserve_output=False)

@@ -17,11 +17,17 @@ Quantized = tuple[torch.Tensor, torch.Tensor]  # e4m3 values [..., D] and their 
 
 @dataclass(frozen=True)
 class Ops:
-    """Every op the model calls. The contract of each is its twin's docstring in `kernels/ref.py`."""
+    """Every op the model and the handoff call. The contract of each is its twin's docstring in `kernels/ref.py`."""
 
     rms_norm: Callable = ref.rms_norm
-    rope: Callable = ref.rope
+    add_rms_norm: Callable = ref.add_rms_norm
+    rms_norm_quant: Callable = ref.rms_norm_quant
+    add_rms_norm_quant: Callable = ref.add_rms_norm_quant
+    rope_query: Callable = ref.rope_query
+    rope_into: Callable = ref.rope_into
+    norm_rope_write: Callable = ref.norm_rope_write
     silu_mul: Callable = ref.silu_mul
+    silu_mul_masked: Callable = ref.silu_mul_masked
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
     gate_topk: Callable = ref.gate_topk
@@ -36,6 +42,8 @@ class Ops:
     gemm_fp8: Callable = ref.gemm_fp8
     grouped_gemm_contiguous_fp8: Callable = ref.grouped_gemm_contiguous_fp8
     grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
+    pack_pages: Callable = ref.pack_pages
+    unpack_pages: Callable = ref.unpack_pages
     alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
 
@@ -60,8 +68,14 @@ class Choice:
 
 OURS = {  # op -> the module with its Triton kernel
     "rms_norm": "kernels.norm",
-    "rope": "kernels.norm",
+    "add_rms_norm": "kernels.norm",
+    "rms_norm_quant": "kernels.norm",
+    "add_rms_norm_quant": "kernels.norm",
+    "rope_query": "kernels.norm",
+    "rope_into": "kernels.norm",
+    "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
+    "silu_mul_masked": "kernels.quant",
     "prefill_attention": "kernels.attention",
     "mla_decode": "kernels.attention",
     "gate_topk": "kernels.route",
@@ -76,6 +90,8 @@ OURS = {  # op -> the module with its Triton kernel
     "gemm_fp8": "kernels.gemm",
     "grouped_gemm_contiguous_fp8": "kernels.grouped_gemm",
     "grouped_gemm_masked_fp8": "kernels.grouped_gemm",
+    "pack_pages": "kernels.pages",
+    "unpack_pages": "kernels.pages",
 }
 PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "mla_decode": ("flash_mla", "triton", "torch"),

@@ -1,15 +1,35 @@
-"""RMSNorm (with or without the residual add) and rope in Triton: one pass over memory each."""
+"""RMSNorm (with or without the residual add, and quantised or not), rope, and MLA's cache write that needs both.
+
+One pass over memory each.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quant import GROUP, store_quantized
+
+
+@triton.jit
+def _normed(x, weight, eps, dim):
+    """rms_norm of x [ROWS, BLOCK_D] (zero past `dim` columns) in float32, rounded to x's dtype before the weight."""
+    x32 = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x32 * x32, 1) / dim + eps)
+    return (x32 * inverse[:, None]).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+
+
+@triton.jit
+def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rope of x [ROWS, BLOCK_D] by cos, sin [ROWS, BLOCK_D / 2]."""
+    even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
+    return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
+
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, x_stride, residual_stride, eps, dim: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
+    dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
@@ -18,11 +38,16 @@ def _rms_norm_kernel(
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row * residual_stride + col, mask=here, other=0.0)).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
-    x32 = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x32 * x32, 1) / dim + eps)
-    weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0).to(tl.float32)
-    normed = (x32 * inverse[:, None]).to(x.dtype).to(tl.float32) * weight
-    tl.store(out_ptr + row * dim + col, normed.to(out_ptr.dtype.element_ty), mask=here)
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * dim + col, normed, mask=here)
+    if QUANT:  # as rows of one group each: dim is a multiple of GROUP
+        groups: tl.constexpr = BLOCK_D // GROUP
+        part = tl.arange(0, ROWS * groups)
+        row, group = tl.program_id(0).to(tl.int64) * ROWS + part // groups, part % groups
+        live, col = (row < rows) & (group < dim // GROUP), tl.arange(0, GROUP)
+        y = normed.to(tl.float32).reshape(ROWS * groups, GROUP)
+        mask = live[:, None] & (col < GROUP)[None, :]
+        store_quantized(y, values_ptr, scales_ptr, row * (dim // GROUP) + group, col, mask, live, 0, GROUP)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -31,21 +56,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dim = x.shape[-1]
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out, total
-    x = _rows(x)
-    other = x if residual is None else _rows(residual)
-    block = triton.next_power_of_2(dim)
-    per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
-    _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
-        x, other, weight, out, total, x.shape[0], x.stride(0), other.stride(0), eps, dim,
-        ROWS=per_program, BLOCK_D=block, ADD=residual is not None, num_warps=4 if block <= 2048 else 8,
-    )  # fmt: skip
-    return out, total
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False) -> tuple[Tensor, ...]:
+    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual."""
+    dim, on = x.shape[-1], x.device
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on)
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=on)
+    values = scales = None
+    if quant:
+        assert dim % GROUP.value == 0, f"{dim=}"
+        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=on)
+        scales = torch.empty(*x.shape[:-1], dim // GROUP.value, dtype=torch.float32, device=on)
+    if x.numel():
+        x = _rows(x)
+        other = x if residual is None else _rows(residual)
+        block = triton.next_power_of_2(dim)
+        per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
+        _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
+            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps, dim,
+            ROWS=per_program, BLOCK_D=block, ADD=residual is not None, QUANT=quant,
+            num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+    return (out, values, scales, total) if quant else (out, total)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,40 +96,115 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _norm(x, residual, weight, eps)
 
 
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales).
+
+    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128]: `ref.rms_norm_quant`.
+    """
+    return _norm(x, None, weight, eps, quant=True)[:3]
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual)."""
+    return _norm(x, residual, weight, eps, quant=True)
+
+
 @triton.jit
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, rows, heads, x_stride, x_head_stride, cos_stride, sin_stride, dim: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
+    target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
-    token, head = row // heads, row % heads
+    """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
+    token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
-    here = (row < rows) & (col < dim)
-    x = tl.load(x_ptr + token * x_stride + head * x_head_stride + col, mask=here, other=0.0)
-    here_pair = (row < rows) & (pair < dim // 2)
-    cos = tl.load(cos_ptr + token * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
-    sin = tl.load(sin_ptr + token * sin_stride + pair, mask=here_pair, other=0.0)
-    even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
-    turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D)
-    tl.store(out_ptr + row * dim + col, turned.to(x.dtype), mask=here)
+    live = row < rows
+    here, here_pair = live & (col < dim), live & (pair < dim // 2)
+    x = tl.load(source_ptr + token * source_stride + head * source_head_stride + col, mask=here, other=0.0)
+    position = tl.load(positions_ptr + token, mask=live, other=0)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
+    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
+    target = target_ptr + token * target_stride + head * target_head_stride + col
+    tl.store(target, _turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[0], x[1]), (x[2], x[3]), ... by each token's angles: `ref.rope`.
+def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """Rotate the last `rope_dim` columns of every head of q [T, H, nope + R], in place: `ref.rope_query`.
 
-    x [T, R] or [T, ..., R] bf16 or float32, possibly a strided view; cos, sin [T, R / 2] float32 -> x's shape,
-    contiguous. Rows are (token, head) pairs, so that a slice of a projection is read in place.
+    q bf16 or float32 with unit last stride; tables [length, R / 2] float32; positions [T] int64.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out
-    tokens, dim = x.shape[0], x.shape[-1]
-    x = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # [T, H, R]
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    block = max(2, triton.next_power_of_2(dim))
+    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
+
+
+def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope_query into the last `rope_dim` columns of out [T, H, C + R], of q's dtype and with unit last stride.
+
+    q is left alone, and so are out's other columns. out may be q, but may not overlap it otherwise.
+    """
+    rows = q.shape[0] * q.shape[1]
+    if rows == 0:
+        return
+    source, target = q[..., -rope_dim:], out[..., -rope_dim:]
+    block = max(2, triton.next_power_of_2(rope_dim))
     per_program = max(1, 2048 // block)
-    _rope_kernel[triton.cdiv(tokens * x.shape[1], per_program),](
-        x, cos, sin, out, tokens * x.shape[1], x.shape[1], x.stride(0), x.stride(1), cos.stride(0), sin.stride(0), dim,
+    _rope_kernel[triton.cdiv(rows, per_program),](
+        source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
+        target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
         ROWS=per_program, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    return out
+
+
+@triton.jit
+def _norm_rope_write_kernel(
+    kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, pages_ptr, tokens, kv_stride, cos_stride, sin_stride,
+    eps, latent: tl.constexpr, rope_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    live = token < tokens
+    source = kv_ptr + token * kv_stride
+    target = pages_ptr + tl.load(rows_ptr + token, mask=live, other=0) * (latent + rope_dim)
+
+    col = tl.arange(0, BLOCK_C)[None]
+    here = live & (col < latent)
+    x = tl.load(source + col, mask=here, other=0.0)  # [ROWS, BLOCK_C]
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < latent, other=0.0), eps, latent)
+    tl.store(target + col, normed.to(pages_ptr.dtype.element_ty), mask=here)
+
+    col, pair = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_R // 2)[None]
+    here, here_pair = live & (col < rope_dim), live & (pair < rope_dim // 2)
+    position = tl.load(positions_ptr + token, mask=live, other=0)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_R / 2]
+    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
+    key = tl.load(source + latent + col, mask=here, other=0.0)  # [ROWS, BLOCK_R]
+    tl.store(target + latent + col, _turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
+
+
+def norm_rope_write(
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    kv_pages: Tensor,
+) -> None:
+    """MLA's cache write: kv_pages' flat row rows[t] = [rms_norm(kv[t, :C]), rope(kv[t, C:])]: `ref.norm_rope_write`.
+
+    kv [T, C + R] with unit last stride, norm_weight [C], kv_pages [pages, 64, C + R] contiguous, of one dtype;
+    tables [length, R / 2] float32; positions, rows [T] int64. Tokens of one row (padding, in the null page) race.
+    """
+    tokens, latent = kv.shape[0], norm_weight.numel()
+    if tokens == 0:
+        return
+    pool, rope_dim = kv_pages.view(-1, kv.shape[1]), kv.shape[1] - latent
+    block = triton.next_power_of_2(latent)
+    per_program = max(1, 2048 // block)
+    _norm_rope_write_kernel[triton.cdiv(tokens, per_program),](
+        kv, norm_weight, cos_table, sin_table, positions, rows, pool, tokens, kv.stride(0), cos_table.stride(0),
+        sin_table.stride(0), eps, latent, rope_dim,
+        ROWS=per_program, BLOCK_C=block, BLOCK_R=max(2, triton.next_power_of_2(rope_dim)), num_warps=4,
+    )  # fmt: skip

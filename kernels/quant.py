@@ -25,7 +25,7 @@ def _silu_mul(x, rows, cols, mask, W):
 
 
 @triton.jit
-def _store_quantized(y, out, scales, rows, cols, mask, live, group, D):
+def store_quantized(y, out, scales, rows, cols, mask, live, group, D):
     """Tile y [rows, 128] float32 -> fp8 into out [.., D] and its scales into column `group` of [.., ceil(D / 128)]."""
     scale = tl.maximum(tl.max(tl.abs(y), 1), SMALLEST) / FP8_MAX  # [rows]
     y = tl.clamp(y / scale[:, None], -FP8_MAX, FP8_MAX)
@@ -42,7 +42,7 @@ def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr):
     live = rows < M
     mask = live[:, None] & (cols < D)[None, :]
     y = tl.load(x + rows.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_quantized(y, out, scales, rows, cols, mask, live, group, D)
+    store_quantized(y, out, scales, rows, cols, mask, live, group, D)
 
 
 @triton.jit
@@ -59,12 +59,15 @@ def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
     if scales is None:
         tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
     else:
-        _store_quantized(y, out, scales, rows, cols, mask, live, group, W)
+        store_quantized(y, out, scales, rows, cols, mask, live, group, W)
 
 
 @triton.jit
 def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
-    """Grid (expert, group, P): P programs walk the expert's real row blocks, however many there are."""
+    """Grid (expert, group, P): P programs walk the expert's real row blocks, however many there are.
+
+    scales None: a plain silu * mul.
+    """
     expert, group = tl.program_id(0), tl.program_id(1)
     count = tl.load(counts + expert)
     cols = group * GROUP + tl.arange(0, GROUP)
@@ -73,7 +76,11 @@ def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
         live = place < count
         rows = expert * R + place
         mask = live[:, None] & (cols < W)[None, :]
-        _store_quantized(_silu_mul(x, rows, cols, mask, W), out, scales, rows, cols, mask, live, group, W)
+        y = _silu_mul(x, rows, cols, mask, W)
+        if scales is None:
+            tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+        else:
+            store_quantized(y, out, scales, rows, cols, mask, live, group, W)
 
 
 def _fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -91,13 +98,29 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """[..., 2I] -> [..., I]: silu(gate) * up, gate first, in float32 and rounded once."""
+def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
+    """[..., 2I] -> [..., I]: silu(gate) * up, gate first, in float32 and rounded once.
+
+    Rows of x [M, 2I] whose row_expert [M] is -1 are padding: neither read nor written.
+    """
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if out.numel():
         rows, width = out.numel() // out.shape[-1], out.shape[-1]
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value))
-        _silu_mul_kernel[grid](x.contiguous(), None, out, None, rows, width, ROWS)
+        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, None, rows, width, ROWS)
+    return out
+
+
+def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
+    """x [L, R, 2I] -> silu_mul of each expert's first counts[e] rows [L, R, I]; the rest is neither read nor written.
+
+    counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
+    """
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    if out.numel():
+        num_local, room, width = out.shape
+        grid = (num_local, triton.cdiv(width, GROUP.value), min(16, triton.cdiv(room, ROWS)))
+        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, None, room, width, ROWS)
     return out
 
 

@@ -28,10 +28,56 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """[..., 2I] -> [..., I]: silu(gate) * up, gate first."""
+def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope of the last `rope_dim` columns of every head of q [T, H, nope + R], in place.
+
+    cos_table, sin_table [length, R / 2] float32, indexed by positions [T] int64.
+    """
+    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
+
+
+def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope_query, written into the last `rope_dim` columns of out [T, H, C + R] instead; its others are left alone."""
+    out[..., -rope_dim:] = rope(q[..., -rope_dim:], cos_table[positions], sin_table[positions])
+
+
+def norm_rope_write(
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    kv_pages: Tensor,
+) -> None:
+    """MLA's cache write (DeepSeek-V2, section 2.1): [rms_norm(latent), rope(shared key)] of each token, in place.
+
+    kv [T, C + R], norm_weight [C], kv_pages [pages, 64, C + R], contiguous, all of one dtype; cos_table, sin_table
+    [length, R / 2] float32, indexed by positions [T] int64. Token t goes to row rows[t] (int64) of the flat pages;
+    where several go to one row, any of them stays.
+    """
+    latent, key = kv.tensor_split((norm_weight.numel(),), -1)
+    roped = rope(key, cos_table[positions], sin_table[positions])
+    kv_pages.view(-1, kv.shape[-1])[rows] = torch.cat((rms_norm(latent, norm_weight, eps), roped), -1)
+
+
+def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
+    """[..., 2I] -> [..., I]: silu(gate) * up, gate first. Rows whose row_expert [M] is -1 are undefined."""
+    if row_expert is not None:
+        out, real = x.new_empty(x.shape[0], x.shape[1] // 2), row_expert >= 0
+        out[real] = silu_mul(x[real])
+        return out
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
+    """out[e, :counts[e]] = silu_mul(x[e, :counts[e]]); the rest is undefined. x [L, R, 2I], counts [L] -> [L, R, I]."""
+    out = x.new_empty(*x.shape[:2], x.shape[2] // 2)
+    for expert, count in enumerate(counts.tolist()):
+        out[expert, :count] = silu_mul(x[expert, :count])
+    return out
 
 
 FP8_MAX = 448.0  # of e4m3
@@ -71,6 +117,20 @@ def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_
     row = torch.arange(first_row, first_row + weight.shape[-2], device=weight.device) // BLOCK
     column = torch.arange(first_column, first_column + weight.shape[-1], device=weight.device) // BLOCK
     return weight.float() * scale[..., row[:, None], column]
+
+
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales)."""
+    normed = rms_norm(x, weight, eps)
+    return normed, *quantize_1x128(normed)
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residual add before rms_norm_quant: returns (normed, values, scales, x + residual)."""
+    total = x + residual
+    return *rms_norm_quant(total, weight, eps), total
 
 
 def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -256,3 +316,13 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_s
     """grouped_gemm_masked of quantised operands, summed in float32 and rounded to bf16."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
     return grouped_gemm_masked(x, weight, counts).bfloat16()
+
+
+def pack_pages(pool: Tensor, pages: Tensor) -> Tensor:
+    """pool [layers, pages, 64, W], pages [n] int64 -> those pages of every layer [layers, n, 64, W], contiguous."""
+    return pool[:, pages]
+
+
+def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:
+    """The way back, in place: packed [layers, n, 64, W] -> pool's pages [n] int64, all different."""
+    pool[:, pages] = packed

@@ -54,10 +54,14 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         self.weight = weight(size, dtype=dtype, device=device)
-        self.eps, self.rms_norm = eps, ops.rms_norm
+        self.eps, self.rms_norm, self.add_rms_norm = eps, ops.rms_norm, ops.add_rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + residual), x + residual."""
+        return self.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Embedding(nn.Module):

@@ -49,31 +49,29 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
         """x [T, D], kv_pages [pages, 64, C + R] (written in place) -> [T, D], to be summed over mesh.attn."""
-        cos, sin = (table[batch.positions] for table in self.rope)
         x = self.kv_a_proj_with_mqa.operand(x)  # once: the queries start from the same
-        q_nope, q_rope = self.queries(x, cos, sin)
-        self.write_kv(x, cos, sin, batch.kv_rows, kv_pages)
+        q = self.queries(x)  # [T, H, nope + R], not yet rotated
+        self.write_kv(x, batch, kv_pages)
         split = batch.num_decodes
-        out = torch.cat(
-            (
-                self.absorbed(q_nope[:split], q_rope[:split], batch, kv_pages),
-                self.expanded(q_nope[split:], q_rope[split:], batch, kv_pages),
-            )
-        )
+        if split == 0:
+            out = self.expanded(q, batch, kv_pages)
+        elif split == batch.num_tokens:
+            out = self.absorbed(q, batch, kv_pages)
+        else:
+            out = torch.cat((self.absorbed(q[:split], batch, kv_pages), self.expanded(q[split:], batch, kv_pages)))
         return self.o_proj(out.flatten(1))
 
-    def queries(self, x: Tensor | Quantized, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor | Quantized) -> Tensor:
         config = self.config
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q_nope, q_rope = q.view(-1, self.heads, config.qk_head_dim).split(
-            (config.qk_nope_head_dim, config.qk_rope_head_dim), -1
-        )
-        return q_nope, self.ops.rope(q_rope, cos, sin)  # [T, H, nope], [T, H, R]
+        return q.view(-1, self.heads, config.qk_head_dim)
 
-    def write_kv(self, x: Tensor | Quantized, cos: Tensor, sin: Tensor, rows: Tensor, kv_pages: Tensor) -> None:
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
-        kv = torch.cat((self.kv_a_layernorm(latent), self.ops.rope(k_rope, cos, sin)), -1)
-        kv_pages.view(-1, kv.shape[-1])[rows] = kv  # padding rows all land in the null page
+    def write_kv(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> None:
+        """Padding rows all land in the null page."""
+        norm = self.kv_a_layernorm
+        self.ops.norm_rope_write(
+            self.kv_a_proj_with_mqa(x), norm.weight, norm.eps, *self.rope, batch.positions, batch.kv_rows, kv_pages
+        )
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, nope, C], W_UV [H, v, C]."""
@@ -82,10 +80,12 @@ class MLA(nn.Module):
             (config.qk_nope_head_dim, config.v_head_dim), 1
         )
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+    def expanded(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """q [sum q, H, nope + R], rotated in place -> [sum q, H, v]."""
         config = self.config
-        if q_nope.shape[0] == 0:
-            return q_nope.new_empty(0, self.heads, config.v_head_dim)
+        if q.shape[0] == 0:
+            return q.new_empty(0, self.heads, config.v_head_dim)
+        self.ops.rope_query(q, *self.rope, batch.positions[batch.num_decodes :], config.qk_rope_head_dim)
         context = kv_pages.view(-1, config.kv_dim)[batch.context_rows]
         latent, k_rope = context.split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         k_nope, v = (
@@ -94,17 +94,20 @@ class MLA(nn.Module):
             .split((config.qk_nope_head_dim, config.v_head_dim), -1)
         )
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.heads, -1)), -1)  # [sum kv, H, nope + R]
-        q = torch.cat((q_nope, q_rope), -1)
         return self.ops.prefill_attention(
             q, k, v, batch.q_starts, batch.kv_starts, batch.max_q, batch.max_kv, self.scale
         )
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        if q_nope.shape[0] == 0:
-            return q_nope.new_empty(0, self.heads, self.config.v_head_dim)
-        w_uk, w_uv = self.up_projections()
-        q = torch.cat((torch.einsum("thn,hnc->thc", q_nope, w_uk), q_rope), -1)  # [B, H, C + R]
-        attended = self.ops.mla_decode(
-            q, kv_pages, batch.page_table, batch.kv_lens, self.scale, v_dim=self.config.kv_lora_rank
-        )
-        return torch.einsum("thc,hvc->thv", attended, w_uv)
+    def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """q [B, H, nope + R] -> [B, H, v]."""
+        config, (w_uk, w_uv) = self.config, self.up_projections()
+        nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
+        turned = q.new_empty(q.shape[0], self.heads, config.kv_dim)  # q' [B, H, C + R]
+        by_head = q[..., :nope].transpose(0, 1)  # [H, B, nope]
+        torch.bmm(by_head, w_uk, out=turned[..., :latent].transpose(0, 1))
+        positions = batch.positions[: batch.num_decodes]
+        self.ops.rope_into(q, turned, *self.rope, positions, config.qk_rope_head_dim)
+        attended = self.ops.mla_decode(turned, kv_pages, batch.page_table, batch.kv_lens, self.scale, v_dim=latent)
+        out = q.new_empty(q.shape[0], self.heads, config.v_head_dim)
+        torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
+        return out

@@ -55,10 +55,9 @@ class Block(nn.Module):
         """x [T, D] -> [T, D]."""
         attended = self.self_attn(self.input_layernorm(x), batch, kv_pages)
         if not self.is_moe:
-            x = x + self.attn.all_reduce(attended)
-            return x + self.attn.all_reduce(self.mlp(self.post_attention_layernorm(x)))
-        x = self.attn.scatter(x) + self.attn.reduce_scatter(attended)
-        normed = self.post_attention_layernorm(x)
+            normed, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))
+            return x + self.attn.all_reduce(self.mlp(normed))
+        normed, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         x = x + (yield from self.mlp.steps(normed, self.attn.scatter(batch.is_token), dispatcher))
         return self.attn.all_gather(x)
 

@@ -129,8 +129,16 @@ def norms(tokens: int) -> None:
     ours = lambda: norm.add_rms_norm(x, residual, weight, 1e-6)  # noqa: E731
     theirs = lambda: F.rms_norm(x + residual, (7168,), weight, 1e-6)  # noqa: E731
     report("add_rms_norm", shape, replayed_us(ours), replayed_us(theirs), 4 * size, "TB/s", "torch")
-    q, angle = randn(tokens, 128, 192)[..., 128:], torch.rand(tokens, 32, device="cuda")
-    report("rope", str(tuple(q.shape)), replayed_us(lambda: norm.rope(q, angle, angle)), None, 4 * q.numel(), "TB/s")
+    quantised = lambda: norm.add_rms_norm_quant(x, residual, weight, 1e-6)  # noqa: E731
+    report("add_rms_norm_quant", shape, replayed_us(quantised), None, 4.5 * size, "TB/s")
+    q, angle = randn(tokens, 128, 192), torch.rand(4096, 32, device="cuda")
+    table, positions = (angle.cos(), angle.sin()), torch.randint(4096, (tokens,), device="cuda")
+    rope = lambda: norm.rope_query(q, *table, positions, 64)  # noqa: E731
+    report("rope_query", str((tokens, 128, 64)), replayed_us(rope), None, 4 * tokens * 128 * 64, "TB/s")
+    kv, pages = randn(tokens, 576), randn(tokens // 64, 64, 576)
+    rows = torch.randperm(tokens, device="cuda")
+    write = lambda: norm.norm_rope_write(kv, weight[:512], 1e-6, *table, positions, rows, pages)  # noqa: E731
+    report("norm_rope_write", str(tuple(kv.shape)), replayed_us(write), None, 4 * kv.numel(), "TB/s")
 
 
 def run() -> None:

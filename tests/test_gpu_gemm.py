@@ -17,7 +17,7 @@ from kernels.grouped_gemm import (
     grouped_gemm_masked,
     grouped_gemm_masked_fp8,
 )
-from kernels.quant import quantize_1x128, silu_mul, silu_mul_quant, silu_mul_quant_masked
+from kernels.quant import quantize_1x128, silu_mul, silu_mul_masked, silu_mul_quant, silu_mul_quant_masked
 from kernels.ref import quantize_128x128
 
 pytestmark = pytest.mark.gpu
@@ -179,6 +179,32 @@ def test_quantize_128x128(shape: tuple[int, ...]) -> None:
 def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, device=DEVICE).to(dtype)
     close(silu_mul(x), ref.silu_mul(x.float()), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [128, 2048, 200])
+def test_silu_mul_skips_padding(width: int, dtype: torch.dtype) -> None:
+    row_expert = segments([3, 0, 129], 128)
+    real = row_expert >= 0
+    x = torch.randn(len(real), 2 * width, device=DEVICE).to(dtype)
+    want = silu_mul(x)
+    out = silu_mul(x.masked_fill(~real[:, None], float("nan")), row_expert)
+    assert out.dtype == dtype and out.shape == want.shape and torch.equal(out[real], want[real])
+    assert silu_mul(x[:0], row_expert[:0]).shape == (0, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [128, 2048, 200])
+@pytest.mark.parametrize(("sizes", "room"), [([0, 5, 700], 700), ([1], 1), ([0], 0), ([], 4), ([600, 33], 600)])
+def test_silu_mul_masked(sizes: list[int], room: int, width: int, dtype: torch.dtype) -> None:
+    counts = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
+    real = valid(counts, room)
+    x = torch.randn(len(sizes), room, 2 * width, device=DEVICE).to(dtype)
+    want = silu_mul(x)
+    x[~real] = float("nan")
+    out = silu_mul_masked(x, counts)
+    assert out.dtype == dtype and out.shape == want.shape and torch.equal(out[real], want[real])
+    close(out[real], ref.silu_mul(x[real].float()), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("width", [128, 2048, 200])

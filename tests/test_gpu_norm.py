@@ -1,4 +1,4 @@
-"""RMSNorm, its fused residual add, and rope in Triton against their twins."""
+"""RMSNorm, its fused residual add, rope and the cache write in Triton against their twins."""
 
 import pytest
 import torch
@@ -38,6 +38,42 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(total, want_total) and torch.equal(residual, before)
 
 
+def quantised(normed: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Values and scales of exactly what was returned as normed: the next fp8 step at most, and rarely that."""
+    want_values, want_scales = ref.quantize_1x128(normed)
+    assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert values.shape == normed.shape and values.is_contiguous() and scales.is_contiguous()
+    torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0)
+    values, want = values.float(), want_values.float()
+    assert ((values - want).abs() <= want.abs() / 7.9 + 2**-8).all()
+    assert not values.numel() or (values == want).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (4097, 128), (9, 384)])
+def test_rms_norm_quant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, *shape, device=DEVICE, dtype=dtype) * 3
+    x *= torch.rand(*shape[:-1], 1, device=DEVICE).mul(6).sub(3).exp().to(dtype)
+    weight = torch.randn(shape[-1], device=DEVICE, dtype=dtype)
+    x[-1:], residual[-1:] = 0, 0  # the smallest scale
+    normed, values, scales = norm.rms_norm_quant(x, weight, 1e-6)
+    agree(normed, ref.rms_norm(x, weight, 1e-6))
+    quantised(normed, values, scales)
+    before = residual.clone()
+    normed, values, scales, total = norm.add_rms_norm_quant(x, residual, weight, 1e-6)
+    agree(normed, ref.add_rms_norm(x, residual, weight, 1e-6)[0])
+    quantised(normed, values, scales)
+    assert torch.equal(total, x + residual) and torch.equal(residual, before)
+
+
+def test_rms_norm_quant_of_a_slice(dtype: torch.dtype) -> None:
+    wide = torch.full((77, 2112), float("nan"), device=DEVICE, dtype=dtype)
+    wide[:, :1536] = torch.randn(77, 1536, device=DEVICE, dtype=dtype)
+    weight = torch.randn(1536, device=DEVICE, dtype=dtype)
+    normed, values, scales = norm.rms_norm_quant(wide[:, :1536], weight, 1e-6)
+    agree(normed, ref.rms_norm(wide[:, :1536], weight, 1e-6))
+    quantised(normed, values, scales)
+
+
 def test_rms_norm_of_a_slice(dtype: torch.dtype) -> None:
     """The latent is a slice of kv_a_proj's output; what lies beside it is never read."""
     wide = torch.full((77, 576), float("nan"), device=DEVICE, dtype=dtype)
@@ -46,12 +82,48 @@ def test_rms_norm_of_a_slice(dtype: torch.dtype) -> None:
     agree(norm.rms_norm(wide[:, :512], weight, 1e-6), ref.rms_norm(wide[:, :512], weight, 1e-6))
 
 
-@pytest.mark.parametrize("heads", [None, 1, 16, 128])
-@pytest.mark.parametrize(("tokens", "dim"), [(0, 64), (1, 64), (333, 64), (50, 16), (9, 24)])
-def test_rope(tokens: int, dim: int, heads: int | None, dtype: torch.dtype) -> None:
-    """x is a slice of a projection, cos and sin are rows of a table."""
-    lead = (tokens,) if heads is None else (tokens, heads)
-    x = torch.full((*lead, 3 * dim), float("nan"), device=DEVICE, dtype=dtype)
-    x[..., 2 * dim :] = torch.randn(*lead, dim, device=DEVICE, dtype=dtype)
-    angle = torch.rand(tokens, dim // 2, device=DEVICE) * 100
-    agree(norm.rope(x[..., 2 * dim :], angle.cos(), angle.sin()), ref.rope(x[..., 2 * dim :], angle.cos(), angle.sin()))
+def tables(length: int, dim: int) -> tuple[Tensor, Tensor]:
+    angle = torch.rand(length, dim // 2, device=DEVICE) * 100
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 16, 128])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "beside"), [(0, 64, 128), (1, 64, 128), (333, 64, 128), (50, 16, 32), (9, 24, 5)]
+)
+def test_rope(tokens: int, dim: int, beside: int, heads: int, dtype: torch.dtype) -> None:
+    """The query is a slice of something wider; what lies beside the rotated columns is not touched."""
+    wide = torch.randn(tokens + 2, heads, beside + dim + 8, device=DEVICE).to(dtype)
+    q, positions = wide[1:-1, :, 8:], torch.randint(1000, (tokens,), device=DEVICE)
+    args, before = (*tables(1000, dim), positions, dim), wide.clone()
+    out, want = torch.full((2, tokens, heads, 512 + dim), float("nan"), device=DEVICE, dtype=dtype)
+    assert norm.rope_into(q, out, *args) is None
+    ref.rope_into(q, want, *args)
+    assert out[..., :512].isnan().all() and torch.equal(wide, before)
+    agree(out[..., 512:].contiguous(), want[..., 512:].contiguous())
+    assert norm.rope_query(q, *args) is None
+    assert torch.equal(q[..., beside:], out[..., 512:])
+    q[..., beside:] = before[1:-1, :, 8 + beside :]
+    assert torch.equal(wide, before)
+
+
+@pytest.mark.parametrize(("latent", "rope"), [(512, 64), (64, 16), (100, 24)])
+@pytest.mark.parametrize(("tokens", "padding"), [(0, 0), (1, 0), (333, 50), (5, 5)])
+def test_norm_rope_write(tokens: int, padding: int, latent: int, rope: int, dtype: torch.dtype) -> None:
+    """kv is a slice of something wider; padding goes to the null page; no other row of the pages is touched."""
+    width = latent + rope
+    wide = torch.full((tokens, width + 72), float("nan"), device=DEVICE, dtype=dtype)
+    kv = wide[:, 8 : 8 + width]
+    kv.copy_(torch.randn(tokens, width, device=DEVICE) * 3)
+    weight = torch.randn(latent, device=DEVICE, dtype=dtype)
+    positions = torch.randint(1000, (tokens,), device=DEVICE)
+    rows = torch.randperm(8 * 64, device=DEVICE)[:tokens] + 64
+    rows[torch.randperm(tokens, device=DEVICE)[:padding]] = 0
+    out, want = torch.full((2, 9, 64, width), float("nan"), device=DEVICE, dtype=dtype)
+    args = (kv, weight, 1e-6, *tables(1000, rope), positions, rows)
+    assert norm.norm_rope_write(*args, out) is None
+    ref.norm_rope_write(*args, want)
+    written = out.flatten(0, 1).isfinite().all(-1)
+    assert sorted({*rows.tolist()}) == written.nonzero().flatten().tolist()
+    assert out.flatten(0, 1)[~written].isnan().all()
+    agree(out[1:].nan_to_num(0.0), want[1:].nan_to_num(0.0))

@@ -24,16 +24,91 @@ def test_rms_norm_equals_torch() -> None:
     assert_close(ref.rms_norm(tiny, torch.ones(24).half(), 0.0), torch.ones(1, 24).half(), atol=2e-3, rtol=0)
 
 
+def test_add_rms_norm_norms_the_rounded_sum() -> None:
+    """And leaves both terms alone."""
+    x, residual, weight = torch.randn(5, 24).bfloat16(), torch.randn(5, 24).bfloat16() * 50, torch.rand(24).bfloat16()
+    before = x.clone(), residual.clone()
+    normed, total = ref.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual) and total.dtype == torch.bfloat16
+    assert_close(normed, F.rms_norm((x + residual).float(), (24,), weight.float(), 1e-6).bfloat16(), rtol=2e-2, atol=0)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dim", [128, 384])
+def test_rms_norm_quant_quantises_what_the_norm_gives(dim: int) -> None:
+    x, residual = torch.randn(2, 5, 3, dim).bfloat16()
+    weight = torch.rand(dim).bfloat16() + 0.5
+    residual[1] = -x[1]  # the smallest scale
+    normed, values, scales, total = ref.add_rms_norm_quant(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    for a, b in zip((normed, values, scales), ref.rms_norm_quant(total, weight, 1e-6), strict=True):
+        assert torch.equal(a.float(), b.float())
+    assert torch.equal(normed, ref.rms_norm(total, weight, 1e-6))
+    assert values.dtype == torch.float8_e4m3fn and scales.shape == (5, 3, dim // 128)
+    groups = normed.float().unflatten(-1, (-1, 128))
+    assert_close(scales, groups.abs().amax(-1).clamp(min=1e-4) / 448)
+    error = values.float().unflatten(-1, (-1, 128)) * scales[..., None] - groups
+    assert (error.abs() <= groups.abs() / 15.9 + scales[..., None] * 2**-10).all()
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """The last dim of x [T, H, R] in interleaved pairs as complex numbers, turned by angles [T, R / 2]."""
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+
 def test_rope_turns_interleaved_pairs_as_complex_numbers() -> None:
     q, angles = torch.randn(7, 4, 8), torch.rand(7, 4) * 10
-    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(7, 1, 4), angles[:, None])
-    assert_close(ref.rope(q, angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2))
-    assert_close(ref.rope(q[:, 0], angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2)[:, 0])
+    assert_close(ref.rope(q, angles.cos(), angles.sin()), turned(q, angles))
+    assert_close(ref.rope(q[:, 0], angles.cos(), angles.sin()), turned(q, angles)[:, 0])
+
+
+def test_rope_of_a_query_turns_its_last_columns_and_no_other() -> None:
+    wide, table, positions = torch.randn(7, 3, 20), torch.rand(30, 4) * 10, torch.randint(30, (7,))
+    q, before = wide[..., 2:15], wide.clone()  # 5 + 8 of 20 columns
+    out = torch.full((7, 3, 6 + 8), NAN)
+    ref.rope_into(q, out, table.cos(), table.sin(), positions, 8)
+    want = turned(before[..., 7:15], table[positions])
+    assert_close(out[..., 6:], want)
+    assert out[..., :6].isnan().all() and torch.equal(wide, before)
+    ref.rope_query(q, table.cos(), table.sin(), positions, 8)
+    assert_close(wide[..., 7:15], want)
+    wide[..., 7:15] = before[..., 7:15]
+    assert torch.equal(wide, before)
+
+
+def test_norm_rope_write_fills_each_tokens_row_and_no_other() -> None:
+    latent, rope, tokens = 10, 4, 7
+    wide, weight, table = torch.randn(tokens, 20), torch.rand(latent) + 0.5, torch.rand(30, rope // 2) * 10
+    kv, positions = wide[:, 3 : 3 + latent + rope], torch.randint(30, (tokens,))
+    rows = torch.randperm(2 * 64)[:tokens] + 64
+    rows[3] = rows[5] = 0  # padding: both in the null page
+    pages = torch.full((3, 64, latent + rope), NAN)
+    ref.norm_rope_write(kv, weight, 0.1, table.cos(), table.sin(), positions, rows, pages)
+    want = torch.cat((F.rms_norm(kv[:, :latent], (latent,), weight, 0.1), kv[:, latent:]), -1)
+    want[:, latent:] = turned(kv[:, None, latent:], table[positions])[:, 0]
+    flat, real = pages.flatten(0, 1), rows > 0
+    assert_close(flat[rows[real]], want[real])
+    assert flat.isfinite().all(-1).nonzero().flatten().tolist() == sorted({*rows.tolist()})
 
 
 def test_silu_mul_takes_the_gate_first() -> None:
     gate, up = torch.randn(3, 2, 6), torch.randn(3, 2, 6)
     assert_close(ref.silu_mul(torch.cat((gate, up), -1)), gate / (1 + torch.exp(-gate)) * up)
+
+
+def test_silu_mul_of_real_rows_only() -> None:
+    gate, up = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    x, want = torch.cat((gate, up), -1), gate / (1 + torch.exp(-gate)) * up
+    counts = torch.tensor([0, 5, 2, 1], dtype=torch.int32)
+    real = torch.arange(5) < counts[:, None]
+    out = ref.silu_mul_masked(x.masked_fill(~real[..., None], NAN), counts)
+    assert out.shape == want.shape
+    assert_close(out[real], want[real])
+    row_expert = torch.tensor([0, -1, 2, 2, -1], dtype=torch.int32)
+    out = ref.silu_mul(x[0].masked_fill((row_expert < 0)[:, None], NAN), row_expert)
+    assert out.shape == want[0].shape
+    assert_close(out[row_expert >= 0], want[0][row_expert >= 0])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +243,7 @@ def test_contiguous_round_trip_equals_a_loop_over_tokens(experts: list[list[int]
     def poisoned(t: Tensor) -> Tensor:
         return t.masked_fill(padding[:, None], NAN)
 
-    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, row_expert)))
+    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, row_expert)), row_expert)
     out = poisoned(ref.grouped_gemm_contiguous(poisoned(hidden), down, row_expert))
     assert_close(ref.ep_gather(out, index, weights), want, atol=1e-4, rtol=1e-4)
 
@@ -196,7 +271,7 @@ def test_masked_round_trip_equals_a_loop_over_tokens(experts: list[list[int]], a
     def poisoned(t: Tensor) -> Tensor:
         return t.masked_fill(padding[..., None], NAN)
 
-    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_masked(poisoned(rows), gate_up, counts)))
+    hidden = ref.silu_mul_masked(poisoned(ref.grouped_gemm_masked(poisoned(rows), gate_up, counts)), counts)
     out = poisoned(ref.grouped_gemm_masked(poisoned(hidden), down, counts))
     assert_close(ref.ep_gather(out.flatten(0, 1), index, weights), want, atol=1e-4, rtol=1e-4)
 
@@ -251,3 +326,17 @@ def test_ep_gather_without_weights_adds_what_is_there() -> None:
     rows = torch.tensor([[NAN, NAN], [1.0, 2.0], [10.0, 20.0]])
     out = ref.ep_gather(rows, torch.tensor([[1, 2], [-1, 2], [-1, -1], [1, -1]]))
     assert out.tolist() == [[11.0, 22.0], [10.0, 20.0], [0.0, 0.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("pages", [[3], [5, 0, 2, 6], []])
+def test_pages_are_packed_in_order_and_come_back_to_others(pages: list[int]) -> None:
+    pool, theirs = torch.randn(3, 7, 64, 5), [(page + 1) % 7 for page in pages]
+    packed = ref.pack_pages(pool, torch.tensor(pages, dtype=torch.int64))
+    assert packed.shape == (3, len(pages), 64, 5) and packed.is_contiguous()
+    other = torch.full_like(pool, NAN)
+    ref.unpack_pages(packed, other, torch.tensor(theirs, dtype=torch.int64))
+    for layer in range(3):
+        for mine, place, their in zip(pages, range(len(pages)), theirs, strict=True):
+            assert torch.equal(packed[layer, place], pool[layer, mine])
+            assert torch.equal(other[layer, their], pool[layer, mine])
+    assert other[:, [page for page in range(7) if page not in theirs]].isnan().all()
