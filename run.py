@@ -28,6 +28,7 @@ from disagg.worker import Interrupt, serve
 from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.transformer import op_shape
+from parallel.deepep import CHOICES
 from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
@@ -61,6 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="[OP=]LIB",
         help="auto, or force flash_mla, deep_gemm, triton or torch, for one op or all (torch)",
     )
+
+    where.add_argument("--dispatch", choices=CHOICES, default="auto", help="tokens to experts; auto: DeepEP if it can")
 
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
@@ -168,11 +171,13 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     engine = Engine(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
-        print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
+        how = f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}"
+        print(f"{args.role}: {who} on {mesh.device.type}\n{how}", file=sys.stderr)
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:
         thread.join()
+    engine.dispatchers.close()
     mesh.close()
     if problem is not None:
         print(f"{args.role}: {problem}", file=sys.stderr)
@@ -201,7 +206,7 @@ def main() -> int:
     try:
         args = parse_args()
         settings = EngineConfig(
-            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype
+            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype, args.dispatch
         )
         config = ModelConfig.from_pretrained(args.model)
         if args.role != "router":

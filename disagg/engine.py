@@ -14,7 +14,7 @@ from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.sampling import SamplingRows, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import load_weights
-from parallel.dispatch import ContiguousAllToAll, MaskedAllToAll
+from parallel.deepep import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -30,6 +30,7 @@ class EngineConfig:
     kv_tokens: int = 65536
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
+    dispatch: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_tokens_per_step", "kv_tokens", "max_model_len"):
@@ -76,11 +77,14 @@ class Engine:
             self.max_model_len,
         )
         placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
+        self.dispatchers = make_dispatchers(
+            settings.dispatch, mesh, ops, dtype, num_slots=placement.num_slots, hidden=config.hidden_size,
+            top_k=config.num_experts_per_tok, capacity=capacity, max_batch=settings.max_batch,
+        )  # fmt: skip
+        self.contiguous, self.masked = self.dispatchers.contiguous, self.dispatchers.masked
         self.model = Transformer(config, mesh, placement, ops, dtype, self.max_model_len)
         load_weights(self.model, folder, config, mesh)
         self.pool = make_pool(config, self.scheduler.allocator.capacity + 1, dtype, mesh.device)
-        self.contiguous = ContiguousAllToAll(mesh.ep, placement.num_slots, ops)
-        self.masked = MaskedAllToAll(mesh.ep, placement.num_slots, ops, capacity)
 
     def run(self, plan: Plan, masked: bool) -> list[Sampled]:
         """One forward over this rank's part of an agreed step (it may be empty: every rank steps every time).

@@ -16,7 +16,8 @@ from kernels.backend import Ops
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import weight
-from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll
+from parallel.deepep import Dispatcher
+from parallel.dispatch import Contiguous, Masked
 from parallel.placement import Placement
 
 
@@ -85,9 +86,7 @@ class MoE(nn.Module):
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = FFN(config.hidden_size, width, ops, dtype, device)
 
-    def steps(
-        self, x: Tensor, is_token: Tensor, dispatcher: ContiguousAllToAll | MaskedAllToAll
-    ) -> Generator[None, None, Tensor]:
+    def steps(self, x: Tensor, is_token: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
         """x [T, D] -> [T, D]; rows where `is_token` is False are padding and visit no routed expert."""
         experts, weights = self.gate(x)
         slots = self.placement.to_slots(experts, self.layer).where(is_token[:, None], -1)

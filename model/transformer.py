@@ -19,12 +19,10 @@ from model.head import Head
 from model.layers import Embedding, RMSNorm, rope_table
 from model.mla import MLA
 from model.moe import MoE
-from parallel.dispatch import ContiguousAllToAll, MaskedAllToAll
+from parallel.deepep import Dispatcher
 from parallel.mesh import Mesh
 from parallel.overlap import run
 from parallel.placement import Placement
-
-Dispatcher = ContiguousAllToAll | MaskedAllToAll
 
 
 class Block(nn.Module):

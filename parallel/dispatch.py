@@ -33,6 +33,7 @@ class Contiguous:
     x: Tensor  # [M, D]; padding rows are undefined
     row_expert: Tensor  # [M] int32, -1 = padding
     way_back: tuple  # what combine needs
+    scale: Tensor | None = None  # [M, D / 128] float32, if x is fp8
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Masked:
     x: Tensor  # [L, rows, D]; rows past the count are undefined
     counts: Tensor  # [L] int32, on the device
     way_back: tuple
+    scale: Tensor | None = None  # [L, rows, D / 128] float32, if x is fp8
 
 
 @dataclass(frozen=True)
