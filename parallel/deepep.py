@@ -138,6 +138,7 @@ class ContiguousDeepEP:
         if self.fp8 and isinstance(x, Tensor):
             x = self.quantize(x)
         assert isinstance(x, tuple) == self.fp8, f"quantised rows need fp8, {self.fp8=}"
+        slots, weights = slots.contiguous(), weights.contiguous()
         # `capture` marks what the communication stream must wait for: the inputs, and nothing enqueued after them.
         per_rank, per_rdma_rank, per_slot, in_rank, ready = library.get_dispatch_layout(
             slots, buffer.num_slots, previous_event=library.capture(), async_finish=True, allocate_on_comm_stream=True
@@ -209,6 +210,7 @@ class MaskedDeepEP:
         assert x.shape[0] <= buffer.capacity, f"num_tokens={x.shape[0]} over self.capacity={buffer.capacity}"
         received = buffer.in_flight.start("dispatch")
         buffer.prepare_low_latency()
+        slots, weights = slots.contiguous(), weights.contiguous()
         rows, counts, handle, _, receive = buffer.library.low_latency_dispatch(
             x, slots, buffer.capacity, buffer.num_slots, use_fp8=self.fp8, return_recv_hook=True
         )

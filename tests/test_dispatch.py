@@ -12,17 +12,17 @@ from tests.worlds import run_world, sub_mesh
 HIDDEN, TOP_K, CAPACITY = 16, 4, 24
 
 
-def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator) -> Tensor:
+def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator, top_k: int = TOP_K) -> Tensor:
     """[T, K] slots, -1 = nowhere."""
-    slots = torch.rand(tokens, num_slots, generator=generator).argsort(1)[:, :TOP_K]
+    slots = torch.rand(tokens, num_slots, generator=generator).argsort(1)[:, :top_k]
     match kind:
         case "random":
             return slots
         case "ragged":  # many copies go nowhere, some tokens have none at all
-            drop = torch.rand(tokens, TOP_K, generator=generator) < 0.5
+            drop = torch.rand(tokens, top_k, generator=generator) < 0.5
             return slots.masked_fill(drop, -1)
         case "one rank":  # everything to the first rank's slots; the others receive nothing
-            return torch.arange(TOP_K).expand(tokens, TOP_K)
+            return torch.arange(top_k).repeat(tokens, 1)
         case "nowhere":
             return torch.full_like(slots, -1)
     raise AssertionError(kind)
