@@ -29,6 +29,7 @@ from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.precision import decide
 from model.transformer import op_shape
+from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
@@ -62,6 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="[OP=]LIB",
         help="auto, or force flash_mla, deep_gemm, triton or torch, for one op or all (torch)",
     )
+
+    where.add_argument("--dispatch", choices=CHOICES, default="auto", help="tokens to experts; auto: DeepEP if it can")
 
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
@@ -169,14 +172,14 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
+        fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
-        if config.fp8:
-            fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device)
-            print(f"fp8: {fp8.why}", file=sys.stderr)
+        print(f"{'dispatch':>10}: {engine.dispatchers.why}" + (f"\n{'fp8':>10}: {fp8}" if fp8 else ""), file=sys.stderr)
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:
         thread.join()
+    engine.close()
     mesh.close()
     if problem is not None:
         print(f"{args.role}: {problem}", file=sys.stderr)
@@ -205,7 +208,7 @@ def main() -> int:
     try:
         args = parse_args()
         settings = EngineConfig(
-            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype
+            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype, args.dispatch
         )
         config = ModelConfig.from_pretrained(args.model)
         if args.role != "router":

@@ -4,7 +4,6 @@ and no link, and is the same for every role."""
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, logprob_pairs, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import load_weights
-from parallel.dispatch import Dispatcher, make_dispatchers
+from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -36,6 +35,7 @@ class EngineConfig:
     kv_tokens: int = 65536
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
+    dispatch: str = "auto"
     graphs: bool = True  # decode in CUDA graphs where there is CUDA
 
     def __post_init__(self) -> None:
@@ -94,15 +94,8 @@ class Step:
 
 
 class Engine:
-    def __init__(
-        self,
-        settings: EngineConfig,
-        model: Transformer,
-        mesh: Mesh,
-        contiguous: Dispatcher,
-        masked: Dispatcher,
-    ):
-        """`model` has its weights. ValueError for whatever does not fit together."""
+    def __init__(self, settings: EngineConfig, model: Transformer, mesh: Mesh):
+        """`model` has its weights. ValueError for whatever does not fit together. All ranks of the job together."""
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
         self.scheduler = Scheduler(
@@ -112,11 +105,14 @@ class Engine:
             self.max_model_len,
         )
         self.pool = make_pool(self.config, self.scheduler.allocator.capacity + 1, model.dtype, mesh.device)
-        self.contiguous = contiguous
         buckets = make_buckets(settings.max_batch, mesh.attn.size)
+        self.dispatchers = make_dispatchers(
+            settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
+            hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
+            capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
+        )  # fmt: skip
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
-        forward = partial(self._forward, dispatcher=masked)
-        self.decode = DecodeStep(forward, self.tokens, buckets, pages_for(self.max_model_len))
+        self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, pages_for(self.max_model_len))
 
     @classmethod
     def from_pretrained(
@@ -128,10 +124,10 @@ class Engine:
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
         load_weights(model, folder, config, mesh)
-        return cls(settings, model, mesh, *make_dispatchers(mesh.ep, placement.num_slots, ops))
+        return cls(settings, model, mesh)
 
-    def _forward(self, batch: Batch, dispatcher: Dispatcher) -> Tensor:
-        return self.model(batch, self.pool, dispatcher)
+    def _forward_masked(self, batch: Batch) -> Tensor:
+        return self.model(batch, self.pool, self.dispatchers.masked)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Let every kernel compile before the first request, and capture the decode step. All ranks together.
@@ -162,7 +158,11 @@ class Engine:
         `decode_rows`: the bucket, if no rank has prompt tokens in this step; then all use the fixed-capacity layout.
         """
         decodes, prefills = plan.chunks()
-        logits = self._mixed(decodes, prefills) if decode_rows is None else self.decode.run(decodes, decode_rows)
+        if decode_rows is None:
+            logits = self._mixed(decodes, prefills)
+        else:
+            self.dispatchers.prepare_masked()
+            logits = self.decode.run(decodes, decode_rows)
         sequences = plan.advance()
         count = len(sequences)
         logits, tokens = logits[:count], self.tokens[:count]
@@ -182,9 +182,14 @@ class Engine:
         """A step with prompt tokens: logits of the rows that want them, their greedy choices in `tokens`."""
         batch = Batch.build(decodes, prefills, self.mesh.device, multiple=self.mesh.attn.size)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
-        logits = self._forward(batch, self.contiguous)
+        logits = self.model(batch, self.pool, self.dispatchers.contiguous)
         self.tokens[: logits.shape[0]] = logits.argmax(-1)
         return logits
+
+    def close(self) -> None:
+        """All ranks together, before their process groups end."""
+        self.decode.reset()
+        self.dispatchers.close()
 
     @property
     def kv_layout(self) -> str:

@@ -113,7 +113,8 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor) -> Tensor:
     """`grouped_gemm_masked` on fp8 e4m3 operands; bf16 out.
 
-    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32; w, w_scale as `grouped_gemm_contiguous_fp8`.
+    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (in any strides: DeepEP's stand column by column); w, w_scale as
+    `grouped_gemm_contiguous_fp8`.
     """
     tile = TWO_SLABS if x.shape[1] > 64 else Tile(64, 128, 1, 4, 4)
-    return launch_masked(x, x_scale, w, w_scale, counts, tile)
+    return launch_masked(x, x_scale.contiguous(), w, w_scale, counts, tile)

@@ -18,7 +18,8 @@ from kernels.backend import Ops
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import FP8, block_scales, weight
-from parallel.dispatch import Contiguous, Dispatcher, Masked
+from parallel.dispatch import Contiguous, Masked
+from parallel.dispatchers import Dispatcher
 from parallel.placement import Placement
 
 
@@ -104,10 +105,9 @@ class MoE(nn.Module):
         """x [T, D] -> [T, D]; rows where `is_token` is False are padding and visit no routed expert."""
         experts, weights = self.gate(x)
         slots = self.placement.to_slots(experts, self.layer).where(is_token[:, None], -1)
-        if self.quantize is not None:
-            x = self.quantize(x)
-        pending = dispatcher.dispatch(x, slots, weights)
-        shared = self.shared_experts(x) if self.shared_experts is not None else None
+        operand = x if self.quantize is None else self.quantize(x)
+        pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
+        shared = self.shared_experts(operand) if self.shared_experts is not None else None
         yield
         arrived = pending.wait()
         pending = dispatcher.combine(self.experts(arrived), arrived)

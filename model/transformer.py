@@ -20,7 +20,7 @@ from model.layers import FP8, Embedding, RMSNorm, rope_table
 from model.mla import MLA
 from model.moe import MoE
 from model.precision import misfit
-from parallel.dispatch import Dispatcher
+from parallel.dispatchers import Dispatcher
 from parallel.mesh import Mesh
 from parallel.overlap import run
 from parallel.placement import Placement
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         check_split(config, mesh)
         if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
             raise ValueError(f"fp8: {obstacle}")
-        self.config, self.dtype, self.placement, self.ops = config, dtype, placement, ops
+        self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
         rope = rope_table(config, max_model_len, mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(

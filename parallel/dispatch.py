@@ -58,6 +58,8 @@ class Pending(Generic[Result]):
 class ContiguousAllToAll:
     """Variable splits. The row counts go ahead, so dispatch blocks the host until every rank has routed."""
 
+    casts = False  # does it quantise by itself?
+
     def __init__(self, group: Group, num_slots: int, ops: Ops):
         self.group, self.ops = group, ops
         self.num_local = num_slots // group.size
@@ -97,6 +99,8 @@ class ContiguousAllToAll:
 
 class MaskedAllToAll:
     """Equal splits of T rows for each pair of ranks, whatever was routed; nothing waits for the host."""
+
+    casts = False  # does it quantise by itself?
 
     def __init__(self, group: Group, num_slots: int, ops: Ops):
         self.group, self.ops = group, ops
@@ -146,6 +150,8 @@ class MaskedAllToAll:
 class LocalContiguous:
     """What is left of a dispatch when one rank holds every expert: nothing travels."""
 
+    casts = False
+
     def __init__(self, num_slots: int, ops: Ops):
         self.num_local, self.ops = num_slots, ops
 
@@ -174,16 +180,6 @@ class LocalMasked(LocalContiguous):
     def combine(self, y: Tensor, arrived: Masked) -> Pending[Tensor]:
         out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back)
         return Pending(lambda: out)
-
-
-Dispatcher = ContiguousAllToAll | MaskedAllToAll | LocalContiguous | LocalMasked
-
-
-def make_dispatchers(group: Group, num_slots: int, ops: Ops) -> tuple[Dispatcher, Dispatcher]:
-    """The contiguous and the masked dispatcher of a job."""
-    if group.size == 1:
-        return LocalContiguous(num_slots, ops), LocalMasked(num_slots, ops)
-    return ContiguousAllToAll(group, num_slots, ops), MaskedAllToAll(group, num_slots, ops)
 
 
 def _one_hot(rank_of: Tensor, ranks: int) -> Tensor:

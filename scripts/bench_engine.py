@@ -23,7 +23,6 @@ from disagg.engine import Engine, EngineConfig, Step
 from disagg.request import Request
 from disagg.unified import Unified
 from disagg.worker import Pipeline
-from parallel.dispatch import make_dispatchers
 from parallel.mesh import Mesh
 from scripts.measurements import Record, save
 from scripts.shapes import SHAPES, random_model
@@ -117,7 +116,7 @@ def main() -> None:
     )
     start = time.perf_counter()
     model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"])
-    engine = Engine(settings, model, mesh, *make_dispatchers(mesh.ep, model.placement.num_slots, model.ops))
+    engine = Engine(settings, model, mesh)
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=None))
     print(f"ready after {time.perf_counter() - start:.1f} s")
     bench, records = Bench(engine, args.prompt), []

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.transformer import Transformer
 from model.weights import load_weights
-from parallel.dispatch import Dispatcher, make_dispatchers
+from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -108,7 +108,7 @@ def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = N
 
 
 def dispatchers(model: Transformer) -> tuple[Dispatcher, Dispatcher]:
-    return make_dispatchers(Mesh().ep, model.placement.num_slots, Ops())
+    return plain_dispatchers(Mesh().ep, model.placement.num_slots, Ops())
 
 
 @dataclass

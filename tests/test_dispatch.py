@@ -8,24 +8,25 @@ from torch import Tensor
 
 from kernels.backend import Ops, Quantized
 from kernels.ref import dequantize_1x128, quantize_1x128
-from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll, Pending, make_dispatchers
+from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll, Pending
+from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from tests.worlds import run_world, sub_mesh
 
 HIDDEN, TOP_K, ROWS = 256, 4, 24
 
 
-def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator) -> Tensor:
+def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator, top_k: int = TOP_K) -> Tensor:
     """[T, K] slots, -1 = nowhere."""
-    slots = torch.rand(tokens, num_slots, generator=generator).argsort(1)[:, :TOP_K]
+    slots = torch.rand(tokens, num_slots, generator=generator).argsort(1)[:, :top_k]
     match kind:
         case "random":
             return slots
         case "ragged":  # many copies go nowhere, some tokens have none at all
-            drop = torch.rand(tokens, TOP_K, generator=generator) < 0.5
+            drop = torch.rand(tokens, top_k, generator=generator) < 0.5
             return slots.masked_fill(drop, -1)
         case "one rank":  # everything to the first rank's slots; the others receive nothing
-            return torch.arange(TOP_K).expand(tokens, TOP_K)
+            return torch.arange(top_k).repeat(tokens, 1)
         case "nowhere":
             return torch.full_like(slots, -1)
     raise AssertionError(kind)
@@ -66,7 +67,7 @@ def start(dispatcher: Any, x: Tensor | Quantized, slots: Tensor, weights: Tensor
 
 
 def local(group: Group, num_slots: int, alignment: int = 1) -> tuple:
-    return make_dispatchers(group, num_slots, Ops(alignment=alignment)) if group.size == 1 else ()
+    return plain_dispatchers(group, num_slots, Ops(alignment=alignment)) if group.size == 1 else ()
 
 
 def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, fp8: bool) -> None:

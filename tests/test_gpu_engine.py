@@ -12,7 +12,6 @@ from disagg.unified import Unified
 from disagg.worker import Pipeline
 from kernels.backend import choose
 from model.transformer import Transformer, op_shape
-from parallel.dispatch import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts.shapes import randomize
@@ -62,10 +61,10 @@ def test_graphs_change_nothing(backend: str) -> None:
     answers = []
     for graphs in (False, True):
         settings = EngineConfig(max_batch=6, max_tokens_per_step=100, kv_tokens=2000, max_model_len=512, graphs=graphs)
-        engine = Engine(settings, model, MESH, *make_dispatchers(MESH.ep, placement.num_slots, ops))
+        engine = Engine(settings, model, MESH)
         engine.warm_up(list)
         answers.append(serve(engine, work))
-        engine.decode.reset()
+        engine.close()
     for request in work:
         assert len(answers[0][request.uid][0]) == request.max_tokens
         assert answers[0][request.uid] == answers[1][request.uid], f"{request.uid=} {seed=}"

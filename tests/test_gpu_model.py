@@ -18,7 +18,7 @@ from model.kv_cache import make_pool
 from model.layers import FP8
 from model.precision import decide
 from model.transformer import Transformer, op_shape
-from parallel.dispatch import make_dispatchers
+from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -67,7 +67,7 @@ def logits(
     fill(model, generator, config.fp8)
     pool = make_pool(config, 40, dtype, mesh.device).fill_(float("nan"))
     pool[:, 0] = 0  # the null page, where padding goes
-    contiguous, masked = make_dispatchers(mesh.ep, placement.num_slots, ops)
+    contiguous, masked = plain_dispatchers(mesh.ep, placement.num_slots, ops)
     tokens = [torch.randint(config.vocab_size, (n + 2,), generator=generator).tolist() for n in LENGTHS]
     pages, free = [], iter(torch.randperm(39, generator=generator).add(1).tolist())
     for n in LENGTHS:

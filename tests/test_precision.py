@@ -246,7 +246,7 @@ def logits(model: Transformer, mesh: Mesh | None = None) -> Tensor:
     decodes = [Chunk(t[n:], n, p) for t, n, p in zip(texts, LENGTHS, pages, strict=True)]
     several = mesh.attn.size
     first = model(Batch.build([], prompts, "cpu", several), pool, ContiguousAllToAll(mesh.ep, slots, ops))
-    second = model(Batch.build(decodes, [], "cpu", several), pool, MaskedAllToAll(mesh.ep, slots, ops, len(LENGTHS)))
+    second = model(Batch.build(decodes, [], "cpu", several), pool, MaskedAllToAll(mesh.ep, slots, ops))
     return torch.cat((first, second))
 
 

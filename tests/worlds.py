@@ -1,9 +1,11 @@
-"""Worlds of real processes for tests: gloo on this machine, bounded in time, a free port.
+"""Worlds of real processes for tests: gloo on this machine (and NCCL, on one GPU), bounded in time, a free port.
 
 Start-up is slow (every process imports torch), so a test spawns one world and checks many things in it.
 """
 
 import multiprocessing
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -18,13 +20,16 @@ from parallel.mesh import Group, Mesh
 TIMEOUT = timedelta(seconds=120)
 
 
-def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float = 240) -> None:
-    """Call `body(rank, *args)` in `size` processes that form one gloo world. Fails with the first rank's traceback."""
+def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float = 240, device: str = "cpu") -> None:
+    """Call `body(rank, *args)` in `size` processes that form one world. Fails with the first rank's traceback.
+
+    device: "cuda" is a world of NCCL too, whose ranks share the first GPU.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     ranks = [
-        context.Process(target=_rank, args=(rank, size, store.port, errors, body, args), daemon=True)
+        context.Process(target=_rank, args=(rank, size, store.port, errors, device, body, args), daemon=True)
         for rank in range(size)
     ]
     for process in ranks:
@@ -43,18 +48,27 @@ def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float
     assert not stuck, f"ranks {stuck} were still running after {timeout_s} s"
 
 
-def _rank(rank: int, size: int, port: int, errors: Any, body: Callable[..., None], args: tuple) -> None:
+def _rank(rank: int, size: int, port: int, errors: Any, device: str, body: Callable[..., None], args: tuple) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
+    backend, status = "gloo", 0
+    if device == "cuda":
+        torch.cuda.set_device(0)
+        backend = "cpu:gloo,cuda:nccl"
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         body(rank, *args)
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         errors.put(f"rank {rank} of {size}:\n{traceback.format_exc()}")
-        raise
+        if device == "cpu":
+            raise
+        status = 1
+    if device == "cuda":  # no exit handlers: after a failure they would wait for kernels that never end
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def sub_mesh(first: int, size: int, attn_tp: int = 1) -> Mesh | None:
