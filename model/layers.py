@@ -10,12 +10,11 @@ from kernels.backend import Ops, Quantized
 from kernels.ref import BLOCK
 from model.config import ModelConfig
 
+FP8 = torch.float8_e4m3fn
+
 
 def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-FP8 = torch.float8_e4m3fn
 
 
 def block_scales(values: nn.Parameter) -> nn.Parameter | None:

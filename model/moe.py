@@ -64,20 +64,23 @@ class Experts(nn.Module):
     def forward(self, arrived: Contiguous | Masked) -> Tensor:
         """The layout decides the GEMM. Returns rows in the layout of `arrived.x`."""
         ops = self.ops
-        gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)
+        gate_up, gate_up_scale = self.gate_up_proj, self.gate_up_proj_scale_inv
+        down, down_scale = self.down_proj, self.down_proj_scale_inv
         match arrived:
             case Contiguous(x, row_expert, scale=None):
-                hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, self.gate_up_proj, row_expert), row_expert)
-                return ops.grouped_gemm_contiguous(hidden, self.down_proj, row_expert)
+                hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, gate_up, row_expert), row_expert)
+                return ops.grouped_gemm_contiguous(hidden, down, row_expert)
             case Contiguous(x, row_expert, scale=scale):
-                both = ops.grouped_gemm_contiguous_fp8(x, scale, *gate_up, row_expert)
-                return ops.grouped_gemm_contiguous_fp8(*ops.silu_mul_quant(both, row_expert), *down, row_expert)
+                both = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert)
+                hidden, scale = ops.silu_mul_quant(both, row_expert)
+                return ops.grouped_gemm_contiguous_fp8(hidden, scale, down, down_scale, row_expert)
             case Masked(x, counts, scale=None):
-                hidden = ops.silu_mul_masked(ops.grouped_gemm_masked(x, self.gate_up_proj, counts), counts)
-                return ops.grouped_gemm_masked(hidden, self.down_proj, counts)
+                hidden = ops.silu_mul_masked(ops.grouped_gemm_masked(x, gate_up, counts), counts)
+                return ops.grouped_gemm_masked(hidden, down, counts)
             case Masked(x, counts, scale=scale):
-                both = ops.grouped_gemm_masked_fp8(x, scale, *gate_up, counts)
-                return ops.grouped_gemm_masked_fp8(*ops.silu_mul_quant_masked(both, counts), *down, counts)
+                both = ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts)
+                hidden, scale = ops.silu_mul_quant_masked(both, counts)
+                return ops.grouped_gemm_masked_fp8(hidden, scale, down, down_scale, counts)
 
 
 class MoE(nn.Module):

@@ -223,6 +223,7 @@ def test_experts_equal_fake_quant_ones() -> None:
     rows, row_scale = values.view(torch.uint8)[real].view(FP8), scale[real]
     row_expert = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     contiguous = experts(Contiguous(rows, row_expert, (), row_scale))
+    assert experts(Contiguous(rows[:0], row_expert[:0], (), row_scale[:0])).shape == (0, 256)
     for e, count in enumerate(counts):
         gate_up = expanded(experts.gate_up_proj[e], experts.gate_up_proj_scale_inv[e])
         down = expanded(experts.down_proj[e], experts.down_proj_scale_inv[e])
