@@ -170,7 +170,13 @@ def _choose_splits(programs: int, pages: int, device: torch.device) -> int:
 
 
 def mla_decode(
-    q: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float, *, v_dim: int | None = None
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    v_dim: int | None = None,
+    plan: None = None,
 ) -> Tensor:
     """Absorbed MLA for one query token a sequence: `ref.mla_decode`, cut to the first `v_dim` columns (None: all).
 

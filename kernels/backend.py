@@ -30,6 +30,7 @@ class Ops:
     silu_mul_masked: Callable = ref.silu_mul_masked
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
+    decode_plan: Callable = ref.decode_plan  # of the library that serves mla_decode
     gate_topk: Callable = ref.gate_topk
     ep_scatter: Callable = ref.ep_scatter
     ep_scatter_masked: Callable = ref.ep_scatter_masked
@@ -127,8 +128,9 @@ def choose(
         chosen[op] = _load(op, library)
         forced_why = "forced" if op in by_op or library == preferred else ""
         choices.append(Choice(op, library, "; ".join(obstacles) or forced_why))
+    plan = getattr(importlib.import_module(chosen["mla_decode"].__module__), "decode_plan", ref.decode_plan)
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
-    return Ops(**chosen, alignment=128 if padded else 1), choices
+    return Ops(**chosen, decode_plan=plan, alignment=128 if padded else 1), choices
 
 
 def table(choices: list[Choice]) -> str:

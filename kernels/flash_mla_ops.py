@@ -1,17 +1,33 @@
 """FlashMLA behind our contract (Hopper, bf16, latent 512 + rope 64, pages of 64)."""
 
+from typing import Any, NamedTuple
+
 import flash_mla
-import torch
 from torch import Tensor
 
 
+class Plan(NamedTuple):
+    lens: Tensor  # [B] int32, at least 1: the library reads a row of every sequence
+    metadata: Any  # how the library cuts the sequences; filled in at a step's first call
+
+
+def decode_plan(kv_lens: Tensor) -> Plan:
+    return Plan(kv_lens.clamp(min=1), flash_mla.get_mla_metadata()[0])
+
+
 def mla_decode(
-    q: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float, v_dim: int | None = None
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    v_dim: int | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
-    """`ref.mla_decode` for v_dim 512. A sequence of length 0 reads one row of its first page, and gives zeros."""
+    """`ref.mla_decode` for v_dim 512. A sequence of length 0 gives the first row of its first page."""
     assert v_dim == 512, f"{v_dim=}"
-    metadata, _ = flash_mla.get_mla_metadata()
+    plan = plan or decode_plan(kv_lens)
     out, _ = flash_mla.flash_mla_with_kvcache(
-        q[:, None], kv_pages[:, :, None], page_table, kv_lens.clamp(min=1), 512, metadata, softmax_scale=scale
+        q[:, None], kv_pages[:, :, None], page_table, plan.lens, 512, plan.metadata, softmax_scale=scale
     )
-    return torch.where(kv_lens[:, None, None] > 0, out[:, 0], 0)
+    return out[:, 0]

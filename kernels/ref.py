@@ -3,6 +3,8 @@
 T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -170,13 +172,25 @@ def prefill_attention(
     return out
 
 
+def decode_plan(kv_lens: Tensor) -> Any:
+    """What mla_decode of one step's layers may share, computed once: `plan`. Here nothing."""
+    return None
+
+
 def mla_decode(
-    q: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float, v_dim: int | None = None
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    v_dim: int | None = None,
+    plan: Any = None,
 ) -> Tensor:
     """Absorbed MLA for one query token a sequence: keys are whole cache rows, values their first `v_dim` columns.
 
     q [B, H, C + R], kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, v_dim] (None: all columns).
-    A sequence of length 0 gives zeros.
+    A sequence of length 0 is padding: zeros here, and finite anywhere if the pool is. `plan`: `decode_plan(kv_lens)`
+    of the same library, shared by calls of equal shapes and kv_lens; None: this call makes its own.
     """
     out = q.new_zeros(*q.shape[:2], v_dim or q.shape[2])
     for i, length in enumerate(kv_lens.tolist()):

@@ -13,6 +13,7 @@ A token that the step before sampled, and that only the GPU knows yet, has the i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class Batch:
     logit_rows: Tensor | None  # [N] int64: rows of T whose logits are wanted, decodes first; None: all of them
     max_q: int = 0
     max_kv: int = 0
+    decode_plan: Any = None  # what the layers' mla_decode share
 
     @property
     def num_tokens(self) -> int:

@@ -107,7 +107,9 @@ class MLA(nn.Module):
         torch.bmm(by_head, w_uk, out=turned[..., :latent].transpose(0, 1))
         positions = batch.positions[: batch.num_decodes]
         self.ops.rope_into(q, turned, *self.rope, positions, config.qk_rope_head_dim)
-        attended = self.ops.mla_decode(turned, kv_pages, batch.page_table, batch.kv_lens, self.scale, v_dim=latent)
+        attended = self.ops.mla_decode(
+            turned, kv_pages, batch.page_table, batch.kv_lens, self.scale, v_dim=latent, plan=batch.decode_plan
+        )
         out = q.new_empty(q.shape[0], self.heads, config.v_head_dim)
         torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
         return out

@@ -7,6 +7,7 @@ dispatches 1/t of its replica's tokens:
 """
 
 from collections.abc import Generator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,7 @@ class Transformer(nn.Module):
 
     def steps(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
         """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows."""
+        batch = replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
         x = self.embed_tokens(batch.token_ids)
         for layer, kv_pages in zip(self.layers, kv_pool, strict=True):
             x = yield from layer.steps(x, batch, kv_pages, dispatcher)

@@ -9,6 +9,7 @@ steps in which all requests decode. Requests go through the scheduler and the st
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -28,21 +29,29 @@ from scripts.measurements import Record, save
 from scripts.shapes import SHAPES, random_model
 
 
+@dataclass(frozen=True)
+class Mark:
+    """The moment at which a step's tokens were known to the host."""
+
+    now: float
+    waited: float  # seconds that the host stood still for them
+    tokens: int
+    mixed: bool
+
+
 class Timed(Unified):
-    """The unified role, with the time at which each step's tokens were known."""
+    """The unified role, with a mark for each step."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine)
-        self.log: list[tuple[float, int, bool]] = []  # time, tokens, mixed step
-        self.idle = 0.0  # seconds the host waited for the GPU
+        self.marks: list[Mark] = []
 
     def after(self, step: Step) -> None:
         start = time.perf_counter()
         if step.done is not None:
             step.done.synchronize()
         now = time.perf_counter()
-        self.idle += now - start
-        self.log.append((now, len(step.sequences), step.mixed))
+        self.marks.append(Mark(now, now - start, len(step.sequences), step.mixed))
         super().after(step)
 
 
@@ -60,8 +69,7 @@ class Bench:
             prompt = torch.randint(vocab, (self.prompt,)).tolist()
             self.role.handle(Submit(Request(self.uid, prompt, max_tokens, ignore_eos=True), None))
             self.uid += 1
-        self.role.log.clear()
-        self.role.idle = 0.0
+        self.role.marks.clear()
         start = time.perf_counter()
         while self.pipeline.turn():
             self.role.updates.clear()
@@ -70,20 +78,15 @@ class Bench:
     def prefill(self, batch: int) -> float:
         """Prompt tokens a second."""
         start = self.drive(batch, 1)
-        return batch * self.prompt / (self.role.log[-1][0] - start)
+        return batch * self.prompt / (self.role.marks[-1].now - start)
 
     def decode(self, batch: int, steps: int) -> tuple[float, float]:
-        """Tokens a second while all requests decode, and the host's own seconds for a step."""
+        """While all requests decode: tokens a second, and the milliseconds of a step that the host itself took."""
         self.drive(batch, steps + 2)
-        window = [(now, tokens) for now, tokens, mixed in self.role.log if not mixed][1:]  # after the last prompt
-        seconds = window[-1][0] - window[0][0]
-        return sum(tokens for _, tokens in window[1:]) / seconds, seconds / (len(window) - 1)
-
-    def host_ms(self, batch: int, steps: int) -> float:
-        """What a decode step costs the host, in milliseconds: the loop's time without its waiting for the GPU."""
-        self.drive(batch, steps)
-        total = self.role.log[-1][0] - self.role.log[1][0]
-        return 1e3 * (total - self.role.idle) / (len(self.role.log) - 1)
+        window = [mark for mark in self.role.marks if not mark.mixed][1:]  # after the last prompt
+        seconds = window[-1].now - window[0].now
+        host = seconds - sum(mark.waited for mark in window[1:])
+        return sum(mark.tokens for mark in window[1:]) / seconds, 1e3 * host / (len(window) - 1)
 
 
 def main() -> None:
@@ -131,9 +134,9 @@ def main() -> None:
         rates = [bench.prefill(batch) for _ in range(args.repeat)]
         report(f"prefill {batch} x {args.prompt}", median(rates))
     for batch in batches:
-        rates = [bench.decode(batch, args.output)[0] for _ in range(args.repeat)]
+        rates, host = zip(*(bench.decode(batch, args.output) for _ in range(args.repeat)), strict=True)
         report(f"decode, batch {batch} after {args.prompt}", median(rates))
-        report(f"host's share of a step, batch {batch}", bench.host_ms(batch, args.output), "ms", "lower")
+        report(f"the host's part of a decode step, batch {batch}", median(host), "ms", "lower")
     if mesh.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     if args.out is not None:

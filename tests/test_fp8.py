@@ -180,6 +180,6 @@ def test_the_start_up_says_what_becomes_of_fp8(tiny: Path, fp8: Path) -> None:
     flags = ("--prompt", "In the beginning", "--max-tokens", "1", "--device", "cpu")
     code, _, err = run("--model", str(fp8), *flags)
     assert code == 0, err
-    assert "\nfp8: dequantised to float32 (no GPU)\n" in err
+    assert "fp8: dequantised to float32 (no GPU)\n" in err
     code, _, err = run("--model", str(tiny), *flags)
     assert code == 0 and "\nfp8:" not in err, err
