@@ -140,7 +140,7 @@ class Engine:
             self.settings.max_tokens_per_step,
             min(self.max_model_len, self.scheduler.allocator.capacity * PAGE),
         )
-        sizes = {n for i in range(most.bit_length()) for n in (2**i - 1, 2**i) if 0 < n < most} | {most}
+        sizes = {2**i for i in range(most.bit_length())} | {most, max(1, most - 1)}  # an odd one is another kernel
         vocab = self.config.vocab_size
         for size in progress(sorted(sizes, reverse=True)):
             prompts = [

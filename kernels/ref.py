@@ -287,9 +287,11 @@ def ep_scatter_masked(
     return moved[0], counts, index, *moved[1:]
 
 
-def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
-    """out[t] = sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. Returns [T, D]."""
+def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. [T, D]."""
     out = torch.zeros(index.shape[0], rows.shape[-1], device=rows.device)
+    if plus is not None:
+        out += plus
     if rows.shape[0] == 0:
         return out.to(rows.dtype)
     for k in range(index.shape[1]):

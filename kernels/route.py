@@ -130,10 +130,12 @@ def _move_kernel(x, index, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _gather_kernel(rows, index, weights, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _gather_kernel(rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if plus is not None:
+        total += tl.load(plus + token * D + cols, mask=cols < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         row = tl.load(index + token * K + k)
         value = tl.load(rows + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
@@ -209,16 +211,24 @@ def ep_scatter_masked(
     return rows, counts, index, _move(scales, index, scales.new_empty(num_local, room, scales.shape[1]))
 
 
-def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
-    """out[t] = sum over k of weights[t, k] * rows[index[t, k]], float32, in the order of k; -1 adds nothing.
+def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], float32, in that order; -1 adds nothing.
 
-    rows [M, D], index [T, K] int64, weights [T, K] float32 or None -> [T, D] in rows' dtype, the same bits every run.
+    rows [M, D], index [T, K] int64, weights [T, K] float32 or None, plus [T, D] or None -> [T, D] in rows' dtype, the
+    same bits every run.
     """
     out = rows.new_empty(index.shape[0], rows.shape[-1])
     if out.numel():
         block, programs = _columns(rows)
         weights = None if weights is None else weights.contiguous()
         _gather_kernel[index.shape[0], programs](
-            rows.contiguous(), index.contiguous(), weights, out, rows.shape[-1], index.shape[1], block
+            rows.contiguous(),
+            index.contiguous(),
+            weights,
+            None if plus is None else plus.contiguous(),
+            out,
+            rows.shape[-1],
+            index.shape[1],
+            block,
         )
     return out

@@ -13,6 +13,7 @@ A token that the step before sampled, and that only the GPU knows yet, has the i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Batch:
     def num_decodes(self) -> int:
         return self.kv_lens.numel()
 
-    @property
+    @cached_property
     def is_token(self) -> Tensor:
         """[T] bool: False for padding, which must route to no expert."""
         return self.kv_rows >= (NULL_PAGE + 1) * PAGE

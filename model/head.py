@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kernels.backend import Ops
 from model.batch import Batch
 from model.config import ModelConfig
-from model.layers import Linear, RMSNorm
+from model.layers import Linear, RMSNorm, linear_float32
 from parallel.mesh import Group
 
 
@@ -20,7 +20,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""
         rows = x if batch.logit_rows is None else x[batch.logit_rows]
-        logits = self.lm_head(self.norm(rows)).float()
+        logits = linear_float32(self.norm(rows), self.lm_head.weight)
         if self.attn.size == 1:
             return logits
         parts = self.attn.all_gather(logits).view(self.attn.size, *logits.shape)  # [t, N, V / t]

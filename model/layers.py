@@ -37,30 +37,47 @@ class Linear(nn.Module):
         self.weight = weight(num_out, num_in, dtype=dtype, device=device)
         self.weight_scale_inv = block_scales(self.weight)
 
-    def operand(self, x: Tensor) -> Tensor | Quantized:
-        """x as the product takes it. Linears that share an input share this."""
-        return x if self.weight_scale_inv is None else self.ops.quantize_1x128(x)
-
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        """x [T, in], or its `operand` -> [T, out]."""
+        """x [T, in], in fp8 perhaps quantised already (Linears that share an input share that) -> [T, out]."""
         if self.weight_scale_inv is None:
             return F.linear(x, self.weight)
-        values, scale = self.operand(x) if isinstance(x, Tensor) else x
+        values, scale = self.ops.quantize_1x128(x) if isinstance(x, Tensor) else x
         return self.ops.gemm_fp8(values, scale, self.weight, self.weight_scale_inv)
 
 
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there: only their sums are rounded."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    """`quantize`: what it gives to a Linear in fp8 is quantised in the same pass."""
+
+    def __init__(
+        self, size: int, eps: float, ops: Ops, dtype: torch.dtype, device: torch.device | str, quantize: bool = False
+    ):
         super().__init__()
         self.weight = weight(size, dtype=dtype, device=device)
-        self.eps, self.rms_norm, self.add_rms_norm = eps, ops.rms_norm, ops.add_rms_norm
+        self.eps, self.ops, self.quantize = eps, ops, quantize
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x + residual), x + residual."""
-        return self.add_rms_norm(x, residual, self.weight, self.eps)
+    def operand(self, x: Tensor) -> Tensor | Quantized:
+        """norm(x), as a Linear takes it."""
+        return self.ops.rms_norm_quant(x, self.weight, self.eps)[1:] if self.quantize else self(x)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | Quantized, Tensor]:
+        """norm(x + delta), the same as a Linear takes it, and x + delta; delta None is 0."""
+        if delta is None:
+            return (normed := self(x)), self.operand(x) if self.quantize else normed, x
+        if self.quantize:
+            normed, *quantized, total = self.ops.add_rms_norm_quant(x, delta, self.weight, self.eps)
+            return normed, tuple(quantized), total
+        normed, total = self.ops.add_rms_norm(x, delta, self.weight, self.eps)
+        return normed, normed, total
 
 
 class Embedding(nn.Module):

@@ -35,23 +35,23 @@ class MLA(nn.Module):
         self.scale = softmax_scale(config)
         hidden, on = config.hidden_size, {"dtype": dtype, "device": device}
         projection = {"ops": ops, "dtype": FP8 if fp8 else dtype, "device": device}
-        if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, self.heads * config.qk_head_dim, **projection)
-        else:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank, **projection)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6, ops, **on)
-            self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim, **projection)
-        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_dim, **projection)
+        all_heads = self.heads * config.qk_head_dim
+        # q_proj or q_a_proj, and below it kv_a_proj_with_mqa: one product, for they share their input.
+        self.split = (config.q_lora_rank or all_heads, config.kv_dim)
+        self.qkv_a_proj = Linear(hidden, sum(self.split), **projection)
+        if config.q_lora_rank is not None:
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6, ops, **on, quantize=fp8)
+            self.q_b_proj = Linear(config.q_lora_rank, all_heads, **projection)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6, ops, **on)
         kv_b = self.heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = Linear(config.kv_lora_rank, kv_b, ops, **on)
         self.o_proj = Linear(self.heads * config.v_head_dim, hidden, **projection)
 
-    def forward(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
         """x [T, D], kv_pages [pages, 64, C + R] (written in place) -> [T, D], to be summed over mesh.attn."""
-        x = self.kv_a_proj_with_mqa.operand(x)  # once: the queries start from the same
-        q = self.queries(x)  # [T, H, nope + R], not yet rotated
-        self.write_kv(x, batch, kv_pages)
+        q, kv = self.qkv_a_proj(x).split(self.split, -1)
+        q = self.queries(q)  # [T, H, nope + R], not yet rotated
+        self.write_kv(kv, batch, kv_pages)
         split = batch.num_decodes
         if split == 0:
             out = self.expanded(q, batch, kv_pages)
@@ -61,17 +61,15 @@ class MLA(nn.Module):
             out = torch.cat((self.absorbed(q[:split], batch, kv_pages), self.expanded(q[split:], batch, kv_pages)))
         return self.o_proj(out.flatten(1))
 
-    def queries(self, x: Tensor | Quantized) -> Tensor:
-        config = self.config
-        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return q.view(-1, self.heads, config.qk_head_dim)
+    def queries(self, q: Tensor) -> Tensor:
+        if self.config.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm.operand(q))
+        return q.view(-1, self.heads, self.config.qk_head_dim)
 
-    def write_kv(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> None:
-        """Padding rows all land in the null page."""
+    def write_kv(self, kv: Tensor, batch: Batch, kv_pages: Tensor) -> None:
+        """kv [T, C + R]. Padding rows all land in the null page."""
         norm = self.kv_a_layernorm
-        self.ops.norm_rope_write(
-            self.kv_a_proj_with_mqa(x), norm.weight, norm.eps, *self.rope, batch.positions, batch.kv_rows, kv_pages
-        )
+        self.ops.norm_rope_write(kv, norm.weight, norm.eps, *self.rope, batch.positions, batch.kv_rows, kv_pages)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, nope, C], W_UV [H, v, C]."""

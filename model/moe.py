@@ -3,40 +3,43 @@
 `MoE.steps` is a generator that yields where communication is in flight; whoever drives it may run something else
 there. Its order is the layer's schedule:
 
-    gate, dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine, add
+    gate, dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine
 
-With fp8 weights x is quantised once, after the gate, for the wire and the shared expert; combine is bf16.
+The shared expert's part goes into combine, which adds it. With few tokens the shared expert does not fill the GPU, and
+neither do the gate and the moves around dispatch: then it runs beside them, on a second stream.
 """
 
 from collections.abc import Generator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import Ops
+from kernels.backend import Ops, Quantized
 from model.config import ModelConfig
 from model.ffn import FFN
-from model.layers import FP8, block_scales, weight
+from model.layers import block_scales, linear_float32, weight
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher
+from parallel.overlap import Beside
 from parallel.placement import Placement
+
+FEW = 512  # tokens
 
 
 class Gate(nn.Module):
-    """Scores every expert for every token, in float32 as DeepSeek does."""
+    """Scores every expert for every token, in float32 as DeepSeek does; its weights are of the activations' dtype."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device | str):
+    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         self.config, self.gate_topk = config, ops.gate_topk
-        self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=torch.float32, device=device)
+        self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=dtype, device=device)
         self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> logical expert ids [T, K] int64, weights [T, K] float32."""
         config = self.config
         return self.gate_topk(
-            F.linear(x.float(), self.weight),
+            linear_float32(x, self.weight),
             self.e_score_correction_bias,
             config.n_group,
             config.topk_group,
@@ -90,30 +93,38 @@ class MoE(nn.Module):
         layer: int,
         placement: Placement,
         ops: Ops,
+        beside: Beside,
         dtype: torch.dtype,
+        expert_dtype: torch.dtype,
         device: torch.device | str,
     ):
-        """`layer` counts MoE layers from 0: the row of the placement map. `dtype` is the experts'."""
+        """`layer` counts MoE layers from 0: the row of the placement map. `dtype` is the activations'."""
         super().__init__()
-        self.layer, self.placement = layer, placement
-        self.quantize = ops.quantize_1x128 if dtype == FP8 else None
-        self.gate = Gate(config, ops, device)
-        self.experts = Experts(config, placement.slots_per_rank, ops, dtype, device)
+        self.layer, self.placement, self.beside = layer, placement, beside
+        self.gate = Gate(config, ops, dtype, device)
+        self.experts = Experts(config, placement.slots_per_rank, ops, expert_dtype, device)
         self.shared_experts = None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = FFN(config.hidden_size, width, ops, dtype, device)
+            self.shared_experts = FFN(config.hidden_size, width, ops, expert_dtype, device)
 
-    def steps(self, x: Tensor, is_token: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
-        """x [T, D] -> [T, D]; rows where `is_token` is False are padding and visit no routed expert."""
+    def steps(
+        self, x: Tensor, operand: Tensor | Quantized, is_token: Tensor, dispatcher: Dispatcher
+    ) -> Generator[None, None, Tensor]:
+        """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
+        routed expert."""
+        few = x.shape[0] <= FEW
+        shared = self.beside.start(lambda: self.shared(operand)) if few else None
         experts, weights = self.gate(x)
         slots = self.placement.to_slots(experts, self.layer).where(is_token[:, None], -1)
-        operand = x if self.quantize is None else self.quantize(x)
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
-        shared = self.shared_experts(operand) if self.shared_experts is not None else None
+        plus = None if few else self.shared(operand)
         yield
         arrived = pending.wait()
-        pending = dispatcher.combine(self.experts(arrived), arrived)
+        y = self.experts(arrived)
+        pending = dispatcher.combine(y, arrived, shared() if few else plus)
         yield
-        routed = pending.wait()
-        return routed if shared is None else routed + shared
+        return pending.wait()
+
+    def shared(self, operand: Tensor | Quantized) -> Tensor | None:
+        return self.shared_experts(operand) if self.shared_experts is not None else None

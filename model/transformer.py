@@ -23,7 +23,7 @@ from model.moe import MoE
 from model.precision import misfit
 from parallel.dispatchers import Dispatcher
 from parallel.mesh import Mesh
-from parallel.overlap import run
+from parallel.overlap import Beside, run
 from parallel.placement import Placement
 
 
@@ -36,31 +36,38 @@ class Block(nn.Module):
         placement: Placement,
         rope: tuple[Tensor, Tensor],
         ops: Ops,
+        beside: Beside,
         dtype: torch.dtype,
         fp8: bool,
     ):
         super().__init__()
         self.attn, device = mesh.attn, mesh.device
         hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}
-        self.input_layernorm = RMSNorm(hidden, eps, ops, **on)
+        self.input_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         projection = FP8 if fp8 else dtype
         self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on, fp8=fp8)
-        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         self.is_moe = layer >= config.first_k_dense_replace
         if self.is_moe:
-            self.mlp = MoE(config, layer - config.first_k_dense_replace, placement, ops, projection, device)
+            moe_layer = layer - config.first_k_dense_replace
+            self.mlp = MoE(config, moe_layer, placement, ops, beside, dtype, projection, device)
         else:
             self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, projection, device)
 
-    def steps(self, x: Tensor, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
-        """x [T, D] -> [T, D]."""
-        attended = self.self_attn(self.input_layernorm(x), batch, kv_pages)
+    def steps(
+        self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher
+    ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
+        """x [T, D], and what the layer before adds to it, which the norm can do on its way -> the same."""
+        _, operand, x = self.input_layernorm.add(x, delta)
+        attended = self.self_attn(operand, batch, kv_pages)
         if not self.is_moe:
-            normed, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))
-            return x + self.attn.all_reduce(self.mlp(normed))
-        normed, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
-        x = x + (yield from self.mlp.steps(normed, self.attn.scatter(batch.is_token), dispatcher))
-        return self.attn.all_gather(x)
+            _, operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))
+            return x, self.attn.all_reduce(self.mlp(operand))
+        normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
+        delta = yield from self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher)
+        if self.attn.size == 1:
+            return x, delta
+        return self.attn.all_gather(x + delta), None
 
 
 class Transformer(nn.Module):
@@ -84,20 +91,20 @@ class Transformer(nn.Module):
         if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
-        rope = rope_table(config, max_model_len, mesh.device)
+        rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(
-            Block(config, i, mesh, placement, rope, ops, dtype, fp8) for i in range(config.num_hidden_layers)
+            Block(config, i, mesh, placement, rope, ops, beside, dtype, fp8) for i in range(config.num_hidden_layers)
         )
         self.head = Head(config, mesh.attn, ops, dtype, mesh.device)
 
     def steps(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
         """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows."""
         batch = replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
-        x = self.embed_tokens(batch.token_ids)
+        x, delta = self.embed_tokens(batch.token_ids), None
         for layer, kv_pages in zip(self.layers, kv_pool, strict=True):
-            x = yield from layer.steps(x, batch, kv_pages, dispatcher)
-        return self.head(x, batch)
+            x, delta = yield from layer.steps(x, delta, batch, kv_pages, dispatcher)
+        return self.head(x if delta is None else x + delta, batch)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,7 @@ class Entry:
     shape: tuple[int, ...]
     parameter: str  # ours
     split: int | None = None  # the dim divided over mesh.attn
-    part: tuple[int, int] = (0, 1)  # (0, 2), (1, 2): the first, second half of the parameter's rows
+    rows: tuple[int, int | None] = (0, None)  # of the parameter on a rank: first, end
     expert: int | None = None  # fills the slots that hold this logical expert...
     moe_layer: int = 0  # ...of this MoE layer
 
@@ -43,7 +43,7 @@ class Entry:
         return f"{self.name}_scale_inv"
 
 
-def checkpoint_table(config: ModelConfig) -> Iterator[Entry]:
+def checkpoint_table(config: ModelConfig, attn_tp: int = 1) -> Iterator[Entry]:
     """Every tensor that a checkpoint of this configuration has. A tied embedding fills two parameters."""
     vocab = (config.vocab_size, config.hidden_size)
     yield Entry("model.embed_tokens.weight", vocab, "embed_tokens.weight")
@@ -51,23 +51,27 @@ def checkpoint_table(config: ModelConfig) -> Iterator[Entry]:
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     yield Entry(head, vocab, "head.lm_head.weight", split=0)
     for layer in range(config.num_hidden_layers):
-        yield from _block_table(config, layer, f"model.layers.{layer}", f"layers.{layer}")
+        yield from _block_table(config, attn_tp, layer, f"model.layers.{layer}", f"layers.{layer}")
 
 
-def _block_table(c: ModelConfig, layer: int, theirs: str, ours: str) -> Iterator[Entry]:
+def _block_table(c: ModelConfig, attn_tp: int, layer: int, theirs: str, ours: str) -> Iterator[Entry]:
     hidden, heads = c.hidden_size, c.num_attention_heads
     attention = {
-        "kv_a_proj_with_mqa": ((c.kv_dim, hidden), None),
         "kv_a_layernorm": ((c.kv_lora_rank,), None),
         "kv_b_proj": ((heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank), 0),
         "o_proj": ((hidden, heads * c.v_head_dim), 1),
     }
+    all_heads = heads * c.qk_head_dim
     if c.q_lora_rank is None:
-        attention["q_proj"] = ((heads * c.qk_head_dim, hidden), 0)
+        name, rows, split, mine = "q_proj", all_heads, 0, all_heads // attn_tp
     else:
-        attention["q_a_proj"] = ((c.q_lora_rank, hidden), None)
+        name, rows, split, mine = "q_a_proj", c.q_lora_rank, None, c.q_lora_rank
         attention["q_a_layernorm"] = ((c.q_lora_rank,), None)
-        attention["q_b_proj"] = ((heads * c.qk_head_dim, c.q_lora_rank), 0)
+        attention["q_b_proj"] = ((all_heads, c.q_lora_rank), 0)
+    qkv_a = f"{ours}.self_attn.qkv_a_proj.weight"
+    yield Entry(f"{theirs}.self_attn.{name}.weight", (rows, hidden), qkv_a, split, (0, mine))
+    name = "kv_a_proj_with_mqa"
+    yield Entry(f"{theirs}.self_attn.{name}.weight", (c.kv_dim, hidden), qkv_a, None, (mine, mine + c.kv_dim))
     for name, (shape, split) in attention.items():
         yield Entry(f"{theirs}.self_attn.{name}.weight", shape, f"{ours}.self_attn.{name}.weight", split)
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -75,7 +79,7 @@ def _block_table(c: ModelConfig, layer: int, theirs: str, ours: str) -> Iterator
 
     theirs, ours = f"{theirs}.mlp", f"{ours}.mlp"
     if layer < c.first_k_dense_replace:
-        yield from _ffn_table(theirs, ours, c.intermediate_size, hidden, split=True)
+        yield from _ffn_table(theirs, ours, c.intermediate_size, hidden, attn_tp)
         return
     gate, bias = "gate.weight", "gate.e_score_correction_bias"
     yield Entry(f"{theirs}.{gate}", (c.n_routed_experts, hidden), f"{ours}.{gate}")
@@ -83,27 +87,28 @@ def _block_table(c: ModelConfig, layer: int, theirs: str, ours: str) -> Iterator
     width, moe = c.moe_intermediate_size, layer - c.first_k_dense_replace
     if c.n_shared_experts:
         shared = c.n_shared_experts * width
-        yield from _ffn_table(f"{theirs}.shared_experts", f"{ours}.shared_experts", shared, hidden, split=False)
+        yield from _ffn_table(f"{theirs}.shared_experts", f"{ours}.shared_experts", shared, hidden)
     gate_up, down = f"{ours}.experts.gate_up_proj", f"{ours}.experts.down_proj"
     for e in range(c.n_routed_experts):
         expert = f"{theirs}.experts.{e}"
-        yield Entry(f"{expert}.gate_proj.weight", (width, hidden), gate_up, None, (0, 2), e, moe)
-        yield Entry(f"{expert}.up_proj.weight", (width, hidden), gate_up, None, (1, 2), e, moe)
-        yield Entry(f"{expert}.down_proj.weight", (hidden, width), down, None, (0, 1), e, moe)
+        yield Entry(f"{expert}.gate_proj.weight", (width, hidden), gate_up, None, (0, width), e, moe)
+        yield Entry(f"{expert}.up_proj.weight", (width, hidden), gate_up, None, (width, 2 * width), e, moe)
+        yield Entry(f"{expert}.down_proj.weight", (hidden, width), down, None, (0, None), e, moe)
 
 
-def _ffn_table(theirs: str, ours: str, width: int, hidden: int, split: bool) -> Iterator[Entry]:
-    rows, columns = (0, 1) if split else (None, None)
+def _ffn_table(theirs: str, ours: str, width: int, hidden: int, attn_tp: int = 1) -> Iterator[Entry]:
+    """Divided over `attn_tp` ranks, or whole on each."""
+    rows, columns, mine = (0, 1, width // attn_tp) if attn_tp > 1 else (None, None, width)
     gate_up = f"{ours}.gate_up_proj.weight"
-    yield Entry(f"{theirs}.gate_proj.weight", (width, hidden), gate_up, rows, (0, 2))
-    yield Entry(f"{theirs}.up_proj.weight", (width, hidden), gate_up, rows, (1, 2))
+    yield Entry(f"{theirs}.gate_proj.weight", (width, hidden), gate_up, rows, (0, mine))
+    yield Entry(f"{theirs}.up_proj.weight", (width, hidden), gate_up, rows, (mine, 2 * mine))
     yield Entry(f"{theirs}.down_proj.weight", (hidden, width), f"{ours}.down_proj.weight", columns)
 
 
 def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, mesh: Mesh) -> None:
     """Fill `model` from the safetensors files in `folder`. ValueError names every tensor that is wrong."""
     files = _files(Path(folder))
-    table = list(checkpoint_table(config))
+    table = list(checkpoint_table(config, mesh.attn.size))
     wanted = {entry.name for entry in table}
     if config.fp8:
         wanted |= {name for entry in table if (name := entry.scale_name) in files}
@@ -130,9 +135,10 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
             if targets[0].dtype == FP8:
                 if scale is None:
                     raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
-                places = _targets(parameters[f"{entry.parameter}_scale_inv"], entry, model.placement, mesh)
+                blocks = replace(entry, rows=_blocks(*entry.rows))
+                places = _targets(parameters[f"{entry.parameter}_scale_inv"], blocks, model.placement, mesh)
                 for place in places:
-                    place.copy_(scale[tuple(map(_blocks, share))])
+                    place.copy_(scale[tuple(slice(*_blocks(part.start, part.stop)) for part in share)])
             elif scale is not None:
                 value = dequantize_128x128(value, scale, *(part.start or 0 for part in (*share, slice(0))[:2]))
             for target in targets:
@@ -140,9 +146,9 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
     _complain(folder, "tensors have the wrong shape", wrong)
 
 
-def _blocks(part: slice) -> slice:
-    """The blocks of a part that is whole blocks."""
-    return part if part.stop is None else slice(part.start // BLOCK, part.stop // BLOCK)
+def _blocks(first: int | None, end: int | None) -> tuple[int, int | None]:
+    """The blocks of a part that begins with a whole one."""
+    return (first or 0) // BLOCK, None if end is None else -(-end // BLOCK)
 
 
 def _read_scale(folder: str | Path, entry: Entry, files: dict[str, Path], opened: dict[Path, safe_open]) -> Tensor:
@@ -157,13 +163,12 @@ def _read_scale(folder: str | Path, entry: Entry, files: dict[str, Path], opened
 
 def _targets(parameter: Tensor, entry: Entry, placement: Placement, mesh: Mesh) -> Iterator[Tensor]:
     """The views that this tensor fills on this rank: for an expert, one in each slot that holds it; often none."""
-    part, parts = entry.part
     if entry.expert is None:
-        yield parameter.chunk(parts)[part]
+        yield parameter[slice(*entry.rows)]
         return
     for slot, expert in enumerate(placement.experts_on(mesh.ep.rank, entry.moe_layer)):
         if expert == entry.expert:
-            yield parameter[slot].chunk(parts)[part]
+            yield parameter[slot][slice(*entry.rows)]
 
 
 def _my_share(entry: Entry, mesh: Mesh) -> tuple[slice, ...]:

@@ -160,8 +160,9 @@ class ContiguousDeepEP:
 
         return Pending(wait)
 
-    def combine(self, y: Tensor, arrived: Contiguous) -> Pending[Tensor]:
-        """y [M, D] bf16, the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order.
+    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
+        """y [M, D] bf16, the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order,
+        and `plus` [T, D] added there.
         The sum over a rank's experts is rounded to bf16 before it travels."""
         library = self.buffer.library
         index, row_weights, handle = arrived.way_back
@@ -176,7 +177,7 @@ class ContiguousDeepEP:
 
         def wait() -> Tensor:
             done.current_stream_wait()
-            return out
+            return out if plus is None else out + plus
 
         return Pending(wait)
 
@@ -216,9 +217,9 @@ class MaskedDeepEP:
 
         return Pending(wait)
 
-    def combine(self, y: Tensor, arrived: Masked) -> Pending[Tensor]:
-        """y [L, R * capacity, D] bf16 -> [T, D], weighted and summed in float32 on the source rank. AssertionError as
-        in dispatch."""
+    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
+        """y [L, R * capacity, D] bf16 -> [T, D], weighted and summed in float32 on the source rank, and `plus` [T, D]
+        added. AssertionError as in dispatch."""
         handle, slots, weights = arrived.way_back
         received = self.buffer.in_flight.start("combine")
         out, _, receive = self.buffer.library.low_latency_combine(y, slots, weights, handle, return_recv_hook=True)
@@ -226,7 +227,7 @@ class MaskedDeepEP:
         def wait() -> Tensor:
             received()
             receive()
-            return out
+            return out if plus is None else out + plus
 
         return Pending(wait)
 

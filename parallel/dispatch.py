@@ -90,11 +90,12 @@ class ContiguousAllToAll:
 
         return Pending(wait)
 
-    def combine(self, y: Tensor, arrived: Contiguous) -> Pending[Tensor]:
-        """y [M, D], the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order."""
+    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
+        """y [M, D], the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order, and
+        `plus` [T, D] added there."""
         index, row_weights, returned, send, recv = arrived.way_back
         transfer = self.group.all_to_all(self.ops.ep_gather(y, index, row_weights), recv, send)
-        return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned))
+        return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned, plus=plus))
 
 
 class MaskedAllToAll:
@@ -140,11 +141,11 @@ class MaskedAllToAll:
 
         return Pending(wait)
 
-    def combine(self, y: Tensor, arrived: Masked) -> Pending[Tensor]:
+    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
         """y [L, rows, D] -> [T, D], as ContiguousAllToAll.combine."""
         index, row_weights, returned = arrived.way_back
         transfer = self.group.all_to_all(self.ops.ep_gather(y.flatten(0, 1), index, row_weights))
-        return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned))
+        return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned, plus=plus))
 
 
 class LocalContiguous:
@@ -162,8 +163,8 @@ class LocalContiguous:
         )
         return Pending(lambda: Contiguous(rows, row_expert, (index, weights), *scale))
 
-    def combine(self, y: Tensor, arrived: Contiguous) -> Pending[Tensor]:
-        out = self.ops.ep_gather(y, *arrived.way_back)
+    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
+        out = self.ops.ep_gather(y, *arrived.way_back, plus)
         return Pending(lambda: out)
 
 
@@ -177,8 +178,8 @@ class LocalMasked(LocalContiguous):
         )
         return Pending(lambda: Masked(rows, counts, (index, weights), *scale))
 
-    def combine(self, y: Tensor, arrived: Masked) -> Pending[Tensor]:
-        out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back)
+    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
+        out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back, plus)
         return Pending(lambda: out)
 
 

@@ -102,7 +102,7 @@ def test_rope(tokens: int, dim: int, beside: int, heads: int, dtype: torch.dtype
     assert out[..., :512].isnan().all() and torch.equal(wide, before)
     agree(out[..., 512:].contiguous(), want[..., 512:].contiguous())
     assert norm.rope_query(q, *args) is None
-    assert torch.equal(q[..., beside:], out[..., 512:])
+    torch.testing.assert_close(q[..., beside:], out[..., 512:], rtol=2**-22, atol=2**-22)  # another compilation
     q[..., beside:] = before[1:-1, :, 8 + beside :]
     assert torch.equal(wide, before)
 

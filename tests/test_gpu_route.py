@@ -133,10 +133,11 @@ def test_gather(tokens: int, top_k: int, num_local: int, share: float, dtype: to
     rows, row_expert, index = ref.ep_scatter(x, experts, num_local, 128)
     rows[row_expert < 0] = float("nan")  # padding is never read
     weights = torch.rand(tokens, top_k, device=DEVICE).where(experts >= 0, float("nan")) if weighted else None
-    out, want = ep_gather(rows, index, weights), ref.ep_gather(rows, index, weights)
+    plus = torch.randn(tokens, 200, device=DEVICE).to(dtype) if weighted else None
+    out, want = ep_gather(rows, index, weights, plus), ref.ep_gather(rows, index, weights, plus)
     assert out.dtype == dtype and out.shape == want.shape
     torch.testing.assert_close(out, want)
-    assert torch.equal(out, ep_gather(rows, index, weights))
+    assert torch.equal(out, ep_gather(rows, index, weights, plus))
 
 
 def test_masked_scatter_and_gather_in_a_graph() -> None:

@@ -324,7 +324,10 @@ def test_ep_gather_sums_in_float32_and_keeps_the_dtype() -> None:
 
 def test_ep_gather_without_weights_adds_what_is_there() -> None:
     rows = torch.tensor([[NAN, NAN], [1.0, 2.0], [10.0, 20.0]])
-    out = ref.ep_gather(rows, torch.tensor([[1, 2], [-1, 2], [-1, -1], [1, -1]]))
+    index = torch.tensor([[1, 2], [-1, 2], [-1, -1], [1, -1]])
+    out = ref.ep_gather(rows, index)
+    plus = torch.randn_like(out)
+    assert_close(ref.ep_gather(rows, index, plus=plus), out + plus)
     assert out.tolist() == [[11.0, 22.0], [10.0, 20.0], [0.0, 0.0], [1.0, 2.0]]
 
 

@@ -252,7 +252,7 @@ def test_a_placement_decides_which_slots_an_expert_fills(saved: Path) -> None:
                 assert torch.equal(experts.down_proj[slot], down)
 
 
-SPLIT_ROWS = ("lm_head", "q_proj", "q_b_proj", "kv_b_proj")  # whole heads, or tokens of the vocabulary
+SPLIT_ROWS = ("lm_head", "q_b_proj", "kv_b_proj")  # whole heads, or tokens of the vocabulary
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -266,7 +266,12 @@ def test_attention_shards_concatenate_to_the_whole_tensors(shape: str, size: int
         parts = [shard[name] for shard in shards]
         kind = name.split(".")[-2]
         is_dense = "mlp.gate_up_proj.weight" in name or "mlp.down_proj.weight" in name
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")) or kind in SPLIT_ROWS:
+        if kind == "qkv_a_proj" and ranks[0].config.q_lora_rank is None:  # heads below which every rank has the rest
+            rest = ranks[0].config.kv_dim
+            assert all(torch.equal(part[-rest:], whole[-rest:]) for part in parts), name
+            parts, whole = [part[:-rest] for part in parts], whole[:-rest]
+            together = torch.cat(parts)
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")) or kind in SPLIT_ROWS:
             together = torch.cat(parts)
         elif is_dense and kind == "gate_up_proj":
             together = torch.cat([part.chunk(2)[half] for half in range(2) for part in parts])
