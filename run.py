@@ -61,8 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--backend",
         action="append",
         metavar="[OP=]LIB",
-        help="auto, or force flash_mla, deep_gemm, triton or torch, for one op or all (torch)",
+        help="auto, or force flash_mla, deep_gemm, triton or torch, for one op or all (auto)",
     )
+    where.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
 
     where.add_argument("--dispatch", choices=CHOICES, default="auto", help="tokens to experts; auto: DeepEP if it can")
 
@@ -166,15 +167,14 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         front, router = None, parse_address("--router", args.router)
         if router[1] == 0:
             raise ValueError(f"--router is {args.router!r}; port 0 is only for --listen, which says what it got")
-    # The torch references until the whole engine has been measured with the kernels on a GPU; then "auto".
-    backend = args.backend or ["torch"]
-    ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, backend)
+    ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend or ())
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops)
     if mesh.rank == 0:
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
         print(f"{'dispatch':>10}: {engine.dispatchers.why}" + (f"\n{'fp8':>10}: {fp8}" if fp8 else ""), file=sys.stderr)
+    engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:
@@ -208,7 +208,13 @@ def main() -> int:
     try:
         args = parse_args()
         settings = EngineConfig(
-            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype, args.dispatch
+            max_batch=args.max_batch,
+            max_tokens_per_step=args.max_tokens_per_step,
+            kv_tokens=args.kv_tokens,
+            max_model_len=args.max_model_len,
+            dtype=args.dtype,
+            dispatch=args.dispatch,
+            graphs=not args.no_graphs,
         )
         config = ModelConfig.from_pretrained(args.model)
         if args.role != "router":

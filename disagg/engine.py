@@ -148,6 +148,8 @@ class Engine:
                 for at in range(0, size, limit)
             ]
             self._mixed([], prompts)
+        page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
+        self.ops.unpack_pages(self.ops.pack_pages(self.pool, page), self.pool, page)
         if self.settings.graphs:
             self.decode.capture(progress)
         torch.cuda.synchronize()

@@ -31,6 +31,7 @@ class Ops:
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
     decode_plan: Callable = ref.decode_plan  # of the library that serves mla_decode
+    linear_float32: Callable = ref.linear_float32
     gate_topk: Callable = ref.gate_topk
     ep_scatter: Callable = ref.ep_scatter
     ep_scatter_masked: Callable = ref.ep_scatter_masked
@@ -79,6 +80,7 @@ OURS = {  # op -> the module with its Triton kernel
     "silu_mul_masked": "kernels.quant",
     "prefill_attention": "kernels.attention",
     "mla_decode": "kernels.attention",
+    "linear_float32": "kernels.gemm",
     "gate_topk": "kernels.route",
     "ep_scatter": "kernels.route",
     "ep_scatter_masked": "kernels.route",

@@ -201,14 +201,28 @@ def mla_decode(
     return out
 
 
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there: only their sums are rounded."""
+    return F.linear(x.float(), weight.float())
+
+
 def gate_topk(
-    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+    slot_of_expert: Tensor | None = None,
+    is_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DeepSeek-V3's group-limited top-k (technical report, section 2.1.2; DeepSeek's `noaux_tc`).
 
     Experts compete by sigmoid(logit) + bias; first the best `topk_group` groups by the sum of their two best, then
     the best `top_k` experts within them. The weights are the scores WITHOUT the bias. logits [T, E] float32,
-    bias [E]. Returns ids [T, K] int64 and weights [T, K] float32.
+    bias [E]. Returns ids [T, K] int64 and weights [T, K] float32: of slots, through slot_of_expert [E], if it is given;
+    -1 in the rows where is_token [T] is False.
     """
     scores = logits.sigmoid()
     choice = scores + bias
@@ -221,6 +235,10 @@ def gate_topk(
     weights = scores.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if slot_of_expert is not None:
+        ids = slot_of_expert[ids]
+    if is_token is not None:
+        ids = ids.masked_fill(~is_token[:, None], -1)
     return ids, weights * scale
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @triton.jit
 def _gate_kernel(
-    logits, bias, ids_out, weights_out, num_experts, n_group, topk_group, top_k, scale,
+    logits, bias, slot_of_expert, is_token, ids_out, weights_out, num_experts, n_group, topk_group, top_k, scale,
     NORMALIZE: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One token a program, its experts as [groups, experts a group] padded to powers of two [G, P]."""
@@ -49,16 +49,30 @@ def _gate_kernel(
         choice = tl.where(taken, float("-inf"), choice)
     if NORMALIZE:
         weights = weights / (tl.sum(weights, 0) + 1e-20)
-    tl.store(ids_out + token * top_k + k, ids.to(tl.int64), mask=k < top_k)
+    ids = ids.to(tl.int64)
+    if slot_of_expert is not None:
+        ids = tl.load(slot_of_expert + ids, mask=k < top_k, other=-1)
+    if is_token is not None:
+        ids = tl.where(tl.load(is_token + token), ids, -1)
+    tl.store(ids_out + token * top_k + k, ids, mask=k < top_k)
     tl.store(weights_out + token * top_k + k, weights * scale, mask=k < top_k)
 
 
 def gate_topk(
-    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+    slot_of_expert: Tensor | None = None,
+    is_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DeepSeek-V3's group-limited top-k, as `ref.gate_topk`, one launch; ties go to the lower id.
 
-    logits [T, E] float32, bias [E] -> ids [T, K] int64 in falling order of score + bias, weights [T, K] float32.
+    logits [T, E] float32, bias [E], slot_of_expert [E] int64, is_token [T] bool -> ids [T, K] int64 in falling order of
+    score + bias, weights [T, K] float32.
     """
     tokens, num_experts = logits.shape
     if num_experts % n_group:
@@ -68,8 +82,8 @@ def gate_topk(
     if tokens:
         g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
         _gate_kernel[tokens,](
-            logits.contiguous(), bias, ids, weights, num_experts, n_group, topk_group, top_k, scale,
-            normalize, g, p, triton.next_power_of_2(top_k), num_warps=1,
+            logits.contiguous(), bias, slot_of_expert, is_token, ids, weights, num_experts, n_group, topk_group, top_k,
+            scale, normalize, g, p, triton.next_power_of_2(top_k), num_warps=1,
         )  # fmt: skip
     return ids, weights
 

@@ -6,21 +6,21 @@ from torch import Tensor, nn
 from kernels.backend import Ops
 from model.batch import Batch
 from model.config import ModelConfig
-from model.layers import Linear, RMSNorm, linear_float32
+from model.layers import Linear, RMSNorm
 from parallel.mesh import Group
 
 
 class Head(nn.Module):
     def __init__(self, config: ModelConfig, attn: Group, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
-        self.attn = attn
+        self.attn, self.linear_float32 = attn, ops.linear_float32
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, dtype, device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size // attn.size, ops, dtype, device)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""
         rows = x if batch.logit_rows is None else x[batch.logit_rows]
-        logits = linear_float32(self.norm(rows), self.lm_head.weight)
+        logits = self.linear_float32(self.norm(rows), self.lm_head.weight)
         if self.attn.size == 1:
             return logits
         parts = self.attn.all_gather(logits).view(self.attn.size, *logits.shape)  # [t, N, V / t]

@@ -45,13 +45,6 @@ class Linear(nn.Module):
         return self.ops.gemm_fp8(values, scale, self.weight, self.weight_scale_inv)
 
 
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there: only their sums are rounded."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return F.linear(x.float(), weight.float())
-
-
 class RMSNorm(nn.Module):
     """`quantize`: what it gives to a Linear in fp8 is quantised in the same pass."""
 

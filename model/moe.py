@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.backend import Ops, Quantized
 from model.config import ModelConfig
 from model.ffn import FFN
-from model.layers import block_scales, linear_float32, weight
+from model.layers import block_scales, weight
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher
 from parallel.overlap import Beside
@@ -31,21 +31,23 @@ class Gate(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
-        self.config, self.gate_topk = config, ops.gate_topk
+        self.config, self.ops = config, ops
         self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=dtype, device=device)
         self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> logical expert ids [T, K] int64, weights [T, K] float32."""
+    def forward(self, x: Tensor, slot_of_expert: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> the slots of each token's experts [T, K] int64, -1 for padding, and weights [T, K] float32."""
         config = self.config
-        return self.gate_topk(
-            linear_float32(x, self.weight),
+        return self.ops.gate_topk(
+            self.ops.linear_float32(x, self.weight),
             self.e_score_correction_bias,
             config.n_group,
             config.topk_group,
             config.num_experts_per_tok,
             config.norm_topk_prob,
             config.routed_scaling_factor,
+            slot_of_expert,
+            is_token,
         )
 
 
@@ -115,8 +117,7 @@ class MoE(nn.Module):
         routed expert."""
         few = x.shape[0] <= FEW
         shared = self.beside.start(lambda: self.shared(operand)) if few else None
-        experts, weights = self.gate(x)
-        slots = self.placement.to_slots(experts, self.layer).where(is_token[:, None], -1)
+        slots, weights = self.gate(x, self.placement.slot_of_expert[self.layer], is_token)
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)
         yield

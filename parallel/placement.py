@@ -41,7 +41,3 @@ class Placement:
         """The logical experts in this rank's slots, in slot order."""
         local = slice(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank)
         return self.expert_of_slot[layer, local].tolist()
-
-    def to_slots(self, experts: Tensor, layer: int) -> Tensor:
-        """Logical ids [T, K] -> physical slots [T, K]."""
-        return self.slot_of_expert[layer][experts]

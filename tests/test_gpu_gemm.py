@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import ref
-from kernels.gemm import gemm_fp8
+from kernels.gemm import gemm_fp8, linear_float32
 from kernels.grouped_gemm import (
     grouped_gemm_contiguous,
     grouped_gemm_contiguous_fp8,
@@ -39,6 +39,16 @@ def close(out: Tensor, want: Tensor, rel: float = 1e-2) -> None:
         assert error < rel, f"{error=}"
         row_size = want.square().mean(-1, keepdim=True).sqrt()
         assert ((out - want).abs() <= 2 * rel * (want.abs() + 2 * row_size)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "d"), [(0, 64, 256), (1, 64, 2048), (17, 256, 7168), (64, 100, 300), (65, 64, 512)])
+def test_linear_float32(m: int, n: int, d: int, dtype: torch.dtype) -> None:
+    """Rows of something wider; only the order of the sums may differ from float32's."""
+    x, weight = normal(m, d + 8, dtype=dtype)[:, :d], normal(n, d, dtype=dtype)
+    out = linear_float32(x, weight)
+    assert out.dtype == torch.float32
+    close(out, ref.linear_float32(x, weight), rel=1e-4)
 
 
 def segments(counts: list[int], tail: int) -> Tensor:

@@ -35,6 +35,18 @@ def test_gate(experts: int, n_group: int, topk_group: int, top_k: int, normalize
     torch.testing.assert_close(weights[~unsure], want_weights[~unsure], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
+def test_gate_names_slots(experts: int, n_group: int, topk_group: int, top_k: int) -> None:
+    logits, bias = torch.randn(99, experts, device=DEVICE), torch.zeros(experts, device=DEVICE)
+    slot_of_expert = torch.randperm(2 * experts, device=DEVICE)[:experts]
+    is_token = torch.rand(99, device=DEVICE) < 0.7
+    args = (logits, bias, n_group, topk_group, top_k, True, 1.0)
+    (ids, weights), (slots, same) = gate_topk(*args), gate_topk(*args, slot_of_expert, is_token)
+    assert torch.equal(same, weights)
+    assert torch.equal(slots, slot_of_expert[ids].masked_fill(~is_token[:, None], -1))
+    assert torch.equal(gate_topk(*args, None, is_token)[0], ids.masked_fill(~is_token[:, None], -1))
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 777])
 @pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
 def test_gate_random(experts: int, n_group: int, topk_group: int, top_k: int, tokens: int) -> None:

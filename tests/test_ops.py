@@ -190,6 +190,15 @@ def test_gate_topk_equals_the_report(experts: int, groups: int, keep: int, top_k
         assert got == pytest.approx(want, rel=1e-5)
 
 
+def test_gate_topk_names_slots_and_sends_padding_nowhere() -> None:
+    logits, bias, slot_of_expert = torch.randn(20, 16), torch.zeros(16), torch.randperm(40)[:16]
+    ids, weights = ref.gate_topk(logits, bias, 4, 2, 3, True, 1.0)
+    is_token = torch.arange(20) % 3 > 0
+    slots, same = ref.gate_topk(logits, bias, 4, 2, 3, True, 1.0, slot_of_expert, is_token)
+    assert torch.equal(same, weights)
+    assert slots[~is_token].eq(-1).all() and torch.equal(slots[is_token], slot_of_expert[ids][is_token])
+
+
 def test_gate_topk_follows_a_bias_below_minus_one() -> None:
     """Left-out groups must lose to every kept expert, also where its biased score is negative."""
     logits, bias = torch.randn(50, 16), torch.full((16,), -5.0)

@@ -17,7 +17,7 @@ def test_identity_puts_every_expert_into_its_own_slot_in_rank_order(num_experts:
         assert all(len(experts) == placement.slots_per_rank for experts in held)
         assert [expert for experts in held for expert in experts] == list(range(num_experts))
     experts = torch.tensor([[7, 0], [3, 5]])
-    assert placement.to_slots(experts, 2).equal(experts)
+    assert placement.slot_of_expert[2][experts].equal(experts)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_slots_follow_the_map_of_their_own_layer() -> None:
     placement = Placement(orders.argsort(), orders, ep_size=3)
     experts = torch.randint(12, (50, 6))
     for layer in range(4):
-        slots = placement.to_slots(experts, layer)
+        slots = placement.slot_of_expert[layer][experts]
         assert slots.shape == experts.shape and slots.dtype == torch.int64
         assert orders[layer][slots].equal(experts), "the slot does not hold the expert"
         for token, slot in zip(experts.flatten().tolist(), slots.flatten().tolist(), strict=True):
@@ -46,7 +46,7 @@ def test_the_two_tables_do_not_share_memory() -> None:
     """Experts are moved by writing into the tables, one after the other."""
     placement = Placement.identity(2, 4, 2)
     placement.expert_of_slot[0, 0] = 3
-    assert placement.to_slots(torch.tensor([[0, 3]]), 0).tolist() == [[0, 3]]
+    assert placement.slot_of_expert[0, [0, 3]].tolist() == [0, 3]
     assert placement.experts_on(0, 1) == [0, 1], "a layer shares its row with another"
 
 
