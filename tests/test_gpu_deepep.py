@@ -4,6 +4,7 @@ Needs deep_ep and an NCCL that lets ranks share a GPU (>= 2.30, NCCL_MULTI_RANK_
 and a process can set DeepEP up only once, so each world goes through all checks.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from disagg.engine import Engine, EngineConfig
 from kernels import ref
 from kernels.backend import Ops, choose
 from model.batch import Batch, Chunk
@@ -25,6 +27,7 @@ from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from tests.test_dispatch import routing
+from tests.test_gpu_engine import requests, serve
 from tests.test_gpu_model import V3_LIKE
 from tests.worlds import run_world
 
@@ -340,6 +343,32 @@ def model_body(rank: int, seed: int) -> None:
     assert same_routing.float().mean() > 0.75, f"{rows=}"
     short = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True))[:, 0]  # 0 where the token is the same
     assert bool((short < 0.25 * expected.std(1))[same_routing].all()), f"{short=} {rows=}"
+
+
+@torch.inference_mode()
+def engine_body(rank: int, seed: int) -> None:
+    """The engine's own loop: prompts over normal mode, decode over low latency, without graphs and then with them."""
+    mesh = Mesh(rank, 2, DEVICE, Group(), Group(2, rank, dist.group.WORLD))
+    ops, _ = choose(op_shape(CONFIG), torch.bfloat16, DEVICE, ["triton"])
+    placement = Placement.identity(CONFIG.num_moe_layers, CONFIG.n_routed_experts, 2, DEVICE)
+    model = Transformer(CONFIG, mesh, placement, ops, torch.bfloat16, 512)
+    fill(model, 2, rank, seed)
+    settings = EngineConfig(max_batch=6, max_tokens_per_step=100, kv_tokens=2000, max_model_len=512, dispatch="deepep")
+    engine = Engine(settings, model, mesh)
+    work = requests(random.Random(seed + rank))[: 10 - 4 * rank]
+    eager = serve(engine, work)
+    engine.decode.capture(list)
+    captured = serve(engine, work)
+    for request in work:
+        assert len(captured[request.uid][0]) == request.max_tokens
+        assert captured[request.uid] == eager[request.uid], f"{rank=} {request.uid=}"
+    torch.cuda.synchronize()
+    dist.barrier()
+    engine.close()
+
+
+def test_the_engine_with_graphs() -> None:
+    run_world(2, engine_body, torch.initial_seed() % 2**31, timeout_s=280, device="cuda")
 
 
 def test_the_whole_model() -> None:

@@ -31,9 +31,9 @@ def requests(rng: random.Random) -> list[Request]:
 
 
 def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
-    """Tokens and log probabilities by request; a new request joins every third step."""
+    """Tokens and log probabilities by request; a new request joins every third step. All ranks together."""
     role = Unified(engine)
-    pipeline, answers = Pipeline(role, engine, MESH), {r.uid: ([], []) for r in work}
+    pipeline, answers = Pipeline(role, engine, engine.mesh), {r.uid: ([], []) for r in work}
     waiting, turns = list(work), 0
     while True:
         if waiting and turns % 3 == 0:
@@ -44,7 +44,7 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
             answers[update.uid][0].extend(update.tokens)
             answers[update.uid][1].extend(update.logprobs)
         role.updates.clear()
-        if not busy and not waiting:
+        if not busy and not any(left for (left,) in engine.mesh.agree(len(waiting))):
             break
     assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
     return answers
