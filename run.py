@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--backend",
         action="append",
         metavar="[OP=]LIB",
-        help="auto, or force flash_mla, deep_gemm, triton or torch, for one op or all (auto)",
+        help="auto, or force flash_attn, flash_mla, deep_gemm, triton or torch, for one op or all",
     )
     where.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
 

@@ -97,6 +97,7 @@ OURS = {  # op -> the module with its Triton kernel
     "unpack_pages": "kernels.pages",
 }
 PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
+    "prefill_attention": ("flash_attn", "triton", "torch"),
     "mla_decode": ("flash_mla", "triton", "torch"),
     "grouped_gemm_contiguous": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked": ("deep_gemm", "triton", "torch"),
@@ -104,7 +105,8 @@ PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "grouped_gemm_contiguous_fp8": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked_fp8": ("deep_gemm", "triton", "torch"),
 }
-LIBRARIES = ("flash_mla", "deep_gemm", "triton", "torch")
+LIBRARIES = ("flash_attn", "flash_mla", "deep_gemm", "triton", "torch")
+MODULES = {"flash_attn": "flash_attn.cute"}  # where it is not the library's name
 
 
 def choose(
@@ -175,10 +177,12 @@ def _obstacle(library: str, shape: Shape, dtype: torch.dtype, device: torch.devi
             return f"needs bfloat16, not {str(dtype).removeprefix('torch.')}"
     if library == "flash_mla" and (shape.kv_lora_rank, shape.rope_dim) != (512, 64):
         return f"needs latent 512 + rope 64, not {shape.kv_lora_rank} + {shape.rope_dim}"
+    if library == "flash_attn" and (shape.qk_head_dim, shape.v_head_dim) != (192, 128):
+        return f"needs head dims 192 and 128, not {shape.qk_head_dim} and {shape.v_head_dim}"
     if library == "deep_gemm" and (shape.hidden % 128 or shape.expert_width % 128):
         return f"needs widths in 128s, not {shape.hidden} and {shape.expert_width}"
     try:
-        importlib.import_module(library)
+        importlib.import_module(MODULES.get(library, library))
     except Exception as error:  # a library may fail in its own way: no compiler, another torch
         return f"does not import ({type(error).__name__}: {error})"
     return None

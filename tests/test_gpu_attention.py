@@ -135,3 +135,33 @@ def test_prefill_empty() -> None:
     starts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     q, v = randn(0, 4, 192), randn(0, 4, 128)
     assert prefill_attention(q, q, v, starts, starts, 0, 0, 1.0).shape == (0, 4, 128)
+
+
+@pytest.mark.parametrize("lens", [[(1, 1), (64, 64), (65, 300), (200, 200)], [(1, 500)], [(333, 333)]])
+@pytest.mark.parametrize("library", ["flash_attn", "flash_mla"])
+def test_vendors_keep_the_contract(library: str, lens: list[tuple[int, int]]) -> None:
+    """The adapters, against the twins; what they may not read is NaN where their libraries allow that."""
+    scale = 192**-0.5
+    if library == "flash_attn":
+        pytest.importorskip("flash_attn.cute")
+        from kernels.flash_attn_ops import prefill_attention as vendor
+
+        starts = torch.tensor([(0, 0), *lens], device=DEVICE).cumsum(0).int()
+        q_starts, kv_starts = starts[:, 0].contiguous(), starts[:, 1].contiguous()
+        (num_q, num_kv), (max_q, max_kv) = starts[-1].tolist(), (max(column) for column in zip(*lens, strict=True))
+        q, k, v = randn(num_q, 16, 192), randn(num_kv, 16, 192), randn(num_kv, 16, 256)[..., 128:]
+        args = (q_starts, kv_starts, max_q, max_kv, scale)
+        agree(vendor(q, k, v, *args), ref.prefill_attention(q.float(), k.float(), v.float(), *args))
+        return
+    pytest.importorskip("flash_mla")
+    from kernels.flash_mla_ops import decode_plan
+    from kernels.flash_mla_ops import mla_decode as vendor
+
+    kv_lens = torch.tensor([kv for _, kv in lens], device=DEVICE).int()
+    width = -(-int(kv_lens.max()) // 64)
+    pages = randn(len(lens) * width + 1, 64, 576)
+    table = torch.randperm(len(lens) * width, device=DEVICE).add(1).int().view(len(lens), width)
+    q, plan = randn(len(lens), 16, 576), decode_plan(kv_lens)
+    want = ref.mla_decode(q.float(), pages.float(), table, kv_lens, scale, 512)
+    for _ in range(2):  # a plan serves several calls
+        agree(vendor(q, pages, table, kv_lens, scale, 512, plan), want)

@@ -323,7 +323,8 @@ def model_body(rank: int, seed: int) -> None:
             choice, mesh, ops, torch.bfloat16, num_slots=placement.num_slots, hidden=D,
             top_k=CONFIG.num_experts_per_tok, capacity=16,
         )  # fmt: skip
-        assert dispatchers.why == ("DeepEP" if choice == "deepep" else "all-to-all over NCCL (forced)")
+        plain = "all-to-all over NCCL (forced)" if mesh.ep.size > 1 else "none: one rank holds every expert"
+        assert dispatchers.why == ("DeepEP" if choice == "deepep" else plain)
         pool = make_pool(CONFIG, 20, torch.bfloat16, DEVICE)
         pick = {False: dispatchers.contiguous, True: dispatchers.masked}
         result = play(rank, prompts, lambda batch, masked: model(batch, pool, pick[masked]), given)
