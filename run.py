@@ -63,6 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="[OP=]LIB",
         help="auto, or force flash_attn, flash_mla, deep_gemm, triton or torch, for one op or all",
     )
+    where.add_argument("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap")
     where.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
 
     where.add_argument("--dispatch", choices=CHOICES, default="auto", help="tokens to experts; auto: DeepEP if it can")
@@ -173,6 +174,7 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
         fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
         print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
+        print(f"{'overlap':>10}: {engine.rule.why}", file=sys.stderr)
         print(f"{'dispatch':>10}: {engine.dispatchers.why}" + (f"\n{'fp8':>10}: {fp8}" if fp8 else ""), file=sys.stderr)
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
@@ -215,6 +217,7 @@ def main() -> int:
             dtype=args.dtype,
             dispatch=args.dispatch,
             graphs=not args.no_graphs,
+            overlap=args.overlap,
         )
         config = ModelConfig.from_pretrained(args.model)
         if args.role != "router":

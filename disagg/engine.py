@@ -12,7 +12,7 @@ from torch import Tensor
 from disagg.graph import DecodeStep, make_buckets, resolve
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
-from model.batch import PAGE, Batch, Chunk
+from model.batch import PAGE, Batch, Chunk, pad, split
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
@@ -21,6 +21,7 @@ from model.transformer import Transformer
 from model.weights import load_weights
 from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
+from parallel.overlap import DECODE, PREFILL, Rule
 from parallel.placement import Placement
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,6 +38,7 @@ class EngineConfig:
     dtype: str = "auto"
     dispatch: str = "auto"
     graphs: bool = True  # decode in CUDA graphs where there is CUDA
+    overlap: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_tokens_per_step", "kv_tokens", "max_model_len"):
@@ -74,16 +76,19 @@ class Step:
 
     plan: Plan
     mixed: bool  # does any rank have prompt tokens in it?
+    overlapped: bool
     sequences: list[Sequence]  # those that get a token
-    tokens: Tensor  # [N] on the host, once `done`
-    logprobs: tuple[Tensor, Tensor] | None  # likewise
+    tokens: Tensor  # [rows] on the host, once `done`: a sequence's is in its row
+    rows: list[int]
+    logprobs: tuple[Tensor, Tensor] | None  # [sequences, ...], likewise
     done: torch.cuda.Event | None  # None on a CPU, where it already is
 
     def sampled(self) -> list[Sampled]:
         """The tokens; waits for them."""
         if self.done is not None:
             self.done.synchronize()
-        tokens = self.tokens.tolist()
+        by_row = self.tokens.tolist()
+        tokens = [by_row[row] for row in self.rows]
         if self.logprobs is None:
             return [Sampled(s, token, []) for s, token in zip(self.sequences, tokens, strict=True)]
         rows = zip(self.sequences, tokens, *(part.tolist() for part in self.logprobs), strict=True)
@@ -105,14 +110,16 @@ class Engine:
             self.max_model_len,
         )
         self.pool = make_pool(self.config, self.scheduler.allocator.capacity + 1, model.dtype, mesh.device)
-        buckets = make_buckets(settings.max_batch, mesh.attn.size)
+        self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
+        buckets = make_buckets(settings.max_batch, (1 + (settings.overlap == "on")) * mesh.attn.size)
         self.dispatchers = make_dispatchers(
             settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
             capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
         )  # fmt: skip
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
-        self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, pages_for(self.max_model_len))
+        max_pages = pages_for(self.max_model_len)
+        self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, max_pages, self.rule.in_decode)
 
     @classmethod
     def from_pretrained(
@@ -126,8 +133,8 @@ class Engine:
         load_weights(model, folder, config, mesh)
         return cls(settings, model, mesh)
 
-    def _forward_masked(self, batch: Batch) -> Tensor:
-        return self.model(batch, self.pool, self.dispatchers.masked)
+    def _forward_masked(self, batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
+        return self.model(batch, self.pool, self.dispatchers.masked, halves, DECODE)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Let every kernel compile before the first request, and capture the decode step. All ranks together.
@@ -154,37 +161,54 @@ class Engine:
             self.decode.capture(progress)
         torch.cuda.synchronize()
 
-    def launch(self, plan: Plan, decode_rows: int | None) -> Step:
+    def launch(self, plan: Plan, decode_rows: int | None, most_tokens: int) -> Step:
         """Start this rank's part of an agreed step (it may be empty: every rank steps every time).
 
         `decode_rows`: the bucket, if no rank has prompt tokens in this step; then all use the fixed-capacity layout.
+        `most_tokens`: of the fullest replica.
         """
         decodes, prefills = plan.chunks()
         if decode_rows is None:
-            logits = self._mixed(decodes, prefills)
+            overlapped = self.rule.in_prefill(most_tokens)
+            logits = self._mixed(decodes, prefills, overlapped)
         else:
+            overlapped = self.rule.in_decode(decode_rows)
             self.dispatchers.prepare_masked()
             logits = self.decode.run(decodes, decode_rows)
         sequences = plan.advance()
-        count = len(sequences)
-        logits, tokens = logits[:count], self.tokens[:count]
-        if any(s.request.temperature > COLDEST for s in sequences):
-            rows = [
+        rows = list(range(len(sequences))) if decode_rows is None else self.decode.places(len(sequences), decode_rows)
+        for sequence, row in zip(sequences, rows, strict=True):
+            sequence.row = row
+        logprobs = self._sample(logits, sequences, rows)
+        tokens = _to_host(self.tokens[: max(rows, default=-1) + 1])
+        done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
+        return Step(plan, decode_rows is None, overlapped, sequences, tokens, rows, logprobs, done)
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor] | None:
+        """What greedy choice alone does not give: other tokens, into `tokens`, and log probabilities."""
+        most = max((s.request.logprobs for s in sequences), default=0)
+        warm = any(s.request.temperature > COLDEST for s in sequences)
+        if not most and not warm:
+            return None
+        index = torch.tensor(rows, device=logits.device)
+        logits, tokens = logits[index], self.tokens[index]
+        if warm:
+            how = [
                 (s.request.temperature, s.request.top_p, s.request.top_k, s.request.seed, s.computed) for s in sequences
             ]
-            tokens.copy_(sample(logits, SamplingRows.build(rows, logits.device)))
-        most = max((s.request.logprobs for s in sequences), default=0)
-        logprobs = tuple(_to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
-        host_tokens = _to_host(tokens)
-        done = torch.cuda.current_stream().record_event() if tokens.is_cuda else None
-        return Step(plan, decode_rows is None, sequences, host_tokens, logprobs, done)
+            tokens = sample(logits, SamplingRows.build(how, logits.device))
+            self.tokens[index] = tokens
+        return tuple(_to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
 
     @torch.inference_mode()
-    def _mixed(self, decodes: list[Chunk], prefills: list[Chunk]) -> Tensor:
+    def _mixed(self, decodes: list[Chunk], prefills: list[Chunk], overlap: bool = False) -> Tensor:
         """A step with prompt tokens: logits of the rows that want them, their greedy choices in `tokens`."""
-        batch = Batch.build(decodes, prefills, self.mesh.device, multiple=self.mesh.attn.size)
+        multiple, device = self.mesh.attn.size, self.mesh.device
+        decodes = pad(decodes, prefills, multiple)
+        halves = tuple(Batch.build(*part, device) for part in split(decodes, prefills, multiple)) if overlap else None
+        batch = Batch.build(decodes, prefills, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
-        logits = self.model(batch, self.pool, self.dispatchers.contiguous)
+        logits = self.model(batch, self.pool, self.dispatchers.contiguous, halves, PREFILL)
         self.tokens[: logits.shape[0]] = logits.argmax(-1)
         return logits
 

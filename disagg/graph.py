@@ -3,7 +3,8 @@
     host:   token ids, positions, pages --copy--> inputs [2, rows], page_table [rows, P]
     graph:  ids of tokens in flight resolved -> model (attention, dispatch, experts, combine, head) -> argmax
 
-The ranks of a job agree on the bucket, so that all replay the same graph; rows beyond a rank's own sequences are
+In a step that overlaps, the sequences are dealt to the two halves of its rows in turn. The ranks of a job agree on the
+bucket, so that all replay the same graph; rows beyond a rank's own sequences are
 padding: they read and write the null page and route nowhere. Without graphs (on a CPU, or switched off) the same
 forward runs as it is.
 """
@@ -32,13 +33,15 @@ def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
 class DecodeStep:
     def __init__(
         self,
-        forward: Callable[[Batch], Tensor],
+        forward: Callable[[Batch, tuple[Batch, Batch] | None], Tensor],
         tokens: Tensor,
         buckets: list[int],
         max_pages: int,
+        overlaps: Callable[[int], bool] = lambda rows: False,
     ):
-        """`forward(batch)` -> logits [rows, V]. `tokens` [rows]: the latest step's, written in place."""
-        self.forward, self.tokens, self.buckets = forward, tokens, buckets
+        """`forward(batch, halves)` -> logits [rows, V]. `tokens` [rows]: the latest step's, written in place.
+        `overlaps(rows)`: do steps of this size run as two halves?"""
+        self.forward, self.tokens, self.buckets, self.overlaps = forward, tokens, buckets, overlaps
         device, most = tokens.device, buckets[-1]
         on_gpu = device.type == "cuda"
         self.inputs = torch.zeros(2, most, dtype=torch.int64, device=device)
@@ -52,8 +55,14 @@ class DecodeStep:
         """The rows that a step of `count` sequences takes."""
         return next(rows for rows in self.buckets if rows >= count)
 
+    def places(self, count: int, rows: int) -> list[int]:
+        """The rows of `count` sequences."""
+        if not self.overlaps(rows):
+            return list(range(count))
+        return [i % 2 * (rows // 2) + i // 2 for i in range(count)]
+
     def run(self, chunks: list[Chunk], rows: int) -> Tensor:
-        """Logits [rows, V] of the next token of each sequence, its greedy choice already in `tokens`."""
+        """Logits [rows, V] of the next token of each sequence, at its place, its greedy choice already in `tokens`."""
         self._stage(chunks, rows)
         if rows in self._graphs:
             graph, logits = self._graphs[rows]
@@ -64,7 +73,11 @@ class DecodeStep:
     @torch.inference_mode()
     def _forward(self, rows: int) -> Tensor:
         ids, positions = self.inputs[:, :rows]
-        logits = self.forward(Batch.decode(resolve(ids, self.tokens), positions, self.page_table[:rows]))
+        columns = resolve(ids, self.tokens), positions, self.page_table[:rows]
+        halves = None
+        if self.overlaps(rows):
+            halves = tuple(Batch.decode(*(c.chunk(2)[half] for c in columns)) for half in range(2))
+        logits = self.forward(Batch.decode(*columns), halves)
         self.tokens[:rows] = logits.argmax(-1)
         return logits
 
@@ -72,14 +85,15 @@ class DecodeStep:
         staging = self._staging[0]
         self._staging.reverse()
         host = staging.numpy()
+        places = self.places(len(chunks), rows)
         host[:, :rows] = 0
-        host[0, : len(chunks)] = [chunk.token_ids[0] for chunk in chunks]
-        host[1, : len(chunks)] = [chunk.start for chunk in chunks]
+        host[0, places] = [chunk.token_ids[0] for chunk in chunks]
+        host[1, places] = [chunk.start for chunk in chunks]
         self.inputs.copy_(staging, non_blocking=True)
         pages = [chunk.pages for chunk in chunks] + [()] * (rows - len(chunks))
         if self._staged is None or len(pages) != len(self._staged) or any(map(_differ, pages, self._staged)):
             table = np.zeros((rows, self.page_table.shape[1]), np.int32)
-            table[: len(chunks)] = page_rows(chunks, table.shape[1])
+            table[places] = page_rows(chunks, table.shape[1])
             host_table = torch.from_numpy(table)
             if self.tokens.is_cuda:
                 host_table = host_table.pin_memory()

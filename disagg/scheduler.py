@@ -69,14 +69,14 @@ class Plan:
         return decodes, prefills
 
     def advance(self) -> list[Sequence]:
-        """The step was launched. Returns the sequences that get a token from it, in the order of its rows."""
+        """The step was launched. Returns the sequences that get a token from it, in the order of its logits."""
         for sequence in self.decodes:
             sequence.computed += 1
         for sequence, count in self.prefills:
             sequence.computed += count
         sampled = self.decodes + [s for s, _ in self.prefills if not s.in_prompt]
-        for row, sequence in enumerate(sampled):
-            sequence.in_flight, sequence.row = sequence.in_flight + 1, row
+        for sequence in sampled:
+            sequence.in_flight += 1
         return sampled
 
 

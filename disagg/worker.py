@@ -113,7 +113,7 @@ class Pipeline:
         before, self._running, launched_at = self._running, None, time.perf_counter()
         if any(prefill_tokens) or any(decodes):
             rows = None if any(prefill_tokens) else self.engine.decode.bucket(max(decodes))
-            self._running = self.engine.launch(plan, rows)
+            self._running = self.engine.launch(plan, rows, max(map(sum, zip(prefill_tokens, decodes, strict=True))))
             self.role.launched(self._running)
         if before is not None:
             self.role.after(before)
@@ -131,3 +131,4 @@ class Pipeline:
         self.stats[f"{phase}_seconds"] += seconds
         self.stats["prompt_tokens"] += step.plan.num_prefill_tokens
         self.stats[f"{phase}_step_decodes"] += len(step.plan.decodes)
+        self.stats[f"{phase}_overlapped"] += step.overlapped

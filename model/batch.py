@@ -12,7 +12,7 @@ A token that the step before sampled, and that only the GPU knows yet, has the i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -91,9 +91,7 @@ class Batch:
         No chunks at all is what a rank with nothing to do runs, because every rank steps every time.
         """
         assert all(len(c.token_ids) == 1 for c in decodes), "a decode chunk is one token"
-        real = len(decodes) + sum(len(c.token_ids) for c in prefills)
-        padding = [Chunk((0,), 0, (), wants_logits=False)] * (-real % multiple)
-        decodes = [*decodes, *padding]
+        decodes = pad(decodes, prefills, multiple)
         chunks = [*decodes, *prefills]
         lengths = [len(c.token_ids) for c in chunks]
         last_rows = np.cumsum(lengths, dtype=np.int64) - 1
@@ -121,6 +119,41 @@ class Batch:
             max_q=max(lengths[len(decodes) :], default=0),
             max_kv=max(contexts, default=0),
         )
+
+
+def pad(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int) -> list[Chunk]:
+    """The decodes, and empty ones behind them until the tokens of all chunks are a multiple of `multiple`."""
+    real = len(decodes) + sum(len(c.token_ids) for c in prefills)
+    return [*decodes, *[Chunk((0,), 0, (), wants_logits=False)] * (-real % multiple)]
+
+
+Chunks = tuple[list[Chunk], list[Chunk]]  # decodes, prefills
+
+
+def split(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int = 1) -> tuple[Chunks, Chunks]:
+    """The first and the last rows of a batch, cut at the multiple of `multiple` nearest to half of its tokens.
+
+    A prompt chunk that lies across the cut is cut too: its second part attends to the first part's KV. The tokens must
+    be a multiple of `multiple` (`pad`). Either half may be empty.
+    """
+    tokens = len(decodes) + sum(len(c.token_ids) for c in prefills)
+    assert tokens % multiple == 0, f"{tokens=} {multiple=}"
+    room = round(tokens / 2 / multiple) * multiple - len(decodes)  # in the first half, for prompt tokens
+    if room <= 0:
+        cut = len(decodes) + room
+        return (list(decodes[:cut]), []), (list(decodes[cut:]), list(prefills))
+    first, second = [], []
+    for chunk in prefills:
+        here = min(room, len(chunk.token_ids))
+        room -= here
+        if here == len(chunk.token_ids):
+            first.append(chunk)
+        elif here == 0:
+            second.append(chunk)
+        else:
+            first.append(replace(chunk, token_ids=chunk.token_ids[:here], wants_logits=False))
+            second.append(replace(chunk, token_ids=chunk.token_ids[here:], start=chunk.start + here))
+    return (list(decodes), first), ([], second)
 
 
 def page_rows(chunks: Sequence[Chunk], width: int | None = None) -> np.ndarray:

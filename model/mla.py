@@ -49,9 +49,16 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
         """x [T, D], kv_pages [pages, 64, C + R] (written in place) -> [T, D], to be summed over mesh.attn."""
+        return self.attend(self.project(x, batch, kv_pages), batch, kv_pages)
+
+    def project(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """x [T, D] -> q [T, H, nope + R], not yet rotated; kv_pages [pages, 64, C + R] is written in place."""
         q, kv = self.qkv_a_proj(x).split(self.split, -1)
-        q = self.queries(q)  # [T, H, nope + R], not yet rotated
         self.write_kv(kv, batch, kv_pages)
+        return self.queries(q)
+
+    def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """q of `project` (rotated in place) -> [T, D], to be summed over mesh.attn."""
         split = batch.num_decodes
         if split == 0:
             out = self.expanded(q, batch, kv_pages)

@@ -1,15 +1,12 @@
 """The mixture-of-experts layer: gate, dispatch, experts, combine (DeepSeek-V3, section 2.1.2).
 
-`MoE.steps` is a generator that yields where communication is in flight; whoever drives it may run something else
-there. Its order is the layer's schedule:
+`MoE.steps` is a generator that yields after each stage of `parallel/overlap.py`, where another micro-batch may run:
 
-    gate, dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine
+    gate   yield   dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine
 
 The shared expert's part goes into combine, which adds it. With few tokens the shared expert does not fill the GPU, and
 neither do the gate and the moves around dispatch: then it runs beside them, on a second stream.
 """
-
-from collections.abc import Generator
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +17,7 @@ from model.ffn import FFN
 from model.layers import block_scales, weight
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher
-from parallel.overlap import Beside
+from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
 
 FEW = 512  # tokens
@@ -110,21 +107,20 @@ class MoE(nn.Module):
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = FFN(config.hidden_size, width, ops, expert_dtype, device)
 
-    def steps(
-        self, x: Tensor, operand: Tensor | Quantized, is_token: Tensor, dispatcher: Dispatcher
-    ) -> Generator[None, None, Tensor]:
+    def steps(self, x: Tensor, operand: Tensor | Quantized, is_token: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
         """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
         routed expert."""
         few = x.shape[0] <= FEW
         shared = self.beside.start(lambda: self.shared(operand)) if few else None
         slots, weights = self.gate(x, self.placement.slot_of_expert[self.layer], is_token)
+        yield "attention"
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)
-        yield
+        yield "dispatch"
         arrived = pending.wait()
         y = self.experts(arrived)
         pending = dispatcher.combine(y, arrived, shared() if few else plus)
-        yield
+        yield "experts"
         return pending.wait()
 
     def shared(self, operand: Tensor | Quantized) -> Tensor | None:

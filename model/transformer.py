@@ -1,4 +1,5 @@
-"""The whole model. Its forward is a generator of the layers' generators, driven by `parallel/overlap.py`.
+"""The whole model. Its layers with experts are a generator, which `parallel/overlap.py` drives: alone, or two halves of
+a batch in turns. The dense layers before them have nothing to overlap, and run on the whole batch.
 
 With attention TP t, a dense layer is the usual pair of all-reduces; an MoE layer scatters instead, so that each rank
 dispatches 1/t of its replica's tokens:
@@ -6,7 +7,6 @@ dispatches 1/t of its replica's tokens:
     x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
 """
 
-from collections.abc import Generator
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ from model.moe import MoE
 from model.precision import misfit
 from parallel.dispatchers import Dispatcher
 from parallel.mesh import Mesh
-from parallel.overlap import Beside, run
+from parallel.overlap import PREFILL, Beside, Schedule, Steps, run, run_two
 from parallel.placement import Placement
 
 
@@ -54,20 +54,28 @@ class Block(nn.Module):
         else:
             self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, projection, device)
 
-    def steps(
-        self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher
-    ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
+    def dense(self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D], and what the layer before adds to it, which the norm can do on its way -> the same."""
         _, operand, x = self.input_layernorm.add(x, delta)
         attended = self.self_attn(operand, batch, kv_pages)
-        if not self.is_moe:
-            _, operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))
-            return x, self.attn.all_reduce(self.mlp(operand))
+        _, operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))
+        return x, self.attn.all_reduce(self.mlp(operand))
+
+    def steps(
+        self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher
+    ) -> Steps[tuple[Tensor, Tensor | None]]:
+        """`dense`, for a layer with experts."""
+        _, operand, x = self.input_layernorm.add(x, delta)
+        q = self.self_attn.project(operand, batch, kv_pages)
+        yield "projections"
+        attended = self.self_attn.attend(q, batch, kv_pages)
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
+        del q, attended  # a micro-batch that waits for its turn must not hold what it no longer needs
         delta = yield from self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher)
-        if self.attn.size == 1:
-            return x, delta
-        return self.attn.all_gather(x + delta), None
+        if self.attn.size > 1:
+            x, delta = self.attn.all_gather(x + delta), None
+        yield "combine"
+        return x, delta
 
 
 class Transformer(nn.Module):
@@ -98,17 +106,47 @@ class Transformer(nn.Module):
         )
         self.head = Head(config, mesh.attn, ops, dtype, mesh.device)
 
-    def steps(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
-        """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows."""
-        batch = replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
-        x, delta = self.embed_tokens(batch.token_ids), None
-        for layer, kv_pages in zip(self.layers, kv_pool, strict=True):
-            x, delta = yield from layer.steps(x, delta, batch, kv_pages, dispatcher)
-        return self.head(x if delta is None else x + delta, batch)
-
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Tensor:
-        return run(self.steps(batch, kv_pool, dispatcher))
+    def forward(
+        self,
+        batch: Batch,
+        kv_pool: Tensor,
+        dispatcher: Dispatcher,
+        halves: tuple[Batch, Batch] | None = None,
+        schedule: Schedule = PREFILL,
+    ) -> Tensor:
+        """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows.
+
+        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says.
+        """
+        batch = self.planned(batch)
+        x, delta = self.embed_tokens(batch.token_ids), None
+        first = self.config.first_k_dense_replace
+        for layer, kv_pages in zip(self.layers[:first], kv_pool, strict=False):
+            x, delta = layer.dense(x, delta, batch, kv_pages)
+        if halves is None:
+            return self.head(run(self.moe_steps(x, delta, batch, kv_pool, dispatcher)), batch)
+        cut, (a, b) = halves[0].num_tokens, map(self.planned, halves)
+        rest = None if delta is None else delta[cut:]
+        delta = None if delta is None else delta[:cut]
+        both = run_two(
+            self.moe_steps(x[:cut], delta, a, kv_pool, dispatcher),
+            self.moe_steps(x[cut:], rest, b, kv_pool, dispatcher),
+            schedule,
+        )
+        return self.head(torch.cat(both), batch)
+
+    def moe_steps(
+        self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher
+    ) -> Steps[Tensor]:
+        """All layers with experts, one after the other: x + delta [T, D] -> [T, D]."""
+        first = self.config.first_k_dense_replace
+        for layer, kv_pages in zip(self.layers[first:], kv_pool[first:], strict=True):
+            x, delta = yield from layer.steps(x, delta, batch, kv_pages, dispatcher)
+        return x if delta is None else x + delta
+
+    def planned(self, batch: Batch) -> Batch:
+        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
 
 
 def op_shape(config: ModelConfig) -> Shape:

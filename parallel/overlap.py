@@ -1,21 +1,113 @@
-"""How layers run. A layer is a generator that yields at its communication points; see `model/moe.py`."""
+"""How layers run: one micro-batch alone, or two that take turns, so that one computes while the other communicates.
+
+The layers of a micro-batch are one generator (`Transformer.moe_steps`), which yields the name of each stage when done:
+
+    projections   norm, q and kv projections, KV written
+    attention     attention itself, output projection, norm, gate
+    dispatch      tokens sent to their experts' ranks; shared expert
+    experts       tokens received, experts, results sent back
+    combine       results received: the layer's end
+
+`run` exhausts one generator: the plain path. `run_two` alternates two at some of those points. Micro-batches a and b;
+`>` is in flight from the stage before to the one after it:
+
+    PREFILL   switch after dispatch and experts; no head start. a0, a1: a in layers 0, 1.
+
+        compute   a0 attention | b0 attention | a0 experts | b0 experts | a1 attention | b1 attention | ...
+        network                | a0 dispatch> | b0 dispatch> | a0 combine> | b0 combine> | a1 dispatch> ...
+
+    DECODE    switch after every stage; b two stages behind a. One transfer in flight at a time, which DeepEP's low
+              latency requires (each operation clears the other's buffer). A turn of both between two bars:
+
+        a0 projections | a0 attention | a0 dispatch> b0 projections | a0 >experts> b0 attention |
+        a0 >combine b0 dispatch> | a1 projections b0 >experts> | a1 attention b0 >combine | a1 dispatch> b1 projections
+"""
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+Steps = Generator[str, None, Result]
+FEW_ROWS, FEW_TOKENS = 128, 1024
+STAGES = ("projections", "attention", "dispatch", "experts", "combine")
 
 
-def run(steps: Generator[None, None, Result]) -> Result:
-    """Exhaust one generator: the plain path."""
+@dataclass(frozen=True)
+class Schedule:
+    """When two micro-batches take turns."""
+
+    switch_after: frozenset[str]  # stages
+    head_start: int  # turns that a takes before b's first
+
+
+PREFILL = Schedule(frozenset({"dispatch", "experts"}), 0)
+DECODE = Schedule(frozenset(STAGES), 2)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which steps run as two halves (--overlap). A function of what the ranks agreed on, so that all decide alike.
+
+    `auto` leaves it where it does not pay: with one rank, and in small steps. The deployment's break-even in decode lay
+    between 64 and 128 tokens a rank.
+    """
+
+    mode: str  # auto, on, off
+    ep_size: int
+    attn_tp: int
+
+    def in_decode(self, rows: int) -> bool:
+        """`rows` of every replica, padding included; each half must divide over the attention group."""
+        wanted = self.mode == "on" or (self.mode == "auto" and self.ep_size > 1 and rows // self.attn_tp >= FEW_ROWS)
+        return wanted and rows % (2 * self.attn_tp) == 0
+
+    def in_prefill(self, tokens: int) -> bool:
+        """`tokens` of the fullest replica in a step with prompts."""
+        if self.mode == "auto":
+            return self.ep_size > 1 and tokens // self.attn_tp >= FEW_TOKENS
+        return self.mode == "on"
+
+    @property
+    def why(self) -> str:
+        """A line for the log."""
+        if self.mode != "auto":
+            return self.mode
+        if self.ep_size == 1:
+            return "off: one rank"
+        return f"in decode from {FEW_ROWS} rows a rank, in prefill from {FEW_TOKENS} tokens a rank; off below"
+
+
+def run(steps: Steps[Result]) -> Result:
+    """Exhaust one generator."""
     while True:
         try:
             next(steps)
         except StopIteration as stop:
             return stop.value
+
+
+def run_two(a: Steps[Result], b: Steps[Result], schedule: Schedule) -> tuple[Result, Result]:
+    """Run both to their ends, in turns. Every rank must call this with the same schedule: collectives are in it."""
+    results: dict[str, Result] = {}
+
+    def turn(name: str, steps: Steps[Result]) -> None:
+        """Go on until the next stage after which the other may run."""
+        try:
+            while name not in results and next(steps) not in schedule.switch_after:
+                pass
+        except StopIteration as stop:
+            results[name] = stop.value
+
+    for _ in range(schedule.head_start):
+        turn("a", a)
+    while len(results) < 2:
+        turn("a", a)
+        turn("b", b)
+    return results["a"], results["b"]
 
 
 class Beside:

@@ -140,7 +140,7 @@ def test_prefill_empty() -> None:
 @pytest.mark.parametrize("lens", [[(1, 1), (64, 64), (65, 300), (200, 200)], [(1, 500)], [(333, 333)]])
 @pytest.mark.parametrize("library", ["flash_attn", "flash_mla"])
 def test_vendors_keep_the_contract(library: str, lens: list[tuple[int, int]]) -> None:
-    """The adapters, against the twins; what they may not read is NaN where their libraries allow that."""
+    """The adapters, against the twins."""
     scale = 192**-0.5
     if library == "flash_attn":
         pytest.importorskip("flash_attn.cute")

@@ -101,6 +101,8 @@ class Life(RuleBasedStateMachine):
             for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], decodes + prefills, strict=True):
                 assert sequence.computed == before[sequence.request.uid] + len(chunk.token_ids)
                 assert chunk.wants_logits == (sequence in sampled)
+            for row, sequence in enumerate(sampled):
+                sequence.row = row
             self.launched(twin, plan)
             landing, twin.flying = twin.flying, sampled
             for sequence, end in zip(landing, ends, strict=False):

@@ -3,6 +3,7 @@ or disaggregated with any pairing of the two sides. And no page leaks on any ran
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -89,6 +90,12 @@ def body(rank: int, tiny: Path) -> None:
         for other in SHAPES:
             got = one_run([("prefill", *left[shape]), ("decode", *right[other])], tiny, interrupt)
             assert got == expected or rank, f"prefill {shape}, decode {other}: {got} instead of {expected}"
+    for shape in ((1, 1), (4, 2)):  # every step in two halves
+        mesh = sub_mesh(0, *shape)
+        settings = replace(SETTINGS, overlap="on")
+        engine = Engine.from_pretrained(settings, config, tiny, mesh, Ops()) if mesh is not None else None
+        got = one_run([("unified", engine, mesh)], tiny, interrupt)
+        assert got == expected or rank, f"overlapped {shape}: {got} instead of {expected}"
     for engine, _ in (*left.values(), *right.values()):
         assert engine is None or engine.pool[:, NULL_PAGE + 1 :].isfinite().all()
 

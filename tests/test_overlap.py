@@ -1,0 +1,196 @@
+"""Two micro-batches in turns compute what they compute one after the other, bit for bit, and in the order that
+`parallel/overlap.py` draws."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.backend import Ops
+from model.batch import Batch, Chunk, Chunks, pad, split
+from model.kv_cache import make_pool
+from model.transformer import Transformer
+from parallel import overlap
+from parallel.dispatchers import Dispatcher, plain_dispatchers
+from parallel.overlap import DECODE, PREFILL, STAGES, Rule, Schedule, run, run_two
+from tests import hf
+from tests.worlds import run_world, sub_mesh
+
+PAGES = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf.save(tmp_path_factory.mktemp("overlap"), "v3")
+
+
+def chunks(kind: str) -> Chunks:
+    """Decodes and prompts; every sequence has two pages, that hold something already."""
+
+    def chunk(i: int, length: int, start: int = 0) -> Chunk:
+        ids = [(37 * i + 11 * j) % 150 for j in range(length)]
+        return Chunk(ids, start, [2 * i + 1, 2 * i + 2])
+
+    match kind:
+        case "prompts":
+            return [], [chunk(0, 30), chunk(1, 50), chunk(2, 7)]
+        case "one prompt":  # cut in the middle: its second half attends to its first
+            return [], [chunk(0, 81, 20)]
+        case "mixed":
+            return [chunk(0, 1, 70), chunk(1, 1, 5)], [chunk(2, 9), chunk(3, 40, 12)]
+        case "mostly decodes":
+            return [chunk(i, 1, 10 + i) for i in range(4)], [chunk(4, 2)]
+        case "decodes":
+            return [chunk(i, 1, 60 + 2 * i) for i in range(5)], []
+        case "one token":  # one half is empty
+            return [chunk(0, 1, 33)], []
+        case "nothing":
+            return [], []
+    raise AssertionError(kind)
+
+
+KINDS = ("prompts", "one prompt", "mixed", "mostly decodes", "decodes", "one token", "nothing")
+
+
+def filled_pool(model: Transformer) -> Tensor:
+    pool = make_pool(model.config, PAGES, torch.float32, "cpu")
+    pool[:, 1:].copy_(torch.randn(pool[:, 1:].shape, generator=torch.Generator().manual_seed(1)))
+    return pool
+
+
+@torch.inference_mode()
+def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: int, schedule: Schedule) -> None:
+    """In turns, one after the other, and not cut at all."""
+    decodes, prefills = parts
+    decodes = pad(decodes, prefills, multiple)
+    whole = Batch.build(decodes, prefills, "cpu")
+    halves = tuple(Batch.build(*half, "cpu") for half in split(decodes, prefills, multiple))
+    pools = [filled_pool(model) for _ in range(3)]
+    in_turns = model(whole, pools[0], dispatcher, halves, schedule)
+    uncut = model(whole, pools[1], dispatcher)
+    x, delta = model.embed_tokens(whole.token_ids), None
+    for layer, pages in zip(model.layers[: model.config.first_k_dense_replace], pools[2], strict=False):
+        x, delta = layer.dense(x, delta, whole, pages)
+    cut, out = halves[0].num_tokens, []
+    for half, rows in zip(halves, (slice(0, cut), slice(cut, None)), strict=True):
+        part = None if delta is None else delta[rows]
+        out.append(run(model.moe_steps(x[rows], part, half, pools[2], dispatcher)))
+    assert torch.equal(in_turns, model.head(torch.cat(out), whole))
+    assert torch.equal(pools[0], pools[2])
+    torch.testing.assert_close(in_turns, uncut, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pools[0][:, 1:], pools[1][:, 1:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(in_turns.argmax(-1), uncut.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rank(kind: str, folder: Path) -> None:
+    model = hf.load(folder)
+    contiguous, masked = hf.dispatchers(model)
+    for dispatcher, schedule in ((contiguous, PREFILL), (masked, DECODE), (contiguous, DECODE), (masked, PREFILL)):
+        check(model, dispatcher, chunks(kind), 1, schedule)
+
+
+def body(rank: int, folder: Path) -> None:
+    for size, attn_tp in ((2, 1), (2, 2), (4, 1), (4, 2)):
+        mesh = sub_mesh(0, size, attn_tp)
+        if mesh is None:
+            continue
+        model = hf.load(folder, mesh)
+        contiguous, masked = plain_dispatchers(mesh.ep, model.placement.num_slots, Ops())
+        for i in range(len(KINDS)):  # another kind on each replica, so that a half is empty on some and not on others
+            check(model, contiguous, chunks(KINDS[(i + mesh.replica) % len(KINDS)]), attn_tp, PREFILL)
+        few = [chunks("decodes")[0][: 5 - mesh.replica], chunks("nothing")[0]][mesh.replica % 2]
+        decodes = few + [Chunk((0,), 0, (), wants_logits=False)] * (8 - len(few))  # as many rows on every rank
+        check(model, masked, (decodes, []), 2 * attn_tp, DECODE)
+
+
+def test_several_ranks(folder: Path) -> None:
+    run_world(4, body, folder)
+
+
+class Recorder:
+    """Notes what a generator does, by micro-batch and layer, and what is in flight."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.in_flight: set[str] = set()
+        self.most_in_flight = 0
+
+    def watch(self, name: str, layers: int) -> Iterator[str]:
+        """Stands for a micro-batch's layers: the stages in order, and each transfer from its start to its wait."""
+        for layer in range(layers):
+            for stage in STAGES:
+                if stage in ("experts", "combine"):
+                    self.in_flight.remove(name)
+                if stage in ("dispatch", "experts"):
+                    self.in_flight.add(name)
+                    self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+                self.order.append(f"{name}{layer} {stage}")
+                yield stage
+
+
+def test_the_prefill_schedule_is_the_one_drawn() -> None:
+    recorder = Recorder()
+    run_two(recorder.watch("a", 2), recorder.watch("b", 2), PREFILL)
+    drawn = re.search(r"compute +(.+)", overlap.__doc__)[1].removesuffix(" | ...").split(" | ")
+    turns = [step for step in recorder.order if step.endswith((" attention", " experts"))]
+    assert turns[: len(drawn)] == drawn and len(drawn) == 6
+    assert recorder.most_in_flight == 2
+
+
+def test_the_decode_schedule_is_the_one_drawn() -> None:
+    recorder = Recorder()
+    run_two(recorder.watch("a", 3), recorder.watch("b", 3), DECODE)
+    drawn = re.findall(r"([ab]\d) >?(\w+)", overlap.__doc__.split("between two bars:")[1])
+    assert recorder.order[: len(drawn)] == [" ".join(step) for step in drawn] and len(drawn) == 14
+    assert recorder.most_in_flight == 1
+
+
+def test_the_stages_are_the_models(folder: Path) -> None:
+    model = hf.load(folder)
+    batch = model.planned(Batch.build(*chunks("mixed"), "cpu"))
+    steps = model.moe_steps(
+        model.embed_tokens(batch.token_ids), None, batch, filled_pool(model), hf.dispatchers(model)[0]
+    )
+    assert list(steps) == list(STAGES) * model.config.num_moe_layers
+
+
+lengths = st.lists(st.integers(1, 9), max_size=5)
+
+
+@given(decodes=st.integers(0, 9), prompts=lengths, multiple=st.sampled_from((1, 2, 4)))
+def test_a_split_keeps_every_token_in_order(decodes: int, prompts: list[int], multiple: int) -> None:
+    first = [Chunk([i], i, [i]) for i in range(decodes)]
+    rest = [Chunk([100 * i + j for j in range(n)], 3 * i, [i], bool(i % 2)) for i, n in enumerate(prompts)]
+    first = pad(first, rest, multiple)
+    (ad, ap), (bd, bp) = split(first, rest, multiple)
+    total = len(first) + sum(prompts)
+    size = len(ad) + sum(len(c.token_ids) for c in ap)
+    assert size % multiple == 0 and abs(2 * size - total) <= multiple
+    assert not (ap and bd), "a decode behind a prompt"
+    assert ad + bd == first
+    joined: list[Chunk] = []
+    for chunk in ap + bp:
+        if joined and joined[-1].pages == chunk.pages:
+            before = joined.pop()
+            assert chunk.start == before.start + len(before.token_ids) and not before.wants_logits
+            chunk = replace(chunk, token_ids=[*before.token_ids, *chunk.token_ids], start=before.start)
+        joined.append(chunk)
+    assert joined == rest
+
+
+def test_when_it_pays() -> None:
+    assert not Rule("auto", 1, 1).in_decode(256) and not Rule("auto", 1, 1).in_prefill(10_000)
+    auto = Rule("auto", 8, 2)
+    assert [auto.in_decode(rows) for rows in (254, 255, 256, 258)] == [False, False, True, False]
+    assert [auto.in_prefill(tokens) for tokens in (2047, 2048)] == [False, True]
+    on, off = Rule("on", 1, 2), Rule("off", 8, 1)
+    assert on.in_decode(4) and not on.in_decode(2) and on.in_prefill(0)
+    assert not off.in_decode(256) and not off.in_prefill(10_000)
+    assert Rule("auto", 1, 1).why == "off: one rank" and on.why == "on" and "from 128 rows" in auto.why
