@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def machine() -> str:
     return f"CPU, {platform.machine()}"
 
 
+@cache
 def versions() -> dict[str, str]:
     """What is installed of the packages that matter, by import or distribution name."""
     found = {"python": platform.python_version()}
@@ -38,6 +40,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
     """The commit that is checked out; empty where there is no history."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
