@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "docs" / "measurements.json"
 KINDS = ("measured", "simulated", "modelled")
+LOCAL = ("--out", "--peer-python")
 PACKAGES = ("torch", "triton", "deep_gemm", "flash_mla", "deep_ep", "transformers")
 
 
@@ -47,6 +48,17 @@ def commit() -> str:
     return run.stdout.strip()
 
 
+def command() -> str:
+    """What was run, without where files and environments lie on this machine."""
+    words, kept = iter(sys.argv), ["python"]
+    for word in words:
+        if word in LOCAL:
+            next(words, None)
+        elif word.split("=")[0] not in LOCAL:
+            kept.append(word)
+    return shlex.join(kept)
+
+
 @dataclass(frozen=True)
 class Record:
     """One figure. `reference` is what it is held against, in the same unit, and `source` where that comes from."""
@@ -60,7 +72,7 @@ class Record:
     kind: str = "measured"
     machine: str = field(default_factory=machine)
     versions: dict[str, str] = field(default_factory=versions)
-    command: str = field(default_factory=lambda: shlex.join(["python", *sys.argv]))
+    command: str = field(default_factory=command)
     commit: str = field(default_factory=commit)
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 

@@ -11,9 +11,10 @@ Every operand is counted once in and once out, and what can be fused is: a norm 
 quantisation behind it, silu with its multiplication. On one rank the experts take their rows by index, so the only
 permutation is the weighted sum; between ranks prefill regroups what it received, while decode's sum is a part of the
 communication. Communication itself is not counted, nor embedding, sampling arithmetic and launch gaps. Balanced
-ranks and uniform routing are assumed: of P slots, `local` on this rank, the expected number that T tokens hit is read.
-With one group of experts this gives one-GPU models what a count of products, attention and residual traffic gives, less
-up to 4 % in prefill, because the shared expert's silu, the latents' norms and the rotation of queries are counted too.
+ranks and uniform routing are assumed: of the slots on this rank, as many are read as the tokens can be expected to hit.
+
+A count for one GPU that leaves out the shared expert's silu, the latents' norms, the rotation of queries and the
+sampler's pass over the logits comes to rates up to 4 % higher in prefill, 1 % in decode (tests/test_roofline.py).
 """
 
 import argparse
@@ -80,14 +81,16 @@ def total(parts: list[Part], ceilings: Ceilings) -> float:
 
 def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None) -> Work:
     """One token of each of `batch` sequences, which attend `kv` tokens on average."""
-    return _work(config, batch, batch, _absorbed(config, batch, kv), _Spread(config, batch, ep, local), permutes=ep == 1)
+    spread = _Spread(config, batch, ep, local)
+    return _work(config, batch, batch, _absorbed(config, batch, kv), spread, permutes=ep == 1)
 
 
 def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None) -> Work:
     """All of the prompts of `prompt` tokens that make `tokens`; each gets its first token."""
     sequences = tokens / prompt
     attention = _expanded(config, tokens, sequences * prompt * (prompt + 1) / 2)
-    return _work(config, tokens, sequences, attention, _Spread(config, tokens, ep, local), permutes=True)
+    spread = _Spread(config, tokens, ep, local)
+    return _work(config, tokens, sequences, attention, spread, permutes=True)
 
 
 class _Spread:
@@ -108,21 +111,22 @@ class _Spread:
 def _work(
     config: ModelConfig, tokens: int, sequences: float, attention: list[Part], spread: _Spread, permutes: bool
 ) -> Work:
-    dense, hidden, vocab = config.first_k_dense_replace, config.hidden_size, config.vocab_size
     around = [*attention, *_norms(config, tokens)]
-    logits = sequences * vocab * FLOAT32
+    dense = [*around, *_ffn(config, "dense FFN", tokens, config.intermediate_size)]
     kinds = {
-        "dense layer": (dense, [*around, *_ffn(config, "dense FFN", tokens, config.intermediate_size)]),
+        "dense layer": (config.num_hidden_layers - config.num_moe_layers, dense),
         "MoE layer": (config.num_moe_layers, [*around, *_moe(config, tokens, spread, permutes)]),
-        "head": (
-            1,
-            [
-                Part("LM head", "lm_head", 2 * sequences * hidden * vocab, (vocab + sequences) * hidden * BF16 + logits),
-                Part("LM head", "the sampler's look at the logits", 0, logits),
-            ],
-        ),
+        "head": (1, _head(config, sequences)),
     }
     return Work(tokens, {kind: (count, parts) for kind, (count, parts) in kinds.items() if count})
+
+
+def _head(config: ModelConfig, rows: float) -> list[Part]:
+    hidden, vocab, logits = config.hidden_size, config.vocab_size, rows * config.vocab_size * FLOAT32
+    return [
+        Part("LM head", "lm_head", 2 * rows * hidden * vocab, (vocab + rows) * hidden * BF16 + logits),
+        Part("LM head", "the sampler's look at the logits", 0, logits),
+    ]
 
 
 def _product(
