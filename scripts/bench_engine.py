@@ -108,7 +108,7 @@ class Bench:
         rows, found = self.engine.decode.bucket(batch), []
         gates = [layer.mlp.gate for layer in self.engine.model.layers if layer.is_moe]
         hooks = [gate.register_forward_hook(lambda _, __, chosen: found.append(chosen[0])) for gate in gates]
-        self.drive(batch, 16, 9)
+        self.drive(batch, 4, 6)
         for hook in hooks:
             hook.remove()
         counts = [ids[:batch].unique().numel() for ids in found if ids.shape[0] == rows]

@@ -58,7 +58,7 @@ class VLLM:
     """Its engine in this process; every batch of tokens is marked as it reaches the host."""
 
     def __init__(self, folder: str, args: argparse.Namespace):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS"):
             os.environ.setdefault(name, "1")
         import vllm
