@@ -141,10 +141,13 @@ def norms(tokens: int) -> None:
     report("norm_rope_write", str(tuple(kv.shape)), replayed_us(write), None, 4 * kv.numel(), "TB/s")
 
 
-def run() -> None:
+def attention() -> None:
     for heads, lens in DECODE:
         decode(heads, lens)
     for lens in PREFILL:
         prefill(lens)
+
+
+def moves() -> None:
     for tokens in (256, 16384):
         norms(tokens)

@@ -1,15 +1,24 @@
 """Offline throughput of the engine on a model of given shape with random weights: prefill, and decode by batch size.
 
 python scripts/bench_engine.py --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
+python scripts/bench_engine.py --peer                                        # beside vLLM, else transformers
+python scripts/bench_engine.py --peer vllm --peer-python "source peer/env.sh && python3"
+
+On a GPU each figure stands beside the roofline of scripts/roofline.py, which is modelled from the ceilings that this
+GPU shows in the same run; with --peer the same work goes through another engine first (scripts/peer.py), whose
+environment should not inherit ours: "unset PYTHONPATH LD_PRELOAD; source ..." in --peer-python sees to that.
 
 Times are the host's: prefill from the first step to the moment the last request's first token is known, decode over the
 steps in which all requests decode. Requests go through the scheduler and the step loop as in a job, without a router.
 """
 
 import argparse
+import json
+import shlex
+import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,9 +33,14 @@ from disagg.engine import Engine, EngineConfig, Step
 from disagg.request import Request
 from disagg.unified import Unified
 from disagg.worker import Pipeline
+from kernels.backend import choose
+from model.config import ModelConfig
+from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
-from scripts.measurements import Record, save
-from scripts.shapes import SHAPES, random_model
+from parallel.placement import Placement
+from scripts import roofline
+from scripts.measurements import ROOT, Record, save
+from scripts.shapes import SHAPES, randomize
 
 
 @dataclass(frozen=True)
@@ -56,17 +70,17 @@ class Timed(Unified):
 
 
 class Bench:
-    def __init__(self, engine: Engine, prompt: int):
-        self.engine, self.prompt = engine, prompt
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self.role = Timed(engine)
         self.pipeline = Pipeline(self.role, engine, engine.mesh)
         self.uid = 0
 
-    def drive(self, batch: int, max_tokens: int) -> float:
-        """Run `batch` requests to their end. When it began."""
+    def drive(self, batch: int, length: int, max_tokens: int) -> float:
+        """Run `batch` requests with prompts of `length` tokens to their end. When it began."""
         vocab = self.engine.config.vocab_size
         for _ in range(batch):
-            prompt = torch.randint(vocab, (self.prompt,)).tolist()
+            prompt = torch.randint(vocab, (length,)).tolist()
             self.role.handle(Submit(Request(self.uid, prompt, max_tokens, ignore_eos=True), None))
             self.uid += 1
         self.role.marks.clear()
@@ -75,21 +89,83 @@ class Bench:
             self.role.updates.clear()
         return start
 
-    def prefill(self, batch: int) -> float:
+    def prefill(self, batch: int, length: int) -> float:
         """Prompt tokens a second."""
-        start = self.drive(batch, 1)
-        return batch * self.prompt / (self.role.marks[-1].now - start)
+        start = self.drive(batch, length, 1)
+        return batch * length / (self.role.marks[-1].now - start)
 
-    def decode(self, batch: int, steps: int) -> tuple[float, float]:
+    def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float]:
         """While all requests decode: tokens a second, and the milliseconds of a step that the host itself took."""
-        self.drive(batch, steps + 2)
-        window = [mark for mark in self.role.marks if not mark.mixed][1:]  # after the last prompt
+        self.drive(batch, length, max_tokens)
+        all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
+        window = all_decode[1:]  # after the last prompt
         seconds = window[-1].now - window[0].now
         host = seconds - sum(mark.waited for mark in window[1:])
-        return sum(mark.tokens for mark in window[1:]) / seconds, 1e3 * host / (len(window) - 1)
+        return batch * (len(window) - 1) / seconds, 1e3 * host / (len(window) - 1)
+
+    def experts_hit(self, batch: int) -> float:
+        """Distinct experts of a layer in a decode step, on average over some steps. Before graphs are captured."""
+        rows, found = self.engine.decode.bucket(batch), []
+        gates = [layer.mlp.gate for layer in self.engine.model.layers if layer.is_moe]
+        hooks = [gate.register_forward_hook(lambda _, __, chosen: found.append(chosen[0])) for gate in gates]
+        self.drive(batch, 4, 6)
+        for hook in hooks:
+            hook.remove()
+        counts = [ids[:batch].unique().numel() for ids in found if ids.shape[0] == rows]
+        return sum(counts) / max(1, len(counts))
 
 
-def main() -> None:
+def random_model(config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str]) -> Transformer:
+    ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device, backend)
+    placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
+    model = Transformer(config, mesh, placement, ops, torch.bfloat16, max_model_len)
+    randomize(model)
+    return model
+
+
+def run_peer(args: argparse.Namespace) -> dict:
+    """What scripts/peer.py prints of the same work, in a process of its own: its memory is free again afterwards."""
+    options = {"shape": args.shape, "batch": args.batch, "prompt": args.prompt, "output": args.output}
+    options |= {"prefill-batch": args.prefill_batch, "step-tokens": args.step_tokens, "repeat": args.repeat}
+    options |= {"layers": args.layers} if args.layers else {}
+    words = [str(ROOT / "scripts" / "peer.py"), args.peer, *(f"--{name}={value}" for name, value in options.items())]
+    run = subprocess.run(["bash", "-c", f"{args.peer_python} {shlex.join(words)}"], stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise SystemExit(f"{run.stdout[-4000:]}\nthe peer failed (status {run.returncode}): {shlex.join(words)}")
+    return json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
+
+
+class Report:
+    """The figures, printed as they are measured and kept as records."""
+
+    def __init__(self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None):
+        self.shape, self.ceilings, self.peer, self.records = shape, ceilings, peer, []
+        if ceilings is not None:
+            self.add("bf16 GEMM 8192^3, a ceiling of the roofline", ceilings.bf16 / 1e12, "TFLOP/s")
+            if ceilings.fp8 is not None:
+                self.add("fp8 GEMM 8192^3, a ceiling of the roofline", ceilings.fp8 / 1e12, "TFLOP/s")
+            self.add("copy, a ceiling of the roofline", ceilings.bandwidth / 1e12, "TB/s")
+
+    def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
+        better, reference = "lower" if unit == "ms" else "higher", reference and round(reference, 3)
+        record = Record(f"{self.shape}, {name}", round(value, 3), unit, better, reference, source)
+        beside = f"= {record.ratio:.3f} of {reference:,.1f}, {source}" if reference else ""
+        print(f"{record.name:60} {value:12,.3f} {unit} {beside}".rstrip(), flush=True)
+        self.records.append(record)
+
+    def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Work) -> None:
+        """Tokens a second, beside the roofline and the peer's."""
+        if self.ceilings is None:
+            self.add(name, value, "tok/s")
+        else:
+            self.add(name, value, "tok/s", work.rate(self.ceilings), "roofline, same run (modelled)")
+        theirs = self.peer and self.peer[phase][str(batch)]
+        if theirs:
+            peer = self.peer["peer"]
+            self.add(f"{name}, against {peer.split()[0]}", value, "tok/s", theirs, f"{peer}, same run")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="moonlight")
@@ -100,15 +176,43 @@ def main() -> None:
     add("--step-tokens", type=int, default=16384, help="prompt tokens a step")
     add("--repeat", type=int, default=3)
     add("--layers", type=int, help="fewer layers than the shape has")
+    add("--peer", nargs="?", const="auto", choices=("auto", "vllm", "transformers"), help="the same work through it")
+    add("--peer-python", default=shlex.quote(sys.executable), metavar="CMD", help="its Python, as a shell command")
     add("--backend", action="append", metavar="[OP=]LIB")
     add("--no-graphs", action="store_true")
     add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure(bench: Bench, report: Report, args: argparse.Namespace, outputs: dict[int, int]) -> None:
+    """`outputs`: tokens that a request generates, by decode batch."""
+    model = bench.engine.model
+    config = replace(model.config, fp8=model.fp8)
+    bench.prefill(args.prefill_batch, args.prompt)
+    for batch in dict.fromkeys((args.prefill_batch, 1)):
+        rates = [bench.prefill(batch, args.prompt) for _ in range(args.repeat)]
+        work = roofline.prefill(config, min(batch * args.prompt, args.step_tokens), args.prompt)
+        report.rate("prefill", batch, f"prefill {batch} x {args.prompt}", median(rates), work)
+    for batch in outputs:
+        runs = [bench.decode(batch, args.prompt, outputs[batch]) for _ in range(args.repeat)]
+        rates, host = zip(*runs, strict=True)
+        work = roofline.decode(config, batch, args.prompt + outputs[batch] / 2)
+        report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
+        report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
+
+
+def main() -> None:
+    args = parse()
     torch.manual_seed(0)
     batches = [int(b) for b in args.batch.split(",")]
-    most = max(*batches, args.prefill_batch) if len(batches) > 1 else max(batches[0], args.prefill_batch)
+    peer = run_peer(args) if args.peer else None
     mesh, config = Mesh.create(), SHAPES[args.shape]
-    length = args.prompt + args.output + 3
+    if args.layers:
+        config = replace(config, num_hidden_layers=args.layers)
+    report = Report(args.shape, roofline.measure_ceilings() if mesh.device.type == "cuda" else None, peer)
+    # The first requests decode while the last prompts are computed; then all do, for as many steps as were asked for.
+    outputs = {batch: args.output + -(-batch * args.prompt // args.step_tokens) + 3 for batch in batches}
+    most, length = max(*batches, args.prefill_batch), args.prompt + max(outputs.values())
     settings = EngineConfig(
         max_batch=most,
         max_tokens_per_step=max(args.step_tokens, most),
@@ -119,28 +223,20 @@ def main() -> None:
     )
     start = time.perf_counter()
     model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"])
-    engine = Engine(settings, model, mesh)
-    engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=None))
+    bench = Bench(Engine(settings, model, mesh))
+    for batch in batches if config.num_moe_layers else ():
+        uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
+        print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
+    bench.engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=None))
     print(f"ready after {time.perf_counter() - start:.1f} s")
-    bench, records = Bench(engine, args.prompt), []
 
-    def report(name: str, value: float, unit: str = "tok/s", better: str = "higher") -> None:
-        full = f"{args.shape}, {name}"
-        print(f"{full:60} {value:12,.3f} {unit}", flush=True)
-        records.append(Record(full, round(value, 3), unit, better))
-
-    bench.prefill(args.prefill_batch)
-    for batch in (args.prefill_batch, 1):
-        rates = [bench.prefill(batch) for _ in range(args.repeat)]
-        report(f"prefill {batch} x {args.prompt}", median(rates))
-    for batch in batches:
-        rates, host = zip(*(bench.decode(batch, args.output) for _ in range(args.repeat)), strict=True)
-        report(f"decode, batch {batch} after {args.prompt}", median(rates))
-        report(f"the host's part of a decode step, batch {batch}", median(host), "ms", "lower")
+    try:
+        measure(bench, report, args, outputs)
+    finally:
+        if args.out is not None:
+            save(report.records, args.out)
     if mesh.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    if args.out is not None:
-        save(records, args.out)
 
 
 if __name__ == "__main__":

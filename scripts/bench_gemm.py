@@ -1,10 +1,11 @@
-"""Times the Triton GEMMs against deep_gemm at DeepSeek-V3's shapes (part of bench_kernels.py).
+"""Times the Triton GEMMs against deep_gemm at DeepSeek-V3's shapes, and what routing moves (part of bench_kernels.py).
 
 Medians of CUDA graph replays, so that no host time is in them; a graph calls a GEMM on several sets of weights in turn,
 together larger than L2. Both sides get operands in their best layout (deep_gemm its column-major scales), and the two
 results are compared.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -40,11 +41,16 @@ def weights(*shape: int) -> tuple[Tensor, Tensor]:
 
 
 def median_us(calls: list[Callable[[], object]]) -> float:
-    """Median time of one call, over graph replays of all of them in turn."""
-    calls = calls * max(1, 10 // len(calls))
+    """Median time of one call, over graph replays of all of them in turn: ten calls or more, if they are short."""
     for call in calls:
         call()
     torch.cuda.synchronize()
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    if time.perf_counter() - start < 1e-3 * len(calls):
+        calls = calls * max(1, 10 // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -148,7 +154,7 @@ def memory_bound(tokens: int, experts: int, d: int, width: int) -> None:
         report("ep_scatter_masked", f"{tokens} x 8, {experts} experts", ours, None, moved, "TB/s")
 
 
-def run() -> None:
+def products() -> None:
     for n, d in EXPERT:
         masked(4, 1024, 512, n, d)
     for n, d in DENSE:
@@ -156,5 +162,8 @@ def run() -> None:
     for n, d in EXPERT:
         contiguous(9, 14_600, n, d)
     dense(4096, 7168, 2048)
+
+
+def moves() -> None:
     for tokens in (256, 16_384):
         memory_bound(tokens, 9, 7168, 2048)

@@ -1,10 +1,14 @@
 """Our Triton kernels against the vendors' in one run, at DeepSeek-V3's shapes (one Hopper GPU):
 
 python scripts/bench_kernels.py --out measurements.json
+python scripts/bench_kernels.py --only attention
+
+In a first run most of the time is the kernels' compilation, the vendors' too where they compile as they run.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,16 +19,26 @@ from scripts import bench_attention, bench_gemm
 from scripts.kernel_table import RECORDS, header
 from scripts.measurements import save
 
+PARTS = {
+    "gemm": [bench_gemm.products],
+    "attention": [bench_attention.attention],
+    "memory": [bench_gemm.moves, bench_attention.moves],
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone (may be given again)")
     args = parser.parse_args()
     torch.manual_seed(0)
     header()
     try:
-        bench_gemm.run()
-        bench_attention.run()
+        for part in args.only or PARTS:
+            start = time.perf_counter()
+            for bench in PARTS[part]:
+                bench()
+            print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     finally:
         if args.out is not None:
             save(RECORDS, args.out)

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "docs" / "measurements.json"
 KINDS = ("measured", "simulated", "modelled")
+LOCAL = ("--out", "--peer-python")
 PACKAGES = ("torch", "triton", "deep_gemm", "flash_mla", "deep_ep", "transformers")
 
 
@@ -28,6 +30,7 @@ def machine() -> str:
     return f"CPU, {platform.machine()}"
 
 
+@cache
 def versions() -> dict[str, str]:
     """What is installed of the packages that matter, by import or distribution name."""
     found = {"python": platform.python_version()}
@@ -38,10 +41,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
     """The commit that is checked out; empty where there is no history."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip()
+
+
+def command() -> str:
+    """What was run, without where files and environments lie on this machine."""
+    words, kept = iter(sys.argv), ["python"]
+    for word in words:
+        if word in LOCAL:
+            next(words, None)
+        elif word.split("=")[0] not in LOCAL:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class Record:
     kind: str = "measured"
     machine: str = field(default_factory=machine)
     versions: dict[str, str] = field(default_factory=versions)
-    command: str = field(default_factory=lambda: shlex.join(["python", *sys.argv]))
+    command: str = field(default_factory=command)
     commit: str = field(default_factory=commit)
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 

@@ -1,12 +1,12 @@
-"""Models by shape alone, with random weights: what the engine benchmarks run."""
+"""Models by shape alone, and the random weights that benchmarks give them, ours and a peer's.
+
+Imports little of the project: it is also read in a peer's environment.
+"""
 
 import torch
+from torch import nn
 
-from kernels.backend import choose
-from model.config import ModelConfig
-from model.transformer import Transformer, op_shape
-from parallel.mesh import Mesh
-from parallel.placement import Placement
+from model.config import ModelConfig, Rope
 
 _LITE = {
     "hidden_size": 2048,
@@ -27,22 +27,40 @@ SHAPES = {
     "moonlight": ModelConfig(vocab_size=163840, intermediate_size=11264, routed_scaling_factor=2.446, **_LITE),
     # DeepSeek-V2-Lite's dimensions; its gate (softmax) is not V3's, which is what runs here.
     "v2-lite": ModelConfig(vocab_size=102400, intermediate_size=10944, **_LITE),
+    # DeepSeek-V3 itself: for the roofline, and with --layers for what fits.
+    "v3": ModelConfig(
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_group=8,
+        topk_group=4,
+        first_k_dense_replace=3,
+        routed_scaling_factor=2.5,
+        max_position_embeddings=163840,
+        num_nextn_predict_layers=1,
+        fp8=True,
+        bos_token_id=0,
+        eos_token_ids=(1,),
+        rope=Rope(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
+    ),
     "tiny": ModelConfig.from_pretrained("model/tiny"),
 }
 
 
-def random_model(
-    config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str], dtype: torch.dtype = torch.bfloat16
-) -> Transformer:
-    """Random weights under which routing spreads as a trained model's does: the gate's logits have deviation 1."""
-    ops, _ = choose(op_shape(config), dtype, mesh.device, backend)
-    placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
-    model = Transformer(config, mesh, placement, ops, dtype, max_model_len)
-    randomize(model)
-    return model
-
-
-def randomize(model: Transformer) -> None:
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Weights under which routing spreads as a trained model's does: the gate's logits have deviation 1."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" in name:

@@ -37,6 +37,12 @@ def test_records_survive_the_file_and_newer_ones_win(tmp_path) -> None:
     assert [r.value for r in merge([Record("a", 3, "s", **ENVIRONMENT)], old)] == [3, 2]
 
 
+def test_a_command_does_not_say_where_things_lie(monkeypatch) -> None:
+    words = "scripts/b.py --out /x/y.json --shape tiny --peer-python=/x/python --peer vllm"
+    monkeypatch.setattr("sys.argv", words.split())
+    assert Record("a", 1, "s").command == "python scripts/b.py --shape tiny --peer vllm"
+
+
 def test_a_kind_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="kind is 'guessed'; it must be one of measured, simulated, modelled"):
         Record("a", 1, "s", kind="guessed", **ENVIRONMENT)
