@@ -69,8 +69,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
     size.add_argument("--max-tokens-per-step", type=int, default=1024, metavar="N", help="prompts are cut to it (1024)")
-    size.add_argument("--kv-tokens", type=int, default=65536, metavar="N", help="tokens of KV in the pool (65536)")
+    size.add_argument("--kv-tokens", type=int, metavar="N", help="tokens of KV in the pool (what fits; 65536 on a CPU)")
     size.add_argument("--max-model-len", type=int, metavar="N", help="prompt and generated tokens (the model's own)")
+    size.add_argument(
+        "--gpu-memory-fraction",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="of a GPU's memory, for all ranks of this job on it together (0.9)",
+    )
     args = parser.parse_args(argv)
     _check_flags(args)
     return args
@@ -160,6 +167,11 @@ class RouterThread(threading.Thread):
 def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelConfig) -> int:
     interrupt = Interrupt()
     mesh = Mesh.create(args.attn_tp, args.device)
+
+    def say(text: str) -> None:
+        if mesh.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
     if args.role == "unified":
         front, router = open_front_door(args, settings, config, mesh)
     else:
@@ -169,12 +181,10 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     # The torch references until the whole engine has been measured with the kernels on a GPU; then "auto".
     backend = args.backend or ["torch"]
     ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, backend)
-    engine = Engine.from_pretrained(settings, config, args.model, mesh, ops)
-    if mesh.rank == 0:
-        who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
-        fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
-        print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
-        print(f"{'dispatch':>10}: {engine.dispatchers.why}" + (f"\n{'fp8':>10}: {fp8}" if fp8 else ""), file=sys.stderr)
+    engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say)
+    fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
+    say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {mesh.device.type}")
+    say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}" + (f"\n{'fp8':>10}: {fp8}" if fp8 else ""))
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
     if thread is not None:
@@ -208,8 +218,9 @@ def main() -> int:
     try:
         args = parse_args()
         settings = EngineConfig(
-            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype, args.dispatch
-        )
+            args.max_batch, args.max_tokens_per_step, args.kv_tokens, args.max_model_len, args.dtype, args.dispatch,
+            gpu_memory_fraction=args.gpu_memory_fraction,
+        )  # fmt: skip
         config = ModelConfig.from_pretrained(args.model)
         if args.role != "router":
             return run_worker(args, settings, config)
