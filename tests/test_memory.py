@@ -1,6 +1,7 @@
 """The memory table: its parts are what the code allocates, its remainder is the KV pool, its refusals say why."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -258,17 +259,36 @@ def test_a_share_of_a_gpu() -> None:
 
 
 class Hosts(Group):
-    """A group whose other ranks say this."""
+    """Ranks of which two are on my GPU; the one beside me has a GiB less left."""
 
-    others = [("elsewhere", 0), ("elsewhere", 1)]
-
-    def exchange(self, item: tuple) -> list[tuple]:
-        return [item, item, (item[0], 1 - item[1]), *self.others]
+    def exchange(self, item: Any) -> list[Any]:
+        if isinstance(item, Budget):
+            return [item, replace(item, available=item.available - GIB)]
+        host, index = item
+        return [item, item, (host, 1 - index), ("elsewhere", 0), ("elsewhere", 1)]
 
 
 def test_ranks_that_share_a_gpu_are_counted() -> None:
     assert Mesh(0, 5, torch.device("cuda", 0), ep=Hosts(5)).ranks_on_my_gpu() == 2
     assert Mesh().ranks_on_my_gpu() == 1
+
+
+@pytest.mark.parametrize(("sharing", "free", "left"), [(False, 79, 40), (True, 79, 20), (True, 30, 17)])
+def test_an_engine_takes_its_share(
+    tiny: str, sharing: bool, free: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a GPU of 80 GiB, shared or not; what others took of it counts; the fullest rank decides."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    config = ModelConfig.from_pretrained(tiny)
+    settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
+    engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
+    engine.mesh = Mesh(device=torch.device("cuda", 0), ep=Hosts(5) if sharing else Group())
+    budget = engine._make_budget([1, 2, 64])
+    assert budget.available == (left - sharing) * GIB
+    assert sum(budget.parts.values()) < GIB / 2
+    assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1
 
 
 def test_flags_are_checked() -> None:
