@@ -71,8 +71,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
     size.add_argument("--max-tokens-per-step", type=int, default=1024, metavar="N", help="prompts are cut to it (1024)")
-    size.add_argument("--kv-tokens", type=int, default=65536, metavar="N", help="tokens of KV in the pool (65536)")
+    size.add_argument("--kv-tokens", type=int, metavar="N", help="tokens of KV in the pool (what fits; 65536 on a CPU)")
     size.add_argument("--max-model-len", type=int, metavar="N", help="prompt and generated tokens (the model's own)")
+    size.add_argument(
+        "--gpu-memory-fraction",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="of a GPU's memory, for all ranks of this job on it together (0.9)",
+    )
     args = parser.parse_args(argv)
     _check_flags(args)
     return args
@@ -162,6 +169,11 @@ class RouterThread(threading.Thread):
 def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelConfig) -> int:
     interrupt = Interrupt()
     mesh = Mesh.create(args.attn_tp, args.device)
+
+    def say(text: str) -> None:
+        if mesh.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
     if args.role == "unified":
         front, router = open_front_door(args, settings, config, mesh)
     else:
@@ -169,13 +181,12 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         if router[1] == 0:
             raise ValueError(f"--router is {args.router!r}; port 0 is only for --listen, which says what it got")
     ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend or ())
-    engine = Engine.from_pretrained(settings, config, args.model, mesh, ops)
-    if mesh.rank == 0:
-        who = f"{mesh.size} ranks in {mesh.num_replicas} attention replicas"
-        fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
-        print(f"{args.role}: {who} on {mesh.device.type}\n{table(choices)}", file=sys.stderr)
-        print(f"{'overlap':>10}: {engine.rule.why}", file=sys.stderr)
-        print(f"{'dispatch':>10}: {engine.dispatchers.why}" + (f"\n{'fp8':>10}: {fp8}" if fp8 else ""), file=sys.stderr)
+    engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say)
+    fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
+    say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {mesh.device.type}")
+    say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
+    if fp8:
+        say(f"{'fp8':>10}: {fp8}")
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
@@ -218,6 +229,7 @@ def main() -> int:
             dispatch=args.dispatch,
             graphs=not args.no_graphs,
             overlap=args.overlap,
+            gpu_memory_fraction=args.gpu_memory_fraction,
         )
         config = ModelConfig.from_pretrained(args.model)
         if args.role != "router":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from disagg.graph import DecodeStep, make_buckets, resolve
+from disagg.memory import Budget, Job, make_budget, page_bytes, plan_parts
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
 from model.batch import PAGE, Batch, Chunk, pad, split
@@ -24,6 +25,7 @@ from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL, Rule
 from parallel.placement import Placement
 
+KV_TOKENS_ON_CPU = 65536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,18 +35,23 @@ class EngineConfig:
 
     max_batch: int = 64
     max_tokens_per_step: int = 1024
-    kv_tokens: int = 65536
+    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU KV_TOKENS_ON_CPU
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
     dispatch: str = "auto"
     graphs: bool = True  # decode in CUDA graphs where there is CUDA
     overlap: str = "auto"
+    gpu_memory_fraction: float = 0.9  # of a GPU, for all ranks of this job on it
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_tokens_per_step", "kv_tokens", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.kv_tokens is not None and self.kv_tokens < PAGE:
+            raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
+        if not 0 < self.gpu_memory_fraction <= 1:
+            raise ValueError(f"--gpu-memory-fraction is {self.gpu_memory_fraction}; it must be in (0, 1]")
 
     def model_len(self, model: ModelConfig) -> int:
         limit = self.max_model_len or model.max_position_embeddings
@@ -99,17 +106,13 @@ class Step:
 
 
 class Engine:
-    def __init__(self, settings: EngineConfig, model: Transformer, mesh: Mesh):
-        """`model` has its weights. ValueError for whatever does not fit together. All ranks of the job together."""
+    def __init__(
+        self, settings: EngineConfig, model: Transformer, mesh: Mesh, say: Callable[[str], None] = lambda text: None
+    ):
+        """`model` has its weights; `say` hears how the memory is used, before the KV pool is made. ValueError for
+        whatever does not fit together. All ranks of the job together."""
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
-        self.scheduler = Scheduler(
-            PageAllocator(pages_for(settings.kv_tokens) + 1),
-            settings.max_batch,
-            settings.max_tokens_per_step,
-            self.max_model_len,
-        )
-        self.pool = make_pool(self.config, self.scheduler.allocator.capacity + 1, model.dtype, mesh.device)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
         buckets = make_buckets(settings.max_batch, (1 + (settings.overlap == "on")) * mesh.attn.size)
         self.dispatchers = make_dispatchers(
@@ -117,13 +120,34 @@ class Engine:
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
             capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
         )  # fmt: skip
+        self.budget = self._make_budget(buckets) if mesh.device.type == "cuda" else None
+        if self.budget is not None:
+            pages = self.budget.pages(settings.kv_tokens)
+            memory = self.budget.table(pages)
+        else:
+            pages = (settings.kv_tokens or KV_TOKENS_ON_CPU) // PAGE
+            memory = f"{'KV':>10}: {pages:,} pages, {pages * PAGE:,} tokens"
+        self.scheduler = Scheduler(
+            PageAllocator(pages + 1), settings.max_batch, settings.max_tokens_per_step, self.max_model_len
+        )
+        say(memory)
+        if self.kv_tokens < self.max_model_len:
+            say(f"warning: the longest request is {self.kv_tokens} tokens, all that the KV pool holds, "
+                f"under max_model_len ({self.max_model_len})")  # fmt: skip
+        self.pool = make_pool(self.config, pages + 1, model.dtype, mesh.device)
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
         max_pages = pages_for(self.max_model_len)
         self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, max_pages, self.rule.in_decode)
 
     @classmethod
     def from_pretrained(
-        cls, settings: EngineConfig, config: ModelConfig, folder: str | Path, mesh: Mesh, ops: Ops
+        cls,
+        settings: EngineConfig,
+        config: ModelConfig,
+        folder: str | Path,
+        mesh: Mesh,
+        ops: Ops,
+        say: Callable[[str], None] = lambda text: None,
     ) -> "Engine":
         """With this rank's share of the weights in `folder`."""
         placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
@@ -131,7 +155,25 @@ class Engine:
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
         load_weights(model, folder, config, mesh)
-        return cls(settings, model, mesh)
+        return cls(settings, model, mesh, say)
+
+    def _make_budget(self, buckets: list[int]) -> Budget:
+        """Of the rank that has the least left for KV: all ranks agree on it."""
+        settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
+        capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
+        assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
+        job = Job(
+            self.config, model.dtype.itemsize, model.fp8, mesh.attn.size, mesh.ep.size,
+            model.placement.slots_per_rank, model.ops.alignment, capacity,
+        )  # fmt: skip
+        longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
+        parts = plan_parts(
+            model, job, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
+            settings.graphs,
+        )  # fmt: skip
+        page = page_bytes(self.config, model.dtype.itemsize)
+        mine = make_budget(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
+        return min(mesh.ep.exchange(mine), key=lambda budget: budget.left)
 
     def _forward_masked(self, batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
         return self.model(batch, self.pool, self.dispatchers.masked, halves, DECODE)

@@ -11,6 +11,7 @@ Two groups explain the parallelism. Draw a job's ranks as a reshaped arange, one
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,11 @@ class Mesh:
         out = torch.empty(self.size * len(mine), dtype=torch.int64)
         _all_gather(out, torch.tensor(mine, dtype=torch.int64), group=self.ep.handle)
         return out.view(self.size, len(mine)).tolist()
+
+    def ranks_on_my_gpu(self) -> int:
+        """How many ranks of the job use the GPU that I use. All ranks together."""
+        mine = (socket.gethostname(), self.device.index)
+        return self.ep.exchange(mine).count(mine)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -37,7 +37,7 @@ NAME = "tiny with fp8 weights (dequantised), mean absolute difference of log pro
 def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Tensor:
     """The log probability of every token of the texts but the first ones."""
     settings = EngineConfig(max_batch=1, kv_tokens=LENGTH, dtype=dtype)
-    engine = Engine(settings, ModelConfig.from_pretrained(folder), str(folder), Mesh(), Ops())
+    engine = Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, Mesh(), Ops())
     print(f"{folder.name} in {dtype}; fp8: {engine.precision.why}", flush=True)
     found = []
     for ids in texts:

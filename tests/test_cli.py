@@ -311,6 +311,8 @@ BAD_COMMANDS = {
     "bad address": (("--role", "prefill", "--router", "nowhere"), "--router is 'nowhere'; it must be HOST:PORT"),
     "max batch": (("--prompt", "x", "--max-batch", "0"), "--max-batch is 0; it must be at least 1"),
     "step below batch": (("--prompt", "x", "--max-tokens-per-step", "9"), "--max-batch (64) is over --max-tokens-per"),
+    "kv below a page": (("--prompt", "x", "--kv-tokens", "63"), "--kv-tokens is 63; it must be at least a page of 64"),
+    "memory": (("--prompt", "x", "--gpu-memory-fraction", "1.5"), "--gpu-memory-fraction is 1.5; it must be in (0, 1]"),
     "model len": (("--prompt", "x", "--max-model-len", "4096"), "--max-model-len (4096) is over the model's"),
     "attn tp": (("--prompt", "x", "--attn-tp", "2"), "ranks % --attn-tp must be 0, not 1 % 2 = 1"),
     "empty prompt": (("--prompt", ""), "prompt is ''; it must be a non-empty string"),

@@ -41,7 +41,8 @@ def test_unified(ranks: int, attn_tp: int, backend: str, expected: list[list[int
 def test_disaggregated(prefill: int, decode: int, expected: list[list[int]], tmp_path: Path) -> None:
     deployment = Deployment(Path("model/tiny"), Path(PROMPTS), tmp_path / "out.jsonl")
     for role, ranks in (("prefill", prefill), ("decode", decode)):
-        deployment.start_job(role, ranks, "--device", "cuda", "--dtype", "float32")
+        # Two jobs on one GPU: left to itself, each would take all that is free.
+        deployment.start_job(role, ranks, "--device", "cuda", "--dtype", "float32", "--kv-tokens", "65536")
     deployment.start_router()
     ended = deployment.finish()
     for role, (code, _, err) in ended.items():

@@ -1,0 +1,58 @@
+"""The memory table agrees with what the GPU reports: weights, KV, a full prefill step, full decode steps in graphs."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+from disagg.control import Submit
+from disagg.engine import Engine, EngineConfig
+from disagg.memory import GIB
+from disagg.request import Request
+from disagg.unified import Unified
+from disagg.worker import Pipeline
+from parallel.mesh import Mesh
+from scripts.bench_engine import random_model
+from scripts.shapes import SHAPES
+
+pytestmark = pytest.mark.gpu
+BATCH, PROMPT, OUTPUT = 128, 256, 4
+
+
+def kept_by_graphs() -> int:
+    """Bytes of the graphs' pool that are not allocated between replays, but cannot be used by anything else."""
+    segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in segments)
+
+
+def test_the_table_is_what_the_gpu_reports() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, kept_before = torch.cuda.memory_allocated(), kept_by_graphs()
+    config, mesh = replace(SHAPES["v2-lite"], num_hidden_layers=6), Mesh(device=torch.device("cuda", 0))
+    settings = EngineConfig(BATCH, BATCH * PROMPT, kv_tokens=BATCH * (PROMPT + 64), max_model_len=2048)
+    model = random_model(config, mesh, 2048, ["auto"])
+    engine = Engine(settings, model, mesh, print)
+    engine.warm_up(list)
+    torch.cuda.reset_peak_memory_stats()
+
+    role = Unified(engine)
+    pipeline = Pipeline(role, engine, mesh)
+    for uid in range(BATCH):
+        prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
+        role.handle(Submit(Request(uid, prompt, OUTPUT, ignore_eos=True), None))
+    while pipeline.turn():
+        assert not any(update.error for update in role.updates)
+    assert (pipeline.stats["prefill_steps"], pipeline.stats["decode_steps"]) == (1, OUTPUT - 1)
+
+    kept = kept_by_graphs() - kept_before
+    measured = torch.cuda.max_memory_allocated() - before + kept
+    engine.close()
+    parts = engine.budget.parts
+    planned = sum(parts.values()) + engine.pool.nbytes
+    steps = planned - parts["activations"] - parts["CUDA graphs"]
+    print(f"planned {planned / GIB:.3f} GiB, measured {measured / GIB:.3f}: {planned / measured - 1:+.2%}")
+    print(f"graphs: planned {parts['CUDA graphs'] / GIB:.3f} GiB, kept {kept / GIB:.3f} and their logits")
+    print(f"steps and graphs: planned {(planned - steps) / GIB:.3f} GiB, measured {(measured - steps) / GIB:.3f}")
+    assert planned == pytest.approx(measured, rel=0.05)

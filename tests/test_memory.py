@@ -1,0 +1,313 @@
+"""The memory table: its parts are what the code allocates, its remainder is the KV pool, its refusals say why."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.head
+from disagg.engine import Engine, EngineConfig
+from disagg.memory import (
+    GIB,
+    WORKSPACES,
+    Budget,
+    Job,
+    contiguous_step,
+    graphs,
+    grouped_rows,
+    masked_step,
+    page_bytes,
+    plan_parts,
+    sampling,
+    share_of_gpu,
+    weight_bytes,
+)
+from kernels.backend import Ops
+from model.batch import PAGE, Batch
+from model.config import ModelConfig
+from model.kv_cache import make_pool
+from model.sampling import SamplingRows, sample
+from model.transformer import Transformer
+from parallel.dispatchers import plain_dispatchers
+from parallel.mesh import Group, Mesh
+from parallel.placement import Placement
+from tests.tracing import FakeGroup, Peak, allocating_ops
+
+V3 = ModelConfig(  # DeepSeek-V3's widths, of each kind of layer two
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=4,
+    num_attention_heads=128, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    q_lora_rank=1536, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=2,
+)  # fmt: skip
+SMALL = replace(
+    V3, vocab_size=2048, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_attention_heads=8,
+    q_lora_rank=384, n_routed_experts=16, num_experts_per_tok=4, n_group=1, topk_group=1,
+)  # fmt: skip
+
+
+def make(config: ModelConfig, ranks: int = 1, attn_tp: int = 1, dtype: torch.dtype = torch.bfloat16, fp8: bool = False,
+         device: str = "cpu") -> Transformer:  # fmt: skip
+    attn, ep = (FakeGroup(size) if size > 1 else Group() for size in (attn_tp, ranks))
+    mesh = Mesh(0, ranks, torch.device(device), attn, ep)
+    placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, ranks)
+    return Transformer(config, mesh, placement, allocating_ops(128), dtype, 64, fp8)
+
+
+def test_parts_of_v3_are_known_sums() -> None:
+    """On one of 32 ranks, in bf16. Attention: q_a and kv_a, q_b, kv_b, o; then three matrices for each FFN."""
+    parts = weight_bytes(make(V3, ranks=32, device="meta"))
+    attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    assert parts == {
+        "attention": 2 * 4 * attention,
+        "dense FFN": 2 * 2 * 3 * 18432 * 7168,
+        "shared experts": 2 * 2 * 3 * 2048 * 7168,
+        "routed experts": 2 * 2 * 8 * 3 * 2048 * 7168,
+        "gates and norms": 2 * (4 * (2 * 7168 + 1536 + 512) + 7168) + 2 * (2 * 256 * 7168 + 4 * 256),
+        "embedding": 2 * 129280 * 7168,
+        "LM head": 2 * 129280 * 7168,
+    }
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("ranks", "attn_tp"), [(1, 1), (4, 2)])
+def test_parts_sum_to_the_parameters(tiny: str, ranks: int, attn_tp: int, fp8: bool) -> None:
+    configs = [V3] if fp8 else [V3, ModelConfig.from_pretrained(tiny)]
+    for config in configs:
+        model = make(config, ranks, attn_tp, fp8=fp8, device="meta")
+        parts = weight_bytes(model)
+        assert sum(parts.values()) == sum(p.numel() * p.element_size() for p in model.parameters())
+        assert all(parts.values())
+
+
+def test_a_page_is_what_the_pool_takes() -> None:
+    pool = make_pool(V3, 3, torch.bfloat16, "meta")
+    assert pool.nbytes == 3 * page_bytes(V3, 2) == 3 * 4 * 64 * 576 * 2
+
+
+@pytest.mark.parametrize(
+    ("copies", "groups", "alignment", "want"),
+    [(0, 8, 128, 0), (1, 8, 128, 128), (5, 8, 128, 5 * 128), (1000, 8, 1, 1000), (1024, 8, 128, 15 * 128)],
+)
+def test_padding_at_its_worst(copies: int, groups: int, alignment: int, want: int) -> None:
+    """1,024 copies: seven groups of one row each take seven blocks, the other 1,017 rows eight."""
+    assert grouped_rows(copies, groups, alignment) == want
+
+
+HAND = Job(  # D 512, H 8, I 256, K 4, dense 1,024
+    SMALL, itemsize=2, slots=16, alignment=128
+)
+
+
+def test_prefill_by_hand() -> None:
+    """4,096 tokens on 5,000 of context. The experts: 16,384 copies, and 16 x 127 rows of padding: 18,304 in 128s."""
+    rows = 18304
+    layer = 7 * 4096 * 512 * 2  # x, delta, normed and attended; normed, x and the shared expert's part
+    routing = 4096 * 4 * (3 * 8 + 4) + rows * 4  # ids, slots, rows and weights of copies; each row's expert
+    combine = 2 * rows * 512 * 2 + 4096 * 512 * 2  # arrived, the output, what comes back
+    experts = layer + routing + rows * 512 * 2 + max(3 * 256 * rows * 2, rows * 512 * 2 + 4096 * 512 * 2)
+    queries = 4 * 512 + 384 + 576 + 8 * 192  # of a token: x, delta, normed, sum; qkv_a; q
+    context = 576 + 8 * 256 + 8 * 192  # of a token: the cache's row; k_nope and v; k
+    attention = 4096 * (queries + 8 * 128) * 2 + 5000 * (context * 2 + 8)
+    assert layer + routing + combine < experts < attention
+    assert contiguous_step(HAND, 4096, 5000, 64) == attention
+    many = replace(HAND, config=replace(SMALL, num_experts_per_tok=8))
+    rows = 34688  # 32,768 + 16 x 127, in 128s
+    experts = layer + 4096 * 8 * 28 + rows * 4 + rows * (512 + 3 * 256) * 2
+    assert contiguous_step(many, 4096, 5000, 64) == experts
+
+
+def test_prefill_by_hand_over_the_wire_in_fp8() -> None:
+    """Two ranks of 2,048 tokens, all of whose 4 copies come to my 8 experts. Row on the wire: fp8, 4 scales, 4 ids and
+    4 weights: 512 + 16 + 32 bytes."""
+    job = replace(HAND, fp8=True, ranks=2, slots=8)
+    rows = 4 * 4096 + 8 * 127 - (4 * 4096 + 8 * 127) % 128
+    layer = 7 * 2048 * 512 * 2 + 2048 * 528  # and the operand in fp8
+    routing = 2048 * 4 * 28 + rows * 4 + 4096 * 4 * 12
+    wire = (2048 + 4096) * (512 + 16 + 32)  # sent, received
+    experts = rows * (528 + 2 * 2 * 256 + (256 + 8) + 2 * 512)  # arrived | gate, up | hidden | output
+    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + wire + experts
+
+
+def test_decode_by_hand() -> None:
+    """256 tokens: each of the 16 experts has a room for all of them."""
+    job = replace(HAND, config=replace(SMALL, kv_lora_rank=64))
+    layer, routing = 7 * 256 * 512 * 2, 256 * 4 * 28 + 16 * 256 * 4
+    assert masked_step(job, 256) == layer + routing + 16 * 256 * (512 + 3 * 256) * 2
+    deepep = replace(job, ranks=2, slots=8, capacity=300)  # rooms for what two ranks may ever send
+    rows, routing = 8 * 2 * 300, 256 * 4 * 28 + 8 * 2 * 300 * 4 + 256 * 4 * 12
+    assert masked_step(deepep, 256) == layer + routing + rows * (512 + 3 * 256) * 2
+
+
+def test_graphs_hold_their_logits() -> None:
+    """Each graph's logits stay; the largest is captured first, and a small one may need as much beside them."""
+    job = replace(HAND, config=replace(SMALL, kv_lora_rank=64))
+    kernels = 3 * 4 * 30 * 2048
+    assert masked_step(job, 128) < masked_step(job, 256)
+    assert graphs(job, [128, 256]) == masked_step(job, 256) + 2 * 4 * 30 * 2048
+    wide = replace(job, config=replace(job.config, vocab_size=100_000))
+    logits = [rows * 100_000 * 4 for rows in (128, 192, 256)]
+    assert graphs(wide, [128, 192, 256]) == masked_step(wide, 128) + logits[1] + logits[2] + kernels
+
+
+def without_values(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("ranks", "attn_tp"), [(1, 1), (2, 1), (4, 2)])
+def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 1 % of the tensors that the model's code has alive at once, whichever part of a layer is the largest."""
+    monkeypatch.setattr(model.head, "linear_float32", without_values)  # on a CPU it first copies the weights
+    latent = {"kv_lora_rank": 64, "moe_intermediate_size": 512, "n_routed_experts": 32}
+    cases = {
+        "experts": ({}, 1024, 1024, 64),
+        "no q_lora": ({"q_lora_rank": None, "n_shared_experts": 2}, 1024, 1024, 64),
+        "long context": ({"num_experts_per_tok": 1}, 1024, 9000, 64),
+        "dense": ({"intermediate_size": 8192, "num_experts_per_tok": 1}, 1024, 1024, 64),
+        "more wanted than there are": ({"n_routed_experts": 4}, 1024, 1024, 64),
+        "decode, wide experts": (latent, 512, 512, 512),
+        "decode, wide rows": (latent | {"hidden_size": 2048, "moe_intermediate_size": 128}, 512, 512, 512),
+        "logits": ({"vocab_size": 100_000}, 256, 256, 256),
+    }
+    for name, (changes, tokens, context, most) in cases.items():
+        config = replace(SMALL, **changes)
+        net = make(config, ranks, attn_tp, fp8=fp8)
+        contiguous, masked = plain_dispatchers(
+            Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops
+        )
+        job = Job(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
+        ids, rows = torch.zeros(tokens).long(), torch.zeros(context).long()
+        none, bounds = torch.zeros(0), torch.zeros(2)
+        prefill = Batch(ids, ids, ids + PAGE, none, none, bounds, bounds, rows, ids[:most], tokens, context)
+        decode = Batch.decode(ids[:most], ids[:most], torch.ones(most, 2, dtype=torch.int32))
+        pool = make_pool(config, 2, torch.bfloat16, "cpu")
+        for batch, dispatcher, want in (
+            (prefill, contiguous, contiguous_step(job, tokens, context, most)),
+            (decode, masked, masked_step(job, most)),
+        ):
+            with Peak() as peak:
+                net(batch, pool, dispatcher)
+            assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
+
+
+def test_sampling_has_room() -> None:
+    rows, vocab = 16, 5000
+    logits = torch.randn(rows, vocab)
+    parameters = SamplingRows.build([(0.9, 0.95, 50, 1, 10)] * rows, "cpu")
+    with Peak() as peak:
+        sample(logits, parameters)
+    assert logits.nbytes + peak.most < sampling(replace(SMALL, vocab_size=vocab), rows) < 2 * peak.most
+
+
+def test_the_table_of_a_plan() -> None:
+    parts = plan_parts(make(SMALL), HAND, 5000, [1, 2, 64], 1000, max_model_len=512, longest=512, captures=False)
+    assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
+    assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
+    assert parts["activations"] == contiguous_step(HAND, 1000, 1512, 64)
+    assert parts["CUDA graphs"] == 0
+
+
+BUDGET = Budget(10 * GIB, "0.5 x 20", {"attention": 2 * GIB, "dense FFN": 0, "activations": 3 * GIB}, page=GIB // 4)
+
+
+def test_what_is_left_is_kv() -> None:
+    """5 GiB are 20 pages, one of them the null page."""
+    assert (BUDGET.left, BUDGET.most_pages) == (5 * GIB, 19)
+    assert BUDGET.pages(None) == BUDGET.pages(19 * 64) == 19
+    assert BUDGET.pages(64) == BUDGET.pages(127) == 1
+    assert replace(BUDGET, available=10 * GIB - 1).pages(None) == 18
+
+
+def test_the_table_is_aligned() -> None:
+    assert BUDGET.table(18).splitlines() == [
+        "     memory:      GiB",
+        "  attention:    2.000",
+        "  dense FFN:    0.000",
+        "activations:    3.000",
+        "         KV:    4.750  18 pages, 1,152 tokens",
+        "   together:    9.750",
+        "      limit:   10.000  0.5 x 20",
+    ]
+
+
+def test_too_small_says_the_equation() -> None:
+    with pytest.raises(ValueError) as error:
+        BUDGET.pages(20 * 64)
+    assert str(error.value) == (
+        "GPU memory: attention 2.000 + activations 3.000 + KV 5.250 (--kv-tokens 1280) = 10.250 GiB is over "
+        "0.5 x 20 = 10.000 GiB; raise --gpu-memory-fraction, or lower --kv-tokens (to at most 1216), "
+        "--max-tokens-per-step, --max-batch or --max-model-len"
+    )
+    none = replace(BUDGET, available=5 * GIB)
+    for tokens, asked in ((None, "the least: a page and the null page"), (64, "--kv-tokens 64")):
+        with pytest.raises(ValueError) as error:
+            none.pages(tokens)
+        assert f"KV 0.500 ({asked}) = 5.500 GiB is over 0.5 x 20 = 5.000 GiB" in str(error.value)
+        assert "lower --max-tokens-per-step" in str(error.value)
+    assert replace(BUDGET, available=GIB).most_pages == 0
+
+
+def test_a_share_of_a_gpu() -> None:
+    total = 80 * GIB
+    assert share_of_gpu(total, 60 * GIB, 15 * GIB, 0.5, 1) == (40 * GIB, "--gpu-memory-fraction 0.5 x 80.000")
+    assert share_of_gpu(total, 40 * GIB, 15 * GIB, 0.5, 2) == (20 * GIB, "--gpu-memory-fraction 0.5 x 80.000 / 2 ranks")
+    taken = share_of_gpu(total, 10 * GIB, 15 * GIB, 0.5, 2)  # others have 40
+    assert taken == (20 * GIB, "--gpu-memory-fraction 0.5 x 80.000 / 2 ranks")
+    taken = share_of_gpu(total, 6 * GIB, 15 * GIB, 0.5, 2)
+    assert taken == (18 * GIB, "free 6.000 / 2 ranks + 15.000 that this rank has taken")
+
+
+class Hosts(Group):
+    """Ranks of which two are on my GPU; the one beside me has a GiB less left."""
+
+    def exchange(self, item: Any) -> list[Any]:
+        if isinstance(item, Budget):
+            return [item, replace(item, available=item.available - GIB)]
+        host, index = item
+        return [item, item, (host, 1 - index), ("elsewhere", 0), ("elsewhere", 1)]
+
+
+def test_ranks_that_share_a_gpu_are_counted() -> None:
+    assert Mesh(0, 5, torch.device("cuda", 0), ep=Hosts(5)).ranks_on_my_gpu() == 2
+    assert Mesh().ranks_on_my_gpu() == 1
+
+
+@pytest.mark.parametrize(("sharing", "free", "left"), [(False, 79, 40), (True, 79, 20), (True, 30, 17)])
+def test_an_engine_takes_its_share(
+    tiny: str, sharing: bool, free: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a GPU of 80 GiB, shared or not; what others took of it counts; the fullest rank decides."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    config = ModelConfig.from_pretrained(tiny)
+    settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
+    engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
+    engine.mesh = Mesh(device=torch.device("cuda", 0), ep=Hosts(5) if sharing else Group())
+    budget = engine._make_budget([1, 2, 64])
+    assert budget.available == (left - sharing) * GIB
+    assert sum(budget.parts.values()) < GIB / 2
+    assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1
+
+
+def test_flags_are_checked() -> None:
+    for fraction in (0.0, -0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=r"--gpu-memory-fraction is .*; it must be in \(0, 1\]"):
+            EngineConfig(gpu_memory_fraction=fraction)
+    with pytest.raises(ValueError, match="--kv-tokens is 63; it must be at least a page of 64"):
+        EngineConfig(kv_tokens=63)
+    assert EngineConfig(gpu_memory_fraction=1.0, kv_tokens=64).kv_tokens == 64
+
+
+def test_a_cpu_has_a_pool_of_fixed_size(tiny: str) -> None:
+    config, mesh = ModelConfig.from_pretrained(tiny), Mesh()
+    for tokens, said in (
+        (None, ["        KV: 1,024 pages, 65,536 tokens"]),
+        (700, ["        KV: 10 pages, 640 tokens", "warning: the longest request is 640 tokens, all that the KV pool "
+               "holds, under max_model_len (2048)"]),
+    ):  # fmt: skip
+        lines = []
+        engine = Engine.from_pretrained(EngineConfig(kv_tokens=tokens), config, tiny, mesh, Ops(), lines.append)
+        assert lines == said
+        assert engine.pool.shape[1] == engine.kv_tokens // PAGE + 1

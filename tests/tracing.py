@@ -1,0 +1,137 @@
+"""The most memory that tensors take at once, counted on a CPU: what the formulas of `disagg/memory.py` are held to.
+
+The ops here allocate what the GPU kernels do and compute nothing; a `FakeGroup` has ranks that all send alike.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from disagg.memory import SPLIT_ROWS, SPLITS, grouped_rows
+from kernels.backend import Ops
+from parallel.mesh import Group, Transfer
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that are made inside it: `live` now, `most` at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.sizes: dict[int, int] = {}  # of each storage that is alive
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in given and key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.live += self.sizes[key]
+                    self.most = max(self.most, self.live)
+                    weakref.finalize(storage, self._freed, key)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+class FakeGroup(Group):
+    """Ranks without processes: the others route as I do."""
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x.new_empty(self.share(x.shape[0]), *x.shape[1:])
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0] * self.size, *x.shape[1:])
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> Transfer:
+        if x.dim() == 1:  # how many rows each rank sends to me: as many as I send to myself
+            return Transfer(torch.full_like(x, int(x[0])), None, x)
+        return Transfer(x.new_empty(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)
+
+
+def allocating_ops(alignment: int) -> Ops:
+    return Ops(
+        rms_norm=lambda x, weight, eps: x.new_empty(x.shape),
+        add_rms_norm=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+        rms_norm_quant=lambda x, weight, eps: (x.new_empty(x.shape), *_quantized(x)),
+        add_rms_norm_quant=lambda x, residual, weight, eps: (
+            x.new_empty(x.shape),
+            *_quantized(x),
+            x.new_empty(x.shape),
+        ),
+        rope_query=lambda *_: None,
+        rope_into=lambda *_: None,
+        norm_rope_write=lambda *_: None,
+        silu_mul=_halved,
+        silu_mul_masked=_halved,
+        prefill_attention=lambda q, k, v, *_: v.new_empty(*q.shape[:2], v.shape[-1]),
+        mla_decode=_mla_decode,
+        gate_topk=_first_experts,
+        ep_scatter=_scatter,
+        ep_scatter_masked=_scatter_masked,
+        ep_gather=lambda rows, index, weights=None, plus=None: rows.new_empty(index.shape[0], rows.shape[-1]),
+        grouped_gemm_contiguous=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
+        grouped_gemm_masked=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
+        quantize_1x128=_quantized,
+        silu_mul_quant=lambda x, _=None: _quantized(x, x.shape[-1] // 2),
+        silu_mul_quant_masked=lambda x, _: _quantized(x, x.shape[-1] // 2),
+        gemm_fp8=_gemm_fp8,
+        grouped_gemm_contiguous_fp8=_gemm_fp8,
+        grouped_gemm_masked_fp8=_gemm_fp8,
+        alignment=alignment,
+    )
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _quantized(x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    width = width or x.shape[-1]
+    values = x.new_empty(*x.shape[:-1], width, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty(*x.shape[:-1], -(-width // 128), dtype=torch.float32)
+
+
+def _halved(x: Tensor, _: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[-2], dtype=torch.bfloat16)
+
+
+def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lens: Tensor, scale: float, v_dim: int, plan: None) -> Tensor:
+    partial = q.new_empty(SPLITS * max(len(q), SPLIT_ROWS), q.shape[1], v_dim, dtype=torch.float32)
+    out = q.new_empty(*q.shape[:2], v_dim)
+    del partial
+    return out
+
+
+def _first_experts(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, *_: Any) -> Any:
+    """Every token wants experts 0 .. K - 1: as many of rank 0's as it can."""
+    return torch.arange(top_k).repeat(logits.shape[0], 1), logits.new_empty(logits.shape[0], top_k)
+
+
+def _scatter(x: Tensor, experts: Tensor, groups: int, alignment: int, scales: Tensor | None = None) -> tuple:
+    """The most rows that it can give."""
+    rows = grouped_rows(experts.shape[0] * min(experts.shape[1], groups), groups, alignment)
+    moved = [t.new_empty(rows, t.shape[1]) for t in (x, scales) if t is not None]
+    return moved[0], experts.new_empty(rows, dtype=torch.int32), torch.empty_like(experts), *moved[1:]
+
+
+def _scatter_masked(x: Tensor, experts: Tensor, groups: int, alignment: int, scales: Tensor | None = None) -> tuple:
+    room = -(-x.shape[0] // alignment) * alignment
+    moved = [t.new_empty(groups, room, t.shape[1]) for t in (x, scales) if t is not None]
+    return moved[0], experts.new_empty(groups, dtype=torch.int32), torch.empty_like(experts), *moved[1:]
