@@ -24,6 +24,7 @@ from disagg.tokenizer import load_tokenizer
 from kernels.backend import Ops
 from model.batch import PAGE, Batch, Chunk
 from model.config import ModelConfig
+from model.precision import decide
 from parallel.mesh import Mesh
 from scripts.measurements import Record, save
 from scripts.quantize import quantize_folder
@@ -38,11 +39,13 @@ def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Tensor:
     """The log probability of every token of the texts but the first ones."""
     settings = EngineConfig(max_batch=1, kv_tokens=LENGTH, dtype=dtype)
     engine = Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, Mesh(), Ops())
-    print(f"{folder.name} in {dtype}; fp8: {engine.precision.why}", flush=True)
+    why = decide(engine.config, 1, engine.model.dtype, engine.mesh.device).why
+    print(f"{folder.name} in {dtype}; fp8: {why}", flush=True)
     found = []
     for ids in texts:
         batch = Batch.build([], [Chunk(ids, 0, list(range(1, 1 + LENGTH // PAGE)))], "cpu")
-        logits = engine.model(replace(batch, logit_rows=torch.arange(len(ids) - 1)), engine.pool, engine.contiguous)
+        batch = replace(batch, logit_rows=torch.arange(len(ids) - 1))
+        logits = engine.model(batch, engine.pool, engine.dispatchers.contiguous)
         found.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]))
     return torch.cat(found)
 

@@ -347,14 +347,14 @@ def model_body(rank: int, seed: int) -> None:
 
 
 @torch.inference_mode()
-def engine_body(rank: int, seed: int) -> None:
+def engine_body(rank: int, seed: int, overlap: str) -> None:
     """The engine's own loop: prompts over normal mode, decode over low latency, without graphs and then with them."""
     mesh = Mesh(rank, 2, DEVICE, Group(), Group(2, rank, dist.group.WORLD))
     ops, _ = choose(op_shape(CONFIG), torch.bfloat16, DEVICE, ["triton"])
     placement = Placement.identity(CONFIG.num_moe_layers, CONFIG.n_routed_experts, 2, DEVICE)
     model = Transformer(CONFIG, mesh, placement, ops, torch.bfloat16, 512)
     fill(model, 2, rank, seed)
-    settings = EngineConfig(max_batch=6, max_tokens_per_step=100, kv_tokens=2000, max_model_len=512, dispatch="deepep")
+    settings = EngineConfig(6, 100, 2000, 512, dispatch="deepep", overlap=overlap)
     engine = Engine(settings, model, mesh)
     work = requests(random.Random(seed + rank))[: 10 - 4 * rank]
     eager = serve(engine, work)
@@ -368,8 +368,9 @@ def engine_body(rank: int, seed: int) -> None:
     engine.close()
 
 
-def test_the_engine_with_graphs() -> None:
-    run_world(2, engine_body, torch.initial_seed() % 2**31, timeout_s=280, device="cuda")
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_the_engine_with_graphs(overlap: str) -> None:
+    run_world(2, engine_body, torch.initial_seed() % 2**31, overlap, timeout_s=280, device="cuda")
 
 
 def test_the_whole_model() -> None:

@@ -50,8 +50,9 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
     return answers
 
 
+@pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_graphs_change_nothing(backend: str) -> None:
+def test_graphs_change_nothing(backend: str, overlap: str) -> None:
     seed = torch.seed() % 2**31
     work = requests(random.Random(seed))
     ops, _ = choose(op_shape(V3_LIKE), torch.bfloat16, MESH.device, [backend])
@@ -60,7 +61,7 @@ def test_graphs_change_nothing(backend: str) -> None:
     randomize(model)
     answers = []
     for graphs in (False, True):
-        settings = EngineConfig(max_batch=6, max_tokens_per_step=100, kv_tokens=2000, max_model_len=512, graphs=graphs)
+        settings = EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap)
         engine = Engine(settings, model, MESH)
         engine.warm_up(list)
         answers.append(serve(engine, work))
