@@ -1,10 +1,12 @@
 """Engine: one rank's model, KV pool and scheduler. It launches steps and hands back their tokens; it knows no router
 and no link, and is the same for every role."""
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +70,7 @@ class EngineConfig:
         return DTYPES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A sequence's new token, not yet appended to it."""
 
     sequence: Sequence
@@ -202,6 +203,8 @@ class Engine:
         if self.settings.graphs:
             self.decode.capture(progress)
         torch.cuda.synchronize()
+        gc.collect()
+        gc.freeze()  # what lives now lives on: a later collection need not look at it
 
     def launch(self, plan: Plan, decode_rows: int | None, most_tokens: int) -> Step:
         """Start this rank's part of an agreed step (it may be empty: every rank steps every time).
@@ -228,10 +231,10 @@ class Engine:
 
     def _sample(self, logits: Tensor, sequences: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor] | None:
         """What greedy choice alone does not give: other tokens, into `tokens`, and log probabilities."""
-        most = max((s.request.logprobs for s in sequences), default=0)
-        warm = any(s.request.temperature > COLDEST for s in sequences)
-        if not most and not warm:
+        if all(s.is_plain for s in sequences):
             return None
+        most = max(s.request.logprobs for s in sequences)
+        warm = any(s.request.temperature > COLDEST for s in sequences)
         index = torch.tensor(rows, device=logits.device)
         logits, tokens = logits[index], self.tokens[index]
         if warm:

@@ -5,10 +5,10 @@ Everything here is arithmetic on shapes. The activations follow the tensors that
 twins take more). A layer has three moments at which it may be at its peak, [rows, columns] of the activations' dtype
 unless said otherwise, with S the tokens of context and M the rows of the experts' groups:
 
-    attention    x, delta, normed, sum 4 [T, D] | qkv_a [T, ..] | q [T, H (nope + R)] | context [S, C + R] |
+    attention    x [T, D] | q [T, H (nope + R)], or what holds it and the latent | context [S, C + R] |
                  k_nope, v [S, H (nope + v)] | k [S, H (nope + R)] | out [T, H v]
-    experts      x, delta, normed, attended 4 [T, D] | normed, x, shared 3 [T / t, D] | arrived [M, D] |
-                 gate, up [M, 2 I] | hidden [M, I], later with the output [M, D]
+    experts      x, its operand, shared 3 [T / t, D] | arrived [M, D] | gate, up [M, 2 I] |
+                 hidden [M, I], later with the output [M, D]
     combine      the same without gate, up, hidden | output [M, D] | sums [R T / t, D] | what came back
 
 With the all-to-all there are also two copies of what travels, as it was sent and as it arrived. Routing is taken at
@@ -149,10 +149,12 @@ def graphs(job: Job, buckets: Sequence[int]) -> int:
 
 
 def _attention(job: Job, tokens: int, inside: int) -> int:
+    """`inside`: of the attention itself. Before it come the norm and the projections."""
     c, normed = job.config, job.operand(job.config.hidden_size) if job.fp8 else 0
-    all_heads = job.heads * c.qk_head_dim
-    queries = all_heads + c.kv_dim if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim + all_heads
-    return tokens * (job.row(4 * c.hidden_size + queries) + normed) + inside
+    q = job.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
+    latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
+    before = max(job.row(4 * c.hidden_size) + normed, job.row(c.hidden_size + latent + q) + job.operand(c.hidden_size))
+    return max(tokens * before, tokens * job.row(c.hidden_size + q) + inside)
 
 
 def _expanded(job: Job, tokens: int, context: int) -> int:
@@ -171,9 +173,9 @@ def _dense(job: Job, tokens: int) -> int:
     c = job.config
     if not c.first_k_dense_replace:
         return 0
-    width, normed = c.intermediate_size // job.attn_tp, job.operand(c.hidden_size) if job.fp8 else 0
+    width = c.intermediate_size // job.attn_tp
     inside = max(job.row(2 * width) + job.operand(width), job.operand(width) + job.row(c.hidden_size))
-    return tokens * (job.row(5 * c.hidden_size) + normed + inside)
+    return tokens * (job.row(c.hidden_size) + job.operand(c.hidden_size) + inside)
 
 
 def _experts(job: Job, tokens: int, rows: int, sent: int, received: int) -> int:
@@ -182,8 +184,8 @@ def _experts(job: Job, tokens: int, rows: int, sent: int, received: int) -> int:
     if not c.num_moe_layers:
         return 0
     hidden, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
-    held = job.row((4 * tokens + 3 * mine) * hidden) + mine * top_k * (3 * INDEX + FLOAT)
-    held += mine * job.operand(hidden) if job.fp8 else 0
+    held = mine * (job.row(2 * hidden) + job.operand(hidden) + top_k * INDEX)
+    held += mine * top_k * FLOAT if job.ranks == 1 else 0
     held += rows * (job.operand(hidden) + FLOAT)
     if job.fp8:
         inside = rows * (job.row(2 * width + hidden) + job.operand(width))
@@ -203,7 +205,7 @@ def _head(job: Job, tokens: int, rows: int) -> int:
     logits = rows * c.vocab_size * FLOAT
     if job.attn_tp > 1:  # mine, all as they were gathered, and in order
         logits = logits // job.attn_tp + 2 * logits
-    return job.row((3 * tokens + 2 * rows) * c.hidden_size) + logits
+    return job.row((tokens + 2 * rows) * c.hidden_size) + logits
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from disagg.request import Request
 from model.batch import PAGE, Chunk
 from model.kv_cache import PageAllocator, pages_for
+from model.sampling import COLDEST
 
 
 @dataclass(eq=False)
@@ -27,26 +28,29 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.request.prompt)
+        self.prompt_len = len(self.request.prompt)
+        self.limit = self.prompt_len + self.request.max_tokens  # tokens in all
+        self.is_plain = self.request.temperature <= COLDEST and not self.request.logprobs  # greedy choice is all
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.prompt_len
 
     @property
     def in_prompt(self) -> bool:
-        return self.computed < len(self.request.prompt)
+        return self.computed < self.prompt_len
 
     @property
     def wants_token(self) -> bool:
         """Will there be another token after those in flight, as far as one can tell without seeing them?"""
-        return self.num_generated + self.in_flight < self.request.max_tokens
+        return len(self.tokens) + self.in_flight < self.limit
 
     def append(self, token: int, eos_token_ids: tuple[int, ...]) -> str | None:
         """Add a sampled token; the reason if it is the last one."""
         self.tokens.append(token)
         if token in eos_token_ids and not self.request.ignore_eos:
             return "stop"
-        return "length" if self.num_generated >= self.request.max_tokens else None
+        return "length" if len(self.tokens) >= self.limit else None
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,16 @@ class Scheduler:
 
         `reserve_output`: reserve room for the tokens to be generated, not the prompt alone (the prefill role).
         """
-        decodes = [s for s in self.running if not s.in_prompt and s.wants_token]
+        decodes, prompts = [], []
+        for sequence in self.running:
+            if sequence.computed < sequence.prompt_len:
+                prompts.append(sequence)
+            elif sequence.wants_token:
+                decodes.append(sequence)
         budget = self.max_tokens_per_step - len(decodes)
         prefills = []
-        for sequence in self.running:
-            if sequence.in_prompt and budget > 0:
+        for sequence in prompts:
+            if budget > 0:
                 prefills.append((sequence, count := min(budget, len(sequence.tokens) - sequence.computed)))
                 budget -= count
         while self.waiting and len(self.running) < self.max_batch and budget > 0:

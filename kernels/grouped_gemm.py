@@ -73,6 +73,9 @@ def launch_masked(
     return out
 
 
+FEW_ROWS = 128  # in an expert's room: the weights' bytes are all that counts
+
+
 def plain_tile(x: Tensor) -> Tile:
     """float32 runs on the ordinary cores, whose sums fit the registers only in a small tile."""
     return Tile(64, 64, 1, 8, 2) if x.dtype == torch.float32 else Tile(128, 128, 1, 8, 4)
@@ -107,7 +110,8 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     x [L, R, D] bf16 (or float16, float32), weight [L, N, D], counts [L] int32 on the GPU -> [L, R, N].
     """
-    return launch_masked(x, None, weight, None, counts, plain_tile(x))
+    few = x.shape[1] <= FEW_ROWS and x.dtype != torch.float32
+    return launch_masked(x, None, weight, None, counts, Tile(64, 128, 1, 4, 6) if few else plain_tile(x))
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor) -> Tensor:
@@ -116,5 +120,5 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tens
     x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (in any strides: DeepEP's stand column by column); w, w_scale as
     `grouped_gemm_contiguous_fp8`.
     """
-    tile = TWO_SLABS if x.shape[1] > 64 else Tile(64, 128, 1, 4, 4)
+    tile = TWO_SLABS if x.shape[1] > FEW_ROWS else Tile(64, 128, 1, 4, 4)
     return launch_masked(x, x_scale.contiguous(), w, w_scale, counts, tile)

@@ -12,9 +12,9 @@ A token that the step before sampled, and that only the GPU knows yet, has the i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ PAGE = 64  # tokens a page
 NULL_PAGE = 0  # padding rows write here; the allocator never hands it out
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The next tokens of one sequence: `token_ids` stand at positions start, start + 1, ..."""
 
     token_ids: Sequence[int]
@@ -151,8 +150,8 @@ def split(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int = 1
         elif here == 0:
             second.append(chunk)
         else:
-            first.append(replace(chunk, token_ids=chunk.token_ids[:here], wants_logits=False))
-            second.append(replace(chunk, token_ids=chunk.token_ids[here:], start=chunk.start + here))
+            first.append(chunk._replace(token_ids=chunk.token_ids[:here], wants_logits=False))
+            second.append(chunk._replace(token_ids=chunk.token_ids[here:], start=chunk.start + here))
     return (list(decodes), first), ([], second)
 
 

@@ -8,6 +8,8 @@ The shared expert's part goes into combine, which adds it. With few tokens the s
 neither do the gate and the moves around dispatch: then it runs beside them, on a second stream.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -111,15 +113,17 @@ class MoE(nn.Module):
         """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
         routed expert."""
         few = x.shape[0] <= FEW
-        shared = self.beside.start(lambda: self.shared(operand)) if few else None
+        shared = self.beside.start(partial(self.shared, operand)) if few else None
         slots, weights = self.gate(x, self.placement.slot_of_expert[self.layer], is_token)
         yield "attention"
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)
+        del x, slots, weights
         yield "dispatch"
         arrived = pending.wait()
         y = self.experts(arrived)
         pending = dispatcher.combine(y, arrived, shared() if few else plus)
+        del operand, arrived, y, shared, plus  # the operand only now: a second stream may have read it until here
         yield "experts"
         return pending.wait()
 

@@ -27,6 +27,31 @@ from parallel.overlap import PREFILL, Beside, Schedule, Steps, run, run_two
 from parallel.placement import Placement
 
 
+class Residual:
+    """The residual stream of some rows: x [T, D], and what is still to be added to it, which the next norm does on its
+    way. It is handed from layer to layer, so that nobody holds what a layer has replaced."""
+
+    def __init__(self, x: Tensor, delta: Tensor | None = None):
+        self.held: tuple[Tensor, Tensor | None] | None = (x, delta)
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        held, self.held = self.held, None
+        return held
+
+    def put(self, x: Tensor, delta: Tensor | None) -> None:
+        self.held = (x, delta)
+
+    def sum(self) -> Tensor:
+        x, delta = self.take()
+        return x if delta is None else x + delta
+
+    def cut(self, row: int) -> tuple["Residual", "Residual"]:
+        """The rows before `row`, and the others."""
+        x, delta = self.take()
+        first = Residual(x[:row], None if delta is None else delta[:row])
+        return first, Residual(x[row:], None if delta is None else delta[row:])
+
+
 class Block(nn.Module):
     def __init__(
         self,
@@ -54,28 +79,38 @@ class Block(nn.Module):
         else:
             self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, projection, device)
 
-    def dense(self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], and what the layer before adds to it, which the norm can do on its way -> the same."""
-        _, operand, x = self.input_layernorm.add(x, delta)
-        attended = self.self_attn(operand, batch, kv_pages)
-        _, operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))
-        return x, self.attn.all_reduce(self.mlp(operand))
+    def dense(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> None:
+        """A layer without experts."""
+        x, attended = self.attended(residual, batch, kv_pages)
+        operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))[1:]
+        del attended
+        residual.put(x, self.attn.all_reduce(self.mlp(operand)))
 
-    def steps(
-        self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher
-    ) -> Steps[tuple[Tensor, Tensor | None]]:
-        """`dense`, for a layer with experts."""
-        _, operand, x = self.input_layernorm.add(x, delta)
+    def attended(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor]:
+        operand, x = self.input_layernorm.add(*residual.take())[1:]
         q = self.self_attn.project(operand, batch, kv_pages)
+        del operand
+        return x, self.self_attn.attend(q, batch, kv_pages)
+
+    def steps(self, residual: Residual, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher) -> Steps[None]:
+        """A layer with experts. What it no longer needs it lets go at once: while one micro-batch waits for its turn,
+        the other wants the memory."""
+        operand, x = self.input_layernorm.add(*residual.take())[1:]
+        q = self.self_attn.project(operand, batch, kv_pages)
+        del operand
         yield "projections"
         attended = self.self_attn.attend(q, batch, kv_pages)
+        del q
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
-        del q, attended  # a micro-batch that waits for its turn must not hold what it no longer needs
-        delta = yield from self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher)
+        del attended
+        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher)
+        del normed, operand
+        delta = yield from experts
         if self.attn.size > 1:
             x, delta = self.attn.all_gather(x + delta), None
+        residual.put(x, delta)
+        del x, delta
         yield "combine"
-        return x, delta
 
 
 class Transformer(nn.Module):
@@ -99,6 +134,7 @@ class Transformer(nn.Module):
         if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
+        self.first = config.first_k_dense_replace  # layer with experts
         rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(
@@ -120,30 +156,22 @@ class Transformer(nn.Module):
         `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says.
         """
         batch = self.planned(batch)
-        x, delta = self.embed_tokens(batch.token_ids), None
-        first = self.config.first_k_dense_replace
-        for layer, kv_pages in zip(self.layers[:first], kv_pool, strict=False):
-            x, delta = layer.dense(x, delta, batch, kv_pages)
+        residual = Residual(self.embed_tokens(batch.token_ids))
+        for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):
+            layer.dense(residual, batch, kv_pages)
         if halves is None:
-            return self.head(run(self.moe_steps(x, delta, batch, kv_pool, dispatcher)), batch)
-        cut, (a, b) = halves[0].num_tokens, map(self.planned, halves)
-        rest = None if delta is None else delta[cut:]
-        delta = None if delta is None else delta[:cut]
-        both = run_two(
-            self.moe_steps(x[:cut], delta, a, kv_pool, dispatcher),
-            self.moe_steps(x[cut:], rest, b, kv_pool, dispatcher),
-            schedule,
+            return self.head(run(self.moe_steps(residual, batch, kv_pool, dispatcher)), batch)
+        steps = (
+            self.moe_steps(part, self.planned(half), kv_pool, dispatcher)
+            for part, half in zip(residual.cut(halves[0].num_tokens), halves, strict=True)
         )
-        return self.head(torch.cat(both), batch)
+        return self.head(torch.cat(run_two(*steps, schedule)), batch)
 
-    def moe_steps(
-        self, x: Tensor, delta: Tensor | None, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher
-    ) -> Steps[Tensor]:
-        """All layers with experts, one after the other: x + delta [T, D] -> [T, D]."""
-        first = self.config.first_k_dense_replace
-        for layer, kv_pages in zip(self.layers[first:], kv_pool[first:], strict=True):
-            x, delta = yield from layer.steps(x, delta, batch, kv_pages, dispatcher)
-        return x if delta is None else x + delta
+    def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
+        """All layers with experts, one after the other -> [T, D]."""
+        for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first :], strict=True):
+            yield from layer.steps(residual, batch, kv_pages, dispatcher)
+        return residual.sum()
 
     def planned(self, batch: Batch) -> Batch:
         return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))

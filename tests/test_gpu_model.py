@@ -76,9 +76,9 @@ def logits(
     first_two, third = whole[:2], whole[2]
     out = [model(Batch.build([], first_two, mesh.device), pool, contiguous)]
     decodes = [Chunk(t[n : n + 1], n, p) for t, n, p in zip(tokens[:2], LENGTHS, pages, strict=False)]
-    head = replace(third, token_ids=third.token_ids[:30], wants_logits=False)
+    head = third._replace(token_ids=third.token_ids[:30], wants_logits=False)
     out.append(model(Batch.build(decodes, [head, *whole[3:]], mesh.device), pool, contiguous))
-    tail = replace(third, token_ids=third.token_ids[30:], start=30)
+    tail = third._replace(token_ids=third.token_ids[30:], start=30)
     out.append(model(Batch.build([], [tail], mesh.device), pool, contiguous))
     last = [Chunk(t[n : n + 1], n, p) for t, n, p in zip(tokens[2:], LENGTHS[2:], pages[2:], strict=True)]
     last += [Chunk(t[n + 1 : n + 2], n + 1, p) for t, n, p in zip(tokens[:2], LENGTHS, pages, strict=False)]

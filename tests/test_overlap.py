@@ -3,7 +3,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from kernels.backend import Ops
 from model.batch import Batch, Chunk, Chunks, pad, split
 from model.kv_cache import make_pool
-from model.transformer import Transformer
+from model.transformer import Residual, Transformer
 from parallel import overlap
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.overlap import DECODE, PREFILL, STAGES, Rule, Schedule, run, run_two
@@ -74,13 +73,11 @@ def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: i
     pools = [filled_pool(model) for _ in range(3)]
     in_turns = model(whole, pools[0], dispatcher, halves, schedule)
     uncut = model(whole, pools[1], dispatcher)
-    x, delta = model.embed_tokens(whole.token_ids), None
-    for layer, pages in zip(model.layers[: model.config.first_k_dense_replace], pools[2], strict=False):
-        x, delta = layer.dense(x, delta, whole, pages)
-    cut, out = halves[0].num_tokens, []
-    for half, rows in zip(halves, (slice(0, cut), slice(cut, None)), strict=True):
-        part = None if delta is None else delta[rows]
-        out.append(run(model.moe_steps(x[rows], part, half, pools[2], dispatcher)))
+    residual = Residual(model.embed_tokens(whole.token_ids))
+    for layer, pages in zip(model.layers[: model.first], pools[2], strict=False):
+        layer.dense(residual, whole, pages)
+    parts = zip(residual.cut(halves[0].num_tokens), halves, strict=True)
+    out = [run(model.moe_steps(part, half, pools[2], dispatcher)) for part, half in parts]
     assert torch.equal(in_turns, model.head(torch.cat(out), whole))
     assert torch.equal(pools[0], pools[2])
     torch.testing.assert_close(in_turns, uncut, rtol=1e-4, atol=1e-4)
@@ -155,9 +152,8 @@ def test_the_decode_schedule_is_the_one_drawn() -> None:
 def test_the_stages_are_the_models(folder: Path) -> None:
     model = hf.load(folder)
     batch = model.planned(Batch.build(*chunks("mixed"), "cpu"))
-    steps = model.moe_steps(
-        model.embed_tokens(batch.token_ids), None, batch, filled_pool(model), hf.dispatchers(model)[0]
-    )
+    residual, contiguous = Residual(model.embed_tokens(batch.token_ids)), hf.dispatchers(model)[0]
+    steps = model.moe_steps(residual, batch, filled_pool(model), contiguous)
     assert list(steps) == list(STAGES) * model.config.num_moe_layers
 
 
@@ -180,7 +176,7 @@ def test_a_split_keeps_every_token_in_order(decodes: int, prompts: list[int], mu
         if joined and joined[-1].pages == chunk.pages:
             before = joined.pop()
             assert chunk.start == before.start + len(before.token_ids) and not before.wants_logits
-            chunk = replace(chunk, token_ids=[*before.token_ids, *chunk.token_ids], start=before.start)
+            chunk = chunk._replace(token_ids=[*before.token_ids, *chunk.token_ids], start=before.start)
         joined.append(chunk)
     assert joined == rest
 

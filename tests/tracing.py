@@ -78,6 +78,7 @@ def allocating_ops(alignment: int) -> Ops:
         silu_mul_masked=_halved,
         prefill_attention=lambda q, k, v, *_: v.new_empty(*q.shape[:2], v.shape[-1]),
         mla_decode=_mla_decode,
+        linear_float32=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
         gate_topk=_first_experts,
         ep_scatter=_scatter,
         ep_scatter_masked=_scatter_masked,
