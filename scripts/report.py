@@ -2,6 +2,7 @@
 
 python scripts/report.py                    # render
 python scripts/report.py --merge FILE...    # first take over the records that a benchmark wrote elsewhere
+python scripts/report.py --merge FILE... --commit HASH    # which were made by that commit, whatever they say
 """
 
 import argparse
@@ -43,10 +44,12 @@ def _origin(r: Record) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--merge", nargs="*", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--commit", metavar="HASH", help="the merged records' own, where the history was not at hand")
     args = parser.parse_args()
     records = load()
     for path in args.merge:
-        records = merge([r if r.commit else replace(r, commit=commit()) for r in load(path)], records)
+        new = [replace(r, commit=args.commit or r.commit or commit()) for r in load(path)]
+        records = merge(new, records)
     save(records)
     STORE.with_suffix(".md").write_text(render(records))
 
