@@ -186,10 +186,8 @@ class Engine:
         """
         if self.mesh.device.type != "cuda":
             return
-        most, limit = (
-            self.settings.max_tokens_per_step,
-            min(self.max_model_len, self.scheduler.allocator.capacity * PAGE),
-        )
+        limit = min(self.max_model_len, self.kv_tokens)
+        most = min(self.settings.max_tokens_per_step, self.settings.max_batch * limit)
         sizes = {2**i for i in range(most.bit_length())} | {most, max(1, most - 1)}  # an odd one is another kernel
         vocab = self.config.vocab_size
         for size in progress(sorted(sizes, reverse=True)):
