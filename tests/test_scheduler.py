@@ -233,8 +233,8 @@ class PrefillLife(Life):
 class DecodeLife(Life):
     """The decode role: pages first, then the prompt's KV from elsewhere, and only then the scheduler."""
 
-    @initialize()
-    def nobody(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.without_pages: deque[int] = deque()
         self.on_its_way: list[int] = []
 
