@@ -68,6 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     where.add_argument("--dispatch", choices=CHOICES, default="auto", help="tokens to experts; auto: DeepEP if it can")
 
+    experts = parser.add_argument_group("experts")
+    experts.add_argument("--redundant-experts", type=int, default=0, metavar="N", help="slots for replicas, in all (0)")
+    experts.add_argument("--expert-map", metavar="FILE", help="balance the experts over ranks for this recording")
+    experts.add_argument("--record-experts", metavar="FILE", help="write a recording: tokens of each expert, by window")
+
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
     size.add_argument("--max-tokens-per-step", type=int, default=1024, metavar="N", help="prompts are cut to it (1024)")
@@ -229,6 +234,9 @@ def main() -> int:
             dispatch=args.dispatch,
             graphs=not args.no_graphs,
             overlap=args.overlap,
+            redundant_experts=args.redundant_experts,
+            expert_map=args.expert_map,
+            record_experts=args.record_experts,
             gpu_memory_fraction=args.gpu_memory_fraction,
         )
         config = ModelConfig.from_pretrained(args.model)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
 from disagg.memory import Budget, Job, make_budget, page_bytes, plan_parts
 from disagg.scheduler import Plan, Scheduler, Sequence
@@ -25,7 +26,6 @@ from model.weights import load_weights
 from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL, Rule
-from parallel.placement import Placement
 
 KV_TOKENS_ON_CPU = 65536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,6 +43,9 @@ class EngineConfig:
     dispatch: str = "auto"
     graphs: bool = True  # decode in CUDA graphs where there is CUDA
     overlap: str = "auto"
+    redundant_experts: int = 0  # slots of the job beyond one for each expert
+    expert_map: str | None = None  # a recording to balance for
+    record_experts: str | None = None  # where to write one
     gpu_memory_fraction: float = 0.9  # of a GPU, for all ranks of this job on it
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class EngineConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.kv_tokens is not None and self.kv_tokens < PAGE:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
+        if self.redundant_experts < 0:
+            raise ValueError(f"--redundant-experts is {self.redundant_experts}; it must be at least 0")
         if not 0 < self.gpu_memory_fraction <= 1:
             raise ValueError(f"--gpu-memory-fraction is {self.gpu_memory_fraction}; it must be in (0, 1]")
 
@@ -139,6 +144,7 @@ class Engine:
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
         max_pages = pages_for(self.max_model_len)
         self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, max_pages, self.rule.in_decode)
+        self.recording = Recording(model, mesh, settings.record_experts) if settings.record_experts else None
 
     @classmethod
     def from_pretrained(
@@ -151,7 +157,7 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
     ) -> "Engine":
         """With this rank's share of the weights in `folder`."""
-        placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
+        placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         dtype = settings.torch_dtype(mesh.device)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
@@ -201,6 +207,8 @@ class Engine:
         if self.settings.graphs:
             self.decode.capture(progress)
         torch.cuda.synchronize()
+        if self.recording is not None:
+            self.recording.forget()
         gc.collect()
         gc.freeze()  # what lives now lives on: a later collection need not look at it
 
@@ -225,6 +233,8 @@ class Engine:
         logprobs = self._sample(logits, sequences, rows)
         tokens = _to_host(self.tokens[: max(rows, default=-1) + 1])
         done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
+        if self.recording is not None:
+            self.recording.step()
         return Step(plan, decode_rows is None, overlapped, sequences, tokens, rows, logprobs, done)
 
     def _sample(self, logits: Tensor, sequences: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor] | None:
@@ -257,6 +267,8 @@ class Engine:
 
     def close(self) -> None:
         """All ranks together, before their process groups end."""
+        if self.recording is not None:
+            self.recording.save()
         self.decode.reset()
         self.dispatchers.close()
 

@@ -21,6 +21,7 @@ from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher
 from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
+from parallel.recorder import Recorder
 
 FEW = 512  # tokens
 
@@ -109,12 +110,21 @@ class MoE(nn.Module):
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = FFN(config.hidden_size, width, ops, expert_dtype, device)
 
-    def steps(self, x: Tensor, operand: Tensor | Quantized, is_token: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
+    def steps(
+        self,
+        x: Tensor,
+        operand: Tensor | Quantized,
+        is_token: Tensor,
+        dispatcher: Dispatcher,
+        recorder: Recorder | None = None,
+    ) -> Steps[Tensor]:
         """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
         routed expert."""
         few = x.shape[0] <= FEW
         shared = self.beside.start(partial(self.shared, operand)) if few else None
         slots, weights = self.gate(x, self.placement.slot_of_expert[self.layer], is_token)
+        if recorder is not None:
+            recorder.add(self.layer, slots)
         yield "attention"
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)

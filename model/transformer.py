@@ -25,6 +25,7 @@ from parallel.dispatchers import Dispatcher
 from parallel.mesh import Mesh
 from parallel.overlap import PREFILL, Beside, Schedule, Steps, run, run_two
 from parallel.placement import Placement
+from parallel.recorder import Recorder
 
 
 class Residual:
@@ -92,7 +93,9 @@ class Block(nn.Module):
         del operand
         return x, self.self_attn.attend(q, batch, kv_pages)
 
-    def steps(self, residual: Residual, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher) -> Steps[None]:
+    def steps(
+        self, residual: Residual, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher, recorder: Recorder | None
+    ) -> Steps[None]:
         """A layer with experts. What it no longer needs it lets go at once: while one micro-batch waits for its turn,
         the other wants the memory."""
         operand, x = self.input_layernorm.add(*residual.take())[1:]
@@ -103,7 +106,7 @@ class Block(nn.Module):
         del q
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         del attended
-        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher)
+        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, recorder)
         del normed, operand
         delta = yield from experts
         if self.attn.size > 1:
@@ -134,6 +137,7 @@ class Transformer(nn.Module):
         if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
+        self.recorder: Recorder | None = None
         self.first = config.first_k_dense_replace  # layer with experts
         rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
@@ -170,7 +174,7 @@ class Transformer(nn.Module):
     def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
         """All layers with experts, one after the other -> [T, D]."""
         for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first :], strict=True):
-            yield from layer.steps(residual, batch, kv_pages, dispatcher)
+            yield from layer.steps(residual, batch, kv_pages, dispatcher, self.recorder)
         return residual.sum()
 
     def planned(self, batch: Batch) -> Batch:

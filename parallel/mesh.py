@@ -114,6 +114,13 @@ class Mesh:
     def num_replicas(self) -> int:
         return self.size // self.attn.size
 
+    def nodes(self) -> int:
+        """Machines, if every one has as many ranks of this job as any other, in a row; else 1. All ranks together."""
+        hosts = self.ep.exchange(socket.gethostname())
+        count = len(set(hosts))
+        share = self.size // count
+        return count if hosts == [hosts[i * share] for i in range(count) for _ in range(share)] else 1
+
     @property
     def leads(self) -> bool:
         """The first rank of a replica talks to the router for it."""

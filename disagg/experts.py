@@ -1,0 +1,67 @@
+"""Which experts the ranks of a job hold, and the recording of how many tokens each gets."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+from parallel.eplb import balance
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.recorder import Recorder, load_recording, save_recording
+
+WINDOW = 100  # steps
+
+
+def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: str | None) -> Placement:
+    """Which experts this job's slots hold: balanced for a recording, or for equal loads. All ranks together."""
+    layers, experts, extra = config.num_moe_layers, config.n_routed_experts, redundant
+    if not extra and recording is None:
+        return Placement.identity(layers, experts, mesh.ep.size, mesh.device)
+    if (experts + extra) % mesh.ep.size:
+        slots = f"({experts} + {extra}) % {mesh.ep.size} = {(experts + extra) % mesh.ep.size}"
+        raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {slots}")
+    loads = torch.ones(layers, experts)
+    if recording is not None:
+        loads = load_recording(recording, layers, experts).sum(0)
+    nodes = mesh.nodes()
+    of_slot = balance(loads.numpy(), experts + extra, mesh.ep.size, config.n_group, nodes)
+    return Placement.of_map(
+        torch.from_numpy(of_slot), experts, mesh.ep.size, mesh.ep.rank, mesh.ep.size // nodes, mesh.device
+    )
+
+
+class Recording:
+    """Counts of a job's experts in windows of WINDOW steps, into a file. Every rank steps every time, so that all end
+    their windows together."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, path: str | Path):
+        self.model, self.mesh, self.path = model, mesh, path
+        self.steps = 0
+        self.windows: list[Tensor] = []
+        placement = model.placement
+        model.recorder = Recorder(len(placement.expert_of_slot), placement.num_slots, mesh.device)
+
+    def forget(self) -> None:
+        """What was counted so far was no request's."""
+        self.model.recorder.counts.zero_()
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps % WINDOW == 0:
+            self._end_window()
+
+    def _end_window(self) -> None:
+        counts = self.model.recorder.take(self.model.placement.expert_of_slot, self.model.config.n_routed_experts)
+        self.windows.append(self.mesh.ep.all_reduce(counts).cpu())
+
+    def save(self) -> None:
+        """All ranks together; the first writes."""
+        if self.steps % WINDOW:
+            self._end_window()
+        if self.mesh.rank == 0:
+            save_recording(
+                self.path, self.windows, self.model.config.num_moe_layers, self.model.config.n_routed_experts
+            )

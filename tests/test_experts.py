@@ -1,0 +1,156 @@
+"""Any map of experts, with any replicas, gives the same tokens; a recording says how many tokens each expert got."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disagg.engine import Engine
+from disagg.experts import make_placement
+from disagg.worker import Interrupt
+from kernels.backend import Ops
+from model.config import ModelConfig
+from parallel.eplb import balance, balancedness
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.recorder import Recorder, load_recording, save_recording
+from tests.test_worlds import SETTINGS, one_run
+from tests.worlds import run_world, sub_mesh
+
+EXTRA = 4  # redundant experts: 36 slots, for 3, 6 and 12 ranks
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_the_nearest_replica_is_chosen_and_equal_ones_take_turns(
+    nodes: int, ranks_per_node: int, slots_per_rank: int, seed: int
+) -> None:
+    ranks, generator = nodes * ranks_per_node, torch.Generator().manual_seed(seed)
+    slots = ranks * slots_per_rank
+    experts = int(torch.randint(1, slots + 1, (), generator=generator))
+    rest = torch.randint(experts, (2, slots - experts), generator=generator)
+    of_slot = torch.cat((torch.arange(experts).expand(2, -1), rest), 1)
+    of_slot = of_slot.gather(1, torch.rand(of_slot.shape, generator=generator).argsort(1))
+    chosen = torch.stack(
+        [Placement.of_map(of_slot, experts, ranks, r, ranks_per_node).slot_of_expert for r in range(ranks)]
+    )  # [ranks, layers, E]
+    for layer in range(2):
+        for e in range(experts):
+            homes = [(slot, slot // slots_per_rank) for slot in (of_slot[layer] == e).nonzero()[:, 0].tolist()]
+            far_only = []
+            for rank in range(ranks):
+                slot = int(chosen[rank, layer, e])
+                how_far = {s: (r != rank) + (r // ranks_per_node != rank // ranks_per_node) for s, r in homes}
+                assert how_far[slot] == min(how_far.values()), "a nearer replica, or another expert"
+                if min(how_far.values()) == 2:
+                    far_only.append(slot)
+            if len(homes) > 1 and len(far_only) == ranks - ranks_per_node and nodes == 2:
+                counts = [far_only.count(slot) for slot, _ in homes]
+                assert max(counts) - min(counts) <= 1, "ranks that are as far from all do not take turns"
+
+
+def test_the_recorder_counts_tokens_of_experts() -> None:
+    of_slot = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    recorder = Recorder(2, 4, torch.device("cpu"))
+    recorder.add(0, torch.tensor([[0, 1], [3, -1], [3, 2]]))
+    recorder.add(1, torch.tensor([[1, 0], [-1, -1]]))
+    recorder.add(1, torch.tensor([[2, 3]]))
+    assert recorder.take(of_slot, 3).tolist() == [[3, 1, 1], [1, 1, 2]]
+    assert recorder.take(of_slot, 3).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_a_recording_survives_the_file(tmp_path: Path) -> None:
+    windows = [torch.randint(100, (2, 5)) for _ in range(3)]
+    save_recording(tmp_path / "r.safetensors", windows, 2, 5)
+    assert torch.equal(load_recording(tmp_path / "r.safetensors", 2, 5), torch.stack(windows))
+    save_recording(tmp_path / "none.safetensors", [], 2, 5)
+    assert load_recording(tmp_path / "none.safetensors", 2, 5).shape == (0, 2, 5)
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    with pytest.raises(ValueError, match=f"--expert-map {path}: not a recording"):
+        load_recording(path, 2, 5)
+    path.write_text("text")
+    with pytest.raises(ValueError, match=f"--expert-map {path}: not a recording"):
+        load_recording(path, 2, 5)
+    save_file({"counts": torch.zeros(1, 2, 6)}, path)
+    with pytest.raises(ValueError, match=r"it has counts \[1, 2, 6\], must be \[windows, 2, 5\]"):
+        load_recording(path, 2, 5)
+    save_file({"other": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="it has no tensor `counts`"):
+        load_recording(path, 2, 5)
+    save_file({"counts": torch.full((1, 2, 5), -1)}, path)
+    with pytest.raises(ValueError, match="counts must not be negative"):
+        load_recording(path, 2, 5)
+
+
+def test_slots_that_do_not_divide_are_refused(tiny: Path) -> None:
+    config, mesh = ModelConfig.from_pretrained(tiny), Mesh(ep=replace(Mesh().ep, size=5))
+    with pytest.raises(ValueError, match=r"--redundant-experts\) % ranks must be 0, not \(32 \+ 4\) % 5 = 1"):
+        make_placement(config, mesh, EXTRA, None)
+
+
+def skewed(config: ModelConfig) -> Tensor:
+    """Another load in each layer."""
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.rand(config.num_moe_layers, config.n_routed_experts, generator=generator).argsort(1)
+    return (1000 / (1 + ranks)).long()
+
+
+def body(rank: int, tiny: Path, scratch: Path) -> None:
+    config, interrupt = ModelConfig.from_pretrained(tiny), Interrupt()
+    skew = scratch / "skew.safetensors"
+    if rank == 0:
+        save_recording(skew, [skewed(config)], config.num_moe_layers, config.n_routed_experts)
+    dist.barrier()
+    alone = sub_mesh(0, 1)
+    engine = None
+    if alone is not None:
+        recording = replace(SETTINGS, record_experts=str(scratch / "one.safetensors"))
+        engine = Engine.from_pretrained(recording, config, tiny, alone, Ops())
+    expected = one_run([("unified", engine, alone)], tiny, interrupt)
+    if engine is not None:
+        engine.close()
+    arrangements = ((3, 1, None, "off"), (6, 1, str(skew), "on"), (6, 2, str(skew), "off"), (12, 1, str(skew), "off"))
+    for size, attn_tp, recording, overlap in arrangements:
+        mesh = sub_mesh(0, size, attn_tp)
+        engine, path = None, scratch / f"{size}x{attn_tp}.safetensors"
+        if mesh is not None:
+            changes = {"redundant_experts": EXTRA, "expert_map": recording, "record_experts": str(path)}
+            engine = Engine.from_pretrained(replace(SETTINGS, overlap=overlap, **changes), config, tiny, mesh, Ops())
+            assert engine.model.placement.num_slots == config.n_routed_experts + EXTRA
+        got = one_run([("unified", engine, mesh)], tiny, interrupt)
+        assert got == expected or rank, f"{size} ranks, {attn_tp=}, {recording}: {got} instead of {expected}"
+        if engine is not None:
+            engine.close()
+    dist.barrier()
+    if rank == 0:
+        check_recordings(scratch, config)
+
+
+def check_recordings(scratch: Path, config: ModelConfig) -> None:
+    """As many copies as there were tokens, whatever the ranks and maps; and the very same experts."""
+    shape = config.num_moe_layers, config.n_routed_experts
+    one = load_recording(scratch / "one.safetensors", *shape).sum(0)
+    assert (one.sum(1) == one.sum(1)[0]).all() and one.sum(1)[0] % config.num_experts_per_tok == 0
+    for name in ("3x1", "6x1", "6x2", "12x1"):
+        counts = load_recording(scratch / f"{name}.safetensors", *shape).sum(0)
+        assert (counts.sum(1) == counts.sum(1)[0]).all()
+        assert (counts - one).abs().sum() <= 0.05 * one.sum(), "other experts than one rank's"  # and a step too many
+
+
+def test_any_map_gives_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
+    run_world(12, body, tiny, tmp_path, timeout_s=280)
+
+
+def test_a_map_is_better_balanced_than_none(tiny: Path) -> None:
+    config = ModelConfig.from_pretrained(tiny)
+    loads = skewed(config).numpy()
+    plain = Placement.identity(config.num_moe_layers, 32, 4).expert_of_slot.numpy()
+    assert balancedness(loads, balance(loads, 32, 4), 4).mean() > balancedness(loads, plain, 4).mean()
