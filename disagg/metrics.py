@@ -59,4 +59,8 @@ class Metrics:
         done = sum(s.get(tokens, 0) for s in stats)
         seconds = max((s.get(f"{phase}_seconds", 0.0) for s in stats), default=0.0)
         steps = max((s.get(f"{phase}_steps", 0) for s in stats), default=0)
-        return f"{done / seconds:,.0f} tok/s in {steps:.0f} steps of {seconds / steps * 1e3:.1f} ms" if steps else ""
+        if not steps:
+            return ""
+        overlapped = max((s.get(f"{phase}_overlapped", 0) for s in stats), default=0)
+        rate = f"{done / seconds:,.0f} tok/s in {steps:.0f} steps of {seconds / steps * 1e3:.1f} ms"
+        return rate + (f", {overlapped:.0f} of them overlapped" if overlapped else "")

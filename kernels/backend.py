@@ -106,6 +106,7 @@ PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "grouped_gemm_masked_fp8": ("deep_gemm", "triton", "torch"),
 }
 LIBRARIES = ("flash_attn", "flash_mla", "deep_gemm", "triton", "torch")
+NO_GPU = "no GPU"
 MODULES = {"flash_attn": "flash_attn.cute"}  # where it is not the library's name
 
 
@@ -131,7 +132,8 @@ def choose(
             raise ValueError(f"--backend {op}={order[-1]}: {obstacles[-1]}")
         chosen[op] = _load(op, library)
         forced_why = "forced" if op in by_op or library == preferred else ""
-        choices.append(Choice(op, library, "; ".join(obstacles) or forced_why))
+        why = NO_GPU if device.type != "cuda" and obstacles else "; ".join(obstacles)
+        choices.append(Choice(op, library, why or forced_why))
     plan = getattr(importlib.import_module(chosen["mla_decode"].__module__), "decode_plan", ref.decode_plan)
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
     return Ops(**chosen, decode_plan=plan, alignment=128 if padded else 1), choices
@@ -169,7 +171,7 @@ def _obstacle(library: str, shape: Shape, dtype: torch.dtype, device: torch.devi
     if library == "torch":
         return None
     if device.type != "cuda":
-        return "no GPU"
+        return NO_GPU
     if library != "triton":
         if torch.cuda.get_device_capability(device) != (9, 0):
             return "needs Hopper"
