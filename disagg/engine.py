@@ -57,6 +57,8 @@ class EngineConfig:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
         if self.redundant_experts < 0:
             raise ValueError(f"--redundant-experts is {self.redundant_experts}; it must be at least 0")
+        if self.record_experts is not None and not Path(self.record_experts).absolute().parent.is_dir():
+            raise ValueError(f"--record-experts {self.record_experts}: no such folder")
         if not 0 < self.gpu_memory_fraction <= 1:
             raise ValueError(f"--gpu-memory-fraction is {self.gpu_memory_fraction}; it must be in (0, 1]")
 
