@@ -232,6 +232,7 @@ def main() -> int:
             max_model_len=args.max_model_len,
             dtype=args.dtype,
             dispatch=args.dispatch,
+            decodes=args.role != "prefill",
             graphs=not args.no_graphs,
             overlap=args.overlap,
             redundant_experts=args.redundant_experts,

@@ -16,7 +16,7 @@ from disagg.graph import DecodeStep, make_buckets, resolve
 from disagg.memory import Budget, Job, make_budget, page_bytes, plan_parts
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
-from model.batch import PAGE, Batch, Chunk, pad, split
+from model.batch import PAGE, Batch, Chunk, Chunks, pad, split
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
@@ -41,6 +41,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
     dispatch: str = "auto"
+    decodes: bool = True  # a prefill job does not
     graphs: bool = True  # decode in CUDA graphs where there is CUDA
     overlap: str = "auto"
     redundant_experts: int = 0  # slots of the job beyond one for each expert
@@ -49,7 +50,7 @@ class EngineConfig:
     gpu_memory_fraction: float = 0.9  # of a GPU, for all ranks of this job on it
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_tokens_per_step", "kv_tokens", "max_model_len"):
+        for name in ("max_batch", "max_tokens_per_step", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -86,15 +87,27 @@ class Sampled(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Work:
+    """A step that is laid out."""
+
+    plan: Plan
+    chunks: Chunks
+    decode_rows: int | None  # None: some rank has prompt tokens
+    overlapped: bool
+    sequences: list[Sequence]  # those that get a token
+    rows: list[int]  # of their tokens
+
+    @property
+    def mixed(self) -> bool:
+        return self.decode_rows is None
+
+
+@dataclass(frozen=True)
 class Step:
     """A step that was launched: its tokens are on their way to the host, its KV to the pool."""
 
-    plan: Plan
-    mixed: bool  # does any rank have prompt tokens in it?
-    overlapped: bool
-    sequences: list[Sequence]  # those that get a token
+    work: Work
     tokens: Tensor  # [rows] on the host, once `done`: a sequence's is in its row
-    rows: list[int]
     logprobs: tuple[Tensor, Tensor] | None  # [sequences, ...], likewise
     done: torch.cuda.Event | None  # None on a CPU, where it already is
 
@@ -103,10 +116,10 @@ class Step:
         if self.done is not None:
             self.done.synchronize()
         by_row = self.tokens.tolist()
-        tokens = [by_row[row] for row in self.rows]
+        sequences, tokens = self.work.sequences, [by_row[row] for row in self.work.rows]
         if self.logprobs is None:
-            return [Sampled(s, token, []) for s, token in zip(self.sequences, tokens, strict=True)]
-        rows = zip(self.sequences, tokens, *(part.tolist() for part in self.logprobs), strict=True)
+            return [Sampled(s, token, []) for s, token in zip(sequences, tokens, strict=True)]
+        rows = zip(sequences, tokens, *(part.tolist() for part in self.logprobs), strict=True)
         return [
             Sampled(s, token, logprob_pairs(ids, values, s.request.logprobs) if s.request.logprobs else [])
             for s, token, ids, values in rows
@@ -122,7 +135,7 @@ class Engine:
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
-        buckets = make_buckets(settings.max_batch, (1 + (settings.overlap == "on")) * mesh.attn.size)
+        buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
         self.dispatchers = make_dispatchers(
             settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
@@ -178,7 +191,7 @@ class Engine:
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         parts = plan_parts(
             model, job, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
-            settings.graphs,
+            settings.graphs and settings.decodes,
         )  # fmt: skip
         page = page_bytes(self.config, model.dtype.itemsize)
         mine = make_budget(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
@@ -204,40 +217,54 @@ class Engine:
                 for at in range(0, size, limit)
             ]
             self._mixed([], prompts)
+            if self.rule.in_prefill(size):
+                self._mixed([], prompts, overlap=True)
         page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
         self.ops.unpack_pages(self.ops.pack_pages(self.pool, page), self.pool, page)
-        if self.settings.graphs:
+        if self.settings.decodes and self.settings.graphs:
             self.decode.capture(progress)
+        elif self.settings.decodes:
+            for rows in progress(self.decode.buckets[::-1]):
+                self.decode.run([], rows)
         torch.cuda.synchronize()
         if self.recording is not None:
             self.recording.forget()
         gc.collect()
         gc.freeze()  # what lives now lives on: a later collection need not look at it
 
-    def launch(self, plan: Plan, decode_rows: int | None, most_tokens: int) -> Step:
-        """Start this rank's part of an agreed step (it may be empty: every rank steps every time).
+    def prepare(self, plan: Plan, decode_rows: int | None, most_tokens: int) -> Work:
+        """Lay out this rank's part of an agreed step (it may be empty: every rank steps every time). From here on it
+        counts as launched; the tokens of the step before may still be in flight.
 
         `decode_rows`: the bucket, if no rank has prompt tokens in this step; then all use the fixed-capacity layout.
         `most_tokens`: of the fullest replica.
         """
-        decodes, prefills = plan.chunks()
-        if decode_rows is None:
-            overlapped = self.rule.in_prefill(most_tokens)
-            logits = self._mixed(decodes, prefills, overlapped)
-        else:
-            overlapped = self.rule.in_decode(decode_rows)
-            self.dispatchers.prepare_masked()
-            logits = self.decode.run(decodes, decode_rows)
-        sequences = plan.advance()
+        chunks, sequences = plan.chunks(), plan.advance()
         rows = list(range(len(sequences))) if decode_rows is None else self.decode.places(len(sequences), decode_rows)
         for sequence, row in zip(sequences, rows, strict=True):
             sequence.row = row
-        logprobs = self._sample(logits, sequences, rows)
-        tokens = _to_host(self.tokens[: max(rows, default=-1) + 1])
+        mixed = decode_rows is None
+        overlapped = self.rule.in_prefill(most_tokens) if mixed else self.rule.in_decode(decode_rows)
+        return Work(plan, chunks, decode_rows, overlapped, sequences, rows)
+
+    def run(self, work: Work) -> Step:
+        """Start a step. With prompts in it this takes the host as long as the GPU, or nearly: it must learn how many
+        rows the experts get. A decode step only starts, where there are graphs."""
+        if work.mixed:
+            logits = self._mixed(*work.chunks, work.overlapped)
+        else:
+            self.dispatchers.prepare_masked()
+            logits = self.decode.run(work.chunks[0], work.decode_rows)
+        logprobs = self._sample(logits, work.sequences, work.rows)
+        tokens = _to_host(self.tokens[: max(work.rows, default=-1) + 1])
         done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
         if self.recording is not None:
             self.recording.step()
-        return Step(plan, decode_rows is None, overlapped, sequences, tokens, rows, logprobs, done)
+        return Step(work, tokens, logprobs, done)
+
+    def runs_ahead(self, work: Work) -> bool:
+        """Does `run` return long before the step is done?"""
+        return self.tokens.is_cuda and not work.mixed
 
     def _sample(self, logits: Tensor, sequences: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor] | None:
         """What greedy choice alone does not give: other tokens, into `tokens`, and log probabilities."""
@@ -251,7 +278,8 @@ class Engine:
             how = [
                 (s.request.temperature, s.request.top_p, s.request.top_k, s.request.seed, s.computed) for s in sequences
             ]
-            tokens = sample(logits, SamplingRows.build(how, logits.device))
+            # One rank's choice is all ranks': a sum over many probabilities need not give them the same bits.
+            tokens = self.mesh.attn.broadcast(sample(logits, SamplingRows.build(how, logits.device)))
             self.tokens[index] = tokens
         return tuple(_to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from model.batch import Batch, Chunk, page_rows
 
 
-def make_buckets(most: int, multiple: int = 1) -> list[int]:
-    """Rows of a decode step, rising: 1, 2, 4, 8, then two a doubling, up to `most`; in multiples of `multiple`."""
+def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> list[int]:
+    """Rows of a decode step, rising: 1, 2, 4, 8, then two a doubling, up to `most`; each rounded up to a multiple of
+    `multiple(rows)`."""
     sizes = [2**i for i in range(most.bit_length())]
     sizes += [size * 3 // 2 for size in sizes if size >= 16]
-    return sorted({-(-size // multiple) * multiple for size in [*(s for s in sizes if s < most), most]})
+    return sorted({-(-size // multiple(size)) * multiple(size) for size in [*(s for s in sizes if s < most), most]})
 
 
 def resolve(ids: Tensor, tokens: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Metrics:
         if seconds > 0:
             total = (self.prompt_tokens + self.generated_tokens) / seconds
             rows.append(("overall", f"{total:,.0f} tok/s, {self.generated_tokens / seconds:,.0f} generated tok/s"))
-        for phase, tokens in (("prefill", "prompt_tokens"), ("decode", "decode_step_decodes")):
+        for phase, tokens in (("prefill", "prompt_tokens"), ("decode", "decode_step_tokens")):
             if rate := self._rate(phase, tokens):
                 rows.append((phase, rate))
         for name, values in (("TTFT", self.ttft), ("inter-token", self.inter_token)):

@@ -98,7 +98,7 @@ class Prefill:
 
     def launched(self, step: Step) -> None:
         """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
-        for sequence, _ in step.plan.prefills:
+        for sequence, _ in step.work.plan.prefills:
             departure = self.departures[sequence.request.uid]
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
@@ -111,13 +111,15 @@ class Prefill:
             if whole:
                 self.scheduler.remove(sequence)
 
-    def after(self, step: Step) -> None:
-        for one in step.sampled():
+    def after(self, step: Step) -> int:
+        sampled = step.sampled()
+        for one in sampled:
             one.sequence.in_flight -= 1
             uid = one.sequence.request.uid
             if uid in self.departures:  # else its links ended while the token was on its way
                 for link in self.departures[uid].links:
                     link.put(Last(uid, one.token, one.logprobs))
+        return len(sampled)
 
     @property
     def in_flight(self) -> bool:

@@ -45,15 +45,18 @@ class Unified:
     def launched(self, step: Step) -> None:
         """A step of mine has just been launched."""
 
-    def after(self, step: Step) -> None:
-        """Take up the tokens of a step; the next one may have been launched already."""
+    def after(self, step: Step) -> int:
+        """Take up the tokens of a step; the next one may have been launched already. How many were wanted."""
+        wanted = 0
         for one in step.sampled():
             sequence = one.sequence
             sequence.in_flight -= 1
             if self.sequences.get(sequence.request.uid) is sequence:
+                wanted += 1
                 self.emit(sequence, one.token, one.logprobs)
             elif not sequence.in_flight:  # it ended while this token was on its way, which nobody wants now
                 self.scheduler.release(sequence)
+        return wanted
 
     def emit(self, sequence: Sequence, token: int, logprobs: list[tuple[int, float]]) -> bool:
         """A request has a new token; was it the last?"""
@@ -67,7 +70,9 @@ class Unified:
     def finish(self, sequence: Sequence) -> None:
         del self.sequences[sequence.request.uid]
         self.scheduler.remove(sequence)
-        if sequence.pages and not sequence.in_flight:  # else a step still writes there: `after` releases them
+        # While a token is in flight, a step still writes to the pages, and `after` releases them. A prompt's chunk in
+        # flight has no token: the pages' next owner writes after it, on the same stream.
+        if sequence.pages and not sequence.in_flight:
             self.scheduler.release(sequence)
 
     @property

@@ -1,7 +1,7 @@
 """The step loop that every rank of every role runs: events, plan, agree, launch, take up the step before, report.
 
-A step is launched before the tokens of the one before it are looked at: while the GPU runs it, the CPU takes up those
-tokens, tells the router, and plans the next one.
+A step is planned before the tokens of the one before it are looked at. A decode step is launched then, too: while the
+GPU runs it, the CPU takes up those tokens, tells the router, and plans the next one.
 
 The ranks of an attention replica share their events first (the router's messages reach its first rank only, a link's
 its own), so that each of them then takes the same decisions. The ranks of the job agree once a step on what kind of
@@ -82,6 +82,8 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
             port.send(Updates(role.updates))
         role.updates.clear()
 
+    if port is not None and role.updates:  # of the step that was in flight at the end
+        port.send(Updates(role.updates))
     role.close()
     stats = pipeline.stats
     for other in mesh.attn.exchange(role.stats()):
@@ -93,13 +95,13 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
 
 
 class Pipeline:
-    """At most one step in flight while the next is planned: plan, agree, launch, then take up the one before."""
+    """At most one step in flight while the next is planned: plan, agree, launch, and take up the one before."""
 
     def __init__(self, role: Role, engine: Engine, mesh: Mesh):
         self.role, self.engine, self.mesh = role, engine, mesh
         self.stats: Counter = Counter()
-        self._running: Step | None = None
-        self._marked = 0.0  # when the step that runs now began, as far as the host can tell
+        self._running: tuple[Step, float] | None = None  # and when it was launched
+        self._ended = 0.0  # when the tokens of the one before were there
 
     def turn(self, stop: bool = False) -> bool | None:
         """Was there anything to do? None once any rank wants to stop; the ranks learn that together."""
@@ -108,27 +110,36 @@ class Pipeline:
         prefill_tokens, decodes, stops = zip(*agreed, strict=True)
         if any(stops):
             if self._running is not None:  # its pages are released only now
-                self.role.after(self._running)
+                self._take_up(*self._running)
             return None
-        before, self._running, launched_at = self._running, None, time.perf_counter()
+        before, self._running, work = self._running, None, None
         if any(prefill_tokens) or any(decodes):
             rows = None if any(prefill_tokens) else self.engine.decode.bucket(max(decodes))
-            self._running = self.engine.launch(plan, rows, max(map(sum, zip(prefill_tokens, decodes, strict=True))))
-            self.role.launched(self._running)
-        if before is not None:
-            self.role.after(before)
+            most_tokens = max(map(sum, zip(prefill_tokens, decodes, strict=True)))
+            work = self.engine.prepare(plan, rows, most_tokens)
+        ahead = work is not None and self.engine.runs_ahead(work)
+        if before is not None and not ahead:  # else these tokens would wait until that step is through
+            self._take_up(*before)
+        if work is not None:
             now = time.perf_counter()
-            self._count(before, now - self._marked)
-            self._marked = now
-        else:
-            self._marked = launched_at
-        return before is not None or self._running is not None
+            step = self.engine.run(work)
+            self._running = step, now
+            self.role.launched(step)
+        if before is not None and ahead:
+            self._take_up(*before)
+        return before is not None or work is not None
 
-    def _count(self, step: Step, seconds: float) -> None:
+    def _take_up(self, step: Step, launched_at: float) -> None:
+        began = max(launched_at, self._ended)  # a step that was launched ahead begins when the one before it ends
+        tokens = self.role.after(step)
+        self._ended = time.perf_counter()
+        self._count(step, tokens, self._ended - began)
+
+    def _count(self, step: Step, tokens: int, seconds: float) -> None:
         """A step in which any rank has prompt tokens counts as prefill on all of them."""
-        phase = "prefill" if step.mixed else "decode"
+        phase = "prefill" if step.work.mixed else "decode"
         self.stats[f"{phase}_steps"] += 1
         self.stats[f"{phase}_seconds"] += seconds
-        self.stats["prompt_tokens"] += step.plan.num_prefill_tokens
-        self.stats[f"{phase}_step_decodes"] += len(step.plan.decodes)
-        self.stats[f"{phase}_overlapped"] += step.overlapped
+        self.stats["prompt_tokens"] += step.work.plan.num_prefill_tokens
+        self.stats[f"{phase}_step_tokens"] += tokens
+        self.stats[f"{phase}_overlapped"] += step.work.overlapped

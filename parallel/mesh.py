@@ -64,6 +64,12 @@ class Group:
             dist.all_reduce(x, group=self.handle)
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The first rank's, in place."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.handle, group_src=0)
+        return x
+
     def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> "Transfer":
         """Rows to every rank, started: `send[r]` rows to rank r (equal shares if None). `.wait()` for the result."""
         if self.size == 1:
@@ -131,8 +137,10 @@ class Mesh:
         """Read torchrun's environment, join the job, make the groups. ValueError spells the equation it fails."""
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local_rank = launched_local_rank()
-        if attn_tp < 1 or size % attn_tp:
-            raise ValueError(f"ranks % --attn-tp must be 0, not {size} % {attn_tp}" + f" = {size % max(attn_tp, 1)}")
+        if attn_tp < 1:
+            raise ValueError(f"--attn-tp is {attn_tp}; it must be at least 1")
+        if size % attn_tp:
+            raise ValueError(f"ranks % --attn-tp must be 0, not {size} % {attn_tp} = {size % attn_tp}")
         device = pick_device(device, local_rank)
         if size == 1:
             return cls(device=device)
@@ -157,12 +165,17 @@ class Mesh:
 
     def ranks_on_my_gpu(self) -> int:
         """How many ranks of the job use the GPU that I use. All ranks together."""
-        mine = (socket.gethostname(), self.device.index)
+        mine = gpu_id(self.device)
         return self.ep.exchange(mine).count(mine)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def gpu_id(device: torch.device) -> str:
+    """Which GPU of all the machines', whatever number a process sees it under."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def launched_local_rank() -> int:

@@ -62,8 +62,14 @@ class Rule:
 
     def in_decode(self, rows: int) -> bool:
         """`rows` of every replica, padding included; each half must divide over the attention group."""
-        wanted = self.mode == "on" or (self.mode == "auto" and self.ep_size > 1 and rows // self.attn_tp >= FEW_ROWS)
-        return wanted and rows % (2 * self.attn_tp) == 0
+        return self._wanted(rows) and rows % (2 * self.attn_tp) == 0
+
+    def row_multiple(self, rows: int) -> int:
+        """What the rows of a decode step must be a multiple of, so that it can be divided as it should."""
+        return (2 if self._wanted(rows) else 1) * self.attn_tp
+
+    def _wanted(self, rows: int) -> bool:
+        return self.mode == "on" or (self.mode == "auto" and self.ep_size > 1 and rows // self.attn_tp >= FEW_ROWS)
 
     def in_prefill(self, tokens: int) -> bool:
         """`tokens` of the fullest replica in a step with prompts."""

@@ -60,13 +60,13 @@ class Timed(Unified):
         super().__init__(engine)
         self.marks: list[Mark] = []
 
-    def after(self, step: Step) -> None:
+    def after(self, step: Step) -> int:
         start = time.perf_counter()
         if step.done is not None:
             step.done.synchronize()
         now = time.perf_counter()
-        self.marks.append(Mark(now, now - start, len(step.sequences), step.mixed))
-        super().after(step)
+        self.marks.append(Mark(now, now - start, len(step.work.sequences), step.work.mixed))
+        return super().after(step)
 
 
 class Bench:

@@ -257,13 +257,13 @@ class Hosts(Group):
     def exchange(self, item: Any) -> list[Any]:
         if isinstance(item, Budget):
             return [item, replace(item, available=item.available - GIB)]
-        host, index = item
-        return [item, item, (host, 1 - index), ("elsewhere", 0), ("elsewhere", 1)]
+        return [item, item, "another", "and another"]
 
 
-def test_ranks_that_share_a_gpu_are_counted() -> None:
-    assert Mesh(0, 5, torch.device("cuda", 0), ep=Hosts(5)).ranks_on_my_gpu() == 2
-    assert Mesh().ranks_on_my_gpu() == 1
+def test_ranks_that_share_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.mesh.gpu_id", lambda device: f"GPU {device.index}")
+    assert Mesh(0, 4, torch.device("cuda", 0), ep=Hosts(4)).ranks_on_my_gpu() == 2
+    assert Mesh(device=torch.device("cuda", 0)).ranks_on_my_gpu() == 1
 
 
 @pytest.mark.parametrize(("sharing", "free", "left"), [(False, 79, 40), (True, 79, 20), (True, 30, 17)])
@@ -271,6 +271,7 @@ def test_an_engine_takes_its_share(
     tiny: str, sharing: bool, free: int, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of a GPU of 80 GiB, shared or not; what others took of it counts; the fullest rank decides."""
+    monkeypatch.setattr("parallel.mesh.gpu_id", lambda device: "mine")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
