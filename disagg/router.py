@@ -207,8 +207,11 @@ class Router:
         if self._able_to_serve():
             self._short_of_replicas_since = now
         elif self._open and now - self._short_of_replicas_since > REPLACEMENT_S:
+            missing = " and no ".join(role for role in ("prefill", "decode") if not self._in_role(role))
             for uid in self._waiting:
-                self._end(uid, "error", f"no replica left to serve it, and none came back in {REPLACEMENT_S:.0f} s")
+                self._end(
+                    uid, "error", f"no {missing} replica left to serve it, and none came in {REPLACEMENT_S:.0f} s"
+                )
             self._waiting.clear()
 
     def _update(self, update: Update) -> None:
@@ -295,6 +298,9 @@ class Router:
                     self._lose(replica, "died")
 
     def _lose(self, lost: Replica, how: str) -> None:
+        if not self._leaving and lost.hello.role != "unified":
+            had = f"{len(lost.requests)} requests were on it"
+            print(f"router: a {lost.hello.role} replica {how}; {had}", file=sys.stderr, flush=True)
         for replica in () if self._leaving else self.replicas.values():
             self.port.send(replica.id, Gone([member.id for member in lost.hello.members]))
         for uid in list(lost.requests):

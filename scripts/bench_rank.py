@@ -228,15 +228,17 @@ def show(
     for name, ms in sorted(mine.items(), key=lambda item: -item[1]):
         print(f"{name:32} {ms:9.4f} {floors.get(name, 0):9.4f}")
     gaps = layer - sum(mine.values())
-    print(f"{'gaps (less than 0: parts ran side by side)':32} {gaps:9.4f}")
+    print(f"{'gaps':32} {gaps:9.4f}  (less than 0: parts ran side by side, or the profile slowed them)")
     print(f"{'together':32} {layer:9.4f} {sum(floors.values()):9.4f}")
     tokens = args.batch if args.phase == "decode" else args.tokens
     print(f"the step: {step:.2f} ms, {tokens / step * 1e3:,.0f} tok/s of computation alone (arrivals simulated)")
-    anchor = sum(ANCHORS[args.phase].values())
-    print(f"SGLang's kernels, a MoE layer: {anchor:.3f} ms, {ANCHORS[args.phase]}")
+    anchor = sum(ANCHORS[args.phase].values()) if args.shape == "v3" else None  # they are of that model
+    if anchor is not None:
+        by_part = ", ".join(f"{name} {ms}" for name, ms in ANCHORS[args.phase].items())
+        print(f"SGLang's kernels on H100, a MoE layer: {anchor:.3f} ms ({by_part})")
     what = f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
     source = "SGLang's kernels without communication, digitised from its figures"
-    records = [Record(f"{what}: a MoE layer", round(layer, 4), "ms", "lower", anchor, source)]
+    records = [Record(f"{what}: a MoE layer", round(layer, 4), "ms", "lower", anchor, source if anchor else "")]
     records += [Record(f"{what}: {name}, a MoE layer", round(ms, 4), "ms", "lower") for name, ms in mine.items()]
     records.append(Record(f"{what}: gaps, a MoE layer", round(gaps, 4), "ms", "lower"))
     return [*records, Record(f"{what}: the step, computation alone", round(step, 3), "ms", "lower")]
