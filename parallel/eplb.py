@@ -16,7 +16,8 @@ the better. All layers are worked on at once; nothing loops over a layer's exper
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-SWAPS = 200  # at most, in a layer (or a node of one)
+SWAPS = 36  # at most, in a layer (or a node of one)
+GOOD = 1.001  # the fullest rank over the mean: no swaps below
 
 
 def balance(
@@ -44,10 +45,8 @@ def balance(
     if num_nodes == 1:
         num_groups = 1
     tie = 1e-9 * max(loads.mean(), 1.0)
-    ways = [
-        np.maximum(loads + more, 0) for more in (tie, 0.0, -tie)
-    ]  # a tie goes to the less, any, the more replicated
-    maps = _balance(np.concatenate(ways), num_slots, num_ranks, num_groups, num_nodes).reshape(3, layers, num_slots)
+    ways = np.concatenate((loads + tie, np.maximum(loads - tie, 0)))  # a tie goes to the less, the more replicated
+    maps = _balance(ways, num_slots, num_ranks, num_groups, num_nodes).reshape(2, layers, num_slots)
     best = np.stack([balancedness(loads, of_slot, num_ranks) for of_slot in maps]).argmax(0)
     return maps[best, np.arange(layers)]
 
@@ -106,6 +105,12 @@ def _swap(weights: NDArray, of_item: NDArray, bins: NDArray) -> NDArray[np.int64
     for _ in range(SWAPS):
         w, where, load = weights[active], of_item[active], bins[active]
         rows, fullest = np.arange(len(active)), load.argmax(1)
+        bad = load[rows, fullest] > GOOD * load.mean(1)
+        if not bad.all():
+            active, w, where, load = active[bad], w[bad], where[bad], load[bad]
+            rows, fullest = np.arange(len(active)), fullest[bad]
+        if not len(active):
+            break
         mine = np.nonzero(where == fullest[:, None])[1].reshape(-1, size)  # [A, size], the fullest bin's items
         less = np.take_along_axis(w, mine, 1)[:, :, None] - w[:, None]  # [A, size, n], what it would lose
         top = load[rows, fullest][:, None, None]
