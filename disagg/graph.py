@@ -4,9 +4,8 @@
     graph:  ids of tokens in flight resolved -> model (attention, dispatch, experts, combine, head) -> argmax
 
 In a step that overlaps, the sequences are dealt to the two halves of its rows in turn. The ranks of a job agree on the
-bucket, so that all replay the same graph; rows beyond a rank's own sequences are
-padding: they read and write the null page and route nowhere. Without graphs (on a CPU, or switched off) the same
-forward runs as it is.
+bucket, so that all replay the same graph; rows beyond a rank's own sequences are padding: they read and write the null
+page and route nowhere. Without graphs (on a CPU, or switched off) the same forward runs as it is.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -33,10 +33,6 @@ class Sequence:
         self.is_plain = self.request.temperature <= COLDEST and not self.request.logprobs  # greedy choice is all
 
     @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
-
-    @property
     def in_prompt(self) -> bool:
         return self.computed < self.prompt_len
 

@@ -2,11 +2,10 @@
 
 For benchmarks of one rank's own work: the experts get as many rows as they would in the whole deployment, in the same
 layouts, and all that a rank computes it computes. What arrives is SIMULATED, and so is what comes back to this rank's
-tokens: numbers of the right size without meaning. Optionally each transfer keeps a stream of its own busy for a
-modelled time, so that overlap has something to hide.
+tokens: numbers of the right size without meaning. No transfer takes any time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -69,40 +68,6 @@ def share_of_tokens(experts: int, ranks: int, top_k: int, groups: int = 1, group
     return groups_chosen / groups * (1 - comb(within - local, top_k) / comb(within, top_k))
 
 
-class SimulatedLink:
-    """A stream that does nothing for a modelled time. It takes one thread of the GPU, as RDMA in flight takes none."""
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)
-        start.record()
-        torch.cuda._sleep(10_000_000)
-        end.record()
-        end.synchronize()
-        self.cycles_a_us = 10_000 / start.elapsed_time(end)
-
-    def start(self, microseconds: float) -> Callable[[], None]:
-        """Begin when all that is enqueued now is done. Call what comes back to wait for the end."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            torch.cuda._sleep(int(microseconds * self.cycles_a_us))
-        return lambda: torch.cuda.current_stream().wait_stream(self.stream)
-
-
-@dataclass(frozen=True)
-class Transfers:
-    """Modelled microseconds of a dispatch and a combine on a link; of all the tokens that this rank sends at once."""
-
-    link: SimulatedLink
-    dispatch: float
-    combine: float
-
-
-def _never() -> None:
-    """The wait for a transfer that takes no time."""
-
-
 class LoopbackContiguous:
     """ContiguousAllToAll's contract. The arrived tokens are scattered to their experts and gathered again, for that is
     this rank's own work."""
@@ -116,10 +81,9 @@ class LoopbackContiguous:
         top_k: int,
         ops: Ops,
         like: Tensor | Quantized,
-        link: Transfers | None = None,
     ):
         """`like`: a row [1, D] as it travels, bare or quantised: what arrives is of its dtype, on its device."""
-        self.arrivals, self.ops, self.link = arrivals, ops, link
+        self.arrivals, self.ops = arrivals, ops
         bare = isinstance(like, Tensor)
         device, dtype = (like.device, like.dtype) if bare else (like[0].device, torch.bfloat16)
         generator = torch.Generator(device).manual_seed(0)
@@ -132,11 +96,9 @@ class LoopbackContiguous:
         )
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
-        arrive = self.link.link.start(self.link.dispatch) if self.link else _never
         rows, scales = (self.rows, None) if isinstance(self.rows, Tensor) else self.rows
 
         def wait() -> Contiguous:
-            arrive()
             grouped, row_expert, index, *scale = self.ops.ep_scatter(
                 rows, self.experts, len(self.arrivals.counts), self.ops.alignment, scales=scales
             )
@@ -147,7 +109,7 @@ class LoopbackContiguous:
     def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
         index, tokens = arrived.way_back
         self.ops.ep_gather(y, index, self.weights)  # what would be sent back
-        return _returned(self.link, self.back, tokens, plus)
+        return _returned(self.back, tokens, plus)
 
 
 class LoopbackMasked:
@@ -164,10 +126,9 @@ class LoopbackMasked:
         device: torch.device,
         fp8: bool = False,
         dtype: torch.dtype = torch.bfloat16,
-        link: Transfers | None = None,
     ):
         """`capacity`: rows of an expert's room: ranks * tokens a rank."""
-        self.link, local = link, len(arrivals.counts)
+        local = len(arrivals.counts)
         if max(arrivals.counts) > capacity:
             raise ValueError(f"rows of an expert <= capacity must hold, not {max(arrivals.counts)} <= {capacity}")
         generator = torch.Generator(device).manual_seed(0)
@@ -186,23 +147,18 @@ class LoopbackMasked:
         self.back = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
-        arrive = self.link.link.start(self.link.dispatch) if self.link else _never
 
         def wait() -> Masked:
-            arrive()
             return Masked(self.x, self.counts, (slots.shape[0],), self.scale)
 
         return Pending(wait)
 
     def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
-        return _returned(self.link, self.back, arrived.way_back[0], plus)
+        return _returned(self.back, arrived.way_back[0], plus)
 
 
-def _returned(link: Transfers | None, back: Tensor, tokens: int, plus: Tensor | None) -> Pending[Tensor]:
-    arrive = link.link.start(link.combine) if link else _never
-
+def _returned(back: Tensor, tokens: int, plus: Tensor | None) -> Pending[Tensor]:
     def wait() -> Tensor:
-        arrive()
         out = back.expand(tokens, -1)
         return out.clone() if plus is None else out + plus
 

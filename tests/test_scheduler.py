@@ -147,9 +147,9 @@ class Life(RuleBasedStateMachine):
             assert tokens > self.one.scheduler.allocator.num_free * PAGE, "there is room, and it waits for nothing"
 
     def sampled(self, twin: Replica, sequence: Sequence, token: int) -> None:
-        before = sequence.num_generated
+        before = len(sequence.tokens) - sequence.prompt_len
         reason = sequence.append(token, (EOS,))
-        assert sequence.num_generated == before + 1 <= sequence.request.max_tokens
+        assert len(sequence.tokens) - sequence.prompt_len == before + 1 <= sequence.request.max_tokens
         assert (reason == "stop") == (token == EOS)
         assert (reason is not None) == (token == EOS or before + 1 == sequence.request.max_tokens)
         if reason is not None:
