@@ -1,0 +1,47 @@
+"""PNG charts of a script's figures. Needs matplotlib, which the extras `charts` and `test` install."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def figure(width: float = 9, height: float = 5) -> tuple[Any, Any]:
+    """A figure of one plot, drawn without a display. ValueError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f'a chart needs matplotlib ({error}): pip install ".[charts]"') from None
+    made = Figure((width, height), layout="constrained")
+    return made, made.subplots()
+
+
+def save_bars(path: Path, title: str, unit: str, series: Mapping[str, Mapping[str, float]]) -> None:
+    """Horizontal bars, a group for each label (the first on top) and in it one bar for each series that has it."""
+    labels = list(dict.fromkeys(label for values in series.values() for label in values))
+    made, plot = figure(9, 1.5 + 0.28 * len(labels) * len(series))
+    thick = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        at = [row + i * thick for row, label in enumerate(labels) if label in values]
+        shown = [values[label] for label in labels if label in values]
+        plot.bar_label(plot.barh(at, shown, thick, label=name), fmt="%.3g", padding=2)
+    plot.set_yticks([row + 0.4 - thick / 2 for row in range(len(labels))], labels)
+    plot.invert_yaxis()
+    plot.margins(x=0.1)
+    plot.set_xlabel(unit)
+    plot.set_title(title)
+    plot.legend()
+    made.savefig(path, dpi=120)
+
+
+def save_lines(
+    path: Path, title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """A line through the points (x, y) of each series."""
+    made, plot = figure()
+    for name, points in series.items():
+        plot.plot(*zip(*points, strict=True), marker="o", label=name)
+    plot.set_xlabel(x_name)
+    plot.set_ylabel(y_name)
+    plot.set_title(title)
+    plot.legend()
+    made.savefig(path, dpi=120)
