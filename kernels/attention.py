@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention_hopper as hopper
+from kernels.pdl import after_previous, pdl
 
 PAGE = 64  # rows of a KV page
 LOG2_E = 1.4426950408889634
@@ -129,8 +130,12 @@ def _decode_kernel(
 
 
 @triton.jit
-def _combine_kernel(partial, lse_ptr, used_ptr, out, heads, most, v_dim, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr):
+def _combine_kernel(
+    partial, lse_ptr, used_ptr, out, heads, most, v_dim, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """One head of one sequence that was cut: its splits' outputs, weighted by their share of the softmax sum."""
+    after_previous(PDL)
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     used = tl.load(used_ptr + seq)
     if used <= 1:
@@ -216,7 +221,7 @@ def mla_decode(
         )  # fmt: skip
     if most > 1:
         _combine_kernel[heads, batch](
-            partial, lse, used, out, heads, most, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim)
+            partial, lse, used, out, heads, most, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim), **pdl(q)
         )
     return out
 

@@ -38,6 +38,8 @@ class Ops:
     ep_gather: Callable = ref.ep_gather
     grouped_gemm_contiguous: Callable = ref.grouped_gemm_contiguous
     grouped_gemm_masked: Callable = ref.grouped_gemm_masked
+    gemm_of_copies: Callable = ref.gemm_of_copies
+    swiglu_of_copies: Callable = ref.swiglu_of_copies
     quantize_1x128: Callable = ref.quantize_1x128
     silu_mul_quant: Callable = ref.silu_mul_quant
     silu_mul_quant_masked: Callable = ref.silu_mul_quant_masked
@@ -87,6 +89,8 @@ OURS = {  # op -> the module with its Triton kernel
     "ep_gather": "kernels.route",
     "grouped_gemm_contiguous": "kernels.grouped_gemm",
     "grouped_gemm_masked": "kernels.grouped_gemm",
+    "gemm_of_copies": "kernels.gemv",
+    "swiglu_of_copies": "kernels.gemv",
     "quantize_1x128": "kernels.quant",
     "silu_mul_quant": "kernels.quant",
     "silu_mul_quant_masked": "kernels.quant",

@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.gemv import FEW_TOKENS, linear_of_few
+from kernels.pdl import after_previous, pdl
+
 
 class Tile(NamedTuple):
     """The output block of one program: `slabs` times block_m rows by block_n columns.
@@ -214,8 +217,9 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
 @triton.jit
 def _linear_float32_kernel(
     x, weight, out, T, N, x_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     rows, cols = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -234,12 +238,14 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:
         return x.float() @ weight.float().T
+    if tokens <= FEW_TOKENS:
+        return linear_of_few(x, weight, torch.float32)
     if tokens > 64 or outputs > 512 or tokens == 0:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     out = x.new_empty(tokens, outputs, dtype=torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
     _linear_float32_kernel[triton.cdiv(tokens, 16), triton.cdiv(outputs, 16)](
         x, weight, out, tokens, outputs, x.stride(0), width, BLOCK_T=16, BLOCK_N=16, BLOCK_K=256, num_warps=4,
-        num_stages=4,
+        num_stages=4, **pdl(x),
     )  # fmt: skip
     return out

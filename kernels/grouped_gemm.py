@@ -21,6 +21,7 @@ from kernels.gemm import (
     num_sms,
     store_slabs,
 )
+from kernels.pdl import after_previous, pdl
 
 ALIGNMENT = 128  # rows of a contiguous segment
 
@@ -29,8 +30,10 @@ ALIGNMENT = 128  # rows of a contiguous segment
 def masked_kernel(
     x_desc, w_desc, x_scale, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A fixed number of programs deal the real tiles among themselves: expert by expert, found by counting blocks."""
+    after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + ids, mask=ids < L, other=0)
     num_n, num_k = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
@@ -68,7 +71,7 @@ def launch_masked(
         block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale, w_scale, counts, out,
         num_local, room, n, d, triton.next_power_of_2(num_local),
         tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
     return out
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.pdl import after_previous, pdl
 from kernels.quant import GROUP, store_quantized
 
 
@@ -30,7 +31,9 @@ def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
     dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
     here = (row < rows) & (col < dim)
@@ -74,7 +77,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant:
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
             x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps, dim,
             ROWS=per_program, BLOCK_D=block, ADD=residual is not None, QUANT=quant,
-            num_warps=4 if block <= 2048 else 8,
+            num_warps=4 if block <= 2048 else 8, **pdl(x),
         )  # fmt: skip
     return (out, values, scales, total) if quant else (out, total)
 
@@ -115,9 +118,10 @@ def add_rms_norm_quant(
 def _rope_kernel(
     source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
     target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
+    after_previous(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
     token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
@@ -153,7 +157,7 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
     _rope_kernel[triton.cdiv(rows, per_program),](
         source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
         target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
-        ROWS=per_program, BLOCK_D=block, num_warps=4,
+        ROWS=per_program, BLOCK_D=block, num_warps=4, **pdl(q),
     )  # fmt: skip
 
 
@@ -161,7 +165,9 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
 def _norm_rope_write_kernel(
     kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, pages_ptr, tokens, kv_stride, cos_stride, sin_stride,
     eps, latent: tl.constexpr, rope_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     live = token < tokens
     source = kv_ptr + token * kv_stride
@@ -207,4 +213,5 @@ def norm_rope_write(
         kv, norm_weight, cos_table, sin_table, positions, rows, pool, tokens, kv.stride(0), cos_table.stride(0),
         sin_table.stride(0), eps, latent, rope_dim,
         ROWS=per_program, BLOCK_C=block, BLOCK_R=max(2, triton.next_power_of_2(rope_dim)), num_warps=4,
+        **pdl(kv),
     )  # fmt: skip

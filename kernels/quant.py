@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.pdl import after_previous, pdl
+
 GROUP = tl.constexpr(128)  # columns that share a scale
 FP8_MAX = tl.constexpr(448.0)  # e4m3's largest finite value
 SMALLEST = tl.constexpr(1e-4)  # keeps a block of zeros from dividing by zero
@@ -35,7 +37,8 @@ def store_quantized(y, out, scales, rows, cols, mask, live, group, D):
 
 
 @triton.jit
-def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr):
+def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr, PDL: tl.constexpr):
+    after_previous(PDL)
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = group * GROUP + tl.arange(0, GROUP)
@@ -46,8 +49,9 @@ def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
+def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr, PDL: tl.constexpr):
     """scales None: a plain silu * mul. row_expert None: every row is real."""
+    after_previous(PDL)
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = group * GROUP + tl.arange(0, GROUP)
@@ -63,11 +67,12 @@ def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
+def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr, PDL: tl.constexpr):
     """Grid (expert, group, P): P programs walk the expert's real row blocks, however many there are.
 
     scales None: a plain silu * mul.
     """
+    after_previous(PDL)
     expert, group = tl.program_id(0), tl.program_id(1)
     count = tl.load(counts + expert)
     cols = group * GROUP + tl.arange(0, GROUP)
@@ -94,7 +99,9 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scales = _fp8_like(x, x.shape[-1])
     if out.numel():
         rows, width = out.numel() // x.shape[-1], x.shape[-1]
-        _quantize_kernel[triton.cdiv(rows, ROWS), scales.shape[-1]](x.contiguous(), out, scales, rows, width, ROWS)
+        _quantize_kernel[triton.cdiv(rows, ROWS), scales.shape[-1]](
+            x.contiguous(), out, scales, rows, width, ROWS, **pdl(x)
+        )
     return out, scales
 
 
@@ -107,7 +114,7 @@ def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
     if out.numel():
         rows, width = out.numel() // out.shape[-1], out.shape[-1]
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value))
-        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, None, rows, width, ROWS)
+        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, None, rows, width, ROWS, **pdl(x))
     return out
 
 
@@ -120,7 +127,7 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
     if out.numel():
         num_local, room, width = out.shape
         grid = (num_local, triton.cdiv(width, GROUP.value), min(16, triton.cdiv(room, ROWS)))
-        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, None, room, width, ROWS)
+        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, None, room, width, ROWS, **pdl(x))
     return out
 
 
@@ -132,7 +139,7 @@ def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor,
     out, scales = _fp8_like(x, x.shape[-1] // 2)
     if out.numel():
         grid = (triton.cdiv(x.shape[0], ROWS), scales.shape[-1])
-        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, scales, x.shape[0], out.shape[-1], ROWS)
+        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, scales, x.shape[0], out.shape[-1], ROWS, **pdl(x))
     return out, scales
 
 
@@ -145,5 +152,5 @@ def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     if out.numel():
         num_local, room, width = out.shape
         grid = (num_local, scales.shape[-1], min(16, triton.cdiv(room, ROWS)))
-        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, scales, room, width, ROWS)
+        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, scales, room, width, ROWS, **pdl(x))
     return out, scales

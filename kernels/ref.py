@@ -305,8 +305,13 @@ def ep_scatter_masked(
     return moved[0], counts, index, *moved[1:]
 
 
-def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. [T, D]."""
+def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. [T, D].
+
+    index None: copy (t, k) is row t * K + k.
+    """
+    if index is None:
+        index = torch.arange(weights.numel(), device=rows.device).view_as(weights)
     out = torch.zeros(index.shape[0], rows.shape[-1], device=rows.device)
     if plus is not None:
         out += plus
@@ -336,6 +341,22 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = x[expert, :count] @ weight[expert].T
     return out
+
+
+def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """out[c] = x's row @ weight[slots[c]].T of every copy c = t * K + k; zeros where slots is -1.
+
+    x [T, D] or a row for each copy [T * K, D], weight [L, N, D], slots [T, K] -> [T * K, N]. For few tokens.
+    """
+    slot = slots.flatten()
+    rows = x.repeat_interleave(len(slot) // max(1, len(x)), 0)
+    out = torch.einsum("cd,cnd->cn", rows, weight[slot.clamp(min=0)])
+    return out.masked_fill(slot[:, None] < 0, 0.0)
+
+
+def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """silu_mul of gemm_of_copies: weight [L, 2I, D] -> [T * K, I]."""
+    return silu_mul(gemm_of_copies(x, weight, slots))
 
 
 def grouped_gemm_contiguous_fp8(

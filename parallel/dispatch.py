@@ -11,7 +11,8 @@ A row on the wire is bytes (gloo knows no fp8), with its scales if the tokens ar
     hidden | scales (float32) | K local expert ids (int32) | K weights (float32)
 
 Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, sizes known on the host) for prefill,
-`Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode.
+`Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode. One rank alone has a
+third for the smallest decode steps, `Copies`, which sorts nothing.
 Both calls are split into start and `Pending.wait`, so that other work can run in between.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from kernels.backend import Ops, Quantized
 from parallel.mesh import Group
 
+FEW_COPIES = 32  # of a step on one rank: it reads whole weights for each, but starts few kernels
 Result = TypeVar("Result")
 
 
@@ -46,6 +48,15 @@ class Masked:
     counts: Tensor  # [L] int32, on the device
     way_back: tuple
     scale: Tensor | None = None  # [L, rows, D / 128] float32 if x is in fp8
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Few tokens, that stay where they are: each meets its experts' weights there."""
+
+    x: Tensor  # [T, D]
+    slots: Tensor  # [T, K] int64 local ids, -1 = nowhere
+    way_back: tuple
 
 
 @dataclass(frozen=True)
@@ -169,17 +180,20 @@ class LocalContiguous:
 
 
 class LocalMasked(LocalContiguous):
-    """The same in the masked layout."""
+    """The same in the masked layout. With few tokens there are not even rooms to sort them into."""
 
-    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked | Copies]:
+        if isinstance(x, Tensor) and slots.numel() <= FEW_COPIES:
+            return Pending(lambda: Copies(x, slots, (None, weights)))
         x, scales = (x, None) if isinstance(x, Tensor) else x
         rows, counts, index, *scale = self.ops.ep_scatter_masked(
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
         return Pending(lambda: Masked(rows, counts, (index, weights), *scale))
 
-    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
-        out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back, plus)
+    def combine(self, y: Tensor, arrived: Masked | Copies, plus: Tensor | None = None) -> Pending[Tensor]:
+        rows = y if isinstance(arrived, Copies) else y.flatten(0, 1)
+        out = self.ops.ep_gather(rows, *arrived.way_back, plus)
         return Pending(lambda: out)
 
 

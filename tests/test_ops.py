@@ -331,6 +331,20 @@ def test_ep_gather_sums_in_float32_and_keeps_the_dtype() -> None:
     assert out.item() == torch.tensor(1 + 7 * 2**-9).bfloat16().item() != 1.0
 
 
+def test_copies_meet_their_experts_where_they_are() -> None:
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(3, 16), torch.randn(5, 24, 16), torch.randn(5, 16, 12)
+    slots, weights, plus = torch.tensor([[4, 0], [-1, -1], [2, -1]]), torch.rand(3, 2), torch.randn(3, 16)
+    y = ref.gemm_of_copies(ref.swiglu_of_copies(x, gate_up, slots), down, slots)
+    assert (y[[2, 3, 5]] == 0).all()
+    expected = plus.clone()
+    for token, k in ((0, 0), (0, 1), (2, 0)):
+        gate, up = (gate_up[slots[token, k]] @ x[token]).chunk(2)
+        expected[token] += weights[token, k] * (down[slots[token, k]] @ (F.silu(gate) * up))
+    torch.testing.assert_close(ref.ep_gather(y, None, weights, plus), expected)
+    assert ref.gemm_of_copies(x[:0], gate_up, slots[:0]).shape == (0, 24)
+
+
 def test_ep_gather_without_weights_adds_what_is_there() -> None:
     rows = torch.tensor([[NAN, NAN], [1.0, 2.0], [10.0, 20.0]])
     index = torch.tensor([[1, 2], [-1, 2], [-1, -1], [1, -1]])
