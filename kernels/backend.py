@@ -24,13 +24,15 @@ class Ops:
     rms_norm_quant: Callable = ref.rms_norm_quant
     add_rms_norm_quant: Callable = ref.add_rms_norm_quant
     rope_query: Callable = ref.rope_query
-    rope_into: Callable = ref.rope_into
+    absorb_query: Callable = ref.absorb_query
+    project_values: Callable = ref.project_values
     norm_rope_write: Callable = ref.norm_rope_write
     silu_mul: Callable = ref.silu_mul
     silu_mul_masked: Callable = ref.silu_mul_masked
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
     decode_plan: Callable = ref.decode_plan  # of the library that serves mla_decode
+    linear: Callable = ref.linear
     linear_float32: Callable = ref.linear_float32
     gate_topk: Callable = ref.gate_topk
     ep_scatter: Callable = ref.ep_scatter
@@ -76,12 +78,14 @@ OURS = {  # op -> the module with its Triton kernel
     "rms_norm_quant": "kernels.norm",
     "add_rms_norm_quant": "kernels.norm",
     "rope_query": "kernels.norm",
-    "rope_into": "kernels.norm",
+    "absorb_query": "kernels.absorb",
+    "project_values": "kernels.absorb",
     "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
     "silu_mul_masked": "kernels.quant",
     "prefill_attention": "kernels.attention",
     "mla_decode": "kernels.attention",
+    "linear": "kernels.gemm",
     "linear_float32": "kernels.gemm",
     "gate_topk": "kernels.route",
     "ep_scatter": "kernels.route",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels.pdl import after_previous, pdl
 
-BLOCK_N, BLOCK_D = 4, 1024  # rows of the weight in a program, and columns in a step
-FEW_TOKENS = 4  # of linear_of_few
+FEW_TOKENS = 2  # up to which they beat cuBLAS
+ROWS = 4  # of a weight in a program
 
 
 @triton.jit
@@ -53,9 +53,10 @@ def _launch(x: Tensor, weight: Tensor, slots: Tensor, gated: bool) -> Tensor:
     copies, width = slots.numel(), weight.shape[1] // (2 if gated else 1)
     out = x.new_empty(copies, width)
     if copies:
-        _copies_kernel[triton.cdiv(width, BLOCK_N), copies](
+        columns = 1024 if x.shape[1] % 1024 == 0 else 512
+        _copies_kernel[triton.cdiv(width, ROWS), copies](
             x.contiguous(), weight, slots.contiguous(), out, width, x.shape[1], copies // x.shape[0], gated,
-            BLOCK_N, BLOCK_D, num_warps=4, **pdl(x),
+            ROWS, columns, num_warps=4, **pdl(x),
         )  # fmt: skip
     return out
 
@@ -93,15 +94,15 @@ def _few_kernel(
 
 
 def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x [T, D] @ weight [N, D].T -> [T, N] of `dtype` (None: x's), summed in float32. For at most 4 tokens."""
+    """x [T, D] @ weight [N, D].T -> [T, N] of `dtype` (None: x's), summed in float32. For 1 to 4 tokens."""
     (tokens, width), outputs = x.shape, weight.shape[0]
-    assert tokens <= FEW_TOKENS, f"{tokens=}"
+    assert 1 <= tokens <= ROWS, f"{tokens=}"
     out = x.new_empty(tokens, outputs, dtype=dtype)
-    if tokens:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        block = triton.next_power_of_2(tokens)
-        rows = max(1, BLOCK_N // block)
-        _few_kernel[triton.cdiv(outputs, rows),](
-            x, weight, out, tokens, outputs, width, x.stride(0), block, rows, BLOCK_D, num_warps=4, **pdl(x)
-        )
+    x = x if x.stride(1) == 1 else x.contiguous()
+    block = triton.next_power_of_2(tokens)
+    rows = ROWS // block
+    _few_kernel[triton.cdiv(outputs, rows),](
+        x, weight, out, tokens, outputs, width, x.stride(0), block, rows, 2048 if tokens == 1 else 1024,
+        num_warps=4, **pdl(x),
+    )  # fmt: skip
     return out

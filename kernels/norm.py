@@ -21,7 +21,7 @@ def _normed(x, weight, eps, dim):
 
 
 @triton.jit
-def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """rope of x [ROWS, BLOCK_D] by cos, sin [ROWS, BLOCK_D / 2]."""
     even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
@@ -132,7 +132,7 @@ def _rope_kernel(
     cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
     sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
     target = target_ptr + token * target_stride + head * target_head_stride + col
-    tl.store(target, _turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
+    tl.store(target, turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
@@ -185,7 +185,7 @@ def _norm_rope_write_kernel(
     cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_R / 2]
     sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
     key = tl.load(source + latent + col, mask=here, other=0.0)  # [ROWS, BLOCK_R]
-    tl.store(target + latent + col, _turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
+    tl.store(target + latent + col, turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
 
 
 def norm_rope_write(

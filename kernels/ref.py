@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.fp8 import dequantize_1x128, dequantize_128x128, quantize_1x128
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dim; the mean square is taken in float32."""
@@ -30,17 +32,27 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
+def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
+    """The query of absorbed MLA (DeepSeek-V2, section 2.1): q' = [W_UK^T q_nope, rope(q_rope)] of every head.
+
+    q [B, H, nope + R], w_uk [H, nope, C], tables [length, R / 2] float32, indexed by positions [B] -> [B, H, C + R].
+    """
+    nope, key = q.tensor_split((w_uk.shape[1],), -1)
+    latent = torch.bmm(nope.transpose(0, 1), w_uk).transpose(0, 1)
+    return torch.cat((latent, rope(key, cos_table[positions], sin_table[positions])), -1)
+
+
+def project_values(attended: Tensor, w_uv: Tensor) -> Tensor:
+    """attended [B, H, C] through w_uv [H, v, C] of its head -> [B, H, v]."""
+    return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
     """rope of the last `rope_dim` columns of every head of q [T, H, nope + R], in place.
 
     cos_table, sin_table [length, R / 2] float32, indexed by positions [T] int64.
     """
-    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
-
-
-def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
-    """rope_query, written into the last `rope_dim` columns of out [T, H, C + R] instead; its others are left alone."""
-    out[..., -rope_dim:] = rope(q[..., -rope_dim:], cos_table[positions], sin_table[positions])
+    q[..., -rope_dim:] = rope(q[..., -rope_dim:], cos_table[positions], sin_table[positions])
 
 
 def norm_rope_write(
@@ -82,45 +94,6 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-FP8_MAX = 448.0  # of e4m3
-BLOCK = 128
-
-
-def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], so that x ~ fp8 * scale.
-
-    DeepSeek-V3's activation format (technical report, section 3.3.2): one scale for each row and 128 columns.
-    """
-    groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scale = groups.abs().amax(-1).clamp(min=1e-4) / FP8_MAX
-    scaled = (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return scaled.flatten(-2)[..., : x.shape[-1]].contiguous(), scale
-
-
-def dequantize_1x128(x: Tensor, scale: Tensor) -> Tensor:
-    return x.float() * scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
-
-
-def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., N, D] -> e4m3 [..., N, D] and float32 scales [..., ceil(N / 128), ceil(D / 128)].
-
-    DeepSeek-V3's weight format (same section); the scales are its checkpoints' `weight_scale_inv`.
-    """
-    rows, columns = weight.shape[-2:]
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, 128, d, 128]
-    scale = blocks.abs().amax((-3, -1)).clamp(min=1e-12) / FP8_MAX
-    scaled = (blocks / scale[..., None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return scaled.flatten(-4, -3).flatten(-2)[..., :rows, :columns].contiguous(), scale
-
-
-def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
-    """The float32 values of a part of a quantised tensor that begins at (first_row, first_column) of the whole."""
-    row = torch.arange(first_row, first_row + weight.shape[-2], device=weight.device) // BLOCK
-    column = torch.arange(first_column, first_column + weight.shape[-1], device=weight.device) // BLOCK
-    return weight.float() * scale[..., row[:, None], column]
-
-
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales)."""
     normed = rms_norm(x, weight, eps)
@@ -154,12 +127,22 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, max_q: int, max_kv: int, scale: float
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    max_q: int,
+    max_kv: int,
+    scale: float,
 ) -> Tensor:
     """Causal attention over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
 
-    q [sum q, H, dqk], k [sum kv, H, dqk], v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv].
+    q [sum q, H, nope + R]; a key is k_nope [sum kv, H, nope] of its head and k_rope [sum kv, R] of all heads;
+    v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv].
     """
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)), -1)
     out = v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     q_bounds, kv_bounds = q_starts.tolist(), kv_starts.tolist()
     for i in range(len(q_bounds) - 1):
@@ -199,6 +182,11 @@ def mla_decode(
             rows = kv_pages[pages].flatten(0, 1)[:length].float()
             out[i] = (((q[i].float() @ rows.T) * scale).softmax(-1) @ rows[:, : out.shape[2]]).to(out.dtype)
     return out
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D] @ weight [N, D].T -> [T, N], in their dtype."""
+    return F.linear(x, weight)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.backend import Ops, Quantized
-from kernels.ref import BLOCK
+from kernels.fp8 import BLOCK
 from model.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn
@@ -40,7 +40,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """x [T, in], in fp8 perhaps quantised already (Linears that share an input share that) -> [T, out]."""
         if self.weight_scale_inv is None:
-            return F.linear(x, self.weight)
+            return self.ops.linear(x, self.weight)
         values, scale = self.ops.quantize_1x128(x) if isinstance(x, Tensor) else x
         return self.ops.gemm_fp8(values, scale, self.weight, self.weight_scale_inv)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kernels.ref import BLOCK, dequantize_128x128
+from kernels.fp8 import BLOCK, dequantize_128x128
 from model.config import ModelConfig
 from model.layers import FP8
 from model.transformer import Transformer

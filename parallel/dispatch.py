@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.backend import Ops, Quantized
 from parallel.mesh import Group
 
-FEW_COPIES = 32  # of a step on one rank: it reads whole weights for each, but starts few kernels
+FEW_COPIES = 16  # of a step on one rank: it reads whole weights for each, but starts few kernels
 Result = TypeVar("Result")
 
 

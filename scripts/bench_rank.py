@@ -49,7 +49,7 @@ ANCHORS = {
 }
 BALANCED_EXPERTS = 0.181
 ELEMENTWISE = (
-    "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "rope_into", "norm_rope_write",
+    "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "norm_rope_write",
     "silu_mul", "silu_mul_masked", "quantize_1x128", "silu_mul_quant", "silu_mul_quant_masked",
 )  # fmt: skip
 OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")

@@ -33,7 +33,7 @@ def test_every_op_has_a_twin_a_kernel_and_a_row() -> None:
     ("forced", "message"),
     [
         ("mla_decode=flash_mla", "--backend mla_decode=flash_mla: flash_mla: no GPU"),
-        ("rope_into=triton", "--backend rope_into=triton: triton: no GPU"),
+        ("absorb_query=triton", "--backend absorb_query=triton: triton: no GPU"),
         ("rms_norm=deep_gemm", "--backend rms_norm=deep_gemm: rms_norm is served by triton, torch"),
         ("rms_norm=cuda", "--backend rms_norm=cuda: 'cuda' is none of flash_attn, flash_mla, deep_gemm, triton, torch"),
         ("attention=torch", "--backend attention=torch: 'attention' is none of rms_norm, "),

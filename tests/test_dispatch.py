@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Ops, Quantized
-from kernels.ref import dequantize_1x128, quantize_1x128
+from kernels.fp8 import dequantize_1x128, quantize_1x128
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Copies, Masked, MaskedAllToAll, Pending
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.backend import Ops
+from kernels.fp8 import quantize_128x128
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, Masked
@@ -113,7 +114,7 @@ def test_masked(fp8: bool) -> None:
 def run(experts: Experts, arrived: Contiguous | Masked) -> Tensor:
     for name, weight in experts.named_parameters():
         if weight.dtype == torch.float8_e4m3fn:
-            values, scale = ref.quantize_128x128(torch.randn(weight.shape) * 0.05)
+            values, scale = quantize_128x128(torch.randn(weight.shape) * 0.05)
             weight.copy_(values)
             experts.get_parameter(f"{name}_scale_inv").copy_(scale)
         elif "scale" not in name:
