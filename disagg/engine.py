@@ -186,7 +186,7 @@ class Engine:
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
         job = Job(
             self.config, model.dtype.itemsize, model.fp8, mesh.attn.size, mesh.ep.size,
-            model.placement.slots_per_rank, model.ops.alignment, capacity,
+            model.placement.slots_per_rank, model.ops.alignment, capacity, model.ops.whole_keys,
         )  # fmt: skip
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         parts = plan_parts(

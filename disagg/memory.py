@@ -46,6 +46,7 @@ class Job:
     slots: int = 1  # L, on this rank
     alignment: int = 1  # of an expert's rows
     capacity: int | None = None  # of DeepEP's low-latency mode; None: another dispatcher
+    whole_keys: bool = False  # does prefill attention take them in one piece?
 
     @property
     def heads(self) -> int:
@@ -159,7 +160,7 @@ def _attention(job: Job, tokens: int, inside: int) -> int:
 
 def _expanded(job: Job, tokens: int, context: int) -> int:
     c, heads = job.config, job.heads
-    of_context = c.kv_dim + heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.qk_head_dim
+    of_context = c.kv_dim + heads * (c.qk_nope_head_dim + c.v_head_dim) + job.whole_keys * heads * c.qk_head_dim
     return job.row(context * of_context + tokens * heads * c.v_head_dim) + context * INDEX
 
 

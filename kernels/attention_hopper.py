@@ -391,6 +391,6 @@ def launch_prefill(
     nope, rope, dv = k_nope.shape[2], k_rope.shape[1], v.shape[2]
     prefill_kernel[triton.cdiv(max_q, 128), q.shape[1], len(q_starts) - 1](
         _tile(_flat(q), 64, nope), _tile(_flat(q[..., nope:]), 64, rope), _tile(_flat(k_nope), 128, nope),
-        _tile(k_rope, 128, rope), _tile(_flat(v), 128, dv), q_starts, kv_starts, out, q.shape[1], scale, q.stride(1), k_nope.stride(1),
-        v.stride(1), num_warps=4,
+        _tile(k_rope, 128, rope), _tile(_flat(v), 128, dv), q_starts, kv_starts, out, q.shape[1], scale,
+        q.stride(1), k_nope.stride(1), v.stride(1), num_warps=4,
     )  # fmt: skip

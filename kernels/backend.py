@@ -50,6 +50,7 @@ class Ops:
     grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
     pack_pages: Callable = ref.pack_pages
     unpack_pages: Callable = ref.unpack_pages
+    whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
     alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
 
@@ -144,7 +145,8 @@ def choose(
         choices.append(Choice(op, library, why or forced_why))
     plan = getattr(importlib.import_module(chosen["mla_decode"].__module__), "decode_plan", ref.decode_plan)
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
-    return Ops(**chosen, decode_plan=plan, alignment=128 if padded else 1), choices
+    whole_keys = chosen["prefill_attention"].__module__ == "kernels.flash_attn_ops"
+    return Ops(**chosen, decode_plan=plan, whole_keys=whole_keys, alignment=128 if padded else 1), choices
 
 
 def table(choices: list[Choice]) -> str:

@@ -1,5 +1,5 @@
-"""DeepSeek-V3's two fp8 formats in torch: e4m3 values with a float32 scale for each row and 128 columns (activations), or
-for each block of 128 x 128 (weights). Technical report, section 3.3.2.
+"""DeepSeek-V3's two fp8 formats in torch: e4m3 values with a float32 scale for each row and 128 columns (activations),
+or for each block of 128 x 128 (weights). Technical report, section 3.3.2.
 """
 
 import torch
