@@ -6,6 +6,7 @@ ours, and for some a vendor library. The first of an op's row in PREFERENCE that
 
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,7 @@ class Ops:
     grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
     pack_pages: Callable = ref.pack_pages
     unpack_pages: Callable = ref.unpack_pages
+    leave_sms: Callable = nullcontext  # with leave_sms(n): products leave n SMs free; of the library of gemm_fp8
     alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
 
@@ -135,8 +137,9 @@ def choose(
         why = NO_GPU if device.type != "cuda" and obstacles else "; ".join(obstacles)
         choices.append(Choice(op, library, why or forced_why))
     plan = getattr(importlib.import_module(chosen["mla_decode"].__module__), "decode_plan", ref.decode_plan)
+    leave_sms = getattr(importlib.import_module(chosen["gemm_fp8"].__module__), "leave_sms", nullcontext)
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
-    return Ops(**chosen, decode_plan=plan, alignment=128 if padded else 1), choices
+    return Ops(**chosen, decode_plan=plan, leave_sms=leave_sms, alignment=128 if padded else 1), choices
 
 
 def table(choices: list[Choice]) -> str:

@@ -1,5 +1,6 @@
 """The whole model. Its layers with experts are a generator, which `parallel/overlap.py` drives: alone, or two halves of
-a batch in turns. The dense layers before them have nothing to overlap, and run on the whole batch.
+a batch in turns. The dense layers before them have nothing to overlap: the halves run one after the other where memory
+counts (prefill), as one where their weights' bytes do (decode).
 
 With attention TP t, a dense layer is the usual pair of all-reduces; an MoE layer scatters instead, so that each rank
 dispatches 1/t of its replica's tokens:
@@ -157,19 +158,27 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows.
 
-        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says.
+        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says; what
+        the dispatcher wants of the GPU's SMs is left to it there.
         """
         batch = self.planned(batch)
         residual = Residual(self.embed_tokens(batch.token_ids))
-        for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):
-            layer.dense(residual, batch, kv_pages)
+        if halves is None or not schedule.cut_first:
+            self.dense_layers(residual, batch, kv_pool)
         if halves is None:
             return self.head(run(self.moe_steps(residual, batch, kv_pool, dispatcher)), batch)
-        steps = (
-            self.moe_steps(part, self.planned(half), kv_pool, dispatcher)
-            for part, half in zip(residual.cut(halves[0].num_tokens), halves, strict=True)
-        )
-        return self.head(torch.cat(run_two(*steps, schedule)), batch)
+        parts = list(zip(residual.cut(halves[0].num_tokens), map(self.planned, halves), strict=True))
+        if schedule.cut_first:
+            for part in parts:
+                self.dense_layers(*part, kv_pool)
+        steps = (self.moe_steps(*part, kv_pool, dispatcher) for part in parts)
+        with self.ops.leave_sms(dispatcher.num_sms):
+            out = torch.cat(run_two(*steps, schedule))
+        return self.head(out, batch)
+
+    def dense_layers(self, residual: Residual, batch: Batch, kv_pool: Tensor) -> None:
+        for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):
+            layer.dense(residual, batch, kv_pages)
 
     def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
         """All layers with experts, one after the other -> [T, D]."""

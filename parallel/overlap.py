@@ -42,10 +42,11 @@ class Schedule:
 
     switch_after: frozenset[str]  # stages
     head_start: int  # turns that a takes before b's first
+    cut_first: bool  # cut the batch before its dense layers (they take half the memory), not after (weights read once)
 
 
-PREFILL = Schedule(frozenset({"dispatch", "experts"}), 0)
-DECODE = Schedule(frozenset(STAGES), 2)
+PREFILL = Schedule(frozenset({"dispatch", "experts"}), 0, cut_first=True)
+DECODE = Schedule(frozenset(STAGES), 2, cut_first=False)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,10 @@ def test_prefill_by_hand_over_the_wire_in_fp8() -> None:
     layer = 2 * 2048 * 512 * 2 + 2048 * 528  # x, shared; the operand in fp8
     routing = 2048 * 4 * 8 + rows * 4 + 4096 * 4 * 12
     wire = (2048 + 4096) * (512 + 16 + 32)  # sent, received
-    experts = rows * (528 + 2 * 2 * 256 + (256 + 8) + 2 * 512)  # arrived | gate, up | hidden | output
-    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + wire + experts
+    arrived, back = rows * 528, (4096 + 2048) * 512 * 2
+    gate_up, hidden, output = rows * 2 * 256 * 2, rows * (256 + 8), rows * 512 * 2
+    assert gate_up == output and hidden < back
+    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + wire + arrived + output + back
 
 
 def test_decode_by_hand() -> None:
