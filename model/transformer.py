@@ -158,8 +158,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows.
 
-        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says; what
-        the dispatcher wants of the GPU's SMs is left to it there.
+        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says, and
+        leave the dispatcher the SMs that it holds.
         """
         batch = self.planned(batch)
         residual = Residual(self.embed_tokens(batch.token_ids))
