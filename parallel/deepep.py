@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import ref
 from kernels.backend import Ops
 from parallel.dispatch import Contiguous, Masked, Pending
 from parallel.mesh import Group
@@ -150,11 +149,8 @@ class ContiguousDeepEP:
             )
             done.current_stream_wait()
             rows, scales = (rows, None) if isinstance(rows, Tensor) else rows
-            more = {}
-            if self.ops.ep_scatter is not ref.ep_scatter:
-                more["counts"] = counts  # the host knows them already: no second wait for the GPU
             grouped, row_expert, index, *scale = self.ops.ep_scatter(
-                rows, experts, buffer.num_local, self.ops.alignment, scales=scales, **more
+                rows, experts, buffer.num_local, self.ops.alignment, counts, scales
             )
             return Contiguous(grouped, row_expert, (index, row_weights, handle), *scale)
 

@@ -105,7 +105,7 @@ class LoopbackContiguous:
         value = torch.randn(arriving(most).tokens, hidden, generator=generator, device=self.device, dtype=dtype)
         self.rows = (value, None) if bare else ops.quantize_1x128(value)
         self.back = torch.randn(1, hidden, generator=generator, device=self.device, dtype=dtype)
-        self.made: dict[int, tuple[Tensor, Tensor, int]] = {}  # by tokens sent: experts, weights; how many are here
+        self.made: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # by tokens sent: experts, weights, counts
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
         tokens = slots.shape[0]
@@ -113,14 +113,14 @@ class LoopbackContiguous:
         if tokens not in self.made:
             arrivals = self.arriving(tokens)
             ids = _assign(arrivals, self.top_k, self.device)
-            self.made[tokens] = ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), len(arrivals.counts)
-        experts, row_weights, local = self.made[tokens]
+            self.made[tokens] = ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
+        experts, row_weights, counts = self.made[tokens]
         rows, scales = (part if part is None else part[: len(experts)] for part in self.rows)
 
         def wait() -> Contiguous:
             received()
             grouped, row_expert, index, *scale = self.ops.ep_scatter(
-                rows, experts, local, self.ops.alignment, scales=scales
+                rows, experts, len(counts), self.ops.alignment, counts, scales
             )
             return Contiguous(grouped, row_expert, (index, row_weights, tokens), *scale)
 
@@ -129,7 +129,8 @@ class LoopbackContiguous:
     def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
         index, row_weights, tokens = arrived.way_back
         sent = self.ops.ep_gather(y, index, row_weights)
-        return _returned(self.back, tokens, plus, _start(self.link, "combine", tokens), sent)
+        received = _start(self.link, "combine", tokens)
+        return _returned(self.back, tokens, plus, received, sent if self.link is not None else None)
 
 
 class LoopbackMasked:

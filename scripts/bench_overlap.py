@@ -25,8 +25,16 @@ from parallel.simulated_link import SimulatedLink
 from scripts import deepep_times
 from scripts.measurements import Record, save
 from scripts.one_rank import (
-    Rank, Step, add_flags, add_measuring_flags, at_least, check_decode, check_flags, check_prefill, times,
-)  # fmt: skip
+    Rank,
+    Step,
+    add_flags,
+    add_measuring_flags,
+    at_least,
+    check_decode,
+    check_flags,
+    check_prefill,
+    times,
+)
 
 # Throughput with overlap over throughput without, SGLang on H100, its report of 2025-05-05: decode by batch (EP72, KV
 # 2,000), prefill at equal tokens (EP32).

@@ -49,7 +49,7 @@ class Watch:
         self.stage = ""  # whose turn it is: "a 3 experts"
         self.flights: list[Span] = []  # CPU, by time.perf_counter
         self.waits: list[tuple[float, float]] = []
-        self.steps, self.begin = rank.model.moe_steps, link.start
+        self.layers, self.steps, self.begin = rank.config.num_moe_layers, rank.model.moe_steps, link.start
         self.link, self.names = link, iter(())
         rank.model.moe_steps, link.start = self.watched, self.started
 
@@ -60,7 +60,7 @@ class Watch:
         count = 0
         while True:
             layer, stage = divmod(count, len(STAGES))
-            self.stage = f"{name} {layer} {STAGES[stage]}"
+            self.stage = f"{name} {layer} {STAGES[stage] if layer < self.layers else 'end'}"
             try:
                 with record_function(MARK + self.stage):
                     done = next(steps)
@@ -94,8 +94,8 @@ class Watch:
         with profile(activities=activities) as profiler:
             if on_gpu:
                 self.link.kernels.hold(1, 0.1)
-            began = time.perf_counter()
             with record_function(f"{MARK}step"):
+                began = time.perf_counter()
                 step()
             if on_gpu:
                 torch.cuda.synchronize()
@@ -130,7 +130,7 @@ def mark_ranges(events: list[dict]) -> list[tuple[float, float, str]]:
 
 
 def kernel_spans(events: list[dict]) -> list[Span]:
-    """A GPU's kernels and copies that a turn launched, named as the turn; a transfer's flight is on a stream of its own.
+    """A GPU's kernels and copies that a turn launched, named as the turn; a transfer's flight has its own stream.
     The first of them begins at 0."""
     ranges = mark_ranges(events)
     starts = [start for start, *_ in ranges]
