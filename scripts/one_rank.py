@@ -160,6 +160,7 @@ class Rank:
             return Step(lambda: eager.run(chunks, batch), lambda: eager.run(chunks, batch))
         captured.run(chunks, batch)
         captured.capture(list)
+        torch.cuda.empty_cache()  # of the eager steps: the graph has its own, and little is left
         return Step(lambda: captured.run(chunks, batch), lambda: eager.run(chunks, batch), captured.reset)
 
     def prefill(self, tokens: int, prompt: int, link: SimulatedLink | None = None, overlap: bool = False) -> Step:
