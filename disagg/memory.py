@@ -188,10 +188,7 @@ def _experts(job: Job, tokens: int, rows: int, sent: int, received: int) -> int:
     held = mine * (job.row(2 * hidden) + job.operand(hidden) + top_k * INDEX)
     held += mine * top_k * FLOAT if job.ranks == 1 else 0
     held += rows * (job.operand(hidden) + FLOAT)
-    if job.fp8:
-        inside = rows * (job.row(2 * width + hidden) + job.operand(width))
-    else:
-        inside = rows * job.row(max(3 * width, width + hidden))
+    inside = rows * (job.operand(width) + job.row(max(2 * width, hidden)))
     back = job.row(mine * hidden)
     if job.ranks > 1:
         back = job.row((received + (sent if job.capacity is None else mine)) * hidden)

@@ -6,7 +6,9 @@ ours, and for some a vendor library. The first of an op's row in PREFERENCE that
 
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +52,7 @@ class Ops:
     grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
     pack_pages: Callable = ref.pack_pages
     unpack_pages: Callable = ref.unpack_pages
+    leave_sms: Callable = nullcontext  # with leave_sms(n): products leave n SMs free; of the library of gemm_fp8
     whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
     alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
@@ -143,10 +146,19 @@ def choose(
         forced_why = "forced" if op in by_op or library == preferred else ""
         why = NO_GPU if device.type != "cuda" and obstacles else "; ".join(obstacles)
         choices.append(Choice(op, library, why or forced_why))
-    plan = getattr(importlib.import_module(chosen["mla_decode"].__module__), "decode_plan", ref.decode_plan)
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
-    whole_keys = chosen["prefill_attention"].__module__ == "kernels.flash_attn_ops"
-    return Ops(**chosen, decode_plan=plan, whole_keys=whole_keys, alignment=128 if padded else 1), choices
+    return Ops(
+        **chosen,
+        decode_plan=_beside(chosen["mla_decode"], "decode_plan", ref.decode_plan),
+        leave_sms=_beside(chosen["gemm_fp8"], "leave_sms", nullcontext),
+        whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
+        alignment=128 if padded else 1,
+    ), choices
+
+
+def _beside(op: Callable, name: str, default: Any) -> Any:
+    """What the module of an op has under that name."""
+    return getattr(importlib.import_module(op.__module__), name, default)
 
 
 def table(choices: list[Choice]) -> str:

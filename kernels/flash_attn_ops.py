@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kernels.pdl import after_previous, pdl
 
+WHOLE_KEYS = True
+
 
 @triton.jit
 def _keys_kernel(

@@ -3,6 +3,7 @@
 T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -236,21 +237,28 @@ def _movable(x: Tensor) -> Tensor:
 
 
 def ep_scatter(
-    x: Tensor, experts: Tensor, num_local: int, alignment: int, scales: Tensor | None = None
+    x: Tensor,
+    experts: Tensor,
+    num_local: int,
+    alignment: int,
+    counts: Sequence[int] | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Received tokens -> rows grouped by expert, each group padded to `alignment` rows.
 
     x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
     row_expert [M] int32 (-1 = padding) and index [N, K]: where token n's k-th copy went, -1 = nowhere; and with
-    `scales` [N, S], those moved alike [M, S].
+    `scales` [N, S], those moved alike [M, S]. counts: copies of each expert (rounded up to `alignment` or not) if the
+    host knows them, which spares a GPU telling it.
     """
     flat = experts.flatten()
-    counts = torch.bincount(flat[flat >= 0], minlength=num_local)
-    sizes = (counts + alignment - 1) // alignment * alignment
+    copies = torch.bincount(flat[flat >= 0], minlength=num_local)
+    sizes = (copies + alignment - 1) // alignment * alignment
+    assert counts is None or [-(-c // alignment) * alignment for c in counts] == sizes.tolist(), f"{counts=} {copies=}"
     starts = sizes.cumsum(0) - sizes
     order = torch.argsort(flat, stable=True)[(flat < 0).sum() :]  # copies by expert, in token order within one
     expert = flat[order]
-    first = counts.cumsum(0) - counts
+    first = copies.cumsum(0) - copies
     rows = starts[expert] + torch.arange(len(order), device=x.device) - first[expert]
     total = int(sizes.sum())
     index = torch.full_like(flat, -1)

@@ -82,15 +82,17 @@ class Experts(nn.Module):
                 hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, gate_up, row_expert), row_expert)
                 return ops.grouped_gemm_contiguous(hidden, down, row_expert)
             case Contiguous(x, row_expert, scale=scale):
-                both = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert)
-                hidden, scale = ops.silu_mul_quant(both, row_expert)
+                hidden, scale = ops.silu_mul_quant(
+                    ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert), row_expert
+                )
                 return ops.grouped_gemm_contiguous_fp8(hidden, scale, down, down_scale, row_expert)
             case Masked(x, counts, scale=None):
                 hidden = ops.silu_mul_masked(ops.grouped_gemm_masked(x, gate_up, counts), counts)
                 return ops.grouped_gemm_masked(hidden, down, counts)
             case Masked(x, counts, scale=scale):
-                both = ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts)
-                hidden, scale = ops.silu_mul_quant_masked(both, counts)
+                hidden, scale = ops.silu_mul_quant_masked(
+                    ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts), counts
+                )
                 return ops.grouped_gemm_masked_fp8(hidden, scale, down, down_scale, counts)
 
 

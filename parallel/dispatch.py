@@ -70,6 +70,7 @@ class ContiguousAllToAll:
     """Variable splits. The row counts go ahead, so dispatch blocks the host until every rank has routed."""
 
     casts = False  # does it quantise by itself?
+    num_sms = 0  # to leave to it while another micro-batch computes
 
     def __init__(self, group: Group, num_slots: int, ops: Ops):
         self.group, self.ops = group, ops
@@ -113,6 +114,7 @@ class MaskedAllToAll:
     """Equal splits of T rows for each pair of ranks, whatever was routed; nothing waits for the host."""
 
     casts = False  # does it quantise by itself?
+    num_sms = 0
 
     def __init__(self, group: Group, num_slots: int, ops: Ops):
         self.group, self.ops = group, ops
@@ -162,7 +164,7 @@ class MaskedAllToAll:
 class LocalContiguous:
     """What is left of a dispatch when one rank holds every expert: nothing travels."""
 
-    casts = False
+    casts, num_sms = False, 0
 
     def __init__(self, num_slots: int, ops: Ops):
         self.num_local, self.ops = num_slots, ops

@@ -3,6 +3,8 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,10 +76,12 @@ def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: i
     in_turns = model(whole, pools[0], dispatcher, halves, schedule)
     uncut = model(whole, pools[1], dispatcher)
     residual = Residual(model.embed_tokens(whole.token_ids))
-    for layer, pages in zip(model.layers[: model.first], pools[2], strict=False):
-        layer.dense(residual, whole, pages)
-    parts = zip(residual.cut(halves[0].num_tokens), halves, strict=True)
-    out = [run(model.moe_steps(part, half, pools[2], dispatcher)) for part, half in parts]
+    if not schedule.cut_first:
+        model.dense_layers(residual, whole, pools[2])
+    parts = list(zip(residual.cut(halves[0].num_tokens), halves, strict=True))
+    for part in parts if schedule.cut_first else ():
+        model.dense_layers(*part, pools[2])
+    out = [run(model.moe_steps(*part, pools[2], dispatcher)) for part in parts]
     assert torch.equal(in_turns, model.head(torch.cat(out), whole))
     assert torch.equal(pools[0], pools[2])
     torch.testing.assert_close(in_turns, uncut, rtol=1e-4, atol=1e-4)
@@ -91,6 +95,37 @@ def test_one_rank(kind: str, folder: Path) -> None:
     contiguous, masked = hf.dispatchers(model)
     for dispatcher, schedule in ((contiguous, PREFILL), (masked, DECODE), (contiguous, DECODE), (masked, PREFILL)):
         check(model, dispatcher, chunks(kind), 1, schedule)
+
+
+def test_products_leave_the_dispatcher_its_sms_where_something_is_in_flight(folder: Path) -> None:
+    """And nowhere else: not in dense layers, the head and plain steps."""
+    left, inside, log = [], [], []
+
+    @contextmanager
+    def leave_sms(count: int) -> Iterator[None]:
+        left.append(count)
+        inside.append(True)
+        yield
+        inside.pop()
+
+    model = hf.load(folder)
+    model.ops = replace(model.ops, leave_sms=leave_sms)
+    for name, module in (
+        ("dense", model.layers[0].mlp),
+        ("experts", model.layers[-1].mlp.experts),
+        ("head", model.head),
+    ):
+        module.register_forward_pre_hook(lambda *_, name=name: log.append((name, bool(inside))))
+    dispatcher = hf.dispatchers(model)[0]
+    dispatcher.num_sms = 20
+    decodes, prefills = chunks("prompts")
+    whole = Batch.build(decodes, prefills, "cpu")
+    model(whole, filled_pool(model), dispatcher)
+    assert left == [] and set(log) == {("dense", False), ("experts", False), ("head", False)}
+    log.clear()
+    halves = tuple(Batch.build(*half, "cpu") for half in split(decodes, prefills))
+    model(whole, filled_pool(model), dispatcher, halves, PREFILL)
+    assert left == [20] and set(log) == {("dense", False), ("experts", True), ("head", False)}
 
 
 def body(rank: int, folder: Path) -> None:

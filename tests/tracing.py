@@ -4,7 +4,7 @@ The ops here allocate what the GPU kernels do and compute nothing; a `FakeGroup`
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,9 +131,18 @@ def _first_experts(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, 
     return torch.arange(top_k).repeat(logits.shape[0], 1), logits.new_empty(logits.shape[0], top_k)
 
 
-def _scatter(x: Tensor, experts: Tensor, groups: int, alignment: int, scales: Tensor | None = None) -> tuple:
-    """The most rows that it can give."""
+def _scatter(
+    x: Tensor,
+    experts: Tensor,
+    groups: int,
+    alignment: int,
+    counts: Sequence[int] | None = None,
+    scales: Tensor | None = None,
+) -> tuple:
+    """The most rows that it can give, unless it is told."""
     rows = grouped_rows(experts.shape[0] * min(experts.shape[1], groups), groups, alignment)
+    if counts is not None:
+        rows = sum(-(-count // alignment) * alignment for count in counts)
     moved = [t.new_empty(rows, t.shape[1]) for t in (x, scales) if t is not None]
     return moved[0], experts.new_empty(rows, dtype=torch.int32), torch.empty_like(experts), *moved[1:]
 
