@@ -77,7 +77,7 @@ class Placement:
 
 
 def keep_in_place(before: Tensor, wanted: Tensor, ep_size: int) -> Tensor:
-    """The map `wanted` [layers, P] with each rank's experts in another order: one that the rank has `before`, too, stays
+    """The map `wanted` [layers, P] with each rank's experts in another order: one that it has `before`, too, stays
     in its slot, so that only what a rank lacks has to come.
 
         before 0 1 | 2 3, wanted 3 0 | 1 2  ->  0 3 | 2 1
