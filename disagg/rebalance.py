@@ -34,6 +34,7 @@ from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
 
 BUFFERS = 2  # pinned, of an expert each: one is read into while the other is copied
+SWITCH_S = 5e-4  # how long the thread may keep the interpreter when a step wants it; Python's 5 ms are a decode step
 BUSY, FAILED, READY = 0, -1, 1  # votes; a map's is its fingerprint, above these
 DIFFER = "the ranks want different maps"
 
@@ -78,6 +79,7 @@ class Rebalancer:
         self._free = self._record()  # from here on the spare slots are, and the weights are there
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self._thread = ThreadPoolExecutor(1, "rebalance")
+        sys.setswitchinterval(SWITCH_S)
         self._checks: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._counted = torch.zeros_like(self.recorder.by_expert)
         self._steps, self._requested, self._reason = 0, None, ""
