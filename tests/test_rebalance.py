@@ -20,6 +20,7 @@ from torch import Tensor
 
 from disagg.control import Submit
 from disagg.engine import Engine, EngineConfig
+from disagg.metrics import Metrics
 from disagg.rebalance import Rebalancer
 from disagg.request import Request
 from disagg.unified import Unified
@@ -422,7 +423,17 @@ def test_tokens_do_not_change_when_experts_move(tiny: Path, tmp_path: Path) -> N
     run_world(4, body, tiny, tmp_path, drawn, timeout_s=200)
 
 
-# The command line.
+# What one sees of it.
+
+
+def test_a_job_that_does_not_move_says_nothing() -> None:
+    metrics = Metrics()
+    metrics.replica_left("prefill", {})
+    assert "rebalancing" not in metrics.table()
+    stats = {"rebalances_total": 2, "rebalance_failures": 1, "rebalance_seconds": 0.5, "balancedness": 0.25}
+    for _ in range(2):  # two replicas of one job
+        metrics.replica_left("decode", stats)
+    assert " rebalancing  decode: 2 times in 0.50 s, 1 failed, balancedness 0.250 at the last look" in metrics.table()
 
 
 def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
