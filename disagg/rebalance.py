@@ -54,8 +54,9 @@ class Rebalancer:
         threshold: float = 1.0,
         layers_per_step: int = 1,
     ):
-        """interval: steps between looks. threshold: nothing moves while the balancedness is above it. layers_per_step:
-        of a chunk. The model has its weights and its recorder. All ranks of the job together."""
+        """interval: steps between looks. threshold: nothing moves while the balancedness is above it, neither of a
+        layer nor, on average, of all. layers_per_step: of a chunk. The model has its weights and its recorder. All
+        ranks of the job together."""
         self.mesh, self.reader, self.recorder, self.placement = mesh, reader, model.recorder, model.placement
         self.interval, self.threshold, self.chunk = interval, threshold, layers_per_step
         self.groups, self.nodes = model.config.n_group, mesh.nodes()
@@ -155,8 +156,8 @@ class Rebalancer:
         return to_host(self.mesh.ep.all_reduce(window)), self._record()
 
     def _decide(self, loads: Tensor, counted: torch.cuda.Event | None) -> Tensor | None:
-        """The map for these loads, where it is better than the one there is; None if nothing should move. In the
-        thread; a function of what all ranks have alike."""
+        """The map for these loads, in the layers that it makes better; None if nothing should move. In the thread; a
+        function of what all ranks have alike."""
         if counted is not None:
             counted.synchronize()
         loads, ranks = loads.numpy(), self.placement.ep_size
@@ -165,7 +166,7 @@ class Rebalancer:
         if now.mean() > self.threshold:
             return None
         wanted = balance(loads, self.map.shape[1], ranks, self.groups, self.nodes)
-        better = torch.from_numpy(balancedness(loads, wanted, ranks) > now)
+        better = torch.from_numpy((now <= self.threshold) & (balancedness(loads, wanted, ranks) > now))
         return self._settle(torch.from_numpy(wanted).where(better[:, None], self.map)) if better.any() else None
 
     def _settle(self, wanted: Tensor) -> Tensor:

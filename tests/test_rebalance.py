@@ -228,32 +228,57 @@ class Mistaken(ExpertReader):
         super().read(layer, (expert + (layer == 2)) % 32, into, slot)
 
 
-def test_an_expert_in_the_wrong_slot_is_an_error_that_names_it(tiny: Path) -> None:
-    """On the first of two ranks, alone: another expert was read than was wanted, or went to another slot."""
+def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: float) -> Rebalancer:
+    """Of the first of two ranks, alone: it agrees with nobody."""
     config = ModelConfig.from_pretrained(tiny)
+    model = Transformer(config, Mesh(), Placement.identity(4, 32, 2), Ops(), torch.float32, 256)
+    load_weights(model, tiny, config, Mesh())
+    model.recorder = Recorder(model.placement, 32)
+    return Rebalancer(model, Mesh(), reader(tiny, config), *how or (NEVER,))
 
-    def swap(layer: int, a: int, b: int, reader: ExpertReader, spoil: Callable[[Rebalancer], object]) -> None:
-        model = Transformer(config, Mesh(), Placement.identity(4, 32, 2), Ops(), torch.float32, 256)
-        load_weights(model, tiny, config, Mesh())
-        model.recorder = Recorder(model.placement, 32)
-        rebalancer = Rebalancer(model, Mesh(), reader, NEVER)
+
+def drive(rebalancer: Rebalancer) -> None:
+    while not rebalancer.idle or rebalancer.vote():
+        rebalancer.act((rebalancer.vote(),))
+    rebalancer.close()
+
+
+@pytest.mark.parametrize("threshold, moved", [(0.8, []), (0.85, [0, 2]), (1.0, [0, 1, 2, 3])])
+def test_what_is_above_the_threshold_stays(tiny: Path, threshold: float, moved: list[int]) -> None:
+    """Of layers whose balancedness is 0.75 and 0.9 in turns, 0.825 on average."""
+    rebalancer = first_of_two(tiny, ExpertReader, 1, threshold)
+    loads = torch.ones(4, 32, dtype=torch.int64)
+    loads[[0, 2], :8] += 2  # 32 on the first rank, 16 on the second
+    loads[[1, 3], :4] += 1  # 20, 16
+    rebalancer.recorder.by_expert += loads
+    rebalancer.step()
+    drive(rebalancer)
+    assert rebalancer.stats["balancedness"] == pytest.approx(0.825)
+    changed = (rebalancer.map != torch.arange(32)).any(1).nonzero()[:, 0].tolist()
+    assert changed == moved and rebalancer.stats["rebalances_total"] == bool(moved)
+    assert torch.equal(rebalancer.identity, rebalancer.map[:, :16])
+
+
+def test_an_expert_in_the_wrong_slot_is_an_error_that_names_it(tiny: Path) -> None:
+    """Another one was read than was wanted, or it went to another slot."""
+
+    def swap(layer: int, a: int, b: int, reader: type[ExpertReader], spoil: Callable[[Rebalancer], object]) -> None:
+        rebalancer = first_of_two(tiny, reader)
         spoil(rebalancer)
         wanted = rebalancer.map.clone()
         wanted[layer, [a, b]] = wanted[layer, [b, a]]
         rebalancer.request(wanted)
-        while not rebalancer.idle or rebalancer.vote():
-            rebalancer.act((rebalancer.vote(),))
-        rebalancer.close()
+        drive(rebalancer)
 
     def miss(rebalancer: Rebalancer) -> None:
         stage = rebalancer._stage
         rebalancer._stage = lambda *chunk: [(layer, slot + 1, spare) for layer, slot, spare in stage(*chunk)]
 
-    swap(1, 5, 20, Mistaken(tiny, config), lambda rebalancer: None)  # it makes its mistakes in layer 2
+    swap(1, 5, 20, Mistaken, lambda rebalancer: None)  # it makes its mistakes in layer 2
     with pytest.raises(RuntimeError, match="rank 0: MoE layer 2, slot 5 holds expert 21; the map says expert 20"):
-        swap(2, 5, 20, Mistaken(tiny, config), lambda rebalancer: None)
+        swap(2, 5, 20, Mistaken, lambda rebalancer: None)
     with pytest.raises(RuntimeError, match="rank 0: MoE layer 1, slot 5 holds expert 5; the map says expert 20"):
-        swap(1, 5, 20, ExpertReader(tiny, config), miss)
+        swap(1, 5, 20, ExpertReader, miss)
 
 
 def test_bad_requests_are_refused(alone: tuple[Engine, list[list[int]]]) -> None:
