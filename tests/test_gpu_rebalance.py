@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from disagg.engine import Engine, EngineConfig
+from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
 from disagg.worker import Pipeline
-from kernels.backend import choose
+from kernels.backend import Ops, choose
 from model.config import ModelConfig
-from model.transformer import op_shape
-from model.weights import checkpoint_table
+from model.transformer import Transformer, op_shape
+from model.weights import ExpertReader, checkpoint_table, load_weights
 from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.recorder import Recorder
 from scripts.quantize import quantize_tensors
 from tests.test_cli import read, run
 from tests.test_gpu_engine import requests, serve
@@ -57,6 +60,33 @@ def ask(engine: Engine, rng: random.Random) -> None:
         return vote()
 
     engine.vote = asked
+
+
+def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, fp8: bool, ops: Ops) -> None:
+    """On the first of two ranks, alone, most experts come from the file: all that the loader gives for the new map."""
+    layers, experts = config.num_moe_layers, config.n_routed_experts
+    model = Transformer(config, mesh, Placement.identity(layers, experts, 2, mesh.device), ops, dtype, 64, fp8)
+    load_weights(model, folder, config, mesh)
+    model.recorder = Recorder(model.placement, experts)
+    rebalancer = Rebalancer(model, mesh, ExpertReader(folder, config), 10**9, layers_per_step=2)
+    rebalancer.request(torch.stack([torch.randperm(experts) for _ in range(layers)]))
+    while not rebalancer.idle or rebalancer.vote():
+        rebalancer.act((rebalancer.vote(),))
+    rebalancer.close()
+    assert rebalancer.stats["experts_staged"] >= layers
+    expected = Transformer(
+        config, mesh, Placement.of_map(rebalancer.map, experts, 2, device=mesh.device), ops, dtype, 64, fp8
+    )
+    load_weights(expected, folder, config, mesh)
+    assert torch.equal(model.placement.slot_of_expert, expected.placement.slot_of_expert)
+    for (name, mine), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), name
+
+
+def test_what_arrives_is_what_the_loader_gives(checkpoint: tuple[Path, ModelConfig]) -> None:
+    folder, config = checkpoint
+    ops, _ = choose(op_shape(config), torch.bfloat16, MESH.device, ["triton"])
+    check_what_arrives(folder, config, MESH, torch.bfloat16, config.fp8, ops)
 
 
 @pytest.fixture(params=[False, True], ids=["bf16", "fp8"])

@@ -35,6 +35,7 @@ from parallel.placement import Placement, keep_in_place
 from parallel.recorder import Recorder, load_recording
 from scripts.quantize import quantize_folder
 from tests.test_cli import read, run
+from tests.test_gpu_rebalance import check_what_arrives
 from tests.test_precision import fp8, load  # noqa: F401 - a fixture
 from tests.worlds import run_world, sub_mesh
 
@@ -241,6 +242,12 @@ def drive(rebalancer: Rebalancer) -> None:
     while not rebalancer.idle or rebalancer.vote():
         rebalancer.act((rebalancer.vote(),))
     rebalancer.close()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_arrives_in_fp8_is_what_the_loader_gives(fp8: Path, kept: bool) -> None:  # noqa: F811
+    dtype = torch.bfloat16 if kept else torch.float32
+    check_what_arrives(fp8, ModelConfig.from_pretrained(fp8), Mesh(), dtype, kept, Ops())
 
 
 @pytest.mark.parametrize("threshold, moved", [(0.8, []), (0.85, [0, 2]), (1.0, [0, 1, 2, 3])])
