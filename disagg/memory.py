@@ -273,15 +273,19 @@ def plan_parts(
     max_model_len: int,
     longest: int,
     captures: bool,
+    spare_layers: int = 0,
 ) -> dict[str, int]:
     """The table's rows without KV, in bytes. `buckets`: rows of decode steps; `longest`: tokens of KV that a request
-    can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens."""
+    can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens;
+    `spare_layers`: whose experts may be on their way at once (`disagg/rebalance.py`)."""
     tokens = -(-max_tokens_per_step // job.attn_tp) * job.attn_tp
     most = max(buckets)
     steps = (
         contiguous_step(job, tokens, tokens + longest, most), masked_step(job, most), sampling(job.config, most)
     )  # fmt: skip
-    return weight_bytes(model) | {
+    weights = weight_bytes(model)
+    return weights | {
+        "spare experts": spare_layers * weights["routed experts"] // max(job.config.num_moe_layers, 1),
         "tables": table_bytes(job.config, max_model_len, most),
         "communication buffers": buffers,
         "activations": max(steps),

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -43,6 +42,7 @@ from parallel.mesh import pick_device
 from parallel.simulated_link import Transfer
 from scripts import deepep_times, roofline
 from scripts.charts import figure, save_bars
+from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.measurements import Record, save
 from scripts.one_rank import (
     Rank,
@@ -80,6 +80,9 @@ OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP per
 OF_OP |= dict.fromkeys(("mla_decode", "prefill_attention"), "MLA core")
 
 
+MARK = "rank/"  # before the names of our ranges in a profile
+
+
 class Ranges:
     """Names the kernels of a step by part: a range in the profile for every call of an op or of a module. A range
     within another has a name of its own, so that the outer one's own share can be told."""
@@ -90,7 +93,7 @@ class Ranges:
     def wrap(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def ranged(*args: Any, **kwargs: Any) -> Any:
             self.stack.append(part)
-            with record_function("/".join(["rank", *self.stack])):
+            with record_function(MARK + "/".join(self.stack)):
                 out = call(*args, **kwargs)
             self.stack.pop()
             return out
@@ -111,7 +114,8 @@ class Ranges:
             put(layer.input_layernorm, "add", f"{kind}:elementwise")
             put(layer.post_attention_layernorm, "add", f"{kind}:elementwise")
             if layer.is_moe:
-                put(layer.mlp.gate, "forward", "moe:router")
+                for name in ("logits", "forward"):
+                    put(layer.mlp.gate, name, "moe:router")
                 put(layer.mlp.experts, "forward", "moe:routed experts")
                 if layer.mlp.shared_experts is not None:
                     put(layer.mlp.shared_experts, "forward", "moe:shared experts")
@@ -127,21 +131,24 @@ class Ranges:
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        if trace is not None:
-            trace.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(trace))
-        spent: dict[str, float] = defaultdict(float)
-        for event in profiler.events():
-            if event.name.startswith("rank/") and event.device_type == DeviceType.CPU:
-                spent[event.name] += event.device_time_total if device.type == "cuda" else event.cpu_time_total
+        events = export(profiler, trace)
         parts: dict[str, float] = defaultdict(float)
-        for name, inclusive in spent.items():
-            depth = name.count("/") + 1
-            inner = sum(us for n, us in spent.items() if n.startswith(f"{name}/") and n.count("/") == depth)
-            path = name.split("/")[1:]
-            kind = path[0].split(":")[0] if ":" in path[0] else "moe"  # an op outside any module: a dispatcher's
-            parts[f"{kind}:{path[-1].split(':')[-1]}"] += (inclusive - inner) / 1e3
+        if device.type == "cuda":
+            for event, path in launched_in(events, MARK):
+                parts[part_of(path)] += event["dur"] / 1e3
+            return dict(parts)
+        for start, end, path in (ranges := mark_ranges(events, MARK)):
+            inner = sum(e - s for s, e, name in ranges if start <= s and e <= end and name.startswith(f"{path}/")
+                        and name.count("/") == path.count("/") + 1)  # fmt: skip
+            parts[part_of(path)] += (end - start - inner) / 1e3
         return dict(parts)
+
+
+def part_of(path: str) -> str:
+    """ "moe:MLA projections/MLA core" -> "moe:MLA core"; an op outside any module is a dispatcher's."""
+    pieces = path.split("/")
+    kind = pieces[0].split(":")[0] if ":" in pieces[0] else "moe"
+    return f"{kind}:{pieces[-1].split(':')[-1]}"
 
 
 @dataclass(frozen=True)

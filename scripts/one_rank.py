@@ -45,7 +45,7 @@ def add_measuring_flags(add: Callable[..., object]) -> None:
 def at_least(least: int, **flags: int) -> None:
     for name, value in flags.items():
         if value < least:
-            raise ValueError(f"--{name} {value}: it must be at least {least}")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
 
 
 def check_flags(args: argparse.Namespace) -> ModelConfig:
@@ -126,7 +126,8 @@ class Rank:
         placement = Placement(first.repeat(layers, 1), table.repeat(layers, 1), args.ep)
         ops, self.choices = choose(op_shape(config), self.dtype, device, args.backend or ())
         self.ops = of_ops(ops)
-        self.model = Transformer(config, Mesh(device=device), placement, self.ops, self.dtype, length + 1, config.fp8)
+        self.mesh = Mesh(device=device)
+        self.model = Transformer(config, self.mesh, placement, self.ops, self.dtype, length + 1, config.fp8)
         randomize(self.model)
         self.pool = make_pool(config, pages + 1, self.dtype, device)
         for layer in self.pool:

@@ -11,8 +11,6 @@ or so), for without a CUDA graph a decode step would show the host's pace. On a 
 """
 
 import argparse
-import bisect
-import json
 import sys
 import tempfile
 import time
@@ -32,13 +30,13 @@ from parallel.mesh import pick_device
 from parallel.overlap import STAGES, Steps
 from scripts.bench_overlap import make_link
 from scripts.charts import figure, save_lanes
+from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.one_rank import Rank, add_flags, check_decode, check_flags, check_prefill
 from scripts.shapes import SHAPES
 
 Span = tuple[float, float, str]  # milliseconds from the step's beginning, and what
 Lanes = dict[str, list[Span]]
 FEW_LAYERS = 7  # of the shape's, unless --layers says otherwise
-LAUNCHES = ("cuda_runtime", "cuda_driver")
 MARK = "turn "  # before the names of our ranges in a profile: "turn a 3 experts", "turn a 3 dispatch>"
 
 
@@ -99,12 +97,10 @@ class Watch:
                 step()
             if on_gpu:
                 torch.cuda.synchronize()
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = export(profiler, trace)
         if on_gpu:
             return lanes_of(kernel_spans(events))
-        ranges = mark_ranges(events)
+        ranges = mark_ranges(events, MARK)
         zero = next(start for start, _, name in ranges if name == "step")
         turns = [r for r in ranges if r[2] != "step" and r[2][-1] != ">"]
         first = (turns[0][0] - zero) / 1e3
@@ -123,27 +119,10 @@ def without(span: Span, waits: list[tuple[float, float]]) -> list[Span]:
     return [*pieces, (start, end, name)]
 
 
-def mark_ranges(events: list[dict]) -> list[tuple[float, float, str]]:
-    """Our ranges in a trace, in order: start and end in microseconds, name."""
-    ours = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(MARK)]
-    return sorted((e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(MARK)) for e in ours)
-
-
 def kernel_spans(events: list[dict]) -> list[Span]:
     """A GPU's kernels and copies that a turn launched, named as the turn; a transfer's flight has its own stream.
     The first of them begins at 0."""
-    ranges = mark_ranges(events)
-    starts = [start for start, *_ in ranges]
-    launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in LAUNCHES}
-    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    found = []
-    for event in work:
-        at = launched.get(event["args"].get("correlation"))
-        if at is None:
-            continue
-        around = [r for r in ranges[: bisect.bisect_right(starts, at)] if at <= r[1]]  # the last is the innermost
-        if around:
-            found.append((event, around[-1][2]))
+    found = launched_in(events, MARK)
     main = next((event["args"]["stream"] for event, name in found if name == "step"), None)
     turns = [(event, name) for event, name in found if name != "step"]
     zero = min((event["ts"] for event, _ in turns), default=0.0)

@@ -229,7 +229,25 @@ def test_the_table_of_a_plan() -> None:
     assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
     assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
     assert parts["activations"] == contiguous_step(HAND, 1000, 1512, 64)
-    assert parts["CUDA graphs"] == 0
+    assert parts["CUDA graphs"] == parts["spare experts"] == 0
+
+
+def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
+    """Of two layers of slots; of V3 in fp8 an expert is 44 MB."""
+    config = ModelConfig.from_pretrained(tiny)
+    settings = EngineConfig(
+        kv_tokens=1024, max_model_len=64, redundant_experts=4, rebalance_interval=1, rebalance_layers_per_step=2
+    )
+    engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
+    spare = engine.rebalancer.spare
+    job = Job(config, 4, slots=36)
+    parts = plan_parts(engine.model, job, 0, [1], 64, 64, 64, captures=False, spare_layers=2)
+    identities = 2 * 36 * 8
+    assert parts["spare experts"] + identities == sum(tensor.nbytes for tensor in spare.tensors.values())
+    engine.close()
+    v3 = make(V3, ranks=64, fp8=True, device="meta")
+    parts = plan_parts(v3, Job(V3, 2, True, ranks=64, slots=4), 0, [1], 64, 64, 64, captures=False, spare_layers=1)
+    assert parts["spare experts"] == 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
 
 
 BUDGET = Budget(10 * GIB, "0.5 x 20", {"attention": 2 * GIB, "dense FFN": 0, "activations": 3 * GIB}, page=GIB // 4)

@@ -76,12 +76,10 @@ def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: i
     in_turns = model(whole, pools[0], dispatcher, halves, schedule)
     uncut = model(whole, pools[1], dispatcher)
     residual = Residual(model.embed_tokens(whole.token_ids))
-    if not schedule.cut_first:
-        model.dense_layers(residual, whole, pools[2])
-    parts = list(zip(residual.cut(halves[0].num_tokens), halves, strict=True))
-    for part in parts if schedule.cut_first else ():
-        model.dense_layers(*part, pools[2])
-    out = [run(model.moe_steps(*part, pools[2], dispatcher)) for part in parts]
+    for layer, pages in zip(model.layers[: model.first], pools[2], strict=False):
+        layer.dense(residual, whole, pages)
+    parts = zip(residual.cut(halves[0].num_tokens), halves, strict=True)
+    out = [run(model.moe_steps(part, half, pools[2], dispatcher)) for part, half in parts]
     assert torch.equal(in_turns, model.head(torch.cat(out), whole))
     assert torch.equal(pools[0], pools[2])
     torch.testing.assert_close(in_turns, uncut, rtol=1e-4, atol=1e-4)
