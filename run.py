@@ -208,6 +208,8 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
     say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {mesh.device.type}")
     say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
+    if engine.why_graphs:
+        say(f"{'decode':>10}: {engine.why_graphs}")
     if engine.rebalancer is not None:
         say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:

@@ -153,6 +153,7 @@ class Engine:
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
             capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
         )  # fmt: skip
+        self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._make_budget(buckets) if mesh.device.type == "cuda" else None
         if self.budget is not None:
             pages = self.budget.pages(settings.kv_tokens)
@@ -203,6 +204,16 @@ class Engine:
         load_weights(model, folder, config, mesh)
         return cls(settings, model, mesh, say, ExpertReader(folder, config) if moves else None)
 
+    def _decide_graphs(self) -> tuple[bool, str]:
+        """Is the decode step captured, and a line for the log?"""
+        if self.mesh.device.type != "cuda" or not self.settings.decodes:
+            return False, ""
+        if not self.settings.graphs:
+            return False, "no CUDA graphs: --no-graphs"
+        if not self.ops.capturable:
+            return False, "no CUDA graphs: torch serves ops that wait for the host"
+        return True, "in CUDA graphs"
+
     def _make_budget(self, buckets: list[int]) -> Budget:
         """Of the rank that has the least left for KV: all ranks agree on it."""
         settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
@@ -215,7 +226,7 @@ class Engine:
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         parts = plan_parts(
             model, job, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
-            settings.graphs and settings.decodes,
+            self.graphs,
             settings.rebalance_layers_per_step if settings.rebalance_interval else 0,
         )  # fmt: skip
         page = page_bytes(self.config, model.dtype.itemsize)
@@ -246,7 +257,7 @@ class Engine:
                 self._mixed([], prompts, overlap=True)
         page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
         self.ops.unpack_pages(self.ops.pack_pages(self.pool, page), self.pool, page)
-        if self.settings.decodes and self.settings.graphs:
+        if self.graphs:
             self.decode.capture(progress)
         elif self.settings.decodes:
             for rows in progress(self.decode.buckets[::-1]):

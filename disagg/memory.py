@@ -154,7 +154,11 @@ def _attention(job: Job, tokens: int, inside: int) -> int:
     c, normed = job.config, job.operand(job.config.hidden_size) if job.fp8 else 0
     q = job.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
     latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
-    before = max(job.row(4 * c.hidden_size) + normed, job.row(c.hidden_size + latent + q) + job.operand(c.hidden_size))
+    widths = 3 if job.fp8 else 4  # x, what is added, their sum; and the norm of it, unless only its fp8 form is wanted
+    before = max(
+        job.row(widths * c.hidden_size) + normed,
+        job.row(c.hidden_size + latent + q) + job.operand(c.hidden_size),
+    )
     return max(tokens * before, tokens * job.row(c.hidden_size + q) + inside)
 
 

@@ -53,6 +53,7 @@ class Ops:
     pack_pages: Callable = ref.pack_pages
     unpack_pages: Callable = ref.unpack_pages
     leave_sms: Callable = nullcontext  # with leave_sms(n): products leave n SMs free; of the library of gemm_fp8
+    capturable: bool = False  # can a decode step be captured into a CUDA graph?
     whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
     alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
@@ -151,6 +152,7 @@ def choose(
         **chosen,
         decode_plan=_beside(chosen["mla_decode"], "decode_plan", ref.decode_plan),
         leave_sms=_beside(chosen["gemm_fp8"], "leave_sms", nullcontext),
+        capturable=not any(chosen[op] is getattr(ref, op) for op in ref.WAITING),
         whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
         alignment=128 if padded else 1,
     ), choices

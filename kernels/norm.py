@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.pdl import after_previous, pdl
-from kernels.quant import GROUP, store_quantized
+from kernels.quant import GROUP, fp8_like, store_quantized
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
-    dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    scale_stride, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous(PDL)
@@ -41,8 +41,12 @@ def _rms_norm_kernel(
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row * residual_stride + col, mask=here, other=0.0)).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
-    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * dim + col, normed, mask=here)
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim)
+    if out_ptr is None:
+        normed = normed.to(x.dtype)
+    else:
+        normed = normed.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * dim + col, normed, mask=here)
     if QUANT:  # as rows of one group each: dim is a multiple of GROUP
         groups: tl.constexpr = BLOCK_D // GROUP
         part = tl.arange(0, ROWS * groups)
@@ -50,7 +54,8 @@ def _rms_norm_kernel(
         live, col = (row < rows) & (group < dim // GROUP), tl.arange(0, GROUP)
         y = normed.to(tl.float32).reshape(ROWS * groups, GROUP)
         mask = live[:, None] & (col < GROUP)[None, :]
-        store_quantized(y, values_ptr, scales_ptr, row * (dim // GROUP) + group, col, mask, live, 0, GROUP)
+        values_at = values_ptr + (row * dim + group * GROUP)[:, None] + col[None, :]
+        store_quantized(y, values_at, scales_ptr + group * scale_stride + row, mask, live)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -59,27 +64,31 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False) -> tuple[Tensor, ...]:
-    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual."""
-    dim, on = x.shape[-1], x.device
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on)
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False, bare: bool = True
+) -> tuple[Tensor | None, ...]:
+    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual, and
+    no normed (None) without `bare`."""
+    shape, dim, on = x.shape, x.shape[-1], x.device
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on) if bare else None
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=on)
     values = scales = None
     if quant:
         assert dim % GROUP.value == 0, f"{dim=}"
-        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=on)
-        scales = torch.empty(*x.shape[:-1], dim // GROUP.value, dtype=torch.float32, device=on)
+        values, scales = fp8_like(_rows(x), dim)
     if x.numel():
         x = _rows(x)
         other = x if residual is None else _rows(residual)
         block = triton.next_power_of_2(dim)
         per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
-            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps, dim,
-            ROWS=per_program, BLOCK_D=block, ADD=residual is not None, QUANT=quant,
-            num_warps=4 if block <= 2048 else 8, **pdl(x),
+            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps,
+            0 if scales is None else scales.stride(1), dim, ROWS=per_program, BLOCK_D=block, ADD=residual is not None,
+            QUANT=quant, num_warps=4 if block <= 2048 else 8, **pdl(x),
         )  # fmt: skip
-    return (out, values, scales, total) if quant else (out, total)
+    if not quant:
+        return out, total
+    return out, values.view(shape), scales.unflatten(0, shape[:-1]), total
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,19 +108,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _norm(x, residual, weight, eps)
 
 
-def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales).
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales), normed if `bare`.
 
-    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128]: `ref.rms_norm_quant`.
+    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128] as of `fp8_like`: `ref.rms_norm_quant`.
     """
-    return _norm(x, None, weight, eps, quant=True)[:3]
+    return _norm(x, None, weight, eps, True, bare)[:3]
 
 
 def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual)."""
-    return _norm(x, residual, weight, eps, quant=True)
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual), normed if `bare`."""
+    return _norm(x, residual, weight, eps, True, bare)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """The pure-torch twin of every op: the specification that the fast kernels are tested against, and the CPU path.
 
+WAITING are those that look at numbers on the host, and so cannot be captured into a CUDA graph, of a decode step's ops.
+
 T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
 """
 
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fp8 import dequantize_1x128, dequantize_128x128, quantize_1x128
+
+WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -95,18 +99,18 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales)."""
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales), normed only if `bare`."""
     normed = rms_norm(x, weight, eps)
-    return normed, *quantize_1x128(normed)
+    return normed if bare else None, *quantize_1x128(normed)
 
 
 def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The residual add before rms_norm_quant: returns (normed, values, scales, x + residual)."""
     total = x + residual
-    return *rms_norm_quant(total, weight, eps), total
+    return *rms_norm_quant(total, weight, eps, bare), total
 
 
 def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:

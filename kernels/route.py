@@ -140,8 +140,11 @@ def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.co
 
 
 @triton.jit
-def _move_kernel(x, index, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
-    """out[index[n, k]] = x[n] for every k: a token is read once."""
+def _move_kernel(
+    x, index, out, scales, scales_out, scale_row, scale_col, S, D, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[index[n, k]] = x[n] for every k: a token is read once. A row's first program also moves its scales."""
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -149,6 +152,13 @@ def _move_kernel(x, index, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: 
     for k in tl.static_range(K):
         row = tl.load(index + token * K + k)
         tl.store(out + row * D + cols, value, mask=(cols < D) & (row >= 0))
+    if scales is not None:  # noqa: SIM102 (the compiler knows this, and not what follows)
+        if tl.program_id(1) == 0:
+            col = tl.arange(0, BLOCK_S)
+            scale = tl.load(scales + token * scale_row + col * scale_col, mask=col < S)
+            for k in tl.static_range(K):
+                row = tl.load(index + token * K + k)
+                tl.store(scales_out + row * S + col, scale, mask=(col < S) & (row >= 0))
 
 
 @triton.jit
@@ -176,12 +186,19 @@ def _columns(x: Tensor) -> tuple[int, int]:
     return block, triton.cdiv(x.shape[-1], block)
 
 
-def _move(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[Tensor]:
+    """The rows of x [N, D], and their scales [N, S], at their places in new tensors [*lead, D], [*lead, S]."""
+    out = x.new_empty(*lead, x.shape[1])
+    moved = [out] if scales is None else [out, scales.new_empty(*lead, scales.shape[1])]
     if x.shape[0] and out.numel():
         source, target = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (x.contiguous(), out))
         block, programs = _columns(x)
-        _move_kernel[x.shape[0], programs](source, index, target, x.shape[1], index.shape[1], block, **pdl(x))
-    return out
+        strides = (0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])
+        _move_kernel[x.shape[0], programs](
+            source, index, target, scales, None if scales is None else moved[1], *strides, x.shape[1], index.shape[1],
+            block, 1 if scales is None else triton.next_power_of_2(scales.shape[1]), **pdl(x),
+        )  # fmt: skip
+    return moved
 
 
 def ep_scatter(
@@ -214,10 +231,8 @@ def ep_scatter(
     _place_kernel[blocks,](
         experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
     )
-    rows = _move(x, index, x.new_empty(total, x.shape[1]))
-    if scales is None:
-        return rows, row_expert, index
-    return rows, row_expert, index, _move(scales, index, scales.new_empty(total, scales.shape[1]))
+    rows, *scale = _move(x, scales, index, total)
+    return rows, row_expert, index, *scale
 
 
 def ep_scatter_masked(
@@ -232,10 +247,8 @@ def ep_scatter_masked(
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
     _place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024, **pdl(x))
-    rows = _move(x, index, x.new_empty(num_local, room, x.shape[1]))
-    if scales is None:
-        return rows, counts, index
-    return rows, counts, index, _move(scales, index, scales.new_empty(num_local, room, scales.shape[1]))
+    rows, *scale = _move(x, scales, index, num_local, room)
+    return rows, counts, index, *scale
 
 
 def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:

@@ -72,8 +72,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         projection = FP8 if fp8 else dtype
         self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on, fp8=fp8)
-        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         self.is_moe = layer >= config.first_k_dense_replace
+        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8, bare=self.is_moe)
         if self.is_moe:
             moe_layer = layer - config.first_k_dense_replace
             self.mlp = MoE(config, moe_layer, placement, ops, beside, dtype, projection, device)

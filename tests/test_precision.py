@@ -265,9 +265,9 @@ def test_one_quantisation_feeds_all_that_share_an_input(fp8: Path) -> None:
     inputs = []
 
     def counted(op: Callable) -> Callable:
-        def call(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
+        def call(x: Tensor, *rest: object, **more: object) -> tuple[Tensor, ...]:
             inputs.append(x.shape[1])
-            return op(x, *rest)
+            return op(x, *rest, **more)
 
         return call
 
