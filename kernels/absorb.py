@@ -21,7 +21,7 @@ def _absorb_kernel(
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's q' for every token; the first program of a head also turns its rope part."""
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)  # attention comes next
     head, part = tl.program_id(0), tl.program_id(1)
     row, col = tl.arange(0, BLOCK_Q), part * BLOCK_C + tl.arange(0, BLOCK_C)
     here = (row < nope)[:, None] & (col < latent)[None, :]

@@ -17,8 +17,6 @@ from kernels.pdl import after_previous, pdl
 
 PAGE = 64  # rows of a KV page
 LOG2_E = 1.4426950408889634
-FEW_SEQUENCES = 8
-FEW_BLOCK, FEW_WARPS = 32, 4
 
 
 @triton.jit
@@ -143,7 +141,7 @@ def _combine_kernel(
     used = tl.load(used_ptr + seq)
     if used <= 1:
         return
-    split, col = tl.arange(0, BLOCK_S), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    split, col = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
     top, total = float("-inf"), 0.0
     for first in range(0, used, BLOCK_S):  # BLOCK_S loads in flight
@@ -203,19 +201,16 @@ def mla_decode(
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
-    few = fast and batch <= FEW_SEQUENCES and heads <= 32
-    block_h, block_n = (16, FEW_BLOCK) if few else (64, PAGE) if fast else (16, 16)
+    block_h, block_n = (64, PAGE) if fast else (16, 16)
     main, rest = _columns(kv_dim)
     rows = kv_pages.view(-1, kv_dim)
     groups = triton.cdiv(heads, block_h)
     splits = _choose_splits(batch * groups, page_table.shape[1], q.device)
     most = splits if batch == 1 else min(2 * splits, max(1, page_table.shape[1] // 2))  # a long sequence among short
-    if few:  # far from filling the GPU: a page a program, as short as it gets
-        most = splits = min(64, page_table.shape[1])
     partial = torch.empty(batch, most, heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, most, heads, dtype=torch.float32, device=q.device)
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
-    if not few and hopper.can_decode(q, main, v_dim):
+    if hopper.can_decode(q, main, v_dim):
         hopper.launch_decode(q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest)
     else:
         _decode_kernel[groups, most, batch](
@@ -223,12 +218,11 @@ def mla_decode(
             page_table, kv_lens, out, partial, lse, used, heads, splits, scale * LOG2_E, q.stride(0), q.stride(1),
             page_table.stride(0), kv_dim, v_dim, BLOCK_H=block_h, BLOCK_N=block_n, MAIN=main, REST=rest, PAGE=PAGE,
             REST_VALUES=v_dim > main, BLOCK_B=triton.next_power_of_2(batch), num_stages=2 if fast else 1,
-            num_warps=FEW_WARPS if few else 8 if fast else 4, **pdl(q),
+            num_warps=8 if fast else 4, **pdl(q),
         )  # fmt: skip
     if most > 1:
-        block_v = min(128 if few else 512, triton.next_power_of_2(v_dim))
-        _combine_kernel[heads, batch, triton.cdiv(v_dim, block_v)](
-            partial, lse, used, out, heads, most, v_dim, BLOCK_S=16 if few else 8, BLOCK_V=block_v, **pdl(q)
+        _combine_kernel[heads, batch](
+            partial, lse, used, out, heads, most, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim), **pdl(q)
         )
     return out
 

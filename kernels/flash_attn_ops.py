@@ -15,7 +15,7 @@ def _keys_kernel(
     k_nope, k_rope, out, token_stride, head_stride, rope_stride, nope: tl.constexpr, rope: tl.constexpr,
     HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)  # attention comes next
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     col, rope_col = tl.arange(0, nope)[None, :], tl.arange(0, rope)[None, :]
     row = out + (token * tl.num_programs(1) * HEADS + head) * (nope + rope)

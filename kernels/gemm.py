@@ -252,7 +252,7 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:
         return x.float() @ weight.float().T
-    if tokens <= 2 * FEW_TOKENS:
+    if 0 < tokens <= 2 * FEW_TOKENS:
         return linear_of_few(x, weight, torch.float32)
     if tokens > 64 or outputs > 512 or tokens == 0:
         return torch.mm(x, weight.T, out_dtype=torch.float32)

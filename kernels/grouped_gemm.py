@@ -29,7 +29,7 @@ ALIGNMENT = 128  # rows of a contiguous segment
 
 @triton.jit
 def masked_kernel(
-    x_desc, w_desc, x_scale, x_scale_stride, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
+    x_desc, w_desc, x_scale, x_scale_stride, expert_stride, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def masked_kernel(
         scale, x_scale_here = w_scale, x_scale
         if w_scale is not None:
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
-            x_scale_here += expert * num_k * x_scale_stride
+            x_scale_here += expert * expert_stride
         slabs = dot_slabs(
             x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, D,
             0, num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
@@ -67,13 +67,12 @@ def launch_masked(
         return out
     x_scale = column_major(x_scale)
     check_scales(x, x_scale, w, w_scale)
-    assert x_scale is None or x_scale.stride(0) == x_scale.shape[2] * x_scale.stride(2), f"{x_scale.stride()=}"
     most = num_local * triton.cdiv(room, tile.rows) * triton.cdiv(n, tile.block_n)
     shared = tile.num_stages * (tile.rows + tile.block_n) * 128  # bytes, of an SM's 227 KiB
     programs = min(most, num_sms(x.device) * min(8 // tile.num_warps, 227 * 1024 // shared))
     masked_kernel[programs,](
         block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
-        0 if x_scale is None else x_scale.stride(2), w_scale, counts, out,
+        0 if x_scale is None else x_scale.stride(2), 0 if x_scale is None else x_scale.stride(0), w_scale, counts, out,
         num_local, room, n, d, triton.next_power_of_2(num_local),
         tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),

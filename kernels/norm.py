@@ -130,7 +130,7 @@ def _rope_kernel(
     BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)  # attention comes next
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
     token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]

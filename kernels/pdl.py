@@ -3,6 +3,8 @@ the GPU while the one before it in the stream still runs, and waits inside for w
 of a kernel, which is most of a small one.
 
 Every program of such a kernel must wait, whatever it reads: only then does its end say that all before it has ended.
+And not every library's kernel waits: FlashMLA's is launched to take its place early, and then reads its query at once.
+What may come before it in the stream must not let it in before it has ended: `after_previous(PDL, LET_NEXT=False)`.
 """
 
 from functools import cache
@@ -15,10 +17,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def after_previous(PDL: tl.constexpr):
-    """Let the next kernel take its place, and wait for the end of the one before. A kernel's first line."""
+def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
+    """Wait for the end of the kernel before, and let the next one take its place now. A kernel's first line."""
     if PDL:
-        gdc_launch_dependents()
+        if LET_NEXT:  # noqa: SIM102
+            gdc_launch_dependents()
         gdc_wait()
 
 

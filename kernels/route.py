@@ -271,6 +271,7 @@ def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None,
             rows.shape[-1],
             top_k,
             block,
+            num_warps=2,  # 32 bytes a thread
             **pdl(rows),
         )
     return out

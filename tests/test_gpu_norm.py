@@ -42,7 +42,7 @@ def quantised(normed: Tensor, values: Tensor, scales: Tensor) -> None:
     """Values and scales of exactly what was returned as normed: the next fp8 step at most, and rarely that."""
     want_values, want_scales = ref.quantize_1x128(normed)
     assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
-    assert values.shape == normed.shape and values.is_contiguous() and scales.is_contiguous()
+    assert values.shape == normed.shape and values.is_contiguous()
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0)
     values, want = values.float(), want_values.float()
     assert ((values - want).abs() <= want.abs() / 7.9 + 2**-8).all()
