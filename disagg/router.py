@@ -227,8 +227,12 @@ class Router:
                 self.metrics.ttft.append(now - tracked.submitted)
                 tracked.first = now
                 self._prompt_done(tracked)
+                if update.parts is not None:
+                    self.metrics.parts.append(update.parts)
             else:
                 self.metrics.inter_token.append(now - tracked.latest)
+                if len(tracked.stream.token_ids) == 1:
+                    self.metrics.first_decode.append(now - tracked.latest)
             tracked.latest = now
             tracked.logprobs.extend(update.logprobs[i : i + 1])
             shown = len(tracked.stream.text)
