@@ -152,7 +152,7 @@ class SendLink(Link):
 
     def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
         if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
+            ready.synchronize()  # before it is announced: a receive that waits for bytes occupies the peer's GPU
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
         self.pipe.send(Sending(uid, theirs))
         start = time.perf_counter()

@@ -268,8 +268,8 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
         port.close()
         if router.problem is None:
             jobs.finish(LINGER_S)
-        if router.problem is not None:
-            raise RuntimeError(router.problem)
+        if router.script is not None:
+            raise RuntimeError(router.problem or "the requests that decode all the while ended too early: more --talk")
     bad = [p for p in stream if router.answers[p].error]
     if bad:
         raise RuntimeError(f"{len(bad)} requests of the stream failed: {router.answers[bad[0]].error}")
