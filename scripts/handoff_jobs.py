@@ -284,6 +284,10 @@ def by_length(router: Watched, lengths: dict[int, int]) -> dict[int, dict[str, f
         some = [position for position, one in lengths.items() if one == length]
         rows = {"TTFT": [router.answers[p].ttft_s for p in some]}
         rows |= {name: [getattr(router.parts[p], name) for p in some] for name in Parts.__struct_fields__}
+        rows["to and from the router"] = [
+            router.answers[p].ttft_s - sum(getattr(router.parts[p], name) for name in Parts.__struct_fields__)
+            for p in some
+        ]
         rows["first decode step"] = [router.tokens[p][1] - router.tokens[p][0] for p in some]
         found[length] = {name: median(values) for name, values in rows.items()}
     return found
