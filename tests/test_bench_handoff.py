@@ -24,7 +24,9 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     mb, ms = 512 * 2 * 576 * 2 / 1e6, records["scattered pages of 512 tokens, one prompt alone (1.2 MB)"].value
     receiving = records["scattered pages of 512 tokens, while receiving"]
     assert receiving.reference == records["one large tensor, torch.distributed"].value > 0
-    assert mb == pytest.approx(1.2, abs=0.05) and mb / ms < receiving.value * 20
+    assert (
+        mb == pytest.approx(1.2, abs=0.05) and mb / ms < 2 * receiving.value
+    )  # alone it is packed, told and unpacked too
 
     for length in (128, 512):
         row = {
