@@ -43,6 +43,7 @@ class Report:
         gpus = torch.cuda.device_count() if on_gpu else 0
         sharing = f", sharing {gpus} GPU" if on_gpu and gpus < 2 * pairs else ""
         self.prefix, self.records = f"handoff {pairs} + {pairs}{sharing}", []
+        self.wire: float | None = None  # GB/s, to hold the others against
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
         better = "higher" if unit == "GB/s" else "lower"
@@ -51,23 +52,25 @@ class Report:
         print(f"{record.name:86} {value:12,.3f} {unit} {beside}".rstrip(), flush=True)
         self.records.append(record)
 
-    def ends(self, found: dict[str, Any], shape: str) -> None:
-        wire, source = None, ""
-        if "wire" in found:
-            self.add("copy within one process", median(found["copy"]) / 1e9, "GB/s")
-            wire, source = round(median(found["wire"]) / 1e9, 3), "one large tensor, torch.distributed, same run"
-            self.add("one large tensor, torch.distributed", wire, "GB/s")
-        for tokens, one in found.get("pages", {}).items():
-            what = f"scattered pages of {tokens} tokens"
-            self.add(f"{what}, {AHEAD} prompts at once", one["stream"] / 1e9, "GB/s", wire, source)
-            self.add(f"{what}, while receiving", one["receiving"] / 1e9, "GB/s", wire, source)
-            self.add(f"{what}, one prompt alone ({one['bytes'] / 1e6:.1f} MB)", 1e3 * one["alone"], "ms")
-        if steps := found.get("steps"):
-            self.add("transfers beside steps", steps["GB/s"], "GB/s")
-            for phase in ("prefill", "decode"):
-                what = f"a {phase} step of {shape} (simulated arrivals)"
-                self.add(what, steps[phase], "ms")
-                self.add(f"{what}, beside transfers", steps[f"{phase} beside"], "ms", round(steps[phase], 4), "without")
+    def ends(self, part: str, found: Any, args: argparse.Namespace) -> None:
+        match part, found:
+            case "wire", (copy, wire):
+                self.add("copy within one process", median(copy) / 1e9, "GB/s")
+                self.wire = round(median(wire) / 1e9, 4)
+                self.add("one large tensor, torch.distributed", self.wire, "GB/s")
+            case "pages", (tokens, one):
+                what = f"scattered pages of {tokens} tokens"
+                source = "one large tensor, torch.distributed, same run" if self.wire else ""
+                self.add(f"{what}, {AHEAD} prompts at once", one["stream"] / 1e9, "GB/s", self.wire, source)
+                self.add(f"{what}, while receiving", one["receiving"] / 1e9, "GB/s", self.wire, source)
+                self.add(f"{what}, one prompt alone ({one['bytes'] / 1e6:.1f} MB)", 1e3 * one["alone"], "ms")
+            case "steps", steps:
+                self.add("transfers beside steps", steps["GB/s"], "GB/s")
+                for phase in ("prefill", "decode"):
+                    what = f"a {phase} step of {args.shape}, {args.layers} layers (simulated arrivals)"
+                    idle, beside = round(steps[phase], 4), steps[f"{phase} beside"]
+                    self.add(what, idle, "ms")
+                    self.add(f"{what}, beside transfers", beside, "ms", idle, "without transfers, same run")
 
     def requests(self, found: dict[str, Any]) -> None:
         print(found["table"])
@@ -135,25 +138,26 @@ def main() -> int:
         print(f"all {count} tokens of {args.pairs} prefill + {args.pairs} decode ranks equal those of one process")
 
     def ends() -> None:
-        report.ends(run_ends(args, args.only, LIMIT_S), args.shape)
+        run_ends(args, wanted, LIMIT_S, lambda part, found: report.ends(part, found, args))
 
     def requests() -> None:
-        found = through_jobs(args, "kill" in args.only, LIMIT_S)
+        found = through_jobs(args, "kill" in wanted, LIMIT_S)
         report.requests(found)
-        if "kill" in args.only:
+        if "kill" in wanted:
             report.kill(found)
 
-    groups = ((tokens, {"tokens"}), (ends, {"wire", "pages", "steps"}), (requests, {"requests", "kill"}))
+    groups = ((tokens, ("tokens",)), (ends, ("wire", "pages")), (ends, ("steps",)), (requests, ("requests", "kill")))
     for group, parts in groups:
-        if not parts & set(args.only):
+        wanted = [part for part in parts if part in args.only]
+        if not wanted:
             continue
         start = time.monotonic()
         try:
             group()
         except Exception as error:  # one that fails must not cost the others their turn
             failed = 1
-            print(f"FAILED: {', '.join(sorted(parts))}: {error}", file=sys.stderr)
-        print(f"({', '.join(p for p in args.only if p in parts)}: {time.monotonic() - start:.1f} s)", flush=True)
+            print(f"FAILED: {', '.join(wanted)}: {error}", file=sys.stderr)
+        print(f"({', '.join(wanted)}: {time.monotonic() - start:.1f} s)", flush=True)
         if args.out is not None:
             save(report.records, args.out)
     return failed

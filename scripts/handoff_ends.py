@@ -42,18 +42,24 @@ AHEAD = 4  # prompts under way at once
 WARM = 3  # prompts before a measurement
 
 
-def run_ends(args: Namespace, parts: list[str], limit_s: float) -> dict[str, Any]:
-    """What the ranks found, by name. RuntimeError if that took too long; a rank's exception is raised as it is."""
+def run_ends(args: Namespace, parts: list[str], limit_s: float, tell: Callable[[str, Any], None]) -> None:
+    """`tell(part, what the ranks found)` as each part ends. RuntimeError if all took too long; a rank's failure is raised,
+    too."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     found = mp.get_context("spawn").SimpleQueue()
     ranks = mp.spawn(_rank, (args, parts, store.port, found), nprocs=2 * args.pairs, join=False)
     deadline = time.monotonic() + limit_s
-    while not ranks.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in ranks.processes:
-                process.kill()
-            raise RuntimeError(f"the links' ranks were still busy after {limit_s:.0f} s")
-    return found.get()
+    try:
+        while not ranks.join(timeout=0.5):
+            while not found.empty():
+                tell(*found.get())
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the links' ranks were still busy after {limit_s:.0f} s")
+    finally:
+        for process in ranks.processes:
+            process.kill()
+        while not found.empty():
+            tell(*found.get())
 
 
 def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -> None:
@@ -63,21 +69,25 @@ def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -
     size = 2 * args.pairs
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.TCPStore(HOST, port, is_master=False), rank=rank, world_size=size, timeout=TIMEOUT,
+        store=dist.TCPStore(HOST, port, is_master=False), rank=rank, world_size=size, timeout=2 * TIMEOUT,
     )  # fmt: skip
     end = End(args, rank, Group(size, rank, dist.group.WORLD), device)
-    results: dict[str, Any] = {}
+
+    def tell(part: str, value: Any) -> None:
+        if rank == 0:
+            found.put((part, value))
+
     if "wire" in parts:
-        results |= {"copy": copy_bandwidth(args) if rank == 0 else None, "wire": wire_bandwidth(end)}
-        end.meet()
+        tell("wire", (copy_bandwidth(args) if rank == 0 else None, wire_bandwidth(end)))
+    if "steps" in parts:
+        with torch.inference_mode():
+            step = make_step(end)  # before there are links, whose threads might disturb a capture
     if "pages" in parts or "steps" in parts:
         end.connect()
-    if "pages" in parts:
-        results["pages"] = {tokens: pages_bandwidth(end, tokens) for tokens in args.prompts}
+    for tokens in args.prompts if "pages" in parts else ():
+        tell("pages", (tokens, pages_bandwidth(end, tokens)))
     if "steps" in parts:
-        results["steps"] = steps_beside_transfers(end)
-    if rank == 0:
-        found.put(results)
+        tell("steps", steps_beside_transfers(end, step))
     end.meet()
     os._exit(0)  # without unwinding: a link's thread may still wait for its peer's
 
@@ -290,20 +300,22 @@ def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
 # ---- steps beside transfers
 
 
-def steps_beside_transfers(end: End) -> dict[str, float]:
+def make_step(end: End) -> Callable[[], object]:
+    """This rank's prefill step, or its captured decode step."""
+    args = end.args
+    sizes = Namespace(
+        phase="prefill" if end.sends else "decode", ep=args.ep, batch=args.batch, kv=args.kv, tokens=args.tokens,
+        prompt=args.kv, redundant=0, skew=1.0, backend=None,
+    )  # fmt: skip
+    rank = Rank(sizes, replace(SHAPES[args.shape], num_hidden_layers=args.layers), end.device)
+    return (rank.prefill() if end.sends else rank.decode()).run
+
+
+def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, float]:
     """Milliseconds of a prefill step and of a captured decode step, with and without transfers of the longest prompts
     one after the other all the while, and the transfers' bytes/s meanwhile. The worst of the pairs."""
     args = end.args
-    phase = "prefill" if end.sends else "decode"
-    sizes = Namespace(
-        phase=phase, ep=args.ep, batch=args.batch, kv=args.kv, tokens=args.tokens, prompt=args.kv, redundant=0,
-        skew=1.0, backend=None,
-    )  # fmt: skip
-    config = SHAPES[args.shape]
-    config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     with torch.inference_mode():
-        rank = Rank(sizes, config, end.device)
-        step = (rank.prefill() if end.sends else rank.decode()).run
         milliseconds(step, end.device, 2)
         repeat = args.repeat if end.sends else 10 * args.repeat
         end.meet()
