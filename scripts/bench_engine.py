@@ -18,6 +18,7 @@ steps in which all requests decode. Requests go through the scheduler and the st
 """
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
@@ -281,3 +282,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # the engine is a cycle that holds the process group, whose threads must end before the interpreter

@@ -43,8 +43,7 @@ WARM = 3  # prompts before a measurement
 
 
 def run_ends(args: Namespace, parts: list[str], limit_s: float, tell: Callable[[str, Any], None]) -> None:
-    """`tell(part, what the ranks found)` as each part ends. RuntimeError if all took too long; a rank's failure is raised,
-    too."""
+    """`tell(part, what was found)` as each part ends. RuntimeError if all take too long; or what a rank raised."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     found = mp.get_context("spawn").SimpleQueue()
     ranks = mp.spawn(_rank, (args, parts, store.port, found), nprocs=2 * args.pairs, join=False)
