@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from scripts.measurements import load
 from tests.conftest import ROOT
 
@@ -21,12 +19,12 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     assert "tokens of 1 prefill + 1 decode ranks equal those of one process" in run.stdout
     records = {record.name.removeprefix("handoff 1 + 1: "): record for record in load(out)}
 
-    mb, ms = 256 * 2 * 576 * 2 / 1e6, records["scattered pages of 256 tokens, one prompt alone (0.6 MB)"].value
-    receiving = records["scattered pages of 256 tokens, while receiving"]
-    assert receiving.reference == records["one large tensor, torch.distributed"].value > 0
-    assert (
-        mb == pytest.approx(0.6, abs=0.05) and mb / ms < 2 * receiving.value
-    )  # alone it is packed, told and unpacked too
+    wire = records["one large tensor, torch.distributed"].value
+    for tokens, megabytes in ((64, 0.1), (256, 0.6)):  # x 2 layers x 576 bf16
+        what = f"scattered pages of {tokens} tokens, "
+        assert records[f"{what}one prompt alone ({megabytes} MB)"].value > 0
+        for rate in ("4 prompts at once", "while receiving"):
+            assert records[what + rate].value > 0 and records[what + rate].reference == wire > 0
 
     for length in (64, 256):
         row = {
