@@ -115,8 +115,8 @@ class Router:
             while self._tracked and not self.stopped():
                 self._listen(20)
                 self._give_up_if_nobody_serves()
-                self._assign()
                 self._ping()
+                self._assign()
             for uid in list(self._tracked):
                 self._end(uid, "error", "interrupted")
         finally:  # also if `deliver` fails: nobody must be left waiting
@@ -218,6 +218,7 @@ class Router:
         tracked, now = self._tracked[update.uid], time.monotonic()
         if update.error is not None:
             if update.retry and tracked.attempts < ATTEMPTS:
+                self._next_ping = 0.0  # has its prefill replica died? to be known before the request goes out again
                 self._retry(update.uid)
             else:
                 self._end(update.uid, "error", update.error)
