@@ -67,6 +67,15 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """The router: nothing, but sending it finds out whether you are still connected."""
 
 
+class Parts(msgspec.Struct, frozen=True):
+    """Where the time to a handed-over request's first token went, in seconds."""
+
+    queue: float  # until its first prefill step: for pages, for that step, and on the way there
+    prefill: float  # until its first token
+    transfer: float  # from there until its KV had left: what was not hidden behind the prefill
+    join: float  # until the decode side took it up, between two of its steps
+
+
 class Update(msgspec.Struct, frozen=True):
     """News of one request."""
 
@@ -76,6 +85,7 @@ class Update(msgspec.Struct, frozen=True):
     finish: str | None = None
     error: str | None = None
     retry: bool = False  # the error struck before any token: another prefill rank may do better
+    parts: Parts | None = None  # with the first token, where it was handed over
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):

@@ -3,11 +3,12 @@
 queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 """
 
+import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from disagg.control import Abort, Gone, Member, Submit, Update
+from disagg.control import Abort, Gone, Member, Parts, Submit, Update
 from disagg.engine import Engine
 from disagg.handoff import Cancel, Join, Open, Room, RoomEnded, RoomState
 from disagg.links import Links, ReceiveLink, dial, link_key
@@ -26,6 +27,7 @@ class Arrival:
     generation: int = 0  # of the link
     first: tuple[int, list[tuple[int, float]]] | None = None  # token, logprobs
     wanted: bool = True  # False once aborted
+    submitted: float = field(default_factory=time.perf_counter)
 
 
 class Decode(Unified):
@@ -99,12 +101,17 @@ class Decode(Unified):
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
-            if not self.emit(sequence, *arrival.first):
+            if not self.emit(sequence, *arrival.first, self.parts(arrival, ended)):
                 self.scheduler.add(sequence)
             return
         self.scheduler.release(sequence)
         if arrival.wanted:
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
+
+    def parts(self, arrival: Arrival, ended: RoomEnded) -> Parts:
+        """Where the time to its first token went. Only durations cross from the prefill side: its clock is another."""
+        queue = ended.at - arrival.submitted - ended.prefill - ended.transfer
+        return Parts(queue, ended.prefill, ended.transfer, time.perf_counter() - ended.at)
 
     def give_up_links(self, arrival: Arrival) -> None:
         """One link of the replica went down: all of them to that prefill replica go, or the room would wait for the

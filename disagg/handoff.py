@@ -101,6 +101,8 @@ class Last(msgspec.Struct, frozen=True, tag=True):
     uid: int
     token: int
     logprobs: list[tuple[int, float]]
+    prefill: float = 0.0  # seconds from its first step to this token
+    transfer: float = 0.0  # seconds from then until its last bytes had left
 
 
 class Closed(msgspec.Struct, frozen=True, tag=True):
@@ -129,6 +131,16 @@ class SendPages(msgspec.Struct, frozen=True):
     ready: Any = None
 
 
+class SendLast(msgspec.Struct, frozen=True):
+    """All pages have been put: tell the peer the first token, after them."""
+
+    uid: int
+    token: int
+    logprobs: list[tuple[int, float]]
+    prefill: float = 0.0  # as in Last
+    sampled: float = 0.0  # when the token was known, of time.perf_counter
+
+
 class RoomEnded(msgspec.Struct, frozen=True):
     """This link will not touch the room's pages any more. Exactly once for each joined room on each link."""
 
@@ -137,3 +149,6 @@ class RoomEnded(msgspec.Struct, frozen=True):
     token: int = -1
     logprobs: list[tuple[int, float]] = []
     link_down: bool = False  # it was not the room's own fault
+    prefill: float = 0.0  # as in Last
+    transfer: float = 0.0
+    at: float = 0.0  # when all was there, of time.perf_counter

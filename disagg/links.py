@@ -18,7 +18,7 @@ import zmq
 from torch import Tensor
 
 from disagg.control import Member, Pipe, bind, new_socket
-from disagg.handoff import Cancel, Closed, Join, Knock, Last, Open, RoomEnded, Sending, SendPages
+from disagg.handoff import Cancel, Closed, Join, Knock, Last, Open, RoomEnded, Sending, SendLast, SendPages
 from disagg.transport.torch_dist import TIMEOUT, TorchTransport
 from kernels import ref
 
@@ -144,15 +144,15 @@ class SendLink(Link):
                 self._close(uid, "cancelled")
             case SendPages(uid, mine, theirs, ready) if self.is_open(uid):
                 self._send(uid, mine, theirs, ready)
-            case Last(uid) if self.is_open(uid):
-                self.pipe.send(item)
+            case SendLast(uid, token, logprobs, prefill, sampled) if self.is_open(uid):
+                self.pipe.send(Last(uid, token, logprobs, prefill, time.perf_counter() - sampled))
                 self.end(RoomEnded(uid))
             case Closed(uid, error) if self.is_open(uid):
                 self._close(uid, error)
 
     def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
         if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
+            ready.synchronize()  # before it is announced: a receive that waits for bytes occupies the peer's GPU
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
         self.pipe.send(Sending(uid, theirs))
         start = time.perf_counter()
@@ -180,9 +180,9 @@ class ReceiveLink(Link):
                 self.pipe.send(item)
             case Sending(uid, pages):
                 self._receive(uid, pages)
-            case Last(uid, token, logprobs):
+            case Last(uid, token, logprobs, prefill, transfer):
                 self._await(uid)
-                self.end(RoomEnded(uid, None, token, logprobs))
+                self.end(RoomEnded(uid, None, token, logprobs, False, prefill, transfer, time.perf_counter()))
             case Closed(uid, error):
                 self._await(uid)
                 self.end(RoomEnded(uid, error))

@@ -3,6 +3,8 @@
 from collections import Counter
 from statistics import median
 
+from disagg.control import Parts
+
 ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decode": ("decode",)}
 
 
@@ -22,6 +24,8 @@ class Metrics:
         self.prompt_tokens = self.generated_tokens = self.retries = 0
         self.ttft: list[float] = []
         self.inter_token: list[float] = []
+        self.first_decode: list[float] = []  # from a request's first token to its second
+        self.parts: list[Parts] = []  # of the TTFT of what was handed over
         self.first_submit = self.last_finish = 0.0
         self._stats: list[tuple[str, dict[str, float]]] = []
 
@@ -44,6 +48,10 @@ class Metrics:
                 rows.append(
                     (name, f"median {median(values) * 1e3:.1f} ms, p99 {percentile(values, 0.99) * 1e3:.1f} ms")
                 )
+        if self.parts:
+            names = Parts.__struct_fields__
+            medians = [f"{name} {median(getattr(p, name) for p in self.parts) * 1e3:.1f}" for name in names]
+            rows.append(("TTFT parts", f"medians, ms: {', '.join(medians)}"))
         moved = sum(stats.get("transfer_bytes", 0) for _, stats in self._stats)
         if moved:
             busy = sum(stats["transfer_seconds"] for _, stats in self._stats if "transfer_seconds" in stats)

@@ -1,5 +1,6 @@
 """The prefill role: compute prompts, and push each chunk's KV to the decode rank while the next one is computed."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import zmq
 
 from disagg.control import Gone, Member, Pipe, bind, new_socket
 from disagg.engine import Engine, Step
-from disagg.handoff import Closed, Join, Knock, Last, Open, Room, RoomEnded, RoomState, SendPages
+from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.links import Links, SendLink, link_key, listen
 from disagg.scheduler import Plan, Sequence
 from model.batch import PAGE
@@ -23,6 +24,7 @@ class Departure:
     links: list[SendLink]  # those that this rank serves
     room: Room
     sent: int = 0  # pages
+    began: float = 0.0  # its first step, of time.perf_counter
 
 
 class Door:
@@ -94,7 +96,11 @@ class Prefill:
         return SendLink(key, connect, pool, self.links.events, pack_pages=pack_pages)
 
     def plan(self) -> Plan:
-        return self.scheduler.schedule(reserve_output=False)
+        plan, now = self.scheduler.schedule(reserve_output=False), time.perf_counter()
+        for sequence, _ in plan.prefills:
+            departure = self.departures[sequence.request.uid]
+            departure.began = departure.began or now
+        return plan
 
     def launched(self, step: Step) -> None:
         """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
@@ -112,13 +118,14 @@ class Prefill:
                 self.scheduler.remove(sequence)
 
     def after(self, step: Step) -> int:
-        sampled = step.sampled()
+        sampled, now = step.sampled(), time.perf_counter()
         for one in sampled:
             one.sequence.in_flight -= 1
             uid = one.sequence.request.uid
             if uid in self.departures:  # else its links ended while the token was on its way
-                for link in self.departures[uid].links:
-                    link.put(Last(uid, one.token, one.logprobs))
+                departure = self.departures[uid]
+                for link in departure.links:
+                    link.put(SendLast(uid, one.token, one.logprobs, now - departure.began, now))
         return len(sampled)
 
     @property

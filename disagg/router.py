@@ -115,8 +115,8 @@ class Router:
             while self._tracked and not self.stopped():
                 self._listen(20)
                 self._give_up_if_nobody_serves()
-                self._assign()
                 self._ping()
+                self._assign()
             for uid in list(self._tracked):
                 self._end(uid, "error", "interrupted")
         finally:  # also if `deliver` fails: nobody must be left waiting
@@ -218,6 +218,7 @@ class Router:
         tracked, now = self._tracked[update.uid], time.monotonic()
         if update.error is not None:
             if update.retry and tracked.attempts < ATTEMPTS:
+                self._next_ping = 0.0  # has its prefill replica died? to be known before the request goes out again
                 self._retry(update.uid)
             else:
                 self._end(update.uid, "error", update.error)
@@ -227,8 +228,12 @@ class Router:
                 self.metrics.ttft.append(now - tracked.submitted)
                 tracked.first = now
                 self._prompt_done(tracked)
+                if update.parts is not None:
+                    self.metrics.parts.append(update.parts)
             else:
                 self.metrics.inter_token.append(now - tracked.latest)
+                if len(tracked.stream.token_ids) == 1:
+                    self.metrics.first_decode.append(now - tracked.latest)
             tracked.latest = now
             tracked.logprobs.extend(update.logprobs[i : i + 1])
             shown = len(tracked.stream.text)

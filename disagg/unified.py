@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from disagg.control import Abort, Submit, Update
+from disagg.control import Abort, Parts, Submit, Update
 from disagg.engine import Engine, Step
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
@@ -58,11 +58,13 @@ class Unified:
                 self.scheduler.release(sequence)
         return wanted
 
-    def emit(self, sequence: Sequence, token: int, logprobs: list[tuple[int, float]]) -> bool:
+    def emit(
+        self, sequence: Sequence, token: int, logprobs: list[tuple[int, float]], parts: Parts | None = None
+    ) -> bool:
         """A request has a new token; was it the last?"""
         reason = sequence.append(token, self.engine.config.eos_token_ids)
         uid = sequence.request.uid
-        self.updates.append(Update(uid, [token], [logprobs] if sequence.request.logprobs else [], reason))
+        self.updates.append(Update(uid, [token], [logprobs] if sequence.request.logprobs else [], reason, parts=parts))
         if reason:
             self.finish(sequence)
         return bool(reason)

@@ -3,16 +3,22 @@
 python scripts/bench_engine.py --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
 python scripts/bench_engine.py --peer                                        # beside vLLM, else transformers
 python scripts/bench_engine.py --peer vllm --peer-python "source peer/env.sh && python3"
+torchrun --nproc-per-node 2 scripts/bench_engine.py --shape v3 --layers 6 --batch 128 --prefill-batch 16 --overlap on
 
 On a GPU each figure stands beside the roofline of scripts/roofline.py, which is modelled from the ceilings that this
 GPU shows in the same run; with --peer the same work goes through another engine first (scripts/peer.py), whose
 environment should not inherit ours: "unset PYTHONPATH LD_PRELOAD; source ..." in --peer-python sees to that.
+
+Under torchrun each rank has a batch of its own (sizes are for each), and they share the experts; rates are of all ranks
+together, beside as many rooflines, which count no communication. A shape in fp8 (v3) runs in fp8 where a checkpoint of
+it would.
 
 Times are the host's: prefill from the first step to the moment the last request's first token is known, decode over the
 steps in which all requests decode. Requests go through the scheduler and the step loop as in a job, without a router.
 """
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
@@ -35,7 +41,9 @@ from disagg.unified import Unified
 from disagg.worker import Pipeline
 from kernels.backend import choose
 from model.config import ModelConfig
+from model.precision import decide
 from model.transformer import Transformer, op_shape
+from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts import roofline
@@ -90,18 +98,20 @@ class Bench:
         return start
 
     def prefill(self, batch: int, length: int) -> float:
-        """Prompt tokens a second."""
+        """Prompt tokens a second, of all ranks."""
         start = self.drive(batch, length, 1)
-        return batch * length / (self.role.marks[-1].now - start)
+        return self.engine.mesh.size * batch * length / (self.role.marks[-1].now - start)
 
     def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float]:
-        """While all requests decode: tokens a second, and the milliseconds of a step that the host itself took."""
+        """While all requests decode: tokens a second of all ranks, and the milliseconds of a step that the host itself
+        took."""
         self.drive(batch, length, max_tokens)
         all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
         window = all_decode[1:]  # after the last prompt
         seconds = window[-1].now - window[0].now
         host = seconds - sum(mark.waited for mark in window[1:])
-        return batch * (len(window) - 1) / seconds, 1e3 * host / (len(window) - 1)
+        ranks = self.engine.mesh.size
+        return ranks * batch * (len(window) - 1) / seconds, 1e3 * host / (len(window) - 1)
 
     def experts_hit(self, batch: int) -> float:
         """Distinct experts of a layer in a decode step, on average over some steps. Before graphs are captured."""
@@ -117,8 +127,9 @@ class Bench:
 
 def random_model(config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str]) -> Transformer:
     ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device, backend)
+    fp8 = decide(config, mesh.attn.size, torch.bfloat16, mesh.device).fp8
     placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
-    model = Transformer(config, mesh, placement, ops, torch.bfloat16, max_model_len)
+    model = Transformer(config, mesh, placement, ops, torch.bfloat16, max_model_len, fp8)
     randomize(model)
     return model
 
@@ -136,10 +147,11 @@ def run_peer(args: argparse.Namespace) -> dict:
 
 
 class Report:
-    """The figures, printed as they are measured and kept as records."""
+    """The figures, printed as they are measured and kept as records, by the first of `ranks` ranks."""
 
-    def __init__(self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None):
+    def __init__(self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int):
         self.shape, self.ceilings, self.peer, self.records = shape, ceilings, peer, []
+        self.ranks, self.rank = ranks, rank
         if ceilings is not None:
             self.add("bf16 GEMM 8192^3, a ceiling of the roofline", ceilings.bf16 / 1e12, "TFLOP/s")
             if ceilings.fp8 is not None:
@@ -150,15 +162,20 @@ class Report:
         better, reference = "lower" if unit == "ms" else "higher", reference and round(reference, 3)
         record = Record(f"{self.shape}, {name}", round(value, 3), unit, better, reference, source)
         beside = f"= {record.ratio:.3f} of {reference:,.1f}, {source}" if reference else ""
-        print(f"{record.name:60} {value:12,.3f} {unit} {beside}".rstrip(), flush=True)
+        self.say(f"{record.name:60} {value:12,.3f} {unit} {beside}".rstrip())
         self.records.append(record)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
 
     def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Work) -> None:
         """Tokens a second, beside the roofline and the peer's."""
         if self.ceilings is None:
             self.add(name, value, "tok/s")
         else:
-            self.add(name, value, "tok/s", work.rate(self.ceilings), "roofline, same run (modelled)")
+            modelled = self.ranks * work.rate(self.ceilings)
+            self.add(name, value, "tok/s", modelled, "roofline, same run (modelled)")
         theirs = self.peer and self.peer[phase][str(batch)]
         if theirs:
             peer = self.peer["peer"]
@@ -180,6 +197,9 @@ def parse() -> argparse.Namespace:
     add("--peer-python", default=shlex.quote(sys.executable), metavar="CMD", help="its Python, as a shell command")
     add("--backend", action="append", metavar="[OP=]LIB")
     add("--no-graphs", action="store_true")
+    add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap, between ranks")
+    add("--dispatch", choices=CHOICES, default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
     return parser.parse_args()
 
@@ -187,29 +207,44 @@ def parse() -> argparse.Namespace:
 def measure(bench: Bench, report: Report, args: argparse.Namespace, outputs: dict[int, int]) -> None:
     """`outputs`: tokens that a request generates, by decode batch."""
     model = bench.engine.model
-    config = replace(model.config, fp8=model.fp8)
+    config, ranks = replace(model.config, fp8=model.fp8), bench.engine.mesh.size
     bench.prefill(args.prefill_batch, args.prompt)
     for batch in dict.fromkeys((args.prefill_batch, 1)):
         rates = [bench.prefill(batch, args.prompt) for _ in range(args.repeat)]
-        work = roofline.prefill(config, min(batch * args.prompt, args.step_tokens), args.prompt)
+        work = roofline.prefill(config, min(batch * args.prompt, args.step_tokens), args.prompt, ranks)
         report.rate("prefill", batch, f"prefill {batch} x {args.prompt}", median(rates), work)
     for batch in outputs:
         runs = [bench.decode(batch, args.prompt, outputs[batch]) for _ in range(args.repeat)]
         rates, host = zip(*runs, strict=True)
-        work = roofline.decode(config, batch, args.prompt + outputs[batch] / 2)
+        work = roofline.decode(config, batch, args.prompt + outputs[batch] / 2, ranks)
         report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
         report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
 
 
+def named(args: argparse.Namespace, config: ModelConfig, ranks: int) -> str:
+    """What the figures' names begin with."""
+    if ranks == 1:
+        return args.shape
+    return f"{args.shape} with {config.num_hidden_layers} layers, EP{ranks}, overlap {args.overlap}"
+
+
+def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
+    """The first rank's GPU's, while the others wait; None on a CPU."""
+    mine = roofline.measure_ceilings() if mesh.device.type == "cuda" and mesh.rank == 0 else None
+    return mesh.ep.exchange(mine)[0]
+
+
 def main() -> None:
     args = parse()
-    torch.manual_seed(0)
+    mesh, config = Mesh.create(device=args.device), SHAPES[args.shape]
+    torch.manual_seed(mesh.rank)
     batches = [int(b) for b in args.batch.split(",")]
+    if args.peer and mesh.size > 1:
+        raise SystemExit(f"--peer: it runs beside one rank, not {mesh.size}")
     peer = run_peer(args) if args.peer else None
-    mesh, config = Mesh.create(), SHAPES[args.shape]
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
-    report = Report(args.shape, roofline.measure_ceilings() if mesh.device.type == "cuda" else None, peer)
+    report = Report(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
     # The first requests decode while the last prompts are computed; then all do, for as many steps as were asked for.
     outputs = {batch: args.output + -(-batch * args.prompt // args.step_tokens) + 3 for batch in batches}
     most, length = max(*batches, args.prefill_batch), args.prompt + max(outputs.values())
@@ -220,24 +255,31 @@ def main() -> None:
         max_model_len=min(length, config.max_position_embeddings),
         dtype="bfloat16",
         graphs=not args.no_graphs,
+        overlap=args.overlap,
+        dispatch=args.dispatch,
     )
     start = time.perf_counter()
     model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"])
-    bench = Bench(Engine(settings, model, mesh))
-    for batch in batches if config.num_moe_layers else ():
+    bench = Bench(Engine(settings, model, mesh, report.say))
+    report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
+    for batch in batches if config.num_moe_layers and mesh.size == 1 else ():
         uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
         print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
-    bench.engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=None))
-    print(f"ready after {time.perf_counter() - start:.1f} s")
+    quiet = True if mesh.rank else None
+    bench.engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=quiet))
+    report.say(f"ready after {time.perf_counter() - start:.1f} s")
 
     try:
         measure(bench, report, args, outputs)
     finally:
-        if args.out is not None:
+        if args.out is not None and mesh.rank == 0:
             save(report.records, args.out)
     if mesh.device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        report.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    bench.engine.close()
+    mesh.close()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # the engine is a cycle that holds the process group, whose threads must end before the interpreter

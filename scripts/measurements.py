@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "docs" / "measurements.json"
@@ -50,7 +51,8 @@ def commit() -> str:
 
 def command() -> str:
     """What was run, without where files and environments lie on this machine."""
-    words, kept = iter(sys.argv), ["python"]
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    words, kept = iter(sys.argv), ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
     for word in words:
         if word in LOCAL:
             next(words, None)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control import Member, Pipe, new_socket
-from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendPages
+from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
 from disagg.links import Link, Links, ReceiveLink, SendLink, dial, link_key, listen
 from disagg.prefill import Door
 from disagg.request import Request
@@ -192,9 +192,11 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
     pair.open(1, [9, 14, 2, 4])
     for mine, theirs in (([3], [9]), ([11, 5], [14, 2]), ([1], [4])):
         pair.prefill.link.put(SendPages(1, mine, theirs))
-    pair.prefill.link.put(Last(1, 77, [(77, -0.25), (3, -1.5)]))
+    known = time.perf_counter() - 100
+    pair.prefill.link.put(SendLast(1, 77, [(77, -0.25), (3, -1.5)], 0.25, known))
     ended = pair.decode.hear_end(1)
     assert (ended.token, ended.logprobs) == (77, [(77, -0.25), (3, -1.5)])
+    assert ended.prefill == 0.25 and 100 < ended.transfer < 100 + SOON and 0 < ended.at - known < 100 + SOON
     pair.prefill.hear_end(1)
     assert bits(pair.decode.pool[:, [9, 14, 2, 4]]).equal(bits(pair.prefill.pool[:, [3, 11, 5, 1]]))
     others = [page for page in range(NUM_PAGES) if page not in (9, 2, 14, 4)]
@@ -218,7 +220,7 @@ def test_rooms_that_share_a_link_do_not_mix(make_pair: Any) -> None:
             pair.prefill.link.put(SendPages(uid, sources[uid][chunk], places[uid][chunk]))
             todo[uid] = chunk.stop
         else:
-            pair.prefill.link.put(Last(uid, 100 + uid, []))
+            pair.prefill.link.put(SendLast(uid, 100 + uid, []))
             del todo[uid]
     for _ in places:
         ended = pair.decode.hear()
@@ -233,7 +235,7 @@ def test_kv_that_comes_before_this_rank_has_joined_waits_for_it(make_pair: Any) 
     pair = make_pair()
     pair.prefill.link.put(Join(1))
     pair.prefill.link.put(SendPages(1, [3], [8]))
-    pair.prefill.link.put(Last(1, 5, []))
+    pair.prefill.link.put(SendLast(1, 5, []))
     time.sleep(0.3)
     assert (pair.decode.pool == CANARY).all(), "written before this rank had reserved the page"
     pair.decode.link.put(Join(1))
@@ -253,12 +255,12 @@ def test_a_cancelled_room_ends_on_both_sides_and_sends_no_more(make_pair: Any) -
     pair.decode.link.put(Cancel(1))
     pair.prefill.hear_end(1, "cancelled")
     pair.decode.hear_end(1, "cancelled")
-    for late in (SendPages(1, [2], [2]), Last(1, 9, []), Closed(1, "too late")):
+    for late in (SendPages(1, [2], [2]), SendLast(1, 9, []), Closed(1, "too late")):
         pair.prefill.link.put(late)
     pair.sync(2)
     assert (pair.decode.pool[:, 2] == CANARY).all()
     pair.prefill.link.put(Join(2))
-    pair.prefill.link.put(Last(2, 0, []))
+    pair.prefill.link.put(SendLast(2, 0, []))
     pair.decode.hear_end(2)
     pair.prefill.hear_end(2)
     pair.hush()
@@ -271,7 +273,7 @@ def test_a_cancel_that_comes_before_the_sender_joined_ends_the_room_when_it_join
     pair.prefill.hear_open(1)
     pair.sync(2)  # the Cancel is there
     assert pair.decode.events.empty(), "it ended before the sender promised to send nothing"
-    for command in (Join(1), SendPages(1, [1], [4]), Last(1, 9, [])):
+    for command in (Join(1), SendPages(1, [1], [4]), SendLast(1, 9, [])):
         pair.prefill.link.put(command)
     pair.prefill.hear_end(1, "cancelled")
     pair.decode.hear_end(1, "cancelled")
@@ -287,8 +289,8 @@ def test_a_cancel_that_crosses_the_last_byte_changes_nothing(make_pair: Any) -> 
     pair = make_pair()
     pair.open(1, [4])
     pair.prefill.link.put(Join(2))
-    pair.prefill.link.put(Last(2, 22, []))  # holds the decode link up: this rank has not joined room 2 yet
-    pair.prefill.link.put(Last(1, 11, []))
+    pair.prefill.link.put(SendLast(2, 22, []))  # holds the decode link up: this rank has not joined room 2 yet
+    pair.prefill.link.put(SendLast(1, 11, []))
     pair.prefill.hear_end(2)
     pair.prefill.hear_end(1)
     pair.decode.link.put(Cancel(1))  # on its way while Last(1) lies unread
@@ -297,7 +299,7 @@ def test_a_cancel_that_crosses_the_last_byte_changes_nothing(make_pair: Any) -> 
     assert pair.decode.hear_end(1).token == 11
     pair.sync(3)
     pair.prefill.link.put(Join(3))
-    pair.prefill.link.put(Last(3, 33, []))
+    pair.prefill.link.put(SendLast(3, 33, []))
     assert pair.decode.hear_end(3).token == 33
     pair.prefill.hear_end(3)
     pair.hush()
@@ -306,12 +308,12 @@ def test_a_cancel_that_crosses_the_last_byte_changes_nothing(make_pair: Any) -> 
 def test_a_cancel_after_the_end_reaches_nobody(make_pair: Any) -> None:
     pair = make_pair()
     pair.open(1, [4])
-    pair.prefill.link.put(Last(1, 11, []))
+    pair.prefill.link.put(SendLast(1, 11, []))
     pair.decode.hear_end(1)
     pair.prefill.hear_end(1)
     pair.decode.link.put(Cancel(1))
     pair.open(2, [4])
-    pair.prefill.link.put(Last(2, 22, []))
+    pair.prefill.link.put(SendLast(2, 22, []))
     pair.decode.hear_end(2)
     pair.prefill.hear_end(2)
     pair.hush()
@@ -414,7 +416,7 @@ class Storm:
             link.put(SendPages(uid, [mine for mine, _ in chunk], [theirs for _, theirs in chunk]))
             self.sent[uid] += chunk
         else:
-            link.put(Last(uid, 1000 + uid, []))
+            link.put(SendLast(uid, 1000 + uid, []))
             self.closed.add(uid)
 
     def prefill_hears(self) -> None:
@@ -504,7 +506,7 @@ def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> No
     """The prefill rank announced a room and was lost before the router's word of it came to this decode rank."""
     pair = make_pair()
     pair.prefill.link.put(Join(1))
-    pair.prefill.link.put(Last(1, 5, []))
+    pair.prefill.link.put(SendLast(1, 5, []))
     pair.prefill.hear_end(1)
     time.sleep(0.3)  # Last(1) is there
     pair.decode.link.stop()
@@ -544,7 +546,7 @@ def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
         pair.prefill.link.pipe.send(Sending(1, [4]))  # and no bytes
     else:
         pair.prefill.link.put(Join(2))
-        pair.prefill.link.put(Last(2, 0, []))  # the decode link waits here, and takes no bytes
+        pair.prefill.link.put(SendLast(2, 0, []))  # the decode link waits here, and takes no bytes
         pair.prefill.hear_end(2)
         pair.prefill.link.put(SendPages(1, [1], [4]))
     time.sleep(0.3)
@@ -576,12 +578,13 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU)
     end.link.put(Join(1))
-    end.link.put(Last(1, 5, []))
+    end.link.put(SendLast(1, 5, [], sampled=time.perf_counter()))
     time.sleep(0.3)
     pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed)
     pipe.sock.connect(f"tcp://{HOST}:{store.get(f'{key}/pipe').decode()}")
     end.hear_end(1)
-    assert pipe.poll(SOON * 1000) == [Last(1, 5, [])]
+    (last,) = pipe.poll(SOON * 1000)
+    assert (last.uid, last.token) == (1, 5) and 0 < last.transfer < SOON
     end.hush()
     pipe.close()
     del transport
@@ -695,8 +698,9 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
         assert sending.events.get(timeout=SOON).generation == generation
         sender.put(Join(generation))
         sender.put(SendPages(generation, [generation + 1], [5]))
-        sender.put(Last(generation, 7, []))
-        assert receiving.events.get(timeout=SOON) == RoomEnded(generation, None, 7)
+        sender.put(SendLast(generation, 7, []))
+        ended = receiving.events.get(timeout=SOON)
+        assert (ended.uid, ended.error, ended.token) == (generation, None, 7)
         assert torch.equal(pool[:, 5], source[:, generation + 1])
         assert sending.events.get(timeout=SOON) == RoomEnded(generation)
         receiver.stop()

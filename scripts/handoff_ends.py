@@ -1,0 +1,346 @@
+"""Both ends of the handoff's links in bare processes, without engines: `bench_handoff.py`'s parts wire, pages, steps.
+
+    rank r < N   the prefill end of pair r        rank N + r   the decode end
+
+Each rank has a GPU of its own where there are as many. The links are the jobs' own (`disagg/links.py`), with pages of
+DeepSeek-V3's KV; what is missing around them is the scheduler and the router. Times compare clocks of two processes of
+one machine (time.perf_counter, which they share).
+"""
+
+import os
+import queue
+import random
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from disagg.control import Member
+from disagg.handoff import Join, Open, RoomEnded, SendLast, SendPages
+from disagg.links import Link, ReceiveLink, SendLink, dial, link_key, listen
+from disagg.prefill import Door
+from disagg.request import Request
+from disagg.transport.torch_dist import TIMEOUT
+from kernels.backend import Ops, choose
+from model.kv_cache import make_pool, pages_for
+from model.transformer import op_shape
+from parallel.mesh import Group, pick_device
+from scripts.one_rank import Rank, times
+from scripts.shapes import SHAPES
+
+HOST = "127.0.0.1"
+COPIES = 8  # of the large tensor, in one measurement
+AHEAD = 4  # prompts under way at once
+WARM = 3  # prompts before a measurement
+
+
+def run_ends(args: Namespace, parts: list[str], limit_s: float, tell: Callable[[str, Any], None]) -> None:
+    """`tell(part, what was found)` as each part ends. RuntimeError if all take too long; or what a rank raised."""
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    found = mp.get_context("spawn").SimpleQueue()
+    ranks = mp.spawn(_rank, (args, parts, store.port, found), nprocs=2 * args.pairs, join=False)
+    deadline = time.monotonic() + limit_s
+    try:
+        while not ranks.join(timeout=0.5):
+            while not found.empty():
+                tell(*found.get())
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the links' ranks were still busy after {limit_s:.0f} s")
+    finally:
+        for process in ranks.processes:
+            process.kill()
+        while not found.empty():
+            tell(*found.get())
+
+
+def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -> None:
+    device = pick_device(args.device, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    size = 2 * args.pairs
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.TCPStore(HOST, port, is_master=False), rank=rank, world_size=size, timeout=2 * TIMEOUT,
+    )  # fmt: skip
+    end = End(args, rank, Group(size, rank, dist.group.WORLD), device)
+
+    def tell(part: str, value: Any) -> None:
+        if rank == 0:
+            found.put((part, value))
+
+    if "wire" in parts:
+        tell("wire", (copy_bandwidth(args) if rank == 0 else None, wire_bandwidth(end)))
+    if "steps" in parts:
+        with torch.inference_mode():
+            step = make_step(end)  # before there are links, whose threads might disturb a capture
+    if "pages" in parts or "steps" in parts:
+        end.connect()
+    for tokens in args.prompts if "pages" in parts else ():
+        tell("pages", (tokens, pages_bandwidth(end, tokens)))
+    if "steps" in parts:
+        tell("steps", steps_beside_transfers(end, step))
+    end.meet()
+    os._exit(0)  # without unwinding: a link's thread may still wait for its peer's
+
+
+@dataclass
+class End:
+    """One rank's own: its link, and the pool that this copies from or to."""
+
+    args: Namespace
+    rank: int
+    world: Group
+    device: torch.device
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    @property
+    def sends(self) -> bool:
+        return self.rank < self.args.pairs
+
+    @property
+    def peer(self) -> int:
+        return (self.rank + self.args.pairs) % self.world.size
+
+    def meet(self) -> None:
+        """All ranks wait for one another, and for their GPUs."""
+        self.sync()
+        self.world.exchange(None)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def connect(self) -> None:
+        config = replace(SHAPES["v3"], num_hidden_layers=self.args.kv_layers)
+        ops, _ = choose(op_shape(config), torch.bfloat16, self.device)
+        pages = 1 + AHEAD * pages_for(max(self.args.prompts))
+        self.pool = make_pool(config, pages, torch.bfloat16, self.device)
+        self.page_bytes = self.pool[:, 0].nbytes
+        door = Door(HOST)  # the decode ends' stays shut
+        me = Member(f"rank{self.rank}", HOST, door.port, door.store.port)
+        members = self.world.exchange(me)
+        self.me, self.link = me, self._link(me, members[self.peer], door, ops)
+        self.worker = Source(self) if self.sends else Sink(self)
+
+    def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
+        if self.sends:
+            self.pool.view(torch.int16).copy_(content(self.pool))
+            (knock,) = door.pipe.poll(1000 * int(TIMEOUT.total_seconds()))
+            connect = listen(door.store, HOST, self.device)
+            return SendLink(link_key(me, knock.decode), connect, self.pool, self.events, pack_pages=ops.pack_pages)
+        connect = dial(peer, me, self.device)
+        return ReceiveLink(link_key(peer, me), connect, self.pool, self.events, unpack_pages=ops.unpack_pages)
+
+
+def content(pool: Tensor) -> Tensor:
+    """Numbers that tell layer, page and place, [layers, pages, 64, W] int16; anybody can make them again."""
+    layers, pages, *page = pool.shape
+    which = torch.arange(layers * pages, device=pool.device).view(layers, pages, 1, 1) * 257
+    word = torch.arange(page[0] * page[1], device=pool.device).view(1, 1, *page)
+    return torch.stack([(one + word).remainder(2**15).to(torch.int16)[0] for one in which])
+
+
+class Source(threading.Thread):
+    """Answers every room that opens with pages from all over the pool, at once, as if it had just computed them."""
+
+    def __init__(self, end: End):
+        super().__init__(name="source", daemon=True)
+        self.end, self.put_at = end, {}
+        self.start()
+
+    @staticmethod
+    def places(uid: int, count: int, num_pages: int) -> list[int]:
+        return random.Random(uid).sample(range(1, num_pages), count)
+
+    def run(self) -> None:
+        while True:
+            match self.end.events.get():
+                case Open(request, pages):
+                    uid = request.uid
+                    self.end.link.put(Join(uid))
+                    mine = self.places(uid, len(pages), self.end.pool.shape[1])
+                    self.put_at[uid] = time.perf_counter()
+                    self.end.link.put(SendPages(uid, mine, pages))
+                    self.end.link.put(SendLast(uid, 0, []))
+                case RoomEnded(uid, error) if error is not None:
+                    raise RuntimeError(f"room {uid}: {error}")
+
+
+class Sink:
+    """Opens rooms, and notes when each is full."""
+
+    def __init__(self, end: End):
+        self.end, self.uid, self.full_at = end, 0, {}
+        pages = list(range(1, end.pool.shape[1]))
+        random.Random(0).shuffle(pages)
+        each = len(pages) // AHEAD
+        self.places = [pages[i * each : (i + 1) * each] for i in range(AHEAD)]
+
+    def take(self, tokens: int, ahead: int, enough: Callable[[int], bool]) -> list[int]:
+        """Have prompts of so many tokens sent, `ahead` at once, until `enough(rooms)`. The rooms, in their order."""
+        free, place_of, done = list(range(ahead)), {}, []
+        while True:
+            while free and not enough(len(done) + len(place_of)):
+                place = free.pop()
+                place_of[self.uid] = place
+                request = Request(self.uid, [1])
+                opening = Open(request, self.places[place][: pages_for(tokens)], [self.end.me])
+                self.end.link.put(Join(self.uid, opening))
+                self.uid += 1
+            if not place_of:
+                return done
+            ended = self.end.events.get(timeout=TIMEOUT.total_seconds())
+            if ended.error is not None:
+                raise RuntimeError(f"room {ended.uid}: {ended.error}")
+            self.full_at[ended.uid] = ended.at
+            done.append(ended.uid)
+            place = place_of.pop(ended.uid)
+            free.append(place)
+            self.latest = ended.uid, self.places[place][: pages_for(tokens)]
+
+    def check(self) -> None:
+        """The latest prompt's pages, bit by bit."""
+        uid, pages = self.latest
+        pool = self.end.pool
+        theirs = Source.places(uid, len(pages), pool.shape[1])
+        ids, source = (torch.tensor(p, device=pool.device) for p in (pages, theirs))
+        arrived, sent = pool.view(torch.int16)[:, ids], content(pool)[:, source]
+        if not arrived.equal(sent):
+            raise RuntimeError(f"room {uid}: other bytes arrived than were sent")
+
+
+# ---- the wire
+
+
+def copy_bandwidth(args: Namespace) -> list[float]:
+    """Bytes/s of plain copies from each prefill GPU to its decode GPU, all in this process, all at once."""
+    devices = [pick_device(args.device, rank) for rank in range(2 * args.pairs)]
+    buffers = [torch.zeros(args.wire_bytes, dtype=torch.uint8, device=device) for device in devices]
+    pairs = list(zip(buffers[: args.pairs], buffers[args.pairs :], strict=True))
+
+    def sync() -> None:
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    rates = []
+    for _ in range(args.repeat + 1):
+        sync()
+        start = time.perf_counter()
+        for _ in range(COPIES):
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        sync()
+        rates.append(COPIES * args.pairs * args.wire_bytes / (time.perf_counter() - start))
+    return rates[1:]
+
+
+def wire_bandwidth(end: End) -> list[float]:
+    """Bytes/s of one large tensor sent from process to process by torch.distributed, all pairs at once."""
+    x = torch.zeros(end.args.wire_bytes, dtype=torch.uint8, device=end.device)
+    seconds = []
+    for _ in range(end.args.repeat + 1):
+        end.meet()
+        start = time.perf_counter()
+        for _ in range(COPIES):
+            if end.sends:
+                dist.send(x, end.peer)
+            else:
+                dist.recv(x, end.peer)
+        end.sync()
+        seconds.append(time.perf_counter() - start)
+    slowest = [max(ranks) for ranks in zip(*end.world.exchange(seconds), strict=True)]
+    return [COPIES * end.args.pairs * end.args.wire_bytes / one for one in slowest[1:]]
+
+
+# ---- the handoff's own path
+
+
+def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
+    """Prompts of so many tokens: seconds of one alone, bytes/s of one after the other, and of receiving by itself."""
+    repeat, mine = end.args.repeat, {}
+    end.meet()
+    if not end.sends:
+        end.worker.take(tokens, 1, lambda rooms: rooms >= WARM)
+        alone = end.worker.take(tokens, 1, lambda rooms: rooms >= repeat)
+        moved, seconds = end.link.bytes_moved, end.link.seconds_moving
+        end.meet()
+        stream = end.worker.take(tokens, AHEAD, lambda rooms: rooms >= WARM + repeat)[WARM - 1 :]
+        full_at = end.worker.full_at
+        bytes_each = pages_for(tokens) * end.page_bytes
+        mine = {
+            "alone": {uid: full_at[uid] for uid in alone},
+            "stream": bytes_each * (len(stream) - 1) / (full_at[stream[-1]] - full_at[stream[0]]),
+            "receiving": (end.link.bytes_moved - moved) / (end.link.seconds_moving - seconds),
+        }
+        end.worker.check()
+    else:
+        end.meet()
+    end.meet()
+    shared = end.world.exchange((mine, end.worker.put_at if end.sends else {}))
+    n = end.args.pairs
+    pairs = [(shared[n + i][0], shared[i][1]) for i in range(n)]
+    return {
+        "alone": median(full - put_at[uid] for got, put_at in pairs for uid, full in got["alone"].items()),
+        "stream": sum(got["stream"] for got, _ in pairs),
+        "receiving": sum(got["receiving"] for got, _ in pairs),
+        "bytes": pages_for(tokens) * end.page_bytes,
+    }
+
+
+# ---- steps beside transfers
+
+
+def make_step(end: End) -> Callable[[], object]:
+    """This rank's prefill step, or its captured decode step."""
+    args = end.args
+    how = Namespace(ep=args.ep, redundant=0, skew=1.0, backend=None)
+    config = replace(SHAPES[args.shape], num_hidden_layers=args.layers)
+    sequences = args.tokens // args.kv if end.sends else args.batch
+    rank = Rank(how, config, end.device, args.kv, sequences * pages_for(args.kv))
+    return (rank.prefill(args.tokens, args.kv) if end.sends else rank.decode(args.batch, args.kv)).run
+
+
+def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a prefill step and of a captured decode step, with and without transfers of the longest prompts
+    one after the other all the while, and the transfers' bytes/s meanwhile. The worst of the pairs."""
+    args = end.args
+    with torch.inference_mode():
+        times({"step": step}, end.device, 2)
+        repeat = args.repeat if end.sends else 10 * args.repeat
+        end.meet()
+        idle = times({"step": step}, end.device, repeat)["step"]
+        end.meet()
+        stop, taken, moved = threading.Event(), [], 0.0
+        if not end.sends:
+            moved = end.link.bytes_moved
+            taker = threading.Thread(
+                target=lambda: taken.extend(end.worker.take(max(args.prompts), AHEAD, lambda _: stop.is_set()))
+            )
+            taker.start()
+            while end.link.bytes_moved == moved and taker.is_alive():
+                time.sleep(0.001)
+            moved, start = end.link.bytes_moved, time.perf_counter()
+        end.meet()  # they run
+        busy = times({"step": step}, end.device, repeat)["step"]
+        end.sync()
+        end.world.exchange(None)  # until the slower of the two has done its steps
+        stop.set()
+        if not end.sends:
+            taker.join()
+            moved = (end.link.bytes_moved - moved) / (time.perf_counter() - start)
+            end.worker.check()
+        end.meet()
+    shared = end.world.exchange((idle, busy, moved))
+    found = {"GB/s": sum(row[2] for row in shared) / 1e9}
+    for name, rows in (("prefill", shared[: args.pairs]), ("decode", shared[args.pairs :])):
+        found[name], found[f"{name} beside"] = max(row[0] for row in rows), max(row[1] for row in rows)
+    return found

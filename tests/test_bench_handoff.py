@@ -1,0 +1,45 @@
+"""The handoff's benchmark on a CPU, over gloo: every part runs, and the figures fit together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.measurements import load
+from tests.conftest import ROOT
+
+TINY = "--device cpu --repeat 3 --prompts 64,256 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
+STEPS = "--shape tiny --layers 2 --ep 4 --batch 4 --kv 64 --tokens 128"
+
+
+def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
+    out = tmp_path / "records.json"
+    command = [sys.executable, "scripts/bench_handoff.py", *TINY.split(), *STEPS.split(), "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "tokens of 1 prefill + 1 decode ranks equal those of one process" in run.stdout
+    records = {record.name.removeprefix("handoff 1 + 1: "): record for record in load(out)}
+
+    wire = records["one large tensor, torch.distributed"].value
+    for tokens, megabytes in ((64, 0.1), (256, 0.6)):  # x 2 layers x 576 bf16
+        what = f"scattered pages of {tokens} tokens, "
+        assert records[f"{what}one prompt alone ({megabytes} MB)"].value > 0
+        for rate in ("4 prompts at once", "while receiving"):
+            assert records[what + rate].value > 0 and records[what + rate].reference == wire > 0
+
+    for length in (64, 256):
+        row = {
+            name.split(", ")[1]: record.value
+            for name, record in records.items()
+            if name.startswith(f"prompt {length} in chunks of 64, ") and record.unit == "ms"
+        }
+        assert min(row.values()) > 0, row  # also what remains of the TTFT beside its parts
+        assert row["prefill"] < row["TTFT"]
+    killed = {name.split(": ")[1]: record.value for name, record in records.items() if "SIGKILL" in name}
+    assert killed["requests that end with an error"] == 0
+    assert 0 < killed["the router notices after"] < 5000
+
+
+def test_a_part_that_does_not_exist_is_refused() -> None:
+    command = [sys.executable, "scripts/bench_handoff.py", "--only", "wire,fast"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "--only fast: the parts are tokens, wire" in run.stderr

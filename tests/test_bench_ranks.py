@@ -1,0 +1,44 @@
+"""The benchmarks that torchrun starts, with two ranks on a CPU: what their figures must satisfy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.measurements import Record, load
+from tests.conftest import ROOT
+
+
+def run(script: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, f"scripts/{script}", "--device", "cpu", *flags.split(), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, {record.name: record for record in load(out)}
+
+
+def test_dispatch_and_combine_of_both_layouts(tmp_path: Path) -> None:
+    """With one expert a rank and as many a token, every copy and every row goes to each rank: bytes are known."""
+    sizes = "--hidden 256 --experts 2 --top-k 2 --decode-tokens 8 --prefill-tokens 64 --repeat 5"
+    printed, records = run("bench_ep.py", sizes, tmp_path / "r.json")
+    assert "DeepEP cannot serve: no GPU" in printed and "low latency 77 / 114 us" in printed
+    assert len(records) == 12
+    scaled, bare = 256 + 2 * 4, 512
+    rows = {"low latency": (8 * 2, 16), "normal": (64 * 2, 0)}  # copies; bytes that go with each in fp8
+    for name, record in records.items():
+        assert record.value > 0 and record.reference is None, name
+        mode, call = name.split(", ")[1], name.split(": ")[1].split(",")[0]
+        if record.unit != "GB/s":
+            continue
+        count, more = rows[mode]
+        nbytes = count * (scaled + more if call == "dispatch" else bare)
+        whole = records[name.replace("GB/s", "us")].value
+        assert record.value >= nbytes / whole / 1e3 * 0.99 - 0.0005, name  # the slowest rank's time, regrouping and all
+
+
+def test_the_engine_of_two_ranks(tmp_path: Path) -> None:
+    work = "--shape tiny --layers 2 --batch 4 --prompt 20 --output 4 --prefill-batch 2 --step-tokens 40 --repeat 1"
+    printed, records = run("bench_engine.py", f"{work} --overlap on", tmp_path / "r.json")
+    assert "overlap: on" in printed and printed.count("ready after") == 1
+    begin = "tiny with 2 layers, EP2, overlap on, "
+    works = ("prefill 2 x 20", "prefill 1 x 20", "decode, batch 4 after 20")
+    assert all(records[begin + work].value > 0 for work in works)

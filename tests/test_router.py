@@ -1,0 +1,71 @@
+"""The router's retries, over its real port: a request that its prefill replica dropped goes to one that lives."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Update, Updates, WorkerPort
+from disagg.request import Request, UserRequest
+from disagg.router import Answer, Router
+from disagg.tokenizer import load_tokenizer
+from tests.conftest import ROOT
+
+HOST = "127.0.0.1"
+SOON_S = 20
+
+
+def replica(name: str, role: str, port: int) -> WorkerPort:
+    worker = WorkerPort(name, HOST, port)
+    worker.send(Hello(role, [Member(name, HOST)], 4, 640, "kv"))
+    return worker
+
+
+def hear(worker: WorkerPort, kind: type) -> msgspec.Struct:
+    """The next message of this kind."""
+    deadline = time.monotonic() + SOON_S
+    while time.monotonic() < deadline:
+        for message in worker.poll(100):
+            if isinstance(message, kind):
+                return message
+    raise AssertionError(f"no {kind.__name__} in {SOON_S} s")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None:
+    """Its links break at once; the router would find out by its next ping, up to a second later."""
+    port, answers = RouterPort(HOST, 0), {}
+    router = Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, lambda: False)
+    request = UserRequest("x", Request(0, [5, 6, 7], 1), [])
+
+    def serve() -> None:
+        router.run([request], lambda position, answer: answers.setdefault(position, answer))
+
+    prefills = {name: replica(name, "prefill", port.port) for name in ("a", "b")}
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    until(lambda: len(router.replicas) == 2)
+    decode = replica("d", "decode", port.port)
+    first = hear(decode, Submit)
+    dead = first.prefill[0].id
+    prefills.pop(dead).close()
+    decode.send(Updates([Update(first.request.uid, error="link down", retry=True)]))
+    second = hear(decode, Submit)
+    assert [member.id for member in second.prefill] == list(prefills)
+    decode.send(Updates([Update(second.request.uid, [9], finish="length")]))
+    for worker in (decode, *prefills.values()):
+        hear(worker, Finish)
+        worker.send(Bye({}))
+        worker.close()
+    thread.join(SOON_S)
+    assert not thread.is_alive()
+    port.close()
+    answer: Answer = answers[0]
+    assert answer.error is None and answer.token_ids == [9] and router.metrics.retries == 1
