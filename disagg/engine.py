@@ -13,7 +13,7 @@ from torch import Tensor
 
 from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
-from disagg.memory import Budget, Job, make_budget, page_bytes, plan_parts
+from disagg.memory import Budget, Job, make_budget, page_bytes, pages_on_host, plan_parts
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
 from model.batch import PAGE, Batch, Chunk, Chunks, pad, split
@@ -27,7 +27,6 @@ from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL, Rule
 
-KV_TOKENS_ON_CPU = 65536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +36,7 @@ class EngineConfig:
 
     max_batch: int = 64
     max_tokens_per_step: int = 1024
-    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU KV_TOKENS_ON_CPU
+    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU 65,536
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
     dispatch: str = "auto"
@@ -146,7 +145,7 @@ class Engine:
             pages = self.budget.pages(settings.kv_tokens)
             memory = self.budget.table(pages)
         else:
-            pages = (settings.kv_tokens or KV_TOKENS_ON_CPU) // PAGE
+            pages = pages_on_host(mesh, settings.kv_tokens, page_bytes(self.config, model.dtype.itemsize))
             memory = f"{'KV':>10}: {pages:,} pages, {pages * PAGE:,} tokens"
         self.scheduler = Scheduler(
             PageAllocator(pages + 1), settings.max_batch, settings.max_tokens_per_step, self.max_model_len

@@ -15,8 +15,11 @@ With the all-to-all there are also two copies of what travels, as it was sent an
 its worst: every token of every rank wants as many of MY experts as it can.
 """
 
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,6 +29,7 @@ from model.transformer import Transformer
 from parallel.mesh import Mesh
 
 GIB = 2**30
+KV_TOKENS_ON_CPU = 65536
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
 WORKSPACES = 3 * 32 * 2**20  # cuBLAS takes 32 MiB (Hopper) for each stream: the step's, the shared expert's, capture's
@@ -264,6 +268,35 @@ def share_of_gpu(total: int, free: int, held: int, fraction: float, sharers: int
     if allowed <= there:
         return allowed, f"--gpu-memory-fraction {fraction:g} x {_gib(total)}{among}"
     return there, f"free {_gib(free)}{among} + {_gib(held)} that this rank has taken"
+
+
+def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
+    """Pages of a CPU rank's pool without the null page: for `tokens`, rounded down, or (None) KV_TOKENS_ON_CPU.
+    ValueError if the memory of a machine does not hold the pools of its ranks. All ranks together."""
+    pages = (tokens or KV_TOKENS_ON_CPU) // PAGE
+    machines: dict[str, list[int]] = {}
+    for host, available in mesh.ep.exchange((socket.gethostname(), host_memory())):
+        machines.setdefault(host, []).append(available)
+    ranks = min(machines.values(), key=lambda seen: min(seen) // len(seen))  # of the machine with the least for each
+    share, size = min(ranks) // len(ranks), (pages + 1) * page
+    if size > share:
+        among = f" / {len(ranks)} ranks = {_gib(share)} GiB" if len(ranks) > 1 else ""
+        asked = f"--kv-tokens {tokens}" if tokens is not None else f"{KV_TOKENS_ON_CPU} tokens"
+        most = (share // page - 1) * PAGE
+        raise ValueError(
+            f"{asked}: a KV pool of {size:,} bytes ({_gib(size)} GiB) is over the {_gib(min(ranks))} GiB of memory "
+            f"that are available{among}; " + (f"--kv-tokens can be at most {most}" if most > 0 else "no page fits")
+        )
+    return pages
+
+
+def host_memory() -> int:
+    """Bytes that this machine can still give; where it does not say, all that it has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan_parts(

@@ -15,8 +15,10 @@ from disagg.memory import (
     contiguous_step,
     graphs,
     grouped_rows,
+    host_memory,
     masked_step,
     page_bytes,
+    pages_on_host,
     plan_parts,
     sampling,
     share_of_gpu,
@@ -305,3 +307,30 @@ def test_a_cpu_has_a_pool_of_fixed_size(tiny: str) -> None:
         engine = Engine.from_pretrained(EngineConfig(kv_tokens=tokens), config, tiny, mesh, Ops(), lines.append)
         assert lines == said
         assert engine.pool.shape[1] == engine.kv_tokens // PAGE + 1
+
+
+def test_a_pool_over_a_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a GiB; beside me on this machine a rank that sees 10 GiB, elsewhere one alone that sees 6."""
+    monkeypatch.setattr("disagg.memory.host_memory", lambda: 10 * GIB)
+    assert pages_on_host(Mesh(), 9 * 64, GIB) == 9
+    with pytest.raises(ValueError) as error:
+        pages_on_host(Mesh(), 10 * 64, GIB)
+    assert str(error.value) == (
+        "--kv-tokens 640: a KV pool of 11,811,160,064 bytes (11.000 GiB) is over the 10.000 GiB of memory that are "
+        "available; --kv-tokens can be at most 576"
+    )
+
+    class Machines(Group):
+        def exchange(self, item: Any) -> list[Any]:
+            return [item, item, ("elsewhere", 6 * GIB)]
+
+    mesh = Mesh(0, 3, ep=Machines(3))
+    assert pages_on_host(mesh, 4 * 64, GIB) == 4
+    with pytest.raises(ValueError, match=r"10\.000 GiB of memory that are available / 2 ranks = 5\.000 GiB; .* 256"):
+        pages_on_host(mesh, 5 * 64, GIB)
+    with pytest.raises(ValueError, match="^65536 tokens: a KV pool of .* no page fits"):
+        pages_on_host(Mesh(), None, 6 * GIB)
+
+
+def test_the_host_says_what_it_has() -> None:
+    assert 2**20 < host_memory() < 2**50
