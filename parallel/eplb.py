@@ -35,7 +35,8 @@ def balance(
     loads: ArrayLike, num_slots: int, num_ranks: int, num_groups: int = 1, num_nodes: int = 1
 ) -> NDArray[np.int64]:
     """loads [layers, E], tokens of each expert -> expert_of_slot [layers, P]: slot p is number p % (P / ranks) of rank
-    p // (P / ranks), ranks in order of nodes. Every expert has a slot. A layer without tokens counts as one of equal loads.
+    p // (P / ranks), ranks in order of nodes. Every expert has a slot. A layer without tokens counts as one of equal
+    loads.
 
     Groups (of E / num_groups consecutive experts) stay on nodes if they divide over them, else all ranks are one node.
     ValueError spells the equation that does not hold.

@@ -37,6 +37,7 @@ from scripts.measurements import Record, save
 # The experts' kernels of a layer without communication, on H100 with balanced ranks: SGLang's report of 2025-05-05, its
 # figures digitised (prefill 9.70 of 25.77 ms), and for decode DeepGEMM's published 0.181 ms beside the report's 0.586.
 SHARES = {"prefill": 0.38, "decode": 0.24}
+SAME, THEIRS = "unbalanced, same recording", "the paper's EPLB ablation, another model and load"
 PAPER = {"prefill": 1.49, "decode": 2.54}  # the report's throughput with EPLB over that without
 
 
@@ -167,11 +168,11 @@ def main() -> None:
             lines.setdefault(f"throughput, {kind}, {beside}", []).append((d.ep, gain))
             a_map = "a static map" if kind == "static" else f"a map {kind} windows"
             at = f"{what}, {d}, {extra} redundant, {a_map}"
-            values = round(after.balancedness, 4), round(before.balancedness, 4)
-            records.append(Record(f"balancedness, {at}", values[0], "", "higher", values[1],
-                                  "unbalanced, same recording", "simulated"))  # fmt: skip
-            records.append(Record(f"implied throughput, {at}, experts {of:.0%} of a step", round(gain, 4), "x", "higher",
-                                  paper, "the paper's EPLB ablation, another model and load", "simulated"))  # fmt: skip
+            for name, value, unit, reference, source in (
+                (f"balancedness, {at}", after.balancedness, "", round(before.balancedness, 4), SAME),
+                (f"implied throughput, {at}, experts {of:.0%} of a step", gain, "x", paper, THEIRS),
+            ):
+                records.append(Record(name, round(value, 4), unit, "higher", reference, source, "simulated"))
     if args.out is not None:
         save(records, args.out)
     if args.chart is not None:
