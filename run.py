@@ -73,6 +73,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experts.add_argument("--expert-map", metavar="FILE", help="balance the experts over ranks for this recording")
     experts.add_argument("--record-experts", metavar="FILE", help="write a recording: tokens of each expert, by window")
 
+    experts.add_argument(
+        "--rebalance-interval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="look every N steps whether experts should move, and move them while serving (0: never)",
+    )
+    experts.add_argument(
+        "--rebalance-threshold",
+        type=float,
+        default=1.0,
+        metavar="B",
+        help="not while the balancedness, a rank's mean tokens over the fullest rank's, is above it (1)",
+    )
+    experts.add_argument(
+        "--rebalance-layers-per-step", type=int, default=1, metavar="N", help="layers whose experts move at once (1)"
+    )
+
     size = parser.add_argument_group("sizes, for each attention replica")
     size.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
     size.add_argument("--max-tokens-per-step", type=int, default=1024, metavar="N", help="prompts are cut to it (1024)")
@@ -198,6 +216,10 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
     say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {mesh.device.type}")
     say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
+    if engine.why_graphs:
+        say(f"{'decode':>10}: {engine.why_graphs}")
+    if engine.rebalancer is not None:
+        say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
@@ -246,6 +268,9 @@ def main() -> int:
             redundant_experts=args.redundant_experts,
             expert_map=args.expert_map,
             record_experts=args.record_experts,
+            rebalance_interval=args.rebalance_interval,
+            rebalance_threshold=args.rebalance_threshold,
+            rebalance_layers_per_step=args.rebalance_layers_per_step,
             gpu_memory_fraction=args.gpu_memory_fraction,
         )
         config = ModelConfig.from_pretrained(args.model)

@@ -14,18 +14,20 @@ from torch import Tensor
 from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
 from disagg.memory import Budget, Job, make_budget, page_bytes, pages_on_host, plan_parts
+from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
-from model.batch import PAGE, Batch, Chunk, Chunks, pad, split
+from model.batch import PAGE, Batch, Chunk, Chunks, pad, split, to_host
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, logprob_pairs, sample, top_logprobs
 from model.transformer import Transformer
-from model.weights import load_weights
+from model.weights import ExpertReader, load_weights
 from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL, Rule
+from parallel.recorder import Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,21 +48,26 @@ class EngineConfig:
     redundant_experts: int = 0  # slots of the job beyond one for each expert
     expert_map: str | None = None  # a recording to balance for
     record_experts: str | None = None  # where to write one
+    rebalance_interval: int = 0  # steps between looks at the balance; 0: the experts stay where they are
+    rebalance_threshold: float = 1.0  # balancedness above which nothing moves
+    rebalance_layers_per_step: int = 1
     gpu_memory_fraction: float = 0.9  # of a GPU, for all ranks of this job on it
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_tokens_per_step", "max_model_len"):
+        for name in ("max_batch", "max_tokens_per_step", "max_model_len", "rebalance_layers_per_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.kv_tokens is not None and self.kv_tokens < PAGE:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
-        if self.redundant_experts < 0:
-            raise ValueError(f"--redundant-experts is {self.redundant_experts}; it must be at least 0")
+        for name in ("redundant_experts", "rebalance_interval"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
         if self.record_experts is not None and not Path(self.record_experts).absolute().parent.is_dir():
             raise ValueError(f"--record-experts {self.record_experts}: no such folder")
-        if not 0 < self.gpu_memory_fraction <= 1:
-            raise ValueError(f"--gpu-memory-fraction is {self.gpu_memory_fraction}; it must be in (0, 1]")
+        for name in ("rebalance_threshold", "gpu_memory_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in (0, 1]")
 
     def model_len(self, model: ModelConfig) -> int:
         limit = self.max_model_len or model.max_position_embeddings
@@ -127,10 +134,15 @@ class Step:
 
 class Engine:
     def __init__(
-        self, settings: EngineConfig, model: Transformer, mesh: Mesh, say: Callable[[str], None] = lambda text: None
+        self,
+        settings: EngineConfig,
+        model: Transformer,
+        mesh: Mesh,
+        say: Callable[[str], None] = lambda text: None,
+        reader: ExpertReader | None = None,
     ):
-        """`model` has its weights; `say` hears how the memory is used, before the KV pool is made. ValueError for
-        whatever does not fit together. All ranks of the job together."""
+        """`model` has its weights; `say` hears how the memory is used, before the KV pool is made; `reader` has the
+        experts, if they are to move. ValueError for whatever does not fit together. All ranks of the job together."""
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
@@ -140,6 +152,7 @@ class Engine:
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
             capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
         )  # fmt: skip
+        self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._make_budget(buckets) if mesh.device.type == "cuda" else None
         if self.budget is not None:
             pages = self.budget.pages(settings.kv_tokens)
@@ -158,7 +171,13 @@ class Engine:
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
         max_pages = pages_for(self.max_model_len)
         self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, max_pages, self.rule.in_decode)
-        self.recording = Recording(model, mesh, settings.record_experts) if settings.record_experts else None
+        if settings.record_experts or reader is not None:
+            model.recorder = Recorder(model.placement, self.config.n_routed_experts)
+        self.recording = Recording(model.recorder, mesh, settings.record_experts) if settings.record_experts else None
+        self.rebalancer = None
+        if reader is not None:
+            how = settings.rebalance_interval, settings.rebalance_threshold, settings.rebalance_layers_per_step
+            self.rebalancer = Rebalancer(model, mesh, reader, *how)
 
     @classmethod
     def from_pretrained(
@@ -171,12 +190,28 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
     ) -> "Engine":
         """With this rank's share of the weights in `folder`."""
+        moves, most = settings.rebalance_interval > 0, config.num_moe_layers
+        if moves and settings.rebalance_layers_per_step > most:
+            raise ValueError(
+                f"--rebalance-layers-per-step is {settings.rebalance_layers_per_step}; it must be at most the model's "
+                f"layers with experts ({most})"
+            )
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         dtype = settings.torch_dtype(mesh.device)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
         load_weights(model, folder, config, mesh)
-        return cls(settings, model, mesh, say)
+        return cls(settings, model, mesh, say, ExpertReader(folder, config) if moves else None)
+
+    def _decide_graphs(self) -> tuple[bool, str]:
+        """Is the decode step captured, and a line for the log?"""
+        if self.mesh.device.type != "cuda" or not self.settings.decodes:
+            return False, ""
+        if not self.settings.graphs:
+            return False, "no CUDA graphs: --no-graphs"
+        if not self.ops.capturable:
+            return False, "no CUDA graphs: torch serves ops that wait for the host"
+        return True, "in CUDA graphs"
 
     def _make_budget(self, buckets: list[int]) -> Budget:
         """Of the rank that has the least left for KV: all ranks agree on it."""
@@ -185,12 +220,13 @@ class Engine:
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
         job = Job(
             self.config, model.dtype.itemsize, model.fp8, mesh.attn.size, mesh.ep.size,
-            model.placement.slots_per_rank, model.ops.alignment, capacity,
+            model.placement.slots_per_rank, model.ops.alignment, capacity, model.ops.whole_keys,
         )  # fmt: skip
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         parts = plan_parts(
             model, job, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
-            settings.graphs and settings.decodes,
+            self.graphs,
+            settings.rebalance_layers_per_step if settings.rebalance_interval else 0,
         )  # fmt: skip
         page = page_bytes(self.config, model.dtype.itemsize)
         mine = make_budget(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
@@ -220,14 +256,14 @@ class Engine:
                 self._mixed([], prompts, overlap=True)
         page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
         self.ops.unpack_pages(self.ops.pack_pages(self.pool, page), self.pool, page)
-        if self.settings.decodes and self.settings.graphs:
+        if self.graphs:
             self.decode.capture(progress)
         elif self.settings.decodes:
             for rows in progress(self.decode.buckets[::-1]):
                 self.decode.run([], rows)
         torch.cuda.synchronize()
-        if self.recording is not None:
-            self.recording.forget()
+        if self.model.recorder is not None:
+            self.model.recorder.forget()
         gc.collect()
         gc.freeze()  # what lives now lives on: a later collection need not look at it
 
@@ -255,11 +291,24 @@ class Engine:
             self.dispatchers.prepare_masked()
             logits = self.decode.run(work.chunks[0], work.decode_rows)
         logprobs = self._sample(logits, work.sequences, work.rows)
-        tokens = _to_host(self.tokens[: max(work.rows, default=-1) + 1])
+        tokens = to_host(self.tokens[: max(work.rows, default=-1) + 1])
         done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
-        if self.recording is not None:
-            self.recording.step()
+        for observer in (self.recording, self.rebalancer):
+            if observer is not None:
+                observer.step()
         return Step(work, tokens, logprobs, done)
+
+    def vote(self) -> int:
+        """What this rank has to say to `rebalance`, for the step's agreement."""
+        return self.rebalancer.vote() if self.rebalancer is not None else BUSY
+
+    def rebalance(self, votes: tuple[int, ...]) -> None:
+        """Before the step of this turn: experts may move now, on all ranks that gave these votes."""
+        if self.rebalancer is not None:
+            self.rebalancer.act(votes)
+
+    def stats(self) -> dict[str, float]:
+        return dict(self.rebalancer.stats) if self.rebalancer is not None else {}
 
     def runs_ahead(self, work: Work) -> bool:
         """Does `run` return long before the step is done?"""
@@ -280,7 +329,7 @@ class Engine:
             # One rank's choice is all ranks': a sum over many probabilities need not give them the same bits.
             tokens = self.mesh.attn.broadcast(sample(logits, SamplingRows.build(how, logits.device)))
             self.tokens[index] = tokens
-        return tuple(_to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
+        return tuple(to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
 
     @torch.inference_mode()
     def _mixed(self, decodes: list[Chunk], prefills: list[Chunk], overlap: bool = False) -> Tensor:
@@ -296,6 +345,8 @@ class Engine:
 
     def close(self) -> None:
         """All ranks together, before their process groups end."""
+        if self.rebalancer is not None:
+            self.rebalancer.close()
         if self.recording is not None:
             self.recording.save()
         self.decode.reset()
@@ -312,10 +363,3 @@ class Engine:
     @property
     def kv_tokens(self) -> int:
         return self.scheduler.allocator.capacity * PAGE
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy on the host: of a CUDA tensor it is there once an event recorded after this call is done."""
-    if not x.is_cuda:
-        return x.clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.transformer import Transformer
 from parallel.eplb import balance
 from parallel.mesh import Mesh
 from parallel.placement import Placement
@@ -37,16 +36,11 @@ class Recording:
     """Counts of a job's experts in windows of WINDOW steps, into a file. Every rank steps every time, so that all end
     their windows together."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, path: str | Path):
-        self.model, self.mesh, self.path = model, mesh, path
+    def __init__(self, recorder: Recorder, mesh: Mesh, path: str | Path):
+        self.recorder, self.mesh, self.path = recorder, mesh, path
         self.steps = 0
+        self.before = torch.zeros_like(recorder.by_expert)
         self.windows: list[Tensor] = []
-        placement = model.placement
-        model.recorder = Recorder(len(placement.expert_of_slot), placement.num_slots, mesh.device)
-
-    def forget(self) -> None:
-        """What was counted so far was no request's."""
-        self.model.recorder.counts.zero_()
 
     def step(self) -> None:
         self.steps += 1
@@ -54,14 +48,13 @@ class Recording:
             self._end_window()
 
     def _end_window(self) -> None:
-        counts = self.model.recorder.take(self.model.placement.expert_of_slot, self.model.config.n_routed_experts)
-        self.windows.append(self.mesh.ep.all_reduce(counts).cpu())
+        total = self.recorder.total()
+        self.windows.append(self.mesh.ep.all_reduce(total - self.before).cpu())
+        self.before = total
 
     def save(self) -> None:
         """All ranks together; the first writes."""
         if self.steps % WINDOW:
             self._end_window()
         if self.mesh.rank == 0:
-            save_recording(
-                self.path, self.windows, self.model.config.num_moe_layers, self.model.config.n_routed_experts
-            )
+            save_recording(self.path, self.windows, *self.before.shape)

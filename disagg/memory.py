@@ -50,6 +50,7 @@ class Job:
     slots: int = 1  # L, on this rank
     alignment: int = 1  # of an expert's rows
     capacity: int | None = None  # of DeepEP's low-latency mode; None: another dispatcher
+    whole_keys: bool = False  # does prefill attention take them in one piece?
 
     @property
     def heads(self) -> int:
@@ -157,13 +158,17 @@ def _attention(job: Job, tokens: int, inside: int) -> int:
     c, normed = job.config, job.operand(job.config.hidden_size) if job.fp8 else 0
     q = job.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
     latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
-    before = max(job.row(4 * c.hidden_size) + normed, job.row(c.hidden_size + latent + q) + job.operand(c.hidden_size))
+    widths = 3 if job.fp8 else 4  # x, what is added, their sum; and the norm of it, unless only its fp8 form is wanted
+    before = max(
+        job.row(widths * c.hidden_size) + normed,
+        job.row(c.hidden_size + latent + q) + job.operand(c.hidden_size),
+    )
     return max(tokens * before, tokens * job.row(c.hidden_size + q) + inside)
 
 
 def _expanded(job: Job, tokens: int, context: int) -> int:
     c, heads = job.config, job.heads
-    of_context = c.kv_dim + heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.qk_head_dim
+    of_context = c.kv_dim + heads * (c.qk_nope_head_dim + c.v_head_dim) + job.whole_keys * heads * c.qk_head_dim
     return job.row(context * of_context + tokens * heads * c.v_head_dim) + context * INDEX
 
 
@@ -191,10 +196,7 @@ def _experts(job: Job, tokens: int, rows: int, sent: int, received: int) -> int:
     held = mine * (job.row(2 * hidden) + job.operand(hidden) + top_k * INDEX)
     held += mine * top_k * FLOAT if job.ranks == 1 else 0
     held += rows * (job.operand(hidden) + FLOAT)
-    if job.fp8:
-        inside = rows * (job.row(2 * width + hidden) + job.operand(width))
-    else:
-        inside = rows * job.row(max(3 * width, width + hidden))
+    inside = rows * (job.operand(width) + job.row(max(2 * width, hidden)))
     back = job.row(mine * hidden)
     if job.ranks > 1:
         back = job.row((received + (sent if job.capacity is None else mine)) * hidden)
@@ -308,15 +310,19 @@ def plan_parts(
     max_model_len: int,
     longest: int,
     captures: bool,
+    spare_layers: int = 0,
 ) -> dict[str, int]:
     """The table's rows without KV, in bytes. `buckets`: rows of decode steps; `longest`: tokens of KV that a request
-    can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens."""
+    can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens;
+    `spare_layers`: whose experts may be on their way at once (`disagg/rebalance.py`)."""
     tokens = -(-max_tokens_per_step // job.attn_tp) * job.attn_tp
     most = max(buckets)
     steps = (
         contiguous_step(job, tokens, tokens + longest, most), masked_step(job, most), sampling(job.config, most)
     )  # fmt: skip
-    return weight_bytes(model) | {
+    weights = weight_bytes(model)
+    return weights | {
+        "spare experts": spare_layers * weights["routed experts"] // max(job.config.num_moe_layers, 1),
         "tables": table_bytes(job.config, max_model_len, most),
         "communication buffers": buffers,
         "activations": max(steps),

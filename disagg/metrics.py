@@ -49,6 +49,8 @@ class Metrics:
             busy = sum(stats["transfer_seconds"] for _, stats in self._stats if "transfer_seconds" in stats)
             speed = moved / max(busy, 1e-9) / 1e9
             rows.append(("KV transfer", f"{moved:,.0f} bytes, {speed:.3f} GB/s while receiving"))
+        for role in sorted({role for role, stats in self._stats if "rebalances_total" in stats}):
+            rows.append(("rebalancing", self._rebalancing(role)))
         if self.retries:
             rows.append(("retries", str(self.retries)))
         return "\n".join(f"{name:>12}  {value}" for name, value in rows)
@@ -64,3 +66,12 @@ class Metrics:
         overlapped = max((s.get(f"{phase}_overlapped", 0) for s in stats), default=0)
         rate = f"{done / seconds:,.0f} tok/s in {steps:.0f} steps of {seconds / steps * 1e3:.1f} ms"
         return rate + (f", {overlapped:.0f} of them overlapped" if overlapped else "")
+
+    def _rebalancing(self, role: str) -> str:
+        """All ranks of a job rebalance together: the replicas of one say the same."""
+        stats = next(stats for of, stats in self._stats if of == role and "rebalances_total" in stats)
+        total, failed = stats["rebalances_total"], stats["rebalance_failures"]
+        parts = [f"{role}: {total:.0f} times" + (f" in {stats['rebalance_seconds']:.2f} s" if total else "")]
+        parts += [f"{failed:.0f} failed"] if failed else []
+        parts += [f"balancedness {stats['balancedness']:.3f} at the last look"] if "balancedness" in stats else []
+        return ", ".join(parts)

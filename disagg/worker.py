@@ -5,7 +5,8 @@ GPU runs it, the CPU takes up those tokens, tells the router, and plans the next
 
 The ranks of an attention replica share their events first (the router's messages reach its first rank only, a link's
 its own), so that each of them then takes the same decisions. The ranks of the job agree once a step on what kind of
-step it is; after that nobody returns early, and a rank without work runs an empty batch.
+step it is, and whether experts move before it; after that nobody returns early, and a rank without work runs an empty
+batch.
 """
 
 import signal
@@ -88,6 +89,7 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
     stats = pipeline.stats
     for other in mesh.attn.exchange(role.stats()):
         stats.update(other)
+    stats.update(engine.stats())
     if port is not None:
         port.send(Bye(dict(stats)))
         port.close()
@@ -106,12 +108,13 @@ class Pipeline:
     def turn(self, stop: bool = False) -> bool | None:
         """Was there anything to do? None once any rank wants to stop; the ranks learn that together."""
         plan = self.role.plan()
-        agreed = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), stop)
-        prefill_tokens, decodes, stops = zip(*agreed, strict=True)
+        agreed = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), stop, self.engine.vote())
+        prefill_tokens, decodes, stops, votes = zip(*agreed, strict=True)
         if any(stops):
             if self._running is not None:  # its pages are released only now
                 self._take_up(*self._running)
             return None
+        self.engine.rebalance(votes)
         before, self._running, work = self._running, None, None
         if any(prefill_tokens) or any(decodes):
             rows = None if any(prefill_tokens) else self.engine.decode.bucket(max(decodes))

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention_hopper as hopper
+from kernels.pdl import after_previous, pdl
 
 PAGE = 64  # rows of a KV page
 LOG2_E = 1.4426950408889634
@@ -61,8 +62,9 @@ def _decode_kernel(
     q_ptr, kv_main, kv_rest, page_table, kv_lens, out_ptr, partial_ptr, lse_ptr, used_ptr, heads, splits, scale,
     q_stride, q_head_stride, table_stride, kv_dim: tl.constexpr, v_dim: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr,
-    REST_VALUES: tl.constexpr, BLOCK_B: tl.constexpr,
+    REST_VALUES: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     split, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_len = tl.load(kv_lens + seq)
     chunk, used = _split_plan(kv_lens, seq, tl.num_programs(2), splits, tl.num_programs(1), BLOCK_N, BLOCK_B)
@@ -129,8 +131,12 @@ def _decode_kernel(
 
 
 @triton.jit
-def _combine_kernel(partial, lse_ptr, used_ptr, out, heads, most, v_dim, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr):
+def _combine_kernel(
+    partial, lse_ptr, used_ptr, out, heads, most, v_dim, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """One head of one sequence that was cut: its splits' outputs, weighted by their share of the softmax sum."""
+    after_previous(PDL)
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     used = tl.load(used_ptr + seq)
     if used <= 1:
@@ -211,12 +217,12 @@ def mla_decode(
             q, TensorDescriptor.from_tensor(rows, [block_n, main]), TensorDescriptor.from_tensor(rows, [block_n, rest]),
             page_table, kv_lens, out, partial, lse, used, heads, splits, scale * LOG2_E, q.stride(0), q.stride(1),
             page_table.stride(0), kv_dim, v_dim, BLOCK_H=block_h, BLOCK_N=block_n, MAIN=main, REST=rest, PAGE=PAGE,
-            REST_VALUES=v_dim > main, BLOCK_B=triton.next_power_of_2(batch), num_warps=8 if fast else 4,
-            num_stages=2 if fast else 1,
+            REST_VALUES=v_dim > main, BLOCK_B=triton.next_power_of_2(batch), num_stages=2 if fast else 1,
+            num_warps=8 if fast else 4, **pdl(q),
         )  # fmt: skip
     if most > 1:
         _combine_kernel[heads, batch](
-            partial, lse, used, out, heads, most, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim)
+            partial, lse, used, out, heads, most, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim), **pdl(q)
         )
     return out
 
@@ -224,8 +230,8 @@ def mla_decode(
 @triton.jit
 def _prefill_kernel(
     q_ptr, k_main, k_rest, v_desc, q_starts, kv_starts, out_ptr, heads, scale, q_stride, q_head_stride,
-    dqk: tl.constexpr, dv: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr,
-    REST: tl.constexpr, BLOCK_V: tl.constexpr,
+    nope: tl.constexpr, rope: tl.constexpr, dv: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     block, head, seq = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q_start, kv_start = tl.load(q_starts + seq).to(tl.int32), tl.load(kv_starts + seq).to(tl.int32)
@@ -235,13 +241,10 @@ def _prefill_kernel(
         return
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     reach = row + num_kv - num_q  # the last key that each query sees
-    has_rest: tl.constexpr = dqk > MAIN
-    col, rest_col = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
+    col, rest_col = tl.arange(0, MAIN), tl.arange(0, REST)
     q_row = q_ptr + (q_start + row[:, None]).to(tl.int64) * q_stride + head * q_head_stride
-    q_main = tl.load(q_row + col, mask=row[:, None] < num_q, other=0.0)  # [BLOCK_M, MAIN]
-    q_rest = q_main
-    if has_rest:
-        q_rest = tl.load(q_row + rest_col, mask=(row[:, None] < num_q) & (rest_col < dqk), other=0.0)
+    q_main = tl.load(q_row + col, mask=(row[:, None] < num_q) & (col < nope), other=0.0)  # [BLOCK_M, MAIN]
+    q_rest = tl.load(q_row + nope + rest_col, mask=(row[:, None] < num_q) & (rest_col < rope), other=0.0)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -251,16 +254,16 @@ def _prefill_kernel(
     end = tl.minimum(first_reach + BLOCK_M, num_kv)  # and none sees a key from here on
     for n in range(0, open_end, BLOCK_N):
         main = k_main.load([kv_start + n, head, 0]).reshape(BLOCK_N, MAIN)
-        rest = k_rest.load([kv_start + n, head, MAIN]).reshape(BLOCK_N, REST) if has_rest else main
-        weights, top, shrink = _softmax_step(_scores(q_main, q_rest, main, rest, has_rest), top, scale)
+        rest = k_rest.load([kv_start + n, 0])
+        weights, top, shrink = _softmax_step(_scores(q_main, q_rest, main, rest, True), top, scale)
         total = total * shrink + tl.sum(weights, 1)
         v = v_desc.load([kv_start + n, head, 0]).reshape(BLOCK_N, BLOCK_V)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     for n in range(open_end, end, BLOCK_N):  # the diagonal
         key = n + tl.arange(0, BLOCK_N)
         main = k_main.load([kv_start + n, head, 0]).reshape(BLOCK_N, MAIN)
-        rest = k_rest.load([kv_start + n, head, MAIN]).reshape(BLOCK_N, REST) if has_rest else main
-        scores = _scores(q_main, q_rest, main, rest, has_rest)
+        rest = k_rest.load([kv_start + n, 0])
+        scores = _scores(q_main, q_rest, main, rest, True)
         weights, top, shrink = _softmax_step(tl.where(key <= reach[:, None], scores, float("-inf")), top, scale)
         total = total * shrink + tl.sum(weights, 1)
         v = v_desc.load([kv_start + n, head, 0]).reshape(BLOCK_N, BLOCK_V)
@@ -280,32 +283,42 @@ def _for_tma(x: Tensor) -> Tensor:
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, max_q: int, max_kv: int, scale: float
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    max_q: int,
+    max_kv: int,
+    scale: float,
 ) -> Tensor:
     """Causal attention over ragged sequences whose queries are the LAST tokens of their keys: `ref.prefill_attention`.
 
-    q [sum q, H, dqk], k [sum kv, H, dqk], v [sum kv, H, dv], all bf16 or all float32, head dims multiples of 8, rows
-    may be strided (v as a slice of kv_b_proj's output); q_starts, kv_starts [S + 1] -> [sum q, H, dv].
+    q [sum q, H, nope + R], k_nope [sum kv, H, nope], k_rope [sum kv, R] (all heads'), v [sum kv, H, dv], all bf16 or
+    all float32, dims multiples of 8, rows may be strided (k_nope and v as parts of kv_b_proj's output);
+    q_starts, kv_starts [S + 1] -> [sum q, H, dv].
 
     One program attends 128 queries of one head; blocks of keys that all of them see skip the mask, those that none
     sees are skipped whole, and the programs with the most keys start first. Hopper and bf16: `attention_hopper`.
     """
-    heads, dqk, dv = q.shape[1], q.shape[2], v.shape[2]
+    (_, heads, nope), rope, dv = k_nope.shape, k_rope.shape[1], v.shape[2]
     out = v.new_empty(q.shape[0], heads, dv)
     if out.numel() == 0 or max_q == 0:
         return out
-    q, k, v = _for_tma(q), _for_tma(k), _for_tma(v)
+    q, k_nope, k_rope, v = _for_tma(q), _for_tma(k_nope), _for_tma(k_rope), _for_tma(v)
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     block_m, block_n = (128, 64) if fast else (32, 16)
-    main, rest = _columns(dqk)
-    if hopper.can_prefill(q, v, main, rest):
-        hopper.launch_prefill(q, k, v, q_starts, kv_starts, out, max_q, scale * LOG2_E, main, rest)
+    main, rest = triton.next_power_of_2(nope), max(16, triton.next_power_of_2(rope))
+    if hopper.can_prefill(q, k_nope, k_rope, v):
+        hopper.launch_prefill(q, k_nope, k_rope, v, q_starts, kv_starts, out, max_q, scale * LOG2_E)
         return out
     block_v = max(16, triton.next_power_of_2(dv))
     _prefill_kernel[triton.cdiv(max_q, block_m), heads, len(q_starts) - 1](
-        q, TensorDescriptor.from_tensor(k, [block_n, 1, main]), TensorDescriptor.from_tensor(k, [block_n, 1, rest]),
+        q, TensorDescriptor.from_tensor(k_nope, [block_n, 1, main]),
+        TensorDescriptor.from_tensor(k_rope, [block_n, rest]),
         TensorDescriptor.from_tensor(v, [block_n, 1, block_v]), q_starts, kv_starts, out, heads, scale * LOG2_E,
-        q.stride(0), q.stride(1), dqk, dv, BLOCK_M=block_m, BLOCK_N=block_n, MAIN=main, REST=rest, BLOCK_V=block_v,
-        num_warps=8 if fast else 4, num_stages=3 if fast else 1,
+        q.stride(0), q.stride(1), nope, rope, dv, BLOCK_M=block_m, BLOCK_N=block_n, MAIN=main, REST=rest,
+        BLOCK_V=block_v, num_warps=8 if fast else 4, num_stages=3 if fast else 1,
     )  # fmt: skip
     return out

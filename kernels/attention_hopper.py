@@ -32,22 +32,17 @@ def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit
-def _load_pair(main_desc, rest_desc, row, col, bar, main, rest, HAS_REST: gl.constexpr):
+def _load_pair(main_desc, rest_desc, row, col, rest_col, bar, main, rest):
     """Ask TMA for one tile [N, MAIN] and its [N, REST]; `bar` flips when both are in shared memory."""
-    if HAS_REST:
-        mbarrier.expect(bar, main_desc.block_type.nbytes + rest_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(rest_desc, [row, col + main_desc.block_type.shape[1]], bar, rest)
-    else:
-        mbarrier.expect(bar, main_desc.block_type.nbytes)
+    mbarrier.expect(bar, main_desc.block_type.nbytes + rest_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(rest_desc, [row, rest_col], bar, rest)
     tma.async_copy_global_to_shared(main_desc, [row, col], bar, main)
 
 
 @gluon.jit
-def _start_scores(q_main, q_rest, k_main, k_rest, zeros, HAS_REST: gl.constexpr):
+def _start_scores(q_main, q_rest, k_main, k_rest, zeros):
     scores = warpgroup_mma(q_main, k_main.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if HAS_REST:
-        scores = warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
-    return scores
+    return warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
 
 
 @gluon.jit
@@ -76,21 +71,19 @@ def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: 
 
 
 @gluon.jit
-def _decode_load(
-    kv_main_desc, kv_rest_desc, page_table, last_page, pages, main, rest, full, empty, HAS_REST: gl.constexpr
-):
+def _decode_load(kv_main_desc, kv_rest_desc, page_table, last_page, pages, main, rest, full, empty):
     """The loader: page after page, into the buffer that is free."""
     for i in range(pages):
         row = gl.load(page_table + last_page - i) * kv_main_desc.block_type.shape[0]
-        here = i % 2
-        mbarrier.wait(empty.index(here), (i // 2 & 1) ^ 1)
-        _load_pair(kv_main_desc, kv_rest_desc, row, 0, full.index(here), main.index(here), rest.index(here), HAS_REST)
+        at = i % 2
+        mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)
+        _load_pair(kv_main_desc, kv_rest_desc, row, 0, 0, full.index(at), main.index(at), rest.index(at))
 
 
 @gluon.jit
 def _decode_attend(
     q_main, q_rest, q_full, main, rest, full, empty, last_page, pages, last, scale, out_ptr, partial_ptr, lse_ptr,
-    out_row, partial_row, first_head, heads, whole, v_dim: gl.constexpr, HAS_REST: gl.constexpr,
+    out_row, partial_row, first_head, heads, whole, v_dim: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: 64 heads over the pages, then the split's output."""
     BLOCK_H: gl.constexpr = q_main.shape[0]
@@ -105,8 +98,7 @@ def _decode_attend(
     if last % PAGE > 0:  # the page in which the sequence ends
         mbarrier.wait(full.index(0), 0)
         _clear_rows(main.index(0), last % PAGE)
-        if HAS_REST:
-            _clear_rows(rest.index(0), last % PAGE)
+        _clear_rows(rest.index(0), last % PAGE)
         fence_async_shared()
         gl.thread_barrier()
 
@@ -119,7 +111,7 @@ def _decode_attend(
     for i in range(pages):
         here = i % 2
         mbarrier.wait(full.index(here), i // 2 & 1)
-        scores = _start_scores(q_main, q_rest, main.index(here), rest.index(here), zeros, HAS_REST)
+        scores = _start_scores(q_main, q_rest, main.index(here), rest.index(here), zeros)
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores = gl.where(((last_page - i) * PAGE + key < last)[None], scores, float("-inf"))
         new_top = gl.maximum(top, gl.max(scores, 1) * scale)
@@ -152,7 +144,7 @@ def _decode_attend(
 @gluon.jit
 def decode_kernel(
     q_main_desc, q_rest_desc, kv_main_desc, kv_rest_desc, page_table, kv_lens, out_ptr, partial_ptr, lse_ptr, used_ptr,
-    heads, splits, scale, table_stride, v_dim: gl.constexpr, HAS_REST: gl.constexpr, BLOCK_B: gl.constexpr,
+    heads, splits, scale, table_stride, v_dim: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
     BLOCK_H: gl.constexpr = q_main_desc.block_type.shape[0]
     PAGE: gl.constexpr = kv_main_desc.block_type.shape[0]
@@ -175,14 +167,14 @@ def decode_kernel(
     q_full, full, empty = _barriers(1, 1), _barriers(2, 1), _barriers(2, 1)
     fence_async_shared()
     first_head = gl.program_id(0) * BLOCK_H
-    _load_pair(q_main_desc, q_rest_desc, seq * heads + first_head, 0, q_full.index(0), q_main, q_rest, HAS_REST)
+    _load_pair(q_main_desc, q_rest_desc, seq * heads + first_head, 0, 0, q_full.index(0), q_main, q_rest)
     seq64 = seq.to(gl.int64)
     attend = (
         q_main, q_rest, q_full.index(0), main, rest, full, empty, last_page, pages, last, scale, out_ptr, partial_ptr,
-        lse_ptr, seq64 * heads, (seq64 * most + split) * heads, first_head, heads, used <= 1, v_dim, HAS_REST,
+        lse_ptr, seq64 * heads, (seq64 * most + split) * heads, first_head, heads, used <= 1, v_dim,
     )  # fmt: skip
     table = page_table + seq64 * table_stride
-    load = (kv_main_desc, kv_rest_desc, table, last_page, pages, main, rest, full, empty, HAS_REST)
+    load = (kv_main_desc, kv_rest_desc, table, last_page, pages, main, rest, full, empty)
     gl.warp_specialize([(_decode_attend, attend), (_decode_load, load)], [1], [24])
 
 
@@ -200,16 +192,13 @@ def _softmax(scores, top, total, scale, first_key, reach, MASK: gl.constexpr, p_
 
 @gluon.jit
 def _prefill_load(
-    k_main_desc, k_rest_desc, v_desc, row, k_col, v_col, count, k_main, k_rest, v, k_full, k_empty, v_full, v_empty,
-    HAS_REST: gl.constexpr,
+    k_main_desc, k_rest_desc, v_desc, row, k_col, v_col, count, k_main, k_rest, v, k_full, k_empty, v_full, v_empty
 ):  # fmt: skip
     """The loader: blocks of keys and values, the last one first."""
     for j in range(count):
         here, free = j % 2, (j // 2 & 1) ^ 1
         mbarrier.wait(k_empty.index(here), free)
-        _load_pair(
-            k_main_desc, k_rest_desc, row, k_col, k_full.index(here), k_main.index(here), k_rest.index(here), HAS_REST
-        )
+        _load_pair(k_main_desc, k_rest_desc, row, k_col, 0, k_full.index(here), k_main.index(here), k_rest.index(here))
         mbarrier.wait(v_empty.index(here), free)
         mbarrier.expect(v_full.index(here), v_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(v_desc, [row, v_col], v_full.index(here), v.index(here))
@@ -219,7 +208,7 @@ def _prefill_load(
 @gluon.jit
 def _prefill_step(
     j, count, acc, p, top, total, q_main, q_rest, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, scale, reach,
-    MASK: gl.constexpr, HAS_REST: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """Block j's product and block j + 1's scores go to the tensor cores; j + 1's softmax runs beside the product."""
     ROWS: gl.constexpr = q_main.shape[0]
@@ -230,7 +219,7 @@ def _prefill_step(
     here, other = j % 2, (j + 1) % 2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     mbarrier.wait(k_full.index(other), (j + 1) // 2 & 1)
-    scores = _start_scores(q_main, q_rest, k_main.index(other), k_rest.index(other), zeros, HAS_REST)
+    scores = _start_scores(q_main, q_rest, k_main.index(other), k_rest.index(other), zeros)
     mbarrier.wait(v_full.index(here), j // 2 & 1)
     acc = warpgroup_mma(p, v.index(here), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -247,7 +236,7 @@ def _prefill_step(
 @gluon.jit
 def _prefill_rows(
     q_main, q_rest, q_full, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, count, first_row, num_q, num_kv, scale,
-    out_ptr, out_stride, HAS_REST: gl.constexpr,
+    out_ptr, out_stride,
 ):  # fmt: skip
     """Four warps: 64 queries over the blocks. Block j is the j-th from the end, its tiles in buffers j % 2."""
     ROWS: gl.constexpr = q_main.shape[0]
@@ -266,7 +255,7 @@ def _prefill_rows(
     acc = gl.zeros([ROWS, V_DIM], gl.float32, out_layout)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    scores = _start_scores(q_main, q_rest, k_main.index(0), k_rest.index(0), zeros, HAS_REST)
+    scores = _start_scores(q_main, q_rest, k_main.index(0), k_rest.index(0), zeros)
     scores = warpgroup_mma_wait(0, deps=[scores])
     gl.thread_barrier()
     mbarrier.arrive(k_empty.index(0), count=1)
@@ -279,12 +268,12 @@ def _prefill_rows(
     for j in range(masked - 1):
         acc, p, top, total = _prefill_step(
             j, count, acc, p, top, total, q_main, q_rest, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, scale,
-            reach, True, HAS_REST,
+            reach, True,
         )  # fmt: skip
     for j in range(masked - 1, count - 1):
         acc, p, top, total = _prefill_step(
             j, count, acc, p, top, total, q_main, q_rest, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, scale,
-            reach, False, HAS_REST,
+            reach, False,
         )  # fmt: skip
     mbarrier.wait(v_full.index((count - 1) % 2), (count - 1) // 2 & 1)
     acc = warpgroup_mma(p, v.index((count - 1) % 2), acc)
@@ -298,8 +287,9 @@ def _prefill_rows(
 @gluon.jit
 def prefill_kernel(
     q_main_desc, q_rest_desc, k_main_desc, k_rest_desc, v_desc, q_starts, kv_starts, out_ptr, heads, scale,
-    q_head_stride, k_head_stride, v_head_stride, HAS_REST: gl.constexpr,
+    q_head_stride, k_head_stride, v_head_stride,
 ):  # fmt: skip
+    """k_rest: all heads share it."""
     ROWS: gl.constexpr = q_main_desc.block_type.shape[0]  # queries of a warpgroup
     BLOCK_N: gl.constexpr = k_main_desc.block_type.shape[0]
     MAIN: gl.constexpr = k_main_desc.block_type.shape[1]
@@ -324,21 +314,21 @@ def prefill_kernel(
     fence_async_shared()
     for i in gl.static_range(2):
         _load_pair(
-            q_main_desc, q_rest_desc, q_start + first_row + i * ROWS, head * q_head_stride, q_full.index(i),
-            q_main.index(i), q_rest.index(i), HAS_REST,
+            q_main_desc, q_rest_desc, q_start + first_row + i * ROWS, head * q_head_stride, head * q_head_stride,
+            q_full.index(i), q_main.index(i), q_rest.index(i),
         )  # fmt: skip
     out_ptr += (q_start.to(gl.int64) * heads + head) * V_DIM
     first = (
         q_main.index(0), q_rest.index(0), q_full.index(0), k_main, k_rest, v, k_full, k_empty, v_full, v_empty, count,
-        first_row, num_q, num_kv, scale, out_ptr, heads * V_DIM, HAS_REST,
+        first_row, num_q, num_kv, scale, out_ptr, heads * V_DIM,
     )  # fmt: skip
     second = (
         q_main.index(1), q_rest.index(1), q_full.index(1), k_main, k_rest, v, k_full, k_empty, v_full, v_empty, count,
-        first_row + ROWS, num_q, num_kv, scale, out_ptr, heads * V_DIM, HAS_REST,
+        first_row + ROWS, num_q, num_kv, scale, out_ptr, heads * V_DIM,
     )  # fmt: skip
     load = (
         k_main_desc, k_rest_desc, v_desc, kv_start + (count - 1) * BLOCK_N, head * k_head_stride, head * v_head_stride,
-        count, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, HAS_REST,
+        count, k_main, k_rest, v, k_full, k_empty, v_full, v_empty,
     )  # fmt: skip
     gl.warp_specialize([(_prefill_rows, first), (_prefill_rows, second), (_prefill_load, load)], [4, 1], [240, 24])
 
@@ -348,9 +338,14 @@ def _tile_layout(rows: int, cols: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, cols], gl.bfloat16)
 
 
-def _tiles(x: Tensor, rows: int, main: int, rest: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Descriptors of x [N, columns] for TMA tiles [rows, main] and [rows, rest]."""
-    return tuple(TensorDescriptor.from_tensor(x, [rows, cols], _tile_layout(rows, cols)) for cols in (main, rest))
+def _tile(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """x [N, columns] for TMA tiles [rows, cols]."""
+    return TensorDescriptor.from_tensor(x, [rows, cols], _tile_layout(rows, cols))
+
+
+def _tiles(x: Tensor, main: int, rest: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of 64 rows and the first `main` columns of x [N, columns], and of its others."""
+    return _tile(x, 64, main), _tile(x[:, main:], 64, rest)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -363,11 +358,12 @@ def _on_hopper(q: Tensor) -> bool:
 
 
 def can_decode(q: Tensor, main: int, v_dim: int) -> bool:
-    return _on_hopper(q) and 64 <= main <= 512 and v_dim <= main
+    return _on_hopper(q) and 64 <= main <= 512 and v_dim <= main < q.shape[2]
 
 
-def can_prefill(q: Tensor, v: Tensor, main: int, rest: int) -> bool:
-    return _on_hopper(q) and 32 <= main <= 128 and q.shape[2] - main in (0, rest) and v.shape[2] in (16, 32, 64, 128)
+def can_prefill(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor) -> bool:
+    sizes = k_nope.shape[2] in (32, 64, 128), k_rope.shape[1] in (16, 32, 64), v.shape[2] in (16, 32, 64, 128)
+    return _on_hopper(q) and all(sizes)
 
 
 def launch_decode(
@@ -381,19 +377,20 @@ def launch_decode(
     """
     batch, heads, kv_dim = q.shape
     decode_kernel[triton.cdiv(heads, 64), partial.shape[1], batch](
-        *_tiles(q.reshape(-1, kv_dim), 64, main, rest), *_tiles(rows, 64, main, rest), page_table, kv_lens, out,
-        partial, lse, used, heads, splits, scale, page_table.stride(0), out.shape[-1], HAS_REST=main < kv_dim,
+        *_tiles(q.reshape(-1, kv_dim), main, rest), *_tiles(rows, main, rest), page_table, kv_lens, out,
+        partial, lse, used, heads, splits, scale, page_table.stride(0), out.shape[-1],
         BLOCK_B=max(256, triton.next_power_of_2(batch)), num_warps=8,
     )  # fmt: skip
 
 
 def launch_prefill(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, out: Tensor, max_q: int, scale: float,
-    main: int, rest: int,
+    q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, out: Tensor, max_q: int,
+    scale: float,
 ) -> None:  # fmt: skip
     """Fill out [sum q, H, dv]. 128 queries a program, 64 a warpgroup; two buffers of 128 keys and of 128 values."""
+    nope, rope, dv = k_nope.shape[2], k_rope.shape[1], v.shape[2]
     prefill_kernel[triton.cdiv(max_q, 128), q.shape[1], len(q_starts) - 1](
-        *_tiles(_flat(q), 64, main, rest), *_tiles(_flat(k), 128, main, rest),
-        _tiles(_flat(v), 128, v.shape[2], v.shape[2])[0], q_starts, kv_starts, out, q.shape[1], scale, q.stride(1),
-        k.stride(1), v.stride(1), HAS_REST=main < q.shape[2], num_warps=4,
+        _tile(_flat(q), 64, nope), _tile(_flat(q[..., nope:]), 64, rope), _tile(_flat(k_nope), 128, nope),
+        _tile(k_rope, 128, rope), _tile(_flat(v), 128, dv), q_starts, kv_starts, out, q.shape[1], scale,
+        q.stride(1), k_nope.stride(1), v.stride(1), num_warps=4,
     )  # fmt: skip

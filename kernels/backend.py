@@ -6,7 +6,9 @@ ours, and for some a vendor library. The first of an op's row in PREFERENCE that
 
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,13 +26,15 @@ class Ops:
     rms_norm_quant: Callable = ref.rms_norm_quant
     add_rms_norm_quant: Callable = ref.add_rms_norm_quant
     rope_query: Callable = ref.rope_query
-    rope_into: Callable = ref.rope_into
+    absorb_query: Callable = ref.absorb_query
+    project_values: Callable = ref.project_values
     norm_rope_write: Callable = ref.norm_rope_write
     silu_mul: Callable = ref.silu_mul
     silu_mul_masked: Callable = ref.silu_mul_masked
     prefill_attention: Callable = ref.prefill_attention
     mla_decode: Callable = ref.mla_decode
     decode_plan: Callable = ref.decode_plan  # of the library that serves mla_decode
+    linear: Callable = ref.linear
     linear_float32: Callable = ref.linear_float32
     gate_topk: Callable = ref.gate_topk
     ep_scatter: Callable = ref.ep_scatter
@@ -38,6 +42,8 @@ class Ops:
     ep_gather: Callable = ref.ep_gather
     grouped_gemm_contiguous: Callable = ref.grouped_gemm_contiguous
     grouped_gemm_masked: Callable = ref.grouped_gemm_masked
+    gemm_of_copies: Callable = ref.gemm_of_copies
+    swiglu_of_copies: Callable = ref.swiglu_of_copies
     quantize_1x128: Callable = ref.quantize_1x128
     silu_mul_quant: Callable = ref.silu_mul_quant
     silu_mul_quant_masked: Callable = ref.silu_mul_quant_masked
@@ -46,6 +52,9 @@ class Ops:
     grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
     pack_pages: Callable = ref.pack_pages
     unpack_pages: Callable = ref.unpack_pages
+    leave_sms: Callable = nullcontext  # with leave_sms(n): products leave n SMs free; of the library of gemm_fp8
+    capturable: bool = False  # can a decode step be captured into a CUDA graph?
+    whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
     alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
 
 
@@ -74,12 +83,14 @@ OURS = {  # op -> the module with its Triton kernel
     "rms_norm_quant": "kernels.norm",
     "add_rms_norm_quant": "kernels.norm",
     "rope_query": "kernels.norm",
-    "rope_into": "kernels.norm",
+    "absorb_query": "kernels.absorb",
+    "project_values": "kernels.absorb",
     "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
     "silu_mul_masked": "kernels.quant",
     "prefill_attention": "kernels.attention",
     "mla_decode": "kernels.attention",
+    "linear": "kernels.gemm",
     "linear_float32": "kernels.gemm",
     "gate_topk": "kernels.route",
     "ep_scatter": "kernels.route",
@@ -87,6 +98,8 @@ OURS = {  # op -> the module with its Triton kernel
     "ep_gather": "kernels.route",
     "grouped_gemm_contiguous": "kernels.grouped_gemm",
     "grouped_gemm_masked": "kernels.grouped_gemm",
+    "gemm_of_copies": "kernels.gemv",
+    "swiglu_of_copies": "kernels.gemv",
     "quantize_1x128": "kernels.quant",
     "silu_mul_quant": "kernels.quant",
     "silu_mul_quant_masked": "kernels.quant",
@@ -133,9 +146,20 @@ def choose(
         forced_why = "forced" if op in by_op else ""
         why = NO_GPU if device.type != "cuda" and obstacles else "; ".join(obstacles)
         choices.append(Choice(op, library, why or forced_why))
-    plan = getattr(importlib.import_module(chosen["mla_decode"].__module__), "decode_plan", ref.decode_plan)
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
-    return Ops(**chosen, decode_plan=plan, alignment=128 if padded else 1), choices
+    return Ops(
+        **chosen,
+        decode_plan=_beside(chosen["mla_decode"], "decode_plan", ref.decode_plan),
+        leave_sms=_beside(chosen["gemm_fp8"], "leave_sms", nullcontext),
+        capturable=not any(chosen[op] is getattr(ref, op) for op in ref.WAITING),
+        whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
+        alignment=128 if padded else 1,
+    ), choices
+
+
+def _beside(op: Callable, name: str, default: Any) -> Any:
+    """What the module of an op has under that name."""
+    return getattr(importlib.import_module(op.__module__), name, default)
 
 
 def table(choices: list[Choice]) -> str:

@@ -1,5 +1,8 @@
 """DeepGEMM behind our contracts (Hopper; bf16, and fp8 with float32 scales and bf16 out)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import deep_gemm
 import torch
 from torch import Tensor
@@ -54,6 +57,18 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_s
             rows, (weight, weight_scale), out, counts, _expected_rows(x), disable_ue8m0_cast=True
         )
     return out
+
+
+@contextmanager
+def leave_sms(count: int) -> Iterator[None]:
+    """Products enqueued inside take all SMs but `count` (even), which a communication kernel holds. A new count is a
+    new kernel, compiled on first use."""
+    there = deep_gemm.get_num_sms()
+    deep_gemm.set_num_sms(there - count)
+    try:
+        yield
+    finally:
+        deep_gemm.set_num_sms(there)
 
 
 def _check_room(x: Tensor) -> None:

@@ -12,10 +12,14 @@ lies outside a descriptor reads as zero.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.gemv import FEW_TOKENS, linear_of_few
+from kernels.pdl import after_previous, pdl
 
 
 class Tile(NamedTuple):
@@ -68,15 +72,16 @@ def pin(x):
 
 @triton.jit
 def dot_slabs(
-    x_desc, w_desc, x_scale, w_scale, row, w_row, rows_end, D, k_start, k_end,
+    x_desc, w_desc, x_scale, x_scale_stride, w_scale, row, scale_row, w_row, rows_end, D, k_start, k_end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """SLABS (1 or 2) products x[row.. : BLOCK_M rows] @ w[w_row.. : BLOCK_N rows].T over steps k_start..k_end of D.
 
-    x_scale points to row 0 of [rows, D / 128], read for rows < rows_end; w_scale to this tile's row of
-    [N / 128, D / 128]; None = no scales. Returns top, bottom float32.
+    x_scale points to row 0 of [rows, D / 128], whose columns are x_scale_stride apart; rows scale_row.. of it are read,
+    as far as rows_end; w_scale points to this tile's row of [N / 128, D / 128]; None = no scales. Returns top, bottom
+    float32.
     """
-    rows = row + tl.arange(0, BLOCK_M)
+    rows = scale_row + tl.arange(0, BLOCK_M)
     top = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     bottom = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # stays so, and out of the registers, with one slab
     if x_scale is None:
@@ -84,22 +89,21 @@ def dot_slabs(
             w = w_desc.load([w_row, k * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             top = tl.dot(x_desc.load([row, k * BLOCK_K]), w.T, top, input_precision="ieee")
     else:
-        num_k = tl.cdiv(D, BLOCK_K)
-        top_scale = x_scale + tl.minimum(rows, rows_end - 1).to(tl.int64) * num_k
-        bottom_scale = x_scale + tl.minimum(rows + BLOCK_M, rows_end - 1).to(tl.int64) * num_k
+        top_scale = x_scale + tl.minimum(rows, rows_end - 1)
+        bottom_scale = x_scale + tl.minimum(rows + BLOCK_M, rows_end - 1)
         ws = tl.load(w_scale + k_start)  # one for the tile: BLOCK_N divides 128
-        xs = tl.load(top_scale + k_start)  # [BLOCK_M]
-        xs2 = tl.load(bottom_scale + k_start)
+        xs = tl.load(top_scale + k_start * x_scale_stride)  # [BLOCK_M]
+        xs2 = tl.load(bottom_scale + k_start * x_scale_stride)
         for k in range(k_start, k_end):
             w = w_desc.load([w_row, k * BLOCK_K])
             x = x_desc.load([row, k * BLOCK_K])
             scale = xs * ws
             scale2 = xs2 * ws
             after = tl.minimum(k + 1, k_end - 1)  # the next scales come while the tensor core is busy with this step
-            xs = tl.load(top_scale + after)
+            xs = tl.load(top_scale + after * x_scale_stride)
             ws = tl.load(w_scale + after)
             if SLABS == 2:
-                xs2 = tl.load(bottom_scale + after)
+                xs2 = tl.load(bottom_scale + after * x_scale_stride)
                 x2 = x_desc.load([row + BLOCK_M, k * BLOCK_K])
             top += tl.dot(x, w.T) * scale[:, None]
             if SLABS == 2:
@@ -120,7 +124,7 @@ def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def tiles_kernel(
-    x_desc, w_desc, x_scale, w_scale, row_expert, out, M, N, D,
+    x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +150,7 @@ def tiles_kernel(
             if w_scale is not None:
                 scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             slabs = dot_slabs(
-                x_desc, w_desc, x_scale, scale, row, expert * N + col, M, D, k_start, k_end,
+                x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, D, k_start, k_end,
                 BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
             )  # fmt: skip
             store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
@@ -169,12 +173,13 @@ def launch_tiles(
     out = x.new_empty(m, n, dtype=x.dtype if x_scale is None else torch.bfloat16)
     if out.numel() == 0:
         return out
+    x_scale = column_major(x_scale)
     check_scales(x, x_scale, w, w_scale)
     parts = out if tile.parts == 1 else x.new_empty(tile.parts, m, n, dtype=torch.float32)
     tiles_kernel[triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.block_n), tile.parts](
-        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale, w_scale, row_expert, parts,
-        m, n, d, tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
+        0 if x_scale is None else x_scale.stride(1), w_scale, row_expert, parts, m, n, d, tile.block_m, tile.block_n,
+        tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if tile.parts > 1:
         sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024)
@@ -188,7 +193,14 @@ def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor |
     want_x, want_w = (*x.shape[:-1], blocks), (*w.shape[:-2], -(-w.shape[-2] // 128), blocks)
     if x_scale.shape != want_x or w_scale.shape != want_w:
         raise ValueError(f"scales {tuple(x_scale.shape)}, {tuple(w_scale.shape)} should be {want_x}, {want_w}")
-    assert x_scale.is_contiguous() and w_scale.is_contiguous(), "scales must be contiguous"
+    assert w_scale.is_contiguous(), "scales must be contiguous"
+
+
+def column_major(scale: Tensor | None) -> Tensor | None:
+    """[..., M, G] with rows side by side, as `quant.fp8_like` makes it; a copy where it is not so."""
+    if scale is None or scale.stride(-2) == 1:
+        return scale
+    return scale.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
@@ -205,7 +217,7 @@ def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
 def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """out = (x * its 1x128 scales) @ (w * its 128x128 scales).T in bf16, each 128 columns' sum scaled in float32.
 
-    x [M, D] float8_e4m3fn, x_scale [M, ceil(D / 128)] float32; w [N, D] float8_e4m3fn,
+    x [M, D] float8_e4m3fn, x_scale [M, ceil(D / 128)] float32 (best column by column); w [N, D] float8_e4m3fn,
     w_scale [ceil(N / 128), ceil(D / 128)] float32 -> [M, N] bf16. D must be a multiple of 16.
     """
     return launch_tiles(x, x_scale, w, w_scale, None, dense_tile(x.shape[0], *w.shape, num_sms(x.device)))
@@ -214,8 +226,9 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
 @triton.jit
 def _linear_float32_kernel(
     x, weight, out, T, N, x_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     rows, cols = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -226,6 +239,11 @@ def _linear_float32_kernel(
     tl.store(out + rows[:, None] * N + cols, acc, mask=(rows < T)[:, None] & (cols < N))
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D] @ weight [N, D].T -> [T, N]: cuBLAS's, but for the smallest decode steps: `ref.linear`."""
+    return linear_of_few(x, weight) if 0 < x.shape[0] <= FEW_TOKENS else F.linear(x, weight)
+
+
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32): `ref.linear_float32`.
 
@@ -234,12 +252,14 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:
         return x.float() @ weight.float().T
+    if 0 < tokens <= 2 * FEW_TOKENS:
+        return linear_of_few(x, weight, torch.float32)
     if tokens > 64 or outputs > 512 or tokens == 0:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     out = x.new_empty(tokens, outputs, dtype=torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
     _linear_float32_kernel[triton.cdiv(tokens, 16), triton.cdiv(outputs, 16)](
         x, weight, out, tokens, outputs, x.stride(0), width, BLOCK_T=16, BLOCK_N=16, BLOCK_K=256, num_warps=4,
-        num_stages=4,
+        num_stages=4, **pdl(x),
     )  # fmt: skip
     return out

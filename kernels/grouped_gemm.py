@@ -16,21 +16,25 @@ from kernels.gemm import (
     block_descriptor,
     block_order,
     check_scales,
+    column_major,
     dot_slabs,
     launch_tiles,
     num_sms,
     store_slabs,
 )
+from kernels.pdl import after_previous, pdl
 
 ALIGNMENT = 128  # rows of a contiguous segment
 
 
 @triton.jit
 def masked_kernel(
-    x_desc, w_desc, x_scale, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
+    x_desc, w_desc, x_scale, x_scale_stride, expert_stride, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A fixed number of programs deal the real tiles among themselves: expert by expert, found by counting blocks."""
+    after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + ids, mask=ids < L, other=0)
     num_n, num_k = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
@@ -43,12 +47,13 @@ def masked_kernel(
         tile -= tl.sum(tl.where(before, tiles, 0), 0)
         m, n = block_order(tile, tl.cdiv(count, BLOCK_M * SLABS), num_n, GROUP_M)
         row, rows_end, col = expert * R + m * BLOCK_M * SLABS, expert * R + count, n * BLOCK_N
-        scale = w_scale
+        scale, x_scale_here = w_scale, x_scale
         if w_scale is not None:
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
+            x_scale_here += expert * expert_stride
         slabs = dot_slabs(
-            x_desc, w_desc, x_scale, scale, row, expert * N + col, rows_end, D, 0, num_k,
-            BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
+            x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, D,
+            0, num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
         )  # fmt: skip
         store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M, BLOCK_N, SLABS)
 
@@ -60,15 +65,17 @@ def launch_masked(
     out = x.new_empty(num_local, room, n, dtype=x.dtype if x_scale is None else torch.bfloat16)
     if out.numel() == 0:
         return out
+    x_scale = column_major(x_scale)
     check_scales(x, x_scale, w, w_scale)
     most = num_local * triton.cdiv(room, tile.rows) * triton.cdiv(n, tile.block_n)
     shared = tile.num_stages * (tile.rows + tile.block_n) * 128  # bytes, of an SM's 227 KiB
     programs = min(most, num_sms(x.device) * min(8 // tile.num_warps, 227 * 1024 // shared))
     masked_kernel[programs,](
-        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale, w_scale, counts, out,
+        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
+        0 if x_scale is None else x_scale.stride(2), 0 if x_scale is None else x_scale.stride(0), w_scale, counts, out,
         num_local, room, n, d, triton.next_power_of_2(num_local),
         tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
     return out
 
@@ -117,8 +124,8 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor) -> Tensor:
     """`grouped_gemm_masked` on fp8 e4m3 operands; bf16 out.
 
-    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (in any strides: DeepEP's stand column by column); w, w_scale as
+    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (best column by column, as DeepEP's are); w, w_scale as
     `grouped_gemm_contiguous_fp8`.
     """
     tile = TWO_SLABS if x.shape[1] > FEW_ROWS else Tile(64, 128, 1, 4, 4)
-    return launch_masked(x, x_scale.contiguous(), w, w_scale, counts, tile)
+    return launch_masked(x, x_scale, w, w_scale, counts, tile)

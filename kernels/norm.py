@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quant import GROUP, store_quantized
+from kernels.pdl import after_previous, pdl
+from kernels.quant import GROUP, fp8_like, store_quantized
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _normed(x, weight, eps, dim):
 
 
 @triton.jit
-def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """rope of x [ROWS, BLOCK_D] by cos, sin [ROWS, BLOCK_D / 2]."""
     even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
@@ -29,8 +30,10 @@ def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
-    dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    scale_stride, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
     here = (row < rows) & (col < dim)
@@ -38,8 +41,12 @@ def _rms_norm_kernel(
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row * residual_stride + col, mask=here, other=0.0)).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
-    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * dim + col, normed, mask=here)
+    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim)
+    if out_ptr is None:
+        normed = normed.to(x.dtype)
+    else:
+        normed = normed.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * dim + col, normed, mask=here)
     if QUANT:  # as rows of one group each: dim is a multiple of GROUP
         groups: tl.constexpr = BLOCK_D // GROUP
         part = tl.arange(0, ROWS * groups)
@@ -47,7 +54,8 @@ def _rms_norm_kernel(
         live, col = (row < rows) & (group < dim // GROUP), tl.arange(0, GROUP)
         y = normed.to(tl.float32).reshape(ROWS * groups, GROUP)
         mask = live[:, None] & (col < GROUP)[None, :]
-        store_quantized(y, values_ptr, scales_ptr, row * (dim // GROUP) + group, col, mask, live, 0, GROUP)
+        values_at = values_ptr + (row * dim + group * GROUP)[:, None] + col[None, :]
+        store_quantized(y, values_at, scales_ptr + group * scale_stride + row, mask, live)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -56,27 +64,31 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False) -> tuple[Tensor, ...]:
-    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual."""
-    dim, on = x.shape[-1], x.device
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on)
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False, bare: bool = True
+) -> tuple[Tensor | None, ...]:
+    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual, and
+    no normed (None) without `bare`."""
+    shape, dim, on = x.shape, x.shape[-1], x.device
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on) if bare else None
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=on)
     values = scales = None
     if quant:
         assert dim % GROUP.value == 0, f"{dim=}"
-        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=on)
-        scales = torch.empty(*x.shape[:-1], dim // GROUP.value, dtype=torch.float32, device=on)
+        values, scales = fp8_like(_rows(x), dim)
     if x.numel():
         x = _rows(x)
         other = x if residual is None else _rows(residual)
         block = triton.next_power_of_2(dim)
         per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
-            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps, dim,
-            ROWS=per_program, BLOCK_D=block, ADD=residual is not None, QUANT=quant,
-            num_warps=4 if block <= 2048 else 8,
+            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps,
+            0 if scales is None else scales.stride(1), dim, ROWS=per_program, BLOCK_D=block, ADD=residual is not None,
+            QUANT=quant, num_warps=4 if block <= 2048 else 8, **pdl(x),
         )  # fmt: skip
-    return (out, values, scales, total) if quant else (out, total)
+    if not quant:
+        return out, total
+    return out, values.view(shape), scales.unflatten(0, shape[:-1]), total
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -96,28 +108,29 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _norm(x, residual, weight, eps)
 
 
-def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales).
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales), normed if `bare`.
 
-    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128]: `ref.rms_norm_quant`.
+    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128] as of `fp8_like`: `ref.rms_norm_quant`.
     """
-    return _norm(x, None, weight, eps, quant=True)[:3]
+    return _norm(x, None, weight, eps, True, bare)[:3]
 
 
 def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual)."""
-    return _norm(x, residual, weight, eps, quant=True)
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual), normed if `bare`."""
+    return _norm(x, residual, weight, eps, True, bare)
 
 
 @triton.jit
 def _rope_kernel(
     source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
     target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
+    after_previous(PDL, LET_NEXT=False)  # attention comes next
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
     token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
@@ -128,7 +141,7 @@ def _rope_kernel(
     cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
     sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
     target = target_ptr + token * target_stride + head * target_head_stride + col
-    tl.store(target, _turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
+    tl.store(target, turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
@@ -153,7 +166,7 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
     _rope_kernel[triton.cdiv(rows, per_program),](
         source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
         target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
-        ROWS=per_program, BLOCK_D=block, num_warps=4,
+        ROWS=per_program, BLOCK_D=block, num_warps=4, **pdl(q),
     )  # fmt: skip
 
 
@@ -161,7 +174,9 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
 def _norm_rope_write_kernel(
     kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, pages_ptr, tokens, kv_stride, cos_stride, sin_stride,
     eps, latent: tl.constexpr, rope_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     live = token < tokens
     source = kv_ptr + token * kv_stride
@@ -179,7 +194,7 @@ def _norm_rope_write_kernel(
     cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_R / 2]
     sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
     key = tl.load(source + latent + col, mask=here, other=0.0)  # [ROWS, BLOCK_R]
-    tl.store(target + latent + col, _turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
+    tl.store(target + latent + col, turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
 
 
 def norm_rope_write(
@@ -207,4 +222,5 @@ def norm_rope_write(
         kv, norm_weight, cos_table, sin_table, positions, rows, pool, tokens, kv.stride(0), cos_table.stride(0),
         sin_table.stride(0), eps, latent, rope_dim,
         ROWS=per_program, BLOCK_C=block, BLOCK_R=max(2, triton.next_power_of_2(rope_dim)), num_warps=4,
+        **pdl(kv),
     )  # fmt: skip

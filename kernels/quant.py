@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.pdl import after_previous, pdl
+
 GROUP = tl.constexpr(128)  # columns that share a scale
 FP8_MAX = tl.constexpr(448.0)  # e4m3's largest finite value
 SMALLEST = tl.constexpr(1e-4)  # keeps a block of zeros from dividing by zero
@@ -25,29 +27,31 @@ def _silu_mul(x, rows, cols, mask, W):
 
 
 @triton.jit
-def store_quantized(y, out, scales, rows, cols, mask, live, group, D):
-    """Tile y [rows, 128] float32 -> fp8 into out [.., D] and its scales into column `group` of [.., ceil(D / 128)]."""
+def store_quantized(y, values_at, scales_at, mask, live):
+    """Tile y [rows, 128] float32 -> fp8 at the pointers values_at [rows, 128], its scales at scales_at [rows]."""
     scale = tl.maximum(tl.max(tl.abs(y), 1), SMALLEST) / FP8_MAX  # [rows]
     y = tl.clamp(y / scale[:, None], -FP8_MAX, FP8_MAX)
-    wide = rows.to(tl.int64)
-    tl.store(out + wide[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
-    tl.store(scales + wide * tl.cdiv(D, GROUP) + group, scale, mask=live)
+    tl.store(values_at, y.to(values_at.dtype.element_ty), mask=mask)
+    tl.store(scales_at, scale, mask=live)
 
 
 @triton.jit
-def _quantize_kernel(x, out, scales, M, D, ROWS: tl.constexpr):
+def _quantize_kernel(x, out, scales, M, D, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
+    after_previous(PDL)
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = group * GROUP + tl.arange(0, GROUP)
     live = rows < M
     mask = live[:, None] & (cols < D)[None, :]
-    y = tl.load(x + rows.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_quantized(y, out, scales, rows, cols, mask, live, group, D)
+    at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    store_quantized(y, out + at, scales + group.to(tl.int64) * scale_stride + rows, mask, live)
 
 
 @triton.jit
-def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
+def _silu_mul_kernel(x, row_expert, out, scales, M, W, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
     """scales None: a plain silu * mul. row_expert None: every row is real."""
+    after_previous(PDL)
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = group * GROUP + tl.arange(0, GROUP)
@@ -56,18 +60,20 @@ def _silu_mul_kernel(x, row_expert, out, scales, M, W, ROWS: tl.constexpr):
         live = live & (tl.load(row_expert + rows, mask=live, other=-1) >= 0)
     mask = live[:, None] & (cols < W)[None, :]
     y = _silu_mul(x, rows, cols, mask, W)
+    at = out + rows.to(tl.int64)[:, None] * W + cols[None, :]
     if scales is None:
-        tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+        tl.store(at, y.to(out.dtype.element_ty), mask=mask)
     else:
-        store_quantized(y, out, scales, rows, cols, mask, live, group, W)
+        store_quantized(y, at, scales + group.to(tl.int64) * scale_stride + rows, mask, live)
 
 
 @triton.jit
-def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
+def _silu_mul_masked_kernel(x, counts, out, scales, R, W, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
     """Grid (expert, group, P): P programs walk the expert's real row blocks, however many there are.
 
     scales None: a plain silu * mul.
     """
+    after_previous(PDL)
     expert, group = tl.program_id(0), tl.program_id(1)
     count = tl.load(counts + expert)
     cols = group * GROUP + tl.arange(0, GROUP)
@@ -77,25 +83,33 @@ def _silu_mul_masked_kernel(x, counts, out, scales, R, W, ROWS: tl.constexpr):
         rows = expert * R + place
         mask = live[:, None] & (cols < W)[None, :]
         y = _silu_mul(x, rows, cols, mask, W)
+        at = out + rows.to(tl.int64)[:, None] * W + cols[None, :]
         if scales is None:
-            tl.store(out + rows.to(tl.int64)[:, None] * W + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+            tl.store(at, y.to(out.dtype.element_ty), mask=mask)
         else:
-            store_quantized(y, out, scales, rows, cols, mask, live, group, W)
+            column = (expert * tl.num_programs(1) + group).to(tl.int64)
+            store_quantized(y, at, scales + column * scale_stride + place, mask, live)
 
 
-def _fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Room for x's leading shape and `width` columns: values in fp8, scales in float32."""
-    shape, groups = x.shape[:-1], triton.cdiv(width, GROUP.value)
-    return x.new_empty(*shape, width, dtype=torch.float8_e4m3fn), x.new_empty(*shape, groups, dtype=torch.float32)
+def fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Room for `width` columns of x's rows [..., M]: values in fp8, row by row, and their scales in float32
+    [..., M, width / 128], column by column, each of whole 16 bytes: as TMA, and so DeepGEMM, reads them."""
+    *lead, rows = x.shape[:-1]
+    columns = x.new_empty(*lead, triton.cdiv(width, GROUP.value), triton.cdiv(rows, 4) * 4, dtype=torch.float32)
+    return x.new_empty(*lead, rows, width, dtype=torch.float8_e4m3fn), columns.transpose(-1, -2)[..., :rows, :]
 
 
 def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] -> fp8 e4m3 [..., D], scales [..., ceil(D / 128)] float32, one for each row and 128 columns."""
-    out, scales = _fp8_like(x, x.shape[-1])
+    shape, width = x.shape, x.shape[-1]
+    x = x.reshape(-1, width)
+    out, scales = fp8_like(x, width)
     if out.numel():
-        rows, width = out.numel() // x.shape[-1], x.shape[-1]
-        _quantize_kernel[triton.cdiv(rows, ROWS), scales.shape[-1]](x.contiguous(), out, scales, rows, width, ROWS)
-    return out, scales
+        rows = len(x)
+        _quantize_kernel[triton.cdiv(rows, ROWS), scales.shape[-1]](
+            x.contiguous(), out, scales, rows, width, scales.stride(1), ROWS, **pdl(x)
+        )
+    return out.view(shape), scales.unflatten(0, shape[:-1])
 
 
 def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
@@ -107,7 +121,7 @@ def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
     if out.numel():
         rows, width = out.numel() // out.shape[-1], out.shape[-1]
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value))
-        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, None, rows, width, ROWS)
+        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, None, rows, width, 0, ROWS, **pdl(x))
     return out
 
 
@@ -120,7 +134,7 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
     if out.numel():
         num_local, room, width = out.shape
         grid = (num_local, triton.cdiv(width, GROUP.value), min(16, triton.cdiv(room, ROWS)))
-        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, None, room, width, ROWS)
+        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, None, room, width, 0, ROWS, **pdl(x))
     return out
 
 
@@ -129,10 +143,12 @@ def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor,
 
     Rows whose row_expert [M] is -1 are padding: neither read nor written.
     """
-    out, scales = _fp8_like(x, x.shape[-1] // 2)
+    out, scales = fp8_like(x, x.shape[-1] // 2)
     if out.numel():
         grid = (triton.cdiv(x.shape[0], ROWS), scales.shape[-1])
-        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, scales, x.shape[0], out.shape[-1], ROWS)
+        _silu_mul_kernel[grid](
+            x.contiguous(), row_expert, out, scales, x.shape[0], out.shape[-1], scales.stride(1), ROWS, **pdl(x)
+        )
     return out, scales
 
 
@@ -141,9 +157,11 @@ def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
     counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
     """
-    out, scales = _fp8_like(x, x.shape[-1] // 2)
+    out, scales = fp8_like(x, x.shape[-1] // 2)
     if out.numel():
         num_local, room, width = out.shape
         grid = (num_local, scales.shape[-1], min(16, triton.cdiv(room, ROWS)))
-        _silu_mul_masked_kernel[grid](x.contiguous(), counts, out, scales, room, width, ROWS)
+        _silu_mul_masked_kernel[grid](
+            x.contiguous(), counts, out, scales, room, width, scales.stride(2), ROWS, **pdl(x)
+        )
     return out, scales

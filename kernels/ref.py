@@ -1,13 +1,20 @@
 """The pure-torch twin of every op: the specification that the fast kernels are tested against, and the CPU path.
 
+WAITING are those that look at numbers on the host, and so cannot be captured into a CUDA graph, of a decode step's ops.
+
 T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.fp8 import dequantize_1x128, dequantize_128x128, quantize_1x128
+
+WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,17 +37,27 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
+def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
+    """The query of absorbed MLA (DeepSeek-V2, section 2.1): q' = [W_UK^T q_nope, rope(q_rope)] of every head.
+
+    q [B, H, nope + R], w_uk [H, nope, C], tables [length, R / 2] float32, indexed by positions [B] -> [B, H, C + R].
+    """
+    nope, key = q.tensor_split((w_uk.shape[1],), -1)
+    latent = torch.bmm(nope.transpose(0, 1), w_uk).transpose(0, 1)
+    return torch.cat((latent, rope(key, cos_table[positions], sin_table[positions])), -1)
+
+
+def project_values(attended: Tensor, w_uv: Tensor) -> Tensor:
+    """attended [B, H, C] through w_uv [H, v, C] of its head -> [B, H, v]."""
+    return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
     """rope of the last `rope_dim` columns of every head of q [T, H, nope + R], in place.
 
     cos_table, sin_table [length, R / 2] float32, indexed by positions [T] int64.
     """
-    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
-
-
-def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
-    """rope_query, written into the last `rope_dim` columns of out [T, H, C + R] instead; its others are left alone."""
-    out[..., -rope_dim:] = rope(q[..., -rope_dim:], cos_table[positions], sin_table[positions])
+    q[..., -rope_dim:] = rope(q[..., -rope_dim:], cos_table[positions], sin_table[positions])
 
 
 def norm_rope_write(
@@ -82,57 +99,18 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-FP8_MAX = 448.0  # of e4m3
-BLOCK = 128
-
-
-def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], so that x ~ fp8 * scale.
-
-    DeepSeek-V3's activation format (technical report, section 3.3.2): one scale for each row and 128 columns.
-    """
-    groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scale = groups.abs().amax(-1).clamp(min=1e-4) / FP8_MAX
-    scaled = (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return scaled.flatten(-2)[..., : x.shape[-1]].contiguous(), scale
-
-
-def dequantize_1x128(x: Tensor, scale: Tensor) -> Tensor:
-    return x.float() * scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
-
-
-def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., N, D] -> e4m3 [..., N, D] and float32 scales [..., ceil(N / 128), ceil(D / 128)].
-
-    DeepSeek-V3's weight format (same section); the scales are its checkpoints' `weight_scale_inv`.
-    """
-    rows, columns = weight.shape[-2:]
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, 128, d, 128]
-    scale = blocks.abs().amax((-3, -1)).clamp(min=1e-12) / FP8_MAX
-    scaled = (blocks / scale[..., None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return scaled.flatten(-4, -3).flatten(-2)[..., :rows, :columns].contiguous(), scale
-
-
-def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
-    """The float32 values of a part of a quantised tensor that begins at (first_row, first_column) of the whole."""
-    row = torch.arange(first_row, first_row + weight.shape[-2], device=weight.device) // BLOCK
-    column = torch.arange(first_column, first_column + weight.shape[-1], device=weight.device) // BLOCK
-    return weight.float() * scale[..., row[:, None], column]
-
-
-def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales)."""
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales), normed only if `bare`."""
     normed = rms_norm(x, weight, eps)
-    return normed, *quantize_1x128(normed)
+    return normed if bare else None, *quantize_1x128(normed)
 
 
 def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The residual add before rms_norm_quant: returns (normed, values, scales, x + residual)."""
     total = x + residual
-    return *rms_norm_quant(total, weight, eps), total
+    return *rms_norm_quant(total, weight, eps, bare), total
 
 
 def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -154,12 +132,22 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, max_q: int, max_kv: int, scale: float
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    max_q: int,
+    max_kv: int,
+    scale: float,
 ) -> Tensor:
     """Causal attention over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
 
-    q [sum q, H, dqk], k [sum kv, H, dqk], v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv].
+    q [sum q, H, nope + R]; a key is k_nope [sum kv, H, nope] of its head and k_rope [sum kv, R] of all heads;
+    v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv].
     """
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)), -1)
     out = v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     q_bounds, kv_bounds = q_starts.tolist(), kv_starts.tolist()
     for i in range(len(q_bounds) - 1):
@@ -199,6 +187,11 @@ def mla_decode(
             rows = kv_pages[pages].flatten(0, 1)[:length].float()
             out[i] = (((q[i].float() @ rows.T) * scale).softmax(-1) @ rows[:, : out.shape[2]]).to(out.dtype)
     return out
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D] @ weight [N, D].T -> [T, N], in their dtype."""
+    return F.linear(x, weight)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -248,21 +241,28 @@ def _movable(x: Tensor) -> Tensor:
 
 
 def ep_scatter(
-    x: Tensor, experts: Tensor, num_local: int, alignment: int, scales: Tensor | None = None
+    x: Tensor,
+    experts: Tensor,
+    num_local: int,
+    alignment: int,
+    counts: Sequence[int] | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Received tokens -> rows grouped by expert, each group padded to `alignment` rows.
 
     x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
     row_expert [M] int32 (-1 = padding) and index [N, K]: where token n's k-th copy went, -1 = nowhere; and with
-    `scales` [N, S], those moved alike [M, S].
+    `scales` [N, S], those moved alike [M, S]. counts: copies of each expert (rounded up to `alignment` or not) if the
+    host knows them, which spares a GPU telling it.
     """
     flat = experts.flatten()
-    counts = torch.bincount(flat[flat >= 0], minlength=num_local)
-    sizes = (counts + alignment - 1) // alignment * alignment
+    copies = torch.bincount(flat[flat >= 0], minlength=num_local)
+    sizes = (copies + alignment - 1) // alignment * alignment
+    assert counts is None or [-(-c // alignment) * alignment for c in counts] == sizes.tolist(), f"{counts=} {copies=}"
     starts = sizes.cumsum(0) - sizes
     order = torch.argsort(flat, stable=True)[(flat < 0).sum() :]  # copies by expert, in token order within one
     expert = flat[order]
-    first = counts.cumsum(0) - counts
+    first = copies.cumsum(0) - copies
     rows = starts[expert] + torch.arange(len(order), device=x.device) - first[expert]
     total = int(sizes.sum())
     index = torch.full_like(flat, -1)
@@ -305,8 +305,13 @@ def ep_scatter_masked(
     return moved[0], counts, index, *moved[1:]
 
 
-def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. [T, D]."""
+def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. [T, D].
+
+    index None: copy (t, k) is row t * K + k.
+    """
+    if index is None:
+        index = torch.arange(weights.numel(), device=rows.device).view_as(weights)
     out = torch.zeros(index.shape[0], rows.shape[-1], device=rows.device)
     if plus is not None:
         out += plus
@@ -336,6 +341,22 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = x[expert, :count] @ weight[expert].T
     return out
+
+
+def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """out[c] = x's row @ weight[slots[c]].T of every copy c = t * K + k; zeros where slots is -1.
+
+    x [T, D] or a row for each copy [T * K, D], weight [L, N, D], slots [T, K] -> [T * K, N]. For few tokens.
+    """
+    slot = slots.flatten()
+    rows = x.repeat_interleave(len(slot) // max(1, len(x)), 0)
+    out = torch.einsum("cd,cnd->cn", rows, weight[slot.clamp(min=0)])
+    return out.masked_fill(slot[:, None] < 0, 0.0)
+
+
+def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """silu_mul of gemm_of_copies: weight [L, 2I, D] -> [T * K, I]."""
+    return silu_mul(gemm_of_copies(x, weight, slots))
 
 
 def grouped_gemm_contiguous_fp8(

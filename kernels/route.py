@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.pdl import after_previous, pdl
+
 
 @triton.jit
 def _gate_kernel(
     logits, bias, slot_of_expert, is_token, ids_out, weights_out, num_experts, n_group, topk_group, top_k, scale,
-    NORMALIZE: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+    NORMALIZE: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token a program, its experts as [groups, experts a group] padded to powers of two [G, P]."""
+    after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     per_group = num_experts // n_group
     group, place = tl.arange(0, G), tl.arange(0, P)
@@ -83,14 +86,15 @@ def gate_topk(
         g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
         _gate_kernel[tokens,](
             logits.contiguous(), bias, slot_of_expert, is_token, ids, weights, num_experts, n_group, topk_group, top_k,
-            scale, normalize, g, p, triton.next_power_of_2(top_k), num_warps=1,
+            scale, normalize, g, p, triton.next_power_of_2(top_k), num_warps=1, **pdl(logits),
         )  # fmt: skip
     return ids, weights
 
 
 @triton.jit
-def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr):
+def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr):
     """block_counts[e, block] = how many of the block's copies go to expert e."""
+    after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
     copy = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
     expert = tl.load(experts + copy, mask=copy < num_copies, other=-1).to(tl.int32)
@@ -100,9 +104,11 @@ def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, C
 
 @triton.jit
 def _place_kernel(
-    experts, block_ends, starts, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr
-):
+    experts, block_ends, starts, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """index[copy] = e's first row + copies to e in the blocks before + those before it in its own; -1 = nowhere."""
+    after_previous(PDL)
     block = tl.program_id(0)
     ids = tl.arange(0, EXPERTS)
     copy = block * COPIES + tl.arange(0, COPIES)
@@ -118,8 +124,9 @@ def _place_kernel(
 
 
 @triton.jit
-def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.constexpr):
+def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.constexpr, PDL: tl.constexpr):
     """One expert a program: numbers its copies in token order, and counts them. The first also writes the -1s."""
+    after_previous(PDL)
     mine = tl.program_id(0)
     row = mine.to(tl.int64) * room
     for start in range(0, num_copies, COPIES):
@@ -133,25 +140,39 @@ def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.co
 
 
 @triton.jit
-def _move_kernel(x, index, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[index[n, k]] = x[n] for every k: a token is read once."""
+def _move_kernel(
+    x, index, out, scales, scales_out, scale_row, scale_col, S, D, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[index[n, k]] = x[n] for every k: a token is read once. A row's first program also moves its scales."""
+    after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = tl.load(x + token * D + cols, mask=cols < D)
     for k in tl.static_range(K):
         row = tl.load(index + token * K + k)
         tl.store(out + row * D + cols, value, mask=(cols < D) & (row >= 0))
+    if scales is not None:  # noqa: SIM102 (the compiler knows this, and not what follows)
+        if tl.program_id(1) == 0:
+            col = tl.arange(0, BLOCK_S)
+            scale = tl.load(scales + token * scale_row + col * scale_col, mask=col < S)
+            for k in tl.static_range(K):
+                row = tl.load(index + token * K + k)
+                tl.store(scales_out + row * S + col, scale, mask=(col < S) & (row >= 0))
 
 
 @triton.jit
-def _gather_kernel(rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _gather_kernel(rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if plus is not None:
         total += tl.load(plus + token * D + cols, mask=cols < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
-        row = tl.load(index + token * K + k)
+        row = token * K + k
+        if index is not None:
+            row = tl.load(index + row)
         value = tl.load(rows + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
         if weights is not None:
             value *= tl.load(weights + token * K + k, mask=row >= 0, other=0.0)
@@ -165,12 +186,19 @@ def _columns(x: Tensor) -> tuple[int, int]:
     return block, triton.cdiv(x.shape[-1], block)
 
 
-def _move(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[Tensor]:
+    """The rows of x [N, D], and their scales [N, S], at their places in new tensors [*lead, D], [*lead, S]."""
+    out = x.new_empty(*lead, x.shape[1])
+    moved = [out] if scales is None else [out, scales.new_empty(*lead, scales.shape[1])]
     if x.shape[0] and out.numel():
         source, target = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (x.contiguous(), out))
         block, programs = _columns(x)
-        _move_kernel[x.shape[0], programs](source, index, target, x.shape[1], index.shape[1], block)
-    return out
+        strides = (0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])
+        _move_kernel[x.shape[0], programs](
+            source, index, target, scales, None if scales is None else moved[1], *strides, x.shape[1], index.shape[1],
+            block, 1 if scales is None else triton.next_power_of_2(scales.shape[1]), **pdl(x),
+        )  # fmt: skip
+    return moved
 
 
 def ep_scatter(
@@ -193,18 +221,18 @@ def ep_scatter(
     copies = max(16, min(256, 8192 // width))  # the [copies, experts] table lives in registers
     blocks = max(1, triton.cdiv(num_copies, copies))
     block_ends = experts.new_empty(num_local, blocks, dtype=torch.int32)
-    _count_kernel[blocks,](experts, block_ends, num_copies, num_local, width, copies)
+    _count_kernel[blocks,](experts, block_ends, num_copies, num_local, width, copies, **pdl(x))
     block_ends = block_ends.cumsum(1, dtype=torch.int32)
     sizes = (block_ends[:, -1] + alignment - 1) // alignment * alignment
     ends = sizes.cumsum(0)
     total = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
     row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
     index = torch.empty_like(experts)
-    _place_kernel[blocks,](experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies)
-    rows = _move(x, index, x.new_empty(total, x.shape[1]))
-    if scales is None:
-        return rows, row_expert, index
-    return rows, row_expert, index, _move(scales, index, scales.new_empty(total, scales.shape[1]))
+    _place_kernel[blocks,](
+        experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
+    )
+    rows, *scale = _move(x, scales, index, total)
+    return rows, row_expert, index, *scale
 
 
 def ep_scatter_masked(
@@ -218,31 +246,32 @@ def ep_scatter_masked(
     """
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
-    _place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024)
-    rows = _move(x, index, x.new_empty(num_local, room, x.shape[1]))
-    if scales is None:
-        return rows, counts, index
-    return rows, counts, index, _move(scales, index, scales.new_empty(num_local, room, scales.shape[1]))
+    _place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024, **pdl(x))
+    rows, *scale = _move(x, scales, index, num_local, room)
+    return rows, counts, index, *scale
 
 
-def ep_gather(rows: Tensor, index: Tensor, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], float32, in that order; -1 adds nothing.
 
-    rows [M, D], index [T, K] int64, weights [T, K] float32 or None, plus [T, D] or None -> [T, D] in rows' dtype, the
-    same bits every run.
+    rows [M, D], index [T, K] int64 (None: copy (t, k) is row t * K + k), weights [T, K] float32 or None, plus [T, D] or
+    None -> [T, D] in rows' dtype, the same bits every run.
     """
-    out = rows.new_empty(index.shape[0], rows.shape[-1])
+    tokens, top_k = (weights if index is None else index).shape
+    out = rows.new_empty(tokens, rows.shape[-1])
     if out.numel():
         block, programs = _columns(rows)
         weights = None if weights is None else weights.contiguous()
-        _gather_kernel[index.shape[0], programs](
+        _gather_kernel[tokens, programs](
             rows.contiguous(),
-            index.contiguous(),
+            None if index is None else index.contiguous(),
             weights,
             None if plus is None else plus.contiguous(),
             out,
             rows.shape[-1],
-            index.shape[1],
+            top_k,
             block,
+            num_warps=2,  # 32 bytes a thread
+            **pdl(rows),
         )
     return out

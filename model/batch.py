@@ -167,3 +167,10 @@ def page_rows(chunks: Sequence[Chunk], width: int | None = None) -> np.ndarray:
 def _rows(pages: Sequence[int], positions: np.ndarray) -> np.ndarray:
     """The pool rows of these positions; the null page's first for padding."""
     return np.asarray(pages or [NULL_PAGE])[positions // PAGE] * PAGE + positions % PAGE
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy on the host: of a CUDA tensor it is there once an event recorded after this call is done."""
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

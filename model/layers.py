@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.backend import Ops, Quantized
-from kernels.ref import BLOCK
+from kernels.fp8 import BLOCK
 from model.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn
@@ -40,35 +40,46 @@ class Linear(nn.Module):
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """x [T, in], in fp8 perhaps quantised already (Linears that share an input share that) -> [T, out]."""
         if self.weight_scale_inv is None:
-            return F.linear(x, self.weight)
+            return self.ops.linear(x, self.weight)
         values, scale = self.ops.quantize_1x128(x) if isinstance(x, Tensor) else x
         return self.ops.gemm_fp8(values, scale, self.weight, self.weight_scale_inv)
 
 
 class RMSNorm(nn.Module):
-    """`quantize`: what it gives to a Linear in fp8 is quantised in the same pass."""
+    """`quantize`: what it gives to a Linear in fp8 is quantised in the same pass; `bare`: and wanted as it is, too."""
 
     def __init__(
-        self, size: int, eps: float, ops: Ops, dtype: torch.dtype, device: torch.device | str, quantize: bool = False
+        self,
+        size: int,
+        eps: float,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        quantize: bool = False,
+        bare: bool = False,
     ):
         super().__init__()
         self.weight = weight(size, dtype=dtype, device=device)
-        self.eps, self.ops, self.quantize = eps, ops, quantize
+        self.eps, self.ops, self.quantize, self.bare = eps, ops, quantize, bare
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def operand(self, x: Tensor) -> Tensor | Quantized:
         """norm(x), as a Linear takes it."""
-        return self.ops.rms_norm_quant(x, self.weight, self.eps)[1:] if self.quantize else self(x)
+        return self.ops.rms_norm_quant(x, self.weight, self.eps, bare=False)[1:] if self.quantize else self(x)
 
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | Quantized, Tensor]:
-        """norm(x + delta), the same as a Linear takes it, and x + delta; delta None is 0."""
-        if delta is None:
-            return (normed := self(x)), self.operand(x) if self.quantize else normed, x
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor | None, Tensor | Quantized, Tensor]:
+        """norm(x + delta), the same as a Linear takes it, and x + delta; delta None is 0. The first may be None where
+        it is quantised and not wanted `bare`."""
         if self.quantize:
-            normed, *quantized, total = self.ops.add_rms_norm_quant(x, delta, self.weight, self.eps)
+            if delta is None:
+                normed, *quantized = self.ops.rms_norm_quant(x, self.weight, self.eps, self.bare)
+                return normed, tuple(quantized), x
+            normed, *quantized, total = self.ops.add_rms_norm_quant(x, delta, self.weight, self.eps, self.bare)
             return normed, tuple(quantized), total
+        if delta is None:
+            return (normed := self(x)), normed, x
         normed, total = self.ops.add_rms_norm(x, delta, self.weight, self.eps)
         return normed, normed, total
 

@@ -58,7 +58,7 @@ class MLA(nn.Module):
         return self.queries(q)
 
     def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """q of `project` (rotated in place) -> [T, D], to be summed over mesh.attn."""
+        """q of `project` (may be rotated in place) -> [T, D], to be summed over mesh.attn."""
         split = batch.num_decodes
         if split == 0:
             out = self.expanded(q, batch, kv_pages)
@@ -98,23 +98,16 @@ class MLA(nn.Module):
             .view(-1, self.heads, config.qk_nope_head_dim + config.v_head_dim)
             .split((config.qk_nope_head_dim, config.v_head_dim), -1)
         )
-        k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.heads, -1)), -1)  # [sum kv, H, nope + R]
         return self.ops.prefill_attention(
-            q, k, v, batch.q_starts, batch.kv_starts, batch.max_q, batch.max_kv, self.scale
+            q, k_nope, k_rope, v, batch.q_starts, batch.kv_starts, batch.max_q, batch.max_kv, self.scale
         )
 
     def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
         """q [B, H, nope + R] -> [B, H, v]."""
-        config, (w_uk, w_uv) = self.config, self.up_projections()
-        nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
-        turned = q.new_empty(q.shape[0], self.heads, config.kv_dim)  # q' [B, H, C + R]
-        by_head = q[..., :nope].transpose(0, 1)  # [H, B, nope]
-        torch.bmm(by_head, w_uk, out=turned[..., :latent].transpose(0, 1))
-        positions = batch.positions[: batch.num_decodes]
-        self.ops.rope_into(q, turned, *self.rope, positions, config.qk_rope_head_dim)
-        attended = self.ops.mla_decode(
-            turned, kv_pages, batch.page_table, batch.kv_lens, self.scale, v_dim=latent, plan=batch.decode_plan
-        )
-        out = q.new_empty(q.shape[0], self.heads, config.v_head_dim)
-        torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
-        return out
+        ops, (w_uk, w_uv) = self.ops, self.up_projections()
+        absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.num_decodes])
+        attended = ops.mla_decode(
+            absorbed, kv_pages, batch.page_table, batch.kv_lens, self.scale,
+            v_dim=self.config.kv_lora_rank, plan=batch.decode_plan,
+        )  # fmt: skip
+        return ops.project_values(attended, w_uv)

@@ -17,7 +17,7 @@ from kernels.backend import Ops, Quantized
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import block_scales, weight
-from parallel.dispatch import Contiguous, Masked
+from parallel.dispatch import Contiguous, Copies, Masked
 from parallel.dispatchers import Dispatcher
 from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
@@ -35,11 +35,15 @@ class Gate(nn.Module):
         self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=dtype, device=device)
         self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
 
-    def forward(self, x: Tensor, slot_of_expert: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> the slots of each token's experts [T, K] int64, -1 for padding, and weights [T, K] float32."""
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, E] float32."""
+        return self.ops.linear_float32(x, self.weight)
+
+    def forward(self, logits: Tensor, slot_of_expert: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots of each token's experts [T, K] int64, -1 for padding, and weights [T, K] float32."""
         config = self.config
         return self.ops.gate_topk(
-            self.ops.linear_float32(x, self.weight),
+            logits,
             self.e_score_correction_bias,
             config.n_group,
             config.topk_group,
@@ -66,25 +70,29 @@ class Experts(nn.Module):
         self.down_proj_scale_inv = block_scales(self.down_proj)
         self.ops = ops
 
-    def forward(self, arrived: Contiguous | Masked) -> Tensor:
+    def forward(self, arrived: Contiguous | Masked | Copies) -> Tensor:
         """The layout decides the GEMM. Returns rows in the layout of `arrived.x`."""
         ops = self.ops
         gate_up, gate_up_scale = self.gate_up_proj, self.gate_up_proj_scale_inv
         down, down_scale = self.down_proj, self.down_proj_scale_inv
         match arrived:
+            case Copies(x, slots):
+                return ops.gemm_of_copies(ops.swiglu_of_copies(x, gate_up, slots), down, slots)
             case Contiguous(x, row_expert, scale=None):
                 hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, gate_up, row_expert), row_expert)
                 return ops.grouped_gemm_contiguous(hidden, down, row_expert)
             case Contiguous(x, row_expert, scale=scale):
-                both = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert)
-                hidden, scale = ops.silu_mul_quant(both, row_expert)
+                hidden, scale = ops.silu_mul_quant(
+                    ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert), row_expert
+                )
                 return ops.grouped_gemm_contiguous_fp8(hidden, scale, down, down_scale, row_expert)
             case Masked(x, counts, scale=None):
                 hidden = ops.silu_mul_masked(ops.grouped_gemm_masked(x, gate_up, counts), counts)
                 return ops.grouped_gemm_masked(hidden, down, counts)
             case Masked(x, counts, scale=scale):
-                both = ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts)
-                hidden, scale = ops.silu_mul_quant_masked(both, counts)
+                hidden, scale = ops.silu_mul_quant_masked(
+                    ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts), counts
+                )
                 return ops.grouped_gemm_masked_fp8(hidden, scale, down, down_scale, counts)
 
 
@@ -121,14 +129,15 @@ class MoE(nn.Module):
         """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
         routed expert."""
         few = x.shape[0] <= FEW
+        logits = self.gate.logits(x)
         shared = self.beside.start(partial(self.shared, operand)) if few else None
-        slots, weights = self.gate(x, self.placement.slot_of_expert[self.layer], is_token)
+        slots, weights = self.gate(logits, self.placement.slot_of_expert[self.layer], is_token)
         if recorder is not None:
             recorder.add(self.layer, slots)
         yield "attention"
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)
-        del x, slots, weights
+        del x, logits, slots, weights
         yield "dispatch"
         arrived = pending.wait()
         y = self.experts(arrived)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.ref import BLOCK
+from kernels.fp8 import BLOCK
 from model.config import ModelConfig
 
 

@@ -72,8 +72,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         projection = FP8 if fp8 else dtype
         self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on, fp8=fp8)
-        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         self.is_moe = layer >= config.first_k_dense_replace
+        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8, bare=self.is_moe)
         if self.is_moe:
             moe_layer = layer - config.first_k_dense_replace
             self.mlp = MoE(config, moe_layer, placement, ops, beside, dtype, projection, device)
@@ -157,7 +157,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows.
 
-        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says.
+        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says, and
+        leave the dispatcher the SMs that it holds.
         """
         batch = self.planned(batch)
         residual = Residual(self.embed_tokens(batch.token_ids))
@@ -169,7 +170,9 @@ class Transformer(nn.Module):
             self.moe_steps(part, self.planned(half), kv_pool, dispatcher)
             for part, half in zip(residual.cut(halves[0].num_tokens), halves, strict=True)
         )
-        return self.head(torch.cat(run_two(*steps, schedule)), batch)
+        with self.ops.leave_sms(dispatcher.num_sms):
+            out = torch.cat(run_two(*steps, schedule))
+        return self.head(out, batch)
 
     def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
         """All layers with experts, one after the other -> [T, D]."""

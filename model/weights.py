@@ -5,21 +5,27 @@ parameters it fills, and how it is split. The loader checks the checkpoint again
 
 A tensor in block fp8 has its scales beside it, `NAME_scale_inv`. Where the parameter is fp8 too, both are copied as
 they are, always together; elsewhere the tensor is dequantised on the way.
+
+`ExpertReader` reads single experts again while the model serves.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kernels.ref import BLOCK, dequantize_128x128
+from kernels.fp8 import BLOCK, dequantize_128x128
 from model.config import ModelConfig
 from model.layers import FP8
+from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Placement
@@ -129,21 +135,87 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
             if not targets:
                 continue
             share = _my_share(entry, mesh)
-            value, scale = stored[share], None
-            if value.dtype == FP8:
-                scale = _read_scale(folder, entry, files, opened)
-            if targets[0].dtype == FP8:
-                if scale is None:
-                    raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
-                blocks = replace(entry, rows=_blocks(*entry.rows))
-                places = _targets(parameters[f"{entry.parameter}_scale_inv"], blocks, model.placement, mesh)
-                for place in places:
-                    place.copy_(scale[tuple(slice(*_blocks(part.start, part.stop)) for part in share)])
-            elif scale is not None:
-                value = dequantize_128x128(value, scale, *(part.start or 0 for part in (*share, slice(0))[:2]))
+            read = lambda name: opened[files[name]].get_tensor(name)  # noqa: E731
+            value, scale = _fit(folder, entry, targets[0].dtype, stored[share], read, files, share)
             for target in targets:
                 target.copy_(value)
+            if scale is not None:
+                blocks = replace(entry, rows=_blocks(*entry.rows))
+                for place in _targets(parameters[f"{entry.parameter}_scale_inv"], blocks, model.placement, mesh):
+                    place.copy_(scale)
     _complain(folder, "tensors have the wrong shape", wrong)
+
+
+class ExpertReader:
+    """Reads single experts of a checkpoint, again and again, while the model serves.
+
+    Not through a mapping but with `pread`: a node's ranks share the page cache either way, but a disk that fails and a
+    file that has become shorter are an OSError here, which one can survive, and a SIGBUS there. Files are opened once;
+    one that is replaced by another is still read as it was.
+    """
+
+    def __init__(self, folder: str | Path, config: ModelConfig):
+        """`folder`: as `load_weights` has found it to be good."""
+        self.folder, self.files = folder, _files(Path(folder))
+        self.entries: dict[tuple[int, int], list[Entry]] = defaultdict(list)  # by MoE layer and expert
+        for entry in checkpoint_table(config):
+            if entry.expert is not None:
+                self.entries[entry.moe_layer, entry.expert].append(entry)
+        self.opened = {path: _File(path) for path in sorted(set(self.files.values()))}
+
+    def read(self, layer: int, expert: int, into: Slots, slot: int) -> None:
+        """All that belongs to an expert of a MoE layer, into a slot on the host. OSError, ValueError: the slot may then
+        hold anything."""
+        tensors = into[slot]
+        for entry in self.entries[layer, expert]:
+            parameter = entry.parameter.rsplit(".", 1)[1]
+            target = tensors[parameter][slice(*entry.rows)]
+            value = self._read(entry.name, target)
+            value, scale = _fit(self.folder, entry, target.dtype, value, self._read, self.files)
+            target.copy_(value)  # nothing, if that is where it was read to
+            if scale is not None:
+                tensors[f"{parameter}_scale_inv"][slice(*_blocks(*entry.rows))].copy_(scale)
+        tensors[IDENTITY].fill_(expert)
+
+    def _read(self, name: str, into: Tensor | None = None) -> Tensor:
+        return self.opened[self.files[name]].read(name, into)
+
+    def close(self) -> None:
+        while self.opened:
+            os.close(self.opened.popitem()[1].number)
+
+
+class _File:
+    """A safetensors file: the length of a JSON header (8 bytes), the header, the tensors' bytes."""
+
+    DTYPES = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+    def __init__(self, path: Path):
+        self.path, self.number = path, os.open(path, os.O_RDONLY)
+        length = int.from_bytes(os.pread(self.number, 8, 0), "little")
+        self.header, self.begin = json.loads(os.pread(self.number, length, 8)), 8 + length
+        self.seen = self._stamp()
+
+    def _stamp(self) -> tuple[int, int]:
+        stat = os.fstat(self.number)
+        return stat.st_size, stat.st_mtime_ns
+
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """A tensor: `into`, if it is of the same shape and dtype, else one of its own. OSError if it cannot be read."""
+        if self._stamp() != self.seen:
+            raise OSError(f"{self.path}: it has changed since it was opened")
+        about = self.header[name]
+        dtype, shape, (first, end) = self.DTYPES[about["dtype"]], torch.Size(about["shape"]), about["data_offsets"]
+        if into is None or (into.dtype, into.shape) != (dtype, shape):
+            into = torch.empty(shape, dtype=dtype)
+        room = memoryview(into.view(torch.uint8).numpy()).cast("B")
+        done = 0
+        while done < end - first:
+            count = os.preadv(self.number, [room[done:]], self.begin + first + done)
+            if not count:
+                raise OSError(f"{self.path}: it ends within {name}")
+            done += count
+        return into
 
 
 def _blocks(first: int | None, end: int | None) -> tuple[int, int | None]:
@@ -151,14 +223,30 @@ def _blocks(first: int | None, end: int | None) -> tuple[int, int | None]:
     return (first or 0) // BLOCK, None if end is None else -(-end // BLOCK)
 
 
-def _read_scale(folder: str | Path, entry: Entry, files: dict[str, Path], opened: dict[Path, safe_open]) -> Tensor:
+def _fit(
+    folder: str | Path,
+    entry: Entry,
+    dtype: torch.dtype,
+    value: Tensor,
+    read: Callable[[str], Tensor],
+    files: dict[str, Path],
+    share: tuple[slice, ...] = (slice(None),),
+) -> tuple[Tensor, Tensor | None]:
+    """`value`, the part `share` of a stored tensor, as a parameter of `dtype` takes it: in fp8 with its part of the
+    scales, else dequantised. `read(name)` gets another tensor whole."""
+    if value.dtype != FP8:
+        if dtype == FP8:
+            raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
+        return value, None
     if entry.scale_name not in files:
         raise ValueError(f"{folder}: {entry.name} is in fp8, but there is no {entry.scale_name}")
-    scale = opened[files[entry.scale_name]].get_tensor(entry.scale_name)
+    scale = read(entry.scale_name)
     expected = tuple(-(-size // BLOCK) for size in entry.shape)
     if tuple(scale.shape) != expected:
         raise ValueError(f"{folder}: {entry.scale_name} is {list(scale.shape)}, must be {list(expected)}")
-    return scale
+    if dtype == FP8:
+        return value, scale[tuple(slice(*_blocks(part.start, part.stop)) for part in share)]
+    return dequantize_128x128(value, scale, *(part.start or 0 for part in (*share, slice(0))[:2])), None
 
 
 def _targets(parameter: Tensor, entry: Entry, placement: Placement, mesh: Mesh) -> Iterator[Tensor]:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import ref
 from kernels.backend import Ops
 from parallel.dispatch import Contiguous, Masked, Pending
 from parallel.mesh import Group
@@ -46,7 +45,7 @@ class DeepEPBuffer:
         if num_sms < 2 or num_sms % 2:
             raise ValueError(f"num_sms % 2 must be 0, not {num_sms} % 2 = {num_sms % 2}")
         ranks = group.size
-        self.num_slots, self.num_local, self.hidden = num_slots, num_slots // ranks, hidden
+        self.num_slots, self.num_local, self.hidden, self.num_sms = num_slots, num_slots // ranks, hidden, num_sms
         self.capacity = capacity + (-capacity) % max(1, 4 // ranks)
         deep_ep.Buffer.set_num_sms(num_sms)  # of the class: the two configurations below keep what it was
         self.dispatch_config = deep_ep.Buffer.get_dispatch_config(ranks)
@@ -116,7 +115,7 @@ class ContiguousDeepEP:
     casts = False
 
     def __init__(self, buffer: DeepEPBuffer, ops: Ops):
-        self.buffer, self.ops = buffer, ops
+        self.buffer, self.ops, self.num_sms = buffer, ops, buffer.num_sms
 
     def dispatch(self, x: Tensor | tuple[Tensor, Tensor], slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
         """x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which travels and arrives as it is;
@@ -150,11 +149,8 @@ class ContiguousDeepEP:
             )
             done.current_stream_wait()
             rows, scales = (rows, None) if isinstance(rows, Tensor) else rows
-            more = {}
-            if self.ops.ep_scatter is not ref.ep_scatter:
-                more["counts"] = counts  # the host knows them already: no second wait for the GPU
             grouped, row_expert, index, *scale = self.ops.ep_scatter(
-                rows, experts, buffer.num_local, self.ops.alignment, scales=scales, **more
+                rows, experts, buffer.num_local, self.ops.alignment, counts, scales
             )
             return Contiguous(grouped, row_expert, (index, row_weights, handle), *scale)
 
@@ -186,7 +182,7 @@ class MaskedDeepEP:
     """MaskedAllToAll's contract in low-latency mode. In a CUDA graph there must be a combine for each dispatch, so
     that a replay begins where the capture did: with the first of the two regions that operations use in turn."""
 
-    casts = True
+    casts, num_sms = True, 0
 
     def __init__(self, buffer: DeepEPBuffer, fp8: bool = False):
         """fp8: the kernel casts the rows it sends; they arrive as e4m3 with their scales."""

@@ -11,7 +11,8 @@ A row on the wire is bytes (gloo knows no fp8), with its scales if the tokens ar
     hidden | scales (float32) | K local expert ids (int32) | K weights (float32)
 
 Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, sizes known on the host) for prefill,
-`Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode.
+`Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode. One rank alone has a
+third for the smallest decode steps, `Copies`, which sorts nothing.
 Both calls are split into start and `Pending.wait`, so that other work can run in between.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from kernels.backend import Ops, Quantized
 from parallel.mesh import Group
 
+FEW_COPIES = 16  # of a step on one rank: it reads whole weights for each, but starts few kernels
 Result = TypeVar("Result")
 
 
@@ -49,6 +51,15 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Few tokens, that stay where they are: each meets its experts' weights there."""
+
+    x: Tensor  # [T, D]
+    slots: Tensor  # [T, K] int64 local ids, -1 = nowhere
+    way_back: tuple
+
+
+@dataclass(frozen=True)
 class Pending(Generic[Result]):
     """Started communication. `wait()` gives the result and must be called exactly once."""
 
@@ -59,6 +70,7 @@ class ContiguousAllToAll:
     """Variable splits. The row counts go ahead, so dispatch blocks the host until every rank has routed."""
 
     casts = False  # does it quantise by itself?
+    num_sms = 0  # to leave to it while another micro-batch computes
 
     def __init__(self, group: Group, num_slots: int, ops: Ops):
         self.group, self.ops = group, ops
@@ -102,6 +114,7 @@ class MaskedAllToAll:
     """Equal splits of T rows for each pair of ranks, whatever was routed; nothing waits for the host."""
 
     casts = False  # does it quantise by itself?
+    num_sms = 0
 
     def __init__(self, group: Group, num_slots: int, ops: Ops):
         self.group, self.ops = group, ops
@@ -151,7 +164,7 @@ class MaskedAllToAll:
 class LocalContiguous:
     """What is left of a dispatch when one rank holds every expert: nothing travels."""
 
-    casts = False
+    casts, num_sms = False, 0
 
     def __init__(self, num_slots: int, ops: Ops):
         self.num_local, self.ops = num_slots, ops
@@ -169,17 +182,20 @@ class LocalContiguous:
 
 
 class LocalMasked(LocalContiguous):
-    """The same in the masked layout."""
+    """The same in the masked layout. With few tokens there are not even rooms to sort them into."""
 
-    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked | Copies]:
+        if isinstance(x, Tensor) and slots.numel() <= FEW_COPIES:
+            return Pending(lambda: Copies(x, slots, (None, weights)))
         x, scales = (x, None) if isinstance(x, Tensor) else x
         rows, counts, index, *scale = self.ops.ep_scatter_masked(
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
         return Pending(lambda: Masked(rows, counts, (index, weights), *scale))
 
-    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
-        out = self.ops.ep_gather(y.flatten(0, 1), *arrived.way_back, plus)
+    def combine(self, y: Tensor, arrived: Masked | Copies, plus: Tensor | None = None) -> Pending[Tensor]:
+        rows = y if isinstance(arrived, Copies) else y.flatten(0, 1)
+        out = self.ops.ep_gather(rows, *arrived.way_back, plus)
         return Pending(lambda: out)
 
 

@@ -2,10 +2,11 @@
 
 For benchmarks of one rank's own work: the experts get as many rows as they would in the whole deployment, in the same
 layouts, and all that a rank computes it computes. What arrives is SIMULATED, and so is what comes back to this rank's
-tokens: numbers of the right size without meaning. No transfer takes any time.
+tokens: numbers of the right size without meaning. A transfer takes no time, or with a `SimulatedLink` the modelled one.
+DeepEP's normal mode would also make the host wait for a dispatch's counts; here it never waits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels.backend import Ops, Quantized
 from parallel.dispatch import Contiguous, Masked, Pending
+from parallel.simulated_link import SimulatedLink
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,20 @@ def _whole(parts: list[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def share_of_tokens(experts: int, ranks: int, top_k: int, groups: int = 1, groups_chosen: int = 1) -> float:
-    """The share of tokens that want any of a rank's experts, which lie in one group, under uniform group-limited
-    routing: the group is chosen, and not all of the token's experts are elsewhere in the chosen groups."""
-    local, within = max(1, experts // ranks), experts * groups_chosen // groups
-    return groups_chosen / groups * (1 - comb(within - local, top_k) / comb(within, top_k))
+def share_of_tokens(experts: int, places: int, top_k: int, groups: int = 1, groups_chosen: int = 1) -> float:
+    """The share of tokens that want any of the experts in one of `places` (ranks, or nodes of ranks), under uniform
+    group-limited routing. A place holds a part of one group, or whole groups: some of those are chosen, and then not
+    all of the token's experts are elsewhere in the chosen groups."""
+    local, within = max(1, experts // places), experts * groups_chosen // groups
+    mine = max(1, groups * local // experts)  # groups
+    share = 0.0
+    for chosen in range(1, min(mine, groups_chosen) + 1):
+        likely = comb(mine, chosen) * comb(groups - mine, groups_chosen - chosen) / comb(groups, groups_chosen)
+        share += likely * (1 - comb(within - local // mine * chosen, top_k) / comb(within, top_k))
+    return share
+
+
+Arriving = Callable[[int], Arrivals]  # when every rank sends so many tokens
 
 
 class LoopbackContiguous:
@@ -76,64 +87,77 @@ class LoopbackContiguous:
 
     def __init__(
         self,
-        arrivals: Arrivals,
+        arriving: Arriving,
+        most: int,
         hidden: int,
         top_k: int,
         ops: Ops,
         like: Tensor | Quantized,
+        link: SimulatedLink | None = None,
     ):
-        """`like`: a row [1, D] as it travels, bare or quantised: what arrives is of its dtype, on its device."""
-        self.arrivals, self.ops = arrivals, ops
+        """`most`: tokens that a rank dispatches at once. `like`: a row [1, D] as it travels, bare or quantised: what
+        arrives is of its dtype, on its device."""
+        self.arriving, self.top_k, self.ops, self.link = arriving, top_k, ops, link
+        self.num_sms = link.num_sms if link is not None else 0
         bare = isinstance(like, Tensor)
-        device, dtype = (like.device, like.dtype) if bare else (like[0].device, torch.bfloat16)
-        generator = torch.Generator(device).manual_seed(0)
-        value = torch.randn(arrivals.tokens, hidden, generator=generator, device=device)
-        self.rows = value.to(dtype) if bare else ops.quantize_1x128(value.to(dtype))
-        self.experts = _assign(arrivals, top_k, device)
-        self.weights = torch.full(self.experts.shape, 1 / top_k, device=device)
-        self.back = torch.randn(1, hidden, generator=generator, device=device).to(
-            like.dtype if bare else torch.bfloat16
-        )
+        self.device, dtype = (like.device, like.dtype) if bare else (like[0].device, torch.bfloat16)
+        generator = torch.Generator(self.device).manual_seed(0)
+        value = torch.randn(arriving(most).tokens, hidden, generator=generator, device=self.device, dtype=dtype)
+        self.rows = (value, None) if bare else ops.quantize_1x128(value)
+        self.back = torch.randn(1, hidden, generator=generator, device=self.device, dtype=dtype)
+        self.made: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # by tokens sent: experts, weights, counts
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
-        rows, scales = (self.rows, None) if isinstance(self.rows, Tensor) else self.rows
+        tokens = slots.shape[0]
+        received = _start(self.link, "dispatch", tokens)
+        if tokens not in self.made:
+            arrivals = self.arriving(tokens)
+            ids = _assign(arrivals, self.top_k, self.device)
+            self.made[tokens] = ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
+        experts, row_weights, counts = self.made[tokens]
+        rows, scales = (part if part is None else part[: len(experts)] for part in self.rows)
 
         def wait() -> Contiguous:
+            received()
             grouped, row_expert, index, *scale = self.ops.ep_scatter(
-                rows, self.experts, len(self.arrivals.counts), self.ops.alignment, scales=scales
+                rows, experts, len(counts), self.ops.alignment, counts, scales
             )
-            return Contiguous(grouped, row_expert, (index, slots.shape[0]), *scale)
+            return Contiguous(grouped, row_expert, (index, row_weights, tokens), *scale)
 
         return Pending(wait)
 
     def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
-        index, tokens = arrived.way_back
-        self.ops.ep_gather(y, index, self.weights)  # what would be sent back
-        return _returned(self.back, tokens, plus)
+        index, row_weights, tokens = arrived.way_back
+        sent = self.ops.ep_gather(y, index, row_weights)
+        received = _start(self.link, "combine", tokens)
+        return _returned(self.back, tokens, plus, received, sent if self.link is not None else None)
 
 
 class LoopbackMasked:
     """MaskedAllToAll's contract, and DeepEP's room: rows for all that every rank may send."""
 
-    casts = True  # as DeepEP does, and here at no cost
+    casts, num_sms = True, 0  # it casts as DeepEP does, and here at no cost
 
     def __init__(
         self,
-        arrivals: Arrivals,
+        arriving: Arriving,
+        most: int,
         capacity: int,
         hidden: int,
         ops: Ops,
         device: torch.device,
         fp8: bool = False,
         dtype: torch.dtype = torch.bfloat16,
+        link: SimulatedLink | None = None,
     ):
-        """`capacity`: rows of an expert's room: ranks * tokens a rank."""
+        """`most`: tokens a rank dispatches at once; `capacity`: rows of an expert's room: ranks * tokens a rank."""
+        self.arriving, self.link, arrivals = arriving, link, arriving(most)
         local = len(arrivals.counts)
         if max(arrivals.counts) > capacity:
             raise ValueError(f"rows of an expert <= capacity must hold, not {max(arrivals.counts)} <= {capacity}")
         generator = torch.Generator(device).manual_seed(0)
         some = torch.randn(local, max(arrivals.counts), hidden, generator=generator, device=device)
-        self.counts = torch.tensor(arrivals.counts, dtype=torch.int32, device=device)
+        self.counts: dict[int, Tensor] = {}  # by tokens sent
         self.x = torch.zeros(local, capacity, hidden, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
         self.scale = None
         if fp8:
@@ -147,18 +171,36 @@ class LoopbackMasked:
         self.back = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+        """A CUDA graph can capture sizes that ran before."""
+        tokens = slots.shape[0]
+        received = _start(self.link, "dispatch", tokens)
+        if tokens not in self.counts:
+            self.counts[tokens] = torch.tensor(self.arriving(tokens).counts, dtype=torch.int32, device=self.x.device)
 
         def wait() -> Masked:
-            return Masked(self.x, self.counts, (slots.shape[0],), self.scale)
+            received()
+            return Masked(self.x, self.counts[tokens], (tokens,), self.scale)
 
         return Pending(wait)
 
     def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
-        return _returned(self.back, arrived.way_back[0], plus)
+        tokens = arrived.way_back[0]
+        return _returned(self.back, tokens, plus, _start(self.link, "combine", tokens))
 
 
-def _returned(back: Tensor, tokens: int, plus: Tensor | None) -> Pending[Tensor]:
+def _start(link: SimulatedLink | None, what: str, tokens: int) -> Callable[[], None]:
+    return (lambda: None) if link is None else link.start(what, tokens)
+
+
+def _returned(
+    back: Tensor, tokens: int, plus: Tensor | None, received: Callable[[], None], sent: Tensor | None = None
+) -> Pending[Tensor]:
+    """`sent` is kept until it is received, as normal mode keeps it; low latency copies it away at once."""
+
     def wait() -> Tensor:
+        nonlocal sent
+        received()
+        sent = None
         out = back.expand(tokens, -1)
         return out.clone() if plus is None else out + plus
 

@@ -21,6 +21,8 @@ The layers of a micro-batch are one generator (`Transformer.moe_steps`), which y
 
         a0 projections | a0 attention | a0 dispatch> b0 projections | a0 >experts> b0 attention |
         a0 >combine b0 dispatch> | a1 projections b0 >experts> | a1 attention b0 >combine | a1 dispatch> b1 projections
+
+Kernels that communicate in prefill hold SMs: while two micro-batches run, the large products leave those to them.
 """
 
 from collections.abc import Callable, Generator

@@ -69,3 +69,24 @@ class Placement:
         """The logical experts in this rank's slots, in slot order."""
         local = slice(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank)
         return self.expert_of_slot[layer, local].tolist()
+
+    def replace(self, layer: int, source: "Placement", row: int) -> None:
+        """In place, for CUDA graphs read at these addresses: row `row` of `source` becomes the layer's."""
+        self.slot_of_expert[layer].copy_(source.slot_of_expert[row])
+        self.expert_of_slot[layer].copy_(source.expert_of_slot[row])
+
+
+def keep_in_place(before: Tensor, wanted: Tensor, ep_size: int) -> Tensor:
+    """The map `wanted` [layers, P] with each rank's experts in another order: one that it has `before`, too, stays
+    in its slot, so that only what a rank lacks has to come.
+
+        before 0 1 | 2 3, wanted 3 0 | 1 2  ->  0 3 | 2 1
+    """
+    old, new = (x.reshape(x.shape[0] * ep_size, -1) for x in (before, wanted))  # [layers * ranks, L]
+    earlier = torch.ones(old.shape[1], old.shape[1], dtype=torch.bool).tril(-1)
+    nth = [((x[:, :, None] == x[:, None]) & earlier).sum(-1) for x in (old, new)]  # of several of an expert, which one
+    same = (old[:, :, None] == new[:, None]) & (nth[0][:, :, None] == nth[1][:, None])
+    stays, placed = same.any(2), same.any(1)  # of the old slots; of the new experts
+    free, coming = stays.long().argsort(dim=1, stable=True), placed.long().argsort(dim=1, stable=True)
+    kept = torch.empty_like(new).scatter_(1, free, new.gather(1, coming))
+    return kept.where(~stays, old).view_as(wanted)

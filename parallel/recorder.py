@@ -11,22 +11,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from parallel.placement import Placement
+
 
 class Recorder:
-    def __init__(self, num_layers: int, num_slots: int, device: torch.device):
-        self.counts = torch.zeros(num_layers, num_slots + 1, dtype=torch.int64, device=device)  # the last: padding's
+    """Counts by slot, which is what the gate gives, and sums them up by expert before the map changes."""
+
+    def __init__(self, placement: Placement, num_experts: int):
+        layers, slots = placement.expert_of_slot.shape
+        self.placement, device = placement, placement.expert_of_slot.device
+        self.by_slot = torch.zeros(layers, slots + 1, dtype=torch.int64, device=device)  # the last: padding's
+        self.by_expert = torch.zeros(layers, num_experts, dtype=torch.int64, device=device)
 
     def add(self, layer: int, slots: Tensor) -> None:
         """slots [T, K], -1 = nowhere."""
-        index = slots.remainder(self.counts.shape[1]).flatten()  # -1 becomes the last
-        self.counts[layer].scatter_add_(0, index, torch.ones_like(index))
+        index = slots.remainder(self.by_slot.shape[1]).flatten()  # -1 becomes the last
+        self.by_slot[layer].scatter_add_(0, index, torch.ones_like(index))
 
-    def take(self, expert_of_slot: Tensor, num_experts: int) -> Tensor:
-        """Tokens of each logical expert [layers, E] since the last time, an expert's replicas together."""
-        by_slot = self.counts[:, :-1]
-        counts = by_slot.new_zeros(len(by_slot), num_experts).scatter_add_(1, expert_of_slot, by_slot)
-        self.counts.zero_()
-        return counts
+    def fold(self) -> None:
+        """What was counted by slot so far is of the map as it is now: call this before it changes."""
+        self.by_expert.scatter_add_(1, self.placement.expert_of_slot, self.by_slot[:, :-1])
+        self.by_slot.zero_()
+
+    def total(self) -> Tensor:
+        """Tokens of each logical expert [layers, E] so far, an expert's replicas together. Whoever wants windows takes
+        differences."""
+        self.fold()
+        return self.by_expert.clone()
+
+    def forget(self) -> None:
+        """What was counted so far was no request's."""
+        self.by_slot.zero_()
+        self.by_expert.zero_()
 
 
 def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_experts: int) -> None:

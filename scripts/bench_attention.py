@@ -95,8 +95,10 @@ def prefill(lens: list[tuple[int, int]], heads: int = 128) -> None:
     starts = torch.tensor([(0, 0), *lens], device="cuda").cumsum(0).int()
     q_starts, kv_starts = starts[:, 0].contiguous(), starts[:, 1].contiguous()
     (num_q, num_kv), (max_q, max_kv), scale = starts[-1].tolist(), lens[0], 192**-0.5
-    q, k, v = randn(num_q, heads, 192), randn(num_kv, heads, 192), randn(num_kv, heads, 256)[..., 128:]
-    ours = lambda: prefill_attention(q, k, v, q_starts, kv_starts, max_q, max_kv, scale)  # noqa: E731
+    q, k_rope = randn(num_q, heads, 192), randn(num_kv, 64)
+    k_nope, v = randn(num_kv, heads, 256).split((128, 128), -1)
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, heads, -1)), -1)  # as the vendors want them
+    ours = lambda: prefill_attention(q, k_nope, k_rope, v, q_starts, kv_starts, max_q, max_kv, scale)  # noqa: E731
     shape = f"{heads} heads, {len(lens)} x {max_q} on {max_kv}"
     flop = sum(a * b - a * a / 2 for a, b in lens) * heads * 320 * 2
     out, time = ours(), median_us(ours)

@@ -1,44 +1,59 @@
 """One rank of a large deployment on one GPU: its own work in a step, with SIMULATED arrivals from the other ranks.
 
 python scripts/bench_rank.py decode --ep 72 --batch 256 --kv 2048
-python scripts/bench_rank.py prefill --ep 32 --tokens 16384 --prompt 4096
+python scripts/bench_rank.py prefill --ep 32 --tokens 16384 --prompt 4096 --trace step.json --chart parts.png
 
 All layers with weights of their own (random), the engine's decode step in a CUDA graph, the experts' rows as many as
 the whole deployment would send (`parallel/loopback.py`). No communication is timed: rates are of computation alone.
 The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps.
+
+What a cluster of such ranks would do is MODELLED at the end, from the measured steps, whole and as two micro-batches,
+and the communication of scripts/deepep_times.py:
+
+    plain        the step + all transfers
+    overlapped   dense layers and head + the longer of (MoE layers of two halves, flights of all transfers)
+                 + the time that send and receive kernels hold the SMs
+
+In prefill the halves' MoE layers are taken to slow down as the SMs that the transfers hold. With SGLang's published
+kernel times this comes to about 6 % more than SGLang measured without overlap, 15 to 20 % more with it: no imbalance
+and no waiting for the slowest rank are in it.
 """
 
 import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from disagg.graph import DecodeStep
-from kernels.backend import Ops, choose
-from model.batch import Batch, Chunk
+from disagg.memory import GIB, page_bytes, weight_bytes
+from kernels.backend import Ops
 from model.config import ModelConfig
-from model.kv_cache import make_pool, pages_for
-from model.transformer import Transformer, op_shape
-from parallel.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
-from parallel.mesh import Mesh, pick_device
-from parallel.overlap import DECODE, PREFILL
-from parallel.placement import Placement
-from scripts import roofline
+from model.kv_cache import pages_for
+from model.transformer import Transformer
+from parallel.mesh import pick_device
+from parallel.simulated_link import Transfer
+from scripts import deepep_times, roofline
+from scripts.charts import figure, save_bars
+from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.measurements import Record, save
-from scripts.shapes import SHAPES, randomize
+from scripts.one_rank import (
+    Rank,
+    add_flags,
+    add_measuring_flags,
+    at_least,
+    check_decode,
+    check_flags,
+    check_prefill,
+    times,
+)
 
 # ms a MoE layer without communication: SGLang's kernels on H100, read off the figures of its report of 2025-05-05. Its
 # decode figure has 0.235 for the experts, under the imbalance that it met (about 1.3); 0.181 is DeepGEMM's published
@@ -48,13 +63,24 @@ ANCHORS = {
     "prefill": {"MLA core": 4.53, "routed experts": 9.70, "projections and shared expert": 5.91, "other": 5.63},
 }
 BALANCED_EXPERTS = 0.181
+COARSE = {  # the anchors' parts; all else is "other"
+    "MLA core": "MLA core", "routed experts": "routed experts", "MLA projections": "projections and shared expert",
+    "shared experts": "projections and shared expert", "router": "projections and shared expert",
+}  # fmt: skip
+PAPER = {  # tok/s a node of 8 GPUs: SGLang's report, with overlap
+    "decode": ("EP72, batch 256, KV 2,000", 22_282), "prefill": ("EP32, 16,384 tokens, prompts of 4,096", 50_302),
+}  # fmt: skip
+NODE = 8  # GPUs
 ELEMENTWISE = (
-    "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "rope_into", "norm_rope_write",
+    "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "norm_rope_write",
     "silu_mul", "silu_mul_masked", "quantize_1x128", "silu_mul_quant", "silu_mul_quant_masked",
 )  # fmt: skip
 OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")
 OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP permute")
 OF_OP |= dict.fromkeys(("mla_decode", "prefill_attention"), "MLA core")
+
+
+MARK = "rank/"  # before the names of our ranges in a profile
 
 
 class Ranges:
@@ -67,7 +93,7 @@ class Ranges:
     def wrap(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def ranged(*args: Any, **kwargs: Any) -> Any:
             self.stack.append(part)
-            with record_function("/".join(["rank", *self.stack])):
+            with record_function(MARK + "/".join(self.stack)):
                 out = call(*args, **kwargs)
             self.stack.pop()
             return out
@@ -88,7 +114,8 @@ class Ranges:
             put(layer.input_layernorm, "add", f"{kind}:elementwise")
             put(layer.post_attention_layernorm, "add", f"{kind}:elementwise")
             if layer.is_moe:
-                put(layer.mlp.gate, "forward", "moe:router")
+                for name in ("logits", "forward"):
+                    put(layer.mlp.gate, name, "moe:router")
                 put(layer.mlp.experts, "forward", "moe:routed experts")
                 if layer.mlp.shared_experts is not None:
                     put(layer.mlp.shared_experts, "forward", "moe:shared experts")
@@ -96,207 +123,230 @@ class Ranges:
                 put(layer.mlp, "forward", "dense:dense FFN")
         put(model.head, "forward", "head:LM head")
 
-    def times(self, step: Callable[[], object], device: torch.device) -> dict[str, float]:
-        """Milliseconds of kernels (of a CPU: of calls) by kind of layer and part, "moe:MLA core" and so on."""
+    def times(self, step: Callable[[], object], device: torch.device, trace: Path | None) -> dict[str, float]:
+        """Milliseconds of kernels (of a CPU: of calls) by kind of layer and part, "moe:MLA core" and so on. `trace`:
+        where to write the step's Chrome trace."""
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=activities) as profiler:
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        spent: dict[str, float] = defaultdict(float)
-        for event in profiler.events():
-            if event.name.startswith("rank/") and event.device_type == DeviceType.CPU:
-                spent[event.name] += event.device_time_total if device.type == "cuda" else event.cpu_time_total
+        events = export(profiler, trace)
         parts: dict[str, float] = defaultdict(float)
-        for name, inclusive in spent.items():
-            depth = name.count("/") + 1
-            inner = sum(us for n, us in spent.items() if n.startswith(f"{name}/") and n.count("/") == depth)
-            path = name.split("/")[1:]
-            kind = path[0].split(":")[0] if ":" in path[0] else "moe"  # an op outside any module: a dispatcher's
-            parts[f"{kind}:{path[-1].split(':')[-1]}"] += (inclusive - inner) / 1e3
+        if device.type == "cuda":
+            for event, path in launched_in(events, MARK):
+                parts[part_of(path)] += event["dur"] / 1e3
+            return dict(parts)
+        for start, end, path in (ranges := mark_ranges(events, MARK)):
+            inner = sum(e - s for s, e, name in ranges if start <= s and e <= end and name.startswith(f"{path}/")
+                        and name.count("/") == path.count("/") + 1)  # fmt: skip
+            parts[part_of(path)] += (end - start - inner) / 1e3
         return dict(parts)
 
 
+def part_of(path: str) -> str:
+    """ "moe:MLA projections/MLA core" -> "moe:MLA core"; an op outside any module is a dispatcher's."""
+    pieces = path.split("/")
+    kind = pieces[0].split(":")[0] if ":" in pieces[0] else "moe"
+    return f"{kind}:{pieces[-1].split(':')[-1]}"
+
+
 @dataclass(frozen=True)
-class Step:
-    run: Callable[[], object]
-    eager: Callable[[], object]
+class Figures:
+    """Milliseconds."""
+
+    step: float
+    halves: float | None  # the step as two micro-batches, one after the other; None: it cannot be cut
+    outside: float  # of the step, the dense layers and the head
+    layer: float  # a MoE layer: what the step takes beyond those
+    parts: dict[str, float]  # of a MoE layer, by name, with its gaps
+    floors: dict[str, float]  # modelled; empty without a GPU to measure ceilings of
 
 
-class Rank:
-    """The model and what arrives at it."""
-
-    def __init__(self, args: argparse.Namespace, config: ModelConfig, device: torch.device):
-        self.args, self.config, self.device = args, config, device
-        self.dtype = torch.bfloat16
-        slots = config.n_routed_experts + args.redundant
-        if slots % args.ep:
-            raise ValueError(f"(experts + redundant) % ep must be 0, not {slots} % {args.ep} = {slots % args.ep}")
-        self.slots = slots
-        table = torch.arange(slots, device=device) % config.n_routed_experts
-        first = torch.arange(config.n_routed_experts, device=device)
-        layers = config.num_moe_layers
-        placement = Placement(first.repeat(layers, 1), table.repeat(layers, 1), args.ep)
-        ops, self.choices = choose(op_shape(config), self.dtype, device, args.backend or ())
-        self.ranges = Ranges()
-        self.ops = self.ranges.of_ops(ops)
-        self.mesh = Mesh(device=device)
-        length = args.kv if args.phase == "decode" else args.prompt
-        self.model = Transformer(config, self.mesh, placement, self.ops, self.dtype, length + 1, config.fp8)
-        randomize(self.model)
-        self.ranges.of_model(self.model)
-
-    def arrivals(self, tokens: int, distinct: float | None = None) -> Arrivals:
-        args, config = self.args, self.config
-        return Arrivals.even(tokens, args.ep, config.num_experts_per_tok, self.slots, args.skew, distinct)
-
-    def decode(self) -> Step:
-        args, config = self.args, self.config
-        each, capacity = pages_for(args.kv), args.ep * args.batch
-        pool = make_pool(config, args.batch * each + 1, self.dtype, self.device)
-        for layer in pool:
-            layer.normal_()
-        masked = LoopbackMasked(
-            self.arrivals(args.batch), capacity, config.hidden_size, self.ops, self.device, config.fp8, self.dtype
-        )
-        tokens = torch.zeros(args.batch, dtype=torch.int64, device=self.device)
-
-        def forward(batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
-            return self.model(batch, pool, masked, halves, DECODE)
-
-        step = DecodeStep(forward, tokens, [args.batch], each)
-        chunks = [Chunk((i,), args.kv - 1, range(1 + i * each, 1 + (i + 1) * each)) for i in range(args.batch)]
-        eager = lambda: step.run(chunks, args.batch)  # noqa: E731
-        eager()
-        if self.device.type != "cuda":
-            return Step(eager, eager)
-        captured = DecodeStep(forward, tokens, [args.batch], each)
-        captured.run(chunks, args.batch)
-        captured.capture(list)
-        return Step(lambda: captured.run(chunks, args.batch), eager)
-
-    def prefill(self) -> Step:
-        args, config = self.args, self.config
-        count, each = args.tokens // args.prompt, pages_for(args.prompt)
-        pool = make_pool(config, count * each + 1, self.dtype, self.device)
-        like = torch.zeros(1, config.hidden_size, dtype=self.dtype, device=self.device)
-        hit = share_of_tokens(
-            config.n_routed_experts, args.ep, config.num_experts_per_tok, config.n_group, config.topk_group
-        )
-        contiguous = LoopbackContiguous(
-            self.arrivals(args.tokens, hit), config.hidden_size, config.num_experts_per_tok, self.ops,
-            self.ops.quantize_1x128(like) if config.fp8 else like,
-        )  # fmt: skip
-        ids = [i * 7919 % config.vocab_size for i in range(args.prompt)]
-        prompts = [Chunk(ids, 0, range(1 + i * each, 1 + (i + 1) * each)) for i in range(count)]
-        batch = Batch.build([], prompts, self.device)
-        run = lambda: self.model(batch, pool, contiguous, None, PREFILL)  # noqa: E731
-        run()
-        return Step(run, run)
-
-
-def milliseconds(run: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median time of a step, one after the other."""
-    if device.type != "cuda":
-        marks = [time.perf_counter()]
-        for _ in range(repeat):
-            run()
-            marks.append(time.perf_counter())
-        return 1e3 * median(b - a for a, b in pairwise(marks))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
-    run()
-    for event in events:
-        event.record()
-        run()
-    torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(events))
-
-
-def show(
-    args: argparse.Namespace, config: ModelConfig, parts: dict[str, float], step: float, work: roofline.Work
-) -> list[Record]:
-    """The table, and its records. A MoE layer is what the step takes beyond the dense layers and the head."""
-    ceilings = roofline.measure_ceilings() if torch.cuda.is_available() else None
-    by_kind = defaultdict(float)
-    for name, ms in parts.items():
-        by_kind[name.split(":")[0]] += ms
+def evaluate(config: ModelConfig, step: float, halves: float | None, parts: Mapping[str, float], work: roofline.Work,
+             ceilings: roofline.Ceilings | None) -> Figures:  # fmt: skip
+    """`parts`: of `Ranges.times`."""
     layers = config.num_moe_layers
-    layer = (step - by_kind["dense"] - by_kind["head"]) / layers
-    floors: dict[str, float] = defaultdict(float)
-    if ceilings is not None:
-        for part in work.kinds["MoE layer"][1]:
-            floors[part.group] += 1e3 * part.seconds(ceilings)
-    print(f"\n{'a MoE layer, ms':32} {'measured':>9} {'floor':>9}  (the floor is modelled)")
+    outside = sum(ms for name, ms in parts.items() if not name.startswith("moe:"))
+    layer = (step - outside) / layers
     mine = {name.split(":")[1]: ms / layers for name, ms in parts.items() if name.startswith("moe:")}
-    for name, ms in sorted(mine.items(), key=lambda item: -item[1]):
-        print(f"{name:32} {ms:9.4f} {floors.get(name, 0):9.4f}")
-    gaps = layer - sum(mine.values())
-    print(f"{'gaps':32} {gaps:9.4f}  (less than 0: parts ran side by side, or the profile slowed them)")
-    print(f"{'together':32} {layer:9.4f} {sum(floors.values()):9.4f}")
+    mine = dict(sorted(mine.items(), key=lambda item: -item[1]))
+    floors: dict[str, float] = defaultdict(float)
+    for part in work.kinds["MoE layer"][1] if ceilings is not None else ():
+        floors[part.group] += 1e3 * part.seconds(ceilings)
+    return Figures(step, halves, outside, layer, mine | {"gaps": layer - sum(mine.values())}, floors)
+
+
+def anchors_of(args: argparse.Namespace) -> dict[str, float]:
+    """Of that model; none for another."""
+    if args.shape != "v3":
+        return {}
+    balanced = {"routed experts": BALANCED_EXPERTS} if args.phase == "decode" and args.skew == 1 else {}
+    return ANCHORS[args.phase] | balanced
+
+
+def coarse(parts: Mapping[str, float]) -> dict[str, float]:
+    """Summed to the anchors' parts, and the whole."""
+    sums: dict[str, float] = dict.fromkeys(ANCHORS["decode"], 0.0)
+    for name, ms in parts.items():
+        sums[name if name in sums else COARSE.get(name, "other")] += ms
+    return sums | {"a MoE layer": sum(parts.values())}
+
+
+def show(args: argparse.Namespace, figures: Figures) -> list[Record]:
+    """The table, and its records."""
+    print(f"\n{'a MoE layer, ms':32} {'measured':>9} {'floor':>9}  (the floor is modelled)")
+    for name, ms in figures.parts.items():
+        note = "  (less than 0: parts ran side by side, or the profile slowed them)" if name == "gaps" else ""
+        print(f"{name:32} {ms:9.4f} {figures.floors.get(name, 0):9.4f}{note}")
+    print(f"{'together':32} {figures.layer:9.4f} {sum(figures.floors.values()):9.4f}")
     tokens = args.batch if args.phase == "decode" else args.tokens
+    step = figures.step
     print(f"the step: {step:.2f} ms, {tokens / step * 1e3:,.0f} tok/s of computation alone (arrivals simulated)")
-    anchors = dict(ANCHORS[args.phase])
-    if args.phase == "decode" and args.skew == 1:
-        anchors["routed experts"] = BALANCED_EXPERTS
-    anchor = sum(anchors.values()) if args.shape == "v3" else None  # they are of that model
-    if anchor is not None:
+    if figures.halves is not None:
+        print(f"the same as two micro-batches: {figures.halves:.2f} ms")
+    anchors, anchor, source = anchors_of(args), None, ""
+    if anchors:
+        anchor = sum(anchors.values())
         by_part = ", ".join(f"{name} {ms}" for name, ms in anchors.items())
         print(f"SGLang's kernels on H100, a MoE layer: {anchor:.3f} ms ({by_part})")
-    what = f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
-    source = "SGLang's kernels without communication, digitised from its figures"
-    if args.phase == "decode" and args.skew == 1:
-        source += ", the experts at DeepGEMM's published speed for balanced rows"
-    records = [Record(f"{what}: a MoE layer", round(layer, 4), "ms", "lower", anchor, source if anchor else "")]
-    records += [Record(f"{what}: {name}, a MoE layer", round(ms, 4), "ms", "lower") for name, ms in mine.items()]
-    records.append(Record(f"{what}: gaps, a MoE layer", round(gaps, 4), "ms", "lower"))
-    return [*records, Record(f"{what}: the step, computation alone", round(step, 3), "ms", "lower")]
+        source = "SGLang's kernels without communication, digitised from its figures"
+        if args.phase == "decode" and args.skew == 1:
+            source += ", the experts at DeepGEMM's published speed for balanced rows"
+    what = name_of(args)
+    records = [Record(f"{what}: a MoE layer", round(figures.layer, 4), "ms", "lower", anchor, source)]
+    records += [
+        Record(f"{what}: {name}, a MoE layer", round(ms, 4), "ms", "lower") for name, ms in figures.parts.items()
+    ]
+    records.append(Record(f"{what}: the step, computation alone", round(step, 3), "ms", "lower"))
+    if figures.halves is not None:
+        name = f"{what}: the step as two micro-batches, computation alone"
+        records.append(Record(name, round(figures.halves, 3), "ms", "lower"))
+    return records
 
 
-def parse() -> argparse.Namespace:
+def name_of(args: argparse.Namespace) -> str:
+    return f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
+
+
+def cluster_steps(
+    figures: Figures, layers: int, whole: list[Transfer], half: list[Transfer], slowdown: float = 1.0
+) -> dict[str, float]:
+    """Milliseconds of a step in the cluster, MODELLED as the script's docstring says. `whole`, `half`: a MoE layer's
+    dispatch and combine; `slowdown`: of what is computed beside them."""
+    steps = {"plain": figures.step + 1e3 * layers * sum(t.total for t in whole)}
+    if figures.halves is not None:
+        flight, busy = (1e3 * 2 * layers * sum(getattr(t, part) for t in half) for part in ("flight", "busy"))
+        computing = (figures.halves - figures.outside) * slowdown
+        steps["overlapped"] = figures.outside + max(computing, flight) + busy
+    return steps
+
+
+def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures) -> list[Record]:
+    tokens = args.batch if args.phase == "decode" else args.tokens
+    model = (deepep_times.low_latency if args.phase == "decode" else deepep_times.normal)(config, args.ep)
+    whole, half = ([model(what, count) for what in ("dispatch", "combine")] for count in (tokens, tokens // 2))
+    slowdown = 1.0
+    if args.phase == "prefill" and torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(0).multi_processor_count
+        slowdown = there / (there - deepep_times.NORMAL_SMS)
+    setting, paper = PAPER[args.phase]
+    shown = ", ".join(f"{name} {1e3 * t.total:.3g}" for name, t in zip(("dispatch", "combine"), whole, strict=True))
+    print(f"\nthe cluster, MODELLED: ms of a MoE layer's communication, from DeepEP's published tables: {shown}")
+    records = []
+    for name, ms in cluster_steps(figures, config.num_moe_layers, whole, half, slowdown).items():
+        rate = NODE * tokens / ms * 1e3
+        print(f"{name:>10}: {ms:9.2f} ms a step, {rate / NODE:9,.0f} tok/s a GPU, {rate:10,.0f} a node (modelled)")
+        reference = paper if name == "overlapped" and args.shape == "v3" else None
+        source = f"SGLang on H100, measured: {setting}" if reference else ""
+        record = Record(f"{name_of(args)}: tok/s a node, {name}", round(rate), "tok/s", "higher", reference, source,
+                        kind="modelled")  # fmt: skip
+        records.append(record)
+    if args.shape == "v3":
+        print(f"    SGLang: {paper:,} tok/s a node, measured on H100 ({setting})")
+    return records
+
+
+def show_memory(rank: Rank) -> None:
+    """What `disagg/memory.py` counts, beside what torch says."""
+    parts = weight_bytes(rank.model)
+    parts["KV"] = rank.pool.shape[1] * page_bytes(rank.config, rank.dtype.itemsize)
+    counted = sum(parts.values())
+    print("memory by the table, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()))
+    print(f"    together {counted / GIB:.2f}")
+    if rank.device.type == "cuda":
+        now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        print(f"    torch has {now / GIB:.2f} allocated ({now / counted - 1:+.1%}), had at most {most / GIB:.2f}")
+
+
+def save_chart(path: Path, args: argparse.Namespace, figures: Figures) -> None:
+    series = {"measured": coarse(figures.parts)}
+    if figures.floors:
+        series["floor (modelled)"] = coarse(figures.floors)
+    if anchors := anchors_of(args):
+        series["SGLang's kernels (from its figures)"] = coarse(anchors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_bars(path, f"{name_of(args)}: a MoE layer", "ms", series)
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = parser.add_subparsers(dest="phase", required=True)
     sizes = {"decode": {"ep": 72, "batch": 256, "kv": 2048}, "prefill": {"ep": 32, "tokens": 16384, "prompt": 4096}}
     for phase, defaults in sizes.items():
         add = phases.add_parser(phase).add_argument
+        add_flags(add, defaults.pop("ep"))
+        add_measuring_flags(add)
         for name, default in defaults.items():
             add(f"--{name}", type=int, default=default, help=f"({default})")
-        add("--redundant", type=int, default=32, help="slots beyond the experts (32)")
-        add("--skew", type=float, default=1.0, help="the fullest expert's rows over the mean (1)")
-        add("--shape", choices=SHAPES, default="v3")
-        add("--layers", type=int, help="fewer layers than the shape has")
-        add("--backend", action="append", metavar="[OP=]LIB")
-        add("--repeat", type=int, default=20)
-        add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
-    return parser.parse_args()
+        add("--trace", type=Path, metavar="JSON", help="write a step's Chrome trace there")
+        add("--chart", type=Path, metavar="PNG", help="draw the parts there, beside floor and anchors")
+    return parser, parser.parse_args()
+
+
+def build(args: argparse.Namespace, ranges: Ranges) -> Rank:
+    """ValueError for flags that cannot be."""
+    config, device = check_flags(args), pick_device(args.device)
+    at_least(1, repeat=args.repeat)
+    if args.chart is not None:
+        figure()  # is there matplotlib?
+    if args.phase == "decode":
+        check_decode(config, [args.batch], args.kv)
+        return Rank(args, config, device, args.kv, args.batch * pages_for(args.kv), ranges.of_ops)
+    check_prefill(config, [args.tokens], args.prompt)
+    pages = args.tokens // args.prompt * pages_for(args.prompt)
+    return Rank(args, config, device, args.prompt, pages, ranges.of_ops)
 
 
 @torch.inference_mode()
 def main() -> None:
-    args = parse()
-    config, device = SHAPES[args.shape], pick_device(args.device)
-    if args.layers:
-        config = replace(config, num_hidden_layers=args.layers)
-    start = time.perf_counter()
-    rank = Rank(args, config, device)
-    step = rank.decode() if args.phase == "decode" else rank.prefill()
+    parser, args = parse()
+    start, ranges = time.perf_counter(), Ranges()
+    try:
+        rank = build(args, ranges)
+    except ValueError as error:
+        parser.error(str(error))
+    ranges.of_model(rank.model)
+    config, device, decodes = rank.config, rank.device, args.phase == "decode"
+    sizes = (args.batch, args.kv) if decodes else (args.tokens, args.prompt)
+    make = rank.decode if decodes else rank.prefill
+    step = make(*sizes)
+    halves = make(*sizes, overlap=True) if sizes[0] % 2 == 0 else None
     print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
-    if device.type == "cuda":
-        now, most = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
-        print(f"allocated {now:.2f} GiB, at most {most:.2f}")
-    took = milliseconds(step.run, device, args.repeat)
+    show_memory(rank)
+    runs = {"plain": step.run} | ({"halves": halves.run} if halves is not None else {})
+    took = times(runs, device, args.repeat)
     for layer in rank.model.layers:
         if layer.is_moe:
             layer.mlp.beside.stream = None  # side by side they slow each other: their times are taken one by one
     step.eager()
-    parts = rank.ranges.times(step.eager, device)
-    local = rank.slots // args.ep
-    work = (
-        roofline.decode(config, args.batch, args.kv, args.ep, local)
-        if args.phase == "decode"
-        else roofline.prefill(config, args.tokens, args.prompt, args.ep, local)
-    )
-    records = show(args, config, parts, took, work)
+    parts = ranges.times(step.eager, device, args.trace)
+    work = (roofline.decode if decodes else roofline.prefill)(config, *sizes, args.ep, rank.local)
+    ceilings = roofline.measure_ceilings() if device.type == "cuda" else None
+    figures = evaluate(config, took["plain"], took.get("halves"), parts, work, ceilings)
+    records = show(args, figures) + show_cluster(args, config, figures)
+    if args.chart is not None:
+        save_chart(args.chart, args, figures)
     if args.out is not None:
         save(records, args.out)
 

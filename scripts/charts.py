@@ -45,3 +45,21 @@ def save_lines(
     plot.set_title(title)
     plot.legend()
     made.savefig(path, dpi=120)
+
+
+def save_lanes(path: Path, title: str, unit: str, lanes: Mapping[str, Sequence[tuple[float, float, str]]]) -> None:
+    """What happened when: a lane for each name (the first on top), and in it its spans (start, end, label). Spans of a
+    label have one colour."""
+    labels = list(dict.fromkeys(label for spans in lanes.values() for *_, label in spans))
+    made, plot = figure(16, 1.5 + 0.5 * len(lanes))
+    for i, label in enumerate(labels):
+        for row, spans in enumerate(lanes.values()):
+            mine = [(start, end - start) for start, end, name in spans if name == label]
+            plot.broken_barh(mine, (row - 0.4, 0.8), color=f"C{i % 10}", linewidth=0)
+        plot.barh(0, 0, color=f"C{i % 10}", label=label)
+    plot.set_yticks(range(len(lanes)), lanes)
+    plot.invert_yaxis()
+    plot.set_xlabel(unit)
+    plot.set_title(title)
+    plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    made.savefig(path, dpi=120)

@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "docs" / "measurements.json"
 KINDS = ("measured", "simulated", "modelled")
-LOCAL = ("--out", "--chart", "--peer-python")
+LOCAL = ("--out", "--trace", "--chart", "--peer-python")
 PACKAGES = ("torch", "triton", "deep_gemm", "flash_mla", "deep_ep", "transformers")
 
 

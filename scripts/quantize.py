@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kernels.ref import quantize_128x128
+from kernels.fp8 import quantize_128x128
 
 QUANTIZATION = {
     "quant_method": "fp8",

@@ -346,6 +346,15 @@ BAD_COMMANDS = {
     "kv below a page": (("--prompt", "x", "--kv-tokens", "63"), "--kv-tokens is 63; it must be at least a page of 64"),
     "memory": (("--prompt", "x", "--gpu-memory-fraction", "1.5"), "--gpu-memory-fraction is 1.5; it must be in (0, 1]"),
     "redundant": (("--prompt", "x", "--redundant-experts", "-1"), "--redundant-experts is -1; it must be at least 0"),
+    "interval": (("--prompt", "x", "--rebalance-interval", "-1"), "--rebalance-interval is -1; it must be at least 0"),
+    "threshold": (
+        ("--prompt", "x", "--rebalance-threshold", "2"),
+        "--rebalance-threshold is 2.0; it must be in (0, 1]",
+    ),
+    "layers": (
+        ("--prompt", "x", "--rebalance-interval", "1", "--rebalance-layers-per-step", "5"),
+        "--rebalance-layers-per-step is 5; it must be at most the model's layers with experts (4)",
+    ),
     "expert map": (("--prompt", "x", "--expert-map", "no/such"), "--expert-map no/such: not a recording"),
     "recording": (("--prompt", "x", "--record-experts", "no/such"), "--record-experts no/such: no such folder"),
     "model len": (("--prompt", "x", "--max-model-len", "4096"), "--max-model-len (4096) is over the model's"),

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Ops, Quantized
-from kernels.ref import dequantize_1x128, quantize_1x128
-from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll, Pending
+from kernels.fp8 import dequantize_1x128, quantize_1x128
+from parallel.dispatch import Contiguous, ContiguousAllToAll, Copies, Masked, MaskedAllToAll, Pending
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from tests.worlds import run_world, sub_mesh
@@ -42,9 +42,12 @@ def expert(rows: Tensor, slot: Tensor) -> Tensor:
     return torch.tanh(rows * (1 + slot)) + slot
 
 
-def apply_experts(arrived: Contiguous | Masked, first_slot: int) -> Tensor:
+def apply_experts(arrived: Contiguous | Masked | Copies, first_slot: int) -> Tensor:
     """Run `expert` on the rows that are there; everything else becomes NaN and must not be read."""
     match arrived:
+        case Copies(x, slots):
+            y = expert(x.repeat_interleave(slots.shape[1], 0), first_slot + slots.flatten()[:, None].float())
+            return y.masked_fill(slots.flatten()[:, None] < 0, 0.0)  # as `gemm_of_copies` promises
         case Contiguous(x, row_expert, scale=scale):
             y = expert(plain(x, scale), first_slot + row_expert[:, None].float())
             return y.masked_fill(row_expert[:, None] < 0, float("nan"))
@@ -125,8 +128,11 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
         *local(group, num_slots, alignment=128),
     ):
         arrived = start(dispatcher, sent, slots, torch.ones(tokens, TOP_K)).wait()
-        assert arrived.x.dtype == dtype and (arrived.scale is None) == isinstance(sent, Tensor)
+        scale = None
         match arrived:
+            case Copies(x, chosen):
+                real = chosen.flatten() >= 0
+                x, owners = x.repeat_interleave(TOP_K, 0), chosen.flatten()[real]
             case Contiguous(x, row_expert, scale=scale):
                 real, owners = row_expert >= 0, row_expert[row_expert >= 0]
                 assert len(x) % 8 == 0
@@ -134,6 +140,7 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
                 assert x.shape[1] % 128 == 0
                 real = torch.arange(x.shape[1]) < counts[:, None]
                 owners = torch.arange(len(counts)).repeat_interleave(counts)
+        assert x.dtype == dtype and (scale is None) == isinstance(sent, Tensor)
         rows = keys(x.view(torch.uint8)[real], None if scale is None else scale[real])
         got = [(*origin[key], first + e) for key, e in zip(rows, owners.tolist(), strict=True)]
         assert len(set(got)) == len(got), "a copy arrived twice"

@@ -5,7 +5,7 @@ from statistics import median
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -145,6 +145,7 @@ def test_groups_stay_on_nodes() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**32 - 1))
+@settings(deadline=None, derandomize=True)
 def test_any_shape(nodes: int, ranks_a_node: int, slots_a_rank: int, kind: int, seed: int) -> None:
     ranks = nodes * ranks_a_node
     slots = ranks * slots_a_rank

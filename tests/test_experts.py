@@ -56,12 +56,15 @@ def test_the_nearest_replica_is_chosen_and_equal_ones_take_turns(
 
 def test_the_recorder_counts_tokens_of_experts() -> None:
     of_slot = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
-    recorder = Recorder(2, 4, torch.device("cpu"))
+    recorder = Recorder(Placement(torch.zeros(2, 3), of_slot, 2), 3)
     recorder.add(0, torch.tensor([[0, 1], [3, -1], [3, 2]]))
     recorder.add(1, torch.tensor([[1, 0], [-1, -1]]))
     recorder.add(1, torch.tensor([[2, 3]]))
-    assert recorder.take(of_slot, 3).tolist() == [[3, 1, 1], [1, 1, 2]]
-    assert recorder.take(of_slot, 3).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert recorder.total().tolist() == [[3, 1, 1], [1, 1, 2]]
+    recorder.add(1, torch.tensor([[0, 1]]))
+    assert recorder.total().tolist() == [[3, 1, 1], [1, 1, 4]]
+    recorder.forget()
+    assert recorder.total().tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_a_recording_survives_the_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from disagg.tokenizer import load_tokenizer
 from kernels import ref
 from kernels.backend import Ops
-from kernels.ref import dequantize_128x128, quantize_128x128
+from kernels.fp8 import dequantize_128x128, quantize_128x128
 from model.batch import Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import make_pool

@@ -101,40 +101,44 @@ def test_decode_in_graph(batch: int, path: str) -> None:
 
 
 PREFILL = [
-    ([(1, 1)], 2, 192, 128),
-    ([(300, 300), (0, 0), (1, 700), (129, 129), (128, 256), (77, 500), (0, 40), (64, 1000)], 4, 192, 128),
-    ([(n, n + random.randrange(300)) for n in (random.randrange(400) for _ in range(40))], 2, 192, 128),
-    ([(1024, 1024)], 3, 192, 128),
-    ([(5, 5), (40, 70), (200, 333)], 4, 48, 32),
-    ([(150, 200), (3, 3)], 2, 64, 64),
-    ([(150, 200), (3, 3)], 2, 112, 80),
+    ([(1, 1)], 2, 128, 64, 128),
+    ([(300, 300), (0, 0), (1, 700), (129, 129), (128, 256), (77, 500), (0, 40), (64, 1000)], 4, 128, 64, 128),
+    ([(n, n + random.randrange(300)) for n in (random.randrange(400) for _ in range(40))], 2, 128, 64, 128),
+    ([(1024, 1024)], 3, 128, 64, 128),
+    ([(5, 5), (40, 70), (200, 333)], 4, 32, 16, 32),
+    ([(150, 200), (3, 3)], 2, 48, 16, 64),
+    ([(150, 200), (3, 3)], 2, 80, 32, 80),
 ]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize(("lens", "heads", "dqk", "dv"), PREFILL)
-def test_prefill(lens: list[tuple[int, int]], heads: int, dqk: int, dv: int, dtype: torch.dtype, path: str) -> None:
-    """v is a slice of a wider projection, and the rows after the last sequence are NaN."""
+@pytest.mark.parametrize(("lens", "heads", "nope", "rope", "dv"), PREFILL)
+def test_prefill(
+    lens: list[tuple[int, int]], heads: int, nope: int, rope: int, dv: int, dtype: torch.dtype, path: str
+) -> None:
+    """Keys and values are parts of wider tensors, and the rows after the last sequence are NaN."""
     starts = torch.tensor([(0, 0), *lens], device=DEVICE).cumsum(0).int()
     q_starts, kv_starts = starts[:, 0].contiguous(), starts[:, 1].contiguous()
     num_q, num_kv = starts[-1].tolist()
-    q, k = randn(num_q, heads, dqk, dtype=dtype), randn(num_kv + 200, heads, dqk, dtype=dtype)
-    v = randn(num_kv + 200, heads, dv + 32, dtype=dtype)[..., 32:]
-    k[num_kv:], v[num_kv:] = NAN, NAN
-    args = (q_starts, kv_starts, max(n for n, _ in lens), max(n for _, n in lens), dqk**-0.5)
-    out = prefill_attention(q, k, v, *args)
-    agree(out, ref.prefill_attention(q.float(), k.float(), v.float(), *args))
+    q = randn(num_q, heads, nope + rope, dtype=dtype)
+    k, v = randn(num_kv + 200, heads, nope + dv, dtype=dtype).split((nope, dv), -1)
+    k_rope = randn(num_kv + 200, 64 + rope, dtype=dtype)[:, 64:]
+    for part in (k, k_rope, v):
+        part[num_kv:] = NAN
+    args = (q_starts, kv_starts, max(n for n, _ in lens), max(n for _, n in lens), (nope + rope) ** -0.5)
+    out = prefill_attention(q, k, k_rope, v, *args)
+    agree(out, ref.prefill_attention(q.float(), k.float(), k_rope.float(), v.float(), *args))
     if path == "best":  # one sequence's NaN stays in it
-        first = lens[0][1]
-        k[:first], v[:first] = NAN, NAN
-        kept = prefill_attention(q, k, v, *args)[lens[0][0] :]
+        for part in (k, k_rope, v):
+            part[: lens[0][1]] = NAN
+        kept = prefill_attention(q, k, k_rope, v, *args)[lens[0][0] :]
         assert torch.equal(kept, out[lens[0][0] :])
 
 
 def test_prefill_empty() -> None:
     starts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    q, v = randn(0, 4, 192), randn(0, 4, 128)
-    assert prefill_attention(q, q, v, starts, starts, 0, 0, 1.0).shape == (0, 4, 128)
+    q, v, k_rope = randn(0, 4, 192), randn(0, 4, 128), randn(0, 64)
+    assert prefill_attention(q, v, k_rope, v, starts, starts, 0, 0, 1.0).shape == (0, 4, 128)
 
 
 @pytest.mark.parametrize("lens", [[(1, 1), (64, 64), (65, 300), (200, 200)], [(1, 500)], [(333, 333)]])
@@ -149,9 +153,13 @@ def test_vendors_keep_the_contract(library: str, lens: list[tuple[int, int]]) ->
         starts = torch.tensor([(0, 0), *lens], device=DEVICE).cumsum(0).int()
         q_starts, kv_starts = starts[:, 0].contiguous(), starts[:, 1].contiguous()
         (num_q, num_kv), (max_q, max_kv) = starts[-1].tolist(), (max(column) for column in zip(*lens, strict=True))
-        q, k, v = randn(num_q, 16, 192), randn(num_kv, 16, 192), randn(num_kv, 16, 256)[..., 128:]
+        q, k_rope = randn(num_q, 16, 192), randn(num_kv, 576)[:, 512:]
+        k, v = randn(num_kv, 16, 256).split((128, 128), -1)
         args = (q_starts, kv_starts, max_q, max_kv, scale)
-        agree(vendor(q, k, v, *args), ref.prefill_attention(q.float(), k.float(), v.float(), *args))
+        agree(
+            vendor(q, k, k_rope, v, *args),
+            ref.prefill_attention(q.float(), k.float(), k_rope.float(), v.float(), *args),
+        )
         return
     pytest.importorskip("flash_mla")
     from kernels.flash_mla_ops import decode_plan

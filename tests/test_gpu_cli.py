@@ -28,10 +28,13 @@ def tokens(path: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("ranks", "attn_tp"), [(0, 1), (2, 1), (4, 2)])
-def test_unified(ranks: int, attn_tp: int, backend: str, expected: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "attn_tp", "overlap"), [(0, 1, "auto"), (2, 1, "on"), (4, 2, "auto"), (4, 2, "on")])
+def test_unified(
+    ranks: int, attn_tp: int, overlap: str, backend: str, expected: list[list[int]], tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out), "--attn-tp", str(attn_tp))
+    flags += ("--overlap", overlap, "--kv-tokens", "65536")
     code, _, err = run(*flags, "--device", "cuda", "--dtype", "float32", "--backend", backend, ranks=ranks)
     assert code == 0, err
     assert tokens(out) == expected

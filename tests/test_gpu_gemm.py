@@ -10,6 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import ref
+from kernels.fp8 import quantize_128x128
 from kernels.gemm import gemm_fp8, linear_float32
 from kernels.grouped_gemm import (
     grouped_gemm_contiguous,
@@ -18,7 +19,6 @@ from kernels.grouped_gemm import (
     grouped_gemm_masked_fp8,
 )
 from kernels.quant import quantize_1x128, silu_mul, silu_mul_masked, silu_mul_quant, silu_mul_quant_masked
-from kernels.ref import quantize_128x128
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

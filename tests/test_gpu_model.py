@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import choose
-from kernels.ref import dequantize_128x128, quantize_128x128
+from kernels.fp8 import dequantize_128x128, quantize_128x128
 from model.batch import Batch, Chunk
 from model.config import ModelConfig, Rope
 from model.kv_cache import make_pool

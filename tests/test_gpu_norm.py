@@ -42,7 +42,7 @@ def quantised(normed: Tensor, values: Tensor, scales: Tensor) -> None:
     """Values and scales of exactly what was returned as normed: the next fp8 step at most, and rarely that."""
     want_values, want_scales = ref.quantize_1x128(normed)
     assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
-    assert values.shape == normed.shape and values.is_contiguous() and scales.is_contiguous()
+    assert values.shape == normed.shape and values.is_contiguous()
     torch.testing.assert_close(scales, want_scales, rtol=1e-6, atol=0)
     values, want = values.float(), want_values.float()
     assert ((values - want).abs() <= want.abs() / 7.9 + 2**-8).all()
@@ -96,11 +96,11 @@ def test_rope(tokens: int, dim: int, beside: int, heads: int, dtype: torch.dtype
     wide = torch.randn(tokens + 2, heads, beside + dim + 8, device=DEVICE).to(dtype)
     q, positions = wide[1:-1, :, 8:], torch.randint(1000, (tokens,), device=DEVICE)
     args, before = (*tables(1000, dim), positions, dim), wide.clone()
-    out, want = torch.full((2, tokens, heads, 512 + dim), float("nan"), device=DEVICE, dtype=dtype)
+    out, want = torch.full((tokens, heads, 512 + dim), float("nan"), device=DEVICE, dtype=dtype), q.clone()
     assert norm.rope_into(q, out, *args) is None
-    ref.rope_into(q, want, *args)
+    ref.rope_query(want, *args)
     assert out[..., :512].isnan().all() and torch.equal(wide, before)
-    agree(out[..., 512:].contiguous(), want[..., 512:].contiguous())
+    agree(out[..., 512:].contiguous(), want[..., beside:].contiguous())
     assert norm.rope_query(q, *args) is None
     torch.testing.assert_close(q[..., beside:], out[..., 512:], rtol=2**-22, atol=2**-22)  # another compilation
     q[..., beside:] = before[1:-1, :, 8 + beside :]

@@ -1,5 +1,7 @@
-"""What Loopback lets arrive: the promised rows for each expert, in both layouts, that the experts can work on."""
+"""What Loopback lets arrive: the promised rows for each expert, in both layouts, that the experts can work on; with a
+simulated link, when it arrives."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,10 +10,12 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.backend import Ops
+from kernels.fp8 import quantize_128x128
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, Masked
 from parallel.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
+from parallel.simulated_link import SimulatedLink, Transfer
 
 CPU, D, K = torch.device("cpu"), 256, 8
 CONFIG = ModelConfig(
@@ -36,8 +40,9 @@ def test_the_share_of_tokens_is_what_sampling_gives() -> None:
     groups = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :4]  # 8 groups of 32, 4 chosen
     places = torch.rand(tokens, 128, generator=generator).argsort(1)[:, :8]
     chosen = groups.gather(1, places // 32) * 32 + places % 32
-    here = (chosen < 8).any(1).float().mean().item()
-    assert share_of_tokens(256, 32, 8, 8, 4) == pytest.approx(here, abs=0.01)
+    for places in (32, 8, 4, 2):  # a quarter of a group, one, two, four
+        here = (chosen < 256 // places).any(1).float().mean().item()
+        assert share_of_tokens(256, places, 8, 8, 4) == pytest.approx(here, abs=0.01)
     assert share_of_tokens(8, 1, 8) == 1
 
 
@@ -57,7 +62,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"skew is 2.5; it must be in \[1, 2\]"):
         Arrivals.even(1, 4, 1, 12, skew=2.5)
     with pytest.raises(ValueError, match="rows of an expert <= capacity must hold, not 20 <= 16"):
-        LoopbackMasked(Arrivals((20, 1), 20), 16, D, Ops(), CPU)
+        LoopbackMasked(lambda tokens: Arrivals((20, 1), 20), 1, 16, D, Ops(), CPU)
 
 
 def sent(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,15 +77,16 @@ def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
     if max(arrivals.counts) > arrivals.tokens:  # more copies of an expert than tokens: no such arrival is made
         arrivals = replace(arrivals, tokens=max(arrivals.counts))
     like = ref.quantize_1x128(torch.zeros(1, D)) if fp8 else torch.zeros(1, D)
-    loopback = LoopbackContiguous(arrivals, D, K, ops, like)
-    ids = loopback.experts
+    loopback = LoopbackContiguous(lambda tokens: arrivals, 7, D, K, ops, like)
+    x, slots, weights = sent(7)
+    arrived = loopback.dispatch(x, slots, weights).wait()
+    ids, _, counts = loopback.made[7]
+    assert counts == arrivals.counts
     assert ids.shape == (arrivals.tokens, K) and (ids >= 0).any(1).all()
     assert tuple((ids == e).sum().item() for e in range(local)) == arrivals.counts
     for row in ids.tolist():
         here = [e for e in row if e >= 0]
         assert len(set(here)) == len(here), "an expert twice"
-    x, slots, weights = sent(7)
-    arrived = loopback.dispatch(x, slots, weights).wait()
     match arrived:
         case Contiguous(rows, row_expert, scale=scale):
             assert len(rows) % alignment == 0 and (scale is not None) == fp8
@@ -96,7 +102,7 @@ def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_masked(fp8: bool) -> None:
-    loopback = LoopbackMasked(Arrivals((5, 0, 128), 128), 256, D, Ops(), CPU, fp8)
+    loopback = LoopbackMasked(lambda tokens: Arrivals((5, 0, 128), 128), 3, 256, D, Ops(), CPU, fp8)
     arrived = loopback.dispatch(*sent(3)).wait()
     match arrived:
         case Masked(rows, counts, scale=scale):
@@ -113,9 +119,60 @@ def test_masked(fp8: bool) -> None:
 def run(experts: Experts, arrived: Contiguous | Masked) -> Tensor:
     for name, weight in experts.named_parameters():
         if weight.dtype == torch.float8_e4m3fn:
-            values, scale = ref.quantize_128x128(torch.randn(weight.shape) * 0.05)
+            values, scale = quantize_128x128(torch.randn(weight.shape) * 0.05)
             weight.copy_(values)
             experts.get_parameter(f"{name}_scale_inv").copy_(scale)
         elif "scale" not in name:
             weight.copy_(torch.randn(weight.shape) * 0.05)
     return experts(arrived)
+
+
+def arriving(tokens: int) -> Arrivals:
+    return Arrivals.even(tokens, 4, K, 12)
+
+
+def both_layouts(most: int, link: SimulatedLink | None = None) -> tuple[LoopbackContiguous, LoopbackMasked]:
+    like = torch.zeros(1, D, dtype=torch.bfloat16)
+    contiguous = LoopbackContiguous(arriving, most, D, K, Ops(), like, link)
+    return contiguous, LoopbackMasked(arriving, most, 4 * most, D, Ops(), CPU, link=link)
+
+
+def test_half_the_tokens_bring_half_the_rows() -> None:
+    contiguous, masked = both_layouts(12)
+    for tokens in (12, 6):
+        arrived = contiguous.dispatch(*sent(tokens)).wait()
+        counts = torch.bincount(arrived.row_expert[arrived.row_expert >= 0]).tolist()
+        assert counts == masked.dispatch(*sent(tokens)).wait().counts.tolist() == [tokens * 8 // 3] * 3
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_a_link_changes_nothing_but_the_time(layout: int) -> None:
+    """Each transfer is done no sooner than the model says, by its name and tokens, after the one before it."""
+    asked = []
+
+    def model(what: str, tokens: int) -> Transfer:
+        asked.append((what, tokens))
+        return Transfer({"dispatch": 0.02, "combine": 0.03}[what], 0.004, 0.006)
+
+    link = SimulatedLink(model, CPU, num_sms=20)
+    plain, slow = both_layouts(6)[layout], both_layouts(6, link)[layout]
+    assert (plain.num_sms, slow.num_sms) == ((0, 20), (0, 0))[layout]
+    tokens, out = sent(6), []
+    for loopback in (plain, slow):
+        start = time.perf_counter()
+        arrived = loopback.dispatch(*tokens).wait()
+        dispatched = time.perf_counter() - start
+        y = arrived.x * 2
+        out.append((arrived.x, loopback.combine(y, arrived, tokens[0]).wait()))
+        combined = time.perf_counter() - start
+    assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
+    assert asked == [("dispatch", 6), ("combine", 6)]
+    assert dispatched >= 0.03 and combined >= 0.03 + 0.04
+
+    start = time.perf_counter()
+    first, second = (slow.dispatch(*sent(count)) for count in (6, 3))
+    started = time.perf_counter() - start
+    first.wait()
+    second.wait()
+    assert started < 0.03 and time.perf_counter() - start >= 0.06, "two at once"
+    assert Transfer(0.02, 0.004, 0.006).busy == 0.01 and Transfer(0.02, 0.004, 0.006).total == pytest.approx(0.03)

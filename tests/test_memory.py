@@ -25,13 +25,15 @@ from disagg.memory import (
     weight_bytes,
 )
 from kernels.backend import Ops
-from model.batch import PAGE, Batch
+from model.batch import PAGE, Batch, Chunk, split
 from model.config import ModelConfig
 from model.kv_cache import make_pool
 from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
 from parallel.dispatchers import plain_dispatchers
+from parallel.loopback import Arrivals, LoopbackContiguous
 from parallel.mesh import Group, Mesh
+from parallel.overlap import PREFILL
 from parallel.placement import Placement
 from tests.tracing import FakeGroup, Peak, allocating_ops
 
@@ -100,17 +102,19 @@ HAND = Job(  # D 512, H 8, I 256, K 4, dense 1,024
 
 
 def test_prefill_by_hand() -> None:
-    """4,096 tokens on 5,000 of context. The experts: 16,384 copies, and 16 x 127 rows of padding: 18,304 in 128s."""
+    """4,096 tokens on 9,000 of context. The experts: 16,384 copies, and 16 x 127 rows of padding: 18,304 in 128s."""
     rows = 18304
     layer = 3 * 4096 * 512 * 2  # x, its operand, and the shared expert's part
     routing = 4096 * 4 * (8 + 4) + rows * 4  # rows and weights of copies; each row's expert
     combine = 2 * rows * 512 * 2 + 4096 * 512 * 2  # arrived, the output, what comes back
     experts = layer + routing + rows * 512 * 2 + max(3 * 256 * rows * 2, rows * 512 * 2 + 4096 * 512 * 2)
     queries = 512 + 8 * 192  # of a token: x, q
-    context = 576 + 8 * 256 + 8 * 192  # of a token: the cache's row; k_nope and v; k
-    attention = 4096 * (queries + 8 * 128) * 2 + 5000 * (context * 2 + 8)
+    context = 576 + 8 * 256  # of a token: the cache's row; k_nope and v
+    attention = 4096 * (queries + 8 * 128) * 2 + 9000 * (context * 2 + 8)
     assert layer + routing + combine < experts < attention
-    assert contiguous_step(HAND, 4096, 5000, 64) == attention
+    assert contiguous_step(HAND, 4096, 9000, 64) == attention
+    whole = replace(HAND, whole_keys=True)  # nope and rope of every head in one piece
+    assert contiguous_step(whole, 4096, 9000, 64) == attention + 9000 * 8 * 192 * 2
     many = replace(HAND, config=replace(SMALL, num_experts_per_tok=8))
     rows = 34688  # 32,768 + 16 x 127, in 128s
     experts = layer + 4096 * 8 * 12 + rows * 4 + rows * (512 + 3 * 256) * 2
@@ -125,8 +129,10 @@ def test_prefill_by_hand_over_the_wire_in_fp8() -> None:
     layer = 2 * 2048 * 512 * 2 + 2048 * 528  # x, shared; the operand in fp8
     routing = 2048 * 4 * 8 + rows * 4 + 4096 * 4 * 12
     wire = (2048 + 4096) * (512 + 16 + 32)  # sent, received
-    experts = rows * (528 + 2 * 2 * 256 + (256 + 8) + 2 * 512)  # arrived | gate, up | hidden | output
-    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + wire + experts
+    arrived, back = rows * 528, (4096 + 2048) * 512 * 2
+    gate_up, hidden, output = rows * 2 * 256 * 2, rows * (256 + 8), rows * 512 * 2
+    assert gate_up == output and hidden < back
+    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + wire + arrived + output + back
 
 
 def test_decode_by_hand() -> None:
@@ -186,6 +192,31 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
             assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
 
 
+def test_two_micro_batches_take_little_over_half() -> None:
+    """DeepSeek-V3's proportions at a seventh, prompts on one of 32 ranks of 9 experts: the peak is that of a half's
+    experts."""
+    config = replace(
+        V3, vocab_size=1024, hidden_size=1024, intermediate_size=2560, moe_intermediate_size=256, q_lora_rank=256,
+        num_attention_heads=18, kv_lora_rank=128,
+    )  # fmt: skip
+    net, tokens = make(config, fp8=True), 1024
+    arriving = lambda count: Arrivals.even(count, 32, 8, 288, distinct=0.2)  # noqa: E731
+    like = net.ops.quantize_1x128(torch.zeros(1, 1024, dtype=torch.bfloat16))
+    loopback = LoopbackContiguous(arriving, tokens, 1024, 8, net.ops, like)
+    prompt = Chunk([1] * tokens, 0, range(1, 1 + tokens // PAGE))
+    whole = Batch.build([], [prompt], "cpu")
+    halves = tuple(Batch.build(*half, "cpu") for half in split([], [prompt]))
+    pool = make_pool(config, 1 + tokens // PAGE, torch.bfloat16, "cpu")
+
+    def peak(halves: tuple[Batch, Batch] | None) -> int:
+        net(whole, pool, loopback, halves, PREFILL)  # what the loopback makes once
+        with Peak() as counted:
+            net(whole, pool, loopback, halves, PREFILL)
+        return counted.most
+
+    assert peak(halves) < 0.6 * peak(None)
+
+
 def test_sampling_has_room() -> None:
     rows, vocab = 16, 5000
     logits = torch.randn(rows, vocab)
@@ -200,7 +231,25 @@ def test_the_table_of_a_plan() -> None:
     assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
     assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
     assert parts["activations"] == contiguous_step(HAND, 1000, 1512, 64)
-    assert parts["CUDA graphs"] == 0
+    assert parts["CUDA graphs"] == parts["spare experts"] == 0
+
+
+def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
+    """Of two layers of slots; of V3 in fp8 an expert is 44 MB."""
+    config = ModelConfig.from_pretrained(tiny)
+    settings = EngineConfig(
+        kv_tokens=1024, max_model_len=64, redundant_experts=4, rebalance_interval=1, rebalance_layers_per_step=2
+    )
+    engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
+    spare = engine.rebalancer.spare
+    job = Job(config, 4, slots=36)
+    parts = plan_parts(engine.model, job, 0, [1], 64, 64, 64, captures=False, spare_layers=2)
+    identities = 2 * 36 * 8
+    assert parts["spare experts"] + identities == sum(tensor.nbytes for tensor in spare.tensors.values())
+    engine.close()
+    v3 = make(V3, ranks=64, fp8=True, device="meta")
+    parts = plan_parts(v3, Job(V3, 2, True, ranks=64, slots=4), 0, [1], 64, 64, 64, captures=False, spare_layers=1)
+    assert parts["spare experts"] == 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
 
 
 BUDGET = Budget(10 * GIB, "0.5 x 20", {"attention": 2 * GIB, "dense FFN": 0, "activations": 3 * GIB}, page=GIB // 4)

@@ -66,15 +66,21 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers() -> None:
 def test_rope_of_a_query_turns_its_last_columns_and_no_other() -> None:
     wide, table, positions = torch.randn(7, 3, 20), torch.rand(30, 4) * 10, torch.randint(30, (7,))
     q, before = wide[..., 2:15], wide.clone()  # 5 + 8 of 20 columns
-    out = torch.full((7, 3, 6 + 8), NAN)
-    ref.rope_into(q, out, table.cos(), table.sin(), positions, 8)
     want = turned(before[..., 7:15], table[positions])
-    assert_close(out[..., 6:], want)
-    assert out[..., :6].isnan().all() and torch.equal(wide, before)
     ref.rope_query(q, table.cos(), table.sin(), positions, 8)
     assert_close(wide[..., 7:15], want)
     wide[..., 7:15] = before[..., 7:15]
     assert torch.equal(wide, before)
+
+
+def test_absorbed_attention_scores_as_the_expanded_one_does() -> None:
+    q, w_uk, w_uv = torch.randn(7, 3, 5 + 8), torch.randn(3, 5, 6), torch.randn(3, 4, 6)
+    table, positions, latent = torch.rand(30, 4) * 10, torch.randint(30, (7,)), torch.randn(7, 3, 6)
+    absorbed = ref.absorb_query(q, w_uk, table.cos(), table.sin(), positions)
+    key = torch.einsum("hnc,bhc->bhn", w_uk, latent)  # of the expanded form
+    assert_close((absorbed[..., :6] * latent).sum(-1), (q[..., :5] * key).sum(-1))
+    assert_close(absorbed[..., 6:], turned(q[..., 5:], table[positions]))
+    assert_close(ref.project_values(latent, w_uv), torch.einsum("hvc,bhc->bhv", w_uv, latent))
 
 
 def test_norm_rope_write_fills_each_tokens_row_and_no_other() -> None:
@@ -120,9 +126,10 @@ def test_prefill_attention_equals_sdpa(lengths: list[tuple[int, int]]) -> None:
     heads, dqk, dv, scale = 3, 12, 7, 0.4
     num_q, num_kv = (sum(column) for column in zip(*lengths, strict=True)) if lengths else (0, 0)
     q, k, v = torch.randn(num_q, heads, dqk), torch.randn(num_kv, heads, dqk), torch.randn(num_kv, heads, dv)
+    k[..., 8:] = k[:, :1, 8:]  # all heads share that part
     starts = torch.tensor([(0, 0), *lengths]).cumsum(0).to(torch.int32)
     longest = [max(column) for column in zip(*lengths, strict=True)] if lengths else [0, 0]
-    out = ref.prefill_attention(q, k, v, starts[:, 0], starts[:, 1], *longest, scale)
+    out = ref.prefill_attention(q, k[..., :8], k[:, 0, 8:], v, starts[:, 0], starts[:, 1], *longest, scale)
     assert out.shape == (num_q, heads, dv)
     parts = zip(*(x.split([n[side] for n in lengths]) for x, side in ((q, 0), (k, 1), (v, 1), (out, 0))), strict=True)
     for (n, m), (q1, k1, v1, out1) in zip(lengths, parts, strict=True):
@@ -329,6 +336,20 @@ def test_ep_gather_sums_in_float32_and_keeps_the_dtype() -> None:
     out = ref.ep_gather(rows, torch.arange(8)[None])
     assert out.dtype == torch.bfloat16
     assert out.item() == torch.tensor(1 + 7 * 2**-9).bfloat16().item() != 1.0
+
+
+def test_copies_meet_their_experts_where_they_are() -> None:
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(3, 16), torch.randn(5, 24, 16), torch.randn(5, 16, 12)
+    slots, weights, plus = torch.tensor([[4, 0], [-1, -1], [2, -1]]), torch.rand(3, 2), torch.randn(3, 16)
+    y = ref.gemm_of_copies(ref.swiglu_of_copies(x, gate_up, slots), down, slots)
+    assert (y[[2, 3, 5]] == 0).all()
+    expected = plus.clone()
+    for token, k in ((0, 0), (0, 1), (2, 0)):
+        gate, up = (gate_up[slots[token, k]] @ x[token]).chunk(2)
+        expected[token] += weights[token, k] * (down[slots[token, k]] @ (F.silu(gate) * up))
+    torch.testing.assert_close(ref.ep_gather(y, None, weights, plus), expected)
+    assert ref.gemm_of_copies(x[:0], gate_up, slots[:0]).shape == (0, 24)
 
 
 def test_ep_gather_without_weights_adds_what_is_there() -> None:

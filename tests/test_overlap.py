@@ -3,6 +3,8 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,37 @@ def test_one_rank(kind: str, folder: Path) -> None:
     contiguous, masked = hf.dispatchers(model)
     for dispatcher, schedule in ((contiguous, PREFILL), (masked, DECODE), (contiguous, DECODE), (masked, PREFILL)):
         check(model, dispatcher, chunks(kind), 1, schedule)
+
+
+def test_products_leave_the_dispatcher_its_sms_where_something_is_in_flight(folder: Path) -> None:
+    """And nowhere else: not in dense layers, the head and plain steps."""
+    left, inside, log = [], [], []
+
+    @contextmanager
+    def leave_sms(count: int) -> Iterator[None]:
+        left.append(count)
+        inside.append(True)
+        yield
+        inside.pop()
+
+    model = hf.load(folder)
+    model.ops = replace(model.ops, leave_sms=leave_sms)
+    for name, module in (
+        ("dense", model.layers[0].mlp),
+        ("experts", model.layers[-1].mlp.experts),
+        ("head", model.head),
+    ):
+        module.register_forward_pre_hook(lambda *_, name=name: log.append((name, bool(inside))))
+    dispatcher = hf.dispatchers(model)[0]
+    dispatcher.num_sms = 20
+    decodes, prefills = chunks("prompts")
+    whole = Batch.build(decodes, prefills, "cpu")
+    model(whole, filled_pool(model), dispatcher)
+    assert left == [] and set(log) == {("dense", False), ("experts", False), ("head", False)}
+    log.clear()
+    halves = tuple(Batch.build(*half, "cpu") for half in split(decodes, prefills))
+    model(whole, filled_pool(model), dispatcher, halves, PREFILL)
+    assert left == [20] and set(log) == {("dense", False), ("experts", True), ("head", False)}
 
 
 def body(rank: int, folder: Path) -> None:

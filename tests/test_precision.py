@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.backend import Ops
+from kernels.fp8 import quantize_128x128
 from model.batch import Batch, Chunk
 from model.config import ModelConfig
 from model.ffn import FFN
@@ -173,7 +174,7 @@ def fill(layer: torch.nn.Module) -> None:
             weight = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
             sizes = torch.rand(layer.get_parameter(f"{name}_scale_inv").shape) + 0.5
             sizes = sizes.repeat_interleave(128, -1).repeat_interleave(128, -2)
-            values, scale = ref.quantize_128x128(weight * sizes[..., : weight.shape[-2], : weight.shape[-1]])
+            values, scale = quantize_128x128(weight * sizes[..., : weight.shape[-2], : weight.shape[-1]])
             parameter.copy_(values)
             layer.get_parameter(f"{name}_scale_inv").copy_(scale)
 
@@ -264,9 +265,9 @@ def test_one_quantisation_feeds_all_that_share_an_input(fp8: Path) -> None:
     inputs = []
 
     def counted(op: Callable) -> Callable:
-        def call(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
+        def call(x: Tensor, *rest: object, **more: object) -> tuple[Tensor, ...]:
             inputs.append(x.shape[1])
-            return op(x, *rest)
+            return op(x, *rest, **more)
 
         return call
 

@@ -4,7 +4,7 @@ The ops here allocate what the GPU kernels do and compute nothing; a `FakeGroup`
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,24 +65,30 @@ def allocating_ops(alignment: int) -> Ops:
     return Ops(
         rms_norm=lambda x, weight, eps: x.new_empty(x.shape),
         add_rms_norm=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
-        rms_norm_quant=lambda x, weight, eps: (x.new_empty(x.shape), *_quantized(x)),
-        add_rms_norm_quant=lambda x, residual, weight, eps: (
-            x.new_empty(x.shape),
+        rms_norm_quant=lambda x, weight, eps, bare=True: (x.new_empty(x.shape) if bare else None, *_quantized(x)),
+        add_rms_norm_quant=lambda x, residual, weight, eps, bare=True: (
+            x.new_empty(x.shape) if bare else None,
             *_quantized(x),
             x.new_empty(x.shape),
         ),
         rope_query=lambda *_: None,
-        rope_into=lambda *_: None,
+        absorb_query=lambda q, w, *_: q.new_empty(*q.shape[:2], q.shape[2] - w.shape[1] + w.shape[2]),
+        project_values=lambda x, w: x.new_empty(*x.shape[:2], w.shape[1]),
         norm_rope_write=lambda *_: None,
         silu_mul=_halved,
         silu_mul_masked=_halved,
-        prefill_attention=lambda q, k, v, *_: v.new_empty(*q.shape[:2], v.shape[-1]),
+        prefill_attention=lambda q, k_nope, k_rope, v, *_: v.new_empty(*q.shape[:2], v.shape[-1]),
         mla_decode=_mla_decode,
+        linear=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
         linear_float32=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
         gate_topk=_first_experts,
         ep_scatter=_scatter,
         ep_scatter_masked=_scatter_masked,
-        ep_gather=lambda rows, index, weights=None, plus=None: rows.new_empty(index.shape[0], rows.shape[-1]),
+        ep_gather=lambda rows, index, weights=None, plus=None: rows.new_empty(
+            len(weights if index is None else index), rows.shape[-1]
+        ),
+        gemm_of_copies=lambda x, weight, slots: x.new_empty(slots.numel(), weight.shape[1]),
+        swiglu_of_copies=lambda x, weight, slots: x.new_empty(slots.numel(), weight.shape[1] // 2),
         grouped_gemm_contiguous=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
         grouped_gemm_masked=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
         quantize_1x128=_quantized,
@@ -125,9 +131,18 @@ def _first_experts(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, 
     return torch.arange(top_k).repeat(logits.shape[0], 1), logits.new_empty(logits.shape[0], top_k)
 
 
-def _scatter(x: Tensor, experts: Tensor, groups: int, alignment: int, scales: Tensor | None = None) -> tuple:
-    """The most rows that it can give."""
+def _scatter(
+    x: Tensor,
+    experts: Tensor,
+    groups: int,
+    alignment: int,
+    counts: Sequence[int] | None = None,
+    scales: Tensor | None = None,
+) -> tuple:
+    """The most rows that it can give, unless it is told."""
     rows = grouped_rows(experts.shape[0] * min(experts.shape[1], groups), groups, alignment)
+    if counts is not None:
+        rows = sum(-(-count // alignment) * alignment for count in counts)
     moved = [t.new_empty(rows, t.shape[1]) for t in (x, scales) if t is not None]
     return moved[0], experts.new_empty(rows, dtype=torch.int32), torch.empty_like(experts), *moved[1:]
 

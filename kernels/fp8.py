@@ -1,0 +1,45 @@
+"""DeepSeek-V3's two fp8 formats in torch: e4m3 values with a float32 scale for each row and 128 columns (activations),
+or for each block of 128 x 128 (weights). Technical report, section 3.3.2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8_MAX = 448.0  # of e4m3
+BLOCK = 128
+
+
+def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], so that x ~ fp8 * scale.
+
+    DeepSeek-V3's activation format (technical report, section 3.3.2): one scale for each row and 128 columns.
+    """
+    groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = groups.abs().amax(-1).clamp(min=1e-4) / FP8_MAX
+    scaled = (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return scaled.flatten(-2)[..., : x.shape[-1]].contiguous(), scale
+
+
+def dequantize_1x128(x: Tensor, scale: Tensor) -> Tensor:
+    return x.float() * scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
+
+
+def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., N, D] -> e4m3 [..., N, D] and float32 scales [..., ceil(N / 128), ceil(D / 128)].
+
+    DeepSeek-V3's weight format (same section); the scales are its checkpoints' `weight_scale_inv`.
+    """
+    rows, columns = weight.shape[-2:]
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, 128, d, 128]
+    scale = blocks.abs().amax((-3, -1)).clamp(min=1e-12) / FP8_MAX
+    scaled = (blocks / scale[..., None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return scaled.flatten(-4, -3).flatten(-2)[..., :rows, :columns].contiguous(), scale
+
+
+def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
+    """The float32 values of a part of a quantised tensor that begins at (first_row, first_column) of the whole."""
+    row = torch.arange(first_row, first_row + weight.shape[-2], device=weight.device) // BLOCK
+    column = torch.arange(first_column, first_column + weight.shape[-1], device=weight.device) // BLOCK
+    return weight.float() * scale[..., row[:, None], column]

@@ -1,0 +1,108 @@
+"""Products of few tokens in Triton, for decode at the smallest batches: what counts then is that every byte of the
+weights is read once, by as many loads in flight as the GPU holds, and that few kernels start.
+
+No tensor cores: a program multiplies a few of the weight's rows with x element by element, and sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.pdl import after_previous, pdl
+
+FEW_TOKENS = 2  # up to which they beat cuBLAS
+ROWS = 4  # of a weight in a program
+
+
+@triton.jit
+def _copies_kernel(
+    x, weight, slots, out, N, D, share, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Row c // share of x times BLOCK_N rows of slot slots[c]'s weight [N, D], or of [2N, D] if GATED."""
+    after_previous(PDL)
+    copy = tl.program_id(1)
+    slot = tl.load(slots + copy)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if slot >= 0:
+        x += (copy // share).to(tl.int64) * D
+        rows = weight + (slot * (2 * N if GATED else N) + col).to(tl.int64)[:, None] * D
+        acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        acc_up = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        for d in range(0, D, BLOCK_D):
+            at = (d + tl.arange(0, BLOCK_D))[None, :]
+            here = (col < N)[:, None] & (at < D)
+            w = tl.load(rows + at, mask=here, other=0.0)
+            if GATED:
+                w_up = tl.load(rows + N * D + at, mask=here, other=0.0)
+            a = tl.load(x + at, mask=at < D, other=0.0).to(tl.float32)
+            acc += a * w.to(tl.float32)
+            if GATED:
+                acc_up += a * w_up.to(tl.float32)
+        y = tl.sum(acc, 1)
+        if GATED:  # both rounded, as a GEMM's output is
+            gate = y.to(out.dtype.element_ty).to(tl.float32)
+            up = tl.sum(acc_up, 1).to(out.dtype.element_ty).to(tl.float32)
+            y = gate * tl.sigmoid(gate) * up
+    tl.store(out + copy.to(tl.int64) * N + col, y.to(out.dtype.element_ty), mask=col < N)
+
+
+def _launch(x: Tensor, weight: Tensor, slots: Tensor, gated: bool) -> Tensor:
+    copies, width = slots.numel(), weight.shape[1] // (2 if gated else 1)
+    out = x.new_empty(copies, width)
+    if copies:
+        columns = 1024 if x.shape[1] % 1024 == 0 else 512
+        _copies_kernel[triton.cdiv(width, ROWS), copies](
+            x.contiguous(), weight, slots.contiguous(), out, width, x.shape[1], copies // x.shape[0], gated,
+            ROWS, columns, num_warps=4, **pdl(x),
+        )  # fmt: skip
+    return out
+
+
+def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """out[c] = x's row @ weight[slots[c]].T for every copy c = t * K + k; zeros where slots is -1.
+
+    x [T, D] or a row for each copy [T * K, D], bf16 or float32; weight [L, N, D] of its dtype, slots [T, K] int64
+    -> [T * K, N].
+    """
+    return _launch(x, weight, slots, gated=False)
+
+
+def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """`gemm_of_copies` and silu_mul of what it gives: weight [L, 2I, D] -> [T * K, I]."""
+    return _launch(x, weight, slots, gated=True)
+
+
+@triton.jit
+def _few_kernel(
+    x, weight, out, T, N, D, x_stride, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """All tokens times BLOCK_N rows of the weight [N, D]."""
+    after_previous(PDL)
+    token, col = tl.arange(0, TOKENS)[:, None, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
+    acc = tl.zeros((TOKENS, BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        at = (d + tl.arange(0, BLOCK_D))[None, None, :]
+        w = tl.load(weight + col.to(tl.int64) * D + at, mask=(col < N) & (at < D), other=0.0)
+        a = tl.load(x + token * x_stride + at, mask=(token < T) & (at < D), other=0.0)
+        acc += a.to(tl.float32) * w.to(tl.float32)
+    token, col = tl.arange(0, TOKENS)[:, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out + token * N + col, tl.sum(acc, 2).to(out.dtype.element_ty), mask=(token < T) & (col < N))
+
+
+def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x [T, D] @ weight [N, D].T -> [T, N] of `dtype` (None: x's), summed in float32. For 1 to 4 tokens."""
+    (tokens, width), outputs = x.shape, weight.shape[0]
+    assert 1 <= tokens <= ROWS, f"{tokens=}"
+    out = x.new_empty(tokens, outputs, dtype=dtype)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    block = triton.next_power_of_2(tokens)
+    rows = ROWS // block
+    _few_kernel[triton.cdiv(outputs, rows),](
+        x, weight, out, tokens, outputs, width, x.stride(0), block, rows, 2048 if tokens == 1 else 1024,
+        num_warps=4, **pdl(x),
+    )  # fmt: skip
+    return out

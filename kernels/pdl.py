@@ -1,0 +1,35 @@
+"""Programmatic dependent launch (CUDA programming guide, of that name): from Hopper on, a kernel may take its place on
+the GPU while the one before it in the stream still runs, and waits inside for what that one writes. It hides the start
+of a kernel, which is most of a small one.
+
+Every program of such a kernel must wait, whatever it reads: only then does its end say that all before it has ended.
+And not every library's kernel waits: FlashMLA's is launched to take its place early, and then reads its query at once.
+What may come before it in the stream must not let it in before it has ended: `after_previous(PDL, LET_NEXT=False)`.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
+    """Wait for the end of the kernel before, and let the next one take its place now. A kernel's first line."""
+    if PDL:
+        if LET_NEXT:  # noqa: SIM102
+            gdc_launch_dependents()
+        gdc_wait()
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def pdl(x: Tensor) -> dict[str, bool]:
+    """Launch arguments of a kernel that begins with `after_previous(PDL)`, on x's device."""
+    return {"PDL": True, "launch_pdl": True} if _is_hopper(x.device) else {"PDL": False}

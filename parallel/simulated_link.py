@@ -1,0 +1,123 @@
+"""SIMULATED communication time: a link that carries nothing, and is busy for as long as it is told.
+
+For benchmarks of one rank (`parallel/loopback.py`). A transfer has three parts: a send kernel that takes all SMs, the
+flight beside whatever else is computed, and a receive kernel. On a GPU the flights of all transfers run one after
+another on a stream of their own, and whoever waits for one makes the computing stream wait; the host never does:
+
+    computing   ... | send | what is enqueued between start and wait ... | receive | ...
+    link               | flight >>>>>>>>>>>>>>>>>>>>> |
+
+In flight, normal mode holds `num_sms` SMs (`kernels/hold.py`). Low latency holds none: its flight is a copy to the
+host's pinned memory of as many bytes as take that long here, which reads the GPU's memory and crosses PCIe as a network
+card's reads do, and is done by a copy engine. (A block that waits would not do: no register is left beside some
+attention kernels' blocks, so that one of them would have to wait for it.) All of it can be captured in a CUDA graph.
+
+On a CPU, where nothing runs beside, `wait` returns no sooner than the transfer would be done.
+"""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+CALIBRATION = (2**20, 2**25)  # bytes
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Seconds that one dispatch or combine takes."""
+
+    flight: float
+    send: float = 0.0
+    receive: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """On the SMs."""
+        return self.send + self.receive
+
+    @property
+    def total(self) -> float:
+        return self.flight + self.busy
+
+
+Model = Callable[[str, int], Transfer]  # of "dispatch" or "combine", and of the tokens that a rank sends
+
+
+class SimulatedLink:
+    def __init__(self, model: Model, device: torch.device, num_sms: int = 0):
+        """`num_sms`: that are held in flight; 0: low latency's copy."""
+        self.model, self.device, self.num_sms = model, device, num_sms
+        self.free_at = 0.0  # CPU: by time.perf_counter, when the latest transfer is done
+        if device.type != "cuda":
+            return
+        self.kernels = importlib.import_module("kernels.hold")
+        self.stream = torch.cuda.Stream(device, priority=-1)  # as DeepEP's
+        self.all_sms = self.kernels.count_sms(device)
+        if num_sms == 0:
+            self.sent = torch.zeros(CALIBRATION[1], dtype=torch.uint8, device=device)
+            self.host = torch.zeros(CALIBRATION[1], dtype=torch.uint8, pin_memory=True)
+            self.latency, self.bandwidth = self._calibrate()
+
+    def start(self, what: str, tokens: int) -> Callable[[], None]:
+        """Begin a transfer. Call what comes back, once, before using what arrived."""
+        transfer = self.model(what, tokens)
+        return self._start_on_cpu(transfer) if self.device.type != "cuda" else self._start_on_gpu(transfer)
+
+    def _start_on_gpu(self, transfer: Transfer) -> Callable[[], None]:
+        if transfer.send:
+            self.kernels.hold(self.all_sms, transfer.send)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._fly(transfer.flight)
+            done = self.stream.record_event()
+
+        def wait() -> None:
+            torch.cuda.current_stream().wait_event(done)
+            if transfer.receive:
+                self.kernels.hold(self.all_sms, transfer.receive)
+
+        return wait
+
+    def _fly(self, seconds: float) -> None:
+        if self.num_sms:
+            self.kernels.hold(self.num_sms, seconds)
+            return
+        left = max(1, round((seconds - self.latency) * self.bandwidth))
+        while left > 0:
+            count = min(left, self.sent.numel())
+            self._copy(count)
+            left -= count
+
+    def _copy(self, count: int) -> None:
+        self.host[:count].copy_(self.sent[:count], non_blocking=True)
+
+    def _calibrate(self) -> tuple[float, float]:
+        """Seconds before the first byte, and bytes a second, of copies to the host."""
+        few, many = (self._copy_seconds(count) for count in CALIBRATION)
+        bandwidth = (CALIBRATION[1] - CALIBRATION[0]) / (many - few)
+        return max(0.0, few - CALIBRATION[0] / bandwidth), bandwidth
+
+    def _copy_seconds(self, count: int) -> float:
+        times = []
+        with torch.cuda.stream(self.stream):
+            for _ in range(10):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                self._copy(count)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 1e3)
+        return median(times)
+
+    def _start_on_cpu(self, transfer: Transfer) -> Callable[[], None]:
+        self.free_at = done = max(time.perf_counter(), self.free_at) + transfer.total
+
+        def wait() -> None:
+            while time.perf_counter() < done:
+                pass
+
+        return wait

@@ -1,0 +1,180 @@
+"""What two-batch overlap gains on one rank of a large deployment, with SIMULATED communication.
+
+python scripts/bench_overlap.py decode --ep 72 --kv 2048 --batch 32 64 128 256
+python scripts/bench_overlap.py prefill --ep 32 --prompt 4096 --tokens 16384 8192 4096
+
+Plain steps against steps of two micro-batches, taken in turns on one model: first without any communication (what it
+costs to compute in halves), then with transfers that last as long as scripts/deepep_times.py says and take from the GPU
+what DeepEP's would (`parallel/simulated_link.py`). Arrivals are simulated, too, and balanced as --skew says. Of prefill
+steps also the peak of what they allocate, which is measured; rows that arrive are there beforehand, and not in it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model.kv_cache import pages_for
+from parallel.mesh import pick_device
+from parallel.simulated_link import SimulatedLink
+from scripts import deepep_times
+from scripts.measurements import Record, save
+from scripts.one_rank import (
+    Rank,
+    Step,
+    add_flags,
+    add_measuring_flags,
+    at_least,
+    check_decode,
+    check_flags,
+    check_prefill,
+    times,
+)
+
+# Throughput with overlap over throughput without, SGLang on H100, its report of 2025-05-05: decode by batch (EP72, KV
+# 2,000), prefill at equal tokens (EP32).
+DECODE_GAINS = {32: 0.73, 256: 1.255}
+PREFILL_GAINS = (1.27, 1.35)
+GIB = 2**30
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    phases = parser.add_subparsers(dest="phase", required=True)
+    sizes = {
+        "decode": (72, {"batch": [32, 64, 128, 256], "kv": 2048}),
+        "prefill": (32, {"tokens": [16384, 8192, 4096], "prompt": 4096}),
+    }
+    for phase, (ep, defaults) in sizes.items():
+        add = phases.add_parser(phase).add_argument
+        add_flags(add, ep)
+        add_measuring_flags(add)
+        for name, default in defaults.items():
+            several = isinstance(default, list)
+            add(f"--{name}", type=int, default=default, nargs="+" if several else None, help=f"({default})")
+    return parser, parser.parse_args()
+
+
+def build(args: argparse.Namespace) -> Rank:
+    """ValueError for flags that cannot be."""
+    config, device = check_flags(args), pick_device(args.device)
+    at_least(1, repeat=args.repeat)
+    if args.phase == "decode":
+        check_decode(config, args.batch, args.kv, halves=True)
+        return Rank(args, config, device, args.kv, max(args.batch) * pages_for(args.kv))
+    check_prefill(config, args.tokens, args.prompt, halves=True)
+    return Rank(args, config, device, args.prompt, max(args.tokens) // args.prompt * pages_for(args.prompt))
+
+
+def make_link(rank: Rank, phase: str) -> SimulatedLink:
+    if phase == "decode":
+        return SimulatedLink(deepep_times.low_latency(rank.config, rank.ep), rank.device)
+    return SimulatedLink(deepep_times.normal(rank.config, rank.ep), rank.device, deepep_times.NORMAL_SMS)
+
+
+def check_link(link: SimulatedLink, tokens: int, repeat: int) -> None:
+    """Print how long the link's transfers really take, one after the other, beside how long they should."""
+
+    def of(what: str) -> Callable[[], None]:
+        return lambda: link.start(what, tokens)()
+
+    taken = times({what: of(what) for what in ("dispatch", "combine")}, link.device, repeat)
+    for what, ms in taken.items():
+        print(f"    {what} of {tokens} tokens: {link.model(what, tokens).total * 1e3:.4f} ms modelled, {ms:.4f} taken")
+
+
+def peak(step: Step) -> int:
+    """The most bytes that a step has allocated at once."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step.run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Report:
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.records = args, []
+        self.what = f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
+
+    def gain(self, size: int, name: str, link: SimulatedLink | None, taken: dict[str, float]) -> None:
+        """In throughput, beside the paper's."""
+        args, times_as_fast, paper = self.args, taken["plain"] / taken["overlapped"], ()
+        if link is not None and args.shape == "v3":
+            paper = (
+                PREFILL_GAINS
+                if args.phase == "prefill"
+                else tuple(x for batch, x in DECODE_GAINS.items() if batch == size)
+            )
+        theirs = " to ".join(f"{x - 1:+.1%}" for x in paper)
+        print(
+            f"{name}, {_with(link)}: plain {taken['plain']:.3f} ms, overlapped {taken['overlapped']:.3f} ms, "
+            f"{times_as_fast - 1:+.1%} throughput" + (f" (SGLang's report: {theirs})" if paper else ""),
+            flush=True,
+        )
+        title, kind = f"{self.what}, {name}, {_with(link)}", "measured" if link is None else "simulated"
+        for which, ms in taken.items():
+            self.records.append(Record(f"{title}: {which} step", round(ms, 3), "ms", "lower", kind=kind))
+        reference, source = (paper[0], f"SGLang on H100, its report: {theirs}") if paper else (None, "")
+        name = f"{title}: throughput, overlapped over plain"
+        self.records.append(Record(name, round(times_as_fast, 4), "x", "higher", reference, source, kind))
+
+    def memory(self, name: str, link: SimulatedLink | None, peaks: dict[str, int]) -> None:
+        plain, overlapped = (peaks[which] / GIB for which in ("plain", "overlapped"))
+        less = 1 - overlapped / plain
+        print(f"    peak of what a step allocates: plain {plain:.3f} GiB, overlapped {overlapped:.3f}, {less:.1%} less")
+        for which, size in (("plain", plain), ("overlapped", overlapped)):
+            title = f"{self.what}, {name}, {_with(link)}: activations at their peak, {which}"
+            self.records.append(Record(title, round(size, 4), "GiB", "lower"))
+
+
+def _with(link: SimulatedLink | None) -> str:
+    return "no communication" if link is None else "simulated communication"
+
+
+def measure(rank: Rank, args: argparse.Namespace, link: SimulatedLink, report: Report) -> None:
+    for size in args.batch if args.phase == "decode" else args.tokens:
+        if args.phase == "decode":
+            make, sizes, name = rank.decode, (size, args.kv), f"batch {size}, KV {args.kv}"
+        else:
+            make, sizes, name = rank.prefill, (size, args.prompt), f"{size} tokens, prompts of {args.prompt}"
+        for used in (None, link):
+            steps = {which: make(*sizes, used, which == "overlapped") for which in ("plain", "overlapped")}
+            taken = times({which: step.run for which, step in steps.items()}, rank.device, args.repeat)
+            report.gain(size, name, used, taken)
+            if args.phase == "prefill" and rank.device.type == "cuda":
+                report.memory(name, used, {which: peak(step) for which, step in steps.items()})
+            for step in steps.values():
+                step.close()
+            del steps, step
+            if rank.device.type == "cuda":
+                torch.cuda.empty_cache()  # graphs of another size could not use it
+        check_link(link, size, args.repeat)
+        check_link(link, size // 2, args.repeat)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser, args = parse()
+    start = time.perf_counter()
+    try:
+        rank = build(args)
+    except ValueError as error:
+        parser.error(str(error))
+    link, report = make_link(rank, args.phase), Report(args)
+    print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
+    try:
+        measure(rank, args, link, report)
+    finally:
+        if args.out is not None:
+            save(report.records, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Simulated communication on a GPU: it takes as long as it should, alone and in a CUDA graph, beside computation."""
+
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+import torch
+
+from parallel.simulated_link import SimulatedLink, Transfer
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+TIMES = {"dispatch": Transfer(150e-6, 15e-6, 15e-6), "combine": Transfer(1e-3)}
+
+
+def model(what: str, tokens: int) -> Transfer:
+    return TIMES[what]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3)
+    return median(taken)
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+@pytest.mark.parametrize("num_sms", [1, 20, 132])
+def test_sms_are_held_for_the_time(num_sms: int) -> None:
+    from kernels.hold import hold
+
+    hold(num_sms, 1e-3)
+    assert 1e-3 <= seconds(lambda: hold(num_sms, 1e-3)) < 1.05e-3
+    assert 1e-3 <= seconds(captured(lambda: hold(num_sms, 1e-3)).replay) < 1.05e-3
+
+
+@pytest.mark.parametrize("num_sms", [0, 20])
+def test_transfers_take_their_time(num_sms: int) -> None:
+    """Ten in a row, so that launches hide."""
+    link = SimulatedLink(model, CUDA, num_sms)
+
+    def ten(what: str) -> None:
+        for _ in range(10):
+            link.start(what, 128)()
+
+    for what, transfer in TIMES.items():
+        for taken in (seconds(lambda what=what: ten(what)), seconds(captured(lambda what=what: ten(what)).replay)):
+            print(f"{num_sms=} {what}: {1e6 * taken / 10:.1f} us for {1e6 * transfer.total:.1f}")
+            assert taken / 10 == pytest.approx(transfer.total, rel=0.1, abs=10e-6)
+
+
+@pytest.mark.parametrize("num_sms", [0, 20])
+def test_computation_runs_beside_a_flight(num_sms: int) -> None:
+    """In a graph: a flight of a millisecond and half a millisecond of products take a millisecond, not one and a half;
+    with 20 SMs held, products slow down accordingly, and not more."""
+    link, side = SimulatedLink(model, CUDA, num_sms), 2048
+    a, b, out = (torch.randn(side, side, device=CUDA, dtype=torch.bfloat16) for _ in range(3))
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    one = seconds(captured(lambda: products(50)).replay) / 50
+    count = round(0.5e-3 / one)
+
+    def beside() -> None:
+        wait = link.start("combine", 128)
+        products(count)
+        wait()
+
+    taken = seconds(captured(beside).replay)
+    print(f"{num_sms=}: {1e3 * taken:.3f} ms")
+    assert 0.95e-3 < taken < 1.2e-3
+
+
+def test_deep_gemm_leaves_sms() -> None:
+    deep_gemm = pytest.importorskip("deep_gemm")
+    from kernels.deep_gemm_ops import leave_sms
+
+    there = deep_gemm.get_num_sms()
+    with leave_sms(20):
+        assert deep_gemm.get_num_sms() == there - 20
+    assert deep_gemm.get_num_sms() == there
