@@ -24,6 +24,7 @@ from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, logprob_pairs, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import ExpertReader, load_weights
+from parallel.dispatch import most_copies
 from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL, Rule
@@ -147,10 +148,12 @@ class Engine:
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
+        mine = -(-settings.max_tokens_per_step // mesh.attn.size)  # tokens that I dispatch in the largest step
         self.dispatchers = make_dispatchers(
             settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
             capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
+            most_copies=most_copies(mine, self.config.num_experts_per_tok),
         )  # fmt: skip
         self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._make_budget(buckets) if mesh.device.type == "cuda" else None
