@@ -22,7 +22,7 @@ from tqdm import tqdm
 from disagg.control import RouterPort, local_host, parse_address
 from disagg.engine import DTYPES, Engine, EngineConfig
 from disagg.jsonl import Job, Writer, read_lines
-from disagg.router import Answer, Router
+from disagg.router import INTERRUPTED, Answer, Router
 from disagg.tokenizer import load_tokenizer
 from disagg.worker import Interrupt, serve
 from kernels.backend import choose, table
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--backend",
         action="append",
         metavar="[OP=]LIB",
-        help="auto, or force flash_attn, flash_mla, deep_gemm, triton or torch, for one op or all",
+        help="force flash_attn, flash_mla, deep_gemm, triton or torch, for an op or all that it serves; or auto",
     )
     where.add_argument("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap")
     where.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
@@ -153,12 +153,20 @@ class FrontDoor:
         print(router.metrics.table(), file=sys.stderr, flush=True)
         self.port.close()
 
+    @property
+    def failed(self) -> bool:
+        """Did every request end with an error, none of them because the user wanted an end?"""
+        answers = self.job.answers
+        return bool(answers) and all(a.error not in (None, INTERRUPTED) for a in answers)
+
     def _deliver(self, position: int, answer: Answer) -> None:
         self.job.deliver(position, answer)
         if self.writer is not None:
             self.writer.flush(self.job.answers)
         if self.args.prompt is not None:
-            print("" if answer.error is None else f"\nerror: {answer.error}", flush=True)
+            print(flush=True)
+            if answer.error is not None:
+                print(f"run.py: error: {answer.error}", file=sys.stderr, flush=True)
         elif self.args.show:
             tqdm.write(f"--- {answer.id}: {answer.error or answer.text}", file=sys.stdout)
             sys.stdout.flush()
@@ -223,7 +231,7 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     mesh.close()
     if problem is not None:
         print(f"{args.role}: {problem}", file=sys.stderr)
-    return 0 if problem is None else 1
+    return 1 if problem is not None or (front is not None and front.failed) else 0
 
 
 def open_front_door(
@@ -272,7 +280,7 @@ def main() -> int:
         front = FrontDoor(args, settings, config, parse_address("--listen", args.listen))
         print(f"router: listening on port {front.port.port}", file=sys.stderr)
         front.run(lambda: interrupt.seen)
-        return 0
+        return 1 if front.failed else 0
     except ValueError as error:
         if launched_local_rank() == 0:  # the others of this machine would only repeat it
             print(f"run.py: error: {error}", file=sys.stderr)

@@ -131,8 +131,10 @@ def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
 
 def parse_address(name: str, address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not port.isascii() or not 0 <= int(port) < 65536:
+    if not host or not port.isdecimal() or not port.isascii():
         raise ValueError(f"{name} is {address!r}; it must be HOST:PORT")
+    if len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"{name} is {address!r}; its port must be in 0..65535")
     return host, int(port)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
-from disagg.memory import Budget, Job, make_budget, page_bytes, plan_parts
+from disagg.memory import Budget, Job, make_budget, page_bytes, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
@@ -24,12 +24,12 @@ from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, logprob_pairs, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import ExpertReader, load_weights
+from parallel.dispatch import most_copies
 from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL, Rule
 from parallel.recorder import Recorder
 
-KV_TOKENS_ON_CPU = 65536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,7 +39,7 @@ class EngineConfig:
 
     max_batch: int = 64
     max_tokens_per_step: int = 1024
-    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU KV_TOKENS_ON_CPU
+    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU 65,536
     max_model_len: int | None = None  # None: the model's own
     dtype: str = "auto"
     dispatch: str = "auto"
@@ -148,10 +148,12 @@ class Engine:
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
+        mine = -(-settings.max_tokens_per_step // mesh.attn.size)  # tokens that I dispatch in the largest step
         self.dispatchers = make_dispatchers(
             settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
             hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
             capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
+            most_copies=most_copies(mine, self.config.num_experts_per_tok),
         )  # fmt: skip
         self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._make_budget(buckets) if mesh.device.type == "cuda" else None
@@ -159,7 +161,7 @@ class Engine:
             pages = self.budget.pages(settings.kv_tokens)
             memory = self.budget.table(pages)
         else:
-            pages = (settings.kv_tokens or KV_TOKENS_ON_CPU) // PAGE
+            pages = pages_on_host(mesh, settings.kv_tokens, page_bytes(self.config, model.dtype.itemsize))
             memory = f"{'KV':>10}: {pages:,} pages, {pages * PAGE:,} tokens"
         self.scheduler = Scheduler(
             PageAllocator(pages + 1), settings.max_batch, settings.max_tokens_per_step, self.max_model_len

@@ -11,21 +11,30 @@ unless said otherwise, with S the tokens of context and M the rows of the expert
                  hidden [M, I], later with the output [M, D]
     combine      the same without gate, up, hidden | output [M, D] | sums [R T / t, D] | what came back
 
-With the all-to-all there are also two copies of what travels, as it was sent and as it arrived. Routing is taken at
-its worst: every token of every rank wants as many of MY experts as it can.
+Before that, with the all-to-all, there are copies of what travels, as it is sent, as it arrives, and cut into columns,
+of which the last stay until they are grouped. Routing is taken at its worst: every token of every rank wants as many of
+MY experts as it can. All these tokens have their place, and so have their sums; of their rows M there are at most twice
+as many as evenly spread tokens would have, for if more arrive the experts take them in slices (`parallel/dispatch.py`).
+Without that, DeepSeek-V3's prefill on 32 ranks of 16,384 tokens would have to keep 130 GiB for a routing that never
+comes; so it is 17.
 """
 
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from model.batch import PAGE
 from model.config import ModelConfig
 from model.transformer import Transformer
+from parallel.dispatch import most_copies
 from parallel.mesh import Mesh
 
 GIB = 2**30
+KV_TOKENS_ON_CPU = 65536
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
 WORKSPACES = 3 * 32 * 2**20  # cuBLAS takes 32 MiB (Hopper) for each stream: the step's, the shared expert's, capture's
@@ -111,12 +120,14 @@ def contiguous_step(job: Job, tokens: int, context: int, max_batch: int) -> int:
     prefill, or mixed."""
     mine = tokens // job.attn_tp
     received = job.ranks * mine
-    rows = grouped_rows(received * job.copies, job.slots, job.alignment)
+    copies, most = received * job.copies, most_copies(mine, job.config.num_experts_per_tok)
+    rows = grouped_rows(min(copies, most), job.slots, job.alignment)
+    sliced = max(1, most // job.copies) if copies > most and job.ranks > 1 else 0
     sent = mine * (1 + min(job.ranks - 1, job.config.num_experts_per_tok - job.copies))
     return max(
         _attention(job, tokens, max(_expanded(job, tokens, context), _absorbed(job, max_batch))),
         _dense(job, tokens),
-        _experts(job, tokens, rows, sent, received),
+        _experts(job, tokens, rows, sent, received, sliced),
         _head(job, tokens, max_batch),
     )
 
@@ -183,23 +194,29 @@ def _dense(job: Job, tokens: int) -> int:
     return tokens * (job.row(c.hidden_size) + job.operand(c.hidden_size) + inside)
 
 
-def _experts(job: Job, tokens: int, rows: int, sent: int, received: int) -> int:
-    """`rows`: M. `sent`, `received`: tokens on the wire; with DeepEP's low latency what is received IS the groups."""
+def _experts(job: Job, tokens: int, rows: int, sent: int, received: int, sliced: int = 0) -> int:
+    """`rows`: M. `sent`, `received`: tokens on the wire; with DeepEP's low latency what is received IS the groups.
+    `sliced`: tokens of a slice, if what is received does not fit into M rows."""
     c, mine = job.config, tokens // job.attn_tp
     if not c.num_moe_layers:
         return 0
     hidden, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
     held = mine * (job.row(2 * hidden) + job.operand(hidden) + top_k * INDEX)
-    held += mine * top_k * FLOAT if job.ranks == 1 else 0
-    held += rows * (job.operand(hidden) + FLOAT)
+    grouped = rows * (job.operand(hidden) + FLOAT)
     inside = rows * (job.operand(width) + job.row(max(2 * width, hidden)))
-    back = job.row(mine * hidden)
-    if job.ranks > 1:
-        back = job.row((received + (sent if job.capacity is None else mine)) * hidden)
-        held += received * top_k * (INDEX + FLOAT)
-        if job.capacity is None:
-            held += (sent + received) * (job.operand(hidden) + 2 * FLOAT * top_k)
-    return held + max(inside, job.row(rows * hidden) + back)
+    if job.ranks == 1:
+        return held + mine * top_k * FLOAT + grouped + max(inside, job.row((rows + mine) * hidden))
+    routing = received * top_k * (INDEX + FLOAT)
+    columns = received * job.operand(hidden)  # with ids and weights: what travels
+    came = 0
+    if job.capacity is None:
+        travels = job.operand(hidden) + 2 * FLOAT * top_k
+        came = max((sent + 2 * received) * travels, received * (travels + 2 * INDEX * top_k) + grouped)
+    if sliced:
+        of_slice = sliced * top_k * INDEX + grouped + max(inside, job.row((rows + sliced) * hidden))
+        return held + max(came, routing + columns + job.row(received * hidden) + of_slice)
+    back = job.row((received + (sent if job.capacity is None else mine)) * hidden)
+    return held + max(came, routing + grouped + max(inside, job.row(rows * hidden) + back))
 
 
 def _head(job: Job, tokens: int, rows: int) -> int:
@@ -266,6 +283,35 @@ def share_of_gpu(total: int, free: int, held: int, fraction: float, sharers: int
     if allowed <= there:
         return allowed, f"--gpu-memory-fraction {fraction:g} x {_gib(total)}{among}"
     return there, f"free {_gib(free)}{among} + {_gib(held)} that this rank has taken"
+
+
+def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
+    """Pages of a CPU rank's pool without the null page: for `tokens`, rounded down, or (None) KV_TOKENS_ON_CPU.
+    ValueError if the memory of a machine does not hold the pools of its ranks. All ranks together."""
+    pages = (tokens or KV_TOKENS_ON_CPU) // PAGE
+    machines: dict[str, list[int]] = {}
+    for host, available in mesh.ep.exchange((socket.gethostname(), host_memory())):
+        machines.setdefault(host, []).append(available)
+    ranks = min(machines.values(), key=lambda seen: min(seen) // len(seen))  # of the machine with the least for each
+    share, size = min(ranks) // len(ranks), (pages + 1) * page
+    if size > share:
+        among = f" / {len(ranks)} ranks = {_gib(share)} GiB" if len(ranks) > 1 else ""
+        asked = f"--kv-tokens {tokens}" if tokens is not None else f"{KV_TOKENS_ON_CPU} tokens"
+        most = (share // page - 1) * PAGE
+        raise ValueError(
+            f"{asked}: a KV pool of {size:,} bytes ({_gib(size)} GiB) is over the {_gib(min(ranks))} GiB of memory "
+            f"that are available{among}; " + (f"--kv-tokens can be at most {most}" if most > 0 else "no page fits")
+        )
+    return pages
+
+
+def host_memory() -> int:
+    """Bytes that this machine can still give; where it does not say, all that it has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan_parts(

@@ -24,6 +24,9 @@ from disagg.tokenizer import TextStream
 PING_S = 1.0
 REPLACEMENT_S = 30.0  # how long requests wait for a role that has died out to come back
 FAREWELL_S = 15.0  # how long to wait for the replicas' last words
+NOTICE_S = 10.0  # requests that wait so long for a role that is missing are mentioned, and then each time
+NOTICE_FACTOR = 3  # after so many times as long
+INTERRUPTED = "interrupted"  # the error of a request that the user let no time to end
 ATTEMPTS = 2
 QUEUE_FACTOR = 2  # requests at a decode replica, in multiples of its batch; the rest wait here, for whoever is free
 
@@ -94,7 +97,7 @@ class Router:
         self._expected, self._leaving = expected, False
         self._kv: str | None = None  # what the first replica hands over; all must be alike
         self._open = False  # has there been anybody to serve a request yet?
-        self._short_of_replicas_since = 0.0
+        self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
 
     def run(
         self,
@@ -114,11 +117,11 @@ class Router:
         try:
             while self._tracked and not self.stopped():
                 self._listen(20)
-                self._give_up_if_nobody_serves()
+                self._look_for_missing_roles()
                 self._ping()
                 self._assign()
             for uid in list(self._tracked):
-                self._end(uid, "error", "interrupted")
+                self._end(uid, "error", INTERRUPTED)
         finally:  # also if `deliver` fails: nobody must be left waiting
             self._farewell()
 
@@ -201,18 +204,24 @@ class Router:
         for tracked in self._tracked.values():
             tracked.submitted = now
 
-    def _give_up_if_nobody_serves(self) -> None:
-        """Before anybody came, wait for ever. Once a role has died out, wait REPLACEMENT_S for it to come back."""
+    def _look_for_missing_roles(self) -> None:
+        """Before anybody came, wait for ever, and say so. Once a role has died out, wait REPLACEMENT_S for another."""
         now = time.monotonic()
+        short_s = now - self._short_of_replicas_since
+        roles = [role for role in ("prefill", "decode") if not self._in_role(role)]
         if self._able_to_serve():
-            self._short_of_replicas_since = now
-        elif self._open and now - self._short_of_replicas_since > REPLACEMENT_S:
-            missing = " and no ".join(role for role in ("prefill", "decode") if not self._in_role(role))
+            self._short_of_replicas_since, self._notice_s = now, NOTICE_S
+        elif self._open and short_s > REPLACEMENT_S:
+            missing = " and no ".join(roles)
             for uid in self._waiting:
                 self._end(
                     uid, "error", f"no {missing} replica left to serve it, and none came in {REPLACEMENT_S:.0f} s"
                 )
             self._waiting.clear()
+        elif self._waiting and self._expected <= 0 and short_s > self._notice_s:
+            count, self._notice_s = len(self._waiting), NOTICE_FACTOR * self._notice_s
+            missing = " and a ".join(roles)
+            print(f"router: {count} requests still waiting for a {missing} replica", file=sys.stderr, flush=True)
 
     def _update(self, update: Update) -> None:
         tracked, now = self._tracked[update.uid], time.monotonic()

@@ -126,15 +126,14 @@ MODULES = {"flash_attn": "flash_attn.cute"}  # where it is not the library's nam
 def choose(
     shape: Shape, dtype: torch.dtype, device: torch.device, forced: Iterable[str] = ()
 ) -> tuple[Ops, list[Choice]]:
-    """The ops for a model on a device. `forced` holds `op=library`, or `library` to prefer it for whatever it serves
-    over the vendors', or `auto`, which forces nothing. ValueError if an op's forced library cannot serve it."""
-    by_op, preferred = _parse_forced(forced)
+    """The ops for a model on a device. `forced` holds `op=library`, or `library` for every op that it serves, or
+    `auto`, which forces nothing; an op's own word goes before one for all. ValueError if a forced library cannot serve.
+    """
+    by_op = _parse_forced(forced)
     chosen, choices = {}, []
     for op, order in PREFERENCE.items():
-        if preferred is not None:
-            order = [name for name in (preferred, "triton", "torch") if name in order]
         if op in by_op:
-            order = [by_op[op]]
+            order = [by_op[op][0]]
         obstacles = []
         for library in order:
             obstacle = _obstacle(library, shape, dtype, device)
@@ -142,9 +141,9 @@ def choose(
                 break
             obstacles.append(f"{library}: {obstacle}")
         else:
-            raise ValueError(f"--backend {op}={order[-1]}: {obstacles[-1]}")
+            raise ValueError(f"--backend {by_op[op][1]}: {obstacles[-1]}")
         chosen[op] = _load(op, library)
-        forced_why = "forced" if op in by_op or library == preferred else ""
+        forced_why = "forced" if op in by_op else ""
         why = NO_GPU if device.type != "cuda" and obstacles else "; ".join(obstacles)
         choices.append(Choice(op, library, why or forced_why))
     padded = any(call is not getattr(ref, op) for op, call in chosen.items() if op.startswith("grouped_gemm"))
@@ -171,23 +170,24 @@ def table(choices: list[Choice]) -> str:
     return "\n".join(f"{lib:>10}: {', '.join(ops)}" + (f" ({why})" if why else "") for (lib, why), ops in lines.items())
 
 
-def _parse_forced(forced: Iterable[str]) -> tuple[dict[str, str], str | None]:
-    by_op, preferred = {}, None
+def _parse_forced(forced: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Of each op that is forced: the library, and the word that says so."""
+    for_all, for_one = {}, {}
     for word in forced:
         if word == "auto":
             continue
-        op, _, library = word.rpartition("=")
+        op, equals, library = word.rpartition("=")
         if library not in LIBRARIES:
             raise ValueError(f"--backend {word}: {library!r} is none of {', '.join(LIBRARIES)}")
-        if not op:
-            preferred = library
+        if not equals:
+            for_all |= {op: (library, word) for op, order in PREFERENCE.items() if library in order}
         elif op not in PREFERENCE:
             raise ValueError(f"--backend {word}: {op!r} is none of {', '.join(PREFERENCE)}")
         elif library not in PREFERENCE[op]:
             raise ValueError(f"--backend {word}: {op} is served by {', '.join(PREFERENCE[op])}")
         else:
-            by_op[op] = library
-    return by_op, preferred
+            for_one[op] = library, word
+    return for_all | for_one
 
 
 def _obstacle(library: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ from kernels.backend import Ops, Quantized
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import block_scales, weight
-from parallel.dispatch import Contiguous, Copies, Masked
+from parallel.dispatch import Contiguous, Copies, Masked, Sliced
 from parallel.dispatchers import Dispatcher
 from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
@@ -70,12 +70,20 @@ class Experts(nn.Module):
         self.down_proj_scale_inv = block_scales(self.down_proj)
         self.ops = ops
 
-    def forward(self, arrived: Contiguous | Masked | Copies) -> Tensor:
-        """The layout decides the GEMM. Returns rows in the layout of `arrived.x`."""
+    def forward(self, arrived: Contiguous | Masked | Copies | Sliced) -> Tensor:
+        """The layout decides the GEMM. Returns rows in the layout of `arrived.x`; of slices, the tokens' sums."""
         ops = self.ops
         gate_up, gate_up_scale = self.gate_up_proj, self.gate_up_proj_scale_inv
         down, down_scale = self.down_proj, self.down_proj_scale_inv
         match arrived:
+            case Sliced(x, size=size):
+                out = None
+                for at in range(0, len(x), size):
+                    part = self._part(arrived, at)
+                    out = part.new_empty(len(x), part.shape[1]) if out is None else out
+                    out[at : at + size] = part
+                    del part
+                return out
             case Copies(x, slots):
                 return ops.gemm_of_copies(ops.swiglu_of_copies(x, gate_up, slots), down, slots)
             case Contiguous(x, row_expert, scale=None):
@@ -94,6 +102,11 @@ class Experts(nn.Module):
                     ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts), counts
                 )
                 return ops.grouped_gemm_masked_fp8(hidden, scale, down, down_scale, counts)
+
+    def _part(self, arrived: Sliced, at: int) -> Tensor:
+        """Sums of one slice's tokens. Its rows are gone when this returns."""
+        part = arrived.part(at, self.ops, len(self.gate_up_proj))
+        return self.ops.ep_gather(self(part), *part.way_back)
 
 
 class MoE(nn.Module):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Ops
-from parallel.dispatch import Contiguous, Masked, Pending
+from parallel.dispatch import Contiguous, Masked, Pending, Sliced, group_by_expert, sum_of_copies
 from parallel.mesh import Group
 
 RANKS = (2, 4, 8)  # one machine; beyond it the normal kernels go over RDMA, which was never tried here
@@ -114,10 +114,13 @@ class ContiguousDeepEP:
 
     casts = False
 
-    def __init__(self, buffer: DeepEPBuffer, ops: Ops):
-        self.buffer, self.ops, self.num_sms = buffer, ops, buffer.num_sms
+    def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None):
+        """`most_copies`: that are grouped at once; None: all."""
+        self.buffer, self.ops, self.num_sms, self.most_copies = buffer, ops, buffer.num_sms, most_copies
 
-    def dispatch(self, x: Tensor | tuple[Tensor, Tensor], slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
+    def dispatch(
+        self, x: Tensor | tuple[Tensor, Tensor], slots: Tensor, weights: Tensor
+    ) -> Pending[Contiguous | Sliced]:
         """x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which travels and arrives as it is;
         slots [T, K] int64 physical ids, -1 = nowhere; weights [T, K] float32.
 
@@ -132,7 +135,7 @@ class ContiguousDeepEP:
             slots, buffer.num_slots, previous_event=library.capture(), async_finish=True, allocate_on_comm_stream=True
         )
 
-        def wait() -> Contiguous:
+        def wait() -> Contiguous | Sliced:
             rows, experts, row_weights, counts, handle, done = library.dispatch(
                 x,
                 num_tokens_per_rank=per_rank,
@@ -149,21 +152,20 @@ class ContiguousDeepEP:
             )
             done.current_stream_wait()
             rows, scales = (rows, None) if isinstance(rows, Tensor) else rows
-            grouped, row_expert, index, *scale = self.ops.ep_scatter(
-                rows, experts, buffer.num_local, self.ops.alignment, counts, scales
+            return group_by_expert(
+                self.ops, rows, scales, experts, row_weights, buffer.num_local, self.most_copies, (handle,), counts
             )
-            return Contiguous(grouped, row_expert, (index, row_weights, handle), *scale)
 
         return Pending(wait)
 
-    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, arrived: Contiguous | Sliced, plus: Tensor | None = None) -> Pending[Tensor]:
         """y [M, D] bf16, the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order,
         and `plus` [T, D] added there.
         The sum over a rank's experts is rounded to bf16 before it travels."""
         library = self.buffer.library
-        index, row_weights, handle = arrived.way_back
+        summed, (handle,) = sum_of_copies(self.ops, y, arrived)
         out, _, done = library.combine(
-            self.ops.ep_gather(y, index, row_weights),
+            summed,
             handle,
             config=self.buffer.combine_config,
             previous_event=library.capture(),

@@ -12,7 +12,8 @@ A row on the wire is bytes (gloo knows no fp8), with its scales if the tokens ar
 
 Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, sizes known on the host) for prefill,
 `Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode. One rank alone has a
-third for the smallest decode steps, `Copies`, which sorts nothing.
+third for the smallest decode steps, `Copies`, which sorts nothing. And where far more arrives for prefill than evenly
+spread tokens would bring, `Sliced` has its experts take it a slice at a time: bad routing costs time, not memory.
 Both calls are split into start and `Pending.wait`, so that other work can run in between.
 """
 
@@ -27,6 +28,7 @@ from kernels.backend import Ops, Quantized
 from parallel.mesh import Group
 
 FEW_COPIES = 16  # of a step on one rank: it reads whole weights for each, but starts few kernels
+IMBALANCE = 2  # copies at a rank, over their mean, from which on its experts take slices
 Result = TypeVar("Result")
 
 
@@ -60,6 +62,28 @@ class Copies:
 
 
 @dataclass(frozen=True)
+class Sliced:
+    """Tokens as they arrived, with too many copies to be grouped at once: `part` groups `size` tokens. Experts give
+    their weighted sums [N, D]."""
+
+    x: Tensor  # [N, D]
+    experts: Tensor  # [N, K] int64 local ids, -1 = not here
+    weights: Tensor  # [N, K] float32
+    size: int
+    way_back: tuple
+    scale: Tensor | None = None  # [N, D / 128] float32 if x is in fp8
+
+    def part(self, at: int, ops: Ops, num_local: int) -> Contiguous:
+        """Of the tokens from `at` on. Its way back is index and weights."""
+        end = at + self.size
+        scales = None if self.scale is None else self.scale[at:end]
+        rows, row_expert, index, *scale = ops.ep_scatter(
+            self.x[at:end], self.experts[at:end], num_local, ops.alignment, scales=scales
+        )
+        return Contiguous(rows, row_expert, (index, self.weights[at:end]), *scale)
+
+
+@dataclass(frozen=True)
 class Pending(Generic[Result]):
     """Started communication. `wait()` gives the result and must be called exactly once."""
 
@@ -72,11 +96,12 @@ class ContiguousAllToAll:
     casts = False  # does it quantise by itself?
     num_sms = 0  # to leave to it while another micro-batch computes
 
-    def __init__(self, group: Group, num_slots: int, ops: Ops):
-        self.group, self.ops = group, ops
+    def __init__(self, group: Group, num_slots: int, ops: Ops, most_copies: int | None = None):
+        """`most_copies`: that are grouped at once; None: all."""
+        self.group, self.ops, self.most_copies = group, ops, most_copies
         self.num_local = num_slots // group.size
 
-    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous | Sliced]:
         """x [T, D], bare or quantised; slots [T, K] physical ids, -1 = nowhere, none twice in a row; weights [T, K]."""
         payload = _columns(x)
         rank_of = slots.div(self.num_local, rounding_mode="floor")  # [T, K]; -1 stays -1
@@ -92,21 +117,23 @@ class ContiguousAllToAll:
         row = to_rank.T.flatten().cumsum(0).view(self.group.size, -1).T - 1  # [T, R] where (t, r) went on the wire
         returned = _distinct_rows(rank_of, row)
 
-        def wait() -> Contiguous:
+        def wait() -> Contiguous | Sliced:
+            nonlocal transfer
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
+            transfer = None  # and with it the bytes as they were sent and came
             rows, scales = _rows(rows)
-            grouped, row_expert, index, *scale = self.ops.ep_scatter(
-                rows, experts.long(), self.num_local, self.ops.alignment, scales=scales
-            )
-            return Contiguous(grouped, row_expert, (index, row_weights, returned, send, recv), *scale)
+            return group_by_expert(
+                self.ops, rows, scales, experts.long(), row_weights, self.num_local, self.most_copies,
+                (returned, send, recv),
+            )  # fmt: skip
 
         return Pending(wait)
 
-    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, arrived: Contiguous | Sliced, plus: Tensor | None = None) -> Pending[Tensor]:
         """y [M, D], the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order, and
         `plus` [T, D] added there."""
-        index, row_weights, returned, send, recv = arrived.way_back
-        transfer = self.group.all_to_all(self.ops.ep_gather(y, index, row_weights), recv, send)
+        summed, (returned, send, recv) = sum_of_copies(self.ops, y, arrived)
+        transfer = self.group.all_to_all(summed, recv, send)
         return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned, plus=plus))
 
 
@@ -145,7 +172,9 @@ class MaskedAllToAll:
         returned = _distinct_rows(rank_of, place)
 
         def wait() -> Masked:
+            nonlocal transfer
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
+            transfer = None  # and with it the bytes as they were sent and came
             rows, scales = _rows(rows)
             grouped, counts, index, *scale = self.ops.ep_scatter_masked(
                 rows, experts.long(), self.num_local, self.ops.alignment, scales=scales
@@ -197,6 +226,42 @@ class LocalMasked(LocalContiguous):
         rows = y if isinstance(arrived, Copies) else y.flatten(0, 1)
         out = self.ops.ep_gather(rows, *arrived.way_back, plus)
         return Pending(lambda: out)
+
+
+def most_copies(tokens: int, top_k: int) -> int:
+    """That a rank groups at once where each sends `tokens`, who want `top_k` experts: on average so many arrive."""
+    return IMBALANCE * tokens * top_k
+
+
+def group_by_expert(
+    ops: Ops,
+    x: Tensor,
+    scales: Tensor | None,
+    experts: Tensor,
+    weights: Tensor,
+    num_local: int,
+    most: int | None,
+    way_back: tuple,
+    counts: list[int] | None = None,
+) -> Contiguous | Sliced:
+    """What arrived, grouped; in slices if it has over `most` copies. `counts`: of each expert, if the host knows them;
+    else it must ask, where so many are possible. Their sums go back with `sum_of_copies`."""
+    of_token = min(experts.shape[1], num_local)
+    if most is not None and experts.shape[0] * of_token > most:
+        copies = int((experts >= 0).sum()) if counts is None else sum(counts)
+        if copies > most:
+            return Sliced(x, experts, weights, max(1, most // of_token), way_back, scales)
+    grouped, row_expert, index, *scale = ops.ep_scatter(x, experts, num_local, ops.alignment, counts, scales)
+    return Contiguous(grouped, row_expert, (index, weights, *way_back), *scale)
+
+
+def sum_of_copies(ops: Ops, y: Tensor, arrived: Contiguous | Sliced) -> tuple[Tensor, tuple]:
+    """Experts' outputs -> the weighted sum for each token that arrived [N, D], and what else the way back needs."""
+    match arrived:
+        case Sliced(way_back=way_back):
+            return y, way_back
+        case Contiguous(way_back=(index, weights, *way_back)):
+            return ops.ep_gather(y, index, weights), tuple(way_back)
 
 
 def _one_hot(rank_of: Tensor, ranks: int) -> Tensor:

@@ -51,11 +51,13 @@ def make_dispatchers(
     capacity: int,
     fp8: bool = False,
     num_sms: int = 20,
+    most_copies: int | None = None,
 ) -> Dispatchers:
     """Every rank must call this: they agree on it.
 
     choice: `auto`, or what --dispatch forces. capacity: the most tokens a rank dispatches in a decode step. fp8: tokens
-    travel quantised. ValueError if DeepEP is forced and cannot serve.
+    travel quantised. most_copies: that a rank's experts take at once in prefill (None: all). ValueError if DeepEP is
+    forced and cannot serve.
     """
     if choice not in CHOICES:
         raise ValueError(f"--dispatch {choice}: it is one of {', '.join(CHOICES)}")
@@ -68,20 +70,21 @@ def make_dispatchers(
             why_not = f"all ranks must be on one machine, not {len(set(hosts))}"
         if why_not is None:
             buffer = DeepEPBuffer(mesh.ep, num_slots, hidden, capacity, num_sms)
-            return Dispatchers(ContiguousDeepEP(buffer, ops), MaskedDeepEP(buffer, fp8), "DeepEP", buffer)
+            contiguous = ContiguousDeepEP(buffer, ops, most_copies)
+            return Dispatchers(contiguous, MaskedDeepEP(buffer, fp8), "DeepEP", buffer)
         if choice == "deepep":
             raise ValueError(f"--dispatch deepep: {why_not}")
         why_not = f"DeepEP: {why_not}"
     if mesh.ep.size == 1:
         return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops), "none: one rank holds every expert")
     over = "NCCL" if mesh.device.type == "cuda" else "gloo"
-    return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops), f"all-to-all over {over} ({why_not})")
+    return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops, most_copies), f"all-to-all over {over} ({why_not})")
 
 
 def plain_dispatchers(
-    group: Group, num_slots: int, ops: Ops
+    group: Group, num_slots: int, ops: Ops, most_copies: int | None = None
 ) -> tuple[ContiguousAllToAll | LocalContiguous, MaskedAllToAll | LocalMasked]:
     """The contiguous and the masked one, without a library."""
     if group.size == 1:
         return LocalContiguous(num_slots, ops), LocalMasked(num_slots, ops)
-    return ContiguousAllToAll(group, num_slots, ops), MaskedAllToAll(group, num_slots, ops)
+    return ContiguousAllToAll(group, num_slots, ops, most_copies), MaskedAllToAll(group, num_slots, ops)

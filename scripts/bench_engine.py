@@ -47,6 +47,7 @@ from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts import roofline
+from scripts.flags import positive, positives
 from scripts.measurements import ROOT, Record, save
 from scripts.shapes import SHAPES, randomize
 
@@ -136,7 +137,8 @@ def random_model(config: ModelConfig, mesh: Mesh, max_model_len: int, backend: l
 
 def run_peer(args: argparse.Namespace) -> dict:
     """What scripts/peer.py prints of the same work, in a process of its own: its memory is free again afterwards."""
-    options = {"shape": args.shape, "batch": args.batch, "prompt": args.prompt, "output": args.output}
+    batches = ",".join(map(str, args.batch))
+    options = {"shape": args.shape, "batch": batches, "prompt": args.prompt, "output": args.output}
     options |= {"prefill-batch": args.prefill_batch, "step-tokens": args.step_tokens, "repeat": args.repeat}
     options |= {"layers": args.layers} if args.layers else {}
     words = [str(ROOT / "scripts" / "peer.py"), args.peer, *(f"--{name}={value}" for name, value in options.items())]
@@ -186,13 +188,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="moonlight")
-    add("--batch", default="1,32,64,128", help="decode batch sizes")
-    add("--prompt", type=int, default=1024, help="tokens of each prompt")
-    add("--output", type=int, default=128, help="decode steps")
-    add("--prefill-batch", type=int, default=64)
-    add("--step-tokens", type=int, default=16384, help="prompt tokens a step")
-    add("--repeat", type=int, default=3)
-    add("--layers", type=int, help="fewer layers than the shape has")
+    add("--batch", type=positives, default=[1, 32, 64, 128], help="decode batch sizes (1,32,64,128)")
+    add("--prompt", type=positive, default=1024, help="tokens of each prompt (1024)")
+    add("--output", type=positive, default=128, help="decode steps (128)")
+    add("--prefill-batch", type=positive, default=64, help="(64)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens a step (16384)")
+    add("--repeat", type=positive, default=3, help="(3)")
+    add("--layers", type=positive, help="fewer layers than the shape has")
     add("--peer", nargs="?", const="auto", choices=("auto", "vllm", "transformers"), help="the same work through it")
     add("--peer-python", default=shlex.quote(sys.executable), metavar="CMD", help="its Python, as a shell command")
     add("--backend", action="append", metavar="[OP=]LIB")
@@ -201,11 +203,24 @@ def parse() -> argparse.Namespace:
     add("--dispatch", choices=CHOICES, default="auto")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
-    return parser.parse_args()
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    if (args.layers or 0) > config.num_hidden_layers:
+        parser.error(f"argument --layers: {args.shape} has {config.num_hidden_layers}, not {args.layers}")
+    longest = args.prompt + max(outputs(args).values())
+    if longest > config.max_position_embeddings:
+        parser.error(f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
+                     f"{config.max_position_embeddings}")  # fmt: skip
+    return args
 
 
-def measure(bench: Bench, report: Report, args: argparse.Namespace, outputs: dict[int, int]) -> None:
-    """`outputs`: tokens that a request generates, by decode batch."""
+def outputs(args: argparse.Namespace) -> dict[int, int]:
+    """Tokens that a request generates, by decode batch: the first requests decode while the last prompts are computed;
+    then all do, for as many steps as were asked for."""
+    return {batch: args.output + -(-batch * args.prompt // args.step_tokens) + 3 for batch in args.batch}
+
+
+def measure(bench: Bench, report: Report, args: argparse.Namespace) -> None:
     model = bench.engine.model
     config, ranks = replace(model.config, fp8=model.fp8), bench.engine.mesh.size
     bench.prefill(args.prefill_batch, args.prompt)
@@ -213,10 +228,10 @@ def measure(bench: Bench, report: Report, args: argparse.Namespace, outputs: dic
         rates = [bench.prefill(batch, args.prompt) for _ in range(args.repeat)]
         work = roofline.prefill(config, min(batch * args.prompt, args.step_tokens), args.prompt, ranks)
         report.rate("prefill", batch, f"prefill {batch} x {args.prompt}", median(rates), work)
-    for batch in outputs:
-        runs = [bench.decode(batch, args.prompt, outputs[batch]) for _ in range(args.repeat)]
+    for batch, tokens in outputs(args).items():
+        runs = [bench.decode(batch, args.prompt, tokens) for _ in range(args.repeat)]
         rates, host = zip(*runs, strict=True)
-        work = roofline.decode(config, batch, args.prompt + outputs[batch] / 2, ranks)
+        work = roofline.decode(config, batch, args.prompt + tokens / 2, ranks)
         report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
         report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
 
@@ -238,21 +253,18 @@ def main() -> None:
     args = parse()
     mesh, config = Mesh.create(device=args.device), SHAPES[args.shape]
     torch.manual_seed(mesh.rank)
-    batches = [int(b) for b in args.batch.split(",")]
     if args.peer and mesh.size > 1:
         raise SystemExit(f"--peer: it runs beside one rank, not {mesh.size}")
     peer = run_peer(args) if args.peer else None
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
     report = Report(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
-    # The first requests decode while the last prompts are computed; then all do, for as many steps as were asked for.
-    outputs = {batch: args.output + -(-batch * args.prompt // args.step_tokens) + 3 for batch in batches}
-    most, length = max(*batches, args.prefill_batch), args.prompt + max(outputs.values())
+    most, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())
     settings = EngineConfig(
         max_batch=most,
         max_tokens_per_step=max(args.step_tokens, most),
         kv_tokens=most * (length + 64),
-        max_model_len=min(length, config.max_position_embeddings),
+        max_model_len=length,
         dtype="bfloat16",
         graphs=not args.no_graphs,
         overlap=args.overlap,
@@ -262,7 +274,7 @@ def main() -> None:
     model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"])
     bench = Bench(Engine(settings, model, mesh, report.say))
     report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
-    for batch in batches if config.num_moe_layers and mesh.size == 1 else ():
+    for batch in args.batch if config.num_moe_layers and mesh.size == 1 else ():
         uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
         print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
     quiet = True if mesh.rank else None
@@ -270,7 +282,7 @@ def main() -> None:
     report.say(f"ready after {time.perf_counter() - start:.1f} s")
 
     try:
-        measure(bench, report, args, outputs)
+        measure(bench, report, args)
     finally:
         if args.out is not None and mesh.rank == 0:
             save(report.records, args.out)

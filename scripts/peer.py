@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model.config import ModelConfig
+from scripts.flags import positive, positives
 from scripts.shapes import SHAPES, randomize
 
 del sys.path[:2]  # `kernels` and other names here are also a peer's packages
@@ -80,10 +81,10 @@ class VLLM:
             dtype="bfloat16",
             seed=0,
             enable_prefix_caching=False,
-            max_model_len=args.prompt + self.tokens(max(args.batches)),
-            max_num_seqs=max(*args.batches, args.prefill_batch),
-            max_num_batched_tokens=max(args.step_tokens, *args.batches, args.prefill_batch),
-            compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batches})},
+            max_model_len=args.prompt + self.tokens(max(args.batch)),
+            max_num_seqs=max(*args.batch, args.prefill_batch),
+            max_num_batched_tokens=max(args.step_tokens, *args.batch, args.prefill_batch),
+            compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batch})},
         )
         llm.apply_model(randomize)  # its own dummy weights send every token to the same experts
         self.engine = llm.llm_engine
@@ -197,15 +198,14 @@ def main() -> None:
     add = parser.add_argument
     add("peer", choices=["auto", *PEERS])
     add("--shape", choices=SHAPES, default="moonlight")
-    add("--batch", default="1,32,64,128", help="decode batch sizes")
-    add("--prompt", type=int, default=1024, help="tokens of each prompt")
-    add("--output", type=int, default=128, help="decode steps")
-    add("--prefill-batch", type=int, default=64)
-    add("--step-tokens", type=int, default=16384, help="prompt tokens a step")
-    add("--repeat", type=int, default=3)
-    add("--layers", type=int, help="fewer layers than the shape has")
+    add("--batch", type=positives, default=[1, 32, 64, 128], help="decode batch sizes (1,32,64,128)")
+    add("--prompt", type=positive, default=1024, help="tokens of each prompt (1024)")
+    add("--output", type=positive, default=128, help="decode steps (128)")
+    add("--prefill-batch", type=positive, default=64, help="(64)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens a step (16384)")
+    add("--repeat", type=positive, default=3, help="(3)")
+    add("--layers", type=positive, help="fewer layers than the shape has")
     args = parser.parse_args()
-    args.batches = [int(b) for b in args.batch.split(",")]
     config = SHAPES[args.shape]
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
@@ -218,7 +218,7 @@ def main() -> None:
         found = {
             "peer": peer.name,
             "prefill": {b: rate(peer.prefill, b, args.repeat) for b in (args.prefill_batch, 1)},
-            "decode": {b: rate(peer.decode, b, args.repeat) for b in args.batches},
+            "decode": {b: rate(peer.decode, b, args.repeat) for b in args.batch},
         }
     print(json.dumps(found), flush=True)
     os._exit(0)  # a peer's teardown can take long

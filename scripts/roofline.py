@@ -18,6 +18,7 @@ sampler's pass over the logits comes to rates up to 4 % higher in prefill, 1 % i
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model.config import ModelConfig
+from scripts.flags import positive
 from scripts.shapes import SHAPES
 
 BF16 = 2  # bytes of a number, as are the KV cache's
@@ -271,8 +273,17 @@ def _row(name: str, flop: float, nbytes: float, seconds: float, limit: str = "")
 
 
 def _given(text: str) -> Ceilings:
-    bf16, fp8, bandwidth = text.split(",")
-    return Ceilings(float(bf16) * 1e12, None if fp8 == "-" else float(fp8) * 1e12, float(bandwidth) * 1e12)
+    try:
+        bf16, fp8, bandwidth = (None if part == "-" else float(part) * 1e12 for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BF16,FP8,TB/S") from None
+    if (
+        bf16 is None
+        or bandwidth is None
+        or not all(0 < rate < math.inf for rate in (bf16, bandwidth, bf16 if fp8 is None else fp8))
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r}: rates must be over 0 (and for fp8 - is none)")
+    return Ceilings(bf16, fp8, bandwidth)
 
 
 def main() -> None:
@@ -282,11 +293,16 @@ def main() -> None:
         add = phases.add_parser(phase).add_argument
         add("--shape", choices=SHAPES, default="moonlight")
         for size in sizes:
-            add(f"--{size}", type=int, required=True)
-        add("--ep", type=int, default=1, help="ranks that the experts are spread over")
-        add("--local", type=int, help="experts on a rank, with redundant ones (default: an even share)")
+            add(f"--{size}", type=positive, required=True)
+        add("--ep", type=positive, default=1, help="ranks that the experts are spread over")
+        add("--local", type=positive, help="experts on a rank, with redundant ones (default: an even share)")
         add("--ceilings", type=_given, metavar="BF16,FP8,TB/S", help="in TFLOP/s (- for no fp8) and TB/s")
     args = parser.parse_args()
+    if args.local is not None and args.ep * args.local < SHAPES[args.shape].n_routed_experts:
+        parser.error(f"--ep x --local must be at least the {SHAPES[args.shape].n_routed_experts} experts, not {args.ep}"
+                     f" x {args.local} = {args.ep * args.local}")  # fmt: skip
+    if args.phase == "prefill" and args.prompt > args.tokens:
+        parser.error(f"--prompt must be at most --tokens ({args.tokens}), not {args.prompt}")
     if args.ceilings is None and not torch.cuda.is_available():
         parser.error("no GPU to measure the ceilings of: give --ceilings")
     ceilings, config = args.ceilings or measure_ceilings(), SHAPES[args.shape]

@@ -4,6 +4,7 @@
     python scripts/train_tiny.py collect      # the corpora -> .tiny-data/{tokenizer.json,corpus.npz}, on a CPU
     python scripts/train_tiny.py train        # .tiny-data/ -> model/tiny/, on a GPU, in minutes
     python scripts/train_tiny.py sample       # generates the samples in training.json anew, on a CPU
+    python scripts/train_tiny.py prompts      # held-out text as requests for run.py -> .tiny-data/, for recordings
 
 `train` records losses, routing and samples in model/tiny/training.json; the card, README.md, is written by hand.
 
@@ -85,6 +86,8 @@ SAMPLE_PROMPTS = {
     "python": ["import os\nimport sys\n", '"""Stacks and queues."""\n\n'],
 }
 
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 300, 128, 64  # of each domain, for recordings
+
 # ---------------------------------------------------------------------------------------------------- collect
 
 
@@ -150,10 +153,20 @@ def build_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def collect(arguments: argparse.Namespace) -> None:
-    """Write the tokenizer, and each domain's train and held-out documents as streams of uint16 tokens."""
+def read_documents(arguments: argparse.Namespace) -> dict[str, list[tuple[str, bool]]]:
+    """By domain."""
     sources = bible_documents(), wordnet_documents(arguments.wordnet), python_documents(arguments.stdlib)
-    documents = {domain: list(source) for domain, source in zip(DOMAINS, sources, strict=True)}
+    return {domain: list(source) for domain, source in zip(DOMAINS, sources, strict=True)}
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """One stream of uint16 tokens: bos ... eos, bos ... eos."""
+    return np.array([i for encoded in tokenizer.encode_batch(texts) for i in (*encoded.ids, 1)], dtype=np.uint16)
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """Write the tokenizer, and each domain's train and held-out documents as streams of tokens."""
+    documents = read_documents(arguments)
     tokenizer = build_tokenizer([text for items in documents.values() for text, held_out in items if not held_out])
     arguments.data.mkdir(exist_ok=True)
     tokenizer.save(str(arguments.data / "tokenizer.json"))
@@ -161,10 +174,22 @@ def collect(arguments: argparse.Namespace) -> None:
     for domain, items in documents.items():
         for split in ("train", "heldout"):
             texts = [text for text, held_out in items if held_out == (split == "heldout")]
-            ids = [i for encoded in tokenizer.encode_batch(texts) for i in (*encoded.ids, 1)]  # bos ... eos
-            streams[f"{domain}_{split}"] = np.array(ids, dtype=np.uint16)
+            ids = streams[f"{domain}_{split}"] = encode(tokenizer, texts)
             print(f"{domain} {split}: {len(texts)} documents, {sum(map(len, texts))} characters, {len(ids)} tokens")
     np.savez_compressed(arguments.data / "corpus.npz", **streams)
+
+
+def prompts(arguments: argparse.Namespace) -> None:
+    """Write pieces of held-out text as requests: in moving.jsonl domain after domain, in mixed.jsonl in turn."""
+    tokenizer, lines = Tokenizer.from_file(str(arguments.out / "tokenizer.json")), []
+    for domain, documents in read_documents(arguments).items():
+        ids = encode(tokenizer, [text for text, held_out in documents if held_out])
+        for i, piece in enumerate(ids[: PROMPTS * PROMPT_TOKENS].reshape(PROMPTS, PROMPT_TOKENS).tolist()):
+            line = {"id": f"{domain} {i}", "prompt_token_ids": piece, "max_tokens": NEW_TOKENS}
+            lines.append(json.dumps(line | {"temperature": 0.8, "seed": i, "ignore_eos": True}) + "\n")
+    arguments.data.mkdir(exist_ok=True)
+    (arguments.data / "moving.jsonl").write_text("".join(lines))
+    (arguments.data / "mixed.jsonl").write_text("".join(line for i in range(PROMPTS) for line in lines[i::PROMPTS]))
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -430,7 +455,7 @@ def sample(arguments: argparse.Namespace) -> None:
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("collect", "train", "sample"))
+    parser.add_argument("step", choices=("collect", "train", "sample", "prompts"))
     parser.add_argument("--data", type=Path, default=root / ".tiny-data", help="what collect writes and train reads")
     parser.add_argument("--out", type=Path, default=root / "model" / "tiny", help="the checkpoint folder")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
@@ -439,7 +464,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch-tokens", type=int, default=65536)
     arguments = parser.parse_args()
-    {"collect": collect, "train": train, "sample": sample}[arguments.step](arguments)
+    {"collect": collect, "train": train, "sample": sample, "prompts": prompts}[arguments.step](arguments)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,22 @@ def test_every_op_has_a_twin_a_kernel_and_a_row() -> None:
         ("rms_norm=cuda", "--backend rms_norm=cuda: 'cuda' is none of flash_attn, flash_mla, deep_gemm, triton, torch"),
         ("attention=torch", "--backend attention=torch: 'attention' is none of rms_norm, "),
         ("", "--backend : '' is none of"),
+        ("=torch", "--backend =torch: '' is none of rms_norm, "),
+        ("triton", "--backend triton: triton: no GPU"),
+        ("deep_gemm", "--backend deep_gemm: deep_gemm: no GPU"),
     ],
 )
 def test_what_cannot_be_forced_is_refused(forced: str, message: str) -> None:
     with pytest.raises(ValueError, match="^--backend") as error:
         choose(V3, torch.float32, CPU, [forced])
     assert message in str(error.value)
+
+
+def test_an_ops_own_word_goes_before_one_for_all() -> None:
+    for words in (["triton", "deep_gemm"], ["deep_gemm", "triton"]):
+        own = [f"{op}=torch" for op in PREFERENCE]
+        ops, choices = choose(V3, torch.float32, CPU, [*own, *words])
+        assert ops == Ops() and all((choice.library, choice.why) == ("torch", "forced") for choice in choices)
 
 
 def test_the_table_names_every_op_once() -> None:

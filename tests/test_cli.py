@@ -260,8 +260,36 @@ def test_a_batch_of_nothing_ends_well(tiny: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
     source.write_text("bad\n")
     code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(out), ranks=2)
-    assert code == 0 and "1 error" in err and "gone" not in err, err
+    assert code == 1 and "1 error" in err and "gone" not in err, err
     assert [answer["finish_reason"] for answer in read(out)] == ["error"]
+
+
+def test_a_prompt_that_fails_says_so_by_its_status(tiny: Path) -> None:
+    code, out, err = run("--model", str(tiny), "--prompt", "x", "--max-tokens", "100", "--kv-tokens", "64")
+    assert (code, out.strip()) == (1, "")
+    assert "\nrun.py: error: the request can never fit: " in err and "Traceback" not in err
+
+
+def test_a_batch_in_which_all_failed_says_so_by_its_status(tiny: Path, tmp_path: Path) -> None:
+    """One answer that is none makes it a success: tests below."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "x", "max_tokens": 100}\n' * 2 + "bad\n")
+    flags = ("--model", str(tiny), "--input", str(source), "--output", str(out))
+    code, _, err = run(*flags, "--kv-tokens", "64")
+    assert code == 1 and "3 error" in err and "Traceback" not in err, err
+    assert [answer["id"] for answer in read(out)] == [1, 2, 3]
+    source.write_text("\n \n")
+    assert run(*flags)[0] == 0  # nothing failed
+
+
+def test_a_failed_batch_is_the_routers_status(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "x", "max_tokens": 100}\n')
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_job("decode", 1, "--kv-tokens", "64")
+    deployment.start_router()
+    assert {role: code for role, (code, *_) in deployment.finish().items()} == {"prefill": 0, "decode": 0, "router": 1}
 
 
 def test_a_disk_that_fills_up_ends_the_job(tiny: Path, prompts: Path) -> None:
@@ -307,6 +335,10 @@ BAD_COMMANDS = {
     "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for --listen"),
     "no such host": (("--role", "router", "--listen", "999.1.1.1:1", "--prompt", "x"), "999.1.1.1:1: no such host"),
     "backend": (("--prompt", "x", "--backend", "mla_decode=flash_mla"), "--backend mla_decode=flash_mla: flash_mla: "),
+    "backend for all": (("--prompt", "x", "--backend", "triton"), "--backend triton: triton: no GPU"),
+    "backend of no op": (("--prompt", "x", "--backend", "=torch"), "--backend =torch: '' is none of rms_norm, "),
+    "port": (("--role", "router", "--listen", "a:70000", "--prompt", "x"), "its port must be in 0..65535"),
+    "kv over memory": (("--prompt", "x", "--kv-tokens", "640000000000"), "--kv-tokens 640000000000: a KV pool of "),
     "missing input": (("--input", "no/such.jsonl", "--output", "{tmp}/o"), "--input no/such.jsonl: cannot be read"),
     "bad address": (("--role", "prefill", "--router", "nowhere"), "--router is 'nowhere'; it must be HOST:PORT"),
     "max batch": (("--prompt", "x", "--max-batch", "0"), "--max-batch is 0; it must be at least 1"),

@@ -12,11 +12,11 @@ from kernels import ref
 from kernels.backend import Ops
 from parallel import deepep
 from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
-from parallel.dispatch import ContiguousAllToAll, LocalContiguous, LocalMasked, MaskedAllToAll
+from parallel.dispatch import ContiguousAllToAll, LocalContiguous, LocalMasked, MaskedAllToAll, Sliced
 from parallel.dispatchers import Dispatchers, make_dispatchers
 from parallel.mesh import Group, Mesh
 from tests.test_cli import run
-from tests.test_dispatch import TOP_K, apply_experts, expert, routing
+from tests.test_dispatch import MOST, TOP_K, apply_experts, expert, routing
 
 GPU = torch.device("cuda", 0)  # only named, never used
 V3 = {"ranks": 8, "num_slots": 288, "hidden": 7168, "top_k": 8, "capacity": 256, "dtype": torch.bfloat16, "device": GPU}
@@ -209,11 +209,13 @@ def test_both_modes_equal_the_local_computation(tokens: int, kind: str, fp8: boo
     expected = copies.masked_fill(slots[..., None] < 0, 0).sum(1)
     buffer = DeepEPBuffer(Group(), num_slots, HIDDEN, 20)
     padded = ContiguousDeepEP(buffer, Ops(alignment=8))  # `ref.ep_scatter` holds the counts to what came
-    for dispatcher in (padded, ContiguousDeepEP(buffer, Ops()), MaskedDeepEP(buffer, fp8)):
+    sliced = ContiguousDeepEP(buffer, Ops(alignment=8), MOST)
+    for dispatcher in (padded, sliced, ContiguousDeepEP(buffer, Ops()), MaskedDeepEP(buffer, fp8)):
         given = ref.quantize_1x128(x) if fp8 and not dispatcher.casts else x
         arrived = dispatcher.dispatch(given, slots, weights).wait()
         assert (arrived.scale is not None) == fp8
-        if fp8:
+        assert isinstance(arrived, Sliced) == (dispatcher is sliced and tokens == 20 and kind != "nowhere")
+        if fp8 and not isinstance(arrived, Sliced):
             rows = ref.dequantize_1x128(arrived.x, arrived.scale)
             arrived = type(arrived)(rows, *list(vars(arrived).values())[1:3])
         out = dispatcher.combine(apply_experts(arrived, 0), arrived).wait()

@@ -1,19 +1,26 @@
 """Dispatch, experts, combine over real ranks equals the local computation, in both layouts, whatever the routing."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Ops, Quantized
 from kernels.fp8 import dequantize_1x128, quantize_1x128
-from parallel.dispatch import Contiguous, ContiguousAllToAll, Copies, Masked, MaskedAllToAll, Pending
+from model.config import ModelConfig
+from model.moe import Experts
+from parallel.dispatch import Contiguous, ContiguousAllToAll, Copies, Masked, MaskedAllToAll, Pending, Sliced
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from tests.worlds import run_world, sub_mesh
 
 HIDDEN, TOP_K, ROWS = 256, 4, 24
+EXPERTS = 6  # of a rank
+MOST = 13  # copies in a slice, of three tokens
 
 
 def routing(kind: str, tokens: int, num_slots: int, generator: torch.Generator, top_k: int = TOP_K) -> Tensor:
@@ -42,9 +49,16 @@ def expert(rows: Tensor, slot: Tensor) -> Tensor:
     return torch.tanh(rows * (1 + slot)) + slot
 
 
-def apply_experts(arrived: Contiguous | Masked | Copies, first_slot: int) -> Tensor:
+def apply_experts(arrived: Contiguous | Masked | Copies | Sliced, first_slot: int) -> Tensor:
     """Run `expert` on the rows that are there; everything else becomes NaN and must not be read."""
     match arrived:
+        case Sliced(x, size=size):
+            ops, sums = Ops(alignment=8), []
+            for at in range(0, len(x), size):
+                part = arrived.part(at, ops, EXPERTS)
+                assert (part.row_expert >= 0).sum() <= MOST
+                sums.append(ops.ep_gather(apply_experts(part, first_slot), *part.way_back))
+            return torch.cat(sums)
         case Copies(x, slots):
             y = expert(x.repeat_interleave(slots.shape[1], 0), first_slot + slots.flatten()[:, None].float())
             return y.masked_fill(slots.flatten()[:, None] < 0, 0.0)  # as `gemm_of_copies` promises
@@ -87,11 +101,15 @@ def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, 
     for dispatcher in (
         ContiguousAllToAll(group, num_slots, Ops()),
         ContiguousAllToAll(group, num_slots, Ops(alignment=8)),
+        sliced := ContiguousAllToAll(group, num_slots, Ops(alignment=8), MOST),
         MaskedAllToAll(group, num_slots, Ops()),
         MaskedAllToAll(group, num_slots, Ops(alignment=128)),
         *local(group, num_slots),
     ):
         arrived = start(dispatcher, sent, slots, weights).wait()
+        if dispatcher is sliced:
+            copies = [(theirs // experts_a_rank == group.rank).sum() for theirs in group.exchange(slots)]
+            assert isinstance(arrived, Sliced) == (sum(copies) > MOST)
         y = apply_experts(arrived, group.rank * experts_a_rank)
         out = dispatcher.combine(y, arrived).wait()[:tokens]
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {fp8=} {m}")  # noqa: B023
@@ -173,10 +191,28 @@ def body(rank: int) -> None:
         for kind in ("random", "ragged", "one rank", "nowhere"):
             for tokens in (0, 1, 5 * rank, ROWS if rank % 2 else 0):  # ragged over ranks; some have nothing
                 for fp8 in (False, True):
-                    check_round_trip(mesh.ep, 6, kind, min(tokens, ROWS), fp8)
+                    check_round_trip(mesh.ep, EXPERTS, kind, min(tokens, ROWS), fp8)
         for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
             check_provenance(mesh.ep, 4, dtype)
 
 
 def test_layouts_equal_the_local_computation() -> None:
     run_world(4, body)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_experts_take_slices(tiny: Path, fp8: bool) -> None:
+    """13 tokens of 4 copies each, three at a time, give the sums that all at once do."""
+    config, ops = replace(ModelConfig.from_pretrained(tiny), hidden_size=256, moe_intermediate_size=128), Ops()
+    experts = Experts(config, 32, ops, torch.float8_e4m3fn if fp8 else torch.float32, "cpu")
+    for name, weight in experts.named_parameters():
+        weight.data.copy_(torch.rand(weight.shape) if "scale" in name else torch.randn(weight.shape) * 0.1)
+    x, slots, weights = torch.randn(13, 256), routing("random", 13, 32, torch.Generator()), torch.rand(13, TOP_K)
+    outs = []
+    for most in (None, MOST):
+        dispatcher = ContiguousAllToAll(Group(), 32, ops, most)
+        arrived = dispatcher.dispatch(quantize_1x128(x) if fp8 else x, slots, weights).wait()
+        assert isinstance(arrived, Sliced if most else Contiguous)
+        outs.append(dispatcher.combine(experts(arrived), arrived, x).wait())
+    assert outs[0].dtype == outs[1].dtype and outs[0].std() > 1 / 2
+    torch.testing.assert_close(*outs, rtol=0.02 if fp8 else 1e-5, atol=0.02 if fp8 else 1e-5)

@@ -1,14 +1,17 @@
 """The balancing policy: complete maps, at least as balanced as the published algorithm's, and quick."""
 
 import time
+from statistics import median
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from parallel.eplb import balance, balancedness, pack, rank_loads, replicate
+from parallel.eplb import balance, balancedness, pack, rank_loads, replicate, swap
+from parallel.recorder import load_recording
+from tests.conftest import ROOT
 
 LAYERS = 58
 
@@ -25,6 +28,11 @@ def loads(kind: str, experts: int, seed: int = 0) -> NDArray:
         case "counts":  # many ties, and experts that nobody wants
             return rng.poisson(0.7, (LAYERS, experts)).astype(float)
     raise AssertionError(kind)
+
+
+def recorded(name: str) -> NDArray:
+    """Every window and layer of a recording of the shipped model, [18 x 4, 32]."""
+    return load_recording(ROOT / "docs" / "recordings" / f"{name}.safetensors", 4, 32).numpy().reshape(-1, 32) * 1.0
 
 
 def published(load: NDArray, slots: int, ranks: int, groups: int, nodes: int) -> NDArray:
@@ -61,18 +69,29 @@ SETTINGS = [  # experts, slots, ranks, groups, nodes
 ]
 
 
+def compare(load: NDArray, slots: int, ranks: int, groups: int, nodes: int) -> None:
+    ours = balance(load, slots, ranks, groups, nodes)
+    theirs = np.stack([published(row, slots, ranks, groups, nodes) for row in load])
+    mine, other = balancedness(load, ours, ranks), balancedness(load, theirs, ranks)
+    print(f"{slots}/{ranks}: {mine.mean():.4f}, published {other.mean():.4f}")
+    assert mine.mean() >= other.mean() - 1e-9
+    if nodes == 1 or groups % nodes:
+        assert (mine >= other - 1e-9).all(), "a layer is worse off"
+    check(ours, load.shape[1], slots)
+
+
 @pytest.mark.parametrize(("experts", "slots", "ranks", "groups", "nodes"), SETTINGS)
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "log-normal", "counts"])
 def test_at_least_as_balanced_as_the_published(
     kind: str, experts: int, slots: int, ranks: int, groups: int, nodes: int
 ) -> None:
-    load = loads(kind, experts)
-    ours = balance(load, slots, ranks, groups, nodes)
-    theirs = np.stack([published(row, slots, ranks, groups, nodes) for row in load])
-    mine, other = balancedness(load, ours, ranks), balancedness(load, theirs, ranks)
-    print(f"{kind} {slots}/{ranks}: {mine.mean():.4f}, published {other.mean():.4f}")
-    assert mine.mean() >= other.mean() - 1e-9
-    check(ours, experts, slots)
+    compare(loads(kind, experts), slots, ranks, groups, nodes)
+
+
+@pytest.mark.parametrize("name", ["moving-prefill", "moving-decode", "mixed-prefill", "mixed-decode"])
+@pytest.mark.parametrize(("slots", "ranks", "nodes"), [(36, 12, 1), (36, 4, 2), (36, 36, 1), (40, 8, 4), (32, 8, 1)])
+def test_at_least_as_balanced_on_recorded_loads(name: str, slots: int, ranks: int, nodes: int) -> None:
+    compare(recorded(name), slots, ranks, 4, nodes)
 
 
 def check(of_slot: NDArray, experts: int, slots: int) -> None:
@@ -97,6 +116,26 @@ def test_reaches_the_published_algorithms_figures(kind: str, floors: tuple[float
         assert got >= floor - 0.005, f"{slots}/{ranks}: {got}"
 
 
+@pytest.mark.parametrize(("kind", "most"), [("uniform", 1.001), ("zipf", 1.005), ("log-normal", 1.003)])
+def test_groups_on_nodes_come_close_to_the_bound(kind: str, most: float) -> None:
+    """The fullest node's mean rank, whichever pairs of groups share nodes; by Zipf's law the published algorithm is at
+    1.08 times the bound."""
+    load, pairs = loads(kind, 256), []
+
+    def pair(left: list[int], made: list[tuple[int, int]]) -> None:
+        if not left:
+            pairs.append(made)
+        for other in left[1:]:
+            pair([g for g in left[1:] if g != other], [*made, (left[0], other)])
+
+    pair(list(range(8)), [])
+    of_group = load.reshape(LAYERS, 8, 32).sum(-1)
+    least = of_group[:, np.array(pairs)].sum(-1).max(-1).min(-1) / 8
+    full = rank_loads(load, balance(load, 288, 32, 8, 4), 32).max(1)
+    assert len(pairs) == 105 and (full >= least * (1 - 1e-9)).all()
+    assert (full / least).mean() < most
+
+
 def test_groups_stay_on_nodes() -> None:
     load = loads("log-normal", 256)
     of_slot = balance(load, 288, 32, 8, 4).reshape(LAYERS, 4, 72)
@@ -106,6 +145,7 @@ def test_groups_stay_on_nodes() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**32 - 1))
+@settings(deadline=None, derandomize=True)
 def test_any_shape(nodes: int, ranks_a_node: int, slots_a_rank: int, kind: int, seed: int) -> None:
     ranks = nodes * ranks_a_node
     slots = ranks * slots_a_rank
@@ -128,7 +168,12 @@ def test_by_hand() -> None:
     assert balancedness(load, of_slot, 3) == pytest.approx([60 / 65])
     # Heaviest first, each into the lightest bin, gives 8 + 5 + 4 and 7 + 6 + 1; swapping 8 and 7 levels them.
     items = np.array([[8.0, 7, 6, 5, 4, 1]])
-    assert sorted(np.bincount(pack(items, 2)[0], items[0]).tolist()) == [15, 16]
+    held, full = pack(items, 2)
+    assert sorted(full[0].tolist()) == [14, 17] and sorted(items[0][held[0]].sum(1).tolist()) == [14, 17]
+    assert sorted(items[0][swap(items, held, full)[0]].sum(1).tolist()) == [15, 16]
+    # 12, 8, 6, then 4 and 4 tie; with an offset of 0.3 these are 12 / 2.7 and 8 / 1.7.
+    hot = np.array([[12.0, 8, 1, 1]] * 2)
+    assert replicate(hot, 8, [0, 0.3]).tolist() == [[4, 2, 1, 1], [3, 3, 1, 1]]
 
 
 def test_replicas_of_ties_are_shared_out() -> None:
@@ -137,15 +182,17 @@ def test_replicas_of_ties_are_shared_out() -> None:
     assert counts.tolist() == [2, 2, 2, 2]
 
 
-def test_quick() -> None:
-    """256 experts, 58 layers, 72 ranks: under 100 ms of one core's time."""
-    load, took = loads("log-normal", 256), []
-    for _ in range(5):
-        start = time.process_time()
-        balance(load, 288, 72, 8, 9)
-        took.append(time.process_time() - start)
-    print(f"{min(took) * 1e3:.1f} ms")
-    assert min(took) < 0.1
+@pytest.mark.parametrize(("experts", "slots", "ranks", "groups", "nodes"), SETTINGS)
+def test_quick(experts: int, slots: int, ranks: int, groups: int, nodes: int) -> None:
+    """58 layers: under 100 ms of one core's time, whatever the loads."""
+    for kind in ("uniform", "zipf", "log-normal", "counts"):
+        load, took = loads(kind, experts), []
+        for _ in range(7):
+            start = time.process_time()
+            balance(load, slots, ranks, groups, nodes)
+            took.append(time.process_time() - start)
+        print(f"{kind}: {median(took) * 1e3:.1f} ms")
+        assert median(took) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from disagg.memory import (
     contiguous_step,
     graphs,
     grouped_rows,
+    host_memory,
     masked_step,
     page_bytes,
+    pages_on_host,
     plan_parts,
     sampling,
     share_of_gpu,
@@ -28,6 +30,7 @@ from model.config import ModelConfig
 from model.kv_cache import make_pool
 from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
+from parallel.dispatch import most_copies
 from parallel.dispatchers import plain_dispatchers
 from parallel.loopback import Arrivals, LoopbackContiguous
 from parallel.mesh import Group, Mesh
@@ -126,11 +129,32 @@ def test_prefill_by_hand_over_the_wire_in_fp8() -> None:
     rows = 4 * 4096 + 8 * 127 - (4 * 4096 + 8 * 127) % 128
     layer = 2 * 2048 * 512 * 2 + 2048 * 528  # x, shared; the operand in fp8
     routing = 2048 * 4 * 8 + rows * 4 + 4096 * 4 * 12
-    wire = (2048 + 4096) * (512 + 16 + 32)  # sent, received
+    wire = (2048 + 2 * 4096) * (512 + 16 + 32)  # sent, received, and that in columns, before anything else
     arrived, back = rows * 528, (4096 + 2048) * 512 * 2
     gate_up, hidden, output = rows * 2 * 256 * 2, rows * (256 + 8), rows * 512 * 2
     assert gate_up == output and hidden < back
-    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + wire + arrived + output + back
+    assert wire < routing + arrived + output + back
+    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + arrived + output + back
+
+
+def test_prefill_by_hand_in_slices() -> None:
+    """Eight ranks of 2,048 tokens, all of whose 4 copies come to my 4 experts: 65,536, eight times the mean. At most
+    twice the mean, 16,384, are grouped at once: the copies of 4,096 of the 16,384 tokens."""
+    job = replace(HAND, fp8=True, ranks=8, slots=4)
+    rows = 16384 + 4 * 127 - (16384 + 4 * 127) % 128
+    layer, routing = 2 * 2048 * 512 * 2 + 2048 * 528, 2048 * 4 * 8 + 16384 * 4 * 12
+    columns, sums = 16384 * 528, 16384 * 512 * 2  # of all tokens
+    one = rows * (528 + 4) + 4096 * 4 * 8  # a slice's rows, whose expert each is, and where each copy went
+    inside = max(rows * (256 + 8 + 2 * 2 * 256), (rows + 4096) * 512 * 2)
+    assert contiguous_step(job, 2048, 2048, 64) == layer + routing + columns + sums + one + inside
+
+
+def test_deepseek_v3s_prefill_fits() -> None:
+    """16,384 tokens on each of 32 ranks of 9 experts, whatever the routing; nearly 130 GiB if all were grouped at once.
+    A rank's weights take under 40 GiB of the 72 GiB that it may use of an 80 GB GPU."""
+    config = replace(V3, num_hidden_layers=61, first_k_dense_replace=3)
+    job = Job(config, 2, fp8=True, ranks=32, slots=9, alignment=128)
+    assert 15 * GIB < contiguous_step(job, 16384, 16384 + 4096, 256) < 20 * GIB
 
 
 def test_decode_by_hand() -> None:
@@ -155,16 +179,16 @@ def test_graphs_hold_their_logits() -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("ranks", "attn_tp"), [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "attn_tp"), [(1, 1), (2, 1), (4, 2), (8, 1)])
 def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
     """Within 1 % of the tensors that the model's code has alive at once, whichever part of a layer is the largest."""
-    latent = {"kv_lora_rank": 64, "moe_intermediate_size": 512, "n_routed_experts": 32}
+    latent = {"kv_lora_rank": 64, "moe_intermediate_size": 512, "n_routed_experts": 32, "vocab_size": 256}
     cases = {
         "experts": ({}, 1024, 1024, 64),
         "no q_lora": ({"q_lora_rank": None, "n_shared_experts": 2}, 1024, 1024, 64),
         "long context": ({"num_experts_per_tok": 1}, 1024, 9000, 64),
         "dense": ({"intermediate_size": 8192, "num_experts_per_tok": 1}, 1024, 1024, 64),
-        "more wanted than there are": ({"n_routed_experts": 4}, 1024, 1024, 64),
+        "more wanted than there are": ({"n_routed_experts": max(4, ranks)}, 1024, 1024, 64),
         "decode, wide experts": (latent, 512, 512, 512),
         "decode, wide rows": (latent | {"hidden_size": 2048, "moe_intermediate_size": 128}, 512, 512, 512),
         "logits": ({"vocab_size": 100_000}, 256, 256, 256),
@@ -173,8 +197,9 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         config = replace(SMALL, **changes)
         net = make(config, ranks, attn_tp, fp8=fp8)
         contiguous, masked = plain_dispatchers(
-            Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops
-        )
+            Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops,
+            most_copies(tokens // attn_tp, config.num_experts_per_tok),
+        )  # fmt: skip
         job = Job(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
         ids, rows = torch.zeros(tokens).long(), torch.zeros(context).long()
         none, bounds = torch.zeros(0), torch.zeros(2)
@@ -354,3 +379,30 @@ def test_a_cpu_has_a_pool_of_fixed_size(tiny: str) -> None:
         engine = Engine.from_pretrained(EngineConfig(kv_tokens=tokens), config, tiny, mesh, Ops(), lines.append)
         assert lines == said
         assert engine.pool.shape[1] == engine.kv_tokens // PAGE + 1
+
+
+def test_a_pool_over_a_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a GiB; beside me on this machine a rank that sees 10 GiB, elsewhere one alone that sees 6."""
+    monkeypatch.setattr("disagg.memory.host_memory", lambda: 10 * GIB)
+    assert pages_on_host(Mesh(), 9 * 64, GIB) == 9
+    with pytest.raises(ValueError) as error:
+        pages_on_host(Mesh(), 10 * 64, GIB)
+    assert str(error.value) == (
+        "--kv-tokens 640: a KV pool of 11,811,160,064 bytes (11.000 GiB) is over the 10.000 GiB of memory that are "
+        "available; --kv-tokens can be at most 576"
+    )
+
+    class Machines(Group):
+        def exchange(self, item: Any) -> list[Any]:
+            return [item, item, ("elsewhere", 6 * GIB)]
+
+    mesh = Mesh(0, 3, ep=Machines(3))
+    assert pages_on_host(mesh, 4 * 64, GIB) == 4
+    with pytest.raises(ValueError, match=r"10\.000 GiB of memory that are available / 2 ranks = 5\.000 GiB; .* 256"):
+        pages_on_host(mesh, 5 * 64, GIB)
+    with pytest.raises(ValueError, match="^65536 tokens: a KV pool of .* no page fits"):
+        pages_on_host(Mesh(), None, 6 * GIB)
+
+
+def test_the_host_says_what_it_has() -> None:
+    assert 2**20 < host_memory() < 2**50

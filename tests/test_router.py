@@ -1,11 +1,13 @@
-"""The router's retries, over its real port: a request that its prefill replica dropped goes to one that lives."""
+"""The router over its real port: what it says while nobody comes, and whom a retry goes to."""
 
 import threading
 import time
 from collections.abc import Callable
 
 import msgspec
+import pytest
 
+from disagg import router as module
 from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Update, Updates, WorkerPort
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
@@ -69,3 +71,22 @@ def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None
     port.close()
     answer: Answer = answers[0]
     assert answer.error is None and answer.token_ids == [9] and router.metrics.retries == 1
+
+
+@pytest.mark.parametrize(
+    ("joined", "missing"), [((), "prefill and a decode"), (("decode",), "prefill"), (("prefill",), "decode")]
+)
+def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -> None:
+    """At 0.2 s, at 0.6 s, and not again before 1.8 s."""
+    monkeypatch.setattr(module, "NOTICE_S", 0.2)
+    monkeypatch.setattr(module, "FAREWELL_S", 0.1)
+    port, end = RouterPort(HOST, 0), time.monotonic() + 1.2
+    workers = [replica(role, role, port.port) for role in joined]
+    router = Router(port, load_tokenizer(tiny).tokenizer, lambda: time.monotonic() > end)
+    answers = {}
+    router.run([UserRequest(i, Request(i, [5], 2), []) for i in range(3)], answers.__setitem__)
+    for one in (*workers, port):
+        one.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
+    assert lines == [f"router: 3 requests still waiting for a {missing} replica"] * 2
+    assert [answer.error for answer in answers.values()] == ["interrupted"] * 3

@@ -58,7 +58,7 @@ class FakeGroup(Group):
     def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> Transfer:
         if x.dim() == 1:  # how many rows each rank sends to me: as many as I send to myself
             return Transfer(torch.full_like(x, int(x[0])), None, x)
-        return Transfer(x.new_empty(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)
+        return Transfer(x.new_zeros(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)  # ids that count
 
 
 def allocating_ops(alignment: int) -> Ops:
