@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tqdm import tqdm
 
 from disagg.control import Submit
-from disagg.engine import Engine, EngineConfig, Step
+from disagg.engine import Engine, EngineConfig, Step, Work
 from disagg.request import Request
 from disagg.unified import Unified
 from disagg.worker import Pipeline
@@ -58,6 +58,7 @@ class Mark:
 
     now: float
     waited: float  # seconds that the host stood still for them
+    launching: float  # seconds so far in which the host launched steps, or waited until it could
     tokens: int
     mixed: bool
 
@@ -68,13 +69,20 @@ class Timed(Unified):
     def __init__(self, engine: Engine):
         super().__init__(engine)
         self.marks: list[Mark] = []
+        self.launching, self.run, engine.run = 0.0, engine.run, self.timed_run
+
+    def timed_run(self, work: Work) -> Step:
+        start = time.perf_counter()
+        step = self.run(work)
+        self.launching += time.perf_counter() - start
+        return step
 
     def after(self, step: Step) -> int:
         start = time.perf_counter()
         if step.done is not None:
             step.done.synchronize()
         now = time.perf_counter()
-        self.marks.append(Mark(now, now - start, len(step.work.sequences), step.work.mixed))
+        self.marks.append(Mark(now, now - start, self.launching, len(step.work.sequences), step.work.mixed))
         return super().after(step)
 
 
@@ -103,16 +111,16 @@ class Bench:
         start = self.drive(batch, length, 1)
         return self.engine.mesh.size * batch * length / (self.role.marks[-1].now - start)
 
-    def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float]:
-        """While all requests decode: tokens a second of all ranks, and the milliseconds of a step that the host itself
-        took."""
+    def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float, float]:
+        """While all requests decode: tokens a second of all ranks, and of a step the milliseconds that the host did not
+        wait for its tokens, and those of them in its launch."""
         self.drive(batch, length, max_tokens)
         all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
         window = all_decode[1:]  # after the last prompt
         seconds = window[-1].now - window[0].now
         host = seconds - sum(mark.waited for mark in window[1:])
-        ranks = self.engine.mesh.size
-        return ranks * batch * (len(window) - 1) / seconds, 1e3 * host / (len(window) - 1)
+        launching, steps = window[-1].launching - window[0].launching, len(window) - 1
+        return self.engine.mesh.size * batch * steps / seconds, 1e3 * host / steps, 1e3 * launching / steps
 
     def experts_hit(self, batch: int) -> float:
         """Distinct experts of a layer in a decode step, on average over some steps. Before graphs are captured."""
@@ -230,10 +238,11 @@ def measure(bench: Bench, report: Report, args: argparse.Namespace) -> None:
         report.rate("prefill", batch, f"prefill {batch} x {args.prompt}", median(rates), work)
     for batch, tokens in outputs(args).items():
         runs = [bench.decode(batch, args.prompt, tokens) for _ in range(args.repeat)]
-        rates, host = zip(*runs, strict=True)
+        rates, host, launching = zip(*runs, strict=True)
         work = roofline.decode(config, batch, args.prompt + tokens / 2, ranks)
         report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
         report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
+        report.add(f"of that, in the step's launch, batch {batch}", median(launching), "ms")
 
 
 def named(args: argparse.Namespace, config: ModelConfig, ranks: int) -> str:
