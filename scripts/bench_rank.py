@@ -226,7 +226,10 @@ def show(args: argparse.Namespace, figures: Figures) -> list[Record]:
 
 
 def name_of(args: argparse.Namespace) -> str:
-    return f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
+    sizes = f"{args.batch} x {args.kv}" if args.phase == "decode" else f"{args.tokens} in {args.prompt}s"
+    forced = f", --backend {' '.join(args.backend)}" if args.backend else ""
+    of = f"one rank of {args.shape} at EP{args.ep}"
+    return f"{of}, {args.phase} {sizes}, simulated arrivals (skew {args.skew:g}){forced}"
 
 
 def cluster_steps(
