@@ -320,7 +320,8 @@ class Router:
         for uid in list(lost.requests):
             tracked = self._tracked[uid]
             if tracked.stream.token_ids or tracked.attempts >= ATTEMPTS:
-                self._end(uid, "error", f"the {lost.hello.role} replica serving it {how}")
+                error = f"the {lost.hello.role} replica serving it {how}"
+                self._end(uid, "error", INTERRUPTED if self.stopped() else error)
             else:
                 self._retry(uid)
 

@@ -90,3 +90,25 @@ def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -
     lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
     assert lines == [f"router: 3 requests still waiting for a {missing} replica"] * 2
     assert [answer.error for answer in answers.values()] == ["interrupted"] * 3
+
+
+def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
+    """Its goodbye comes between a token and the router's own look at the interrupt."""
+    port, answers, interrupt = RouterPort(HOST, 0), {}, threading.Event()
+    worker = replica("u", "unified", port.port)
+    router = Router(port, load_tokenizer(tiny).tokenizer, interrupt.is_set)
+    request = UserRequest("x", Request(0, [5, 6, 7], 4), [])
+
+    def serve() -> None:
+        router.run([request], answers.__setitem__, lambda position, piece: interrupt.set())
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    uid = hear(worker, Submit).request.uid
+    token = load_tokenizer(tiny).tokenizer.encode(" the").ids[-1]
+    worker.send(Updates([Update(uid, [token, token])]))
+    worker.send(Bye({}))
+    thread.join(SOON_S)
+    assert not thread.is_alive() and answers[0].error == "interrupted" and answers[0].token_ids
+    worker.close()
+    port.close()
