@@ -99,14 +99,24 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     router = Router(port, load_tokenizer(tiny).tokenizer, interrupt.is_set)
     request = UserRequest("x", Request(0, [5, 6, 7], 4), [])
 
+    def show(position: int, piece: str) -> None:
+        if shown:
+            interrupt.set()
+        else:
+            time.sleep(0.5)  # until the next token and the goodbye wait to be read together
+        shown.append(piece)
+
+    shown: list[str] = []
+
     def serve() -> None:
-        router.run([request], answers.__setitem__, lambda position, piece: interrupt.set())
+        router.run([request], answers.__setitem__, show)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     uid = hear(worker, Submit).request.uid
     token = load_tokenizer(tiny).tokenizer.encode(" the").ids[-1]
-    worker.send(Updates([Update(uid, [token, token])]))
+    for _ in range(2):
+        worker.send(Updates([Update(uid, [token, token])]))
     worker.send(Bye({}))
     thread.join(SOON_S)
     assert not thread.is_alive() and answers[0].error == "interrupted" and answers[0].token_ids
