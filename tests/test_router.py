@@ -116,7 +116,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     uid = hear(worker, Submit).request.uid
     token = load_tokenizer(tiny).tokenizer.encode(" the").ids[-1]
     for _ in range(2):
-        worker.send(Updates([Update(uid, [token, token])]))
+        worker.send(Updates([Update(uid, [token])]))
     worker.send(Bye({}))
     thread.join(SOON_S)
     assert not thread.is_alive() and answers[0].error == "interrupted" and answers[0].token_ids
