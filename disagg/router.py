@@ -241,8 +241,6 @@ class Router:
                     self.metrics.parts.append(update.parts)
             else:
                 self.metrics.inter_token.append(now - tracked.latest)
-                if len(tracked.stream.token_ids) == 1:
-                    self.metrics.first_decode.append(now - tracked.latest)
             tracked.latest = now
             tracked.logprobs.extend(update.logprobs[i : i + 1])
             shown = len(tracked.stream.text)

@@ -52,7 +52,7 @@ def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_exp
 
 
 def load_recording(path: str | Path, layers: int, num_experts: int) -> Tensor:
-    """counts [windows, layers, E]. ValueError if the file is no recording of a model of that shape."""
+    """counts [windows, layers, E] int64. ValueError if the file is no recording of a model of that shape."""
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:

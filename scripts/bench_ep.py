@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels import ref
 from kernels.backend import Ops, choose
 from model.transformer import op_shape
-from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
+from parallel.deepep import NUM_SMS, ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
@@ -211,7 +211,7 @@ def parse() -> argparse.Namespace:
     add("--top-k", type=int, default=8)
     add("--decode-tokens", type=int, default=128, help="a rank's, in low latency (128)")
     add("--prefill-tokens", type=int, default=4096, help="a rank's, in normal mode (4096)")
-    add("--num-sms", type=int, default=20, help="that DeepEP's normal kernels take (20)")
+    add("--num-sms", type=int, default=NUM_SMS, help=f"that DeepEP's normal kernels take ({NUM_SMS})")
     add("--repeat", type=int, default=30)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")

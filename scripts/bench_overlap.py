@@ -19,7 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from disagg.memory import GIB
 from model.kv_cache import pages_for
+from parallel.deepep import NUM_SMS
 from parallel.mesh import pick_device
 from parallel.simulated_link import SimulatedLink
 from scripts import deepep_times
@@ -40,7 +42,6 @@ from scripts.one_rank import (
 # 2,000), prefill at equal tokens (EP32).
 DECODE_GAINS = {32: 0.73, 256: 1.255}
 PREFILL_GAINS = (1.27, 1.35)
-GIB = 2**30
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -74,7 +75,7 @@ def build(args: argparse.Namespace) -> Rank:
 def make_link(rank: Rank, phase: str) -> SimulatedLink:
     if phase == "decode":
         return SimulatedLink(deepep_times.low_latency(rank.config, rank.ep), rank.device)
-    return SimulatedLink(deepep_times.normal(rank.config, rank.ep), rank.device, deepep_times.NORMAL_SMS)
+    return SimulatedLink(deepep_times.normal(rank.config, rank.ep), rank.device, NUM_SMS)
 
 
 def check_link(link: SimulatedLink, tokens: int, repeat: int) -> None:

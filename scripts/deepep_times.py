@@ -22,10 +22,9 @@ from parallel.loopback import share_of_tokens
 from parallel.simulated_link import Model, Transfer
 
 LOW_LATENCY = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
-LOW_LATENCY_TOKENS, LOW_LATENCY_BYTES = 128, (128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168)
+LOW_LATENCY_BYTES = 128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168  # of 128 tokens
 SM_TIME, SM_TIME_TOKENS = {"dispatch": 60e-6, "combine": 77e-6}, 256
 NORMAL = {8: (153, 158), 16: (43, 43), 32: (58, 57), 64: (51, 50)}
-NORMAL_SMS = 20  # that its kernels hold; DeepEPBuffer's default
 NODE = 8  # ranks
 
 

@@ -1,6 +1,6 @@
 """What balancing would do for a recording of expert loads (run.py --record-experts), on any number of ranks. SIMULATED.
 
-python scripts/eplb_sim.py docs/recordings/decode.safetensors --phase decode --groups 4 --ep 4,12 --redundant 0,4
+python scripts/eplb_sim.py docs/recordings/moving-decode.safetensors --phase decode --groups 4 --ep 4,12 --redundant 0,4
 python scripts/eplb_sim.py seen.safetensors --phase prefill --interval 1,5 --ranks-per-node 4,8 --chart balance.png
 
 The recording's windows are replayed on each deployment, with three kinds of maps:
