@@ -25,13 +25,13 @@ from parallel.deepep import NUM_SMS
 from parallel.mesh import pick_device
 from parallel.simulated_link import SimulatedLink
 from scripts import deepep_times
+from scripts.flags import positive
 from scripts.measurements import Record, save
 from scripts.one_rank import (
     Rank,
     Step,
     add_flags,
     add_measuring_flags,
-    at_least,
     check_decode,
     check_flags,
     check_prefill,
@@ -57,14 +57,13 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_measuring_flags(add)
         for name, default in defaults.items():
             several = isinstance(default, list)
-            add(f"--{name}", type=int, default=default, nargs="+" if several else None, help=f"({default})")
+            add(f"--{name}", type=positive, default=default, nargs="+" if several else None, help=f"({default})")
     return parser, parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> Rank:
     """ValueError for flags that cannot be."""
     config, device = check_flags(args), pick_device(args.device)
-    at_least(1, repeat=args.repeat)
     if args.phase == "decode":
         check_decode(config, args.batch, args.kv, halves=True)
         return Rank(args, config, device, args.kv, max(args.batch) * pages_for(args.kv))

@@ -43,13 +43,13 @@ from parallel.mesh import pick_device
 from parallel.simulated_link import Transfer
 from scripts import deepep_times, roofline
 from scripts.charts import figure, save_bars
+from scripts.flags import positive
 from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.measurements import Record, save
 from scripts.one_rank import (
     Rank,
     add_flags,
     add_measuring_flags,
-    at_least,
     check_decode,
     check_flags,
     check_prefill,
@@ -299,7 +299,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_flags(add, defaults.pop("ep"))
         add_measuring_flags(add)
         for name, default in defaults.items():
-            add(f"--{name}", type=int, default=default, help=f"({default})")
+            add(f"--{name}", type=positive, default=default, help=f"({default})")
         add("--trace", type=Path, metavar="JSON", help="write a step's Chrome trace there")
         add("--chart", type=Path, metavar="PNG", help="draw the parts there, beside floor and anchors")
     return parser, parser.parse_args()
@@ -308,7 +308,6 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def build(args: argparse.Namespace, ranges: Ranges) -> Rank:
     """ValueError for flags that cannot be."""
     config, device = check_flags(args), pick_device(args.device)
-    at_least(1, repeat=args.repeat)
     if args.chart is not None:
         figure()  # is there matplotlib?
     if args.phase == "decode":
