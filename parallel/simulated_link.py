@@ -44,11 +44,11 @@ class Transfer:
         return self.flight + self.busy
 
 
-Model = Callable[[str, int], Transfer]  # by "dispatch" or "combine", and the tokens that a rank sends
+TransferModel = Callable[[str, int], Transfer]  # by "dispatch" or "combine", and the tokens that a rank sends
 
 
 class SimulatedLink:
-    def __init__(self, model: Model, device: torch.device, num_sms: int = 0):
+    def __init__(self, model: TransferModel, device: torch.device, num_sms: int = 0):
         """`num_sms`: that are held in flight; 0 is low latency, whose flight is a copy."""
         self.model, self.device, self.num_sms = model, device, num_sms
         self.free_at = 0.0  # CPU: by time.perf_counter, when the latest transfer is done

@@ -19,7 +19,7 @@ from math import log2
 
 from model.config import ModelConfig
 from parallel.loopback import share_of_tokens
-from parallel.simulated_link import Model, Transfer
+from parallel.simulated_link import TransferModel, Transfer
 
 LOW_LATENCY = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
 LOW_LATENCY_BYTES = 128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168  # of 128 tokens
@@ -38,7 +38,7 @@ def between(table: dict[int, tuple[float, float]], ranks: int) -> tuple[float, f
     return dispatch, combine
 
 
-def low_latency(config: ModelConfig, ranks: int) -> Model:
+def low_latency(config: ModelConfig, ranks: int) -> TransferModel:
     """Of a decode rank among so many."""
     times, sizes, hidden = between(LOW_LATENCY, ranks), LOW_LATENCY_BYTES, config.hidden_size
     per_byte = (times[1] - times[0]) / (sizes[1] - sizes[0])
@@ -53,7 +53,7 @@ def low_latency(config: ModelConfig, ranks: int) -> Model:
     return transfer
 
 
-def normal(config: ModelConfig, ranks: int) -> Model:
+def normal(config: ModelConfig, ranks: int) -> TransferModel:
     """Of a prefill rank among so many."""
     rates, hidden = dict(zip(("dispatch", "combine"), between(NORMAL, ranks), strict=True)), config.hidden_size
     places = ranks if ranks <= NODE else -(-ranks // NODE)

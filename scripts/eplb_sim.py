@@ -24,12 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from parallel.eplb import balance, balancedness
+from parallel.recorder import load_recording
 from scripts.charts import save_lines
 from scripts.flags import naturals, positive, positives
 from scripts.measurements import Record, save
@@ -106,11 +105,8 @@ def deployments(experts: int, args: argparse.Namespace) -> list[Deployment]:
 
 def read(path: Path) -> NDArray:
     """counts [windows, layers, E]. ValueError if there are none."""
-    try:
-        counts = load_file(str(path))["counts"].numpy()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: not a recording ({error})") from None
-    if counts.ndim != 3 or counts.sum() == 0:
+    counts = load_recording(path).numpy()
+    if counts.sum() == 0:
         raise ValueError(f"{path}: no tokens were recorded")
     return counts
 
