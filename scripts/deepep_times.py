@@ -19,7 +19,7 @@ from math import log2
 
 from model.config import ModelConfig
 from parallel.loopback import share_of_tokens
-from parallel.simulated_link import TransferModel, Transfer
+from parallel.simulated_link import Transfer, TransferModel
 
 LOW_LATENCY = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
 LOW_LATENCY_BYTES = 128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168  # of 128 tokens
