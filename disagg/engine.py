@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes, per attention replica."""
+    """What the command line says of an engine; sizes are of an attention replica. ValueError names the flag."""
 
     max_batch: int = 64
     max_tokens_per_step: int = 1024
@@ -207,7 +207,7 @@ class Engine:
         return cls(settings, model, mesh, say, ExpertReader(folder, config) if moves else None)
 
     def _decide_graphs(self) -> tuple[bool, str]:
-        """Is the decode step captured, and a line for the log?"""
+        """Whether the decode step is captured, and a line for the log (empty: there is nothing to say)."""
         if self.mesh.device.type != "cuda" or not self.settings.decodes:
             return False, ""
         if not self.settings.graphs:

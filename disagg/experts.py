@@ -24,7 +24,10 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
         raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {slots}")
     loads = torch.ones(layers, experts)
     if recording is not None:
-        loads = load_recording(recording, layers, experts).sum(0)
+        try:
+            loads = load_recording(recording, layers, experts).sum(0)
+        except ValueError as error:
+            raise ValueError(f"--expert-map {error}") from None
     nodes = mesh.nodes()
     of_slot = balance(loads.numpy(), experts + extra, mesh.ep.size, config.n_group, nodes)
     return Placement.of_map(

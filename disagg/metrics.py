@@ -24,7 +24,6 @@ class Metrics:
         self.prompt_tokens = self.generated_tokens = self.retries = 0
         self.ttft: list[float] = []
         self.inter_token: list[float] = []
-        self.first_decode: list[float] = []  # from a request's first token to its second
         self.parts: list[Parts] = []  # of the TTFT of what was handed over
         self.first_submit = self.last_finish = 0.0
         self._stats: list[tuple[str, dict[str, float]]] = []

@@ -24,9 +24,9 @@ from disagg.tokenizer import TextStream
 PING_S = 1.0
 REPLACEMENT_S = 30.0  # how long requests wait for a role that has died out to come back
 FAREWELL_S = 15.0  # how long to wait for the replicas' last words
-NOTICE_S = 10.0  # requests that wait so long for a role that is missing are mentioned, and then each time
-NOTICE_FACTOR = 3  # after so many times as long
-INTERRUPTED = "interrupted"  # the error of a request that the user let no time to end
+NOTICE_S = 10.0  # how long requests wait for a role that is missing before a line says so
+NOTICE_FACTOR = 3  # the next line comes after so many times as long
+INTERRUPTED = "interrupted"  # the error of a request that the user's Ctrl-C ended
 ATTEMPTS = 2
 QUEUE_FACTOR = 2  # requests at a decode replica, in multiples of its batch; the rest wait here, for whoever is free
 
@@ -241,8 +241,6 @@ class Router:
                     self.metrics.parts.append(update.parts)
             else:
                 self.metrics.inter_token.append(now - tracked.latest)
-                if len(tracked.stream.token_ids) == 1:
-                    self.metrics.first_decode.append(now - tracked.latest)
             tracked.latest = now
             tracked.logprobs.extend(update.logprobs[i : i + 1])
             shown = len(tracked.stream.text)

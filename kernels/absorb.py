@@ -1,7 +1,7 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-cuBLAS serves them, one product a head; the smallest decode steps have a kernel each, for there it is the starts of
-kernels that count.
+cuBLAS serves them, one product a head (torch.bmm); up to FEW_TOKENS tokens there is a kernel for each, because then
+most of the time is that of starting kernels.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
 Both keep a running maximum and sum for each query row (FlashAttention-2, Dao 2023), work in powers of two, and read
 keys and values with TMA (one thread asks for a whole tile; the copy engine fills shared memory while the tensor
-cores work). Head dims need not be powers of two: the columns are split into a MAIN power of two and the REST
-(576 = 512 + 64, 192 = 128 + 64), two dots into one accumulator; TMA fills what lies past the edge with zeros.
+cores work). Head dims need not be powers of two: columns come as a MAIN and a REST part, two dots into one
+accumulator. Decode cuts a cache row so (576 = 512 + 64); prefill's keys are of two parts anyway, a head's own 128 and
+the 64 that all heads share. TMA fills what lies past the edge with zeros.
 """
 
 import torch

@@ -13,7 +13,7 @@ BLOCK = 128
 def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], so that x ~ fp8 * scale.
 
-    DeepSeek-V3's activation format (technical report, section 3.3.2): one scale for each row and 128 columns.
+    The activations' format: a scale is max(largest magnitude, 1e-4) / 448.
     """
     groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     scale = groups.abs().amax(-1).clamp(min=1e-4) / FP8_MAX
@@ -22,13 +22,14 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_1x128(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 [..., D] and scales [..., ceil(D / 128)] -> float32 [..., D]."""
     return x.float() * scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
 
 
 def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[..., N, D] -> e4m3 [..., N, D] and float32 scales [..., ceil(N / 128), ceil(D / 128)].
 
-    DeepSeek-V3's weight format (same section); the scales are its checkpoints' `weight_scale_inv`.
+    The weights' format; the scales are a checkpoint's `weight_scale_inv`.
     """
     rows, columns = weight.shape[-2:]
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
@@ -39,7 +40,8 @@ def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_128x128(weight: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
-    """The float32 values of a part of a quantised tensor that begins at (first_row, first_column) of the whole."""
+    """e4m3 [..., n, d], the part of a tensor that begins at (first_row, first_column), and the scales of the whole
+    -> float32 [..., n, d]."""
     row = torch.arange(first_row, first_row + weight.shape[-2], device=weight.device) // BLOCK
     column = torch.arange(first_column, first_column + weight.shape[-1], device=weight.device) // BLOCK
     return weight.float() * scale[..., row[:, None], column]

@@ -1,4 +1,5 @@
-"""Matrix products in Triton: the tile that every GEMM here shares, and the dense fp8 one.
+"""Dense products: the tile that every fp8 and grouped GEMM of ours shares, `gemm_fp8` made of it, and the bf16 ones
+(`linear`, `linear_float32`), which are cuBLAS's but for few tokens.
 
 fp8 follows DeepSeek-V3 (technical report, section 3.3): x carries one scale for each row and 128 columns, w one for
 each 128 x 128 block, so the tensor core can only sum 128 columns before the scales must be applied in float32:
@@ -72,7 +73,7 @@ def pin(x):
 
 @triton.jit
 def dot_slabs(
-    x_desc, w_desc, x_scale, x_scale_stride, w_scale, row, scale_row, w_row, rows_end, D, k_start, k_end,
+    x_desc, w_desc, x_scale, x_scale_stride, w_scale, row, scale_row, w_row, rows_end, k_start, k_end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """SLABS (1 or 2) products x[row.. : BLOCK_M rows] @ w[w_row.. : BLOCK_N rows].T over steps k_start..k_end of D.
@@ -150,7 +151,7 @@ def tiles_kernel(
             if w_scale is not None:
                 scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             slabs = dot_slabs(
-                x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, D, k_start, k_end,
+                x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
                 BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
             )  # fmt: skip
             store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
@@ -187,6 +188,7 @@ def launch_tiles(
 
 
 def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None) -> None:
+    """ValueError unless the scales are 1x128 of x [..., M, D] and 128x128 of w [..., N, D]; None: there are none."""
     if x_scale is None or w_scale is None:
         return
     blocks = -(-x.shape[-1] // 128)
@@ -240,14 +242,15 @@ def _linear_float32_kernel(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T -> [T, N]: cuBLAS's, but for the smallest decode steps: `ref.linear`."""
+    """x [T, D] @ weight [N, D].T -> [T, N], in their dtype: `ref.linear`. Up to FEW_TOKENS in a kernel of ours."""
     return linear_of_few(x, weight) if 0 < x.shape[0] <= FEW_TOKENS else F.linear(x, weight)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32): `ref.linear_float32`.
 
-    A gate of few tokens takes a kernel of ours, which is quicker to start; all else is cuBLAS's.
+    Up to 4 tokens, and up to 64 if there are few outputs (a gate's), take kernels of ours, which are quicker to start;
+    all else is cuBLAS's.
     """
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:

@@ -52,8 +52,8 @@ def masked_kernel(
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             x_scale_here += expert * expert_stride
         slabs = dot_slabs(
-            x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, D,
-            0, num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
+            x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, 0,
+            num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
         )  # fmt: skip
         store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M, BLOCK_N, SLABS)
 
@@ -80,7 +80,7 @@ def launch_masked(
     return out
 
 
-FEW_ROWS = 128  # in an expert's room: the weights' bytes are all that counts
+FEW_ROWS = 128  # of an expert's room, up to which the time is that of reading weights
 
 
 def plain_tile(x: Tensor) -> Tile:

@@ -1,6 +1,5 @@
 """A kernel that holds SMs for a given time: what a communication kernel takes away, without what it does."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -18,7 +17,3 @@ def _hold_kernel(nanoseconds):
 def hold(num_sms: int, seconds: float) -> None:
     """`num_sms` blocks, each for so long from when it began, on the current stream. Safe in a CUDA graph."""
     _hold_kernel[(num_sms,)](round(seconds * 1e9), num_warps=NUM_WARPS)
-
-
-def count_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

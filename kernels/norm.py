@@ -1,6 +1,5 @@
-"""RMSNorm (with or without the residual add, and quantised or not), rope, and MLA's cache write that needs both.
-
-One pass over memory each.
+"""RMSNorm (with or without the residual add, and quantised or not), rope, and MLA's cache write that needs both: one
+pass over memory each.
 """
 
 import torch

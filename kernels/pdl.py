@@ -1,6 +1,6 @@
-"""Programmatic dependent launch (CUDA programming guide, of that name): from Hopper on, a kernel may take its place on
-the GPU while the one before it in the stream still runs, and waits inside for what that one writes. It hides the start
-of a kernel, which is most of a small one.
+"""Programmatic dependent launch (the CUDA programming guide's name for it): from Hopper on, a kernel may take its place
+on the GPU while the one before it in the stream still runs, and waits inside for what that one writes. It hides the
+start of a kernel, which is most of a small one.
 
 Every program of such a kernel must wait, whatever it reads: only then does its end say that all before it has ended.
 And not every library's kernel waits: FlashMLA's is launched to take its place early, and then reads its query at once.
@@ -26,10 +26,10 @@ def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
+def _has_it(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pdl(x: Tensor) -> dict[str, bool]:
     """Launch arguments of a kernel that begins with `after_previous(PDL)`, on x's device."""
-    return {"PDL": True, "launch_pdl": True} if _is_hopper(x.device) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if _has_it(x.device) else {"PDL": False}

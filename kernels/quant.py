@@ -1,7 +1,7 @@
-"""fp8 e4m3 with block scales (DeepSeek-V3, section 3.3.2), and silu(gate) * up fused with it.
+"""Activations to fp8 (the 1x128 format of `kernels/fp8.py`), and silu(gate) * up, alone or quantised in the same pass.
 
-A scale is max(largest magnitude in the block, 1e-4) / 448, float32; the fp8 value is x / scale. Activations get one
-scale for each row and 128 columns (the last group may be shorter), weights one for each 128 x 128 block.
+A scale is max(largest magnitude of a row's 128 columns, 1e-4) / 448, float32; the fp8 value is x / scale. The last
+group of a row may be shorter.
 """
 
 import torch
@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import fp8
 from kernels.pdl import after_previous, pdl
 
-GROUP = tl.constexpr(128)  # columns that share a scale
-FP8_MAX = tl.constexpr(448.0)  # e4m3's largest finite value
+GROUP = tl.constexpr(fp8.BLOCK)  # columns that share a scale
+FP8_MAX = tl.constexpr(fp8.FP8_MAX)
 SMALLEST = tl.constexpr(1e-4)  # keeps a block of zeros from dividing by zero
 ROWS = 32  # rows of one program's tile
 
@@ -139,7 +140,7 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [M, 2I] -> quantize_1x128(silu(gate) * up) without the bf16 in between.
+    """x [M, 2I] -> quantize_1x128(silu(gate) * up), values [M, I], scales [M, ceil(I / 128)]; no bf16 between.
 
     Rows whose row_expert [M] is -1 are padding: neither read nor written.
     """
@@ -153,7 +154,8 @@ def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor,
 
 
 def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """x [L, R, 2I] -> silu_mul_quant of each expert's first counts[e] rows; the rest is neither read nor written.
+    """silu_mul_quant of each expert's first counts[e] rows; the rest is neither read nor written. x [L, R, 2I] ->
+    values [L, R, I], scales [L, R, ceil(I / 128)].
 
     counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
     """

@@ -1,6 +1,6 @@
 """The pure-torch twin of every op: the specification that the fast kernels are tested against, and the CPU path.
 
-WAITING are those that look at numbers on the host, and so cannot be captured into a CUDA graph, of a decode step's ops.
+WAITING names the twins, of a decode step's ops, that read numbers on the host: a CUDA graph cannot capture them.
 
 T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
 """
@@ -18,7 +18,7 @@ WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim; the mean square is taken in float32."""
+    """x [..., D] / rms(x) * weight [D] over the last dim; the mean square is taken in float32."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -100,7 +100,7 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
-    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales), normed only if `bare`."""
+    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales), normed None unless `bare`."""
     normed = rms_norm(x, weight, eps)
     return normed if bare else None, *quantize_1x128(normed)
 
@@ -122,7 +122,8 @@ def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor,
 
 
 def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """silu_mul_quant of x[e, :counts[e]]; the rest is undefined. x [L, R, 2I], counts [L] int32."""
+    """silu_mul_quant of x[e, :counts[e]]; the rest is undefined. x [L, R, 2I], counts [L] int32 -> [L, R, I] and scales
+    [L, R, ceil(I / 128)]."""
     return silu_mul_quant(x)
 
 
@@ -336,7 +337,8 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. x [L, N, D] -> [L, N, n]."""
+    """out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. x [L, R, D], weight [L, N, D]
+    -> [L, R, N]."""
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = x[expert, :count] @ weight[expert].T
@@ -362,13 +364,13 @@ def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
 def grouped_gemm_contiguous_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
 ) -> Tensor:
-    """grouped_gemm_contiguous of quantised operands, summed in float32 and rounded to bf16."""
+    """grouped_gemm_contiguous of x [M, D] in 1x128, weight [L, N, D] in 128x128: summed in float32, rounded to bf16."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
     return grouped_gemm_contiguous(x, weight, row_expert).bfloat16()
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
-    """grouped_gemm_masked of quantised operands, summed in float32 and rounded to bf16."""
+    """grouped_gemm_masked of x [L, R, D] in 1x128, weight [L, N, D] in 128x128: summed in float32, rounded to bf16."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
     return grouped_gemm_masked(x, weight, counts).bfloat16()
 

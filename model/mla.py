@@ -69,6 +69,7 @@ class MLA(nn.Module):
         return self.o_proj(out.flatten(1))
 
     def queries(self, q: Tensor) -> Tensor:
+        """q [T, q_lora or H (nope + R)], of qkv_a_proj -> [T, H, nope + R]."""
         if self.config.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm.operand(q))
         return q.view(-1, self.heads, self.config.qk_head_dim)

@@ -23,7 +23,7 @@ from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
 from parallel.recorder import Recorder
 
-FEW = 512  # tokens
+FEW = 512  # tokens, up to which the shared expert runs on the second stream
 
 
 class Gate(nn.Module):
@@ -71,7 +71,8 @@ class Experts(nn.Module):
         self.ops = ops
 
     def forward(self, arrived: Contiguous | Masked | Copies | Sliced) -> Tensor:
-        """The layout decides the GEMM. Returns rows in the layout of `arrived.x`; of slices, the tokens' sums."""
+        """The layout decides the GEMM. Contiguous, Masked: rows in the layout of `arrived.x`; Copies: a row for each
+        copy [T * K, D]; Sliced: the weighted sum for each token [N, D]."""
         ops = self.ops
         gate_up, gate_up_scale = self.gate_up_proj, self.gate_up_proj_scale_inv
         down, down_scale = self.down_proj, self.down_proj_scale_inv

@@ -28,7 +28,7 @@ class Slots:
             tensor[slot].copy_(source.tensors[name][at], non_blocking=True)
 
     def like(self, count: int, device: torch.device, pinned: bool = False) -> "Slots":
-        """`count` more, uninitialised."""
+        """`count` more, uninitialised; `pinned`: on the host, where a GPU can copy from beside other work."""
         return Slots(
             {
                 name: torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device=device, pin_memory=pinned)
@@ -38,4 +38,5 @@ class Slots:
 
     @property
     def slot_bytes(self) -> int:
+        """Of one slot, all that moves with an expert."""
         return sum(tensor.nbytes // len(tensor) for tensor in self.tensors.values())

@@ -32,12 +32,13 @@ MAX_TOP_K = 11  # of the low-latency kernels
 MAX_CAPACITY = 1024  # their count of tokens sent to one expert stops being unique above
 MAX_LOCAL = 1024  # slots a rank, of the normal kernels
 QUEUE_DEPTH = 1024  # NVSHMEM_QP_DEPTH, unless it is set
+NUM_SMS = 20  # that the normal kernels hold: DeepEP's default
 
 
 class DeepEPBuffer:
     """The memory that both modes communicate through: one for each process, made by all ranks together."""
 
-    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = 20):
+    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS):
         """`capacity`: the most tokens a rank dispatches at once in low latency (rounded up so that ranks * capacity is
         a multiple of 4); `num_sms`: how many SMs the normal kernels take, even. The same on all ranks."""
         import deep_ep
@@ -115,7 +116,7 @@ class ContiguousDeepEP:
     casts = False
 
     def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None):
-        """`most_copies`: that are grouped at once; None: all."""
+        """most_copies: that are grouped at once (None: all); see `dispatch.most_copies`."""
         self.buffer, self.ops, self.num_sms, self.most_copies = buffer, ops, buffer.num_sms, most_copies
 
     def dispatch(

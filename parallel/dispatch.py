@@ -14,7 +14,7 @@ Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, 
 `Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode. One rank alone has a
 third for the smallest decode steps, `Copies`, which sorts nothing. And where far more arrives for prefill than evenly
 spread tokens would bring, `Sliced` has its experts take it a slice at a time: bad routing costs time, not memory.
-Both calls are split into start and `Pending.wait`, so that other work can run in between.
+A dispatch and a combine are each split into start and `Pending.wait`, so that other work can run in between.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Copies:
-    """Few tokens, that stay where they are: each meets its experts' weights there."""
+    """Few tokens, which are not sorted: a GEMM reads the weights of each copy's slot. Bare, never in fp8."""
 
     x: Tensor  # [T, D]
     slots: Tensor  # [T, K] int64 local ids, -1 = nowhere
@@ -63,8 +63,8 @@ class Copies:
 
 @dataclass(frozen=True)
 class Sliced:
-    """Tokens as they arrived, with too many copies to be grouped at once: `part` groups `size` tokens. Experts give
-    their weighted sums [N, D]."""
+    """Tokens as they arrived, with too many copies to be grouped at once: `part` groups `size` tokens of them. Experts
+    give not rows but the tokens' weighted sums [N, D]."""
 
     x: Tensor  # [N, D]
     experts: Tensor  # [N, K] int64 local ids, -1 = not here
@@ -74,7 +74,7 @@ class Sliced:
     scale: Tensor | None = None  # [N, D / 128] float32 if x is in fp8
 
     def part(self, at: int, ops: Ops, num_local: int) -> Contiguous:
-        """Of the tokens from `at` on. Its way back is index and weights."""
+        """The next `size` tokens from `at` on, grouped. Its way back is what `ep_gather` takes: index and weights."""
         end = at + self.size
         scales = None if self.scale is None else self.scale[at:end]
         rows, row_expert, index, *scale = ops.ep_scatter(
@@ -97,7 +97,7 @@ class ContiguousAllToAll:
     num_sms = 0  # to leave to it while another micro-batch computes
 
     def __init__(self, group: Group, num_slots: int, ops: Ops, most_copies: int | None = None):
-        """`most_copies`: that are grouped at once; None: all."""
+        """num_slots: P, over all ranks. most_copies: that are grouped at once (None: all); see `most_copies`."""
         self.group, self.ops, self.most_copies = group, ops, most_copies
         self.num_local = num_slots // group.size
 
@@ -229,7 +229,8 @@ class LocalMasked(LocalContiguous):
 
 
 def most_copies(tokens: int, top_k: int) -> int:
-    """That a rank groups at once where each sends `tokens`, who want `top_k` experts: on average so many arrive."""
+    """The most that a rank groups at once where each rank sends `tokens` tokens, which want `top_k` experts each:
+    IMBALANCE times what arrives on average."""
     return IMBALANCE * tokens * top_k
 
 

@@ -50,7 +50,6 @@ def make_dispatchers(
     top_k: int,
     capacity: int,
     fp8: bool = False,
-    num_sms: int = 20,
     most_copies: int | None = None,
 ) -> Dispatchers:
     """Every rank must call this: they agree on it.
@@ -69,7 +68,7 @@ def make_dispatchers(
         if why_not is None and len(set(hosts)) > 1:
             why_not = f"all ranks must be on one machine, not {len(set(hosts))}"
         if why_not is None:
-            buffer = DeepEPBuffer(mesh.ep, num_slots, hidden, capacity, num_sms)
+            buffer = DeepEPBuffer(mesh.ep, num_slots, hidden, capacity)
             contiguous = ContiguousDeepEP(buffer, ops, most_copies)
             return Dispatchers(contiguous, MaskedDeepEP(buffer, fp8), "DeepEP", buffer)
         if choice == "deepep":

@@ -6,7 +6,7 @@ tokens: numbers of the right size without meaning. A transfer takes no time, or 
 DeepEP's normal mode would also make the host wait for a dispatch's counts; here it never waits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
 
@@ -45,13 +45,6 @@ class Arrivals:
         counts = _whole([mean * (1 + (skew - 1) * (1 - slope * i)) for i in range(local)])
         least = max(max(counts), -(-sum(counts) // top_k))
         return cls(counts, max(least, round((distinct or 0.0) * tokens * ranks)))
-
-    @classmethod
-    def recorded(cls, loads: Sequence[float], tokens: int, top_k: int, distinct: float | None = None) -> "Arrivals":
-        """As a recording says: `loads` of this rank's slots, as shares of all copies of all ranks' `tokens` tokens."""
-        counts = _whole([load * tokens * top_k for load in loads])
-        least = max(max(counts), -(-sum(counts) // top_k))
-        return cls(counts, max(least, round((distinct or 0.0) * tokens)))
 
 
 def _whole(parts: list[float]) -> tuple[int, ...]:

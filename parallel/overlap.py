@@ -34,7 +34,7 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 Steps = Generator[str, None, Result]
-FEW_ROWS, FEW_TOKENS = 128, 1024
+FEW_ROWS, FEW_TOKENS = 128, 1024  # a rank's, from which on `auto` overlaps: of a decode step, of one with prompts
 STAGES = ("projections", "attention", "dispatch", "experts", "combine")
 
 

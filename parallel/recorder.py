@@ -51,16 +51,21 @@ def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_exp
     save_file({"counts": torch.stack(windows) if windows else empty}, str(path))
 
 
-def load_recording(path: str | Path, layers: int, num_experts: int) -> Tensor:
-    """counts [windows, layers, E]. ValueError if the file is no recording of a model of that shape."""
+def load_recording(path: str | Path, layers: int | None = None, num_experts: int | None = None) -> Tensor:
+    """counts [windows, layers, E] int64. ValueError if the file is none, or is of another shape (None: any)."""
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--expert-map {path}: not a recording ({error})") from None
-    counts = tensors.get("counts")
-    if counts is None or counts.dim() != 3 or counts.shape[1:] != (layers, num_experts):
+        raise ValueError(f"{path}: not a recording ({error})") from None
+    counts, wanted = tensors.get("counts"), (layers, num_experts)
+    if (
+        counts is None
+        or counts.dim() != 3
+        or any(w not in (None, n) for w, n in zip(wanted, counts.shape[1:], strict=True))
+    ):
         found = "no tensor `counts`" if counts is None else f"counts {list(counts.shape)}"
-        raise ValueError(f"--expert-map {path}: it has {found}, must be [windows, {layers}, {num_experts}]")
+        layers, experts = ("any" if size is None else size for size in wanted)
+        raise ValueError(f"{path}: it has {found}, must be [windows, {layers}, {experts}]")
     if (counts < 0).any():
-        raise ValueError(f"--expert-map {path}: counts must not be negative")
+        raise ValueError(f"{path}: counts must not be negative")
     return counts

@@ -28,7 +28,7 @@ CALIBRATION = (2**20, 2**25)  # bytes
 
 @dataclass(frozen=True)
 class Transfer:
-    """Seconds that one dispatch or combine takes."""
+    """Seconds that one dispatch or combine takes, simulated: `send` and `receive` on all SMs, `flight` between them."""
 
     flight: float
     send: float = 0.0
@@ -36,7 +36,7 @@ class Transfer:
 
     @property
     def busy(self) -> float:
-        """On the SMs."""
+        """Seconds in which it holds all SMs."""
         return self.send + self.receive
 
     @property
@@ -44,19 +44,19 @@ class Transfer:
         return self.flight + self.busy
 
 
-Model = Callable[[str, int], Transfer]  # of "dispatch" or "combine", and of the tokens that a rank sends
+TransferModel = Callable[[str, int], Transfer]  # by "dispatch" or "combine", and the tokens that a rank sends
 
 
 class SimulatedLink:
-    def __init__(self, model: Model, device: torch.device, num_sms: int = 0):
-        """`num_sms`: that are held in flight; 0: low latency's copy."""
+    def __init__(self, model: TransferModel, device: torch.device, num_sms: int = 0):
+        """`num_sms`: that are held in flight; 0 is low latency, whose flight is a copy."""
         self.model, self.device, self.num_sms = model, device, num_sms
         self.free_at = 0.0  # CPU: by time.perf_counter, when the latest transfer is done
         if device.type != "cuda":
             return
         self.kernels = importlib.import_module("kernels.hold")
         self.stream = torch.cuda.Stream(device, priority=-1)  # as DeepEP's
-        self.all_sms = self.kernels.count_sms(device)
+        self.all_sms = torch.cuda.get_device_properties(device).multi_processor_count
         if num_sms == 0:
             self.sent = torch.zeros(CALIBRATION[1], dtype=torch.uint8, device=device)
             self.host = torch.zeros(CALIBRATION[1], dtype=torch.uint8, pin_memory=True)

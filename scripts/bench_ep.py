@@ -35,10 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels import ref
 from kernels.backend import Ops, choose
 from model.transformer import op_shape
-from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
+from parallel.deepep import NUM_SMS, ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
+from scripts.flags import positive
 from scripts.measurements import Record, save
 from scripts.shapes import SHAPES
 
@@ -206,13 +207,13 @@ def dispatchers(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--hidden", type=int, default=7168)
-    add("--experts", type=int, default=256)
-    add("--top-k", type=int, default=8)
-    add("--decode-tokens", type=int, default=128, help="a rank's, in low latency (128)")
-    add("--prefill-tokens", type=int, default=4096, help="a rank's, in normal mode (4096)")
-    add("--num-sms", type=int, default=20, help="that DeepEP's normal kernels take (20)")
-    add("--repeat", type=int, default=30)
+    add("--hidden", type=positive, default=7168)
+    add("--experts", type=positive, default=256)
+    add("--top-k", type=positive, default=8)
+    add("--decode-tokens", type=positive, default=128, help="a rank's, in low latency (128)")
+    add("--prefill-tokens", type=positive, default=4096, help="a rank's, in normal mode (4096)")
+    add("--num-sms", type=positive, default=NUM_SMS, help=f"that DeepEP's normal kernels take ({NUM_SMS})")
+    add("--repeat", type=positive, default=30)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
     return parser.parse_args()

@@ -19,17 +19,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from disagg.memory import GIB
 from model.kv_cache import pages_for
+from parallel.deepep import NUM_SMS
 from parallel.mesh import pick_device
 from parallel.simulated_link import SimulatedLink
 from scripts import deepep_times
+from scripts.flags import positive
 from scripts.measurements import Record, save
 from scripts.one_rank import (
     Rank,
     Step,
     add_flags,
     add_measuring_flags,
-    at_least,
     check_decode,
     check_flags,
     check_prefill,
@@ -40,7 +42,6 @@ from scripts.one_rank import (
 # 2,000), prefill at equal tokens (EP32).
 DECODE_GAINS = {32: 0.73, 256: 1.255}
 PREFILL_GAINS = (1.27, 1.35)
-GIB = 2**30
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -56,14 +57,13 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_measuring_flags(add)
         for name, default in defaults.items():
             several = isinstance(default, list)
-            add(f"--{name}", type=int, default=default, nargs="+" if several else None, help=f"({default})")
+            add(f"--{name}", type=positive, default=default, nargs="+" if several else None, help=f"({default})")
     return parser, parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> Rank:
     """ValueError for flags that cannot be."""
     config, device = check_flags(args), pick_device(args.device)
-    at_least(1, repeat=args.repeat)
     if args.phase == "decode":
         check_decode(config, args.batch, args.kv, halves=True)
         return Rank(args, config, device, args.kv, max(args.batch) * pages_for(args.kv))
@@ -74,7 +74,7 @@ def build(args: argparse.Namespace) -> Rank:
 def make_link(rank: Rank, phase: str) -> SimulatedLink:
     if phase == "decode":
         return SimulatedLink(deepep_times.low_latency(rank.config, rank.ep), rank.device)
-    return SimulatedLink(deepep_times.normal(rank.config, rank.ep), rank.device, deepep_times.NORMAL_SMS)
+    return SimulatedLink(deepep_times.normal(rank.config, rank.ep), rank.device, NUM_SMS)
 
 
 def check_link(link: SimulatedLink, tokens: int, repeat: int) -> None:

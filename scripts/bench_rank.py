@@ -38,17 +38,18 @@ from kernels.backend import Ops
 from model.config import ModelConfig
 from model.kv_cache import pages_for
 from model.transformer import Transformer
+from parallel.deepep import NUM_SMS
 from parallel.mesh import pick_device
 from parallel.simulated_link import Transfer
 from scripts import deepep_times, roofline
 from scripts.charts import figure, save_bars
+from scripts.flags import positive
 from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.measurements import Record, save
 from scripts.one_rank import (
     Rank,
     add_flags,
     add_measuring_flags,
-    at_least,
     check_decode,
     check_flags,
     check_prefill,
@@ -70,7 +71,6 @@ COARSE = {  # the anchors' parts; all else is "other"
 PAPER = {  # tok/s a node of 8 GPUs: SGLang's report, with overlap
     "decode": ("EP72, batch 256, KV 2,000", 22_282), "prefill": ("EP32, 16,384 tokens, prompts of 4,096", 50_302),
 }  # fmt: skip
-NODE = 8  # GPUs
 ELEMENTWISE = (
     "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "norm_rope_write",
     "silu_mul", "silu_mul_masked", "quantize_1x128", "silu_mul_quant", "silu_mul_quant_masked",
@@ -252,14 +252,15 @@ def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures
     slowdown = 1.0
     if args.phase == "prefill" and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(0).multi_processor_count
-        slowdown = there / (there - deepep_times.NORMAL_SMS)
+        slowdown = there / (there - NUM_SMS)
     setting, paper = PAPER[args.phase]
     shown = ", ".join(f"{name} {1e3 * t.total:.3g}" for name, t in zip(("dispatch", "combine"), whole, strict=True))
     print(f"\nthe cluster, MODELLED: ms of a MoE layer's communication, from DeepEP's published tables: {shown}")
     records = []
     for name, ms in cluster_steps(figures, config.num_moe_layers, whole, half, slowdown).items():
-        rate = NODE * tokens / ms * 1e3
-        print(f"{name:>10}: {ms:9.2f} ms a step, {rate / NODE:9,.0f} tok/s a GPU, {rate:10,.0f} a node (modelled)")
+        of_gpu = tokens / ms * 1e3
+        rate = deepep_times.NODE * of_gpu
+        print(f"{name:>10}: {ms:9.2f} ms a step, {of_gpu:9,.0f} tok/s a GPU, {rate:10,.0f} a node (modelled)")
         reference = paper if name == "overlapped" and args.shape == "v3" else None
         source = f"SGLang on H100, measured: {setting}" if reference else ""
         record = Record(f"{name_of(args)}: tok/s a node, {name}", round(rate), "tok/s", "higher", reference, source,
@@ -301,7 +302,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_flags(add, defaults.pop("ep"))
         add_measuring_flags(add)
         for name, default in defaults.items():
-            add(f"--{name}", type=int, default=default, help=f"({default})")
+            add(f"--{name}", type=positive, default=default, help=f"({default})")
         add("--trace", type=Path, metavar="JSON", help="write a step's Chrome trace there")
         add("--chart", type=Path, metavar="PNG", help="draw the parts there, beside floor and anchors")
     return parser, parser.parse_args()
@@ -310,7 +311,6 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def build(args: argparse.Namespace, ranges: Ranges) -> Rank:
     """ValueError for flags that cannot be."""
     config, device = check_flags(args), pick_device(args.device)
-    at_least(1, repeat=args.repeat)
     if args.chart is not None:
         figure()  # is there matplotlib?
     if args.phase == "decode":

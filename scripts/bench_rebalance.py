@@ -31,8 +31,9 @@ from model.slots import IDENTITY, Slots
 from model.weights import ExpertReader
 from parallel.mesh import pick_device
 from parallel.recorder import Recorder
+from scripts.flags import positive
 from scripts.measurements import Record, save
-from scripts.one_rank import Rank, Step, add_flags, add_measuring_flags, at_least, check_decode, check_flags
+from scripts.one_rank import Rank, Step, add_flags, add_measuring_flags, check_decode, check_flags
 
 NEVER = 10**9  # steps
 MOST = 1.5  # times the median that a step may take while experts move
@@ -97,7 +98,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         ("batch", 128, "sequences"), ("kv", 2048, "tokens that each attends"), ("experts", 16, "of the checkpoint"),
         ("layers-per-step", 1, "layers that move at once"),
     ):  # fmt: skip
-        add(f"--{name}", type=int, default=default, help=f"{what} ({default})")
+        add(f"--{name}", type=positive, default=default, help=f"{what} ({default})")
     add_measuring_flags(add)
     return parser, parser.parse_args()
 
@@ -108,7 +109,6 @@ def main() -> None:
     try:
         config, device = check_flags(args), pick_device(args.device)
         check_decode(config, [args.batch], args.kv)
-        at_least(1, experts=args.experts, layers_per_step=args.layers_per_step, repeat=args.repeat)
     except ValueError as error:
         parser.error(str(error))
     on_gpu = device.type == "cuda"

@@ -19,13 +19,12 @@ from math import log2
 
 from model.config import ModelConfig
 from parallel.loopback import share_of_tokens
-from parallel.simulated_link import Model, Transfer
+from parallel.simulated_link import Transfer, TransferModel
 
 LOW_LATENCY = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
-LOW_LATENCY_TOKENS, LOW_LATENCY_BYTES = 128, (128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168)
+LOW_LATENCY_BYTES = 128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168  # of 128 tokens
 SM_TIME, SM_TIME_TOKENS = {"dispatch": 60e-6, "combine": 77e-6}, 256
 NORMAL = {8: (153, 158), 16: (43, 43), 32: (58, 57), 64: (51, 50)}
-NORMAL_SMS = 20  # that its kernels hold; DeepEPBuffer's default
 NODE = 8  # ranks
 
 
@@ -39,7 +38,7 @@ def between(table: dict[int, tuple[float, float]], ranks: int) -> tuple[float, f
     return dispatch, combine
 
 
-def low_latency(config: ModelConfig, ranks: int) -> Model:
+def low_latency(config: ModelConfig, ranks: int) -> TransferModel:
     """Of a decode rank among so many."""
     times, sizes, hidden = between(LOW_LATENCY, ranks), LOW_LATENCY_BYTES, config.hidden_size
     per_byte = (times[1] - times[0]) / (sizes[1] - sizes[0])
@@ -54,7 +53,7 @@ def low_latency(config: ModelConfig, ranks: int) -> Model:
     return transfer
 
 
-def normal(config: ModelConfig, ranks: int) -> Model:
+def normal(config: ModelConfig, ranks: int) -> TransferModel:
     """Of a prefill rank among so many."""
     rates, hidden = dict(zip(("dispatch", "combine"), between(NORMAL, ranks), strict=True)), config.hidden_size
     places = ranks if ranks <= NODE else -(-ranks // NODE)

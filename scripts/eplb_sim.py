@@ -1,6 +1,6 @@
 """What balancing would do for a recording of expert loads (run.py --record-experts), on any number of ranks. SIMULATED.
 
-python scripts/eplb_sim.py docs/recordings/decode.safetensors --phase decode --groups 4 --ep 4,12 --redundant 0,4
+python scripts/eplb_sim.py docs/recordings/moving-decode.safetensors --phase decode --groups 4 --ep 4,12 --redundant 0,4
 python scripts/eplb_sim.py seen.safetensors --phase prefill --interval 1,5 --ranks-per-node 4,8 --chart balance.png
 
 The recording's windows are replayed on each deployment, with three kinds of maps:
@@ -24,12 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from parallel.eplb import balance, balancedness
+from parallel.recorder import load_recording
 from scripts.charts import save_lines
 from scripts.flags import naturals, positive, positives
 from scripts.measurements import Record, save
@@ -106,11 +105,8 @@ def deployments(experts: int, args: argparse.Namespace) -> list[Deployment]:
 
 def read(path: Path) -> NDArray:
     """counts [windows, layers, E]. ValueError if there are none."""
-    try:
-        counts = load_file(str(path))["counts"].numpy()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: not a recording ({error})") from None
-    if counts.ndim != 3 or counts.sum() == 0:
+    counts = load_recording(path).numpy()
+    if counts.sum() == 0:
         raise ValueError(f"{path}: no tokens were recorded")
     return counts
 

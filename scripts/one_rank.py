@@ -23,13 +23,14 @@ from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL
 from parallel.placement import Placement
 from parallel.simulated_link import SimulatedLink
+from scripts.flags import natural, positive
 from scripts.shapes import SHAPES, randomize
 
 
 def add_flags(add: Callable[..., object], ep: int) -> None:
     """Those of every benchmark of a rank."""
-    add("--ep", type=int, default=ep, help=f"ranks of the deployment ({ep})")
-    add("--redundant", type=int, default=32, help="slots beyond the experts (32)")
+    add("--ep", type=positive, default=ep, help=f"ranks of the deployment ({ep})")
+    add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
     add("--skew", type=float, default=1.0, help="the fullest expert's rows over the mean (1)")
     add("--shape", choices=SHAPES, default="v3")
     add("--layers", type=int, help="fewer layers than the shape has")
@@ -38,21 +39,13 @@ def add_flags(add: Callable[..., object], ep: int) -> None:
 
 
 def add_measuring_flags(add: Callable[..., object]) -> None:
-    add("--repeat", type=int, default=20, help="steps that a median is of (20)")
+    add("--repeat", type=positive, default=20, help="steps that a median is of (20)")
     add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
-
-
-def at_least(least: int, **flags: int) -> None:
-    for name, value in flags.items():
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
 
 
 def check_flags(args: argparse.Namespace) -> ModelConfig:
     """The shape that the flags of `add_flags` name. ValueError for what cannot be."""
     config = SHAPES[args.shape]
-    at_least(1, ep=args.ep)
-    at_least(0, redundant=args.redundant)
     if not 1 <= args.skew <= 2:
         raise ValueError(f"--skew {args.skew:g}: it must be in [1, 2]")
     slots = config.n_routed_experts + args.redundant
@@ -75,27 +68,26 @@ def check_flags(args: argparse.Namespace) -> ModelConfig:
 
 
 def check_decode(config: ModelConfig, batches: Sequence[int], kv: int, halves: bool = False) -> None:
-    """`halves`: they are cut."""
-    _check_length(config, kv=kv)
+    """ValueError for sizes that cannot be; `halves`: steps are cut in two micro-batches."""
+    _check_length(config, "kv", kv)
     for batch in batches:
-        at_least(1, batch=batch)
         if halves and batch % 2:
             raise ValueError(f"--batch {batch}: batch % 2 must be 0, not {batch} % 2 = 1: it is cut in halves")
 
 
 def check_prefill(config: ModelConfig, tokens: Sequence[int], prompt: int, halves: bool = False) -> None:
-    _check_length(config, prompt=prompt)
+    """As `check_decode`; a prompt that lies across the cut is cut, too."""
+    _check_length(config, "prompt", prompt)
     for count in tokens:
-        at_least(2 if halves else 1, tokens=count)
+        if halves and count < 2:
+            raise ValueError(f"--tokens {count}: it must be at least 2: it is cut in halves")
         if count % prompt:
             raise ValueError(f"--tokens {count}: tokens % prompt must be 0, not {count} % {prompt} = {count % prompt}")
 
 
-def _check_length(config: ModelConfig, **flags: int) -> None:
-    at_least(1, **flags)
-    for name, value in flags.items():
-        if value > config.max_position_embeddings:
-            raise ValueError(f"--{name} {value}: the shape's longest sequence is {config.max_position_embeddings}")
+def _check_length(config: ModelConfig, name: str, tokens: int) -> None:
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"--{name} {tokens}: the shape's longest sequence is {config.max_position_embeddings}")
 
 
 @dataclass(frozen=True)

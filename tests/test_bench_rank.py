@@ -183,18 +183,18 @@ def test_parts_are_summed_to_those_of_the_anchors() -> None:
 
 REFUSED = {
     "decode --ep 5": "--ep 5, --redundant 4: (experts + redundant) % ep must be 0, not 36 % 5 = 1",
-    "decode --ep 0": "--ep 0: it must be at least 1",
-    "decode --redundant -1": "--redundant -1: it must be at least 0",
-    "decode --batch 0": "--batch 0: it must be at least 1",
-    "decode --kv 0": "--kv 0: it must be at least 1",
+    "decode --ep 0": "argument --ep: '0' is not a whole number of at least 1",
+    "decode --redundant -1": "argument --redundant: '-1' is not",
+    "decode --batch 0": "argument --batch: '0' is not a whole number of at least 1",
+    "decode --kv 0": "argument --kv: '0' is not a whole number of at least 1",
     "decode --kv 100000": "--kv 100000: the shape's longest sequence is 2048",
     "decode --layers 0": "--layers 0: of tiny it must be in [2, 5]",
-    "decode --repeat 0": "--repeat 0: it must be at least 1",
+    "decode --repeat 0": "argument --repeat: '0' is not a whole number of at least 1",
     "decode --skew 2.5": "--skew 2.5: it must be in [1, 2]",
     "decode --device cuda": "--device cuda: this machine has no CUDA GPU that torch can use",
     "decode --backend soup": "--backend soup: 'soup' is none of",
     "prefill --tokens 100 --prompt 64": "--tokens 100: tokens % prompt must be 0, not 100 % 64 = 36",
-    "prefill --tokens 0": "--tokens 0: it must be at least 1",
+    "prefill --tokens 0": "argument --tokens: '0' is not",
     "prefill --prompt 4096": "--prompt 4096: the shape's longest sequence is 2048",
 }
 
@@ -212,7 +212,7 @@ def test_halves_want_something_to_cut(monkeypatch: pytest.MonkeyPatch, capsys: p
         refused(script, "decode --kv 64 --batch 33" + more, cut, monkeypatch, capsys)
         least = "--tokens 1: it must be at least 2"
         refused(script, "prefill --prompt 1 --tokens 1" + more, least, monkeypatch, capsys)
-    refused(bench_overlap, "decode --kv 64 --repeat 0", "--repeat 0: it must be at least 1", monkeypatch, capsys)
+    refused(bench_overlap, "decode --kv 64 --repeat 0", "argument --repeat: '0' is not", monkeypatch, capsys)
 
 
 def refused(

@@ -51,11 +51,6 @@ def test_skew_keeps_the_mean(skew: float, counts: tuple[int, ...]) -> None:
     assert Arrivals.even(15, 4, 2, 12, skew).counts == counts
 
 
-def test_a_recordings_shares() -> None:
-    arrivals = Arrivals.recorded([0.1, 0.0, 0.0333, 0.2], tokens=100, top_k=8, distinct=0.5)
-    assert arrivals.counts == (80, 0, 27, 160) and arrivals.tokens == 160
-
-
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="slots % ranks must be 0, not 10 % 4 = 2"):
         Arrivals.even(1, 4, 1, 10)
