@@ -22,9 +22,17 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
     if (experts + extra) % mesh.ep.size:
         slots = f"({experts} + {extra}) % {mesh.ep.size} = {(experts + extra) % mesh.ep.size}"
         raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {slots}")
+    if extra > experts * mesh.ep.size:
+        raise ValueError(
+            f"--redundant-experts is {extra}; it must be at most one more of every expert on every rank: "
+            f"{experts} x {mesh.ep.size} = {experts * mesh.ep.size}"
+        )
     loads = torch.ones(layers, experts)
     if recording is not None:
-        loads = load_recording(recording, layers, experts).sum(0)
+        try:
+            loads = load_recording(recording, layers, experts).sum(0)
+        except ValueError as error:
+            raise ValueError(f"--expert-map {error}") from None
     nodes = mesh.nodes()
     of_slot = balance(loads.numpy(), experts + extra, mesh.ep.size, config.n_group, nodes)
     return Placement.of_map(

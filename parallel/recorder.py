@@ -51,16 +51,20 @@ def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_exp
     save_file({"counts": torch.stack(windows) if windows else empty}, str(path))
 
 
-def load_recording(path: str | Path, layers: int, num_experts: int) -> Tensor:
-    """counts [windows, layers, E]. ValueError if the file is no recording of a model of that shape."""
+def load_recording(path: str | Path, layers: int | None = None, num_experts: int | None = None) -> Tensor:
+    """counts [windows, layers, E]. ValueError if the file is no recording, or none of a model of that shape."""
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--expert-map {path}: not a recording ({error})") from None
+        raise ValueError(f"{path}: not a recording ({error})") from None
     counts = tensors.get("counts")
-    if counts is None or counts.dim() != 3 or counts.shape[1:] != (layers, num_experts):
+    if (
+        counts is None
+        or counts.dim() != 3
+        or any(wanted not in (None, size) for wanted, size in zip((layers, num_experts), counts.shape[1:], strict=True))
+    ):
         found = "no tensor `counts`" if counts is None else f"counts {list(counts.shape)}"
-        raise ValueError(f"--expert-map {path}: it has {found}, must be [windows, {layers}, {num_experts}]")
-    if (counts < 0).any():
-        raise ValueError(f"--expert-map {path}: counts must not be negative")
+        raise ValueError(f"{path}: it has {found}, must be [windows, {layers or 'layers'}, {num_experts or 'experts'}]")
+    if counts.dtype != torch.int64 or (counts < 0).any():
+        raise ValueError(f"{path}: counts must be int64 and not negative")
     return counts

@@ -39,6 +39,7 @@ from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstac
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
+from scripts.flags import new_file, positive
 from scripts.measurements import Record, save
 from scripts.shapes import SHAPES
 
@@ -206,16 +207,21 @@ def dispatchers(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--hidden", type=int, default=7168)
-    add("--experts", type=int, default=256)
-    add("--top-k", type=int, default=8)
-    add("--decode-tokens", type=int, default=128, help="a rank's, in low latency (128)")
-    add("--prefill-tokens", type=int, default=4096, help="a rank's, in normal mode (4096)")
-    add("--num-sms", type=int, default=20, help="that DeepEP's normal kernels take (20)")
-    add("--repeat", type=int, default=30)
+    add("--hidden", type=positive, default=7168)
+    add("--experts", type=positive, default=256)
+    add("--top-k", type=positive, default=8)
+    add("--decode-tokens", type=positive, default=128, help="a rank's, in low latency (128)")
+    add("--prefill-tokens", type=positive, default=4096, help="a rank's, in normal mode (4096)")
+    add("--num-sms", type=positive, default=20, help="that DeepEP's normal kernels take (20)")
+    add("--repeat", type=positive, default=30)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
-    return parser.parse_args()
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
+    args = parser.parse_args()
+    if args.top_k > args.experts:
+        parser.error(f"--top-k must be at most --experts ({args.experts}), not {args.top_k}")
+    if args.hidden % 128:
+        parser.error(f"--hidden % 128 must be 0, not {args.hidden} % 128 = {args.hidden % 128}")
+    return args
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from scripts.flags import new_file, positive, positives
 from scripts.handoff_ends import AHEAD, run_ends
 from scripts.handoff_jobs import same_tokens, through_jobs
 from scripts.measurements import Record, save
@@ -99,33 +100,28 @@ class Report:
 
 
 def parse() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pairs", type=int, default=1, help="prefill GPUs, and as many decode GPUs (1)")
+    add("--pairs", type=positive, default=1, help="prefill GPUs, and as many decode GPUs (1)")
     add("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--repeat", type=int, default=20)
-    add("--prompts", type=numbers, default=[1024, 2048, 4096], help="prompt lengths; the shortest is the chunk")
-    add("--kv-layers", type=int, default=61)
-    add("--wire-bytes", type=int, default=2**30, help="of the large tensor (1 GiB)")
+    add("--repeat", type=positive, default=20)
+    add("--prompts", type=positives, default=[1024, 2048, 4096], help="prompt lengths; the shortest is the chunk")
+    add("--kv-layers", type=positive, default=61)
+    add("--wire-bytes", type=positive, default=2**30, help="of the large tensor (1 GiB)")
     add("--shape", choices=SHAPES, default="v3", help="steps: the model")
-    add("--layers", type=int, default=8, help="steps: of its layers (8)")
-    add("--ep", type=int, default=32, help="steps: a rank of so many")
-    add("--batch", type=int, default=128, help="steps: decode")
-    add("--kv", type=int, default=2048, help="steps: tokens of context, and of a prompt")
-    add("--tokens", type=int, default=8192, help="steps: prefill")
+    add("--layers", type=positive, default=8, help="steps: of its layers (8)")
+    add("--ep", type=positive, default=32, help="steps: a rank of so many")
+    add("--batch", type=positive, default=128, help="steps: decode")
+    add("--kv", type=positive, default=2048, help="steps: tokens of context, and of a prompt")
+    add("--tokens", type=positive, default=8192, help="steps: prefill")
     add("--interval", type=float, default=0.1, help="requests: seconds from one to the next")
-    add("--talk", type=int, default=8192, help="requests: tokens of those that decode all the while")
-    add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
+    add("--talk", type=positive, default=8192, help="requests: tokens of those that decode all the while")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-    if args.pairs < 1:
-        parser.error(f"--pairs is {args.pairs}; it must be at least 1")
     return args
 
 

@@ -108,6 +108,9 @@ def main() -> None:
     try:
         config, device = check_flags(args), pick_device(args.device)
         check_decode(config, [args.batch], args.kv)
+        at_least(2, ep=args.ep)
+        if args.experts > config.n_routed_experts:
+            raise ValueError(f"--experts {args.experts}: of {args.shape} it must be at most {config.n_routed_experts}")
         at_least(1, experts=args.experts, layers_per_step=args.layers_per_step, repeat=args.repeat)
     except ValueError as error:
         parser.error(str(error))
