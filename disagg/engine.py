@@ -64,8 +64,12 @@ class EngineConfig:
         for name in ("redundant_experts", "rebalance_interval"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
-        if self.record_experts is not None and not Path(self.record_experts).absolute().parent.is_dir():
-            raise ValueError(f"--record-experts {self.record_experts}: no such folder")
+        if self.record_experts is not None:
+            path = Path(self.record_experts).absolute()
+            if path.is_dir():
+                raise ValueError(f"--record-experts {self.record_experts!r}: it is a folder")
+            if not path.parent.is_dir():
+                raise ValueError(f"--record-experts {self.record_experts}: no such folder")
         for name in ("rebalance_threshold", "gpu_memory_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in (0, 1]")

@@ -22,6 +22,11 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
     if (experts + extra) % mesh.ep.size:
         slots = f"({experts} + {extra}) % {mesh.ep.size} = {(experts + extra) % mesh.ep.size}"
         raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {slots}")
+    if extra > experts * mesh.ep.size:
+        raise ValueError(
+            f"--redundant-experts is {extra}; it must be at most one more of every expert on every rank: "
+            f"{experts} x {mesh.ep.size} = {experts * mesh.ep.size}"
+        )
     loads = torch.ones(layers, experts)
     if recording is not None:
         try:

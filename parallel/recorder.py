@@ -66,6 +66,6 @@ def load_recording(path: str | Path, layers: int | None = None, num_experts: int
         found = "no tensor `counts`" if counts is None else f"counts {list(counts.shape)}"
         layers, experts = ("any" if size is None else size for size in wanted)
         raise ValueError(f"{path}: it has {found}, must be [windows, {layers}, {experts}]")
-    if (counts < 0).any():
-        raise ValueError(f"{path}: counts must not be negative")
+    if counts.dtype != torch.int64 or (counts < 0).any():
+        raise ValueError(f"{path}: counts must be int64 and not negative")
     return counts

@@ -47,7 +47,7 @@ from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts import roofline
-from scripts.flags import positive, positives
+from scripts.flags import new_file, positive, positives
 from scripts.measurements import ROOT, Record, save
 from scripts.shapes import SHAPES, randomize
 
@@ -210,7 +210,7 @@ def parse() -> argparse.Namespace:
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap, between ranks")
     add("--dispatch", choices=CHOICES, default="auto")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     args = parser.parse_args()
     config = SHAPES[args.shape]
     if (args.layers or 0) > config.num_hidden_layers:

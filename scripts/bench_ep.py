@@ -39,7 +39,7 @@ from parallel.deepep import NUM_SMS, ContiguousDeepEP, DeepEPBuffer, MaskedDeepE
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
-from scripts.flags import positive
+from scripts.flags import new_file, positive
 from scripts.measurements import Record, save
 from scripts.shapes import SHAPES
 
@@ -215,8 +215,13 @@ def parse() -> argparse.Namespace:
     add("--num-sms", type=positive, default=NUM_SMS, help=f"that DeepEP's normal kernels take ({NUM_SMS})")
     add("--repeat", type=positive, default=30)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
-    return parser.parse_args()
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
+    args = parser.parse_args()
+    if args.top_k > args.experts:
+        parser.error(f"--top-k must be at most --experts ({args.experts}), not {args.top_k}")
+    if args.hidden % 128:
+        parser.error(f"--hidden % 128 must be 0, not {args.hidden} % 128 = {args.hidden % 128}")
+    return args
 
 
 @torch.inference_mode()

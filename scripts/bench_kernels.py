@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scripts import bench_attention, bench_gemm
+from scripts.flags import new_file
 from scripts.kernel_table import RECORDS, header
 from scripts.measurements import save
 
@@ -28,7 +29,7 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone (may be given again)")
     args = parser.parse_args()
     torch.manual_seed(0)

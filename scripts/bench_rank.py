@@ -43,7 +43,7 @@ from parallel.mesh import pick_device
 from parallel.simulated_link import Transfer
 from scripts import deepep_times, roofline
 from scripts.charts import figure, save_bars
-from scripts.flags import positive
+from scripts.flags import new_file, new_png, positive
 from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.measurements import Record, save
 from scripts.one_rank import (
@@ -303,8 +303,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_measuring_flags(add)
         for name, default in defaults.items():
             add(f"--{name}", type=positive, default=default, help=f"({default})")
-        add("--trace", type=Path, metavar="JSON", help="write a step's Chrome trace there")
-        add("--chart", type=Path, metavar="PNG", help="draw the parts there, beside floor and anchors")
+        add("--trace", type=new_file, metavar="JSON", help="write a step's Chrome trace there")
+        add("--chart", type=new_png, metavar="PNG", help="draw the parts there, beside floor and anchors")
     return parser, parser.parse_args()
 
 

@@ -109,6 +109,10 @@ def main() -> None:
     try:
         config, device = check_flags(args), pick_device(args.device)
         check_decode(config, [args.batch], args.kv)
+        if args.ep < 2:
+            raise ValueError(f"--ep {args.ep}: it must be at least 2, for experts to move")
+        if args.experts > config.n_routed_experts:
+            raise ValueError(f"--experts {args.experts}: of {args.shape} it must be at most {config.n_routed_experts}")
     except ValueError as error:
         parser.error(str(error))
     on_gpu = device.type == "cuda"

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from parallel.eplb import balance, balancedness
 from parallel.recorder import load_recording
 from scripts.charts import save_lines
-from scripts.flags import naturals, positive, positives
+from scripts.flags import naturals, new_file, new_png, positive, positives
 from scripts.measurements import Record, save
 
 # The experts' kernels of a layer without communication, on H100 with balanced ranks: SGLang's report of 2025-05-05, its
@@ -106,7 +106,7 @@ def deployments(experts: int, args: argparse.Namespace) -> list[Deployment]:
 def read(path: Path) -> NDArray:
     """counts [windows, layers, E]. ValueError if there are none."""
     counts = load_recording(path).numpy()
-    if counts.sum() == 0:
+    if not counts.any():
         raise ValueError(f"{path}: no tokens were recorded")
     return counts
 
@@ -130,8 +130,8 @@ def parse() -> tuple[argparse.Namespace, NDArray]:
     add("--groups", type=positive, default=1, help="the model's n_group (1)")
     add("--experts-share", type=share, metavar="S", help="of a balanced step (prefill 0.38, decode 0.24)")
     add("--name", default="", help="what was recorded, for the records and the chart")
-    add("--chart", type=Path, metavar="PNG", help="draw balancedness and throughput over the ranks")
-    add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
+    add("--chart", type=new_png, metavar="PNG", help="draw balancedness and throughput over the ranks")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     args = parser.parse_args()
     try:
         counts = read(args.recording)
@@ -139,6 +139,8 @@ def parse() -> tuple[argparse.Namespace, NDArray]:
         parser.error(str(error))
     if counts.shape[2] % args.groups:
         parser.error(f"argument --groups: {counts.shape[2]} experts do not divide into {args.groups}")
+    if max(args.redundant) > (most := counts.shape[2] * min(args.ep)):
+        parser.error(f"argument --redundant: it must be at most experts x ranks ({most}), not {max(args.redundant)}")
     args.experts_share = args.experts_share or SHARES[args.phase]
     return args, counts
 

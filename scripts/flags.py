@@ -4,6 +4,8 @@ Imports nothing of the project: it is also read in a peer's environment.
 """
 
 import argparse
+import os
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -24,3 +26,18 @@ def positives(text: str) -> list[int]:
 
 def naturals(text: str) -> list[int]:
     return [natural(part) for part in text.split(",")]
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written, with the folders that it needs: hours of figures must not end at a wrong name."""
+    path = Path(text)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file that can be written")
+    return path
+
+
+def new_png(text: str) -> Path:
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return new_file(text)

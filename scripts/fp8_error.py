@@ -26,6 +26,7 @@ from model.batch import PAGE, Batch, Chunk
 from model.config import ModelConfig
 from model.precision import decide
 from parallel.mesh import Mesh
+from scripts.flags import new_file
 from scripts.measurements import Record, save
 from scripts.quantize import quantize_folder
 from scripts.train_tiny import python_documents
@@ -52,7 +53,7 @@ def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record there, for scripts/report.py")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the record there, for scripts/report.py")
     args = parser.parse_args()
     encoder = load_tokenizer(TINY)
     held_out = [text for text, held in python_documents(Path(sysconfig.get_path("stdlib"))) if held]

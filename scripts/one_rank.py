@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,7 +22,7 @@ from parallel.mesh import Mesh
 from parallel.overlap import DECODE, PREFILL
 from parallel.placement import Placement
 from parallel.simulated_link import SimulatedLink
-from scripts.flags import natural, positive
+from scripts.flags import natural, new_file, positive
 from scripts.shapes import SHAPES, randomize
 
 
@@ -40,7 +39,7 @@ def add_flags(add: Callable[..., object], ep: int) -> None:
 
 def add_measuring_flags(add: Callable[..., object]) -> None:
     add("--repeat", type=positive, default=20, help="steps that a median is of (20)")
-    add("--out", type=Path, metavar="FILE", help="write the records there, for scripts/report.py")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
 
 
 def check_flags(args: argparse.Namespace) -> ModelConfig:

@@ -30,7 +30,7 @@ from parallel.mesh import pick_device
 from parallel.overlap import STAGES, Steps
 from scripts.bench_overlap import make_link
 from scripts.charts import figure, save_lanes
-from scripts.flags import positive
+from scripts.flags import new_file, new_png, positive
 from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.one_rank import Rank, add_flags, check_decode, check_flags, check_prefill
 from scripts.shapes import SHAPES
@@ -176,8 +176,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_flags(add, ep)
         for name, default in defaults.items():
             add(f"--{name}", type=positive, default=default, help=f"({default})")
-        add("--trace", type=Path, metavar="JSON", help="keep the overlapped step's Chrome trace there")
-        add("--chart", type=Path, metavar="PNG", required=True)
+        add("--trace", type=new_file, metavar="JSON", help="keep the overlapped step's Chrome trace there")
+        add("--chart", type=new_png, metavar="PNG", required=True)
     return parser, parser.parse_args()
 
 

@@ -357,6 +357,12 @@ BAD_COMMANDS = {
     ),
     "expert map": (("--prompt", "x", "--expert-map", "no/such"), "--expert-map no/such: not a recording"),
     "recording": (("--prompt", "x", "--record-experts", "no/such"), "--record-experts no/such: no such folder"),
+    "recording is a folder": (("--prompt", "x", "--record-experts", "{tmp}"), "': it is a folder"),
+    "recording without a name": (("--prompt", "x", "--record-experts", ""), "--record-experts '': it is a folder"),
+    "many redundant": (
+        ("--prompt", "x", "--redundant-experts", "100000000"),
+        "--redundant-experts is 100000000; it must be at most one more of every expert on every rank: 32 x 1 = 32",
+    ),
     "model len": (("--prompt", "x", "--max-model-len", "4096"), "--max-model-len (4096) is over the model's"),
     "attn tp": (("--prompt", "x", "--attn-tp", "2"), "ranks % --attn-tp must be 0, not 1 % 2 = 1"),
     "empty prompt": (("--prompt", ""), "prompt is ''; it must be a non-empty string"),

@@ -92,6 +92,8 @@ def test_the_command(recording: str, tmp_path: Path) -> None:
         (["--redundant", "-1"], "argument --redundant: '-1' is not"),
         (["--experts-share", "1.5"], "argument --experts-share: 1.5 is not in (0, 1]"),
         (["--groups", "5"], "argument --groups: 32 experts do not divide into 5"),
+        (["--ep", "2", "--redundant", "1000000000"], "argument --redundant: it must be at most experts x ranks (64), "),
+        (["--chart", "balance"], "argument --chart: 'balance' does not end in .png"),
     ],
 )
 def test_bad_flags_are_refused(recording: str, words: list[str], message: str) -> None:

@@ -89,9 +89,10 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="it has no tensor `counts`"):
         load_recording(path, 2, 5)
-    save_file({"counts": torch.full((1, 2, 5), -1)}, path)
-    with pytest.raises(ValueError, match="counts must not be negative"):
-        load_recording(path, 2, 5)
+    for counts in (torch.full((1, 2, 5), -1), torch.full((1, 2, 5), float("nan")), torch.ones(1, 2, 5)):
+        save_file({"counts": counts}, path)
+        with pytest.raises(ValueError, match="counts must be int64 and not negative"):
+            load_recording(path)
 
 
 def test_slots_that_do_not_divide_are_refused(tiny: Path) -> None:

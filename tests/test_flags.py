@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from scripts import bench_engine, roofline
+from scripts import bench_engine, bench_ep, bench_handoff, bench_rank, bench_rebalance, overlap_timeline, roofline
 from tests.conftest import ROOT
 
-MAIN = {"bench_engine.py": bench_engine.main, "roofline.py": roofline.main}
+SCRIPTS = (bench_engine, bench_ep, bench_handoff, bench_rank, bench_rebalance, overlap_timeline, roofline)
+MAIN = {Path(script.__file__).name: script.main for script in SCRIPTS}
 ENGINE = "bench_engine.py --shape tiny"
 DECODE = "roofline.py decode --shape v3 --ceilings 798,1400,3.0 --batch 4 --kv 10"
 PREFILL = "roofline.py prefill --ceilings 798,-,3.0 --tokens 4"
@@ -29,6 +31,19 @@ BAD = [
     f"{PREFILL} --prompt 5: --prompt must be at most --tokens (4), not 5",
     *(f"{DECODE} --ceilings {given}: argument --ceilings: '{given}'"
       for given in ("1,2", "1,2,3,4", "a,2,3", "0,2,3", "1,0,3", "1,-,nan", "inf,-,1", "1,2,-", "")),
+    *(f"{script}.py {phase} --out {out}: argument --out: '{out}' is not a file that can be written"
+      for script, phase in (("bench_engine", ""), ("bench_ep", ""), ("bench_handoff", ""), ("bench_rank", "decode"),
+                            ("bench_rebalance", ""))
+      for out in ("docs", "README.md/x.json", "")),
+    "bench_rank.py decode --trace docs: argument --trace: 'docs' is not a file that can be written",
+    "overlap_timeline.py decode --chart x.pgn: argument --chart: 'x.pgn' does not end in .png",
+    "bench_ep.py --top-k 9 --experts 8: --top-k must be at most --experts (8), not 9",
+    "bench_ep.py --hidden 100: --hidden % 128 must be 0, not 100 % 128 = 100",
+    "bench_ep.py --repeat 0: argument --repeat: '0' is not",
+    "bench_handoff.py --prompts 0: argument --prompts: '0' is not",
+    "bench_handoff.py --wire-bytes 0: argument --wire-bytes: '0' is not",
+    "bench_rebalance.py --shape tiny --device cpu --ep 1: --ep 1: it must be at least 2",
+    "bench_rebalance.py --shape tiny --device cpu --ep 4 --experts 33: --experts 33: of tiny it must be at most 32",
 ]  # fmt: skip
 
 
@@ -37,7 +52,8 @@ def test_a_bad_number_is_one_clear_line(
     case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     command, _, message = case.partition(": ")
-    monkeypatch.setattr(sys, "argv", command.split(" "))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command.replace("  ", " ").split(" "))
     with pytest.raises(SystemExit) as ended:
         MAIN[sys.argv[0]]()
     assert ended.value.code == 2
