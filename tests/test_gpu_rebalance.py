@@ -24,7 +24,7 @@ from parallel.placement import Placement
 from parallel.recorder import Recorder
 from scripts.quantize import quantize_tensors
 from tests.test_cli import read, run
-from tests.test_gpu_engine import requests, serve
+from tests.test_gpu_engine import differences, requests, serve
 from tests.test_gpu_model import V3_LIKE
 
 pytestmark = pytest.mark.gpu
@@ -114,7 +114,7 @@ def test_moving_changes_nothing(checkpoint: tuple[Path, ModelConfig], backend: s
     rebalancer = engine.rebalancer
     counted = rebalancer.recorder.total()
     ask(engine, rng)
-    assert serve(engine, work) == still
+    assert not differences(serve(engine, work), still)
     assert rebalancer.stats["rebalances_total"] > 1 and not rebalancer.stats["rebalance_failures"]
     assert torch.equal(rebalancer.recorder.total(), 2 * counted)
     pipeline = Pipeline(Unified(engine), engine, MESH)
