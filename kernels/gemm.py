@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gemv import FEW_TOKENS, linear_of_few
+from kernels.gemv import FEW_TOKENS, ROWS, linear_of_few
 from kernels.pdl import after_previous, pdl
 
 
@@ -255,7 +255,7 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:
         return x.float() @ weight.float().T
-    if 0 < tokens <= 2 * FEW_TOKENS:
+    if 0 < tokens <= ROWS:
         return linear_of_few(x, weight, torch.float32)
     if tokens > 64 or outputs > 512 or tokens == 0:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
