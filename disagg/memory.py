@@ -101,11 +101,11 @@ def page_bytes(config: ModelConfig, itemsize: int) -> int:
     return config.num_hidden_layers * PAGE * config.kv_dim * itemsize
 
 
-def table_bytes(config: ModelConfig, max_model_len: int, max_batch: int) -> int:
-    """Rope's cos and sin, float32, the decode step's page table, int32, and the placement's two maps, int64."""
+def table_bytes(config: ModelConfig, maps: int, max_model_len: int, max_batch: int) -> int:
+    """Rope's cos and sin, float32, the decode step's page table, int32, and the placement's maps, of `maps` bytes."""
     rope = max_model_len * config.qk_rope_head_dim * FLOAT
     pages = max_batch * -(-max_model_len // PAGE) * 4
-    return rope + pages + 2 * config.num_moe_layers * config.n_routed_experts * INDEX
+    return rope + pages + maps
 
 
 def grouped_rows(copies: int, groups: int, alignment: int) -> int:
@@ -333,10 +333,11 @@ def plan_parts(
     steps = (
         contiguous_step(job, tokens, tokens + longest, most), masked_step(job, most), sampling(job.config, most)
     )  # fmt: skip
-    weights = weight_bytes(model)
+    weights, placement = weight_bytes(model), model.placement
+    maps = placement.slot_of_expert.nbytes + placement.expert_of_slot.nbytes
     return weights | {
         "spare experts": spare_layers * weights["routed experts"] // max(job.config.num_moe_layers, 1),
-        "tables": table_bytes(job.config, max_model_len, most),
+        "tables": table_bytes(job.config, maps, max_model_len, most),
         "communication buffers": buffers,
         "activations": max(steps),
         "CUDA graphs": graphs(job, buckets) if captures else 0,
