@@ -3,8 +3,9 @@ on the GPU while the one before it in the stream still runs, and waits inside fo
 start of a kernel, which is most of a small one.
 
 Every program of such a kernel must wait, whatever it reads: only then does its end say that all before it has ended.
-And not every library's kernel waits: FlashMLA's is launched to take its place early, and then reads its query at once.
-What may come before it in the stream must not let it in before it has ended: `after_previous(PDL, LET_NEXT=False)`.
+And not every library's kernel can be trusted to wait: FlashMLA's is launched to take its place early, and tokens of a
+captured step were wrong until what comes before it let it in only at its own end: `after_previous(PDL, LET_NEXT=False)`
+(seen on an H100; `tests/test_gpu_engine.py`).
 """
 
 from functools import cache
