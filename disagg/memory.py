@@ -6,7 +6,7 @@ twins take more). A layer has three moments at which it may be at its peak, [row
 unless said otherwise, with S the tokens of context and M the rows of the experts' groups:
 
     attention    x [T, D] | q [T, H (nope + R)], or what holds it and the latent | context [S, C + R] |
-                 k_nope, v [S, H (nope + v)] | k [S, H (nope + R)] | out [T, H v]
+                 k_nope, v [S, H (nope + v)] | out [T, H v]; and k [S, H (nope + R)] where it must be whole
     experts      x, its operand, shared 3 [T / t, D] | arrived [M, D] | gate, up [M, 2 I] |
                  hidden [M, I], later with the output [M, D]
     combine      the same without gate, up, hidden | output [M, D] | sums [R T / t, D] | what came back
@@ -15,8 +15,8 @@ Before that, with the all-to-all, there are copies of what travels, as it is sen
 of which the last stay until they are grouped. Routing is taken at its worst: every token of every rank wants as many of
 MY experts as it can. All these tokens have their place, and so have their sums; of their rows M there are at most twice
 as many as evenly spread tokens would have, for if more arrive the experts take them in slices (`parallel/dispatch.py`).
-Without that, DeepSeek-V3's prefill on 32 ranks of 16,384 tokens would have to keep 130 GiB for a routing that never
-comes; so it is 17.
+Without that, these formulas would have DeepSeek-V3's prefill on 32 ranks of 16,384 tokens keep 130 GiB for a routing
+that never comes; so it is 17.
 """
 
 import os
