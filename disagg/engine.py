@@ -27,7 +27,7 @@ from model.weights import ExpertReader, load_weights
 from parallel.dispatch import most_copies
 from parallel.dispatchers import make_dispatchers
 from parallel.mesh import Mesh
-from parallel.overlap import DECODE, PREFILL, Rule
+from parallel.overlap import Rule
 from parallel.recorder import Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -240,7 +240,7 @@ class Engine:
         return min(mesh.ep.exchange(mine), key=lambda budget: budget.left)
 
     def _forward_masked(self, batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
-        return self.model(batch, self.pool, self.dispatchers.masked, halves, DECODE)
+        return self.model(batch, self.pool, self.dispatchers.masked, halves)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Let every kernel compile before the first request, and capture the decode step. All ranks together.
@@ -346,7 +346,7 @@ class Engine:
         halves = tuple(Batch.build(*part, device) for part in split(decodes, prefills, multiple)) if overlap else None
         batch = Batch.build(decodes, prefills, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
-        logits = self.model(batch, self.pool, self.dispatchers.contiguous, halves, PREFILL)
+        logits = self.model(batch, self.pool, self.dispatchers.contiguous, halves)
         self.tokens[: logits.shape[0]] = logits.argmax(-1)
         return logits
 

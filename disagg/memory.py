@@ -202,21 +202,22 @@ def _experts(job: Job, tokens: int, rows: int, sent: int, received: int, sliced:
         return 0
     hidden, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
     held = mine * (job.row(2 * hidden) + job.operand(hidden) + top_k * INDEX)
-    grouped = rows * (job.operand(hidden) + FLOAT)
-    inside = rows * (job.operand(width) + job.row(max(2 * width, hidden)))
+    came_in, between, out = job.operand(hidden), job.operand(width), job.row(hidden)
+    inside = rows * (FLOAT + max(came_in + job.row(2 * width), job.row(2 * width) + between, between + out))
     if job.ranks == 1:
-        return held + mine * top_k * FLOAT + grouped + max(inside, job.row((rows + mine) * hidden))
+        return held + mine * top_k * FLOAT + max(inside, rows * FLOAT + job.row((rows + mine) * hidden))
     routing = received * top_k * (INDEX + FLOAT)
     columns = received * job.operand(hidden)  # with ids and weights: what travels
+    grouped = rows * (job.operand(hidden) + FLOAT)
     came = 0
     if job.capacity is None:
         travels = job.operand(hidden) + 2 * FLOAT * top_k
         came = max((sent + 2 * received) * travels, received * (travels + 2 * INDEX * top_k) + grouped)
     if sliced:
-        of_slice = sliced * top_k * INDEX + grouped + max(inside, job.row((rows + sliced) * hidden))
+        of_slice = sliced * top_k * INDEX + max(inside, rows * FLOAT + job.row((rows + sliced) * hidden))
         return held + max(came, routing + columns + job.row(received * hidden) + of_slice)
     back = job.row((received + (sent if job.capacity is None else mine)) * hidden)
-    return held + max(came, routing + grouped + max(inside, job.row(rows * hidden) + back))
+    return held + max(came, routing + max(inside, job.row(rows * hidden) + back))
 
 
 def _head(job: Job, tokens: int, rows: int) -> int:

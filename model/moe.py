@@ -2,12 +2,13 @@
 
 `MoE.steps` is a generator that yields after each stage of `parallel/overlap.py`, where another micro-batch may run:
 
-    gate   yield   dispatch>   shared expert   yield   >dispatch, experts, combine>   yield   >combine
+    gate  yield  dispatch>, shared expert  yield  >arrival  yield  experts  yield  combine>  yield  >return
 
 The shared expert's part goes into combine, which adds it. With few tokens the shared expert does not fill the GPU, and
 neither do the gate and the moves around dispatch: then it runs beside them, on a second stream.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from kernels.backend import Ops, Quantized
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import block_scales, weight
-from parallel.dispatch import Contiguous, Copies, Masked, Sliced
+from parallel.dispatch import Arrived, Contiguous, Copies, Masked, Sliced
 from parallel.dispatchers import Dispatcher
 from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
@@ -70,44 +71,50 @@ class Experts(nn.Module):
         self.down_proj_scale_inv = block_scales(self.down_proj)
         self.ops = ops
 
-    def forward(self, arrived: Contiguous | Masked | Copies | Sliced) -> Tensor:
-        """The layout decides the GEMM. Contiguous, Masked: rows in the layout of `arrived.x`; Copies: a row for each
-        copy [T * K, D]; Sliced: the weighted sum for each token [N, D]."""
+    def forward(self, group: Callable[[], Arrived]) -> tuple[Tensor, tuple]:
+        """What arrived, in the layout that `group` makes of it, -> the experts' outputs, and what leads them back.
+
+        The layout decides the GEMM. Contiguous, Masked: rows in the layout of `arrived.x`; Copies: a row for each copy
+        [T * K, D]; Sliced: the weighted sum for each token [N, D]. Rows are let go of once the next are there.
+        """
         ops = self.ops
         gate_up, gate_up_scale = self.gate_up_proj, self.gate_up_proj_scale_inv
         down, down_scale = self.down_proj, self.down_proj_scale_inv
-        match arrived:
-            case Sliced(x, size=size):
-                out = None
-                for at in range(0, len(x), size):
-                    part = self._part(arrived, at)
-                    out = part.new_empty(len(x), part.shape[1]) if out is None else out
-                    out[at : at + size] = part
-                    del part
-                return out
-            case Copies(x, slots):
-                return ops.gemm_of_copies(ops.swiglu_of_copies(x, gate_up, slots), down, slots)
-            case Contiguous(x, row_expert, scale=None):
-                hidden = ops.silu_mul(ops.grouped_gemm_contiguous(x, gate_up, row_expert), row_expert)
-                return ops.grouped_gemm_contiguous(hidden, down, row_expert)
-            case Contiguous(x, row_expert, scale=scale):
-                hidden, scale = ops.silu_mul_quant(
-                    ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert), row_expert
-                )
-                return ops.grouped_gemm_contiguous_fp8(hidden, scale, down, down_scale, row_expert)
-            case Masked(x, counts, scale=None):
-                hidden = ops.silu_mul_masked(ops.grouped_gemm_masked(x, gate_up, counts), counts)
-                return ops.grouped_gemm_masked(hidden, down, counts)
-            case Masked(x, counts, scale=scale):
-                hidden, scale = ops.silu_mul_quant_masked(
-                    ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts), counts
-                )
-                return ops.grouped_gemm_masked_fp8(hidden, scale, down, down_scale, counts)
+        match group():
+            case Sliced() as arrived:
+                return self._sums(arrived), arrived.way_back
+            case Copies(x, slots, way_back):
+                return ops.gemm_of_copies(ops.swiglu_of_copies(x, gate_up, slots), down, slots), way_back
+            case Contiguous(x, row_expert, way_back, None):
+                x = ops.grouped_gemm_contiguous(x, gate_up, row_expert)
+                x = ops.silu_mul(x, row_expert)
+                return ops.grouped_gemm_contiguous(x, down, row_expert), way_back
+            case Contiguous(x, row_expert, way_back, scale):
+                x = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert)
+                x, scale = ops.silu_mul_quant(x, row_expert)
+                return ops.grouped_gemm_contiguous_fp8(x, scale, down, down_scale, row_expert), way_back
+            case Masked(x, counts, way_back, None):
+                x = ops.grouped_gemm_masked(x, gate_up, counts)
+                x = ops.silu_mul_masked(x, counts)
+                return ops.grouped_gemm_masked(x, down, counts), way_back
+            case Masked(x, counts, way_back, scale):
+                x = ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts)
+                x, scale = ops.silu_mul_quant_masked(x, counts)
+                return ops.grouped_gemm_masked_fp8(x, scale, down, down_scale, counts), way_back
 
-    def _part(self, arrived: Sliced, at: int) -> Tensor:
-        """Sums of one slice's tokens. Its rows are gone when this returns."""
-        part = arrived.part(at, self.ops, len(self.gate_up_proj))
-        return self.ops.ep_gather(self(part), *part.way_back)
+    def _sums(self, arrived: Sliced) -> Tensor:
+        """Of one slice of tokens after the other. A slice's rows are gone before the next are there."""
+        out = None
+        for at in range(0, len(arrived.x), arrived.size):
+            part = self.ops.ep_gather(*self._slice(arrived, at))
+            out = part.new_empty(len(arrived.x), part.shape[1]) if out is None else out
+            out[at : at + arrived.size] = part
+            del part
+        return out
+
+    def _slice(self, arrived: Sliced, at: int) -> tuple[Tensor, ...]:
+        y, way_back = self(partial(arrived.part, at, self.ops, len(self.gate_up_proj)))
+        return y, *way_back
 
 
 class MoE(nn.Module):
@@ -153,11 +160,14 @@ class MoE(nn.Module):
         plus = None if few else self.shared(operand)
         del x, logits, slots, weights
         yield "dispatch"
-        arrived = pending.wait()
-        y = self.experts(arrived)
-        pending = dispatcher.combine(y, arrived, shared() if few else plus)
-        del operand, arrived, y, shared, plus  # the operand only now: a second stream may have read it until here
+        group = pending.receive()
+        del pending
+        yield "arrival"
+        y, way_back = self.experts(group)
         yield "experts"
+        pending = dispatcher.combine(y, way_back, shared() if few else plus)
+        del operand, group, y, way_back, shared, plus  # operand only now: a second stream may have read it until here
+        yield "combine"
         return pending.wait()
 
     def shared(self, operand: Tensor | Quantized) -> Tensor | None:

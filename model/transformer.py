@@ -1,5 +1,6 @@
 """The whole model. Its layers with experts are a generator, which `parallel/overlap.py` drives: alone, or two halves of
-a batch in turns. The dense layers before them have nothing to overlap, and run on the whole batch.
+a batch in turns. The dense layers before them have nothing to overlap: a decode step runs them whole, for it is their
+weights that take time; halves of prompts go through them one after the other, for then each wants half the memory.
 
 With attention TP t, a dense layer is the usual pair of all-reduces; an MoE layer scatters instead, so that each rank
 dispatches 1/t of its replica's tokens:
@@ -23,7 +24,7 @@ from model.moe import MoE
 from model.precision import misfit
 from parallel.dispatchers import Dispatcher
 from parallel.mesh import Mesh
-from parallel.overlap import PREFILL, Beside, Schedule, Steps, run, run_two
+from parallel.overlap import Beside, Steps, run, run_two
 from parallel.placement import Placement
 from parallel.recorder import Recorder
 
@@ -98,12 +99,7 @@ class Block(nn.Module):
     ) -> Steps[None]:
         """A layer with experts. What it no longer needs it lets go at once: while one micro-batch waits for its turn,
         the other wants the memory."""
-        operand, x = self.input_layernorm.add(*residual.take())[1:]
-        q = self.self_attn.project(operand, batch, kv_pages)
-        del operand
-        yield "projections"
-        attended = self.self_attn.attend(q, batch, kv_pages)
-        del q
+        x, attended = self.attended(residual, batch, kv_pages)
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         del attended
         experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, recorder)
@@ -113,7 +109,7 @@ class Block(nn.Module):
             x, delta = self.attn.all_gather(x + delta), None
         residual.put(x, delta)
         del x, delta
-        yield "combine"
+        yield "return"
 
 
 class Transformer(nn.Module):
@@ -153,26 +149,30 @@ class Transformer(nn.Module):
         kv_pool: Tensor,
         dispatcher: Dispatcher,
         halves: tuple[Batch, Batch] | None = None,
-        schedule: Schedule = PREFILL,
     ) -> Tensor:
         """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows.
 
-        `halves`: the batch's first rows and its last, which overlap in all layers with experts, as `schedule` says, and
-        leave the dispatcher the SMs that it holds.
+        `halves`: the batch's first rows and its last, which overlap in all layers with experts, and leave the
+        dispatcher the SMs that it holds.
         """
         batch = self.planned(batch)
         residual = Residual(self.embed_tokens(batch.token_ids))
-        for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):
-            layer.dense(residual, batch, kv_pages)
+        if halves is None or not batch.max_q:
+            self.dense_layers([(residual, batch)], kv_pool)
         if halves is None:
             return self.head(run(self.moe_steps(residual, batch, kv_pool, dispatcher)), batch)
-        steps = (
-            self.moe_steps(part, self.planned(half), kv_pool, dispatcher)
-            for part, half in zip(residual.cut(halves[0].num_tokens), halves, strict=True)
-        )
+        parts = list(zip(residual.cut(halves[0].num_tokens), map(self.planned, halves), strict=True))
+        if batch.max_q:
+            self.dense_layers(parts, kv_pool)
         with self.ops.leave_sms(dispatcher.num_sms):
-            out = torch.cat(run_two(*steps, schedule))
+            out = torch.cat(run_two(*(self.moe_steps(*part, kv_pool, dispatcher) for part in parts)))
         return self.head(out, batch)
+
+    def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:
+        """The layers without experts: of each, one part after the other."""
+        for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):
+            for residual, batch in parts:
+                layer.dense(residual, batch, kv_pages)
 
     def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
         """All layers with experts, one after the other -> [T, D]."""

@@ -4,13 +4,13 @@ DeepEP (DeepSeek's expert-parallel library, its `Buffer`) has a mode for each la
 
     Contiguous   "normal": one kernel moves each token once to every rank that wants it, in as few SMs as it is told.
                  The host must learn how much arrives, so the second half of a dispatch blocks it.
-    Masked       "low latency": fixed shapes, no host; a dispatch or combine is a send kernel and, when `wait` is
+    Masked       "low latency": fixed shapes, no host; a dispatch or combine is a send kernel and, when `receive` is
                  called, a receive kernel, and holds no SM in between. It casts to fp8 on the way.
 
-Normal mode, for two micro-batches a and b (c = communication stream; the host blocks only where it says wait):
+Normal mode, for two micro-batches a and b (c = communication stream; the host blocks only where it says so):
 
-    host   a.dispatch | b's attention enqueued | a.wait: blocks until the counts are there, then a's experts | ...
-    c      layout of a                           counts, rows of a (while the GPU computes b's attention)
+    host   a.dispatch | b's experts enqueued | a.receive: blocks until the counts are there | b.combine | a's experts
+    c      layout of a                         counts, rows of a (while the GPU computes b's experts)
 
 `deep_ep` is imported when a `DeepEPBuffer` is made, so this module loads without it.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Ops
-from parallel.dispatch import Contiguous, Masked, Pending, Sliced, group_by_expert, sum_of_copies
+from parallel.dispatch import Contiguous, Masked, Pending, Sliced, group_by_expert, once, sum_of_copies
 from parallel.mesh import Group
 
 RANKS = (2, 4, 8)  # one machine; beyond it the normal kernels go over RDMA, which was never tried here
@@ -125,7 +125,7 @@ class ContiguousDeepEP:
         """x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which travels and arrives as it is;
         slots [T, K] int64 physical ids, -1 = nowhere; weights [T, K] float32.
 
-        The rows leave when `wait` is called, which blocks the host until all ranks have come so far: enqueue what
+        The rows leave when `receive` is called, which blocks the host until all ranks have come so far: enqueue what
         else there is to compute before. They are read until then, and must not change.
         """
         buffer, library = self.buffer, self.buffer.library
@@ -136,7 +136,7 @@ class ContiguousDeepEP:
             slots, buffer.num_slots, previous_event=library.capture(), async_finish=True, allocate_on_comm_stream=True
         )
 
-        def wait() -> Contiguous | Sliced:
+        def receive() -> Callable[[], Contiguous | Sliced]:
             rows, experts, row_weights, counts, handle, done = library.dispatch(
                 x,
                 num_tokens_per_rank=per_rank,
@@ -153,18 +153,19 @@ class ContiguousDeepEP:
             )
             done.current_stream_wait()
             rows, scales = (rows, None) if isinstance(rows, Tensor) else rows
-            return group_by_expert(
-                self.ops, rows, scales, experts, row_weights, buffer.num_local, self.most_copies, (handle,), counts
-            )
+            return once(
+                group_by_expert, self.ops, rows, scales, experts, row_weights, buffer.num_local, self.most_copies,
+                (handle,), counts,
+            )  # fmt: skip
 
-        return Pending(wait)
+        return Pending(receive)
 
-    def combine(self, y: Tensor, arrived: Contiguous | Sliced, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [M, D] bf16, the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order,
-        and `plus` [T, D] added there.
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+        """y [M, D] bf16, the experts' outputs on the rows that arrived, and their way back -> [T, D] on the source
+        ranks, in dispatch's order, and `plus` [T, D] added there.
         The sum over a rank's experts is rounded to bf16 before it travels."""
         library = self.buffer.library
-        summed, (handle,) = sum_of_copies(self.ops, y, arrived)
+        summed, handle = sum_of_copies(self.ops, y, *way_back)
         out, _, done = library.combine(
             summed,
             handle,
@@ -174,11 +175,11 @@ class ContiguousDeepEP:
             allocate_on_comm_stream=True,
         )
 
-        def wait() -> Tensor:
+        def receive() -> Callable[[], Tensor]:
             done.current_stream_wait()
-            return out if plus is None else out + plus
+            return once(_added, out, plus)
 
-        return Pending(wait)
+        return Pending(receive)
 
 
 class MaskedDeepEP:
@@ -206,29 +207,34 @@ class MaskedDeepEP:
             x, slots, buffer.capacity, buffer.num_slots, use_fp8=self.fp8, return_recv_hook=True
         )
 
-        def wait() -> Masked:
-            received()
-            receive()
-            # Scales [L, R * capacity, D / 128] stand column by column (their middle stride is 1), as DeepGEMM reads
-            # them; a kernel that wants rows makes its own copy.
-            values, scale = rows if self.fp8 else (rows, None)
-            return Masked(values, counts, (handle, slots, weights), scale)
+        # Scales [L, R * capacity, D / 128] stand column by column (their middle stride is 1), as DeepGEMM reads them; a
+        # kernel that wants rows makes its own copy.
+        values, scale = rows if self.fp8 else (rows, None)
+        return Pending(_received(received, receive, once(Masked, values, counts, (handle, slots, weights), scale)))
 
-        return Pending(wait)
-
-    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
         """y [L, R * capacity, D] bf16 -> [T, D], weighted and summed in float32 on the source rank, and `plus` [T, D]
         added. AssertionError as in dispatch."""
-        handle, slots, weights = arrived.way_back
+        handle, slots, weights = way_back
         received = self.buffer.in_flight.start("combine")
         out, _, receive = self.buffer.library.low_latency_combine(y, slots, weights, handle, return_recv_hook=True)
 
-        def wait() -> Tensor:
-            received()
-            receive()
-            return out if plus is None else out + plus
+        return Pending(_received(received, receive, once(_added, out, plus)))
 
-        return Pending(wait)
+
+def _added(out: Tensor, plus: Tensor | None) -> Tensor:
+    return out if plus is None else out + plus
+
+
+def _received(received: Callable[[], None], receive: Callable[[], None], result: Callable) -> Callable[[], Callable]:
+    """A `Pending`'s: notes that nothing is in flight any more, and enqueues the kernel that waits for what is."""
+
+    def both() -> Callable:
+        received()
+        receive()
+        return result
+
+    return both
 
 
 def obstacle(

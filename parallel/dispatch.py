@@ -14,12 +14,12 @@ Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, 
 `Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode. One rank alone has a
 third for the smallest decode steps, `Copies`, which sorts nothing. And where far more arrives for prefill than evenly
 spread tokens would bring, `Sliced` has its experts take it a slice at a time: bad routing costs time, not memory.
-A dispatch and a combine are each split into start and `Pending.wait`, so that other work can run in between.
+A dispatch and a combine are each split into start and `Pending`, so that other work can run in between.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,11 +83,24 @@ class Sliced:
         return Contiguous(rows, row_expert, (index, self.weights[at:end]), *scale)
 
 
+Arrived = Contiguous | Masked | Copies | Sliced
+
+
 @dataclass(frozen=True)
 class Pending(Generic[Result]):
-    """Started communication. `wait()` gives the result and must be called exactly once."""
+    """Started communication, to be received exactly once. What `receive()` gives makes the result of what came, once:
+    rows in the experts' layout are large, and should not be there before the experts take them."""
 
-    wait: Callable[[], Result]
+    receive: Callable[[], Callable[[], Result]]
+
+    def wait(self) -> Result:
+        return self.receive()()
+
+
+def once(make: Callable[..., Result], *given: Any) -> Callable[[], Result]:
+    """`make(*given)`, which lets go of what it was given."""
+    held = [given]
+    return lambda: make(*held.pop())
 
 
 class ContiguousAllToAll:
@@ -117,24 +130,24 @@ class ContiguousAllToAll:
         row = to_rank.T.flatten().cumsum(0).view(self.group.size, -1).T - 1  # [T, R] where (t, r) went on the wire
         returned = _distinct_rows(rank_of, row)
 
-        def wait() -> Contiguous | Sliced:
+        def receive() -> Callable[[], Contiguous | Sliced]:
             nonlocal transfer
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
             transfer = None  # and with it the bytes as they were sent and came
             rows, scales = _rows(rows)
-            return group_by_expert(
-                self.ops, rows, scales, experts.long(), row_weights, self.num_local, self.most_copies,
+            return once(
+                group_by_expert, self.ops, rows, scales, experts.long(), row_weights, self.num_local, self.most_copies,
                 (returned, send, recv),
             )  # fmt: skip
 
-        return Pending(wait)
+        return Pending(receive)
 
-    def combine(self, y: Tensor, arrived: Contiguous | Sliced, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [M, D], the experts' outputs on `arrived.x`'s rows -> [T, D] on the source ranks, in dispatch's order, and
-        `plus` [T, D] added there."""
-        summed, (returned, send, recv) = sum_of_copies(self.ops, y, arrived)
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+        """y [M, D], the experts' outputs on the rows that arrived, and their way back -> [T, D] on the source ranks, in
+        dispatch's order, and `plus` [T, D] added there."""
+        summed, returned, send, recv = sum_of_copies(self.ops, y, *way_back)
         transfer = self.group.all_to_all(summed, recv, send)
-        return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned, plus=plus))
+        return Pending(lambda: once(self.ops.ep_gather, transfer.wait(), returned, None, plus))
 
 
 class MaskedAllToAll:
@@ -171,23 +184,26 @@ class MaskedAllToAll:
         transfer = self.group.all_to_all(wire)
         returned = _distinct_rows(rank_of, place)
 
-        def wait() -> Masked:
+        def receive() -> Callable[[], Masked]:
             nonlocal transfer
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
             transfer = None  # and with it the bytes as they were sent and came
             rows, scales = _rows(rows)
+            return once(group, rows, scales, experts.long(), row_weights)
+
+        def group(rows: Tensor, scales: Tensor | None, experts: Tensor, row_weights: Tensor) -> Masked:
             grouped, counts, index, *scale = self.ops.ep_scatter_masked(
-                rows, experts.long(), self.num_local, self.ops.alignment, scales=scales
+                rows, experts, self.num_local, self.ops.alignment, scales=scales
             )
             return Masked(grouped, counts, (index, row_weights, returned), *scale)
 
-        return Pending(wait)
+        return Pending(receive)
 
-    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
         """y [L, rows, D] -> [T, D], as ContiguousAllToAll.combine."""
-        index, row_weights, returned = arrived.way_back
+        index, row_weights, returned = way_back
         transfer = self.group.all_to_all(self.ops.ep_gather(y.flatten(0, 1), index, row_weights))
-        return Pending(lambda: self.ops.ep_gather(transfer.wait(), returned, plus=plus))
+        return Pending(lambda: once(self.ops.ep_gather, transfer.wait(), returned, None, plus))
 
 
 class LocalContiguous:
@@ -199,33 +215,32 @@ class LocalContiguous:
         self.num_local, self.ops = num_slots, ops
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
+        return Pending(lambda: once(self._group, x, slots, weights))
+
+    def _group(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Contiguous:
         x, scales = (x, None) if isinstance(x, Tensor) else x
         rows, row_expert, index, *scale = self.ops.ep_scatter(
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
-        return Pending(lambda: Contiguous(rows, row_expert, (index, weights), *scale))
+        return Contiguous(rows, row_expert, (index, weights), *scale)
 
-    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
-        out = self.ops.ep_gather(y, *arrived.way_back, plus)
-        return Pending(lambda: out)
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+        """y [..., D]: a row for each copy, whatever the layout."""
+        out = self.ops.ep_gather(y.flatten(0, -2), *way_back, plus)
+        return Pending(lambda: lambda: out)
 
 
 class LocalMasked(LocalContiguous):
     """The same in the masked layout. With few tokens there are not even rooms to sort them into."""
 
-    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked | Copies]:
+    def _group(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Masked | Copies:
         if isinstance(x, Tensor) and slots.numel() <= FEW_COPIES:
-            return Pending(lambda: Copies(x, slots, (None, weights)))
+            return Copies(x, slots, (None, weights))
         x, scales = (x, None) if isinstance(x, Tensor) else x
         rows, counts, index, *scale = self.ops.ep_scatter_masked(
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
-        return Pending(lambda: Masked(rows, counts, (index, weights), *scale))
-
-    def combine(self, y: Tensor, arrived: Masked | Copies, plus: Tensor | None = None) -> Pending[Tensor]:
-        rows = y if isinstance(arrived, Copies) else y.flatten(0, 1)
-        out = self.ops.ep_gather(rows, *arrived.way_back, plus)
-        return Pending(lambda: out)
+        return Masked(rows, counts, (index, weights), *scale)
 
 
 def most_copies(tokens: int, top_k: int) -> int:
@@ -251,18 +266,15 @@ def group_by_expert(
     if most is not None and experts.shape[0] * of_token > most:
         copies = int((experts >= 0).sum()) if counts is None else sum(counts)
         if copies > most:
-            return Sliced(x, experts, weights, max(1, most // of_token), way_back, scales)
+            return Sliced(x, experts, weights, max(1, most // of_token), (None, None, *way_back), scales)
     grouped, row_expert, index, *scale = ops.ep_scatter(x, experts, num_local, ops.alignment, counts, scales)
     return Contiguous(grouped, row_expert, (index, weights, *way_back), *scale)
 
 
-def sum_of_copies(ops: Ops, y: Tensor, arrived: Contiguous | Sliced) -> tuple[Tensor, tuple]:
-    """Experts' outputs -> the weighted sum for each token that arrived [N, D], and what else the way back needs."""
-    match arrived:
-        case Sliced(way_back=way_back):
-            return y, way_back
-        case Contiguous(way_back=(index, weights, *way_back)):
-            return ops.ep_gather(y, index, weights), tuple(way_back)
+def sum_of_copies(ops: Ops, y: Tensor, index: Tensor | None, weights: Tensor | None, *way_back: Any) -> tuple:
+    """Experts' outputs -> the weighted sum for each token that arrived [N, D] (slices give those), and what else the
+    way back needs."""
+    return y if index is None else ops.ep_gather(y, index, weights), *way_back
 
 
 def _one_hot(rank_of: Tensor, ranks: int) -> Tensor:

@@ -110,17 +110,20 @@ class LoopbackContiguous:
         experts, row_weights, counts = self.made[tokens]
         rows, scales = (part if part is None else part[: len(experts)] for part in self.rows)
 
-        def wait() -> Contiguous:
+        def receive() -> Callable[[], Contiguous]:
             received()
+            return group
+
+        def group() -> Contiguous:
             grouped, row_expert, index, *scale = self.ops.ep_scatter(
                 rows, experts, len(counts), self.ops.alignment, counts, scales
             )
             return Contiguous(grouped, row_expert, (index, row_weights, tokens), *scale)
 
-        return Pending(wait)
+        return Pending(receive)
 
-    def combine(self, y: Tensor, arrived: Contiguous, plus: Tensor | None = None) -> Pending[Tensor]:
-        index, row_weights, tokens = arrived.way_back
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+        index, row_weights, tokens = way_back
         sent = self.ops.ep_gather(y, index, row_weights)
         received = _start(self.link, "combine", tokens)
         return _returned(self.back, tokens, plus, received, sent if self.link is not None else None)
@@ -170,14 +173,14 @@ class LoopbackMasked:
         if tokens not in self.counts:
             self.counts[tokens] = torch.tensor(self.arriving(tokens).counts, dtype=torch.int32, device=self.x.device)
 
-        def wait() -> Masked:
+        def receive() -> Callable[[], Masked]:
             received()
-            return Masked(self.x, self.counts[tokens], (tokens,), self.scale)
+            return lambda: Masked(self.x, self.counts[tokens], (tokens,), self.scale)
 
-        return Pending(wait)
+        return Pending(receive)
 
-    def combine(self, y: Tensor, arrived: Masked, plus: Tensor | None = None) -> Pending[Tensor]:
-        tokens = arrived.way_back[0]
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+        (tokens,) = way_back
         return _returned(self.back, tokens, plus, _start(self.link, "combine", tokens))
 
 
@@ -190,14 +193,14 @@ def _returned(
 ) -> Pending[Tensor]:
     """`sent` is kept until it is received, as normal mode keeps it; low latency copies it away at once."""
 
-    def wait() -> Tensor:
+    def receive() -> Callable[[], Tensor]:
         nonlocal sent
         received()
         sent = None
         out = back.expand(tokens, -1)
-        return out.clone() if plus is None else out + plus
+        return lambda: out.clone() if plus is None else out + plus
 
-    return Pending(wait)
+    return Pending(receive)
 
 
 def _assign(arrivals: Arrivals, top_k: int, device: torch.device) -> Tensor:

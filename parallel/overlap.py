@@ -2,27 +2,29 @@
 
 The layers of a micro-batch are one generator (`Transformer.moe_steps`), which yields the name of each stage when done:
 
-    projections   norm, q and kv projections, KV written
-    attention     attention itself, output projection, norm, gate
-    dispatch      tokens sent to their experts' ranks; shared expert
-    experts       tokens received, experts, results sent back
-    combine       results received: the layer's end
+    attention     norm, projections, KV written, attention itself, output projection, norm, gate
+    dispatch      tokens sent to their experts' ranks; shared expert, if it does not run beside the gate
+    arrival       tokens received
+    experts       the experts
+    combine       their results sent back
+    return        results received: the layer's end
 
-`run` exhausts one generator: the plain path. `run_two` alternates two at some of those points. Micro-batches a and b;
-`>` is in flight from the stage before to the one after it:
+`run` exhausts one generator: the plain path. `run_two` lets two take turns, a stage each, with b four stages behind a.
+Then each of a layer's four transfers has one of its four computations to hide behind, and there is never a second one
+in flight, which DeepEP's low latency requires (each operation clears the other's buffer). a0, a1: a in layers 0, 1:
 
-    PREFILL   switch after dispatch and experts; no head start. a0, a1: a in layers 0, 1.
+    compute   a0 attention | a0 experts | b0 attention | a1 attention | b0 experts  | a1 experts | b1 attention | ...
+    network                |            | a0 combine   | b0 dispatch  | a1 dispatch | b0 combine | a1 combine   | ...
 
-        compute   a0 attention | b0 attention | a0 experts | b0 experts | a1 attention | b1 attention | ...
-        network                | a0 dispatch> | b0 dispatch> | a0 combine> | b0 combine> | a1 dispatch> ...
+Turn by turn, from where both are at work (`>` is in flight from `dispatch>` to `>arrival`, `combine>` to `>return`):
 
-    DECODE    switch after every stage; b two stages behind a. One transfer in flight at a time, which DeepEP's low
-              latency requires (each operation clears the other's buffer). A turn of both between two bars:
+    a0 combine> b0 attention a0 >return | b0 dispatch> a1 attention b0 >arrival | a1 dispatch> b0 experts a1 >arrival |
+    b0 combine> a1 experts b0 >return | a1 combine> b1 attention a1 >return
 
-        a0 projections | a0 attention | a0 dispatch> b0 projections | a0 >experts> b0 attention |
-        a0 >combine b0 dispatch> | a1 projections b0 >experts> | a1 attention b0 >combine | a1 dispatch> b1 projections
-
-Kernels that communicate in prefill hold SMs: while two micro-batches run, the large products leave those to them.
+(SGLang's five stages with b two behind hide transfers behind attention only: experts wait for them and they for it.)
+A dispatch of prefill makes the host wait, in `arrival`, until its tokens are there; by then the other micro-batch's
+next computation is enqueued, so that the GPU does not wait with it. And kernels that communicate in prefill hold SMs:
+while two micro-batches run, the large products leave those to them.
 """
 
 from collections.abc import Callable, Generator
@@ -35,19 +37,8 @@ from torch import Tensor
 Result = TypeVar("Result")
 Steps = Generator[str, None, Result]
 FEW_ROWS, FEW_TOKENS = 128, 1024  # a rank's, from which on `auto` overlaps: of a decode step, of one with prompts
-STAGES = ("projections", "attention", "dispatch", "experts", "combine")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When two micro-batches take turns."""
-
-    switch_after: frozenset[str]  # stages
-    head_start: int  # turns that a takes before b's first
-
-
-PREFILL = Schedule(frozenset({"dispatch", "experts"}), 0)
-DECODE = Schedule(frozenset(STAGES), 2)
+STAGES = ("attention", "dispatch", "arrival", "experts", "combine", "return")
+HEAD_START = 4  # stages that a is ahead
 
 
 @dataclass(frozen=True)
@@ -98,19 +89,18 @@ def run(steps: Steps[Result]) -> Result:
             return stop.value
 
 
-def run_two(a: Steps[Result], b: Steps[Result], schedule: Schedule) -> tuple[Result, Result]:
-    """Run both to their ends, in turns. Every rank must call this with the same schedule: collectives are in it."""
+def run_two(a: Steps[Result], b: Steps[Result]) -> tuple[Result, Result]:
+    """Run both to their ends, in turns. Every rank must call this: collectives are in it."""
     results: dict[str, Result] = {}
 
     def turn(name: str, steps: Steps[Result]) -> None:
-        """Go on until the next stage after which the other may run."""
-        try:
-            while name not in results and next(steps) not in schedule.switch_after:
-                pass
-        except StopIteration as stop:
-            results[name] = stop.value
+        if name not in results:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                results[name] = stop.value
 
-    for _ in range(schedule.head_start):
+    for _ in range(HEAD_START):
         turn("a", a)
     while len(results) < 2:
         turn("a", a)

@@ -19,7 +19,6 @@ from model.kv_cache import make_pool, pages_for
 from model.transformer import Transformer, op_shape
 from parallel.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
 from parallel.mesh import Mesh
-from parallel.overlap import DECODE, PREFILL
 from parallel.placement import Placement
 from parallel.simulated_link import SimulatedLink
 from scripts.flags import natural, new_file, positive
@@ -143,7 +142,7 @@ class Rank:
         tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
 
         def forward(rows: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
-            return self.model(rows, self.pool, masked, halves, DECODE)
+            return self.model(rows, self.pool, masked, halves)
 
         eager, captured = (DecodeStep(forward, tokens, [batch], each, lambda rows: overlap) for _ in range(2))
         chunks = [Chunk((i,), kv - 1, range(1 + i * each, 1 + (i + 1) * each)) for i in range(batch)]
@@ -170,7 +169,7 @@ class Rank:
         prompts = [Chunk(ids, 0, range(1 + i * each, 1 + (i + 1) * each)) for i in range(tokens // prompt)]
         batch = Batch.build([], prompts, self.device)
         halves = tuple(Batch.build(*part, self.device) for part in split([], prompts)) if overlap else None
-        run = lambda: self.model(batch, self.pool, contiguous, halves, PREFILL)  # noqa: E731
+        run = lambda: self.model(batch, self.pool, contiguous, halves)  # noqa: E731
         run()
         return Step(run, run)
 

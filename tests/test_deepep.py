@@ -218,7 +218,7 @@ def test_both_modes_equal_the_local_computation(tokens: int, kind: str, fp8: boo
         if fp8 and not isinstance(arrived, Sliced):
             rows = ref.dequantize_1x128(arrived.x, arrived.scale)
             arrived = type(arrived)(rows, *list(vars(arrived).values())[1:3])
-        out = dispatcher.combine(apply_experts(arrived, 0), arrived).wait()
+        out = dispatcher.combine(apply_experts(arrived, 0), arrived.way_back).wait()
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -235,11 +235,11 @@ def test_one_low_latency_operation_at_a_time(library: list[Library]) -> None:
     arrived = pending.wait()
     with pytest.raises(AssertionError, match="low-latency dispatch 0 was waited for twice"):
         pending.wait()
-    pending = first.combine(arrived.x, arrived)
+    pending = first.combine(arrived.x, arrived.way_back)
     with pytest.raises(AssertionError, match="low-latency dispatch 2 started while combine 1 was not waited for"):
         second.dispatch(*some())
     with pytest.raises(AssertionError, match="low-latency combine 2 started while combine 1 was not waited for"):
-        second.combine(arrived.x, arrived)
+        second.combine(arrived.x, arrived.way_back)
     pending.wait()
     assert library[0].log == ["low-latency dispatch", "received", "low-latency combine", "received"]
     with pytest.raises(AssertionError, match="num_tokens=21 over self.capacity=20"):

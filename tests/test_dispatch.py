@@ -111,7 +111,7 @@ def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, 
             copies = [(theirs // experts_a_rank == group.rank).sum() for theirs in group.exchange(slots)]
             assert isinstance(arrived, Sliced) == (sum(copies) > MOST)
         y = apply_experts(arrived, group.rank * experts_a_rank)
-        out = dispatcher.combine(y, arrived).wait()[:tokens]
+        out = dispatcher.combine(y, arrived.way_back).wait()[:tokens]
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {fp8=} {m}")  # noqa: B023
 
 
@@ -163,7 +163,7 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
         got = [(*origin[key], first + e) for key, e in zip(rows, owners.tolist(), strict=True)]
         assert len(set(got)) == len(got), "a copy arrived twice"
         assert set(got) == expected
-        dispatcher.combine(plain(x, scale), arrived).wait()
+        dispatcher.combine(plain(x, scale), arrived.way_back).wait()
 
 
 def check_collectives(mesh: Mesh) -> None:
@@ -213,6 +213,6 @@ def test_experts_take_slices(tiny: Path, fp8: bool) -> None:
         dispatcher = ContiguousAllToAll(Group(), 32, ops, most)
         arrived = dispatcher.dispatch(quantize_1x128(x) if fp8 else x, slots, weights).wait()
         assert isinstance(arrived, Sliced if most else Contiguous)
-        outs.append(dispatcher.combine(experts(arrived), arrived, x).wait())
+        outs.append(dispatcher.combine(*experts(lambda arrived=arrived: arrived), x).wait())
     assert outs[0].dtype == outs[1].dtype and outs[0].std() > 1 / 2
     torch.testing.assert_close(*outs, rtol=0.02 if fp8 else 1e-5, atol=0.02 if fp8 else 1e-5)

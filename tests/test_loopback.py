@@ -90,9 +90,9 @@ def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
     y = run(Experts(CONFIG, local, ops, dtype, CPU), arrived)
     assert y[row_expert >= 0].isfinite().all()
     plus = torch.randn(7, D)
-    back = loopback.combine(y, arrived, plus).wait()
+    back = loopback.combine(y, arrived.way_back, plus).wait()
     assert back.shape == (7, D) and back.isfinite().all()
-    torch.testing.assert_close(back - loopback.combine(y, arrived).wait(), plus, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(back - loopback.combine(y, arrived.way_back).wait(), plus, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -108,7 +108,7 @@ def test_masked(fp8: bool) -> None:
                 rows = ref.dequantize_1x128(rows, scale)
             assert rows[0, :5].float().std() == pytest.approx(1, abs=0.2) and rows.isfinite().all()
     y = run(Experts(CONFIG, 3, Ops(), torch.float8_e4m3fn if fp8 else torch.bfloat16, CPU), arrived)
-    assert loopback.combine(y, arrived, torch.zeros(3, D)).wait().shape == (3, D)
+    assert loopback.combine(y, arrived.way_back, torch.zeros(3, D)).wait().shape == (3, D)
 
 
 def run(experts: Experts, arrived: Contiguous | Masked) -> Tensor:
@@ -119,7 +119,7 @@ def run(experts: Experts, arrived: Contiguous | Masked) -> Tensor:
             experts.get_parameter(f"{name}_scale_inv").copy_(scale)
         elif "scale" not in name:
             weight.copy_(torch.randn(weight.shape) * 0.05)
-    return experts(arrived)
+    return experts(lambda: arrived)[0]
 
 
 def arriving(tokens: int) -> Arrivals:
@@ -158,7 +158,7 @@ def test_a_link_changes_nothing_but_the_time(layout: int) -> None:
         arrived = loopback.dispatch(*tokens).wait()
         dispatched = time.perf_counter() - start
         y = arrived.x * 2
-        out.append((arrived.x, loopback.combine(y, arrived, tokens[0]).wait()))
+        out.append((arrived.x, loopback.combine(y, arrived.way_back, tokens[0]).wait()))
         combined = time.perf_counter() - start
     assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
     assert asked == [("dispatch", 6), ("combine", 6)]

@@ -19,7 +19,7 @@ from model.kv_cache import make_pool
 from model.transformer import Residual, Transformer
 from parallel import overlap
 from parallel.dispatchers import Dispatcher, plain_dispatchers
-from parallel.overlap import DECODE, PREFILL, STAGES, Rule, Schedule, run, run_two
+from parallel.overlap import STAGES, Rule, run, run_two
 from tests import hf
 from tests.worlds import run_world, sub_mesh
 
@@ -66,19 +66,21 @@ def filled_pool(model: Transformer) -> Tensor:
 
 
 @torch.inference_mode()
-def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: int, schedule: Schedule) -> None:
+def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: int) -> None:
     """In turns, one after the other, and not cut at all."""
     decodes, prefills = parts
     decodes = pad(decodes, prefills, multiple)
     whole = Batch.build(decodes, prefills, "cpu")
     halves = tuple(Batch.build(*half, "cpu") for half in split(decodes, prefills, multiple))
     pools = [filled_pool(model) for _ in range(3)]
-    in_turns = model(whole, pools[0], dispatcher, halves, schedule)
+    in_turns = model(whole, pools[0], dispatcher, halves)
     uncut = model(whole, pools[1], dispatcher)
     residual = Residual(model.embed_tokens(whole.token_ids))
-    for layer, pages in zip(model.layers[: model.first], pools[2], strict=False):
-        layer.dense(residual, whole, pages)
-    parts = zip(residual.cut(halves[0].num_tokens), halves, strict=True)
+    if not prefills:
+        model.dense_layers([(residual, whole)], pools[2])
+    parts = list(zip(residual.cut(halves[0].num_tokens), halves, strict=True))
+    if prefills:
+        model.dense_layers(parts, pools[2])
     out = [run(model.moe_steps(part, half, pools[2], dispatcher)) for part, half in parts]
     assert torch.equal(in_turns, model.head(torch.cat(out), whole))
     assert torch.equal(pools[0], pools[2])
@@ -90,9 +92,8 @@ def check(model: Transformer, dispatcher: Dispatcher, parts: Chunks, multiple: i
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank(kind: str, folder: Path) -> None:
     model = hf.load(folder)
-    contiguous, masked = hf.dispatchers(model)
-    for dispatcher, schedule in ((contiguous, PREFILL), (masked, DECODE), (contiguous, DECODE), (masked, PREFILL)):
-        check(model, dispatcher, chunks(kind), 1, schedule)
+    for dispatcher in hf.dispatchers(model):
+        check(model, dispatcher, chunks(kind), 1)
 
 
 def test_products_leave_the_dispatcher_its_sms_where_something_is_in_flight(folder: Path) -> None:
@@ -122,7 +123,7 @@ def test_products_leave_the_dispatcher_its_sms_where_something_is_in_flight(fold
     assert left == [] and set(log) == {("dense", False), ("experts", False), ("head", False)}
     log.clear()
     halves = tuple(Batch.build(*half, "cpu") for half in split(decodes, prefills))
-    model(whole, filled_pool(model), dispatcher, halves, PREFILL)
+    model(whole, filled_pool(model), dispatcher, halves)
     assert left == [20] and set(log) == {("dense", False), ("experts", True), ("head", False)}
 
 
@@ -134,10 +135,10 @@ def body(rank: int, folder: Path) -> None:
         model = hf.load(folder, mesh)
         contiguous, masked = plain_dispatchers(mesh.ep, model.placement.num_slots, Ops())
         for i in range(len(KINDS)):  # another kind on each replica, so that a half is empty on some and not on others
-            check(model, contiguous, chunks(KINDS[(i + mesh.replica) % len(KINDS)]), attn_tp, PREFILL)
+            check(model, contiguous, chunks(KINDS[(i + mesh.replica) % len(KINDS)]), attn_tp)
         few = [chunks("decodes")[0][: 5 - mesh.replica], chunks("nothing")[0]][mesh.replica % 2]
         decodes = few + [Chunk((0,), 0, (), wants_logits=False)] * (8 - len(few))  # as many rows on every rank
-        check(model, masked, (decodes, []), 2 * attn_tp, DECODE)
+        check(model, masked, (decodes, []), 2 * attn_tp)
 
 
 def test_several_ranks(folder: Path) -> None:
@@ -145,41 +146,45 @@ def test_several_ranks(folder: Path) -> None:
 
 
 class Recorder:
-    """Notes what a generator does, by micro-batch and layer, and what is in flight."""
+    """Notes what two generators do, by micro-batch and layer, and what is in flight meanwhile."""
 
     def __init__(self) -> None:
         self.order: list[str] = []
-        self.in_flight: set[str] = set()
-        self.most_in_flight = 0
+        self.in_flight: list[str] = []
+        self.computed: list[tuple[str, str]] = []  # a computation, and what is in flight beside it
 
     def watch(self, name: str, layers: int) -> Iterator[str]:
         """Stands for a micro-batch's layers: the stages in order, and each transfer from its start to its wait."""
         for layer in range(layers):
             for stage in STAGES:
-                if stage in ("experts", "combine"):
-                    self.in_flight.remove(name)
-                if stage in ("dispatch", "experts"):
-                    self.in_flight.add(name)
-                    self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+                match stage:
+                    case "dispatch" | "combine":
+                        self.in_flight.append(f"{name}{layer} {stage}")
+                    case "arrival" | "return":
+                        self.in_flight.remove(f"{name}{layer} {'dispatch' if stage == 'arrival' else 'combine'}")
+                    case _:
+                        self.computed.append((f"{name}{layer} {stage}", " ".join(self.in_flight)))
+                assert len(self.in_flight) <= 1
                 self.order.append(f"{name}{layer} {stage}")
                 yield stage
 
 
-def test_the_prefill_schedule_is_the_one_drawn() -> None:
-    recorder = Recorder()
-    run_two(recorder.watch("a", 2), recorder.watch("b", 2), PREFILL)
-    drawn = re.search(r"compute +(.+)", overlap.__doc__)[1].removesuffix(" | ...").split(" | ")
-    turns = [step for step in recorder.order if step.endswith((" attention", " experts"))]
-    assert turns[: len(drawn)] == drawn and len(drawn) == 6
-    assert recorder.most_in_flight == 2
+def drawn(name: str) -> list[str]:
+    """A lane of the drawing, without its dots."""
+    lane = re.search(rf"^    {name} (.+) \| \.\.\.$", overlap.__doc__, re.MULTILINE)[1]
+    return [part.strip() for part in lane.split("|")]
 
 
-def test_the_decode_schedule_is_the_one_drawn() -> None:
+def test_the_schedule_is_the_one_drawn() -> None:
     recorder = Recorder()
-    run_two(recorder.watch("a", 3), recorder.watch("b", 3), DECODE)
-    drawn = re.findall(r"([ab]\d) >?(\w+)", overlap.__doc__.split("between two bars:")[1])
-    assert recorder.order[: len(drawn)] == [" ".join(step) for step in drawn] and len(drawn) == 14
-    assert recorder.most_in_flight == 1
+    run_two(recorder.watch("a", 3), recorder.watch("b", 3))
+    lanes = list(zip(drawn("compute"), drawn("network"), strict=True))
+    assert recorder.computed[: len(lanes)] == lanes and len(lanes) == 7
+    assert [flight for _, flight in recorder.computed].count("") == 3  # the first two, and the last
+    by_turn = re.search(r"`>return`\):\n\n(.+?)\n\n", overlap.__doc__, re.DOTALL)[1]
+    turns = [" ".join(step) for step in re.findall(r"([ab]\d) >?(\w+)", by_turn)]
+    first = recorder.order.index(turns[0])
+    assert recorder.order[first : first + len(turns)] == turns and len(turns) == 15
 
 
 def test_the_stages_are_the_models(folder: Path) -> None:
