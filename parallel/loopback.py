@@ -6,9 +6,10 @@ tokens: numbers of the right size without meaning. A transfer takes no time, or 
 DeepEP's normal mode would also make the host wait for a dispatch's counts; here it never waits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
+from itertools import cycle
+from math import comb, prod
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ class Arrivals:
         least = max(max(counts), -(-sum(counts) // top_k))
         return cls(counts, max(least, round((distinct or 0.0) * tokens * ranks)))
 
+    @classmethod
+    def of_shares(cls, shares: Sequence[float], tokens: int, ranks: int, top_k: int) -> "Arrivals":
+        """Of `ranks` ranks with `tokens` tokens each, that choose `top_k` slots; `shares`: of all those choices, that
+        fall on each of this rank's experts. Which tokens choose one is taken not to depend on which choose another.
+        ValueError for a share that needs more tokens than there are."""
+        if max(shares) * top_k > 1:
+            raise ValueError(f"shares * top_k must be at most 1, not {max(shares):.4f} * {top_k}")
+        counts = _whole([share * tokens * ranks * top_k for share in shares])
+        least = max(max(counts), -(-sum(counts) // top_k))
+        return cls(counts, max(least, round(tokens * ranks * (1 - prod(1 - share * top_k for share in shares)))))
+
 
 def _whole(parts: list[float]) -> tuple[int, ...]:
     """Rounded so that the sum is the rounded sum: what is missing goes to the largest remainders."""
@@ -69,7 +81,8 @@ def share_of_tokens(experts: int, places: int, top_k: int, groups: int = 1, grou
     return share
 
 
-Arriving = Callable[[int], Arrivals]  # when every rank sends so many tokens
+# When every rank sends so many tokens: what arrives in one dispatch, in the next, and so on, and then again.
+Arriving = Callable[[int], Sequence[Arrivals]]
 
 
 class LoopbackContiguous:
@@ -95,19 +108,18 @@ class LoopbackContiguous:
         bare = isinstance(like, Tensor)
         self.device, dtype = (like.device, like.dtype) if bare else (like[0].device, torch.bfloat16)
         generator = torch.Generator(self.device).manual_seed(0)
-        value = torch.randn(arriving(most).tokens, hidden, generator=generator, device=self.device, dtype=dtype)
+        tokens = max(arrivals.tokens for arrivals in arriving(most))
+        value = torch.randn(tokens, hidden, generator=generator, device=self.device, dtype=dtype)
         self.rows = (value, None) if bare else ops.quantize_1x128(value)
         self.back = torch.randn(1, hidden, generator=generator, device=self.device, dtype=dtype)
-        self.made: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # by tokens sent: experts, weights, counts
+        self.turns: dict[int, Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by tokens sent, see `_made`
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
         tokens = slots.shape[0]
         received = _start(self.link, "dispatch", tokens)
-        if tokens not in self.made:
-            arrivals = self.arriving(tokens)
-            ids = _assign(arrivals, self.top_k, self.device)
-            self.made[tokens] = ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
-        experts, row_weights, counts = self.made[tokens]
+        if tokens not in self.turns:
+            self.turns[tokens] = cycle([self._made(arrivals) for arrivals in self.arriving(tokens)])
+        experts, row_weights, counts = next(self.turns[tokens])
         rows, scales = (part if part is None else part[: len(experts)] for part in self.rows)
 
         def receive() -> Callable[[], Contiguous]:
@@ -121,6 +133,11 @@ class LoopbackContiguous:
             return Contiguous(grouped, row_expert, (index, row_weights, tokens), *scale)
 
         return Pending(receive)
+
+    def _made(self, arrivals: Arrivals) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Of the tokens that arrive, the experts and weights; the experts' counts."""
+        ids = _assign(arrivals, self.top_k, self.device)
+        return ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
         index, row_weights, tokens = way_back
@@ -147,13 +164,13 @@ class LoopbackMasked:
         link: SimulatedLink | None = None,
     ):
         """`most`: tokens a rank dispatches at once; `capacity`: rows of an expert's room: ranks * tokens a rank."""
-        self.arriving, self.link, arrivals = arriving, link, arriving(most)
-        local = len(arrivals.counts)
-        if max(arrivals.counts) > capacity:
-            raise ValueError(f"rows of an expert <= capacity must hold, not {max(arrivals.counts)} <= {capacity}")
+        self.arriving, self.link, at_most = arriving, link, arriving(most)
+        local, rows = len(at_most[0].counts), max(max(arrivals.counts) for arrivals in at_most)
+        if rows > capacity:
+            raise ValueError(f"rows of an expert <= capacity must hold, not {rows} <= {capacity}")
         generator = torch.Generator(device).manual_seed(0)
-        some = torch.randn(local, max(arrivals.counts), hidden, generator=generator, device=device)
-        self.counts: dict[int, Tensor] = {}  # by tokens sent
+        some = torch.randn(local, rows, hidden, generator=generator, device=device)
+        self.turns: dict[int, Iterator[Tensor]] = {}  # by tokens sent: the experts' counts
         self.x = torch.zeros(local, capacity, hidden, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
         self.scale = None
         if fp8:
@@ -170,12 +187,14 @@ class LoopbackMasked:
         """A CUDA graph can capture sizes that ran before."""
         tokens = slots.shape[0]
         received = _start(self.link, "dispatch", tokens)
-        if tokens not in self.counts:
-            self.counts[tokens] = torch.tensor(self.arriving(tokens).counts, dtype=torch.int32, device=self.x.device)
+        if tokens not in self.turns:
+            counts = torch.tensor([arrivals.counts for arrivals in self.arriving(tokens)], dtype=torch.int32)
+            self.turns[tokens] = cycle(counts.to(self.x.device))
+        counts = next(self.turns[tokens])
 
         def receive() -> Callable[[], Masked]:
             received()
-            return lambda: Masked(self.x, self.counts[tokens], (tokens,), self.scale)
+            return lambda: Masked(self.x, counts, (tokens,), self.scale)
 
         return Pending(receive)
 

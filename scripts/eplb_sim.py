@@ -71,9 +71,11 @@ def unbalanced(layers: int, experts: int, slots: int) -> NDArray[np.int64]:
     return np.tile(np.arange(slots) % experts, (layers, 1))
 
 
-def replay(counts: NDArray, deployment: Deployment, groups: int, intervals: Sequence[int]) -> dict[str, Outcome]:
-    """counts [windows, layers, E] -> outcome by kind of map, "remade every 5" for an interval of 5. Windows without
-    tokens do not count."""
+def maps_of(
+    counts: NDArray, deployment: Deployment, groups: int, intervals: Sequence[int]
+) -> dict[str, list[NDArray[np.int64]]]:
+    """counts [windows, layers, E] -> each window's map [layers, slots] by kind, "remade every 5" for an interval of
+    5."""
     windows, layers, experts = counts.shape
     d, plain = deployment, unbalanced(layers, experts, deployment.slots)
 
@@ -84,10 +86,15 @@ def replay(counts: NDArray, deployment: Deployment, groups: int, intervals: Sequ
     for interval in intervals:
         remade = [plain, *(made(counts[w - interval : w].sum(0)) for w in range(interval, windows, interval))]
         maps[f"remade every {interval}"] = [remade[w // interval] for w in range(windows)]
-    seen = [w for w in range(windows) if counts[w].sum()]
+    return maps
+
+
+def replay(counts: NDArray, deployment: Deployment, groups: int, intervals: Sequence[int]) -> dict[str, Outcome]:
+    """Outcome by kind of map. Windows without tokens do not count."""
+    seen = [w for w in range(len(counts)) if counts[w].sum()]
     found = {}
-    for name, by_window in maps.items():
-        even = np.stack([balancedness(counts[w], by_window[w], d.ep) for w in seen])
+    for name, by_window in maps_of(counts, deployment, groups, intervals).items():
+        even = np.stack([balancedness(counts[w], by_window[w], deployment.ep) for w in seen])
         found[name] = Outcome(float(even.mean()), float((1 / even).mean()))
     return found
 

@@ -17,7 +17,7 @@ from model.batch import Batch, Chunk, split
 from model.config import ModelConfig
 from model.kv_cache import make_pool, pages_for
 from model.transformer import Transformer, op_shape
-from parallel.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
+from parallel.loopback import Arrivals, Arriving, LoopbackContiguous, LoopbackMasked, share_of_tokens
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.simulated_link import SimulatedLink
@@ -25,10 +25,10 @@ from scripts.flags import natural, new_file, positive
 from scripts.shapes import SHAPES, randomize
 
 
-def add_flags(add: Callable[..., object], ep: int) -> None:
+def add_flags(add: Callable[..., object], ep: int, redundant: int = 32) -> None:
     """Those of every benchmark of a rank."""
     add("--ep", type=positive, default=ep, help=f"ranks of the deployment ({ep})")
-    add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
+    add("--redundant", type=natural, default=redundant, help=f"slots beyond the experts ({redundant})")
     add("--skew", type=float, default=1.0, help="the fullest expert's rows over the mean (1)")
     add("--shape", choices=SHAPES, default="v3")
     add("--layers", type=int, help="fewer layers than the shape has")
@@ -41,9 +41,9 @@ def add_measuring_flags(add: Callable[..., object]) -> None:
     add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
 
 
-def check_flags(args: argparse.Namespace) -> ModelConfig:
-    """The shape that the flags of `add_flags` name. ValueError for what cannot be."""
-    config = SHAPES[args.shape]
+def check_flags(args: argparse.Namespace, **other: int) -> ModelConfig:
+    """The shape that the flags of `add_flags` name, with `other` fields. ValueError for what cannot be."""
+    config = replace(SHAPES[args.shape], **other)
     if not 1 <= args.skew <= 2:
         raise ValueError(f"--skew {args.skew:g}: it must be in [1, 2]")
     slots = config.n_routed_experts + args.redundant
@@ -128,16 +128,26 @@ class Rank:
         """Slots on this rank."""
         return self.slots // self.ep
 
-    def arriving(self, tokens: int, distinct: float | None = None) -> Arrivals:
-        return Arrivals.even(tokens, self.ep, self.config.num_experts_per_tok, self.slots, self.skew, distinct)
+    def even(self, tokens: int) -> tuple[Arrivals]:
+        """Uniform routing, skewed as the flag says: the same in every layer."""
+        c = self.config
+        hit = share_of_tokens(c.n_routed_experts, self.ep, c.num_experts_per_tok, c.n_group, c.topk_group)
+        return (Arrivals.even(tokens, self.ep, c.num_experts_per_tok, self.slots, self.skew, hit),)
 
-    def decode(self, batch: int, kv: int, link: SimulatedLink | None = None, overlap: bool = False) -> Step:
+    def decode(
+        self,
+        batch: int,
+        kv: int,
+        link: SimulatedLink | None = None,
+        overlap: bool = False,
+        arriving: Arriving | None = None,
+    ) -> Step:
         """A token of each of `batch` sequences, which attend `kv` tokens. Overlapping: as the engine's steps do, in
         halves of the rows, so `batch` must be even."""
         config, each = self.config, pages_for(kv)
         masked = LoopbackMasked(
-            self.arriving, batch, self.ep * batch, config.hidden_size, self.ops, self.device, config.fp8, self.dtype,
-            link,
+            arriving or self.even, batch, self.ep * batch, config.hidden_size, self.ops, self.device, config.fp8,
+            self.dtype, link,
         )  # fmt: skip
         tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
 
@@ -154,15 +164,19 @@ class Rank:
         torch.cuda.empty_cache()  # of the eager steps: the graph has its own, and little is left
         return Step(lambda: captured.run(chunks, batch), lambda: eager.run(chunks, batch), captured.reset)
 
-    def prefill(self, tokens: int, prompt: int, link: SimulatedLink | None = None, overlap: bool = False) -> Step:
+    def prefill(
+        self,
+        tokens: int,
+        prompt: int,
+        link: SimulatedLink | None = None,
+        overlap: bool = False,
+        arriving: Arriving | None = None,
+    ) -> Step:
         """`tokens` of prompts of `prompt` tokens; overlapping, cut where the engine cuts."""
         config, each = self.config, pages_for(prompt)
         like = torch.zeros(1, config.hidden_size, dtype=self.dtype, device=self.device)
-        hit = share_of_tokens(
-            config.n_routed_experts, self.ep, config.num_experts_per_tok, config.n_group, config.topk_group
-        )
         contiguous = LoopbackContiguous(
-            lambda count: self.arriving(count, hit), tokens, config.hidden_size, config.num_experts_per_tok, self.ops,
+            arriving or self.even, tokens, config.hidden_size, config.num_experts_per_tok, self.ops,
             self.ops.quantize_1x128(like) if config.fp8 else like, link,
         )  # fmt: skip
         ids = [i * 7919 % config.vocab_size for i in range(prompt)]

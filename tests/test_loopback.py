@@ -51,13 +51,35 @@ def test_skew_keeps_the_mean(skew: float, counts: tuple[int, ...]) -> None:
     assert Arrivals.even(15, 4, 2, 12, skew).counts == counts
 
 
+def test_shares_of_the_choices() -> None:
+    """16 tokens of 4 ranks choose 2 slots each: 128 choices, a quarter and an eighth of them here. Of all tokens half
+    want the one and a quarter the other: 1 - 1/2 x 3/4 want any."""
+    assert Arrivals.of_shares((0.25, 0.125), 16, 4, 2) == Arrivals((32, 16), 40)
+    assert Arrivals.of_shares((0.5,), 16, 4, 2) == Arrivals((64,), 64)
+    with pytest.raises(ValueError, match=r"shares \* top_k must be at most 1, not 0.6000 \* 2"):
+        Arrivals.of_shares((0.6, 0.1), 16, 4, 2)
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_arrivals_come_in_turn(layout: int) -> None:
+    two, like = (Arrivals((5, 0), 5), Arrivals((2, 7), 7)), torch.zeros(1, D)
+    contiguous = LoopbackContiguous(lambda tokens: two, 4, D, K, Ops(), like)
+    loopback = (contiguous, LoopbackMasked(lambda tokens: two, 4, 8, D, Ops(), CPU))[layout]
+    seen = []
+    for _ in range(3):
+        arrived = loopback.dispatch(*sent(4)).wait()
+        counts = torch.bincount(arrived.row_expert, minlength=2) if layout == 0 else arrived.counts
+        seen.append(tuple(counts.tolist()))
+    assert seen == [(5, 0), (2, 7), (5, 0)]
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="slots % ranks must be 0, not 10 % 4 = 2"):
         Arrivals.even(1, 4, 1, 10)
     with pytest.raises(ValueError, match=r"skew is 2.5; it must be in \[1, 2\]"):
         Arrivals.even(1, 4, 1, 12, skew=2.5)
     with pytest.raises(ValueError, match="rows of an expert <= capacity must hold, not 20 <= 16"):
-        LoopbackMasked(lambda tokens: Arrivals((20, 1), 20), 1, 16, D, Ops(), CPU)
+        LoopbackMasked(lambda tokens: (Arrivals((20, 1), 20),), 1, 16, D, Ops(), CPU)
 
 
 def sent(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,10 +94,10 @@ def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
     if max(arrivals.counts) > arrivals.tokens:  # more copies of an expert than tokens: no such arrival is made
         arrivals = replace(arrivals, tokens=max(arrivals.counts))
     like = ref.quantize_1x128(torch.zeros(1, D)) if fp8 else torch.zeros(1, D)
-    loopback = LoopbackContiguous(lambda tokens: arrivals, 7, D, K, ops, like)
+    loopback = LoopbackContiguous(lambda tokens: (arrivals,), 7, D, K, ops, like)
     x, slots, weights = sent(7)
     arrived = loopback.dispatch(x, slots, weights).wait()
-    ids, _, counts = loopback.made[7]
+    ids, _, counts = next(loopback.turns[7])
     assert counts == arrivals.counts
     assert ids.shape == (arrivals.tokens, K) and (ids >= 0).any(1).all()
     assert tuple((ids == e).sum().item() for e in range(local)) == arrivals.counts
@@ -97,7 +119,7 @@ def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_masked(fp8: bool) -> None:
-    loopback = LoopbackMasked(lambda tokens: Arrivals((5, 0, 128), 128), 3, 256, D, Ops(), CPU, fp8)
+    loopback = LoopbackMasked(lambda tokens: (Arrivals((5, 0, 128), 128),), 3, 256, D, Ops(), CPU, fp8)
     arrived = loopback.dispatch(*sent(3)).wait()
     match arrived:
         case Masked(rows, counts, scale=scale):
@@ -122,8 +144,8 @@ def run(experts: Experts, arrived: Contiguous | Masked) -> Tensor:
     return experts(lambda: arrived)[0]
 
 
-def arriving(tokens: int) -> Arrivals:
-    return Arrivals.even(tokens, 4, K, 12)
+def arriving(tokens: int) -> tuple[Arrivals]:
+    return (Arrivals.even(tokens, 4, K, 12),)
 
 
 def both_layouts(most: int, link: SimulatedLink | None = None) -> tuple[LoopbackContiguous, LoopbackMasked]:
