@@ -218,12 +218,13 @@ def test_experts_equal_fake_quant_ones() -> None:
     fill(experts)
     counts, x = [5, 0, 2], torch.randn(3, 5, 256).bfloat16()
     values, scale = ref.quantize_1x128(x)
-    masked = experts(Masked(values, torch.tensor(counts, dtype=torch.int32), (), scale))
+    masked = experts(lambda: Masked(values, torch.tensor(counts, dtype=torch.int32), (), scale))[0]
     real = torch.arange(5) < torch.tensor(counts)[:, None]
     rows, row_scale = values.view(torch.uint8)[real].view(FP8), scale[real]
     row_expert = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    contiguous = experts(Contiguous(rows, row_expert, (), row_scale))
-    assert experts(Contiguous(rows[:0], row_expert[:0], (), row_scale[:0])).shape == (0, 256)
+    contiguous = experts(lambda: Contiguous(rows, row_expert, (), row_scale))[0]
+    nothing = Contiguous(rows[:0], row_expert[:0], (), row_scale[:0])
+    assert experts(lambda: nothing)[0].shape == (0, 256)
     for e, count in enumerate(counts):
         gate_up = expanded(experts.gate_up_proj[e], experts.gate_up_proj_scale_inv[e])
         down = expanded(experts.down_proj[e], experts.down_proj_scale_inv[e])
