@@ -36,22 +36,37 @@ def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, st
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for pid in processes(process.args[-1]):  # its ranks too: they hold the pipes open
+        for pid in [process.pid, *descendants(process.pid)]:  # its ranks too: they hold the pipes open
             os.kill(pid, signal.SIGKILL)
         out, err = process.communicate(timeout=10)
         raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
     return process.returncode, out, err
 
 
+def listed(columns: str) -> list[str]:
+    """A line for each process that runs."""
+    return subprocess.run(["ps", "-axwwo", columns], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def processes(*words: str) -> list[int]:
     """Everything running whose command line holds all these words."""
-    listed = subprocess.run(["ps", "-axwwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if all(word in line for word in words)]
+    return [int(line.split()[0]) for line in listed("pid=,args=") if all(word in line for word in words)]
 
 
-def run(*flags: str, ranks: int = 0) -> tuple[int, str, str]:
+def descendants(ancestor: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for line in listed("pid=,ppid="):
+        pid, parent = map(int, line.split())
+        children.setdefault(parent, []).append(pid)
+    found = [ancestor]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
+
+
+def run(*flags: str, ranks: int = 0, timeout: float = 90) -> tuple[int, str, str]:
     launcher = (*TORCHRUN, str(ranks), "--standalone") if ranks else (sys.executable,)
-    return finish(start(*launcher, "run.py", *flags))
+    return finish(start(*launcher, "run.py", *flags), timeout)
 
 
 def free_port() -> int:
@@ -101,8 +116,8 @@ class Deployment:
             sys.executable, "run.py", *flags, "--input", self.source, "--output", str(self.out), "--show"
         )
 
-    def finish(self) -> dict[str, tuple[int, str, str]]:
-        ended = {role: finish(process) for role, process in self.jobs.items()}
+    def finish(self, timeout: float = 90) -> dict[str, tuple[int, str, str]]:
+        ended = {role: finish(process, timeout) for role, process in self.jobs.items()}
         assert not processes(self.address), "it left ranks behind"
         return ended
 
@@ -111,6 +126,22 @@ class Deployment:
         while not (self.out.exists() and len(self.out.read_text().splitlines()) >= count):
             assert time.monotonic() < deadline, f"no {count} answers in {timeout} s"
             time.sleep(0.05)
+
+
+def test_what_takes_too_long_is_ended_alone() -> None:
+    """With its children, in whatever session, and nothing else that looks like it."""
+    sleep = "import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}, 'x'], start_new_session=True)"
+    other = start(sys.executable, "-c", sleep, "x")
+    process = start(sys.executable, "-c", parent, "x")
+    while not (children := descendants(process.pid)):
+        time.sleep(0.01)
+    with pytest.raises(AssertionError, match="still running after 0.1 s"):
+        finish(process, timeout=0.1)
+    assert process.returncode == -signal.SIGKILL and not [pid for pid in children if pid in processes(sleep)]
+    assert other.poll() is None
+    other.kill()
+    other.communicate()
 
 
 def test_prompt_prints_its_continuation(tiny: Path) -> None:

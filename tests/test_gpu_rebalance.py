@@ -137,7 +137,7 @@ def test_two_ranks_over_nccl(redundant: str, overlap: str, tmp_path: Path) -> No
     assert code == 0, err
     moving = ("--rebalance-interval", "5", "--redundant-experts", redundant, "--rebalance-layers-per-step", "2")
     where = ("--device", "cuda", "--backend", "triton", "--overlap", overlap, "--kv-tokens", "65536")
-    code, _, err = run(*common, str(tmp_path / "gpu"), *where, *moving, ranks=2)
+    code, _, err = run(*common, str(tmp_path / "gpu"), *where, *moving, ranks=2, timeout=240)
     assert code == 0, err
     assert re.search(r"\n rebalancing  unified: [1-9]\d* times in [\d.]+ s, balancedness 0\.\d+ at", err), err
     assert "spare experts" in err
