@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import attention_hopper as hopper
+from kernels import decode_hopper, prefill_hopper
+from kernels.fp8 import Quantized
 from kernels.pdl import after_previous, pdl
+from kernels.quant import GROUP, fp8_like, quantize_1x128
 
 PAGE = 64  # rows of a KV page
 LOG2_E = 1.4426950408889634
@@ -193,7 +195,7 @@ def mla_decode(
 
     64 heads share a program, so a page is read into shared memory once and serves as keys and, its first columns, as
     values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits of those that were
-    cut. On Hopper, bf16 with v_dim <= C takes `attention_hopper`: pass v_dim.
+    cut. On Hopper, bf16 with v_dim <= C takes `decode_hopper`: pass v_dim.
     """
     batch, heads, kv_dim = q.shape
     v_dim = v_dim or kv_dim
@@ -211,8 +213,10 @@ def mla_decode(
     partial = torch.empty(batch, most, heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, most, heads, dtype=torch.float32, device=q.device)
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
-    if hopper.can_decode(q, main, v_dim):
-        hopper.launch_decode(q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest)
+    if decode_hopper.can_decode(q, main, v_dim):
+        decode_hopper.launch_decode(
+            q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest
+        )
     else:
         _decode_kernel[groups, most, batch](
             q, TensorDescriptor.from_tensor(rows, [block_n, main]), TensorDescriptor.from_tensor(rows, [block_n, rest]),
@@ -293,27 +297,36 @@ def prefill_attention(
     max_q: int,
     max_kv: int,
     scale: float,
-) -> Tensor:
+    quantize: bool = False,
+) -> Tensor | Quantized:
     """Causal attention over ragged sequences whose queries are the LAST tokens of their keys: `ref.prefill_attention`.
 
     q [sum q, H, nope + R], k_nope [sum kv, H, nope], k_rope [sum kv, R] (all heads'), v [sum kv, H, dv], all bf16 or
     all float32, dims multiples of 8, rows may be strided (k_nope and v as parts of kv_b_proj's output);
-    q_starts, kv_starts [S + 1] -> [sum q, H, dv].
+    q_starts, kv_starts [S + 1] -> [sum q, H, dv], or with `quantize` values [sum q, H dv] and scales as of
+    `quant.fp8_like`: in the same pass where a head's columns are what shares a scale.
 
     One program attends 128 queries of one head; blocks of keys that all of them see skip the mask, those that none
-    sees are skipped whole, and the programs with the most keys start first. Hopper and bf16: `attention_hopper`.
+    sees are skipped whole, and the programs with the most keys start first. Hopper and bf16: `prefill_hopper`.
     """
     (_, heads, nope), rope, dv = k_nope.shape, k_rope.shape[1], v.shape[2]
-    out = v.new_empty(q.shape[0], heads, dv)
-    if out.numel() == 0 or max_q == 0:
-        return out
     q, k_nope, k_rope, v = _for_tma(q), _for_tma(k_nope), _for_tma(k_rope), _for_tma(v)
+    fused = quantize and dv == GROUP.value and prefill_hopper.can_prefill(q, k_nope, k_rope, v)
+    if quantize and not fused:
+        out = prefill_attention(q, k_nope, k_rope, v, q_starts, kv_starts, max_q, max_kv, scale)
+        return quantize_1x128(out.flatten(1))
+    if fused:
+        out, scales = fp8_like(q.flatten(1), heads * dv)
+    else:
+        out, scales = v.new_empty(q.shape[0], heads, dv), None
+    if out.numel() == 0 or max_q == 0:
+        return (out, scales) if quantize else out
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     block_m, block_n = (128, 64) if fast else (32, 16)
     main, rest = triton.next_power_of_2(nope), max(16, triton.next_power_of_2(rope))
-    if hopper.can_prefill(q, k_nope, k_rope, v):
-        hopper.launch_prefill(q, k_nope, k_rope, v, q_starts, kv_starts, out, max_q, scale * LOG2_E)
-        return out
+    if prefill_hopper.can_prefill(q, k_nope, k_rope, v):
+        prefill_hopper.launch_prefill(q, k_nope, k_rope, v, q_starts, kv_starts, out, scales, max_q, scale * LOG2_E)
+        return (out, scales) if quantize else out
     block_v = max(16, triton.next_power_of_2(dv))
     _prefill_kernel[triton.cdiv(max_q, block_m), heads, len(q_starts) - 1](
         q, TensorDescriptor.from_tensor(k_nope, [block_n, 1, main]),

@@ -14,8 +14,6 @@ import torch
 
 from kernels import ref
 
-Quantized = tuple[torch.Tensor, torch.Tensor]  # e4m3 values [..., D] and their 1x128 scales, float32 [..., D / 128]
-
 
 @dataclass(frozen=True)
 class Ops:

@@ -5,7 +5,9 @@ import triton.language as tl
 from flash_attn.cute import flash_attn_varlen_func
 from torch import Tensor
 
+from kernels.fp8 import Quantized
 from kernels.pdl import after_previous, pdl
+from kernels.quant import quantize_1x128
 
 WHOLE_KEYS = True
 
@@ -46,10 +48,12 @@ def prefill_attention(
     max_q: int,
     max_kv: int,
     scale: float,
-) -> Tensor:
+    quantize: bool = False,
+) -> Tensor | Quantized:
     """`ref.prefill_attention`: the library also takes the queries for the last of their keys, which it wants whole."""
     out = flash_attn_varlen_func(
         q, whole_keys(k_nope, k_rope), v, cu_seqlens_q=q_starts, cu_seqlens_k=kv_starts, max_seqlen_q=max_q,
         max_seqlen_k=max_kv, softmax_scale=scale, causal=True,
     )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out
+    out = out[0] if isinstance(out, tuple) else out
+    return quantize_1x128(out.flatten(1)) if quantize else out

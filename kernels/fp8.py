@@ -8,6 +8,7 @@ from torch import Tensor
 
 FP8_MAX = 448.0  # of e4m3
 BLOCK = 128
+Quantized = tuple[Tensor, Tensor]  # e4m3 values [..., D] and their 1x128 scales, float32 [..., D / 128]
 
 
 def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fp8 import dequantize_1x128, dequantize_128x128, quantize_1x128
+from kernels.fp8 import Quantized, dequantize_1x128, dequantize_128x128, quantize_1x128
 
 WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8")
 
@@ -142,11 +142,13 @@ def prefill_attention(
     max_q: int,
     max_kv: int,
     scale: float,
-) -> Tensor:
+    quantize: bool = False,
+) -> Tensor | Quantized:
     """Causal attention over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
 
     q [sum q, H, nope + R]; a key is k_nope [sum kv, H, nope] of its head and k_rope [sum kv, R] of all heads;
-    v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv].
+    v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv], or with `quantize` quantize_1x128 of it
+    flattened: values [sum q, H dv] and their scales.
     """
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)), -1)
     out = v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
@@ -158,7 +160,7 @@ def prefill_attention(
         future = torch.ones(num_q, num_kv, dtype=torch.bool, device=q.device).triu(num_kv - num_q + 1)
         scores = scores.masked_fill(future, float("-inf")).softmax(-1)
         out[qs] = torch.einsum("hqk,khd->qhd", scores, v[ks].float()).to(out.dtype)
-    return out
+    return quantize_1x128(out.flatten(1)) if quantize else out
 
 
 def decode_plan(kv_lens: Tensor) -> Any:

@@ -144,25 +144,44 @@ def _move_kernel(
     x, index, out, scales, scales_out, scale_row, scale_col, S, D, K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[index[n, k]] = x[n] for every k: a token is read once. A row's first program also moves its scales."""
+    """out[index[n, k]] = x[n] for every k: a token is read once. A row's first program also moves its scales.
+
+    Most copies may go nowhere: a branch, and not a mask, spares their instructions.
+    """
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = tl.load(x + token * D + cols, mask=cols < D)
     for k in tl.static_range(K):
         row = tl.load(index + token * K + k)
-        tl.store(out + row * D + cols, value, mask=(cols < D) & (row >= 0))
+        if row >= 0:
+            tl.store(out + row * D + cols, value, mask=cols < D)
     if scales is not None:  # noqa: SIM102 (the compiler knows this, and not what follows)
         if tl.program_id(1) == 0:
             col = tl.arange(0, BLOCK_S)
             scale = tl.load(scales + token * scale_row + col * scale_col, mask=col < S)
             for k in tl.static_range(K):
                 row = tl.load(index + token * K + k)
-                tl.store(scales_out + row * S + col, scale, mask=(col < S) & (row >= 0))
+                if row >= 0:
+                    tl.store(scales_out + row * S + col, scale, mask=col < S)
 
 
 @triton.jit
-def _gather_kernel(rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
+    """rows[row, cols] in float32, times its weight; zeros for row -1."""
+    value = tl.load(rows + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
+    if WEIGHTED:
+        value *= tl.load(weight_at, mask=row >= 0, other=0.0)
+    return value
+
+
+@triton.jit
+def _gather_kernel(
+    rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, SPARSE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """SPARSE: most copies are elsewhere, and a branch for each costs less than adding zeros. It would have the copies
+    of a token wait for one another."""
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -173,10 +192,11 @@ def _gather_kernel(rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D:
         row = token * K + k
         if index is not None:
             row = tl.load(index + row)
-        value = tl.load(rows + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
-        if weights is not None:
-            value *= tl.load(weights + token * K + k, mask=row >= 0, other=0.0)
-        total += value
+        weight_at = weights if weights is None else weights + token * K + k
+        if not SPARSE:  # noqa: SIM114 (the compiler knows this, and not what follows)
+            total += _weighted(rows, row, weight_at, cols, D, weights is not None)
+        elif row >= 0:
+            total += _weighted(rows, row, weight_at, cols, D, weights is not None)
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 
@@ -271,6 +291,7 @@ def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None,
             rows.shape[-1],
             top_k,
             block,
+            index is not None and rows.numel() < out.numel() * top_k // 2,
             num_warps=2,  # 32 bytes a thread
             **pdl(rows),
         )

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops, Quantized
+from kernels.backend import Ops
+from kernels.fp8 import Quantized
 from model.layers import FP8, Linear
 
 

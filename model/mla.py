@@ -12,7 +12,8 @@ kv_b_proj still is of the activations' dtype: it is a part of the attention itse
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops, Quantized
+from kernels.backend import Ops
+from kernels.fp8 import Quantized
 from model.batch import Batch
 from model.config import ModelConfig
 from model.layers import FP8, Linear, RMSNorm, softmax_scale
@@ -61,12 +62,12 @@ class MLA(nn.Module):
         """q of `project` (may be rotated in place) -> [T, D], to be summed over mesh.attn."""
         split = batch.num_decodes
         if split == 0:
-            out = self.expanded(q, batch, kv_pages)
+            out = self.expanded(q, batch, kv_pages, quantize=self.o_proj.weight_scale_inv is not None)
         elif split == batch.num_tokens:
             out = self.absorbed(q, batch, kv_pages)
         else:
             out = torch.cat((self.absorbed(q[:split], batch, kv_pages), self.expanded(q[split:], batch, kv_pages)))
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out)
 
     def queries(self, q: Tensor) -> Tensor:
         """q [T, q_lora or H (nope + R)], of qkv_a_proj -> [T, H, nope + R]."""
@@ -86,11 +87,11 @@ class MLA(nn.Module):
             (config.qk_nope_head_dim, config.v_head_dim), 1
         )
 
-    def expanded(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """q [sum q, H, nope + R], rotated in place -> [sum q, H, v]."""
+    def expanded(self, q: Tensor, batch: Batch, kv_pages: Tensor, quantize: bool = False) -> Tensor | Quantized:
+        """q [sum q, H, nope + R], rotated in place -> [sum q, H v], perhaps as an fp8 o_proj takes it."""
         config = self.config
         if q.shape[0] == 0:
-            return q.new_empty(0, self.heads, config.v_head_dim)
+            return q.new_empty(0, self.heads * config.v_head_dim)
         self.ops.rope_query(q, *self.rope, batch.positions[batch.num_decodes :], config.qk_rope_head_dim)
         context = kv_pages.view(-1, config.kv_dim)[batch.context_rows]
         latent, k_rope = context.split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
@@ -99,16 +100,17 @@ class MLA(nn.Module):
             .view(-1, self.heads, config.qk_nope_head_dim + config.v_head_dim)
             .split((config.qk_nope_head_dim, config.v_head_dim), -1)
         )
-        return self.ops.prefill_attention(
-            q, k_nope, k_rope, v, batch.q_starts, batch.kv_starts, batch.max_q, batch.max_kv, self.scale
+        out = self.ops.prefill_attention(
+            q, k_nope, k_rope, v, batch.q_starts, batch.kv_starts, batch.max_q, batch.max_kv, self.scale, quantize
         )
+        return out if quantize else out.flatten(1)
 
     def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """q [B, H, nope + R] -> [B, H, v]."""
+        """q [B, H, nope + R] -> [B, H v]."""
         ops, (w_uk, w_uv) = self.ops, self.up_projections()
         absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.num_decodes])
         attended = ops.mla_decode(
             absorbed, kv_pages, batch.page_table, batch.kv_lens, self.scale,
             v_dim=self.config.kv_lora_rank, plan=batch.decode_plan,
         )  # fmt: skip
-        return ops.project_values(attended, w_uv)
+        return ops.project_values(attended, w_uv).flatten(1)

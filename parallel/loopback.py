@@ -14,7 +14,8 @@ from math import comb, prod
 import torch
 from torch import Tensor
 
-from kernels.backend import Ops, Quantized
+from kernels.backend import Ops
+from kernels.fp8 import Quantized
 from parallel.dispatch import Contiguous, Masked, Pending
 from parallel.simulated_link import SimulatedLink
 

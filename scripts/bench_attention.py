@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-from kernels import attention_hopper as hopper
-from kernels import norm
+from kernels import hopper, norm
 from kernels.attention import mla_decode, prefill_attention
 from scripts.kernel_table import report
 
@@ -60,11 +59,11 @@ def replayed_us(call: Callable[[], object]) -> float:
 
 def portable(time: Callable[[], float]) -> float:
     """What `time` says of the Triton path, which other GPUs and odd shapes take."""
-    chosen, hopper._on_hopper = hopper._on_hopper, lambda q: False
+    chosen, hopper.on_hopper = hopper.on_hopper, lambda q: False
     try:
         return time()
     finally:
-        hopper._on_hopper = chosen
+        hopper.on_hopper = chosen
 
 
 def compare(out: Tensor, vendor: Tensor) -> None:

@@ -271,16 +271,22 @@ def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures
     return records
 
 
-def show_memory(rank: Rank) -> None:
-    """What `disagg/memory.py` counts, beside what torch says."""
+def show_memory(rank: Rank, what: str) -> list[Record]:
+    """What `disagg/memory.py` counts, beside what torch says (nothing, on a CPU)."""
     parts = weight_bytes(rank.model)
     parts["KV"] = rank.pool.shape[1] * page_bytes(rank.config, rank.dtype.itemsize)
     counted = sum(parts.values())
     print("memory by the table, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()))
     print(f"    together {counted / GIB:.2f}")
-    if rank.device.type == "cuda":
-        now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        print(f"    torch has {now / GIB:.2f} allocated ({now / counted - 1:+.1%}), had at most {most / GIB:.2f}")
+    if rank.device.type != "cuda":
+        return []
+    now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    print(f"    torch has {now / GIB:.2f} allocated ({now / counted - 1:+.1%}), had at most {most / GIB:.2f}")
+    source, counted, now, most = "what torch has allocated", *(round(size / GIB, 2) for size in (counted, now, most))
+    return [
+        Record(f"{what}: weights and KV by the table", counted, "GiB", "lower", now, source),
+        Record(f"{what}: the most that torch had allocated", most, "GiB", "lower"),
+    ]
 
 
 def save_chart(path: Path, args: argparse.Namespace, figures: Figures) -> None:
@@ -336,7 +342,7 @@ def main() -> None:
     step = make(*sizes)
     halves = make(*sizes, overlap=True) if sizes[0] % 2 == 0 else None
     print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
-    show_memory(rank)
+    memory = show_memory(rank, name_of(args))
     runs = {"plain": step.run} | ({"halves": halves.run} if halves is not None else {})
     took = times(runs, device, args.repeat)
     for layer in rank.model.layers:
@@ -347,7 +353,7 @@ def main() -> None:
     work = (roofline.decode if decodes else roofline.prefill)(config, *sizes, args.ep, rank.local)
     ceilings = roofline.measure_ceilings() if device.type == "cuda" else None
     figures = evaluate(config, took["plain"], took.get("halves"), parts, work, ceilings)
-    records = show(args, figures) + show_cluster(args, config, figures)
+    records = memory + show(args, figures) + show_cluster(args, config, figures)
     if args.chart is not None:
         save_chart(args.chart, args, figures)
     if args.out is not None:

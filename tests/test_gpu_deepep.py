@@ -335,11 +335,11 @@ def model_body(rank: int, seed: int) -> None:
     expected, taken = run(Mesh(device=DEVICE), "all_to_all")
     plain, _ = run(both, "all_to_all", iter(taken))
     got, _ = run(both, "deepep", iter(taken))
-    mine, theirs = error(got, expected), error(plain, expected)
-    print(f"rank {rank}: logits differ by {mine:.4f} from one rank's; all-to-all's by {theirs:.4f}", flush=True)
+    # A gate may fall the other way at a near tie: then a row differs by any amount, and there must be few such rows.
+    rows, plain_rows = ((logits - expected).norm(dim=1) / expected.norm(dim=1) for logits in (got, plain))
+    mine, theirs = rows.median().item(), plain_rows.median().item()
+    print(f"rank {rank}: rows differ by {mine:.4f} from one rank's (median); all-to-all's by {theirs:.4f}", flush=True)
     assert mine < 0.05 and mine < max(2 * theirs, 0.02), f"{mine=} {theirs=}"
-    # A gate may fall the other way at a near tie: then a row differs by more, and there must be few such rows.
-    rows = (got - expected).norm(dim=1) / expected.norm(dim=1)
     same_routing = rows < 0.1
     assert same_routing.float().mean() > 0.75, f"{rows=}"
     short = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True))[:, 0]  # 0 where the token is the same

@@ -49,7 +49,7 @@ def test_sms_are_held_for_the_time(num_sms: int) -> None:
 
 @pytest.mark.parametrize("num_sms", [0, 20])
 def test_transfers_take_their_time(num_sms: int) -> None:
-    """Ten in a row, so that launches hide."""
+    """Ten in a row. Without a graph their launches show, a few microseconds each, and only the long ones are held."""
     link = SimulatedLink(model, CUDA, num_sms)
 
     def ten(what: str) -> None:
@@ -57,9 +57,12 @@ def test_transfers_take_their_time(num_sms: int) -> None:
             link.start(what, 128)()
 
     for what, transfer in TIMES.items():
-        for taken in (seconds(lambda what=what: ten(what)), seconds(captured(lambda what=what: ten(what)).replay)):
-            print(f"{num_sms=} {what}: {1e6 * taken / 10:.1f} us for {1e6 * transfer.total:.1f}")
-            assert taken / 10 == pytest.approx(transfer.total, rel=0.1, abs=10e-6)
+        eager, replayed = seconds(lambda what=what: ten(what)), seconds(captured(lambda what=what: ten(what)).replay)
+        for name, taken in (("eager", eager), ("in a graph", replayed)):
+            print(f"{num_sms=} {what}, {name}: {1e6 * taken / 10:.1f} us for {1e6 * transfer.total:.1f}")
+        assert replayed / 10 == pytest.approx(transfer.total, rel=0.05, abs=10e-6)
+        if transfer.total >= 1e-3:
+            assert eager / 10 == pytest.approx(transfer.total, rel=0.05)
 
 
 @pytest.mark.parametrize("num_sms", [0, 20])

@@ -1,0 +1,156 @@
+"""Paged MLA decode on Hopper: `attention.mla_decode`'s fast path, for head dims of 2^a + 2^b (`kernels/hopper.py`)."""
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels import hopper
+from kernels.hopper import barriers, clear_rows, load_pair, start_scores, tiles
+
+
+@gluon.jit
+def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: gl.constexpr):
+    """`attention._split_plan`, in Gluon."""
+    every = gl.arange(0, BLOCK_B, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    all_pages = gl.sum(gl.cdiv(gl.load(kv_lens + every, mask=every < batch, other=0), PAGE), 0)
+    pages = gl.cdiv(gl.load(kv_lens + seq), PAGE)
+    wanted = (2 * splits * batch * pages + all_pages) // gl.maximum(2 * all_pages, 1)
+    wanted = gl.maximum(gl.minimum(gl.minimum(wanted, most), pages // 2), 1)
+    chunk = gl.maximum(gl.cdiv(pages, wanted), 1)
+    return chunk, gl.cdiv(pages, chunk)
+
+
+@gluon.jit
+def _decode_load(kv_main_desc, kv_rest_desc, page_table, last_page, pages, main, rest, full, empty):
+    """The loader: page after page, into the buffer that is free."""
+    for i in range(pages):
+        row = gl.load(page_table + last_page - i) * kv_main_desc.block_type.shape[0]
+        at = i % 2
+        mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)
+        load_pair(kv_main_desc, kv_rest_desc, row, 0, 0, full.index(at), main.index(at), rest.index(at))
+
+
+@gluon.jit
+def _decode_attend(
+    q_main, q_rest, q_full, main, rest, full, empty, last_page, pages, last, scale, out_ptr, partial_ptr, lse_ptr,
+    out_row, partial_row, first_head, heads, whole, v_dim: gl.constexpr,
+):  # fmt: skip
+    """Eight warps: 64 heads over the pages, then the split's output."""
+    BLOCK_H: gl.constexpr = q_main.shape[0]
+    PAGE: gl.constexpr = main.shape[1]
+    MAIN: gl.constexpr = main.shape[2]
+    # the two warpgroups hold all 64 heads and half the columns each, of the scores (32) and of the output (256)
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PAGE // 2, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, MAIN // 2, 16])
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, PAGE], gl.bfloat16)
+    p = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, PAGE], p_layout)
+    mbarrier.wait(q_full, 0)
+    if last % PAGE > 0:  # the page in which the sequence ends
+        mbarrier.wait(full.index(0), 0)
+        clear_rows(main.index(0), last % PAGE)
+        clear_rows(rest.index(0), last % PAGE)
+        fence_async_shared()
+        gl.thread_barrier()
+
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, score_layout))
+    key = gl.arange(0, PAGE, gl.SliceLayout(0, score_layout))
+    top = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
+    total = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)  # summed over columns once, at the end
+    zeros = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)
+    acc = gl.zeros([BLOCK_H, MAIN], gl.float32, out_layout)
+    for i in range(pages):
+        here = i % 2
+        mbarrier.wait(full.index(here), i // 2 & 1)
+        scores = start_scores(q_main, q_rest, main.index(here), rest.index(here), zeros)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        scores = gl.where(((last_page - i) * PAGE + key < last)[None], scores, float("-inf"))
+        new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+        weights = gl.exp2(scores * scale - new_top[:, None])
+        p.store(weights.to(gl.bfloat16))
+        shrink = gl.exp2(top - new_top)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+        fence_async_shared()
+        gl.thread_barrier()
+        acc = warpgroup_mma(p, main.index(here), acc, is_async=True)
+        total = total * shrink[:, None] + weights
+        top = new_top
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(here), count=1)
+
+    norm = gl.sum(total, 1)
+    inverse = 1.0 / gl.where(norm > 0, norm, 1.0)  # an empty sequence gives zeros
+    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, out_layout))[:, None]
+    row = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, out_layout))[:, None]
+    col = gl.arange(0, MAIN, gl.SliceLayout(0, out_layout))[None]
+    here = (row < heads) & (col < v_dim)
+    if whole:
+        gl.store(out_ptr + (out_row + row) * v_dim + col, acc.to(out_ptr.dtype.element_ty), mask=here)
+    else:
+        gl.store(partial_ptr + (partial_row + row) * v_dim + col, acc, mask=here)
+        gl.store(lse_ptr + partial_row + head, top + gl.log2(norm), mask=head < heads)
+
+
+@gluon.jit
+def decode_kernel(
+    q_main_desc, q_rest_desc, kv_main_desc, kv_rest_desc, page_table, kv_lens, out_ptr, partial_ptr, lse_ptr, used_ptr,
+    heads, splits, scale, table_stride, v_dim: gl.constexpr, BLOCK_B: gl.constexpr,
+):  # fmt: skip
+    BLOCK_H: gl.constexpr = q_main_desc.block_type.shape[0]
+    PAGE: gl.constexpr = kv_main_desc.block_type.shape[0]
+    MAIN: gl.constexpr = kv_main_desc.block_type.shape[1]
+    REST: gl.constexpr = kv_rest_desc.block_type.shape[1]
+    split, seq, most = gl.program_id(1), gl.program_id(2), gl.num_programs(1)
+    chunk, used = _split_plan(kv_lens, seq, gl.num_programs(2), splits, most, PAGE, BLOCK_B)
+    if split == 0 and gl.program_id(0) == 0:
+        gl.store(used_ptr + seq, used)
+    if split >= gl.maximum(used, 1):
+        return
+    last = gl.minimum((split + 1) * chunk * PAGE, gl.load(kv_lens + seq))
+    pages = gl.cdiv(last, PAGE) - split * chunk  # 0 for an empty sequence
+    last_page = split * chunk + pages - 1
+
+    q_main = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, MAIN], q_main_desc.layout)
+    q_rest = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, REST], q_rest_desc.layout)
+    main = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, MAIN], kv_main_desc.layout)
+    rest = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, REST], kv_rest_desc.layout)
+    q_full, full, empty = barriers(1, 1), barriers(2, 1), barriers(2, 1)
+    fence_async_shared()
+    first_head = gl.program_id(0) * BLOCK_H
+    load_pair(q_main_desc, q_rest_desc, seq * heads + first_head, 0, 0, q_full.index(0), q_main, q_rest)
+    seq64 = seq.to(gl.int64)
+    attend = (
+        q_main, q_rest, q_full.index(0), main, rest, full, empty, last_page, pages, last, scale, out_ptr, partial_ptr,
+        lse_ptr, seq64 * heads, (seq64 * most + split) * heads, first_head, heads, used <= 1, v_dim,
+    )  # fmt: skip
+    table = page_table + seq64 * table_stride
+    load = (kv_main_desc, kv_rest_desc, table, last_page, pages, main, rest, full, empty)
+    gl.warp_specialize([(_decode_attend, attend), (_decode_load, load)], [1], [24])
+
+
+def can_decode(q: Tensor, main: int, v_dim: int) -> bool:
+    return hopper.on_hopper(q) and 64 <= main <= 512 and v_dim <= main < q.shape[2]
+
+
+def launch_decode(
+    q: Tensor, rows: Tensor, page_table: Tensor, kv_lens: Tensor, out: Tensor, partial: Tensor, lse: Tensor,
+    used: Tensor, splits: int, scale: float, main: int, rest: int,
+) -> None:  # fmt: skip
+    """As `attention._decode_kernel`: out [B, H, v], or partial [B, most, H, v] and lse for sequences with used > 1.
+
+    q [B, H, d], rows [pages * 64, d]. 64 heads a program: 72 KB of queries and two 72 KB pages fill an SM's shared
+    memory, the output's 128 KB half its registers.
+    """
+    batch, heads, kv_dim = q.shape
+    decode_kernel[triton.cdiv(heads, 64), partial.shape[1], batch](
+        *tiles(q.reshape(-1, kv_dim), main, rest), *tiles(rows, main, rest), page_table, kv_lens, out,
+        partial, lse, used, heads, splits, scale, page_table.stride(0), out.shape[-1],
+        BLOCK_B=max(256, triton.next_power_of_2(batch)), num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""What the attention kernels' fast paths share. They are in Gluon, Triton's lower level: Hopper only, bf16.
+
+The same loops as `kernels/attention.py` (read that first), with what its compiler decides decided here. One warp, the
+loader, does nothing but ask TMA for tiles, two buffers of each; it and the warps that compute meet at barriers in
+shared memory: `full` flips when a tile has arrived, `empty` when its readers are done with it. Blocks are visited from
+the last key to the first, so that masks and half-filled pages are the loop's start.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@gluon.jit
+def barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def load_pair(main_desc, rest_desc, row, col, rest_col, bar, main, rest):
+    """Ask TMA for one tile [N, MAIN] and its [N, REST]; `bar` flips when both are in shared memory."""
+    mbarrier.expect(bar, main_desc.block_type.nbytes + rest_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(rest_desc, [row, rest_col], bar, rest)
+    tma.async_copy_global_to_shared(main_desc, [row, col], bar, main)
+
+
+@gluon.jit
+def start_scores(q_main, q_rest, k_main, k_rest, zeros):
+    scores = warpgroup_mma(q_main, k_main.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
+
+
+@gluon.jit
+def clear_rows(tile, first):
+    """Zero the rows of a shared tile from `first` on: 0 * NaN would spoil the product of weights and values."""
+    COLS: gl.constexpr = tile.shape[1]
+    WIDTH: gl.constexpr = 64 if COLS > 64 else COLS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
+    for col in gl.static_range(0, COLS, WIDTH):
+        piece = tile.slice(col, WIDTH, dim=1)
+        values = piece.load(layout)
+        piece.store(gl.where((row < first)[:, None], values, gl.zeros_like(values)))
+
+
+@functools.cache
+def _tile_layout(rows: int, cols: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, cols], gl.bfloat16)
+
+
+def tile(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """x [N, columns] for TMA tiles [rows, cols]."""
+    return TensorDescriptor.from_tensor(x, [rows, cols], _tile_layout(rows, cols))
+
+
+def tiles(x: Tensor, main: int, rest: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of 64 rows and the first `main` columns of x [N, columns], and of its others."""
+    return tile(x, 64, main), tile(x[:, main:], 64, rest)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[N, H, d] with any strides -> a view [N, columns], head h's at column h * x.stride(1)."""
+    return x.as_strided((x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1))
+
+
+def on_hopper(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
