@@ -74,7 +74,7 @@ def pin(x):
 @triton.jit
 def dot_slabs(
     x_desc, w_desc, x_scale, x_scale_stride, w_scale, row, scale_row, w_row, rows_end, k_start, k_end,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """SLABS (1 or 2) products x[row.. : BLOCK_M rows] @ w[w_row.. : BLOCK_N rows].T over steps k_start..k_end of D.
 
@@ -86,26 +86,22 @@ def dot_slabs(
     top = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     bottom = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # stays so, and out of the registers, with one slab
     if x_scale is None:
-        for k in range(k_start, k_end):
+        for k in tl.range(k_start, k_end, num_stages=STAGES):
             w = w_desc.load([w_row, k * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             top = tl.dot(x_desc.load([row, k * BLOCK_K]), w.T, top, input_precision="ieee")
     else:
         top_scale = x_scale + tl.minimum(rows, rows_end - 1)
         bottom_scale = x_scale + tl.minimum(rows + BLOCK_M, rows_end - 1)
         ws = tl.load(w_scale + k_start)  # one for the tile: BLOCK_N divides 128
-        xs = tl.load(top_scale + k_start * x_scale_stride)  # [BLOCK_M]
-        xs2 = tl.load(bottom_scale + k_start * x_scale_stride)
-        for k in range(k_start, k_end):
+        for k in tl.range(k_start, k_end, num_stages=STAGES):  # only if it is said here are scales loaded ahead, too
             w = w_desc.load([w_row, k * BLOCK_K])
             x = x_desc.load([row, k * BLOCK_K])
-            scale = xs * ws
-            scale2 = xs2 * ws
-            after = tl.minimum(k + 1, k_end - 1)  # the next scales come while the tensor core is busy with this step
-            xs = tl.load(top_scale + after * x_scale_stride)
-            ws = tl.load(w_scale + after)
+            scale = tl.load(top_scale + k * x_scale_stride) * ws
+            scale2 = scale
             if SLABS == 2:
-                xs2 = tl.load(bottom_scale + after * x_scale_stride)
+                scale2 = tl.load(bottom_scale + k * x_scale_stride) * ws
                 x2 = x_desc.load([row + BLOCK_M, k * BLOCK_K])
+            ws = tl.load(w_scale + tl.minimum(k + 1, k_end - 1))
             top += tl.dot(x, w.T) * scale[:, None]
             if SLABS == 2:
                 top = pin(top)  # or the compiler mixes both slabs' scaling and runs out of registers
@@ -127,7 +123,7 @@ def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_
 def tiles_kernel(
     x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """row_expert [M] names each row block's weight; None = there is one weight.
 
@@ -152,7 +148,7 @@ def tiles_kernel(
                 scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             slabs = dot_slabs(
                 x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
-                BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
+                BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES,
             )  # fmt: skip
             store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
 
@@ -180,7 +176,7 @@ def launch_tiles(
     tiles_kernel[triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.block_n), tile.parts](
         block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
         0 if x_scale is None else x_scale.stride(1), w_scale, row_expert, parts, m, n, d, tile.block_m, tile.block_n,
-        tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, STAGES=tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
     if tile.parts > 1:
         sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024)

@@ -31,7 +31,7 @@ ALIGNMENT = 128  # rows of a contiguous segment
 def masked_kernel(
     x_desc, w_desc, x_scale, x_scale_stride, expert_stride, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A fixed number of programs deal the real tiles among themselves: expert by expert, found by counting blocks."""
     after_previous(PDL)
@@ -53,7 +53,7 @@ def masked_kernel(
             x_scale_here += expert * expert_stride
         slabs = dot_slabs(
             x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, 0,
-            num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K,
+            num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES,
         )  # fmt: skip
         store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M, BLOCK_N, SLABS)
 
@@ -75,7 +75,7 @@ def launch_masked(
         0 if x_scale is None else x_scale.stride(2), 0 if x_scale is None else x_scale.stride(0), w_scale, counts, out,
         num_local, room, n, d, triton.next_power_of_2(num_local),
         tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
+        STAGES=tile.num_stages, num_warps=tile.num_warps, **pdl(x),
     )  # fmt: skip
     return out
 

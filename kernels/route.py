@@ -200,21 +200,15 @@ def _gather_kernel(
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 
-def _columns(x: Tensor) -> tuple[int, int]:
-    """Columns a program moves (2 KiB of them, 16 bytes a thread), and the programs a row takes."""
-    block = min(triton.next_power_of_2(x.shape[-1]), 2048 // x.itemsize)
-    return block, triton.cdiv(x.shape[-1], block)
-
-
 def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[Tensor]:
     """The rows of x [N, D], and their scales [N, S], at their places in new tensors [*lead, D], [*lead, S]."""
     out = x.new_empty(*lead, x.shape[1])
     moved = [out] if scales is None else [out, scales.new_empty(*lead, scales.shape[1])]
     if x.shape[0] and out.numel():
         source, target = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (x.contiguous(), out))
-        block, programs = _columns(x)
+        block = min(triton.next_power_of_2(x.shape[1]), 8192 // x.itemsize)
         strides = (0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])
-        _move_kernel[x.shape[0], programs](
+        _move_kernel[x.shape[0], triton.cdiv(x.shape[1], block)](
             source, index, target, scales, None if scales is None else moved[1], *strides, x.shape[1], index.shape[1],
             block, 1 if scales is None else triton.next_power_of_2(scales.shape[1]), **pdl(x),
         )  # fmt: skip
@@ -280,19 +274,20 @@ def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None,
     tokens, top_k = (weights if index is None else index).shape
     out = rows.new_empty(tokens, rows.shape[-1])
     if out.numel():
-        block, programs = _columns(rows)
-        weights = None if weights is None else weights.contiguous()
-        _gather_kernel[tokens, programs](
+        width, weights = rows.shape[-1], None if weights is None else weights.contiguous()
+        sparse = index is not None and rows.numel() < out.numel() * top_k // 2
+        block = min(triton.next_power_of_2(width), 8192 if sparse else 1024)
+        _gather_kernel[tokens, triton.cdiv(width, block)](
             rows.contiguous(),
             None if index is None else index.contiguous(),
             weights,
             None if plus is None else plus.contiguous(),
             out,
-            rows.shape[-1],
+            width,
             top_k,
             block,
-            index is not None and rows.numel() < out.numel() * top_k // 2,
-            num_warps=2,  # 32 bytes a thread
+            sparse,
+            num_warps=max(1, block // 1024) if sparse else 2,
             **pdl(rows),
         )
     return out
