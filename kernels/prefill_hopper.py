@@ -118,18 +118,18 @@ def _prefill_rows(
     acc = warpgroup_mma(p, v.index((count - 1) % 2), acc)
 
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, out_layout))[:, None]
-    query = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-    col = gl.arange(0, V_DIM, gl.SliceLayout(0, out_layout))[None]
-    at = out_ptr + query.to(gl.int64)[:, None] * out_stride + col
-    here = (query < num_q)[:, None] & (col >= 0)
+    y = acc.to(gl.bfloat16)
     if out_ptr.dtype.element_ty == gl.float8e4nv:  # a head's columns share a scale: `quant.store_quantized`
-        y = acc.to(gl.bfloat16).to(gl.float32)
+        y = y.to(gl.float32)
         row_scale = gl.maximum(gl.max(gl.abs(y), 1), SMALLEST) / FP8_MAX
-        y = gl.minimum(gl.maximum(y / row_scale[:, None], -FP8_MAX), FP8_MAX)
-        gl.store(at, y.to(gl.float8e4nv), mask=here)
+        y = gl.minimum(gl.maximum(y / row_scale[:, None], -FP8_MAX), FP8_MAX).to(gl.float8e4nv)
+        query = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
         gl.store(scales_ptr + query, row_scale, mask=query < num_q)
-    else:
-        gl.store(at, acc.to(gl.bfloat16), mask=here)
+    wide: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // V_DIM, V_DIM // 16], [4, 1], [1, 0])  # columns a thread
+    query = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, wide))[:, None]
+    col = gl.arange(0, V_DIM, gl.SliceLayout(0, wide))[None]
+    at = out_ptr + query.to(gl.int64) * out_stride + col
+    gl.store(at, gl.convert_layout(y, wide), mask=(query < num_q) & (col >= 0))
 
 
 @gluon.jit
