@@ -11,13 +11,14 @@ pytest.importorskip("triton")
 
 from kernels import ref
 from kernels.fp8 import quantize_128x128
-from kernels.gemm import gemm_fp8, linear_float32
+from kernels.gemm import gemm_fp8
 from kernels.grouped_gemm import (
     grouped_gemm_contiguous,
     grouped_gemm_contiguous_fp8,
     grouped_gemm_masked,
     grouped_gemm_masked_fp8,
 )
+from kernels.linear import linear_float32
 from kernels.quant import quantize_1x128, silu_mul, silu_mul_masked, silu_mul_quant, silu_mul_quant_masked
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from kernels import ref
-from kernels.gemm import linear_float32
 from kernels.gemv import gemm_of_copies, linear_of_few, swiglu_of_copies
+from kernels.linear import linear_float32
 from kernels.route import ep_gather
 from tests.test_gpu_gemm import DEVICE, DTYPES, close, normal
 
