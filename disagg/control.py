@@ -7,6 +7,7 @@ prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode 
 import os
 import socket
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -76,7 +77,13 @@ class Parts(msgspec.Struct, frozen=True):
     join: float  # until the decode side took it up, between two of its steps
 
 
-class Update(msgspec.Struct, frozen=True):
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """News of many requests: one more token each, and that is all."""
+
+    by_uid: dict[int, int]
+
+
+class Update(msgspec.Struct, frozen=True, tag=True):
     """News of one request."""
 
     uid: int
@@ -91,7 +98,16 @@ class Update(msgspec.Struct, frozen=True):
 class Updates(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router: all news of one step in one message."""
 
-    updates: list[Update]
+    updates: list[Update | Tokens]
+
+
+def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
+    """News of one request at a time, in order."""
+    for one in updates:
+        if isinstance(one, Tokens):
+            yield from (Update(uid, [token]) for uid, token in one.by_uid.items())
+        else:
+            yield one
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):

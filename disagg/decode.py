@@ -101,7 +101,10 @@ class Decode(Unified):
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
-            if not self.emit(sequence, *arrival.first, self.parts(arrival, ended)):
+            token, logprobs = arrival.first
+            reason = sequence.append(token, self.engine.config.eos_token_ids)
+            self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
+            if reason is None:
                 self.scheduler.add(sequence)
             return
         self.scheduler.release(sequence)

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from disagg.memory import Budget, Job, make_budget, page_bytes, pages_on_host, p
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
-from model.batch import PAGE, Batch, Chunk, Chunks, pad, split, to_host
+from model.batch import NO_DECODES, PAGE, Batch, Chunk, Decodes, pad, split, to_host
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
@@ -89,12 +89,7 @@ class EngineConfig:
         return DTYPES[self.dtype]
 
 
-class Sampled(NamedTuple):
-    """A sequence's new token, not yet appended to it."""
-
-    sequence: Sequence
-    token: int
-    logprobs: list[tuple[int, float]]  # empty unless asked for
+Sampled = tuple[Sequence, int, list[tuple[int, float]]]  # token, log probabilities: empty unless asked for
 
 
 @dataclass(frozen=True)
@@ -102,15 +97,29 @@ class Work:
     """A step that is laid out."""
 
     plan: Plan
-    chunks: Chunks
+    decodes: Decodes
+    prompts: list[Chunk]
     decode_rows: int | None  # None: some rank has prompt tokens
     overlapped: bool
-    sequences: list[Sequence]  # those that get a token
-    rows: list[int]  # of their tokens
+    sequences: list[Sequence]  # those that get a token, the decodes first
+    rows: np.ndarray  # of their tokens
 
     @property
     def mixed(self) -> bool:
         return self.decode_rows is None
+
+    def next_decodes(self, sequences: list[Sequence]) -> Decodes:
+        """What those that decode in the step after this one bring to it: the token that it samples for each, seen yet
+        or not, unless a sequence was handed over and has its first one with it."""
+        if sequences == self.plan.decodes:  # all of them are one token further
+            return Decodes(-1 - self.rows[: len(sequences)], self.decodes.positions + 1, self.decodes.pages)
+        rows = dict(zip(self.sequences, self.rows.tolist(), strict=True))
+        ids = [-1 - rows[s] if s in rows else s.tokens[-1] for s in sequences]
+        positions = np.array([s.computed for s in sequences], np.int64)
+        return Decodes(np.array(ids, np.int64), positions, [s.pages for s in sequences])
+
+
+NO_WORK = Work(Plan([], []), NO_DECODES, [], None, False, [], np.arange(0))
 
 
 @dataclass(frozen=True)
@@ -118,23 +127,19 @@ class Step:
     """A step that was launched: its tokens are on their way to the host, its KV to the pool."""
 
     work: Work
-    tokens: Tensor  # [rows] on the host, once `done`: a sequence's is in its row
-    logprobs: tuple[Tensor, Tensor] | None  # [sequences, ...], likewise
+    tokens: Tensor  # [most rows] on the host, from `done` to the second step after this: a sequence's is in its row
+    logprobs: tuple[Tensor, Tensor] | None  # [sequences, ...] on the host, once `done`
     done: torch.cuda.Event | None  # None on a CPU, where it already is
 
-    def sampled(self) -> list[Sampled]:
-        """The tokens; waits for them."""
+    def sampled(self) -> Iterable[Sampled]:
+        """The new tokens; waits for them."""
         if self.done is not None:
             self.done.synchronize()
-        by_row = self.tokens.tolist()
-        sequences, tokens = self.work.sequences, [by_row[row] for row in self.work.rows]
-        if self.logprobs is None:
-            return [Sampled(s, token, []) for s, token in zip(sequences, tokens, strict=True)]
-        rows = zip(sequences, tokens, *(part.tolist() for part in self.logprobs), strict=True)
-        return [
-            Sampled(s, token, logprob_pairs(ids, values, s.request.logprobs) if s.request.logprobs else [])
-            for s, token, ids, values in rows
-        ]
+        sequences, logprobs = self.work.sequences, [[]] * len(self.work.sequences)
+        if self.logprobs is not None:
+            rows = zip(sequences, *(part.tolist() for part in self.logprobs), strict=True)
+            logprobs = [logprob_pairs(*row, n) if (n := s.request.logprobs) else [] for s, *row in rows]
+        return zip(sequences, self.tokens.numpy()[self.work.rows].tolist(), logprobs, strict=True)
 
 
 class Engine:
@@ -176,6 +181,9 @@ class Engine:
                 f"under max_model_len ({self.max_model_len})")  # fmt: skip
         self.pool = make_pool(self.config, pages + 1, model.dtype, mesh.device)
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
+        # Two, in turn: a step's tokens are read when the next one may have been launched, but not the one after.
+        self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
+        self._latest = NO_WORK
         max_pages = pages_for(self.max_model_len)
         self.decode = DecodeStep(self._forward_masked, self.tokens, buckets, max_pages, self.rule.in_decode)
         if settings.record_experts or reader is not None:
@@ -267,7 +275,7 @@ class Engine:
             self.decode.capture(progress)
         elif self.settings.decodes:
             for rows in progress(self.decode.buckets[::-1]):
-                self.decode.run([], rows)
+                self.decode.run(NO_DECODES, rows)
         torch.cuda.synchronize()
         if self.model.recorder is not None:
             self.model.recorder.forget()
@@ -281,24 +289,24 @@ class Engine:
         `decode_rows`: the bucket, if no rank has prompt tokens in this step; then all use the fixed-capacity layout.
         `most_tokens`: of the fullest replica.
         """
-        chunks, sequences = plan.chunks(), plan.advance()
-        rows = list(range(len(sequences))) if decode_rows is None else self.decode.places(len(sequences), decode_rows)
-        for sequence, row in zip(sequences, rows, strict=True):
-            sequence.row = row
-        mixed = decode_rows is None
+        decodes, prompts = self._latest.next_decodes(plan.decodes), plan.prompt_chunks()
+        sequences, mixed = plan.advance(), decode_rows is None
+        rows = np.arange(len(sequences)) if mixed else self.decode.places(len(sequences), decode_rows)
         overlapped = self.rule.in_prefill(most_tokens) if mixed else self.rule.in_decode(decode_rows)
-        return Work(plan, chunks, decode_rows, overlapped, sequences, rows)
+        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows)
+        return self._latest
 
     def run(self, work: Work) -> Step:
         """Start a step. With prompts in it this takes the host as long as the GPU, or nearly: it must learn how many
         rows the experts get. A decode step only starts, where there are graphs."""
         if work.mixed:
-            logits = self._mixed(*work.chunks, work.overlapped)
+            logits = self._mixed(work.decodes.chunks(), work.prompts, work.overlapped)
         else:
             self.dispatchers.prepare_masked()
-            logits = self.decode.run(work.chunks[0], work.decode_rows)
+            logits = self.decode.run(work.decodes, work.decode_rows)
         logprobs = self._sample(logits, work.sequences, work.rows)
-        tokens = to_host(self.tokens[: max(work.rows, default=-1) + 1])
+        tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
+        self._seen.reverse()
         done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
         for observer in (self.recording, self.rebalancer):
             if observer is not None:
@@ -321,13 +329,13 @@ class Engine:
         """Does `run` return long before the step is done?"""
         return self.tokens.is_cuda and not work.mixed
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor] | None:
+    def _sample(self, logits: Tensor, sequences: list[Sequence], rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
         """What greedy choice alone does not give: other tokens, into `tokens`, and log probabilities."""
         if all(s.is_plain for s in sequences):
             return None
         most = max(s.request.logprobs for s in sequences)
         warm = any(s.request.temperature > COLDEST for s in sequences)
-        index = torch.tensor(rows, device=logits.device)
+        index = torch.from_numpy(rows).to(logits.device)
         logits, tokens = logits[index], self.tokens[index]
         if warm:
             how = [

@@ -8,13 +8,13 @@ bucket, so that all replay the same graph; rows beyond a rank's own sequences ar
 page and route nowhere. Without graphs (on a CPU, or switched off) the same forward runs as it is.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Chunk, page_rows
+from model.batch import NO_DECODES, Batch, Decodes, page_rows
 
 
 def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> list[int]:
@@ -48,22 +48,21 @@ class DecodeStep:
         self.page_table = torch.zeros(most, max_pages, dtype=torch.int32, device=device)
         # Two, in turn: the copy out of one may not have begun when the next step is prepared.
         self._staging = [torch.zeros(2, most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
-        self._staged: list[Sequence[int]] | None = None  # the pages in page_table, by row
+        self._staged: tuple | None = None  # the rows, and the pages in page_table
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def bucket(self, count: int) -> int:
         """The rows that a step of `count` sequences takes."""
         return next(rows for rows in self.buckets if rows >= count)
 
-    def places(self, count: int, rows: int) -> list[int]:
+    def places(self, count: int, rows: int) -> np.ndarray:
         """The rows of `count` sequences."""
-        if not self.overlaps(rows):
-            return list(range(count))
-        return [i % 2 * (rows // 2) + i // 2 for i in range(count)]
+        i = np.arange(count)
+        return i % 2 * (rows // 2) + i // 2 if self.overlaps(rows) else i
 
-    def run(self, chunks: list[Chunk], rows: int) -> Tensor:
+    def run(self, decodes: Decodes, rows: int) -> Tensor:
         """Logits [rows, V] of the next token of each sequence, at its place, its greedy choice already in `tokens`."""
-        self._stage(chunks, rows)
+        self._stage(decodes, rows)
         if rows in self._graphs:
             graph, logits = self._graphs[rows]
             graph.replay()
@@ -81,24 +80,23 @@ class DecodeStep:
         self.tokens[:rows] = logits.argmax(-1)
         return logits
 
-    def _stage(self, chunks: list[Chunk], rows: int) -> None:
+    def _stage(self, decodes: Decodes, rows: int) -> None:
         staging = self._staging[0]
         self._staging.reverse()
         host = staging.numpy()
-        places = self.places(len(chunks), rows)
+        places = self.places(len(decodes.pages), rows)
         host[:, :rows] = 0
-        host[0, places] = [chunk.token_ids[0] for chunk in chunks]
-        host[1, places] = [chunk.start for chunk in chunks]
+        host[0, places] = decodes.ids
+        host[1, places] = decodes.positions
         self.inputs.copy_(staging, non_blocking=True)
-        pages = [chunk.pages for chunk in chunks] + [()] * (rows - len(chunks))
-        if self._staged is None or len(pages) != len(self._staged) or any(map(_differ, pages, self._staged)):
+        if self._staged != (rows, decodes.pages):
             table = np.zeros((rows, self.page_table.shape[1]), np.int32)
-            table[places] = page_rows(chunks, table.shape[1])
+            table[places] = page_rows(decodes.pages, table.shape[1])
             host_table = torch.from_numpy(table)
             if self.tokens.is_cuda:
                 host_table = host_table.pin_memory()
             self.page_table[:rows].copy_(host_table, non_blocking=True)
-            self._staged = pages
+            self._staged = rows, decodes.pages
 
     def capture(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Run every bucket (kernels compile), then capture it: the largest first, so that the others fit its memory.
@@ -106,7 +104,7 @@ class DecodeStep:
         pool = None
         for rows in progress(self.buckets[::-1]):
             for _ in range(2):
-                self.run([], rows)
+                self.run(NO_DECODES, rows)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -119,8 +117,3 @@ class DecodeStep:
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-
-
-def _differ(mine: Sequence[int], staged: Sequence[int]) -> bool:
-    """By identity: a sequence keeps one list of pages for as long as it has them."""
-    return mine is not staged

@@ -118,14 +118,14 @@ class Prefill:
                 self.scheduler.remove(sequence)
 
     def after(self, step: Step) -> int:
-        sampled, now = step.sampled(), time.perf_counter()
-        for one in sampled:
-            one.sequence.in_flight -= 1
-            uid = one.sequence.request.uid
+        sampled, now = list(step.sampled()), time.perf_counter()
+        for sequence, token, logprobs in sampled:
+            sequence.tokens.append(token)
+            uid = sequence.request.uid
             if uid in self.departures:  # else its links ended while the token was on its way
                 departure = self.departures[uid]
                 for link in departure.links:
-                    link.put(SendLast(uid, one.token, one.logprobs, now - departure.began, now))
+                    link.put(SendLast(uid, token, logprobs, now - departure.began, now))
         return len(sampled)
 
     @property

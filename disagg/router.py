@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from disagg.control import Abort, Bye, Finish, Gone, Hello, Ping, RouterPort, Submit, ToRouter, Update, Updates
+from disagg.control import Abort, Bye, Finish, Gone, Hello, Ping, RouterPort, Submit, ToRouter, Update, Updates, singly
 from disagg.metrics import Metrics
 from disagg.request import UserRequest
 from disagg.tokenizer import TextStream
@@ -139,7 +139,7 @@ class Router:
             case Hello():
                 self._welcome(replica_id, message)
             case Updates(updates):
-                for update in updates:
+                for update in singly(updates):
                     if update.uid in self._tracked:
                         self._update(update)
             case Bye(stats):

@@ -17,14 +17,13 @@ from model.sampling import COLDEST
 
 @dataclass(eq=False)
 class Sequence:
-    """A request at work: its tokens so far and how many of them have their KV in `pages`."""
+    """A request at work: its tokens so far, and how many have their KV in `pages` once the steps that were launched are
+    done."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     pages: list[int] = field(default_factory=list)
-    in_flight: int = 0  # sampled tokens, of steps that were launched, that the host has not seen yet
-    row: int = 0  # of the latest of them among the tokens of its step
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.request.prompt)
@@ -37,9 +36,10 @@ class Sequence:
         return self.computed < self.prompt_len
 
     @property
-    def wants_token(self) -> bool:
-        """Will there be another token after those in flight, as far as one can tell without seeing them?"""
-        return len(self.tokens) + self.in_flight < self.limit
+    def in_flight(self) -> int:
+        """Sampled tokens, of steps that were launched, that the host has not seen yet: a step that computes the KV of
+        the latest token samples the next."""
+        return max(0, self.computed + 1 - len(self.tokens))
 
     def append(self, token: int, eos_token_ids: tuple[int, ...]) -> str | None:
         """Add a sampled token; the reason if it is the last one."""
@@ -60,13 +60,11 @@ class Plan:
     def num_prefill_tokens(self) -> int:
         return sum(count for _, count in self.prefills)
 
-    def chunks(self) -> tuple[list[Chunk], list[Chunk]]:
-        decodes = [Chunk((s.tokens[-1] if not s.in_flight else -1 - s.row,), s.computed, s.pages) for s in self.decodes]
-        prefills = [
+    def prompt_chunks(self) -> list[Chunk]:
+        return [
             Chunk(s.tokens[s.computed : s.computed + n], s.computed, s.pages, s.computed + n == len(s.tokens))
             for s, n in self.prefills
         ]
-        return decodes, prefills
 
     def advance(self) -> list[Sequence]:
         """The step was launched. Returns the sequences that get a token from it, in the order of its logits."""
@@ -74,10 +72,7 @@ class Plan:
             sequence.computed += 1
         for sequence, count in self.prefills:
             sequence.computed += count
-        sampled = self.decodes + [s for s, _ in self.prefills if not s.in_prompt]
-        for sequence in sampled:
-            sequence.in_flight += 1
-        return sampled
+        return self.decodes + [s for s, _ in self.prefills if not s.in_prompt]
 
 
 class Scheduler:
@@ -122,12 +117,8 @@ class Scheduler:
 
         `reserve_output`: reserve room for the tokens to be generated, not the prompt alone (the prefill role).
         """
-        decodes, prompts = [], []
-        for sequence in self.running:
-            if sequence.computed < sequence.prompt_len:
-                prompts.append(sequence)
-            elif sequence.wants_token:
-                decodes.append(sequence)
+        prompts = [s for s in self.running if s.computed < s.prompt_len]
+        decodes = [s for s in self.running if s.prompt_len <= s.computed < s.limit - 1]  # the last token needs no KV
         budget = self.max_tokens_per_step - len(decodes)
         prefills = []
         for sequence in prompts:

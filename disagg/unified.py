@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from disagg.control import Abort, Parts, Submit, Update
+from disagg.control import Abort, Parts, Submit, Tokens, Update
 from disagg.engine import Engine, Step
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
@@ -15,7 +15,7 @@ class Unified:
     def __init__(self, engine: Engine):
         self.engine, self.scheduler = engine, engine.scheduler
         self.sequences: dict[int, Sequence] = {}  # by uid, all that are queued or running
-        self.updates: list[Update] = []  # for the router
+        self.updates: list[Update | Tokens] = []  # for the router
 
     def collect(self) -> list[Any]:
         """What happened to this rank alone since the last step; the loop tells the rest of the replica."""
@@ -47,27 +47,29 @@ class Unified:
 
     def after(self, step: Step) -> int:
         """Take up the tokens of a step; the next one may have been launched already. How many were wanted."""
-        wanted = 0
-        for one in step.sampled():
-            sequence = one.sequence
-            sequence.in_flight -= 1
-            if self.sequences.get(sequence.request.uid) is sequence:
-                wanted += 1
-                self.emit(sequence, one.token, one.logprobs)
-            elif not sequence.in_flight:  # it ended while this token was on its way, which nobody wants now
-                self.scheduler.release(sequence)
-        return wanted
+        eos, going_on, unwanted = self.engine.config.eos_token_ids, {}, 0
+        for sequence, token, logprobs in step.sampled():
+            reason, uid = sequence.append(token, eos), sequence.request.uid
+            if uid not in self.sequences:  # it ended while this token was on its way, which nobody wants now
+                unwanted += 1
+                if not sequence.in_flight:
+                    self.scheduler.release(sequence)
+            elif reason or logprobs:
+                self.emit(sequence, token, logprobs, reason)
+            else:
+                going_on[uid] = token
+        if going_on:
+            self.updates.append(Tokens(going_on))
+        return len(step.work.sequences) - unwanted
 
     def emit(
-        self, sequence: Sequence, token: int, logprobs: list[tuple[int, float]], parts: Parts | None = None
-    ) -> bool:
-        """A request has a new token; was it the last?"""
-        reason = sequence.append(token, self.engine.config.eos_token_ids)
-        uid = sequence.request.uid
-        self.updates.append(Update(uid, [token], [logprobs] if sequence.request.logprobs else [], reason, parts=parts))
+        self, sequence: Sequence, token: int, logprobs: list, reason: str | None, parts: Parts | None = None
+    ) -> None:
+        """A request has a new token, with more to say of it than that; it is the last if there is a `reason`."""
+        uid, logprobs = sequence.request.uid, [logprobs] if logprobs else []
+        self.updates.append(Update(uid, [token], logprobs, reason, parts=parts))
         if reason:
             self.finish(sequence)
-        return bool(reason)
 
     def finish(self, sequence: Sequence) -> None:
         del self.sequences[sequence.request.uid]

@@ -33,6 +33,21 @@ class Chunk(NamedTuple):
     wants_logits: bool = True
 
 
+class Decodes(NamedTuple):
+    """The next token of each of B sequences, in columns: what would be B chunks of one token."""
+
+    ids: np.ndarray  # [B] int64
+    positions: np.ndarray  # [B] int64
+    pages: list[Sequence[int]]  # of each, every page in order
+
+    def chunks(self) -> list[Chunk]:
+        columns = zip(self.ids.tolist(), self.positions.tolist(), self.pages, strict=True)
+        return [Chunk((token,), position, pages) for token, position, pages in columns]
+
+
+NO_DECODES = Decodes(np.zeros(0, np.int64), np.zeros(0, np.int64), [])
+
+
 @dataclass(frozen=True)
 class Batch:
     token_ids: Tensor  # [T] int64
@@ -96,6 +111,7 @@ class Batch:
         last_rows = np.cumsum(lengths, dtype=np.int64) - 1
         spans = [np.arange(c.start, c.start + n) for c, n in zip(chunks, lengths, strict=True)]
         contexts = [c.start + len(c.token_ids) for c in prefills]
+        table = page_rows([c.pages for c in decodes])
 
         def tensor(parts: list, dtype: torch.dtype) -> Tensor:
             host = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(dtype)
@@ -107,7 +123,7 @@ class Batch:
             token_ids=tensor([c.token_ids for c in chunks], torch.int64),
             positions=tensor(spans, torch.int64),
             kv_rows=tensor([_rows(c.pages, span) for c, span in zip(chunks, spans, strict=True)], torch.int64),
-            page_table=tensor([page_rows(decodes).ravel()], torch.int32).view(len(decodes), -1 if decodes else 1),
+            page_table=tensor([table.ravel()], torch.int32).view(table.shape),
             kv_lens=tensor([[c.start + 1 if c.pages else 0 for c in decodes]], torch.int32),
             q_starts=tensor([[0], np.cumsum(lengths[len(decodes) :])], torch.int32),
             kv_starts=tensor([[0], np.cumsum(contexts)], torch.int32),
@@ -155,12 +171,12 @@ def split(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int = 1
     return (list(decodes), first), ([], second)
 
 
-def page_rows(chunks: Sequence[Chunk], width: int | None = None) -> np.ndarray:
-    """The chunks' page lists as a table [B, width], filled up with NULL_PAGE; as wide as the longest if None."""
-    width = width or max((len(c.pages) for c in chunks), default=0) or 1
-    table = np.full((len(chunks), width), NULL_PAGE, np.int64)
-    for row, chunk in zip(table, chunks, strict=True):
-        row[: len(chunk.pages)] = chunk.pages
+def page_rows(pages: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
+    """Lists of pages as a table [B, width], filled up with NULL_PAGE; as wide as the longest if None."""
+    width = width or max(map(len, pages), default=0) or 1
+    table = np.full((len(pages), width), NULL_PAGE, np.int64)
+    for row, mine in zip(table, pages, strict=True):
+        row[: len(mine)] = mine
     return table
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from disagg.graph import DecodeStep
 from kernels.backend import Ops, choose
-from model.batch import Batch, Chunk, split
+from model.batch import Batch, Chunk, Decodes, split
 from model.config import ModelConfig
 from model.kv_cache import make_pool, pages_for
 from model.transformer import Transformer, op_shape
@@ -155,14 +156,15 @@ class Rank:
             return self.model(rows, self.pool, masked, halves)
 
         eager, captured = (DecodeStep(forward, tokens, [batch], each, lambda rows: overlap) for _ in range(2))
-        chunks = [Chunk((i,), kv - 1, range(1 + i * each, 1 + (i + 1) * each)) for i in range(batch)]
-        eager.run(chunks, batch)
+        pages = [range(1 + i * each, 1 + (i + 1) * each) for i in range(batch)]
+        decodes = Decodes(np.arange(batch), np.full(batch, kv - 1), pages)
+        eager.run(decodes, batch)
         if self.device.type != "cuda":
-            return Step(lambda: eager.run(chunks, batch), lambda: eager.run(chunks, batch))
-        captured.run(chunks, batch)
+            return Step(lambda: eager.run(decodes, batch), lambda: eager.run(decodes, batch))
+        captured.run(decodes, batch)
         captured.capture(list)
         torch.cuda.empty_cache()  # of the eager steps: the graph has its own, and little is left
-        return Step(lambda: captured.run(chunks, batch), lambda: eager.run(chunks, batch), captured.reset)
+        return Step(lambda: captured.run(decodes, batch), lambda: eager.run(decodes, batch), captured.reset)
 
     def prefill(
         self,

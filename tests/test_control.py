@@ -20,6 +20,7 @@ from disagg.control import (
     Pipe,
     RouterPort,
     Submit,
+    Tokens,
     ToRouter,
     ToWorker,
     Update,
@@ -52,7 +53,7 @@ TO_WORKER = (
 )
 TO_ROUTER = (
     Hello("decode", [MEMBER, Member("b", "::1")], 64, 2**40, "5 layers"),
-    Updates([UPDATE, Update(4, error="boom", retry=True), Update(5)]),
+    Updates([UPDATE, Tokens({7: 128_000, 2**40: 0}), Update(4, error="boom", retry=True), Update(5)]),
     Updates([]),
     Bye({"decode_steps": 3, "seconds": 0.125}),
     Bye({}),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from disagg.control import Submit
+from disagg.control import Submit, singly
 from disagg.engine import Engine, EngineConfig
 from disagg.request import Request
 from disagg.unified import Unified
@@ -40,7 +40,7 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
         if waiting and turns % 3 == 0:
             role.handle(Submit(waiting.pop(0), None))
         busy, turns = pipeline.turn(), turns + 1
-        for update in role.updates:
+        for update in singly(role.updates):
             assert update.error is None, update.error
             answers[update.uid][0].extend(update.tokens)
             answers[update.uid][1].extend(update.logprobs)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from disagg.control import Submit
+from disagg.control import Submit, singly
 from disagg.engine import Engine, EngineConfig
 from disagg.memory import GIB
 from disagg.request import Request
@@ -43,7 +43,7 @@ def test_the_table_is_what_the_gpu_reports() -> None:
         prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
         role.handle(Submit(Request(uid, prompt, OUTPUT, ignore_eos=True), None))
     while pipeline.turn():
-        assert not any(update.error for update in role.updates)
+        assert not any(update.error for update in singly(role.updates))
     assert (pipeline.stats["prefill_steps"], pipeline.stats["decode_steps"]) == (1, OUTPUT - 1)
 
     kept = kept_by_graphs() - kept_before

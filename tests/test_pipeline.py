@@ -1,27 +1,35 @@
 """The step loop's pipeline: when tokens are taken up, and what is counted."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from disagg.control import Submit
+from disagg.control import Abort, Submit, singly
 from disagg.engine import Engine, EngineConfig
+from disagg.graph import DecodeStep, resolve
 from disagg.request import Request
 from disagg.unified import Unified
 from disagg.worker import Pipeline
 from kernels.backend import Ops
+from model.batch import Decodes, page_rows
 from model.config import ModelConfig
 from parallel.mesh import Mesh
 
 PROMPT = [5, 6, 7]
 
 
+def make_engine(tiny: Path, overlap: str) -> Engine:
+    settings = EngineConfig(max_batch=4, max_tokens_per_step=64, kv_tokens=1024, max_model_len=256, overlap=overlap)
+    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+
+
 @pytest.fixture
 def engine(tiny: Path) -> Engine:
-    settings = EngineConfig(max_batch=4, max_tokens_per_step=64, kv_tokens=1024, max_model_len=256)
-    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+    return make_engine(tiny, "auto")
 
 
 def submit(role: Unified, uid: int, max_tokens: int, ignore_eos: bool = True) -> None:
@@ -55,7 +63,7 @@ def test_a_step_that_runs_ahead_is_started_before_the_tokens_are_seen(
     while pipeline.turn():
         pass
     assert log == ["run", "run", "take up", "run", "take up", "run", "take up", "take up"]
-    assert sum(len(update.tokens) for update in role.updates) == 4
+    assert sum(len(update.tokens) for update in singly(role.updates)) == 4
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -94,4 +102,93 @@ def test_a_step_in_flight_when_all_stop_is_still_taken_up(engine: Engine) -> Non
 def test_a_graphless_cpu_never_runs_ahead(engine: Engine) -> None:
     work = engine.prepare(Unified(engine).plan(), engine.decode.bucket(1), 0)
     assert not engine.runs_ahead(work) and not work.mixed
-    assert torch.equal(engine.run(work).tokens, torch.zeros(0, dtype=torch.int64))
+    assert not list(engine.run(work).sampled())
+
+
+def live(engine: Engine, seed: int) -> dict[int, list]:
+    """What each request was answered: they come, end and are aborted at random, so that the rows of the others move."""
+    rng, role, answers = random.Random(seed), Unified(engine), {}
+    pipeline, requests, aborts = Pipeline(role, engine, engine.mesh), [], {}
+    for uid in range(16):
+        prompt = [rng.randrange(4096) for _ in range(rng.choice((1, 3, 70)))]
+        more = rng.choice(({}, {}, {"logprobs": 2}, {"temperature": 0.9}))
+        requests.append(Request(uid, prompt, rng.randrange(1, 40), seed=uid, ignore_eos=uid % 2 == 0, **more))
+    for turn in range(1_000):
+        if requests and rng.random() < 0.4:
+            uid = requests[0].uid
+            role.handle(Submit(requests.pop(0), None))
+            aborts[turn + rng.randrange(40)] = uid if uid % 4 == 3 else -1
+        if turn in aborts:
+            role.handle(Abort(aborts[turn]))
+        busy = pipeline.turn()
+        for update in singly(role.updates):
+            answers.setdefault(update.uid, []).append((update.tokens, update.logprobs, update.finish))
+        role.updates.clear()
+        if not busy and not requests:
+            break
+    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    return answers
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_whoever_joins_or_leaves_a_step_computes_what_its_sequences_need(
+    tiny: Path, overlap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each decode step's inputs are those that are made anew from its sequences; and where the tokens are not seen yet
+    when it is launched, which these inputs then stand for, the answers are the same."""
+    engine = make_engine(tiny, overlap)
+    engine.config = replace(engine.config, eos_token_ids=tuple(range(0, 4096, 16)))
+    run, forward, works, checked = engine.run, engine.decode._forward, [], []
+    monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
+
+    def check(rows: int) -> torch.Tensor:
+        decode, work = engine.decode, works[-1]
+        ids, positions = decode.inputs[:, :rows]
+        expected = torch.zeros(2, rows, dtype=torch.int64)
+        pages = [()] * rows
+        for row, sequence in zip(work.rows, work.plan.decodes, strict=True):
+            expected[:, row] = torch.tensor((sequence.tokens[sequence.computed - 1], sequence.computed - 1))
+            pages[row] = sequence.pages
+        assert torch.equal(torch.stack((resolve(ids, engine.tokens), positions)), expected)
+        assert decode.page_table[:rows].tolist() == page_rows(pages, decode.page_table.shape[1]).tolist()
+        checked.append(len(work.plan.decodes))
+        return forward(rows)
+
+    for seed in range(3):
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.decode, "_forward", check)
+            expected = live(engine, seed)
+        monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
+        answers = live(engine, seed)
+        monkeypatch.setattr(engine, "runs_ahead", lambda work: False)
+        assert answers.keys() == expected.keys()
+        for uid, answer in answers.items():
+            most = min(len(answer), len(expected[uid])) if uid % 4 == 3 else None  # aborted, a token sooner or later
+            assert answer[:most] == expected[uid][:most], f"{seed=} {uid=}"
+    assert {1, 2, 3, 4} <= set(checked)
+
+
+def test_a_step_is_staged_the_same_whatever_was_staged_before() -> None:
+    """Other ranks may need more rows or fewer for the same sequences, and halves of them move the places."""
+    rng = random.Random(0)
+
+    def make() -> DecodeStep:
+        forward = lambda batch, halves: torch.zeros(batch.num_tokens, 5)  # noqa: E731
+        return DecodeStep(forward, torch.zeros(8, dtype=torch.int64), [2, 4, 8], 3, lambda rows: rows == 4)
+
+    one = make()
+    pages = [list(range(3 * i + 1, 3 * i + 1 + rng.randrange(1, 4))) for i in range(6)]
+    sequences = rng.sample(pages, 2)
+    for _ in range(200):
+        if rng.random() < 0.3:
+            sequences = rng.sample(pages, rng.randrange(7))
+        rows = rng.choice([rows for rows in one.buckets if rows >= len(sequences)])
+        ids, positions = (np.array([rng.randrange(-8, 60) for _ in sequences], np.int64) for _ in range(2))
+        decodes, fresh = Decodes(ids, positions.clip(0), sequences), make()
+        one.run(decodes, rows)
+        fresh.run(decodes, rows)
+        assert torch.equal(one.inputs[:, :rows], fresh.inputs[:, :rows])
+        assert torch.equal(one.page_table[:rows], fresh.page_table[:rows])
+        places = fresh.places(len(sequences), rows)
+        assert (one.inputs.numpy()[:, places] == (decodes.ids, decodes.positions)).all()
+        assert [[page for page in row if page] for row in one.page_table[places].tolist()] == sequences

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from disagg.control import Submit
+from disagg.control import Submit, singly
 from disagg.engine import Engine, EngineConfig
 from disagg.metrics import Metrics
 from disagg.rebalance import Rebalancer
@@ -170,7 +170,7 @@ def generate(
             role.handle(Submit(waiting.pop(0), None))
         each_turn(turn)
         busy, turn = pipeline.turn(), turn + 1
-        for update in role.updates:
+        for update in singly(role.updates):
             assert update.error is None, update.error
             tokens[update.uid].extend(update.tokens)
         role.updates.clear()

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from disagg import router as module
-from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Update, Updates, WorkerPort
+from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Tokens, Update, Updates, WorkerPort
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
@@ -116,7 +116,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     uid = hear(worker, Submit).request.uid
     token = load_tokenizer(tiny).tokenizer.encode(" the").ids[-1]
     for _ in range(2):
-        worker.send(Updates([Update(uid, [token])]))
+        worker.send(Updates([Tokens({uid: token})]))
     worker.send(Bye({}))
     thread.join(SOON_S)
     assert not thread.is_alive() and answers[0].error == "interrupted" and answers[0].token_ids

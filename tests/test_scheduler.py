@@ -5,6 +5,7 @@ flight: its tokens are seen after the next one was launched."""
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from disagg.engine import NO_WORK, Work
 from disagg.request import Request
 from disagg.scheduler import Plan, Scheduler, Sequence
 from model.batch import NULL_PAGE, PAGE
@@ -34,7 +36,12 @@ class Replica:
     scheduler: Scheduler
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by uid, all that are not over
     over: list[Sequence] = field(default_factory=list)  # but a step in flight still writes to their pages
-    flying: list[Sequence] = field(default_factory=list)  # that get a token from the step in flight
+    latest: Work = NO_WORK  # in flight
+
+    @property
+    def flying(self) -> list[Sequence]:
+        """Those that get a token from the step in flight."""
+        return self.latest.sequences
 
     @property
     def holders(self) -> list[Sequence]:
@@ -96,20 +103,21 @@ class Life(RuleBasedStateMachine):
         self.check(plans[0])
         for plan, twin in zip(plans, self.twins, strict=True):
             before = {uid: s.computed for uid, s in twin.sequences.items()}
-            decodes, prefills = plan.chunks()
+            decodes, prompts = twin.latest.next_decodes(plan.decodes), plan.prompt_chunks()
+            chunks = decodes.chunks() + prompts
             sampled = plan.advance()
-            for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], decodes + prefills, strict=True):
+            for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], chunks, strict=True):
                 assert sequence.computed == before[sequence.request.uid] + len(chunk.token_ids)
                 assert chunk.wants_logits == (sequence in sampled)
-            for row, sequence in enumerate(sampled):
-                sequence.row = row
+            landing, rows = twin.flying, np.arange(len(sampled))[::-1]
+            twin.latest = Work(plan, decodes, prompts, None, False, sampled, rows)
             self.launched(twin, plan)
-            landing, twin.flying = twin.flying, sampled
             for sequence, end in zip(landing, ends, strict=False):
-                sequence.in_flight -= 1
                 if twin.sequences.get(sequence.request.uid) is sequence:
                     self.sampled(twin, sequence, EOS if end else OTHER)
-                elif sequence in twin.over and not sequence.in_flight:
+                elif sequence in twin.over:
+                    sequence.append(OTHER, (EOS,))
+                    assert not sequence.in_flight
                     twin.over.remove(sequence)
                     twin.scheduler.release(sequence)
 
@@ -117,18 +125,19 @@ class Life(RuleBasedStateMachine):
         pass
 
     def check(self, plan: Plan) -> None:
-        decodes, prefills = plan.chunks()
+        decodes = self.one.latest.next_decodes(plan.decodes).chunks()
+        chunks = decodes + plan.prompt_chunks()
         running = plan.decodes + [s for s, _ in plan.prefills]
         assert len(self.one.scheduler.running) <= self.max_batch
-        assert sum(len(c.token_ids) for c in decodes + prefills) <= self.max_tokens
+        assert sum(len(c.token_ids) for c in chunks) <= self.max_tokens
         assert len({s.request.uid for s in running}) == len(running), "a sequence twice in one step"
-        assert all(len(c.token_ids) == 1 for c in decodes)
-        for sequence, chunk in zip(running, decodes + prefills, strict=True):
+        for sequence, chunk in zip(running, chunks, strict=True):
             written = chunk.start + len(chunk.token_ids)
             assert chunk.token_ids, "a chunk of nothing"
-            assert chunk.start == sequence.computed
+            assert chunk.start == sequence.computed and chunk.pages is sequence.pages
             if sequence.in_flight:
-                assert list(chunk.token_ids) == [-1 - self.one.flying.index(sequence)]
+                row = self.one.latest.rows[self.one.flying.index(sequence)]
+                assert list(chunk.token_ids) == [-1 - row]
             else:
                 assert list(chunk.token_ids) == sequence.tokens[chunk.start : written]
             assert written <= len(chunk.pages) * PAGE, "a token without a page"
@@ -136,11 +145,11 @@ class Life(RuleBasedStateMachine):
                 self.started.append(sequence.request.uid)
         in_order = [uid for uid in self.queued if uid in self.started]
         assert self.started == in_order, "overtaken"
-        skipped = [s for s in self.one.scheduler.running if s not in running and (s.in_prompt or s.wants_token)]
-        assert not skipped or sum(len(c.token_ids) for c in decodes + prefills) == self.max_tokens, "idle for nothing"
+        skipped = [s for s in self.one.scheduler.running if s not in running and s.computed < s.limit - 1]
+        assert not skipped or sum(len(c.token_ids) for c in chunks) == self.max_tokens, "idle for nothing"
 
         queue, room = self.one.scheduler.waiting, self.max_batch - len(self.one.scheduler.running)
-        if queue and room and sum(len(c.token_ids) for c in decodes + prefills) < self.max_tokens:
+        if queue and room and sum(len(c.token_ids) for c in chunks) < self.max_tokens:
             request = queue[0].request
             tokens = len(request.prompt) + (request.max_tokens if self.reserve_output else 0)
             assert not queue[0].pages, "it has its pages, and waits for nothing"
@@ -304,7 +313,7 @@ def test_a_prompt_is_computed_in_chunks_of_the_step_budget_and_has_logits_once()
     for _ in range(3):
         plan = scheduler.schedule()
         counts.append(plan.num_prefill_tokens)
-        (chunk,) = plan.chunks()[1]
+        (chunk,) = plan.prompt_chunks()
         rows.append((chunk.start, len(chunk.token_ids), chunk.wants_logits))
         sampled = plan.advance()
     assert counts == [50, 50, 20]
@@ -318,7 +327,6 @@ def test_running_requests_decode_before_prompts_share_what_is_left_of_the_budget
     old = make_sequence(0, prompt_len=4, max_tokens=9)
     scheduler.add(old)
     scheduler.schedule().advance()
-    old.in_flight -= 1
     old.append(OTHER, (EOS,))
     for uid, length in ((1, 6), (2, 6), (3, 6)):
         scheduler.add(make_sequence(uid, length))
@@ -338,8 +346,8 @@ def test_a_request_that_was_handed_over_takes_its_token_out_of_the_budget() -> N
     scheduler.add(make_sequence(1, prompt_len=20))
     plan = scheduler.schedule()
     assert plan.decodes == [handed_over] and plan.num_prefill_tokens == 9
-    (chunk,), _ = plan.chunks()
-    assert (list(chunk.token_ids), chunk.start) == ([OTHER], 30)
+    decodes = NO_WORK.next_decodes(plan.decodes)
+    assert (decodes.ids.tolist(), decodes.positions.tolist()) == ([OTHER], [30])
 
 
 def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> None:
