@@ -201,12 +201,14 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         )  # fmt: skip
         job = Job(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
         ids, rows = torch.zeros(tokens).long(), torch.zeros(context).long()
-        none, bounds = torch.zeros(0), torch.zeros(2)
-        prefill = Batch(ids, ids, ids + PAGE, none, none, bounds, bounds, rows, ids[:most], tokens, context)
+        bounds = torch.zeros(2)
+        # One decode among the prompts: then what prefill attention gives stays in bf16, and is the larger.
+        table, lens = torch.zeros(1, 2).int(), torch.ones(1).int()
+        mixed = Batch(ids, ids, ids + PAGE, table, lens, bounds, bounds, rows, ids[:most], tokens, context)
         decode = Batch.decode(ids[:most], ids[:most], torch.ones(most, 2, dtype=torch.int32))
         pool = make_pool(config, 2, torch.bfloat16, "cpu")
         for batch, dispatcher, want in (
-            (prefill, contiguous, contiguous_step(job, tokens, context, most)),
+            (mixed, contiguous, contiguous_step(job, tokens, context, most)),
             (decode, masked, masked_step(job, most)),
         ):
             with Peak() as peak:

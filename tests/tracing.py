@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from disagg.memory import SPLIT_ROWS, SPLITS, grouped_rows
 from kernels.backend import Ops
+from kernels.fp8 import Quantized
 from parallel.mesh import Group, Transfer
 
 
@@ -77,7 +78,7 @@ def allocating_ops(alignment: int) -> Ops:
         norm_rope_write=lambda *_: None,
         silu_mul=_halved,
         silu_mul_masked=_halved,
-        prefill_attention=lambda q, k_nope, k_rope, v, *_: v.new_empty(*q.shape[:2], v.shape[-1]),
+        prefill_attention=_prefill_attention,
         mla_decode=_mla_decode,
         linear=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
         linear_float32=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
@@ -99,6 +100,11 @@ def allocating_ops(alignment: int) -> Ops:
         grouped_gemm_masked_fp8=_gemm_fp8,
         alignment=alignment,
     )
+
+
+def _prefill_attention(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, *rest: Any) -> Tensor | Quantized:
+    heads, width = v.shape[1:]
+    return _quantized(q.flatten(1), heads * width) if rest[-1] else v.new_empty(len(q), heads, width)
 
 
 def _like(x: Tensor) -> Tensor:
