@@ -207,7 +207,7 @@ def show(args: argparse.Namespace, figures: Figures) -> list[Record]:
         print(f"the same as two micro-batches: {figures.halves:.2f} ms")
     anchors, anchor, source = anchors_of(args), None, ""
     if anchors:
-        anchor = sum(anchors.values())
+        anchor = round(sum(anchors.values()), 3)
         by_part = ", ".join(f"{name} {ms}" for name, ms in anchors.items())
         print(f"SGLang's kernels on H100, a MoE layer: {anchor:.3f} ms ({by_part})")
         source = "SGLang's kernels without communication, digitised from its figures"
