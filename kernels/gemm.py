@@ -84,23 +84,33 @@ def dot_slabs(
         for k in tl.range(k_start, k_end, num_stages=STAGES):
             w = w_desc.load([w_row, k * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             top = tl.dot(x_desc.load([row, k * BLOCK_K]), w.T, top, input_precision="ieee")
-    else:
+    elif SLABS == 1:
+        top_scale = x_scale + tl.minimum(rows, rows_end - 1)
+        ws = tl.load(w_scale + k_start)  # one for the tile: BLOCK_N divides 128
+        for k in tl.range(k_start, k_end, num_stages=STAGES):  # said here, it holds for the scales, too
+            scale = tl.load(top_scale + k * x_scale_stride) * ws
+            ws = tl.load(w_scale + tl.minimum(k + 1, k_end - 1))
+            w = w_desc.load([w_row, k * BLOCK_K])
+            top += tl.dot(x_desc.load([row, k * BLOCK_K]), w.T) * scale[:, None]
+    else:  # programs share an SM, and hide each other's wait for scales
         top_scale = x_scale + tl.minimum(rows, rows_end - 1)
         bottom_scale = x_scale + tl.minimum(rows + BLOCK_M, rows_end - 1)
-        ws = tl.load(w_scale + k_start)  # one for the tile: BLOCK_N divides 128
-        for k in tl.range(k_start, k_end, num_stages=STAGES):  # only if it is said here are scales loaded ahead, too
+        ws = tl.load(w_scale + k_start)
+        xs = tl.load(top_scale + k_start * x_scale_stride)  # [BLOCK_M]
+        xs2 = tl.load(bottom_scale + k_start * x_scale_stride)
+        for k in range(k_start, k_end):
             w = w_desc.load([w_row, k * BLOCK_K])
             x = x_desc.load([row, k * BLOCK_K])
-            scale = tl.load(top_scale + k * x_scale_stride) * ws
-            scale2 = scale
-            if SLABS == 2:
-                scale2 = tl.load(bottom_scale + k * x_scale_stride) * ws
-                x2 = x_desc.load([row + BLOCK_M, k * BLOCK_K])
-            ws = tl.load(w_scale + tl.minimum(k + 1, k_end - 1))
+            scale = xs * ws
+            scale2 = xs2 * ws
+            after = tl.minimum(k + 1, k_end - 1)  # the next scales come while the tensor core is busy with this step
+            xs = tl.load(top_scale + after * x_scale_stride)
+            ws = tl.load(w_scale + after)
+            xs2 = tl.load(bottom_scale + after * x_scale_stride)
+            x2 = x_desc.load([row + BLOCK_M, k * BLOCK_K])
             top += tl.dot(x, w.T) * scale[:, None]
-            if SLABS == 2:
-                top = pin(top)  # or the compiler mixes both slabs' scaling and runs out of registers
-                bottom += tl.dot(x2, w.T) * scale2[:, None]
+            top = pin(top)  # or the compiler mixes both slabs' scaling and runs out of registers
+            bottom += tl.dot(x2, w.T) * scale2[:, None]
     return top, bottom
 
 
@@ -172,6 +182,7 @@ def launch_tiles(
         block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
         0 if x_scale is None else x_scale.stride(1), w_scale, row_expert, parts, m, n, d, tile.block_m, tile.block_n,
         tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     if tile.parts > 1:
         sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024)
@@ -200,11 +211,10 @@ def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
     """The largest tile that still gives every SM its programs; where none does, several programs share a tile's D."""
     if m > 256 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= 2 * sms:
         return TWO_SLABS
-    tiles = triton.cdiv(m, 64) * triton.cdiv(n, 128)
-    if tiles >= 0.9 * sms:
-        return Tile(64, 128, 1, 4, 4 if tiles > sms else 6)  # 4 stages leave room for a second program in the SM
+    if triton.cdiv(m, 64) * triton.cdiv(n, 128) > sms:
+        return Tile(64, 128, 1, 4, 4)  # 4 stages leave room for a second program in the SM, and a third of the next
     tiles = max(1, triton.cdiv(m, 64) * triton.cdiv(n, 64))
-    return Tile(64, 64, 1, 4, 6, max(1, min(2 * sms // tiles, d // 1792)))  # a part takes at least 14 steps
+    return Tile(64, 64, 1, 4, 4, max(1, min(2 * sms // tiles, d // 1792)))  # a part takes at least 14 steps
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def launch_masked(
         0 if x_scale is None else x_scale.stride(2), 0 if x_scale is None else x_scale.stride(0), w_scale, counts, out,
         num_local, room, n, d, triton.next_power_of_2(num_local),
         tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, **pdl(x),
+        STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
     return out
 
