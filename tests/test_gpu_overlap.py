@@ -1,5 +1,5 @@
-"""Two micro-batches in turns on a GPU that ranks share, over NCCL and over DeepEP: what they compute one after the other,
-bit for bit, and what an uncut batch does, as near as bf16 is.
+"""Two micro-batches in turns on a GPU that ranks share, over NCCL and over DeepEP: what they compute one after the
+other, bit for bit, and what an uncut batch does, as near as bf16 is.
 
 Every rank has other work: prompts, a prompt that is cut, one token, which leaves a half empty, nothing at all.
 """
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.backend import choose
-from model.batch import Batch, Chunk, Chunks, split
+from model.batch import Batch, Chunk, split
 from model.kv_cache import make_pool
 from model.transformer import Residual, Transformer, op_shape
 from parallel.dispatchers import Dispatcher, make_dispatchers
@@ -72,16 +72,15 @@ def body(rank: int, size: int, seed: int) -> None:
             kind = KINDS[(i + rank) % len(KINDS)]
             check(model, dispatchers.contiguous, *chunks(kind), f"{choice}, {rank=}, {kind}")
         for count in (5, 1, 0):
-            check(
-                model, dispatchers.masked, *as_many_rows(count if rank % 2 else 5 - count), f"{choice}, {rank=}, decode"
-            )
+            mine = count if rank % 2 else 5 - count
+            check(model, dispatchers.masked, as_many_rows(mine), [], f"{choice}, {rank=}, {mine} decodes")
         torch.cuda.synchronize()
         dispatchers.close()
 
 
-def as_many_rows(count: int) -> Chunks:
-    decodes = chunks("decodes")[0][:count]
-    return decodes + [Chunk((0,), 0, (), wants_logits=False)] * (ROWS - count), []
+def as_many_rows(count: int) -> list[Chunk]:
+    """On every rank, for the masked all-to-all."""
+    return chunks("decodes")[0][:count] + [Chunk((0,), 0, (), wants_logits=False)] * (ROWS - count)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
