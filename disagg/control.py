@@ -73,7 +73,7 @@ class Parts(msgspec.Struct, frozen=True):
 
     queue: float  # until its first prefill step: for pages, for that step, and on the way there
     prefill: float  # until its first token
-    transfer: float  # from there until its KV had left: what was not hidden behind the prefill
+    transfer: float  # from there until its KV had arrived: what was not hidden behind the prefill
     join: float  # until the decode side took it up, between two of its steps
 
 

@@ -5,9 +5,9 @@
                        decode <--Last(first token)------ prefill       the room is done: the request joins the batch
 
 Bytes go over the link's transport, messages over its pipe, in one order. Every send is announced by `Sending`, so
-decode never posts a receive that nobody will match. On each link a room ends exactly once, with `Last` or `Closed`
-(or with the link itself); only when it has ended on every link may its pages be freed, because until then a transfer
-may still write them. An abort therefore only ASKS (`Cancel`) and waits for `Closed`.
+decode never posts a receive that nobody will match. On each link a room ends exactly once, with `Last` or `Closed` and
+after the bytes before it (or with the link itself); only when it has ended on every link may its pages be freed,
+because until then a transfer may still write them. An abort therefore only ASKS (`Cancel`) and waits for `Closed`.
 
 With attention TP on either side, decode rank j is linked to prefill rank j % t: KV is the same on all ranks of a
 replica, so each decode rank takes a copy from one of them.
@@ -102,7 +102,7 @@ class Last(msgspec.Struct, frozen=True, tag=True):
     token: int
     logprobs: list[tuple[int, float]]
     prefill: float = 0.0  # seconds from its first step to this token
-    transfer: float = 0.0  # seconds from then until its last bytes had left
+    waited: float = 0.0  # seconds from then until this was said, behind the last Sending
 
 
 class Closed(msgspec.Struct, frozen=True, tag=True):
@@ -150,5 +150,5 @@ class RoomEnded(msgspec.Struct, frozen=True):
     logprobs: list[tuple[int, float]] = []
     link_down: bool = False  # it was not the room's own fault
     prefill: float = 0.0  # as in Last
-    transfer: float = 0.0
+    transfer: float = 0.0  # seconds from the token until all was there
     at: float = 0.0  # when all was there, of time.perf_counter

@@ -1,7 +1,14 @@
-"""Links: the threads that carry out the handoff's protocol (see `handoff.py`), one for each pair of ranks.
+"""Links: the threads that carry out the handoff's protocol (see `handoff.py`), two for each pair of ranks.
 
-A link has a pipe for messages and a transport for bytes, both its thread's own. It can go down by itself, or be
-stopped; either way its rooms end at once, with an error, and nothing is written to the pool any more.
+The link's own thread has its pipe and starts transfers; the mover sees them through, in their order, and does what is
+to be done after each. So that the wire need not wait for either, the next transfer starts while one is under way:
+
+    prefill   link   pack 0, announce | pack 1, announce | pack 2 ...
+              wire            0 >>>>>>>>>>>>>| 1 >>>>>>>>>>>>>| 2 >>>
+    decode    mover                          | unpack 0       | unpack 1, room done
+
+A link can go down by itself, or be stopped; either way its rooms end at once, with an error, and nothing is written to
+the pool any more.
 """
 
 import queue
@@ -19,8 +26,10 @@ from torch import Tensor
 
 from disagg.control import Member, Pipe, bind, new_socket
 from disagg.handoff import Cancel, Closed, Join, Knock, Last, Open, RoomEnded, Sending, SendLast, SendPages
-from disagg.transport.torch_dist import TIMEOUT, TorchTransport
+from disagg.transport.torch_dist import TIMEOUT, Passage, TorchTransport
 from kernels import ref
+
+IN_FLIGHT = 2  # transfers of a link: each has a buffer of its own
 
 
 class Link(threading.Thread):
@@ -42,6 +51,10 @@ class Link(threading.Thread):
         self._woken.connect(address)
         self.pipe: Pipe | None = None
         self.transport: TorchTransport | None = None
+        self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
+        self._slots = threading.Semaphore(IN_FLIGHT)
+        self._mover = threading.Thread(target=self._see_through, name=f"mover {key}", daemon=True)
+        self._mover.start()
         self.start()
 
     def put(self, command: Any) -> None:
@@ -79,16 +92,46 @@ class Link(threading.Thread):
 
     def run(self) -> None:
         try:
-            if self.pool.is_cuda:
-                torch.cuda.set_device(self.pool.device)
-                torch.cuda.set_stream(torch.cuda.Stream())
+            self._take_stream()
             self.pipe, self.transport = self._connect(self.key)
             self._loop()
         except Exception as broken:  # whatever broke it, the rooms must hear of it
             self._go_down(f"{type(broken).__name__}: {broken}")
+        self._under_way.put(None)
         self._woken.close()
         if self.pipe is not None:
             self.pipe.close()
+
+    def _take_stream(self) -> None:
+        if self.pool.is_cuda:
+            torch.cuda.set_device(self.pool.device)
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    def slot(self) -> None:
+        """Wait until one more transfer may be started."""
+        self._slots.acquire()
+
+    def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
+        """Have the mover call this, once `passage` is through, and all that came before."""
+        self._under_way.put((passage, time.perf_counter(), then))
+
+    def _see_through(self) -> None:
+        self._take_stream()
+        ended = 0.0
+        while (started := self._under_way.get()) is not None:
+            passage, began, then = started
+            try:
+                if passage is not None:
+                    passage.wait()
+                    began, ended = max(began, ended), time.perf_counter()
+                    self.seconds_moving += ended - began
+                    self.bytes_moved += passage.x.nbytes
+                then()
+            except Exception as broken:
+                self._go_down(f"{type(broken).__name__}: {broken}")
+            if passage is not None:
+                self._slots.release()
+            passage = started = then = None  # and with them the buffer, not when the next one comes
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -128,6 +171,7 @@ class SendLink(Link):
 
     def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
+        self._sending: set[int] = set()  # rooms of which neither Last nor Closed has been said
         self._pack_pages = pack_pages
         super().__init__(*args)
 
@@ -135,34 +179,36 @@ class SendLink(Link):
         match item:
             case Open():
                 self._events.put(item)
-            case Join(uid) if uid in self._cancelled:
-                self._cancelled.remove(uid)
-                self._close(uid, "cancelled")
-            case Cancel(uid) if not self.is_open(uid):
+            case Join(uid):
+                self._sending.add(uid)
+                if uid in self._cancelled:
+                    self._cancelled.remove(uid)
+                    self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
+            case Cancel(uid) if uid not in self._sending:
                 self._cancelled.add(uid)
             case Cancel(uid):
-                self._close(uid, "cancelled")
-            case SendPages(uid, mine, theirs, ready) if self.is_open(uid):
+                self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
+            case SendPages(uid, mine, theirs, ready) if uid in self._sending:
                 self._send(uid, mine, theirs, ready)
-            case SendLast(uid, token, logprobs, prefill, sampled) if self.is_open(uid):
-                self.pipe.send(Last(uid, token, logprobs, prefill, time.perf_counter() - sampled))
-                self.end(RoomEnded(uid))
-            case Closed(uid, error) if self.is_open(uid):
-                self._close(uid, error)
+            case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
+                waited = time.perf_counter() - sampled
+                self._conclude(Last(uid, token, logprobs, prefill, waited), RoomEnded(uid))
+            case Closed(uid, error) if uid in self._sending:
+                self._conclude(item, RoomEnded(uid, error))
 
     def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
         if ready is not None:
             ready.synchronize()  # before it is announced: a receive that waits for bytes occupies the peer's GPU
+        self.slot()
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
         self.pipe.send(Sending(uid, theirs))
-        start = time.perf_counter()
-        self.transport.send(packed)
-        self.seconds_moving += time.perf_counter() - start
-        self.bytes_moved += packed.nbytes
+        self.after(lambda: None, self.transport.send(packed))
 
-    def _close(self, uid: int, error: str) -> None:
-        self.pipe.send(Closed(uid, error))
-        self.end(RoomEnded(uid, error))
+    def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
+        """Say the last word of a room, which the peer takes behind the bytes; here it ends when they have left."""
+        self._sending.remove(word.uid)
+        self.pipe.send(word)
+        self.after(lambda: self.end(ended))
 
 
 class ReceiveLink(Link):
@@ -180,26 +226,32 @@ class ReceiveLink(Link):
                 self.pipe.send(item)
             case Sending(uid, pages):
                 self._receive(uid, pages)
-            case Last(uid, token, logprobs, prefill, transfer):
+            case Last(uid):
                 self._await(uid)
-                self.end(RoomEnded(uid, None, token, logprobs, False, prefill, transfer, time.perf_counter()))
+                came = time.perf_counter()
+                self.after(lambda: self._done(item, came))
             case Closed(uid, error):
                 self._await(uid)
-                self.end(RoomEnded(uid, error))
+                self.after(lambda: self.end(RoomEnded(uid, error)))
 
     def _receive(self, uid: int, pages: list[int]) -> None:
         self._await(uid)
+        self.slot()
         layers, _, *page = self.pool.shape
         packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)
-        start = time.perf_counter()
-        self.transport.recv(packed)
-        self.seconds_moving += time.perf_counter() - start
-        self.bytes_moved += packed.nbytes
+        self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
+
+    def _unpack(self, packed: Tensor, ids: Tensor) -> None:
         with self._changed:
             if self._down is None:  # else the room has ended, and the pages may be somebody else's
                 self._unpack_pages(packed, self.pool, ids)
                 if packed.is_cuda:
-                    torch.cuda.current_stream().synchronize()  # Last must not overtake the copy
+                    torch.cuda.current_stream().synchronize()  # the room's end must not overtake the copy
+
+    def _done(self, last: Last, came: float) -> None:
+        now = time.perf_counter()
+        transfer = last.waited + now - came
+        self.end(RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now))
 
     def _await(self, uid: int) -> None:
         """Until this rank's own loop has joined the room: another rank of the replica may have opened it earlier."""

@@ -206,6 +206,28 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
     pair.hush()
 
 
+def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(make_pair: Any) -> None:
+    pair, gate, started = make_pair(), threading.Event(), []
+    pair.open(1, [4, 5, 6])
+    link = pair.decode.link
+    recv, unpack = link.transport.recv, link._unpack_pages
+    link.transport.recv = lambda x: started.append(1) or recv(x)
+    link._unpack_pages = lambda *args: gate.wait(SOON) and unpack(*args)
+    for mine, theirs in ((1, 4), (2, 5), (3, 6)):
+        pair.prefill.link.put(SendPages(1, [mine], [theirs]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    deadline = time.monotonic() + SOON
+    while len(started) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(started) == 2 and pair.decode.events.empty()
+    gate.set()
+    assert pair.decode.hear_end(1).token == 7
+    assert torch.equal(pair.decode.pool[:, [4, 5, 6]], pair.prefill.pool[:, [1, 2, 3]])
+    pair.prefill.hear_end(1)
+    pair.hush()
+
+
 def test_rooms_that_share_a_link_do_not_mix(make_pair: Any) -> None:
     pair, rng = make_pair(), random.Random(1)
     places = {uid: list(range(1 + 5 * uid, 6 + 5 * uid)) for uid in range(3)}  # the decode side's
@@ -564,7 +586,7 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     pair.decode.link.stop()
     pair.decode.hear_end(1, "stopped")
     pair.decode.pool[:, [4, 5]] = 8.5  # another room's
-    pair.prefill.link.transport.send(pair.prefill.pool[:, [1, 2]])
+    pair.prefill.link.transport.send(pair.prefill.pool[:, [1, 2]]).wait()
     pair.decode.hush()
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
 
@@ -584,7 +606,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     pipe.sock.connect(f"tcp://{HOST}:{store.get(f'{key}/pipe').decode()}")
     end.hear_end(1)
     (last,) = pipe.poll(SOON * 1000)
-    assert (last.uid, last.token) == (1, 5) and 0 < last.transfer < SOON
+    assert (last.uid, last.token) == (1, 5) and 0 < last.waited < SOON
     end.hush()
     pipe.close()
     del transport

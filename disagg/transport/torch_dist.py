@@ -1,7 +1,8 @@
 """Bytes over torch.distributed: a two-member process group of its own for each link, NCCL or gloo.
 
 Built directly over a shared store, without init_process_group: the two sides belong to different jobs, each with its
-own world, and a link must be able to die alone. Two-sided: both ends must call with tensors of the same shape.
+own world, and a link must be able to die alone. Two-sided: both ends must call with tensors of the same shape. Several
+tensors may be on their way at once, in one order on both ends.
 """
 
 import datetime
@@ -13,28 +14,43 @@ from torch import Tensor
 TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet, and for one tensor to pass
 
 
+class Passage:
+    """A tensor on its way, which is kept until it is through."""
+
+    def __init__(self, x: Tensor, work: dist.Work, stream: torch.cuda.Stream | None):
+        self.x, self._work, self._through = x, work, None
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                work.wait()  # of NCCL it only has this stream wait
+                self._through = stream.record_event()
+
+    def wait(self) -> None:
+        """From any thread. After an abort it returns too, or raises."""
+        if self._through is not None:
+            self._through.synchronize()
+        else:
+            self._work.wait()
+
+
 class TorchTransport:
     def __init__(self, store: dist.Store, me: int, device: torch.device):
         """`me` is 0 or 1; blocks until the other side has come. Any of this may raise RuntimeError."""
         self.peer, self.device = 1 - me, device
         if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(store, me, 2, dist.ProcessGroupNCCL.Options())
+            self._stream = torch.cuda.Stream(device)  # not the caller's, which may go on packing
         else:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
+            self._stream = None
 
-    def send(self, x: Tensor) -> None:
-        """Returns when `x` may be overwritten."""
-        self._finish(self.group.send([x], self.peer, 0))
+    def send(self, x: Tensor) -> Passage:
+        """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through."""
+        return Passage(x, self.group.send([x], self.peer, 0), self._stream)
 
-    def recv(self, x: Tensor) -> None:
-        """Fills `x`; returns when it is all there. Call only when the peer has announced the send: a NCCL receive
-        that nobody matches occupies the GPU, and one whose peer has died never ends by itself (see `abort`)."""
-        self._finish(self.group.recv([x], self.peer, 0))
-
-    def _finish(self, work: dist.Work) -> None:
-        work.wait()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # NCCL's wait() only orders streams
+    def recv(self, x: Tensor) -> Passage:
+        """Starts to fill `x`, in the order of the peer's sends. Call only when the peer has announced the send: a NCCL
+        receive that nobody matches occupies the GPU, and one whose peer has died never ends by itself (see `abort`)."""
+        return Passage(x, self.group.recv([x], self.peer, 0), self._stream)
 
     def abort(self) -> None:
         """From any thread: end what is in flight. The CUDA context survives."""
