@@ -42,7 +42,8 @@ class Link(threading.Thread):
         self.bytes_moved, self.seconds_moving = 0, 0.0
         self._connect, self._events = connect, events
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
-        self._changed = threading.Condition()  # guards the next two, and the pool against a link that is down
+        self._writing = threading.Lock()  # held while the pool is written; a link goes down before or after that
+        self._changed = threading.Condition()  # guards the next two
         self._rooms: set[int] = set()  # joined and not yet ended
         self._down: str | None = None  # why
         self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
@@ -79,7 +80,7 @@ class Link(threading.Thread):
 
     def _go_down(self, error: str) -> bool:
         """End all rooms; False if they have been already."""
-        with self._changed:
+        with self._writing, self._changed:
             if self._down is not None:
                 return False
             self._down = f"link {self.key}: {error}"
@@ -242,7 +243,7 @@ class ReceiveLink(Link):
         self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:
-        with self._changed:
+        with self._writing:
             if self._down is None:  # else the room has ended, and the pages may be somebody else's
                 self._unpack_pages(packed, self.pool, ids)
                 if packed.is_cuda:
