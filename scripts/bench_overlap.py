@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from disagg.memory import GIB
 from model.kv_cache import pages_for
 from parallel.deepep import NUM_SMS
 from parallel.mesh import pick_device
-from parallel.simulated_link import SimulatedLink
+from parallel.simulated_link import IN_A_ROW, SimulatedLink
 from scripts import deepep_times
 from scripts.flags import positive
 from scripts.measurements import Record, save
@@ -32,6 +33,7 @@ from scripts.one_rank import (
     Step,
     add_flags,
     add_measuring_flags,
+    captured,
     check_decode,
     check_flags,
     check_prefill,
@@ -78,14 +80,19 @@ def make_link(rank: Rank, phase: str) -> SimulatedLink:
 
 
 def check_link(link: SimulatedLink, tokens: int, repeat: int) -> None:
-    """Print how long the link's transfers really take, one after the other, beside how long they should."""
+    """Print how long the link's transfers really take, one after the other, beside how long they should; those of
+    decode in a graph, as there."""
 
-    def of(what: str) -> Callable[[], None]:
-        return lambda: link.start(what, tokens)()
+    def several(what: str) -> None:
+        for _ in range(IN_A_ROW):
+            link.start(what, tokens)()
 
-    taken = times({what: of(what) for what in ("dispatch", "combine")}, link.device, repeat)
-    for what, ms in taken.items():
-        print(f"    {what} of {tokens} tokens: {link.model(what, tokens).total * 1e3:.4f} ms modelled, {ms:.4f} taken")
+    runs: dict[str, Callable[[], object]] = {what: partial(several, what) for what in ("dispatch", "combine")}
+    if link.device.type == "cuda" and link.num_sms == 0:
+        runs = {what: captured(run).replay for what, run in runs.items()}
+    for what, ms in times(runs, link.device, repeat).items():
+        modelled, taken = link.model(what, tokens).total * 1e3, ms / IN_A_ROW
+        print(f"    {what} of {tokens} tokens: {modelled:.4f} ms modelled, {taken:.4f} taken")
 
 
 def peak(step: Step) -> int:

@@ -190,6 +190,15 @@ class Rank:
         return Step(run, run)
 
 
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
 def times(runs: dict[str, Callable[[], object]], device: torch.device, repeat: int) -> dict[str, float]:
     """Median milliseconds of each, taken in turns, so that a GPU's changing clocks touch all alike."""
     taken: dict[str, list] = {name: [] for name in runs}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parallel.simulated_link import SimulatedLink, Transfer
+from scripts.one_rank import captured
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -27,15 +28,6 @@ def seconds(run: Callable[[], object]) -> float:
         end.synchronize()
         taken.append(begin.elapsed_time(end) / 1e3)
     return median(taken)
-
-
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 @pytest.mark.parametrize("num_sms", [1, 20, 132])
