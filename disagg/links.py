@@ -75,8 +75,7 @@ class Link(threading.Thread):
 
         NCCL's transfer in flight ends too; gloo's goes on in the thread until it times out, into a buffer of its own.
         """
-        if self._go_down("stopped") and self.transport is not None:
-            self.transport.abort()
+        self._go_down("stopped")
 
     def _go_down(self, error: str) -> bool:
         """End all rooms; False if they have been already."""
@@ -88,8 +87,11 @@ class Link(threading.Thread):
                 self._events.put(RoomEnded(uid, self._down, link_down=True))
             self._rooms.clear()
             self._changed.notify()
-            self._wake.send(b"", zmq.DONTWAIT)
-            return True
+            with suppress(zmq.Again):  # its thread saw `_down` already, and has gone
+                self._wake.send(b"", zmq.DONTWAIT)
+        if self.transport is not None:
+            self.transport.abort()
+        return True
 
     def run(self) -> None:
         try:
@@ -106,11 +108,13 @@ class Link(threading.Thread):
     def _take_stream(self) -> None:
         if self.pool.is_cuda:
             torch.cuda.set_device(self.pool.device)
-            torch.cuda.set_stream(torch.cuda.Stream())
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # never one of those that may wait for a peer
 
     def slot(self) -> None:
         """Wait until one more transfer may be started."""
         self._slots.acquire()
+        if self._down is not None:
+            raise RuntimeError(self._down)
 
     def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
         """Have the mover call this, once `passage` is through, and all that came before."""
@@ -121,8 +125,9 @@ class Link(threading.Thread):
         ended = 0.0
         while (started := self._under_way.get()) is not None:
             passage, began, then = started
+            moved = passage is not None
             try:
-                if passage is not None:
+                if moved:
                     passage.wait()
                     began, ended = max(began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
@@ -130,9 +135,9 @@ class Link(threading.Thread):
                 then()
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")
-            if passage is not None:
+            passage = started = then = None  # and with them the buffer, before there is another
+            if moved:
                 self._slots.release()
-            passage = started = then = None  # and with them the buffer, not when the next one comes
 
     def _loop(self) -> None:
         poller = zmq.Poller()

@@ -78,7 +78,7 @@ class Rebalancer:
         self.buffers = self.layers[0].like(BUFFERS, torch.device("cpu"), pinned=self.on_gpu)
         self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS  # out of each buffer
         self._free = self._record()  # from here on the spare slots are, and the weights are there
-        self._stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if self.on_gpu else None
         self._thread = ThreadPoolExecutor(1, "rebalance")
         sys.setswitchinterval(SWITCH_S)
         self._checks: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()

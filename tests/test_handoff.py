@@ -228,6 +228,25 @@ def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(ma
     pair.hush()
 
 
+def test_a_link_that_breaks_by_itself_ends_what_it_has_under_way(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [4, 5])
+    link, aborted = pair.decode.link, threading.Event()
+    abort = link.transport.abort
+    link.transport.abort = lambda: (aborted.set(), abort())
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no room to unpack")
+
+    link._unpack_pages = broken
+    for mine, theirs in ((1, 4), (2, 5)):
+        pair.prefill.link.put(SendPages(1, [mine], [theirs]))
+    pair.decode.hear_end(1, "no room to unpack")
+    assert aborted.wait(SOON)
+    pair.decode.hush()
+    assert (pair.decode.pool == CANARY).all()
+
+
 def test_rooms_that_share_a_link_do_not_mix(make_pair: Any) -> None:
     pair, rng = make_pair(), random.Random(1)
     places = {uid: list(range(1 + 5 * uid, 6 + 5 * uid)) for uid in range(3)}  # the decode side's
