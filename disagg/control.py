@@ -235,10 +235,19 @@ class WorkerPort:
 
 
 class Pipe:
-    """One end of a link's private pipe, or of a door: whatever `kind` of messages, in order."""
+    """One end of a link's private pipe, or of a door: whatever `kind` of messages, in order.
 
-    def __init__(self, sock: zmq.Socket, kind: Any):
+    watched: `monitor` can be polled for the other end's going. Make it so before the socket connects.
+    """
+
+    def __init__(self, sock: zmq.Socket, kind: Any, watched: bool = False):
         self.sock, self._decoder = sock, msgspec.msgpack.Decoder(kind)
+        self.monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
+
+    @property
+    def gone(self) -> bool:
+        """Was the other end there, and left?"""
+        return bool(self.monitor.poll(0))
 
     def send(self, message: Any) -> None:
         """ConnectionError if the other end has gone (a blocking send would wait for its return)."""
@@ -256,4 +265,7 @@ class Pipe:
         return messages
 
     def close(self) -> None:
+        if self.monitor is not None:
+            self.sock.disable_monitor()
+            self.monitor.close()
         self.sock.close()

@@ -141,12 +141,15 @@ class Link(threading.Thread):
 
     def _loop(self) -> None:
         poller = zmq.Poller()
-        poller.register(self.pipe.sock, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
+        for sock in (self.pipe.sock, self.pipe.monitor, self._woken):
+            poller.register(sock, zmq.POLLIN)
         while self._down is None:
             poller.poll()
+            gone = self.pipe.gone  # before what it may still have said is read
             for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
                 self.handle(message)
+            if gone:
+                raise ConnectionError("the other end has gone")
             if self._woken.poll(0):
                 self._woken.recv()
                 with suppress(queue.Empty):  # the link went down
@@ -274,11 +277,12 @@ def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str]
 
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
         sock = new_socket(zmq.DEALER)
+        pipe = Pipe(sock, Open | Cancel, watched=True)
         store.set(f"{key}/pipe", str(bind(sock, host)))
         transport = TorchTransport(dist.PrefixStore(key, store), 0, device)
         if not sock.poll(TIMEOUT.total_seconds() * 1000, zmq.POLLOUT):  # this end may be the first to speak
             raise TimeoutError("nobody came to the pipe")
-        return Pipe(sock, Open | Cancel), transport
+        return pipe, transport
 
     return connect
 
@@ -294,9 +298,9 @@ def dial(
         door.send(Knock(me, generation))
         door.close()
         store = dist.TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
-        sock = new_socket(zmq.DEALER)
-        sock.connect(f"tcp://{prefill.host}:{store.get(f'{key}/pipe').decode()}")
-        return Pipe(sock, Sending | Last | Closed), TorchTransport(dist.PrefixStore(key, store), 1, device)
+        pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed, watched=True)
+        pipe.sock.connect(f"tcp://{prefill.host}:{store.get(f'{key}/pipe').decode()}")
+        return pipe, TorchTransport(dist.PrefixStore(key, store), 1, device)
 
     return connect
 

@@ -228,6 +228,15 @@ def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(ma
     pair.hush()
 
 
+def test_a_sender_that_breaks_by_itself_ends_the_rooms_of_its_peer(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.open(1, [4])
+    pair.prefill.link.put(SendPages(1, [NUM_PAGES], [4]))  # no page of its pool
+    pair.prefill.hear_end(1, "of a pool of")
+    pair.decode.hear_end(1, "link p/d")
+    pair.hush()
+
+
 def test_a_link_that_breaks_by_itself_ends_what_it_has_under_way(make_pair: Any) -> None:
     pair = make_pair()
     pair.open(1, [4, 5])
@@ -242,8 +251,9 @@ def test_a_link_that_breaks_by_itself_ends_what_it_has_under_way(make_pair: Any)
     for mine, theirs in ((1, 4), (2, 5)):
         pair.prefill.link.put(SendPages(1, [mine], [theirs]))
     pair.decode.hear_end(1, "no room to unpack")
+    pair.prefill.hear_end(1, "link p/d")
     assert aborted.wait(SOON)
-    pair.decode.hush()
+    pair.hush()
     assert (pair.decode.pool == CANARY).all()
 
 
@@ -534,13 +544,17 @@ def test_links_come_and_go() -> None:
         del link
 
 
-def test_stop_ends_the_rooms_that_are_open(make_pair: Any) -> None:
+@pytest.mark.parametrize("side", ("prefill", "decode"))
+def test_stop_ends_the_rooms_that_are_open(make_pair: Any, side: str) -> None:
+    """There, and on the other side, which sees it go."""
     pair = make_pair()
     pair.open(1, [4])
-    for end in (pair.prefill, pair.decode):
-        end.link.stop()
-        end.hear_end(1, "stopped")
-        end.hush()
+    end = getattr(pair, side)
+    end.link.stop()
+    end.hear_end(1, "stopped")
+    other = pair.decode if side == "prefill" else pair.prefill
+    other.hear_end(1, "the other end has gone")
+    pair.hush()
 
 
 def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> None:
