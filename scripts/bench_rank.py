@@ -5,7 +5,9 @@ python scripts/bench_rank.py prefill --ep 32 --tokens 16384 --prompt 4096 --trac
 
 All layers with weights of their own (random), the engine's decode step in a CUDA graph, the experts' rows as many as
 the whole deployment would send (`parallel/loopback.py`). No communication is timed: rates are of computation alone.
-The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps.
+The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps, and
+what a GPU's clock loses under steady load. An op counts as a whole: the rope of decode's query is part of absorb_query,
+and so of the MLA projections, though the floors have it among what is elementwise.
 
 What a cluster of such ranks would do is MODELLED at the end, from the measured steps, whole and as two micro-batches,
 and the communication of scripts/deepep_times.py:
