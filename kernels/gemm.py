@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.pdl import after_previous, pdl
+
 
 class Tile(NamedTuple):
     """The output block of one program: `slabs` times block_m rows by block_n columns.
@@ -128,13 +130,14 @@ def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_
 def tiles_kernel(
     x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """row_expert [M] names each row block's weight; None = there is one weight.
 
     Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile; that is written
     as a loop because the compiler, which spills registers without it, then does not.
     """
+    after_previous(PDL)
     num_m, num_n, num_k = tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
     k_start, k_end = 0, num_k
     if PARTS > 1:
@@ -159,7 +162,8 @@ def tiles_kernel(
 
 
 @triton.jit
-def sum_parts_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_parts_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    after_previous(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in tl.static_range(PARTS):
@@ -182,10 +186,10 @@ def launch_tiles(
         block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
         0 if x_scale is None else x_scale.stride(1), w_scale, row_expert, parts, m, n, d, tile.block_m, tile.block_n,
         tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
     if tile.parts > 1:
-        sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024)
+        sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024, **pdl(x))
     return out
 
 

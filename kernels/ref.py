@@ -47,9 +47,11 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, 
     return torch.cat((latent, rope(key, cos_table[positions], sin_table[positions])), -1)
 
 
-def project_values(attended: Tensor, w_uv: Tensor) -> Tensor:
-    """attended [B, H, C] through w_uv [H, v, C] of its head -> [B, H, v]."""
-    return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized:
+    """attended [B, H, C] through w_uv [H, v, C] of its head -> [B, H, v], or with `quantize` quantize_1x128 of it as
+    [B, H v]."""
+    out = torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+    return quantize_1x128(out.flatten(1)) if quantize else out
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:

@@ -60,11 +60,11 @@ class MLA(nn.Module):
 
     def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
         """q of `project` (may be rotated in place) -> [T, D], to be summed over mesh.attn."""
-        split = batch.num_decodes
+        split, quantize = batch.num_decodes, self.o_proj.weight_scale_inv is not None
         if split == 0:
-            out = self.expanded(q, batch, kv_pages, quantize=self.o_proj.weight_scale_inv is not None)
+            out = self.expanded(q, batch, kv_pages, quantize)
         elif split == batch.num_tokens:
-            out = self.absorbed(q, batch, kv_pages)
+            out = self.absorbed(q, batch, kv_pages, quantize)
         else:
             out = torch.cat((self.absorbed(q[:split], batch, kv_pages), self.expanded(q[split:], batch, kv_pages)))
         return self.o_proj(out)
@@ -105,12 +105,13 @@ class MLA(nn.Module):
         )
         return out if quantize else out.flatten(1)
 
-    def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """q [B, H, nope + R] -> [B, H v]."""
+    def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor, quantize: bool = False) -> Tensor | Quantized:
+        """q [B, H, nope + R] -> [B, H v], perhaps as an fp8 o_proj takes it."""
         ops, (w_uk, w_uv) = self.ops, self.up_projections()
         absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.num_decodes])
         attended = ops.mla_decode(
             absorbed, kv_pages, batch.page_table, batch.kv_lens, self.scale,
             v_dim=self.config.kv_lora_rank, plan=batch.decode_plan,
         )  # fmt: skip
-        return ops.project_values(attended, w_uv).flatten(1)
+        out = ops.project_values(attended, w_uv, quantize)
+        return out if quantize else out.flatten(1)

@@ -6,8 +6,8 @@ python scripts/bench_rank.py prefill --ep 32 --tokens 16384 --prompt 4096 --trac
 All layers with weights of their own (random), the engine's decode step in a CUDA graph, the experts' rows as many as
 the whole deployment would send (`parallel/loopback.py`). No communication is timed: rates are of computation alone.
 The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps, and
-what a GPU's clock loses under steady load. An op counts as a whole: the rope of decode's query is part of absorb_query,
-and so of the MLA projections, though the floors have it among what is elementwise.
+what a GPU's clock loses under steady load. What a product does in its own pass counts with it (the rope of decode's
+query, the cast of what is attended for o_proj), though the floors have it among what is elementwise.
 
 What a cluster of such ranks would do is MODELLED at the end, from the measured steps, whole and as two micro-batches,
 and the communication of scripts/deepep_times.py:
@@ -316,17 +316,23 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
-def build(args: argparse.Namespace, ranges: Ranges) -> Rank:
-    """ValueError for flags that cannot be."""
+def prepare(args: argparse.Namespace, ranges: Ranges) -> tuple[roofline.Ceilings | None, Rank]:
+    """The GPU's ceilings, measured before anything else is on it, and the rank. ValueError for flags that cannot be."""
     config, device = check_flags(args), pick_device(args.device)
     if args.chart is not None:
         figure()  # is there matplotlib?
     if args.phase == "decode":
         check_decode(config, [args.batch], args.kv)
-        return Rank(args, config, device, args.kv, args.batch * pages_for(args.kv), ranges.of_ops)
-    check_prefill(config, [args.tokens], args.prompt)
-    pages = args.tokens // args.prompt * pages_for(args.prompt)
-    return Rank(args, config, device, args.prompt, pages, ranges.of_ops)
+        length, sequences = args.kv, args.batch
+    else:
+        check_prefill(config, [args.tokens], args.prompt)
+        length, sequences = args.prompt, args.tokens // args.prompt
+    ceilings = None
+    if device.type == "cuda":
+        ceilings = roofline.measure_ceilings()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return ceilings, Rank(args, config, device, length, sequences * pages_for(length), ranges.of_ops)
 
 
 @torch.inference_mode()
@@ -334,7 +340,7 @@ def main() -> None:
     parser, args = parse()
     start, ranges = time.perf_counter(), Ranges()
     try:
-        rank = build(args, ranges)
+        ceilings, rank = prepare(args, ranges)
     except ValueError as error:
         parser.error(str(error))
     ranges.of_model(rank.model)
@@ -353,7 +359,6 @@ def main() -> None:
     step.eager()
     parts = ranges.times(step.eager, device, args.trace)
     work = (roofline.decode if decodes else roofline.prefill)(config, *sizes, args.ep, rank.local)
-    ceilings = roofline.measure_ceilings() if device.type == "cuda" else None
     figures = evaluate(config, took["plain"], took.get("halves"), parts, work, ceilings)
     records = memory + show(args, figures) + show_cluster(args, config, figures)
     if args.chart is not None:

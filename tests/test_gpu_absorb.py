@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from kernels import ref
 from kernels.absorb import absorb_query, project_values
-from tests.test_gpu_gemm import DEVICE, DTYPES, close, normal
+from tests.test_gpu_gemm import DEVICE, DTYPES, close, normal, quantized
 from tests.test_gpu_norm import tables
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(
     ("batch", "heads", "nope", "latent", "rope", "v"),
     [(0, 4, 128, 512, 64, 128), (1, 16, 128, 512, 64, 128), (2, 128, 128, 512, 64, 128), (2, 3, 24, 100, 16, 40),
-     (5, 8, 32, 64, 16, 32), (256, 16, 128, 512, 64, 128)],
+     (5, 8, 32, 64, 16, 32), (3, 16, 128, 512, 64, 128), (77, 6, 128, 512, 64, 128), (256, 16, 128, 512, 64, 128)],
 )  # fmt: skip
 def test_absorb(batch: int, heads: int, nope: int, latent: int, rope: int, v: int, dtype: torch.dtype) -> None:
     """The query is a slice of a wider projection, and both weights are parts of kv_b_proj's."""
@@ -31,4 +31,6 @@ def test_absorb(batch: int, heads: int, nope: int, latent: int, rope: int, v: in
     close(out[..., :latent], want[..., :latent])
     close(out[..., latent:], want[..., latent:])
     attended = normal(batch, heads, latent, dtype=dtype)
-    close(project_values(attended, w_uv), ref.project_values(attended.float(), w_uv.float()))
+    values = project_values(attended, w_uv)
+    close(values, ref.project_values(attended.float(), w_uv.float()))
+    quantized(*project_values(attended, w_uv, quantize=True), ref.quantize_1x128(values.flatten(1)))

@@ -96,13 +96,10 @@ def test_rope(tokens: int, dim: int, beside: int, heads: int, dtype: torch.dtype
     wide = torch.randn(tokens + 2, heads, beside + dim + 8, device=DEVICE).to(dtype)
     q, positions = wide[1:-1, :, 8:], torch.randint(1000, (tokens,), device=DEVICE)
     args, before = (*tables(1000, dim), positions, dim), wide.clone()
-    out, want = torch.full((tokens, heads, 512 + dim), float("nan"), device=DEVICE, dtype=dtype), q.clone()
-    assert norm.rope_into(q, out, *args) is None
+    want = q.clone()
     ref.rope_query(want, *args)
-    assert out[..., :512].isnan().all() and torch.equal(wide, before)
-    agree(out[..., 512:].contiguous(), want[..., beside:].contiguous())
     assert norm.rope_query(q, *args) is None
-    torch.testing.assert_close(q[..., beside:], out[..., 512:], rtol=2**-22, atol=2**-22)  # another compilation
+    agree(q[..., beside:].contiguous(), want[..., beside:].contiguous())
     q[..., beside:] = before[1:-1, :, 8 + beside :]
     assert torch.equal(wide, before)
 

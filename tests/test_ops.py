@@ -80,7 +80,10 @@ def test_absorbed_attention_scores_as_the_expanded_one_does() -> None:
     key = torch.einsum("hnc,bhc->bhn", w_uk, latent)  # of the expanded form
     assert_close((absorbed[..., :6] * latent).sum(-1), (q[..., :5] * key).sum(-1))
     assert_close(absorbed[..., 6:], turned(q[..., 5:], table[positions]))
-    assert_close(ref.project_values(latent, w_uv), torch.einsum("hvc,bhc->bhv", w_uv, latent))
+    values = torch.einsum("hvc,bhc->bhv", w_uv, latent)
+    assert_close(ref.project_values(latent, w_uv), values)
+    for out, want in zip(ref.project_values(latent, w_uv, True), ref.quantize_1x128(values.flatten(1)), strict=True):
+        assert_close(out.float(), want.float())
 
 
 def test_norm_rope_write_fills_each_tokens_row_and_no_other() -> None:

@@ -74,7 +74,7 @@ def allocating_ops(alignment: int) -> Ops:
         ),
         rope_query=lambda *_: None,
         absorb_query=lambda q, w, *_: q.new_empty(*q.shape[:2], q.shape[2] - w.shape[1] + w.shape[2]),
-        project_values=lambda x, w: x.new_empty(*x.shape[:2], w.shape[1]),
+        project_values=_project_values,
         norm_rope_write=lambda *_: None,
         silu_mul=_halved,
         silu_mul_masked=_halved,
@@ -105,6 +105,11 @@ def allocating_ops(alignment: int) -> Ops:
 def _prefill_attention(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, *rest: Any) -> Tensor | Quantized:
     heads, width = v.shape[1:]
     return _quantized(q.flatten(1), heads * width) if rest[-1] else v.new_empty(len(q), heads, width)
+
+
+def _project_values(x: Tensor, weight: Tensor, quantize: bool = False) -> Tensor | Quantized:
+    heads, width = weight.shape[:2]
+    return _quantized(x.flatten(1), heads * width) if quantize else x.new_empty(len(x), heads, width)
 
 
 def _like(x: Tensor) -> Tensor:
