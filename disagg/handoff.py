@@ -89,9 +89,9 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sending(msgspec.Struct, frozen=True, tag=True):
-    """prefill -> decode: the next bytes on the transport are these pages of yours."""
+    """prefill -> decode: the next bytes on the transport are these pages of yours, of these rooms."""
 
-    uid: int
+    uids: list[int]
     pages: list[int]
 
 

@@ -7,6 +7,9 @@ to be done after each. So that the wire need not wait for either, the next trans
               wire            0 >>>>>>>>>>>>>| 1 >>>>>>>>>>>>>| 2 >>>
     decode    mover                          | unpack 0       | unpack 1, room done
 
+Pages that become ready while the wire is busy share the next transfer, whatever rooms they are of: what a transfer costs
+its two processes is then the wire's to hide.
+
 A link can go down by itself, or be stopped; either way its rooms end at once, with an error, and nothing is written to
 the pool any more.
 """
@@ -15,6 +18,7 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -30,6 +34,7 @@ from disagg.transport.torch_dist import TIMEOUT, Passage, TorchTransport
 from kernels import ref
 
 IN_FLIGHT = 2  # transfers of a link: each has a buffer of its own
+MOST_BYTES = 320 * 2**20  # of a transfer, unless a page has more
 
 
 class Link(threading.Thread):
@@ -41,7 +46,7 @@ class Link(threading.Thread):
         self.key, self.pool = key, pool
         self.bytes_moved, self.seconds_moving = 0, 0.0
         self._connect, self._events = connect, events
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._commands: deque = deque()
         self._writing = threading.Lock()  # held while the pool is written; a link goes down before or after that
         self._changed = threading.Condition()  # guards the next two
         self._rooms: set[int] = set()  # joined and not yet ended
@@ -67,7 +72,7 @@ class Link(threading.Thread):
                     self._rooms.add(command.uid)
                     self._changed.notify()
             if self._down is None:
-                self._commands.put(command)
+                self._commands.append(command)
                 self._wake.send(b"", zmq.DONTWAIT)
 
     def stop(self) -> None:
@@ -118,18 +123,18 @@ class Link(threading.Thread):
 
     def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
         """Have the mover call this, once `passage` is through, and all that came before."""
-        self._under_way.put((passage, time.perf_counter(), then))
+        self._under_way.put((passage, then))
 
     def _see_through(self) -> None:
         self._take_stream()
         ended = 0.0
         while (started := self._under_way.get()) is not None:
-            passage, began, then = started
+            passage, then = started
             moved = passage is not None
             try:
                 if moved:
                     passage.wait()
-                    began, ended = max(began, ended), time.perf_counter()
+                    began, ended = max(passage.began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
                     self.bytes_moved += passage.x.nbytes
                 then()
@@ -144,16 +149,16 @@ class Link(threading.Thread):
         for sock in (self.pipe.sock, self.pipe.monitor, self._woken):
             poller.register(sock, zmq.POLLIN)
         while self._down is None:
-            poller.poll()
+            came = dict(poller.poll(0 if self._commands else None))
             gone = self.pipe.gone  # before what it may still have said is read
             for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
                 self.handle(message)
             if gone:
                 raise ConnectionError("the other end has gone")
-            if self._woken.poll(0):
+            if self._woken in came:
                 self._woken.recv()
-                with suppress(queue.Empty):  # the link went down
-                    self.handle(self._commands.get_nowait())
+            if self._commands:
+                self.handle(self._commands.popleft())
 
     def handle(self, item: Any) -> None:
         """A message from the peer or a command from the loop."""
@@ -163,7 +168,8 @@ class Link(threading.Thread):
         """For a kernel, which checks no bounds."""
         if not all(0 <= page < self.pool.shape[1] for page in pages):
             raise ValueError(f"{pages=} of a pool of {self.pool.shape[1]}")
-        return torch.tensor(pages, dtype=torch.int64, device=self.pool.device)
+        ids = torch.tensor(pages, dtype=torch.int64, pin_memory=self.pool.is_cuda)
+        return ids.to(self.pool.device, non_blocking=True)
 
     def is_open(self, uid: int) -> bool:
         return uid in self._rooms
@@ -197,21 +203,48 @@ class SendLink(Link):
                 self._cancelled.add(uid)
             case Cancel(uid):
                 self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
-            case SendPages(uid, mine, theirs, ready) if uid in self._sending:
-                self._send(uid, mine, theirs, ready)
+            case SendPages(uid) if uid in self._sending:
+                self._send(item)
             case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
                 waited = time.perf_counter() - sampled
                 self._conclude(Last(uid, token, logprobs, prefill, waited), RoomEnded(uid))
             case Closed(uid, error) if uid in self._sending:
                 self._conclude(item, RoomEnded(uid, error))
 
-    def _send(self, uid: int, mine: list[int], theirs: list[int], ready: Any) -> None:
-        if ready is not None:
-            ready.synchronize()  # before it is announced: a receive that waits for bytes occupies the peer's GPU
+    def _send(self, first: SendPages) -> None:
+        """Start the next transfer: of these pages, and of what is ready behind them."""
+        if first.ready is not None:
+            first.ready.synchronize()  # before it is announced: a receive that waits for bytes occupies the peer's GPU
         self.slot()
+        self._commands.appendleft(first)
+        uids, mine, theirs, last_words = self._gather(max(1, MOST_BYTES // self.pool[:, 0].nbytes))
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        self.pipe.send(Sending(uid, theirs))
+        self.pipe.send(Sending(uids, theirs))
         self.after(lambda: None, self.transport.send(packed))
+        for word in last_words:
+            self.handle(word)
+
+    def _gather(self, most: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
+        """At most so many pages from the commands that wait: their rooms, and where they are here and go there. With
+        them what ends a room, which is to be handled behind its pages."""
+        uids, mine, theirs, last_words = [], [], [], []
+        while self._commands and len(mine) < most:
+            match self._commands.popleft():
+                case SendPages(uid, here, there, ready) as item if uid in self._sending:
+                    if ready is not None and not ready.query():
+                        self._commands.appendleft(item)
+                        break
+                    space = most - len(mine)
+                    uids.append(uid)
+                    mine += here[:space]
+                    theirs += there[:space]
+                    if len(here) > space:
+                        self._commands.appendleft(SendPages(uid, here[space:], there[space:]))
+                case SendLast() | Closed() as word:
+                    last_words.append(word)
+                case item:
+                    self.handle(item)
+        return uids, mine, theirs, last_words
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
         """Say the last word of a room, which the peer takes behind the bytes; here it ends when they have left."""
@@ -233,8 +266,8 @@ class ReceiveLink(Link):
                 self.pipe.send(opening)
             case Cancel(uid) if self.is_open(uid):
                 self.pipe.send(item)
-            case Sending(uid, pages):
-                self._receive(uid, pages)
+            case Sending(uids, pages):
+                self._receive(uids, pages)
             case Last(uid):
                 self._await(uid)
                 came = time.perf_counter()
@@ -243,11 +276,12 @@ class ReceiveLink(Link):
                 self._await(uid)
                 self.after(lambda: self.end(RoomEnded(uid, error)))
 
-    def _receive(self, uid: int, pages: list[int]) -> None:
-        self._await(uid)
+    def _receive(self, uids: list[int], pages: list[int]) -> None:
+        for uid in uids:
+            self._await(uid)
         self.slot()
         layers, _, *page = self.pool.shape
-        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)
+        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
         self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:

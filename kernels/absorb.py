@@ -1,8 +1,8 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-Each head has weights of its own and few columns to sum, so what they cost is the memory that they cross, and each does
-in the same pass what would cross it once more: the query's rope, and the cast to fp8 for o_proj. Up to FEW_TOKENS
-tokens there is a kernel without the tensor core for each.
+Each head has weights of its own. The first is cuBLAS's (one product a head; a kernel of ours that also turned the rope
+part took longer than both); the second casts to fp8 for o_proj in the same pass. Up to FEW_TOKENS tokens there is a
+kernel without the tensor core for each, because then most of the time is that of starting kernels.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.fp8 import Quantized
 from kernels.gemv import FEW_TOKENS
-from kernels.norm import turned
+from kernels.norm import rope_into, turned
 from kernels.pdl import after_previous, pdl
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
@@ -45,37 +45,6 @@ def _absorb_few_kernel(
             tl.store(out + latent + rope_col[None, :], key, mask=(rope_col < rope_dim)[None, :])
 
 
-@triton.jit
-def _absorb_kernel(
-    q_ptr, w_ptr, cos_ptr, sin_ptr, positions, out_ptr, batch, q_stride, q_head_stride, w_stride, out_stride,
-    cos_stride, sin_stride, nope: tl.constexpr, latent: tl.constexpr, rope_dim: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """COLUMNS columns of one head's q' for BLOCK_T tokens; the first program of a head also turns their rope part."""
-    after_previous(PDL, LET_NEXT=False)  # attention comes next
-    head, part = tl.program_id(0), tl.program_id(1)
-    token = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    live = (token < batch)[:, None]
-    q = q_ptr + token[:, None].to(tl.int64) * q_stride + head * q_head_stride
-    out = out_ptr + token[:, None].to(tl.int64) * out_stride + head * (latent + rope_dim)
-    row = tl.arange(0, BLOCK_Q)
-    x = tl.load(q + row[None, :], mask=live & (row < nope)[None, :], other=0.0)  # [BLOCK_T, BLOCK_Q]
-    if part == 0:
-        col, pair = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R // 2)[None, :]
-        here, here_pair = live & (col < rope_dim), live & (pair < rope_dim // 2)
-        position = tl.load(positions + token, mask=token < batch, other=0)[:, None]
-        cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [BLOCK_T, BLOCK_R / 2]
-        sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
-        key = tl.load(q + nope + col, mask=here, other=0.0)
-        tl.store(out + latent + col, turned(key, cos, sin, BLOCK_T, BLOCK_R), mask=here)
-    for first in range(0, COLUMNS, BLOCK_C):
-        col = (part * COLUMNS + first + tl.arange(0, BLOCK_C))[None, :]
-        w_at = w_ptr + head * w_stride + row[:, None] * latent + col
-        w = tl.load(w_at, mask=(row < nope)[:, None] & (col < latent), other=0.0)  # [BLOCK_Q, BLOCK_C]
-        y = tl.dot(x, w, input_precision="ieee").to(out_ptr.dtype.element_ty)
-        tl.store(out + col, y, mask=live & (col < latent))
-
-
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
     """q' = [W_UK^T q_nope, rope(q_rope)] of every head: `ref.absorb_query`.
 
@@ -85,30 +54,17 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, 
     (batch, heads, _), (_, nope, latent) = q.shape, w_uk.shape
     rope_dim = q.shape[2] - nope
     out = q.new_empty(batch, heads, latent + rope_dim)
-    if batch == 0:
-        return out
-    data = (
-        q, w_uk, cos_table, sin_table, positions, out, batch, q.stride(0), q.stride(1), w_uk.stride(0), out.stride(0),
-        cos_table.stride(0), sin_table.stride(0), nope, latent, rope_dim,
-    )  # fmt: skip
-    block_q, block_r = triton.next_power_of_2(nope), max(2, triton.next_power_of_2(rope_dim))
-    if batch <= FEW_TOKENS:
+    if 0 < batch <= FEW_TOKENS:
         block = min(64, triton.next_power_of_2(latent))
         _absorb_few_kernel[heads, triton.cdiv(latent, block)](
-            *data, block_q, block, block_r, num_warps=4, **pdl(q)
-        )
+            q, w_uk, cos_table, sin_table, positions, out, batch, q.stride(0), q.stride(1), w_uk.stride(0),
+            out.stride(0), cos_table.stride(0), sin_table.stride(0), nope, latent, rope_dim,
+            triton.next_power_of_2(nope), block, max(2, triton.next_power_of_2(rope_dim)), num_warps=4, **pdl(q),
+        )  # fmt: skip
         return out
-    block_t, block_c, columns, warps = absorb_tile(batch, q.dtype)
-    _absorb_kernel[heads, triton.cdiv(latent, columns), triton.cdiv(batch, block_t)](
-        *data, block_t, max(16, block_q), block_c, columns, block_r, num_warps=warps, num_stages=2, **pdl(q)
-    )
+    torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=out[..., :latent].transpose(0, 1))
+    rope_into(q, out, cos_table, sin_table, positions, rope_dim)
     return out
-
-
-def absorb_tile(batch: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    if dtype == torch.float32:
-        return 16, 32, 64, 4
-    return min(128, max(16, triton.next_power_of_2(batch))), 128, 256, 8
 
 
 @triton.jit
@@ -179,16 +135,11 @@ def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Te
             num_warps=4, **pdl(attended),
         )  # fmt: skip
         return out
-    block_t, block_c, warps, stages = values_tile(batch, attended.dtype)
+    fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
+    block_t = min(128 if fast else 16, max(16, triton.next_power_of_2(batch)))
     _values_kernel[heads, triton.cdiv(batch, block_t)](
         attended, w_uv, out, scales, batch, heads, w_uv.stride(0), 0 if scales is None else scales.stride(1), latent,
-        v_dim, block_t, max(16, triton.next_power_of_2(v_dim)), block_c, num_warps=warps, num_stages=stages,
-        **pdl(attended),
+        v_dim, block_t, max(16, triton.next_power_of_2(v_dim)), 64 if fast else 32, num_warps=8 if block_t == 128 else 4,
+        num_stages=3 if fast else 1, **pdl(attended),
     )  # fmt: skip
     return (out, scales) if quantize else out
-
-
-def values_tile(batch: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    if dtype == torch.float32:
-        return 16, 32, 4, 1
-    return min(128, max(16, triton.next_power_of_2(batch))), 64, 8, 3

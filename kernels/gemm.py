@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.pdl import after_previous, pdl
+from kernels.pdl import after_previous, let_next, pdl
 
 
 class Tile(NamedTuple):
@@ -137,7 +137,7 @@ def tiles_kernel(
     Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile; that is written
     as a loop because the compiler, which spills registers without it, then does not.
     """
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)
     num_m, num_n, num_k = tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
     k_start, k_end = 0, num_k
     if PARTS > 1:
@@ -158,6 +158,7 @@ def tiles_kernel(
                 x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
                 BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES,
             )  # fmt: skip
+            let_next(PDL)
             store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
 
 
@@ -215,10 +216,11 @@ def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
     """The largest tile that still gives every SM its programs; where none does, several programs share a tile's D."""
     if m > 256 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= 2 * sms:
         return TWO_SLABS
-    if triton.cdiv(m, 64) * triton.cdiv(n, 128) > sms:
-        return Tile(64, 128, 1, 4, 4)  # 4 stages leave room for a second program in the SM, and a third of the next
-    tiles = max(1, triton.cdiv(m, 64) * triton.cdiv(n, 64))
-    return Tile(64, 64, 1, 4, 4, max(1, min(2 * sms // tiles, d // 1792)))  # a part takes at least 14 steps
+    rows = 64 if m <= 64 else 128
+    tiles = max(1, triton.cdiv(m, rows) * triton.cdiv(n, 64))
+    if tiles > sms:
+        return Tile(rows, 64, 1, 4, 4)  # 4 stages leave room for a second program in the SM
+    return Tile(rows, 64, 1, 4, 5, max(1, min(sms // tiles, d // 1792)))  # a part takes at least 14 steps
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:

@@ -124,21 +124,23 @@ def add_rms_norm_quant(
 
 @triton.jit
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, stride, head_stride, cos_stride, sin_stride, dim: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
+    target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    after_previous(PDL)
+    """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
+    after_previous(PDL, LET_NEXT=False)  # attention comes next
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
     token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
     live = row < rows
     here, here_pair = live & (col < dim), live & (pair < dim // 2)
-    x_at = x_ptr + token * stride + head * head_stride + col
-    x = tl.load(x_at, mask=here, other=0.0)
+    x = tl.load(source_ptr + token * source_stride + head * source_head_stride + col, mask=here, other=0.0)
     position = tl.load(positions_ptr + token, mask=live, other=0)
     cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
     sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
-    tl.store(x_at, turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
+    target = target_ptr + token * target_stride + head * target_head_stride + col
+    tl.store(target, turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
@@ -146,14 +148,24 @@ def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tenso
 
     q bf16 or float32 with unit last stride; tables [length, R / 2] float32; positions [T] int64.
     """
+    rope_into(q, q, cos_table, sin_table, positions, rope_dim)
+
+
+def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
+    """rope_query into the last `rope_dim` columns of out [T, H, C + R], of q's dtype and with unit last stride.
+
+    q is left alone, and so are out's other columns. out may be q, but may not overlap it otherwise.
+    """
     rows = q.shape[0] * q.shape[1]
     if rows == 0:
         return
+    source, target = q[..., -rope_dim:], out[..., -rope_dim:]
     block = max(2, triton.next_power_of_2(rope_dim))
     per_program = max(1, 2048 // block)
     _rope_kernel[triton.cdiv(rows, per_program),](
-        q[..., -rope_dim:], cos_table, sin_table, positions, rows, q.shape[1], q.stride(0), q.stride(1),
-        cos_table.stride(0), sin_table.stride(0), rope_dim, ROWS=per_program, BLOCK_D=block, num_warps=4, **pdl(q),
+        source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
+        target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
+        ROWS=per_program, BLOCK_D=block, num_warps=4, **pdl(q),
     )  # fmt: skip
 
 

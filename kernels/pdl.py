@@ -26,6 +26,14 @@ def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
         gdc_wait()
 
 
+@triton.jit
+def let_next(PDL: tl.constexpr):
+    """Let the next kernel take its place from here on, where it would only be in the way before: late in a kernel whose
+    programs fill the GPU, which began with after_previous(PDL, LET_NEXT=False)."""
+    if PDL:
+        gdc_launch_dependents()
+
+
 @cache
 def _has_it(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

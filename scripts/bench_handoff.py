@@ -6,8 +6,10 @@
 tokens     run.py's jobs, each on its own GPUs, give the shipped model's tokens as one process does
 wire       what the wire can do: copies within one process, and torch.distributed between two
 pages      the handoff's own path with scattered pages of DeepSeek-V3's KV (61 layers x 576 bf16)
-steps      a prefill step and a captured decode step (one rank's work, with simulated arrivals), with and without
-           transfers one after the other all the while, which is far more than prefill could keep up
+steps      a prefill step and a captured decode step (one rank's work, with simulated arrivals), without transfers,
+           while the prompts of each prefill step are handed over as it ends, and while transfers never pause, which
+           is far more than prefill could keep up. A step has few layers and its prompts the KV of all, so the former
+           is more than such a prefill GPU would send, too
 requests   a stream of requests through run.py's jobs with V3's KV and little else of a model: the TTFT in its parts
 kill       and SIGKILL for one of two prefill jobs there, in a burst of prompts
 
@@ -66,12 +68,16 @@ class Report:
                 self.add(f"{what}, while receiving", one["receiving"] / 1e9, "GB/s", self.wire, source)
                 self.add(f"{what}, one prompt alone ({one['bytes'] / 1e6:.1f} MB)", 1e3 * one["alone"], "ms")
             case "steps", steps:
-                self.add("transfers beside steps", steps["GB/s"], "GB/s")
+                beside = {"paced": "transfers of what prefill computes", "flooded": "transfers without a pause"}
+                for how, transfers in beside.items():
+                    self.add(f"{transfers}, beside steps", steps[f"{how} GB/s"], "GB/s")
                 for phase in ("prefill", "decode"):
-                    what = f"a {phase} step of {args.shape}, {args.layers} layers (simulated arrivals)"
-                    idle, beside = round(steps[phase], 4), steps[f"{phase} beside"]
+                    what = f"a {phase} step of {args.shape}, {args.layers} layers (simulated arrivals), mean"
+                    idle = round(steps[f"{phase} idle"], 4)
                     self.add(what, idle, "ms")
-                    self.add(f"{what}, beside transfers", beside, "ms", idle, "without transfers, same run")
+                    for how, transfers in beside.items():
+                        source = "without transfers, same run"
+                        self.add(f"{what}, beside {transfers}", steps[f"{phase} {how}"], "ms", idle, source)
 
     def requests(self, found: dict[str, Any]) -> None:
         print(found["table"])

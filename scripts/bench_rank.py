@@ -6,8 +6,8 @@ python scripts/bench_rank.py prefill --ep 32 --tokens 16384 --prompt 4096 --trac
 All layers with weights of their own (random), the engine's decode step in a CUDA graph, the experts' rows as many as
 the whole deployment would send (`parallel/loopback.py`). No communication is timed: rates are of computation alone.
 The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps, and
-what a GPU's clock loses under steady load. What a product does in its own pass counts with it (the rope of decode's
-query, the cast of what is attended for o_proj), though the floors have it among what is elementwise.
+what a GPU's clock loses under steady load. What a kernel does in its own pass counts with it (the cast of what is
+attended, for o_proj), though the floors have it among what is elementwise.
 
 What a cluster of such ranks would do is MODELLED at the end, from the measured steps, whole and as two micro-batches,
 and the communication of scripts/deepep_times.py:
@@ -80,6 +80,7 @@ ELEMENTWISE = (
 OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")
 OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP permute")
 OF_OP |= dict.fromkeys(("mla_decode", "prefill_attention"), "MLA core")
+OF_KERNEL = {"_rope_kernel": "elementwise"}  # whatever op launches it: absorb_query does, beside its product
 
 
 MARK = "rank/"  # before the names of our ranges in a profile
@@ -137,7 +138,8 @@ class Ranges:
         parts: dict[str, float] = defaultdict(float)
         if device.type == "cuda":
             for event, path in launched_in(events, MARK):
-                parts[part_of(path)] += event["dur"] / 1e3
+                kind, part = part_of(path).split(":")
+                parts[f"{kind}:{OF_KERNEL.get(event['name'], part)}"] += event["dur"] / 1e3
             return dict(parts)
         for start, end, path in (ranges := mark_ranges(events, MARK)):
             inner = sum(e - s for s, e, name in ranges if start <= s and e <= end and name.startswith(f"{path}/")

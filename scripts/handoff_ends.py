@@ -7,6 +7,7 @@ DeepSeek-V3's KV; what is missing around them is the scheduler and the router. T
 one machine (time.perf_counter, which they share).
 """
 
+import math
 import os
 import queue
 import random
@@ -15,6 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -33,7 +35,7 @@ from kernels.backend import Ops, choose
 from model.kv_cache import make_pool, pages_for
 from model.transformer import op_shape
 from parallel.mesh import Group, pick_device
-from scripts.one_rank import Rank, times
+from scripts.one_rank import Rank
 from scripts.shapes import SHAPES
 
 HOST = "127.0.0.1"
@@ -149,11 +151,13 @@ def content(pool: Tensor) -> Tensor:
 
 
 class Source(threading.Thread):
-    """Answers every room that opens with pages from all over the pool, at once, as if it had just computed them."""
+    """Answers every room that opens with pages from all over the pool: at once, or, while it is paced, when a prompt
+    has been computed."""
 
     def __init__(self, end: End):
         super().__init__(name="source", daemon=True)
         self.end, self.put_at = end, {}
+        self.paced, self.computed = False, queue.SimpleQueue()  # an event for each prompt, or None
         self.start()
 
     @staticmethod
@@ -167,8 +171,9 @@ class Source(threading.Thread):
                     uid = request.uid
                     self.end.link.put(Join(uid))
                     mine = self.places(uid, len(pages), self.end.pool.shape[1])
+                    ready = self.computed.get() if self.paced else None
                     self.put_at[uid] = time.perf_counter()
-                    self.end.link.put(SendPages(uid, mine, pages))
+                    self.end.link.put(SendPages(uid, mine, pages, ready))
                     self.end.link.put(SendLast(uid, 0, []))
                 case RoomEnded(uid, error) if error is not None:
                     raise RuntimeError(f"room {uid}: {error}")
@@ -310,37 +315,74 @@ def make_step(end: End) -> Callable[[], object]:
 
 
 def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a prefill step and of a captured decode step, with and without transfers of the longest prompts
-    one after the other all the while, and the transfers' bytes/s meanwhile. The worst of the pairs."""
-    args = end.args
+    """Mean milliseconds of a prefill step and of a captured decode step, the worst of the pairs: "idle"; "paced", while
+    the prompts of each prefill step are handed over when it ends; "flooded", while prompts are, one after the other.
+    And the transfers' bytes/s meanwhile. A prompt has args.kv tokens."""
     with torch.inference_mode():
-        times({"step": step}, end.device, 2)
-        repeat = args.repeat if end.sends else 10 * args.repeat
-        end.meet()
-        idle = times({"step": step}, end.device, repeat)["step"]
-        end.meet()
-        stop, taken, moved = threading.Event(), [], 0.0
-        if not end.sends:
-            moved = end.link.bytes_moved
-            taker = threading.Thread(
-                target=lambda: taken.extend(end.worker.take(max(args.prompts), AHEAD, lambda _: stop.is_set()))
-            )
-            taker.start()
-            while end.link.bytes_moved == moved and taker.is_alive():
-                time.sleep(0.001)
-            moved, start = end.link.bytes_moved, time.perf_counter()
-        end.meet()  # they run
-        busy = times({"step": step}, end.device, repeat)["step"]
-        end.sync()
-        end.world.exchange(None)  # until the slower of the two has done its steps
-        stop.set()
-        if not end.sends:
-            taker.join()
-            moved = (end.link.bytes_moved - moved) / (time.perf_counter() - start)
-            end.worker.check()
-        end.meet()
-    shared = end.world.exchange((idle, busy, moved))
-    found = {"GB/s": sum(row[2] for row in shared) / 1e9}
-    for name, rows in (("prefill", shared[: args.pairs]), ("decode", shared[args.pairs :])):
-        found[name], found[f"{name} beside"] = max(row[0] for row in rows), max(row[1] for row in rows)
+        mean_ms(end, step, 2)
+        idle = end.world.exchange(mean_ms(end, step, end.args.repeat))
+        n = end.args.pairs
+        prefill, decode = max(idle[:n]), max(idle[n:])
+        repeat = end.args.repeat if end.sends else math.ceil(end.args.repeat * prefill / decode)  # as long as the other
+        idle = mean_ms(end, step, repeat)
+        paced, paced_rate = with_transfers(end, step, repeat, True)
+        flooded, flooded_rate = with_transfers(end, step, repeat, False)
+    rows = end.world.exchange((idle, paced, flooded, paced_rate, flooded_rate))
+    found = {"paced GB/s": sum(row[3] for row in rows) / 1e9, "flooded GB/s": sum(row[4] for row in rows) / 1e9}
+    for phase, of_phase in (("prefill", rows[:n]), ("decode", rows[n:])):
+        for i, name in enumerate(("idle", "paced", "flooded")):
+            found[f"{phase} {name}"] = max(row[i] for row in of_phase)
     return found
+
+
+def mean_ms(end: End, step: Callable[[], object], count: int, after: Callable[[], None] = lambda: None) -> float:
+    """Of steps one after the other, from a moment that all ranks share; `after` each has been launched."""
+    end.meet()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+        after()
+    end.sync()
+    return 1e3 * (time.perf_counter() - start) / count
+
+
+def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool) -> tuple[float, float]:
+    """`mean_ms` with transfers all the while, and their bytes/s, counted where they arrive."""
+    args, stop, moved = end.args, threading.Event(), 0.0
+    prompts = args.tokens // args.kv  # of a prefill step
+    if end.sends:
+        source = end.worker
+        source.paced = paced
+        end.meet()
+        took = mean_ms(end, step, count, partial(computed, source, prompts) if paced else lambda: None)
+        end.world.exchange(None)  # until the slower of the two has done its steps
+        end.meet()  # no more are asked for than are under way
+        source.paced = False
+        for _ in range(AHEAD):
+            source.computed.put(None)
+        end.meet()
+        while not source.computed.empty():
+            source.computed.get()
+        return took, 0.0
+    end.meet()
+    taker = threading.Thread(target=lambda: end.worker.take(args.kv, AHEAD, lambda _: stop.is_set()))
+    taker.start()
+    before, start = end.link.bytes_moved, time.perf_counter()
+    took = mean_ms(end, step, count)
+    rate = (end.link.bytes_moved - before) / (time.perf_counter() - start)
+    end.world.exchange(None)
+    stop.set()
+    end.meet()
+    taker.join()
+    end.worker.check()
+    end.meet()
+    return took, rate
+
+
+def computed(source: Source, prompts: int) -> None:
+    """A prefill step has been launched: its prompts may go when it is through."""
+    event = torch.cuda.Event() if source.end.device.type == "cuda" else None
+    if event is not None:
+        event.record()
+    for _ in range(prompts):
+        source.computed.put(event)

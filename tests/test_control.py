@@ -62,7 +62,7 @@ ON_A_LINK = (
     Knock(MEMBER, 3),
     Open(REQUEST, [4, 1], [MEMBER]),
     Cancel(5),
-    Sending(5, [9, 8]),
+    Sending([5], [9, 8]),
     Last(5, 128_000, [(128_000, -0.5)]),
     Closed(5, "the prompt\ndoes not fit"),
 )
@@ -156,7 +156,7 @@ def test_the_messages_of_a_link_arrive_as_they_were_sent(opened: Any) -> None:
 def test_a_message_of_the_wrong_kind_is_dropped_alone(opened: Any) -> None:
     one, other = opened(Pipe(new_socket(zmq.DEALER), Cancel)), opened(Pipe(new_socket(zmq.DEALER), Cancel))
     other.sock.connect(f"tcp://{HOST}:{bind(one.sock, HOST)}")
-    other.send(Sending(5, [9]))
+    other.send(Sending([5], [9]))
     other.sock.send(b"junk")
     other.send(Cancel(6))
     got = []

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, Ro
 from disagg.links import Link, Links, ReceiveLink, SendLink, dial, link_key, listen
 from disagg.prefill import Door
 from disagg.request import Request
-from disagg.transport.torch_dist import TorchTransport
+from disagg.transport.torch_dist import Passage, TorchTransport
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
 
@@ -206,25 +206,84 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
     pair.hush()
 
 
-def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(make_pair: Any) -> None:
-    pair, gate, started = make_pair(), threading.Event(), []
+class Gate:
+    """Until it is opened no transfer that a link has started is through."""
+
+    def __init__(self, link: Link):
+        self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
+        for name in ("send", "recv"):
+            setattr(link.transport, name, self.held(getattr(link.transport, name)))
+
+    def held(self, start: Callable[[Tensor], Passage]) -> Callable[[Tensor], Passage]:
+        def held(x: Tensor) -> Passage:
+            self.started.append(x.shape[1])
+            passage = start(x)
+            wait = passage.wait
+            passage.wait = lambda: self.opened.wait(SOON) and wait()
+            return passage
+
+        return held
+
+    def await_start(self, count: int) -> None:
+        deadline = time.monotonic() + SOON
+        while len(self.started) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+
+
+def limit_transfers(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+    monkeypatch.setattr("disagg.links.MOST_BYTES", pages * make_pool(0.0)[:, 0].nbytes)
+
+
+def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_transfers(monkeypatch, 1)
+    pair = make_pair()
     pair.open(1, [4, 5, 6])
-    link = pair.decode.link
-    recv, unpack = link.transport.recv, link._unpack_pages
-    link.transport.recv = lambda x: started.append(1) or recv(x)
-    link._unpack_pages = lambda *args: gate.wait(SOON) and unpack(*args)
+    gate = Gate(pair.decode.link)
     for mine, theirs in ((1, 4), (2, 5), (3, 6)):
         pair.prefill.link.put(SendPages(1, [mine], [theirs]))
     pair.prefill.link.put(SendLast(1, 7, []))
-    deadline = time.monotonic() + SOON
-    while len(started) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    assert len(started) == 2 and pair.decode.events.empty()
-    gate.set()
+    gate.await_start(2)
+    assert gate.started == [1, 1] and pair.decode.events.empty()
+    gate.opened.set()
     assert pair.decode.hear_end(1).token == 7
     assert torch.equal(pair.decode.pool[:, [4, 5, 6]], pair.prefill.pool[:, [1, 2, 3]])
     pair.prefill.hear_end(1)
+    pair.hush()
+
+
+def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_transfers(monkeypatch, 3)
+    pair, not_computed = make_pair(), threading.Event()
+    not_computed.query, not_computed.synchronize = not_computed.is_set, lambda: not_computed.wait(SOON)
+    for uid, pages in ((1, [1, 2]), (2, [3, 4]), (3, [5, 6, 7, 8]), (4, [9])):
+        pair.open(uid, pages)
+    gate = Gate(pair.prefill.link)
+    put = pair.prefill.link.put
+    put(SendPages(1, [11], [1]))
+    gate.await_start(1)
+    put(SendPages(1, [12], [2]))
+    gate.await_start(2)  # no more than these
+    put(SendPages(2, [13], [3]))
+    put(SendLast(1, 100, []))
+    put(SendPages(2, [14], [4]))
+    put(SendLast(2, 200, []))
+    put(SendPages(3, [15, 1, 2, 3], [5, 6, 7, 8]))
+    put(SendLast(3, 300, []))
+    put(SendPages(4, [4], [9], not_computed))
+    put(SendLast(4, 400, []))
+    time.sleep(0.2)
+    gate.opened.set()
+    assert [pair.decode.hear_end(uid).token for uid in (1, 2, 3)] == [100, 200, 300]
+    assert gate.started == [1, 1, 3, 3] and pair.decode.events.empty()
+    not_computed.set()
+    assert pair.decode.hear_end(4).token == 400 and gate.started == [1, 1, 3, 3, 1]
+    assert pair.decode.pool[:, 1:10].equal(pair.prefill.pool[:, [11, 12, 13, 14, 15, 1, 2, 3, 4]])
+    assert [pair.prefill.hear().uid for _ in range(4)] == [1, 2, 3, 4]
     pair.hush()
 
 
@@ -502,7 +561,10 @@ class Storm:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_writes_the_pages_of_a_room_that_has_ended_however_aborts_fall(make_pair: Any, seed: int) -> None:
+def test_nothing_writes_the_pages_of_a_room_that_has_ended_however_aborts_fall(
+    make_pair: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_transfers(monkeypatch, 1 + seed)
     Storm(make_pair(), seed).run()
 
 
@@ -573,7 +635,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
     pair = make_pair()
     for uid in (1, 2):
         pair.open(uid, [uid])
-    pair.prefill.link.pipe.send(Sending(1, [1]))  # announced, and then the sender's group goes down
+    pair.prefill.link.pipe.send(Sending([1], [1]))  # announced, and then the sender's group goes down
     time.sleep(0.3)
     pair.prefill.link.transport = None
     for _ in range(2):
@@ -598,7 +660,7 @@ def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     pair = make_pair()
     pair.open(1, [4])
     if side == "decode":
-        pair.prefill.link.pipe.send(Sending(1, [4]))  # and no bytes
+        pair.prefill.link.pipe.send(Sending([1], [4]))  # and no bytes
     else:
         pair.prefill.link.put(Join(2))
         pair.prefill.link.put(SendLast(2, 0, []))  # the decode link waits here, and takes no bytes
@@ -614,7 +676,7 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     """stop() lets the pages go at once, and a slow peer may still finish what it has begun."""
     pair = make_pair()
     pair.open(1, [4, 5])
-    pair.prefill.link.pipe.send(Sending(1, [4, 5]))
+    pair.prefill.link.pipe.send(Sending([1], [4, 5]))
     time.sleep(0.3)
     pair.decode.link.stop()
     pair.decode.hear_end(1, "stopped")
@@ -655,7 +717,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
     assert door.pipe.poll(SOON * 1000)
     pipe, transport = listen(door.store, HOST, CPU)(link_key(prefill, decode))
     (opening,) = pipe.poll(SOON * 1000)
-    pipe.send(Sending(opening.request.uid, opening.pages))
+    pipe.send(Sending([opening.request.uid], opening.pages))
     doing.put("sending")
     time.sleep(2 * SOON)
     del transport

@@ -6,6 +6,7 @@ tensors may be on their way at once, in one order on both ends.
 """
 
 import datetime
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,21 +16,19 @@ TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet, and for o
 
 
 class Passage:
-    """A tensor on its way, which is kept until it is through."""
+    """A tensor on its way since `began` (of time.perf_counter), which is kept until it is through."""
 
-    def __init__(self, x: Tensor, work: dist.Work, stream: torch.cuda.Stream | None):
-        self.x, self._work, self._through = x, work, None
-        if stream is not None:
-            with torch.cuda.stream(stream):
-                work.wait()  # of NCCL it only has this stream wait
-                self._through = stream.record_event()
+    def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None):
+        self.x, self.began, self._work, self._stream = x, began, work, stream
 
     def wait(self) -> None:
-        """From any thread. After an abort it returns too, or raises."""
-        if self._through is not None:
-            self._through.synchronize()
-        else:
+        """From one thread. After an abort it returns too, or raises."""
+        if self._stream is None:
             self._work.wait()
+        else:
+            with torch.cuda.stream(self._stream):
+                self._work.wait()  # of NCCL it only has this stream wait
+            self._stream.synchronize()
 
 
 class TorchTransport:
@@ -38,19 +37,21 @@ class TorchTransport:
         self.peer, self.device = 1 - me, device
         if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(store, me, 2, dist.ProcessGroupNCCL.Options())
-            self._stream = torch.cuda.Stream(device)  # not the caller's, which may go on packing
+            self._stream = torch.cuda.Stream(device)  # waits for the peer, which none of the caller's must
         else:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
             self._stream = None
 
     def send(self, x: Tensor) -> Passage:
         """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through."""
-        return Passage(x, self.group.send([x], self.peer, 0), self._stream)
+        began = time.perf_counter()
+        return Passage(x, self.group.send([x], self.peer, 0), began, self._stream)
 
     def recv(self, x: Tensor) -> Passage:
         """Starts to fill `x`, in the order of the peer's sends. Call only when the peer has announced the send: a NCCL
         receive that nobody matches occupies the GPU, and one whose peer has died never ends by itself (see `abort`)."""
-        return Passage(x, self.group.recv([x], self.peer, 0), self._stream)
+        began = time.perf_counter()
+        return Passage(x, self.group.recv([x], self.peer, 0), began, self._stream)
 
     def abort(self) -> None:
         """From any thread: end what is in flight. The CUDA context survives."""
