@@ -304,7 +304,7 @@ class Engine:
         else:
             self.dispatchers.prepare_masked()
             logits = self.decode.run(work.decodes, work.decode_rows)
-        logprobs = self._sample(logits, work.sequences, work.rows)
+        logprobs = None if work.plan.is_plain else self._sample(logits, work.sequences, work.rows)
         tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
         self._seen.reverse()
         done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
@@ -331,9 +331,7 @@ class Engine:
 
     def _sample(self, logits: Tensor, sequences: list[Sequence], rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
         """What greedy choice alone does not give: other tokens, into `tokens`, and log probabilities."""
-        if all(s.is_plain for s in sequences):
-            return None
-        most = max(s.request.logprobs for s in sequences)
+        most = max((s.request.logprobs for s in sequences), default=0)
         warm = any(s.request.temperature > COLDEST for s in sequences)
         index = torch.from_numpy(rows).to(logits.device)
         logits, tokens = logits[index], self.tokens[index]

@@ -7,8 +7,8 @@ to be done after each. So that the wire need not wait for either, the next trans
               wire            0 >>>>>>>>>>>>>| 1 >>>>>>>>>>>>>| 2 >>>
     decode    mover                          | unpack 0       | unpack 1, room done
 
-Pages that become ready while the wire is busy share the next transfer, whatever rooms they are of: what a transfer costs
-its two processes is then the wire's to hide.
+Pages that become ready while the wire is busy share the next transfer, whatever rooms they are of: the wire then hides
+what a transfer costs its two processes.
 
 A link can go down by itself, or be stopped; either way its rooms end at once, with an error, and nothing is written to
 the pool any more.

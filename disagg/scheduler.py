@@ -8,6 +8,7 @@ Deterministic: the ranks of an attention replica feed it the same events and it 
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from disagg.request import Request
 from model.batch import PAGE, Chunk
@@ -26,6 +27,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.uid = self.request.uid
         self.tokens = self.tokens or list(self.request.prompt)
         self.prompt_len = len(self.request.prompt)
         self.limit = self.prompt_len + self.request.max_tokens  # tokens in all
@@ -55,6 +57,10 @@ class Plan:
 
     decodes: list[Sequence]
     prefills: list[tuple[Sequence, int]]  # (sequence, tokens to compute now)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        return all(s.is_plain for s in self.decodes) and all(s.is_plain for s, _ in self.prefills)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -87,6 +93,7 @@ class Scheduler:
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._same, self._times = Plan([], []), 0  # the plan of as many further steps, if nobody comes or goes
 
     def check_fits(self, num_tokens: int) -> None:
         """ValueError, with the numbers, if a request that fills this many tokens of KV can never run here."""
@@ -117,6 +124,9 @@ class Scheduler:
 
         `reserve_output`: reserve room for the tokens to be generated, not the prompt alone (the prefill role).
         """
+        if self._times > 0 and not self.waiting:
+            self._times -= 1
+            return self._same
         prompts = [s for s in self.running if s.computed < s.prompt_len]
         decodes = [s for s in self.running if s.prompt_len <= s.computed < s.limit - 1]  # the last token needs no KV
         budget = self.max_tokens_per_step - len(decodes)
@@ -137,10 +147,14 @@ class Scheduler:
             else:
                 prefills.append((sequence, count := min(budget, len(sequence.tokens))))
                 budget -= count
-        return Plan(decodes, prefills)
+        self._same, self._times = Plan(decodes, prefills), 0
+        if not prefills:
+            self._times = min((s.limit - 2 - s.computed for s in decodes), default=0)
+        return self._same
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of the queues. Its pages stay its own: see `release`."""
+        self._times = 0
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:

@@ -49,7 +49,7 @@ class Unified:
         """Take up the tokens of a step; the next one may have been launched already. How many were wanted."""
         eos, going_on, unwanted = self.engine.config.eos_token_ids, {}, 0
         for sequence, token, logprobs in step.sampled():
-            reason, uid = sequence.append(token, eos), sequence.request.uid
+            reason, uid = sequence.append(token, eos), sequence.uid
             if uid not in self.sequences:  # it ended while this token was on its way, which nobody wants now
                 unwanted += 1
                 if not sequence.in_flight:

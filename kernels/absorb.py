@@ -139,7 +139,7 @@ def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Te
     block_t = min(128 if fast else 16, max(16, triton.next_power_of_2(batch)))
     _values_kernel[heads, triton.cdiv(batch, block_t)](
         attended, w_uv, out, scales, batch, heads, w_uv.stride(0), 0 if scales is None else scales.stride(1), latent,
-        v_dim, block_t, max(16, triton.next_power_of_2(v_dim)), 64 if fast else 32, num_warps=8 if block_t == 128 else 4,
-        num_stages=3 if fast else 1, **pdl(attended),
+        v_dim, block_t, max(16, triton.next_power_of_2(v_dim)), 64 if fast else 32, **pdl(attended),
+        num_warps=8 if block_t == 128 else 4, num_stages=3 if fast else 1,
     )  # fmt: skip
     return (out, scales) if quantize else out

@@ -40,7 +40,7 @@ from scripts.shapes import SHAPES
 
 HOST = "127.0.0.1"
 COPIES = 8  # of the large tensor, in one measurement
-AHEAD = 4  # prompts under way at once
+AHEAD = 8  # prompts under way at once
 WARM = 3  # prompts before a measurement
 
 
@@ -336,19 +336,25 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
 
 
 def mean_ms(end: End, step: Callable[[], object], count: int, after: Callable[[], None] = lambda: None) -> float:
-    """Of steps one after the other, from a moment that all ranks share; `after` each has been launched."""
+    """Of steps one after the other, from a moment that all ranks share; `after` each has been launched. As in the step
+    loop one is launched while another runs, no more: what a link starts must not wait behind a queue of steps."""
+    on_gpu = end.device.type == "cuda"
     end.meet()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), None
     for _ in range(count):
         step()
         after()
+        launched = torch.cuda.current_stream().record_event() if on_gpu else None
+        if before is not None:
+            before.synchronize()
+        before = launched
     end.sync()
     return 1e3 * (time.perf_counter() - start) / count
 
 
 def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool) -> tuple[float, float]:
     """`mean_ms` with transfers all the while, and their bytes/s, counted where they arrive."""
-    args, stop, moved = end.args, threading.Event(), 0.0
+    args, stop = end.args, threading.Event()
     prompts = args.tokens // args.kv  # of a prefill step
     if end.sends:
         source = end.worker

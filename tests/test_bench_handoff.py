@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts.handoff_ends import AHEAD
 from scripts.measurements import load
 from tests.conftest import ROOT
 
@@ -23,8 +24,15 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     for tokens, megabytes in ((64, 0.1), (256, 0.6)):  # x 2 layers x 576 bf16
         what = f"scattered pages of {tokens} tokens, "
         assert records[f"{what}one prompt alone ({megabytes} MB)"].value > 0
-        for rate in ("4 prompts at once", "while receiving"):
+        for rate in (f"{AHEAD} prompts at once", "while receiving"):
             assert records[what + rate].value > 0 and records[what + rate].reference == wire > 0
+
+    beside = "transfers of what prefill computes", "transfers without a pause"
+    assert all(records[f"{transfers}, beside steps"].value > 0 for transfers in beside)
+    for phase in ("prefill", "decode"):
+        what = f"a {phase} step of tiny, 2 layers (simulated arrivals), mean"
+        idle = records[what].value
+        assert all(records[f"{what}, beside {transfers}"].reference == idle > 0 for transfers in beside)
 
     for length in (64, 256):
         row = {
