@@ -214,13 +214,15 @@ class SendLink(Link):
     def _send(self, first: SendPages) -> None:
         """Start the next transfer: of these pages, and of what is ready behind them."""
         if first.ready is not None:
-            first.ready.synchronize()  # before it is announced: a receive that waits for bytes occupies the peer's GPU
+            first.ready.synchronize()
         self.slot()
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(max(1, MOST_BYTES // self.pool[:, 0].nbytes))
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        self.pipe.send(Sending(uids, theirs))
+        if packed.is_cuda:
+            torch.cuda.current_stream().synchronize()
         self.after(lambda: None, self.transport.send(packed))
+        self.pipe.send(Sending(uids, theirs))  # last: a receive that waits for bytes occupies the peer's GPU
         for word in last_words:
             self.handle(word)
 

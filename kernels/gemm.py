@@ -33,6 +33,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int  # steps of D loaded ahead
     parts: int = 1  # programs that share the tile's D; their sums are added in a fixed order
+    unroll: int = 1  # 128-byte steps of D in one of the loop's, and so in a stage: what a program alone in its SM wants
 
     @property
     def rows(self) -> int:
@@ -72,6 +73,7 @@ def pin(x):
 def dot_slabs(
     x_desc, w_desc, x_scale, x_scale_stride, w_scale, row, scale_row, w_row, rows_end, k_start, k_end,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr = 1,
 ):  # fmt: skip
     """SLABS (1 or 2) products x[row.. : BLOCK_M rows] @ w[w_row.. : BLOCK_N rows].T over steps k_start..k_end of D.
 
@@ -89,7 +91,8 @@ def dot_slabs(
     elif SLABS == 1:
         top_scale = x_scale + tl.minimum(rows, rows_end - 1)
         ws = tl.load(w_scale + k_start)  # one for the tile: BLOCK_N divides 128
-        for k in tl.range(k_start, k_end, num_stages=STAGES):  # said here, it holds for the scales, too
+        # num_stages said here holds for the scales, too
+        for k in tl.range(k_start, k_end, num_stages=STAGES, loop_unroll_factor=UNROLL):
             scale = tl.load(top_scale + k * x_scale_stride) * ws
             ws = tl.load(w_scale + tl.minimum(k + 1, k_end - 1))
             w = w_desc.load([w_row, k * BLOCK_K])
@@ -130,7 +133,7 @@ def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_
 def tiles_kernel(
     x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """row_expert [M] names each row block's weight; None = there is one weight.
 
@@ -156,7 +159,7 @@ def tiles_kernel(
                 scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             slabs = dot_slabs(
                 x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
-                BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES,
+                BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES, UNROLL,
             )  # fmt: skip
             let_next(PDL)
             store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
@@ -186,8 +189,8 @@ def launch_tiles(
     tiles_kernel[triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.block_n), tile.parts](
         block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
         0 if x_scale is None else x_scale.stride(1), w_scale, row_expert, parts, m, n, d, tile.block_m, tile.block_n,
-        tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, **pdl(x),
+        tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, STAGES=tile.num_stages, UNROLL=tile.unroll,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
     if tile.parts > 1:
         sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024, **pdl(x))
@@ -220,7 +223,8 @@ def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
     tiles = max(1, triton.cdiv(m, rows) * triton.cdiv(n, 64))
     if tiles > sms:
         return Tile(rows, 64, 1, 4, 4)  # 4 stages leave room for a second program in the SM
-    return Tile(rows, 64, 1, 4, 5, max(1, min(sms // tiles, d // 1792)))  # a part takes at least 14 steps
+    parts = max(1, min(sms // tiles, d // 1792))  # a part takes at least 14 steps
+    return Tile(rows, 64, 1, 4, 4, parts, unroll=2)
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:

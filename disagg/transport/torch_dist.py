@@ -36,7 +36,9 @@ class TorchTransport:
         """`me` is 0 or 1; blocks until the other side has come. Any of this may raise RuntimeError."""
         self.peer, self.device = 1 - me, device
         if device.type == "cuda":
-            self.group = dist.ProcessGroupNCCL(store, me, 2, dist.ProcessGroupNCCL.Options())
+            # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            self.group = dist.ProcessGroupNCCL(store, me, 2, options)
             self._stream = torch.cuda.Stream(device)  # waits for the peer, which none of the caller's must
         else:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
