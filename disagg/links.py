@@ -102,6 +102,7 @@ class Link(threading.Thread):
         try:
             self._take_stream()
             self.pipe, self.transport = self._connect(self.key)
+            self.transport.greet()
             self._loop()
         except Exception as broken:  # whatever broke it, the rooms must hear of it
             self._go_down(f"{type(broken).__name__}: {broken}")

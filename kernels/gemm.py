@@ -130,6 +130,29 @@ def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def one_tile(
+    tile, x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, num_k, k_start, k_end,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    m, n = block_order(tile, tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row, col = m * BLOCK_M * SLABS, n * BLOCK_N
+    expert = 0
+    if row_expert is not None:
+        expert = tl.load(row_expert + row)
+    if expert >= 0:  # else a block of padding
+        scale = w_scale
+        if w_scale is not None:
+            scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
+        slabs = dot_slabs(
+            x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
+            BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES, UNROLL,
+        )  # fmt: skip
+        let_next(PDL)
+        store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
+
+
+@triton.jit
 def tiles_kernel(
     x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
@@ -137,32 +160,27 @@ def tiles_kernel(
 ):  # fmt: skip
     """row_expert [M] names each row block's weight; None = there is one weight.
 
-    Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile; that is written
-    as a loop because the compiler, which spills registers without it, then does not.
+    Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile; with two slabs
+    that is written as a loop because the compiler, which spills registers without it, then does not.
     """
     after_previous(PDL, LET_NEXT=False)
-    num_m, num_n, num_k = tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
+    num_k = tl.cdiv(D, BLOCK_K)
     k_start, k_end = 0, num_k
     if PARTS > 1:
         part = tl.program_id(1)
         k_start, k_end = num_k * part // PARTS, num_k * (part + 1) // PARTS
         out += part.to(tl.int64) * M * N
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = block_order(tile, num_m, num_n, GROUP_M)
-        row, col = m * BLOCK_M * SLABS, n * BLOCK_N
-        expert = 0
-        if row_expert is not None:
-            expert = tl.load(row_expert + row)
-        if expert >= 0:  # else a block of padding
-            scale = w_scale
-            if w_scale is not None:
-                scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
-            slabs = dot_slabs(
-                x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
-                BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES, UNROLL,
+    if SLABS == 1:
+        one_tile(
+            tl.program_id(0), x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, num_k, k_start,
+            k_end, BLOCK_M, BLOCK_N, SLABS, BLOCK_K, GROUP_M, STAGES, UNROLL, PDL,
+        )  # fmt: skip
+    else:
+        for tile in range(tl.program_id(0), tl.num_programs(0), tl.num_programs(0)):
+            one_tile(
+                tile, x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, num_k, k_start, k_end,
+                BLOCK_M, BLOCK_N, SLABS, BLOCK_K, GROUP_M, STAGES, UNROLL, PDL,
             )  # fmt: skip
-            let_next(PDL)
-            store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
 
 
 @triton.jit
@@ -224,7 +242,7 @@ def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
     if tiles > sms:
         return Tile(rows, 64, 1, 4, 4)  # 4 stages leave room for a second program in the SM
     parts = max(1, min(sms // tiles, d // 1792))  # a part takes at least 14 steps
-    return Tile(rows, 64, 1, 4, 4, parts, unroll=2)
+    return Tile(rows, 64, 1, 4, 5, parts) if parts > 1 else Tile(rows, 64, 1, 4, 4, unroll=2)
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
