@@ -33,7 +33,7 @@ from disagg.handoff import Cancel, Closed, Join, Knock, Last, Open, RoomEnded, S
 from disagg.transport.torch_dist import TIMEOUT, Passage, TorchTransport
 from kernels import ref
 
-IN_FLIGHT = 2  # transfers of a link: each has a buffer of its own
+IN_FLIGHT = 3  # transfers of a link, on the wire, before it or behind it: each has a buffer of its own
 MOST_BYTES = 320 * 2**20  # of a transfer, unless a page has more
 
 

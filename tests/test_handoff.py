@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control import Member, Pipe, new_socket
 from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
-from disagg.links import Link, Links, ReceiveLink, SendLink, dial, link_key, listen
+from disagg.links import IN_FLIGHT, Link, Links, ReceiveLink, SendLink, dial, link_key, listen
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import Passage, TorchTransport
@@ -240,16 +240,16 @@ def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(
 ) -> None:
     limit_transfers(monkeypatch, 1)
     pair = make_pair()
-    pair.open(1, [4, 5, 6])
+    pair.open(1, [4, 5, 6, 8])
     gate = Gate(pair.decode.link)
-    for mine, theirs in ((1, 4), (2, 5), (3, 6)):
+    for mine, theirs in ((1, 4), (2, 5), (3, 6), (7, 8)):
         pair.prefill.link.put(SendPages(1, [mine], [theirs]))
     pair.prefill.link.put(SendLast(1, 7, []))
-    gate.await_start(2)
-    assert gate.started == [1, 1] and pair.decode.events.empty()
+    gate.await_start(IN_FLIGHT)
+    assert gate.started == [1] * IN_FLIGHT and pair.decode.events.empty()
     gate.opened.set()
     assert pair.decode.hear_end(1).token == 7
-    assert torch.equal(pair.decode.pool[:, [4, 5, 6]], pair.prefill.pool[:, [1, 2, 3]])
+    assert torch.equal(pair.decode.pool[:, [4, 5, 6, 8]], pair.prefill.pool[:, [1, 2, 3, 7]])
     pair.prefill.hear_end(1)
     pair.hush()
 
@@ -260,29 +260,31 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
     limit_transfers(monkeypatch, 3)
     pair, not_computed = make_pair(), threading.Event()
     not_computed.query, not_computed.synchronize = not_computed.is_set, lambda: not_computed.wait(SOON)
-    for uid, pages in ((1, [1, 2]), (2, [3, 4]), (3, [5, 6, 7, 8]), (4, [9])):
+    alone = list(range(8, 8 + IN_FLIGHT))
+    for uid, pages in ((1, alone), (2, [1, 2]), (3, [3, 4, 5, 6]), (4, [7])):
         pair.open(uid, pages)
     gate = Gate(pair.prefill.link)
     put = pair.prefill.link.put
-    put(SendPages(1, [11], [1]))
-    gate.await_start(1)
-    put(SendPages(1, [12], [2]))
-    gate.await_start(2)  # no more than these
-    put(SendPages(2, [13], [3]))
+    for i, theirs in enumerate(alone):
+        put(SendPages(1, [1 + i], [theirs]))
+        gate.await_start(1 + i)
+    put(SendPages(2, [9], [1]))
     put(SendLast(1, 100, []))
-    put(SendPages(2, [14], [4]))
+    put(SendPages(2, [10], [2]))
     put(SendLast(2, 200, []))
-    put(SendPages(3, [15, 1, 2, 3], [5, 6, 7, 8]))
+    put(SendPages(3, [11, 12, 13, 14], [3, 4, 5, 6]))
     put(SendLast(3, 300, []))
-    put(SendPages(4, [4], [9], not_computed))
+    put(SendPages(4, [15], [7], not_computed))
     put(SendLast(4, 400, []))
     time.sleep(0.2)
     gate.opened.set()
     assert [pair.decode.hear_end(uid).token for uid in (1, 2, 3)] == [100, 200, 300]
-    assert gate.started == [1, 1, 3, 3] and pair.decode.events.empty()
+    shared = [1] * IN_FLIGHT + [3, 3]
+    assert gate.started == shared and pair.decode.events.empty()
     not_computed.set()
-    assert pair.decode.hear_end(4).token == 400 and gate.started == [1, 1, 3, 3, 1]
-    assert pair.decode.pool[:, 1:10].equal(pair.prefill.pool[:, [11, 12, 13, 14, 15, 1, 2, 3, 4]])
+    assert pair.decode.hear_end(4).token == 400 and gate.started == [*shared, 1]
+    assert pair.decode.pool[:, 1:8].equal(pair.prefill.pool[:, 9:16])
+    assert pair.decode.pool[:, alone].equal(pair.prefill.pool[:, 1 : 1 + IN_FLIGHT])
     assert [pair.prefill.hear().uid for _ in range(4)] == [1, 2, 3, 4]
     pair.hush()
 
