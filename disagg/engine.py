@@ -89,9 +89,6 @@ class EngineConfig:
         return DTYPES[self.dtype]
 
 
-Sampled = tuple[Sequence, int, list[tuple[int, float]]]  # token, log probabilities: empty unless asked for
-
-
 @dataclass(frozen=True)
 class Work:
     """A step that is laid out."""
@@ -131,15 +128,19 @@ class Step:
     logprobs: tuple[Tensor, Tensor] | None  # [sequences, ...] on the host, once `done`
     done: torch.cuda.Event | None  # None on a CPU, where it already is
 
-    def sampled(self) -> Iterable[Sampled]:
-        """The new tokens; waits for them."""
+    def sampled(self) -> list[int]:
+        """The new token of each of work.sequences; waits for them."""
         if self.done is not None:
             self.done.synchronize()
-        sequences, logprobs = self.work.sequences, [[]] * len(self.work.sequences)
-        if self.logprobs is not None:
-            rows = zip(sequences, *(part.tolist() for part in self.logprobs), strict=True)
-            logprobs = [logprob_pairs(*row, n) if (n := s.request.logprobs) else [] for s, *row in rows]
-        return zip(sequences, self.tokens.numpy()[self.work.rows].tolist(), logprobs, strict=True)
+        return self.tokens.numpy()[self.work.rows].tolist()
+
+    def pairs(self) -> list[list[tuple[int, float]]]:
+        """Of each, (token, log probability): empty unless asked for. After `sampled`."""
+        sequences = self.work.sequences
+        if self.logprobs is None:
+            return [[]] * len(sequences)
+        rows = zip(sequences, *(part.tolist() for part in self.logprobs), strict=True)
+        return [logprob_pairs(*row, n) if (n := s.request.logprobs) else [] for s, *row in rows]
 
 
 class Engine:

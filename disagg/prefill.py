@@ -118,15 +118,15 @@ class Prefill:
                 self.scheduler.remove(sequence)
 
     def after(self, step: Step) -> int:
-        sampled, now = list(step.sampled()), time.perf_counter()
-        for sequence, token, logprobs in sampled:
+        sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
+        for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.request.uid
             if uid in self.departures:  # else its links ended while the token was on its way
                 departure = self.departures[uid]
                 for link in departure.links:
                     link.put(SendLast(uid, token, logprobs, now - departure.began, now))
-        return len(sampled)
+        return len(tokens)
 
     @property
     def in_flight(self) -> bool:

@@ -7,7 +7,8 @@ Deterministic: the ranks of an attention replica feed it the same events and it 
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from disagg.request import Request
@@ -57,10 +58,22 @@ class Plan:
 
     decodes: list[Sequence]
     prefills: list[tuple[Sequence, int]]  # (sequence, tokens to compute now)
+    may_end: bool = True  # one of them at its limit, with this step's token
 
     @cached_property
     def is_plain(self) -> bool:
         return all(s.is_plain for s in self.decodes) and all(s.is_plain for s, _ in self.prefills)
+
+    # Of those that decode: what is the same while a plan is.
+
+    @cached_property
+    def uids(self) -> dict[int, None]:
+        return dict.fromkeys(s.uid for s in self.decodes)
+
+    @cached_property
+    def appends(self) -> list[Callable[[int], None]]:
+        """To each one's tokens."""
+        return [s.tokens.append for s in self.decodes]
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -93,7 +106,7 @@ class Scheduler:
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._same, self._times = Plan([], []), 0  # the plan of as many further steps, if nobody comes or goes
+        self._same, self._times = Plan([], []), 0  # the plan of so many more steps, if nobody comes or goes
 
     def check_fits(self, num_tokens: int) -> None:
         """ValueError, with the numbers, if a request that fills this many tokens of KV can never run here."""
@@ -126,7 +139,7 @@ class Scheduler:
         """
         if self._times > 0 and not self.waiting:
             self._times -= 1
-            return self._same
+            return self._same if self._times else replace(self._same, may_end=True)
         prompts = [s for s in self.running if s.computed < s.prompt_len]
         decodes = [s for s in self.running if s.prompt_len <= s.computed < s.limit - 1]  # the last token needs no KV
         budget = self.max_tokens_per_step - len(decodes)
@@ -147,9 +160,8 @@ class Scheduler:
             else:
                 prefills.append((sequence, count := min(budget, len(sequence.tokens))))
                 budget -= count
-        self._same, self._times = Plan(decodes, prefills), 0
-        if not prefills:
-            self._times = min((s.limit - 2 - s.computed for s in decodes), default=0)
+        self._times = 0 if prefills else min((s.limit - 2 - s.computed for s in decodes), default=0)
+        self._same = Plan(decodes, prefills, may_end=self._times == 0)
         return self._same
 
     def remove(self, sequence: Sequence) -> None:

@@ -14,6 +14,7 @@ class Unified:
 
     def __init__(self, engine: Engine):
         self.engine, self.scheduler = engine, engine.scheduler
+        self.stop_tokens = frozenset(engine.config.eos_token_ids)
         self.sequences: dict[int, Sequence] = {}  # by uid, all that are queued or running
         self.updates: list[Update | Tokens] = []  # for the router
 
@@ -47,8 +48,15 @@ class Unified:
 
     def after(self, step: Step) -> int:
         """Take up the tokens of a step; the next one may have been launched already. How many were wanted."""
-        eos, going_on, unwanted = self.engine.config.eos_token_ids, {}, 0
-        for sequence, token, logprobs in step.sampled():
+        eos, plan, tokens = self.engine.config.eos_token_ids, step.work.plan, step.sampled()
+        nothing_else = not plan.may_end and step.logprobs is None and self.stop_tokens.isdisjoint(tokens)
+        if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: all have a token and go on
+            for append, token in zip(plan.appends, tokens, strict=True):
+                append(token)
+            self.updates.append(Tokens(dict(zip(plan.uids, tokens, strict=True))))
+            return len(tokens)
+        going_on, unwanted = {}, 0
+        for sequence, token, logprobs in zip(step.work.sequences, tokens, step.pairs(), strict=True):
             reason, uid = sequence.append(token, eos), sequence.uid
             if uid not in self.sequences:  # it ended while this token was on its way, which nobody wants now
                 unwanted += 1
@@ -60,7 +68,7 @@ class Unified:
                 going_on[uid] = token
         if going_on:
             self.updates.append(Tokens(going_on))
-        return len(step.work.sequences) - unwanted
+        return len(tokens) - unwanted
 
     def emit(
         self, sequence: Sequence, token: int, logprobs: list, reason: str | None, parts: Parts | None = None

@@ -102,7 +102,7 @@ def test_a_step_in_flight_when_all_stop_is_still_taken_up(engine: Engine) -> Non
 def test_a_graphless_cpu_never_runs_ahead(engine: Engine) -> None:
     work = engine.prepare(Unified(engine).plan(), engine.decode.bucket(1), 0)
     assert not engine.runs_ahead(work) and not work.mixed
-    assert not list(engine.run(work).sampled())
+    assert not engine.run(work).sampled()
 
 
 def live(engine: Engine, seed: int) -> dict[int, list]:

@@ -129,6 +129,9 @@ class Life(RuleBasedStateMachine):
         chunks = decodes + plan.prompt_chunks()
         running = plan.decodes + [s for s, _ in plan.prefills]
         assert len(self.one.scheduler.running) <= self.max_batch
+        assert plan.decodes == [s for s in self.one.scheduler.running if s.prompt_len <= s.computed < s.limit - 1]
+        assert plan.may_end or not (plan.prefills or any(s.computed + 2 >= s.limit for s in plan.decodes))
+        assert list(plan.uids) == [s.uid for s in plan.decodes]
         assert sum(len(c.token_ids) for c in chunks) <= self.max_tokens
         assert len({s.request.uid for s in running}) == len(running), "a sequence twice in one step"
         for sequence, chunk in zip(running, chunks, strict=True):
