@@ -244,11 +244,6 @@ class Pipe:
         self.sock, self._decoder = sock, msgspec.msgpack.Decoder(kind)
         self.monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
 
-    @property
-    def gone(self) -> bool:
-        """Was the other end there, and left?"""
-        return bool(self.monitor.poll(0))
-
     def send(self, message: Any) -> None:
         """ConnectionError if the other end has gone (a blocking send would wait for its return)."""
         try:

@@ -151,9 +151,10 @@ class Link(threading.Thread):
             poller.register(sock, zmq.POLLIN)
         while self._down is None:
             came = dict(poller.poll(0 if self._commands else None))
-            gone = self.pipe.gone  # before what it may still have said is read
-            for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
-                self.handle(message)
+            gone = self.pipe.monitor in came  # but it may still have said something
+            if gone or self.pipe.sock in came:
+                for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
+                    self.handle(message)
             if gone:
                 raise ConnectionError("the other end has gone")
             if self._woken in came:

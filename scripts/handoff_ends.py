@@ -150,6 +150,17 @@ def content(pool: Tensor) -> Tensor:
     return torch.stack([(one + word).remainder(2**15).to(torch.int16)[0] for one in which])
 
 
+def shuffled(num_pages: int) -> list[int]:
+    """All of a pool's pages, in an order that anybody can make again."""
+    return random.Random(0).sample(range(1, num_pages), num_pages - 1)
+
+
+def source_pages(pages: list[int], uid: int, count: int) -> list[int]:
+    """Where a prompt's pages are at their source: quick to say, for it must not hold up the links' threads."""
+    first = uid * 7919 % (len(pages) - count + 1)
+    return pages[first : first + count]
+
+
 class Source(threading.Thread):
     """Answers every room that opens with pages from all over the pool: at once, or, while it is paced, when a prompt
     has been computed."""
@@ -157,12 +168,9 @@ class Source(threading.Thread):
     def __init__(self, end: End):
         super().__init__(name="source", daemon=True)
         self.end, self.put_at = end, {}
+        self.pages = shuffled(end.pool.shape[1])
         self.paced, self.computed = False, queue.SimpleQueue()  # an event for each prompt, or None
         self.start()
-
-    @staticmethod
-    def places(uid: int, count: int, num_pages: int) -> list[int]:
-        return random.Random(uid).sample(range(1, num_pages), count)
 
     def run(self) -> None:
         while True:
@@ -170,7 +178,7 @@ class Source(threading.Thread):
                 case Open(request, pages):
                     uid = request.uid
                     self.end.link.put(Join(uid))
-                    mine = self.places(uid, len(pages), self.end.pool.shape[1])
+                    mine = source_pages(self.pages, uid, len(pages))
                     ready = self.computed.get() if self.paced else None
                     self.put_at[uid] = time.perf_counter()
                     self.end.link.put(SendPages(uid, mine, pages, ready))
@@ -184,8 +192,7 @@ class Sink:
 
     def __init__(self, end: End):
         self.end, self.uid, self.full_at = end, 0, {}
-        pages = list(range(1, end.pool.shape[1]))
-        random.Random(0).shuffle(pages)
+        pages = shuffled(end.pool.shape[1])
         each = len(pages) // AHEAD
         self.places = [pages[i * each : (i + 1) * each] for i in range(AHEAD)]
 
@@ -215,7 +222,7 @@ class Sink:
         """The latest prompt's pages, bit by bit."""
         uid, pages = self.latest
         pool = self.end.pool
-        theirs = Source.places(uid, len(pages), pool.shape[1])
+        theirs = source_pages(shuffled(pool.shape[1]), uid, len(pages))
         ids, source = (torch.tensor(p, device=pool.device) for p in (pages, theirs))
         arrived, sent = pool.view(torch.int16)[:, ids], content(pool)[:, source]
         if not arrived.equal(sent):

@@ -8,7 +8,7 @@ from scripts.handoff_ends import AHEAD
 from scripts.measurements import load
 from tests.conftest import ROOT
 
-TINY = "--device cpu --repeat 3 --prompts 64,256 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
+TINY = "--device cpu --repeat 8 --prompts 64,256 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
 STEPS = "--shape tiny --layers 2 --ep 4 --batch 4 --kv 64 --tokens 128"
 
 
