@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import Quantized
+from kernels.gemm import num_sms
 from kernels.gemv import FEW_TOKENS
 from kernels.norm import rope_into, turned
 from kernels.pdl import after_previous, pdl
@@ -137,6 +138,8 @@ def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Te
         return out
     fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     block_t = min(128 if fast else 16, max(16, triton.next_power_of_2(batch)))
+    while block_t > 16 and heads * triton.cdiv(batch, block_t) < num_sms(attended.device) // 2:
+        block_t //= 2
     _values_kernel[heads, triton.cdiv(batch, block_t)](
         attended, w_uv, out, scales, batch, heads, w_uv.stride(0), 0 if scales is None else scales.stride(1), latent,
         v_dim, block_t, max(16, triton.next_power_of_2(v_dim)), 64 if fast else 32, **pdl(attended),

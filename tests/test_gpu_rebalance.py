@@ -129,15 +129,17 @@ def tokens(path: Path) -> list[list[int]]:
     return [answer["token_ids"] for answer in read(path)]
 
 
-@pytest.mark.parametrize("overlap", ["off", "on"])
-@pytest.mark.parametrize("redundant", ["0", "4"])
-def test_two_ranks_over_nccl(redundant: str, overlap: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "redundant", "overlap"),
+    [(2, "0", "off"), (2, "0", "on"), (2, "4", "off"), (2, "4", "on"), (4, "0", "on"), (4, "4", "off")],
+)
+def test_ranks_over_nccl(ranks: int, redundant: str, overlap: str, tmp_path: Path) -> None:
     common = ("--model", "model/tiny", "--input", "scripts/prompts.jsonl", "--dtype", "float32", "--output")
     code, _, err = run(*common, str(tmp_path / "cpu"), "--device", "cpu")
     assert code == 0, err
     moving = ("--rebalance-interval", "5", "--redundant-experts", redundant, "--rebalance-layers-per-step", "2")
     where = ("--device", "cuda", "--backend", "triton", "--overlap", overlap, "--kv-tokens", "65536")
-    code, _, err = run(*common, str(tmp_path / "gpu"), *where, *moving, ranks=2, timeout=240)
+    code, _, err = run(*common, str(tmp_path / "gpu"), *where, *moving, ranks=ranks, timeout=240)
     assert code == 0, err
     assert re.search(r"\n rebalancing  unified: [1-9]\d* times in [\d.]+ s, balancedness 0\.\d+ at", err), err
     assert "spare experts" in err
