@@ -39,7 +39,9 @@ class TorchTransport:
             # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             self.group = dist.ProcessGroupNCCL(store, me, 2, options)
-            self._stream = torch.cuda.Stream(device)  # waits for the peer, which none of the caller's must
+            # It waits for the peer, which no other stream must: torch deals 32 of each priority in turn, and of this
+            # one nobody else takes any (NCCL's own are of the highest, -3).
+            self._stream = torch.cuda.Stream(device, priority=-2)
         else:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
             self._stream = None
