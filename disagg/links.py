@@ -102,7 +102,7 @@ class Link(threading.Thread):
         try:
             self._take_stream()
             self.pipe, self.transport = self._connect(self.key)
-            self.transport.greet()
+            self._await_peer()
             self._loop()
         except Exception as broken:  # whatever broke it, the rooms must hear of it
             self._go_down(f"{type(broken).__name__}: {broken}")
@@ -144,6 +144,19 @@ class Link(threading.Thread):
             passage = started = then = None  # and with them the buffer, before there is another
             if moved:
                 self._slots.release()
+
+    def _await_peer(self) -> None:
+        """At the pipe, where it may come later than to the transport, and this end be the first to speak."""
+        poller, deadline = zmq.Poller(), time.monotonic() + TIMEOUT.total_seconds()
+        poller.register(self.pipe.sock, zmq.POLLOUT)
+        poller.register(self._woken, zmq.POLLIN)
+        while self._down is None:
+            came = dict(poller.poll(1000 * max(0, deadline - time.monotonic())))
+            if self.pipe.sock in came:
+                return
+            if not came:
+                raise TimeoutError("nobody came to the pipe")
+            self._woken.recv()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -221,16 +234,16 @@ class SendLink(Link):
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(max(1, MOST_BYTES // self.pool[:, 0].nbytes))
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        if packed.is_cuda:
+        if packed.is_cuda:  # before it is announced: a receive that waits for bytes occupies the peer's GPU
             torch.cuda.current_stream().synchronize()
+        self.pipe.send(Sending(uids, theirs))
         self.after(lambda: None, self.transport.send(packed))
-        self.pipe.send(Sending(uids, theirs))  # last: a receive that waits for bytes occupies the peer's GPU
         for word in last_words:
             self.handle(word)
 
     def _gather(self, most: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
         """At most so many pages from the commands that wait: their rooms, and where they are here and go there. With
-        them what ends a room, which is to be handled behind its pages."""
+        them what ends one of these rooms, which is to be handled behind its pages."""
         uids, mine, theirs, last_words = [], [], [], []
         while self._commands and len(mine) < most:
             match self._commands.popleft():
@@ -244,7 +257,7 @@ class SendLink(Link):
                     theirs += there[:space]
                     if len(here) > space:
                         self._commands.appendleft(SendPages(uid, here[space:], there[space:]))
-                case SendLast() | Closed() as word:
+                case SendLast(uid) | Closed(uid) as word if uid in uids:
                     last_words.append(word)
                 case item:
                     self.handle(item)
@@ -317,10 +330,7 @@ def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str]
         sock = new_socket(zmq.DEALER)
         pipe = Pipe(sock, Open | Cancel, watched=True)
         store.set(f"{key}/pipe", str(bind(sock, host)))
-        transport = TorchTransport(dist.PrefixStore(key, store), 0, device)
-        if not sock.poll(TIMEOUT.total_seconds() * 1000, zmq.POLLOUT):  # this end may be the first to speak
-            raise TimeoutError("nobody came to the pipe")
-        return pipe, transport
+        return pipe, TorchTransport(dist.PrefixStore(key, store), 0, device)
 
     return connect
 

@@ -701,7 +701,6 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     time.sleep(0.3)
     pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed)
     pipe.sock.connect(f"tcp://{HOST}:{store.get(f'{key}/pipe').decode()}")
-    transport.greet()
     end.hear_end(1)
     (last,) = pipe.poll(SOON * 1000)
     assert (last.uid, last.token) == (1, 5) and 0 < last.waited < SOON
@@ -719,7 +718,6 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
     doing.put(Member(prefill.id, HOST, door.port, door.store.port))
     assert door.pipe.poll(SOON * 1000)
     pipe, transport = listen(door.store, HOST, CPU)(link_key(prefill, decode))
-    transport.greet()
     (opening,) = pipe.poll(SOON * 1000)
     pipe.send(Sending([opening.request.uid], opening.pages))
     doing.put("sending")
@@ -730,7 +728,6 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
 def decode_that_dies(prefill: Member, decode: Member, takes_some: bool, doing: Any) -> None:
     """A peer process: asks for KV, and never takes it or only its beginning."""
     pipe, transport = dial(prefill, decode, CPU)(link_key(prefill, decode))
-    transport.greet()
     pipe.send(Open(Request(1, [1]), [1, 2], [decode]))
     for message in pipe.poll(SOON * 1000):
         doing.put(type(message).__name__)

@@ -28,13 +28,14 @@ class Passage:
         else:
             with torch.cuda.stream(self._stream):
                 self._work.wait()  # of NCCL it only has this stream wait
-            self._stream.synchronize()
+                through = self._stream.record_event()
+            through.synchronize()
 
 
 class TorchTransport:
     def __init__(self, store: dist.Store, me: int, device: torch.device):
         """`me` is 0 or 1; blocks until the other side has come. Any of this may raise RuntimeError."""
-        self.me, self.peer, self.device = me, 1 - me, device
+        self.peer, self.device = 1 - me, device
         if device.type == "cuda":
             # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -46,14 +47,9 @@ class TorchTransport:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
             self._stream = None
 
-    def greet(self) -> None:
-        """Both ends, once, before all else: NCCL connects in its first transfer, and until then a send would wait for
-        the receive inside the call. Ends with an error if it is aborted."""
-        first = torch.zeros(1, device=self.device)
-        (self.recv if self.me else self.send)(first).wait()
-
     def send(self, x: Tensor) -> Passage:
-        """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through."""
+        """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through. NCCL
+        connects in the first transfer: that call returns when the peer is in its own."""
         began = time.perf_counter()
         return Passage(x, self.group.send([x], self.peer, 0), began, self._stream)
 
