@@ -8,10 +8,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from disagg.connect import dial, link_key
 from disagg.control import Abort, Gone, Member, Parts, Submit, Update
 from disagg.engine import Engine
 from disagg.handoff import Cancel, Join, Open, Room, RoomEnded, RoomState
-from disagg.links import Links, ReceiveLink, dial, link_key
+from disagg.links import Links, ReceiveLink
 from disagg.scheduler import Plan, Sequence
 from disagg.unified import Unified
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch.distributed as dist
 import zmq
 
+from disagg.connect import link_key, listen
 from disagg.control import Gone, Member, Pipe, bind, new_socket
 from disagg.engine import Engine, Step
 from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
-from disagg.links import Links, SendLink, link_key, listen
+from disagg.links import Links, SendLink
 from disagg.scheduler import Plan, Sequence
 from model.batch import PAGE
 

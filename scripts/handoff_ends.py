@@ -25,9 +25,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from disagg.connect import dial, link_key, listen
 from disagg.control import Member
 from disagg.handoff import Join, Open, RoomEnded, SendLast, SendPages
-from disagg.links import Link, ReceiveLink, SendLink, dial, link_key, listen
+from disagg.links import Link, ReceiveLink, SendLink
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import TIMEOUT

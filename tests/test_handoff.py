@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from disagg.connect import dial, link_key, listen
 from disagg.control import Member, Pipe, new_socket
 from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
-from disagg.links import IN_FLIGHT, Link, Links, ReceiveLink, SendLink, dial, link_key, listen
+from disagg.links import IN_FLIGHT, Link, Links, ReceiveLink, SendLink
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import Passage, TorchTransport
