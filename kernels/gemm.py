@@ -135,6 +135,7 @@ def one_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     STAGES: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Output block number `tile`, summed over steps k_start..k_end of D. From its end on the next kernel may start."""
     m, n = block_order(tile, tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), GROUP_M)
     row, col = m * BLOCK_M * SLABS, n * BLOCK_N
     expert = 0
