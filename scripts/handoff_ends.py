@@ -15,8 +15,8 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -343,16 +343,19 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
     return found
 
 
-def mean_ms(end: End, step: Callable[[], object], count: int, after: Callable[[], None] = lambda: None) -> float:
-    """Of steps one after the other, from a moment that all ranks share; `after` each has been launched. As in the step
-    loop one is launched while another runs, no more: what a link starts must not wait behind a queue of steps."""
+def mean_ms(
+    end: End, step: Callable[[], object], count: int, after: Callable[[Any], None] = lambda event: None
+) -> float:
+    """Of steps one after the other, from a moment that all ranks share; `after` gets an event of each (None on a CPU)
+    when it has been launched. As in the step loop one is launched while another runs, no more: what a link starts must
+    not wait behind a queue of steps."""
     on_gpu = end.device.type == "cuda"
     end.meet()
     start, before = time.perf_counter(), None
     for _ in range(count):
         step()
-        after()
         launched = torch.cuda.current_stream().record_event() if on_gpu else None
+        after(launched)
         if before is not None:
             before.synchronize()
         before = launched
@@ -363,12 +366,17 @@ def mean_ms(end: End, step: Callable[[], object], count: int, after: Callable[[]
 def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool) -> tuple[float, float]:
     """`mean_ms` with transfers all the while, and their bytes/s, counted where they arrive."""
     args, stop = end.args, threading.Event()
-    prompts = args.tokens // args.kv  # of a prefill step
     if end.sends:
         source = end.worker
         source.paced = paced
+
+        def computed(event: Any) -> None:
+            """The prompts of a step may go when it is through."""
+            for _ in range(args.tokens // args.kv if paced else 0):
+                source.computed.put(event)
+
         end.meet()
-        took = mean_ms(end, step, count, partial(computed, source, prompts) if paced else lambda: None)
+        took = mean_ms(end, step, count, computed)
         end.world.exchange(None)  # until the slower of the two has done its steps
         end.meet()  # no more are asked for than are under way
         source.paced = False
@@ -379,24 +387,14 @@ def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool
             source.computed.get()
         return took, 0.0
     end.meet()
-    taker = threading.Thread(target=lambda: end.worker.take(args.kv, AHEAD, lambda _: stop.is_set()))
-    taker.start()
+    taking = ThreadPoolExecutor(1).submit(end.worker.take, args.kv, AHEAD, lambda _: stop.is_set())
     before, start = end.link.bytes_moved, time.perf_counter()
     took = mean_ms(end, step, count)
     rate = (end.link.bytes_moved - before) / (time.perf_counter() - start)
     end.world.exchange(None)
     stop.set()
     end.meet()
-    taker.join()
+    taking.result()
     end.worker.check()
     end.meet()
     return took, rate
-
-
-def computed(source: Source, prompts: int) -> None:
-    """A prefill step has been launched: its prompts may go when it is through."""
-    event = torch.cuda.Event() if source.end.device.type == "cuda" else None
-    if event is not None:
-        event.record()
-    for _ in range(prompts):
-        source.computed.put(event)
