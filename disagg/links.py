@@ -201,6 +201,7 @@ class SendLink(Link):
     def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
         self._sending: set[int] = set()  # rooms of which neither Last nor Closed has been said
+        self._connected = False  # the transport: something was sent
         self._pack_pages = pack_pages
         super().__init__(*args)
 
@@ -233,10 +234,18 @@ class SendLink(Link):
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(max(1, MOST_BYTES // self.pool[:, 0].nbytes))
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        if packed.is_cuda:  # before it is announced: a receive that waits for bytes occupies the peer's GPU
+        announced, first = Sending(uids, theirs), not self._connected
+        if first:  # it connects, for which the peer must be in its receive
+            self.pipe.send(announced)
+        # Behind the packing, and so where that had room on this GPU. The receive, which occupies the peer's until it
+        # has the bytes, comes after both.
+        passage = self.transport.send(packed)
+        if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.pipe.send(Sending(uids, theirs))
-        self.after(lambda: None, self.transport.send(packed))
+        if not first:
+            self.pipe.send(announced)
+        self._connected = True
+        self.after(lambda: None, passage)
         for word in last_words:
             self.handle(word)
 
