@@ -7,12 +7,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from kernels import hopper
-from kernels.hopper import barriers, clear_rows, load_pair, start_scores, tiles
+from kernels.hopper import barriers, clear_rows, tile
 
 
 @gluon.jit
@@ -28,33 +29,68 @@ def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: 
 
 
 @gluon.jit
-def _decode_load(kv_main_desc, kv_rest_desc, page_table, last_page, pages, main, rest, full, empty):
+def _load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
+    """Ask TMA for 64 rows of queries or of a page; `bar` flips when all are in shared memory."""
+    mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + rest_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(rest_desc, [row, 0], bar, rest)
+    tma.async_copy_global_to_shared(left_desc, [row, 0], bar, left)
+    tma.async_copy_global_to_shared(right_desc, [row, 0], bar, right)
+
+
+@gluon.jit
+def _decode_load(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
     """The loader: page after page, into the buffer that is free."""
     for i in range(pages):
-        row = gl.load(page_table + last_page - i) * kv_main_desc.block_type.shape[0]
+        row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
         at = i % 2
         mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)
-        load_pair(kv_main_desc, kv_rest_desc, row, 0, 0, full.index(at), main.index(at), rest.index(at))
+        _load_rows(
+            left_desc, right_desc, rest_desc, row, full.index(at), left.index(at), right.index(at), rest.index(at)
+        )
+
+
+@gluon.jit
+def _scores(q_left, q_right, q_rest, left, right, rest, zeros):
+    scores = warpgroup_mma(q_rest, rest.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q_left, left.permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(q_right, right.permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma_wait(0, deps=[scores])
+
+
+@gluon.jit
+def _store(acc, out, partial, first_head, heads, first_col, whole, v_dim: gl.constexpr):
+    """64 heads' columns from first_col on, to `out` if the sequence is whole, else to `partial`."""
+    BLOCK_H: gl.constexpr = acc.shape[0]
+    HALF: gl.constexpr = acc.shape[1]
+    row = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, acc.type.layout))[:, None]
+    col = first_col + gl.arange(0, HALF, gl.SliceLayout(0, acc.type.layout))[None]
+    here = (row < heads) & (col < v_dim)
+    if whole:
+        gl.store(out + row * v_dim + col, acc.to(out.dtype.element_ty), mask=here)
+    else:
+        gl.store(partial + row * v_dim + col, acc, mask=here)
 
 
 @gluon.jit
 def _decode_attend(
-    q_main, q_rest, q_full, main, rest, full, empty, last_page, pages, last, scale, out_ptr, partial_ptr, lse_ptr,
-    out_row, partial_row, first_head, heads, whole, v_dim: gl.constexpr,
+    q_left, q_right, q_rest, q_full, left, right, rest, full, empty, last_page, pages, last, scale, out, partial, lse,
+    first_head, heads, whole, v_dim: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps: 64 heads over the pages, then the split's output."""
-    BLOCK_H: gl.constexpr = q_main.shape[0]
-    PAGE: gl.constexpr = main.shape[1]
-    MAIN: gl.constexpr = main.shape[2]
-    # the two warpgroups hold all 64 heads and half the columns each, of the scores (32) and of the output (256)
+    """Eight warps: 64 heads over the pages, then the split's output. Its columns are in two halves: the right one is
+    scaled while the tensor cores are at the left one."""
+    BLOCK_H: gl.constexpr = q_left.shape[0]
+    PAGE: gl.constexpr = left.shape[1]
+    HALF: gl.constexpr = left.shape[2]
+    # the two warpgroups hold all 64 heads and half the columns each: 32 of the scores, 128 of each half of the output
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PAGE // 2, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, MAIN // 2, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF // 2, 16])
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, PAGE], gl.bfloat16)
     p = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, PAGE], p_layout)
     mbarrier.wait(q_full, 0)
     if last % PAGE > 0:  # the page in which the sequence ends
         mbarrier.wait(full.index(0), 0)
-        clear_rows(main.index(0), last % PAGE)
+        clear_rows(left.index(0), last % PAGE)
+        clear_rows(right.index(0), last % PAGE)
         clear_rows(rest.index(0), last % PAGE)
         fence_async_shared()
         gl.thread_barrier()
@@ -64,49 +100,48 @@ def _decode_attend(
     top = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
     total = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)  # summed over columns once, at the end
     zeros = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)
-    acc = gl.zeros([BLOCK_H, MAIN], gl.float32, out_layout)
+    acc_left = gl.zeros([BLOCK_H, HALF], gl.float32, out_layout)
+    acc_right = gl.zeros([BLOCK_H, HALF], gl.float32, out_layout)
     for i in range(pages):
         here = i % 2
         mbarrier.wait(full.index(here), i // 2 & 1)
-        scores = start_scores(q_main, q_rest, main.index(here), rest.index(here), zeros)
-        scores = warpgroup_mma_wait(0, deps=[scores])
+        scores = _scores(q_left, q_right, q_rest, left.index(here), right.index(here), rest.index(here), zeros)
         scores = gl.where(((last_page - i) * PAGE + key < last)[None], scores, float("-inf"))
         new_top = gl.maximum(top, gl.max(scores, 1) * scale)
         weights = gl.exp2(scores * scale - new_top[:, None])
         p.store(weights.to(gl.bfloat16))
         shrink = gl.exp2(top - new_top)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+        each = gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+        acc_left = acc_left * each
         fence_async_shared()
         gl.thread_barrier()
-        acc = warpgroup_mma(p, main.index(here), acc, is_async=True)
+        acc_left = warpgroup_mma(p, left.index(here), acc_left, is_async=True)
+        acc_right = acc_right * each
+        acc_right = warpgroup_mma(p, right.index(here), acc_right, is_async=True)
         total = total * shrink[:, None] + weights
         top = new_top
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc_left, acc_right = warpgroup_mma_wait(0, deps=[acc_left, acc_right])
         gl.thread_barrier()
         mbarrier.arrive(empty.index(here), count=1)
 
     norm = gl.sum(total, 1)
     inverse = 1.0 / gl.where(norm > 0, norm, 1.0)  # an empty sequence gives zeros
-    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, out_layout))[:, None]
-    row = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, out_layout))[:, None]
-    col = gl.arange(0, MAIN, gl.SliceLayout(0, out_layout))[None]
-    here = (row < heads) & (col < v_dim)
-    if whole:
-        gl.store(out_ptr + (out_row + row) * v_dim + col, acc.to(out_ptr.dtype.element_ty), mask=here)
-    else:
-        gl.store(partial_ptr + (partial_row + row) * v_dim + col, acc, mask=here)
-        gl.store(lse_ptr + partial_row + head, top + gl.log2(norm), mask=head < heads)
+    inverse = gl.convert_layout(inverse, gl.SliceLayout(1, out_layout))[:, None]
+    _store(acc_left * inverse, out, partial, first_head, heads, 0, whole, v_dim)
+    _store(acc_right * inverse, out, partial, first_head, heads, HALF, whole, v_dim)
+    if not whole:
+        gl.store(lse + head, top + gl.log2(norm), mask=head < heads)
 
 
 @gluon.jit
 def decode_kernel(
-    q_main_desc, q_rest_desc, kv_main_desc, kv_rest_desc, page_table, kv_lens, out_ptr, partial_ptr, lse_ptr, used_ptr,
-    heads, splits, scale, table_stride, v_dim: gl.constexpr, BLOCK_B: gl.constexpr,
+    q_left_desc, q_right_desc, q_rest_desc, left_desc, right_desc, rest_desc, page_table, kv_lens, out_ptr, partial_ptr,
+    lse_ptr, used_ptr, heads, splits, scale, table_stride, v_dim: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_H: gl.constexpr = q_main_desc.block_type.shape[0]
-    PAGE: gl.constexpr = kv_main_desc.block_type.shape[0]
-    MAIN: gl.constexpr = kv_main_desc.block_type.shape[1]
-    REST: gl.constexpr = kv_rest_desc.block_type.shape[1]
+    BLOCK_H: gl.constexpr = q_left_desc.block_type.shape[0]
+    PAGE: gl.constexpr = left_desc.block_type.shape[0]
+    HALF: gl.constexpr = left_desc.block_type.shape[1]
+    REST: gl.constexpr = rest_desc.block_type.shape[1]
     split, seq, most = gl.program_id(1), gl.program_id(2), gl.num_programs(1)
     chunk, used = _split_plan(kv_lens, seq, gl.num_programs(2), splits, most, PAGE, BLOCK_B)
     if split == 0 and gl.program_id(0) == 0:
@@ -117,21 +152,26 @@ def decode_kernel(
     pages = gl.cdiv(last, PAGE) - split * chunk  # 0 for an empty sequence
     last_page = split * chunk + pages - 1
 
-    q_main = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, MAIN], q_main_desc.layout)
+    q_left = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, HALF], q_left_desc.layout)
+    q_right = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, HALF], q_left_desc.layout)
     q_rest = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, REST], q_rest_desc.layout)
-    main = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, MAIN], kv_main_desc.layout)
-    rest = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, REST], kv_rest_desc.layout)
+    left = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, HALF], left_desc.layout)
+    right = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, HALF], left_desc.layout)
+    rest = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, REST], rest_desc.layout)
     q_full, full, empty = barriers(1, 1), barriers(2, 1), barriers(2, 1)
     fence_async_shared()
     first_head = gl.program_id(0) * BLOCK_H
-    load_pair(q_main_desc, q_rest_desc, seq * heads + first_head, 0, 0, q_full.index(0), q_main, q_rest)
+    q_row = seq * heads + first_head
+    _load_rows(q_left_desc, q_right_desc, q_rest_desc, q_row, q_full.index(0), q_left, q_right, q_rest)
     seq64 = seq.to(gl.int64)
+    out_row, partial_row = seq64 * heads, (seq64 * most + split) * heads
     attend = (
-        q_main, q_rest, q_full.index(0), main, rest, full, empty, last_page, pages, last, scale, out_ptr, partial_ptr,
-        lse_ptr, seq64 * heads, (seq64 * most + split) * heads, first_head, heads, used <= 1, v_dim,
+        q_left, q_right, q_rest, q_full.index(0), left, right, rest, full, empty, last_page, pages, last, scale,
+        out_ptr + out_row * v_dim, partial_ptr + partial_row * v_dim, lse_ptr + partial_row, first_head, heads,
+        used <= 1, v_dim,
     )  # fmt: skip
     table = page_table + seq64 * table_stride
-    load = (kv_main_desc, kv_rest_desc, table, last_page, pages, main, rest, full, empty)
+    load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
     gl.warp_specialize([(_decode_attend, attend), (_decode_load, load)], [1], [24])
 
 
@@ -149,8 +189,12 @@ def launch_decode(
     memory, the output's 128 KB half its registers.
     """
     batch, heads, kv_dim = q.shape
+    half = main // 2
+    q_tiles, kv_tiles = (
+        (tile(x, 64, half), tile(x[:, half:], 64, half), tile(x[:, main:], 64, rest))
+        for x in (q.reshape(-1, kv_dim), rows)
+    )
     decode_kernel[triton.cdiv(heads, 64), partial.shape[1], batch](
-        *tiles(q.reshape(-1, kv_dim), main, rest), *tiles(rows, main, rest), page_table, kv_lens, out,
-        partial, lse, used, heads, splits, scale, page_table.stride(0), out.shape[-1],
-        BLOCK_B=max(256, triton.next_power_of_2(batch)), num_warps=8,
+        *q_tiles, *kv_tiles, page_table, kv_lens, out, partial, lse, used, heads, splits, scale, page_table.stride(0),
+        out.shape[-1], BLOCK_B=max(256, triton.next_power_of_2(batch)), num_warps=8,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
@@ -22,20 +22,6 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(count):
         mbarrier.init(bars.index(i), count=arrivals)
     return bars
-
-
-@gluon.jit
-def load_pair(main_desc, rest_desc, row, col, rest_col, bar, main, rest):
-    """Ask TMA for one tile [N, MAIN] and its [N, REST]; `bar` flips when both are in shared memory."""
-    mbarrier.expect(bar, main_desc.block_type.nbytes + rest_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(rest_desc, [row, rest_col], bar, rest)
-    tma.async_copy_global_to_shared(main_desc, [row, col], bar, main)
-
-
-@gluon.jit
-def start_scores(q_main, q_rest, k_main, k_rest, zeros):
-    scores = warpgroup_mma(q_main, k_main.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    return warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
 
 
 @gluon.jit
@@ -59,11 +45,6 @@ def _tile_layout(rows: int, cols: int) -> gl.NVMMASharedLayout:
 def tile(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """x [N, columns] for TMA tiles [rows, cols]."""
     return TensorDescriptor.from_tensor(x, [rows, cols], _tile_layout(rows, cols))
-
-
-def tiles(x: Tensor, main: int, rest: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Of 64 rows and the first `main` columns of x [N, columns], and of its others."""
-    return tile(x, 64, main), tile(x[:, main:], 64, rest)
 
 
 def flat(x: Tensor) -> Tensor:

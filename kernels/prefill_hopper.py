@@ -13,8 +13,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels import hopper
-from kernels.hopper import barriers, clear_rows, flat, load_pair, start_scores, tile
+from kernels.hopper import barriers, clear_rows, flat, tile
 from kernels.quant import FP8_MAX, SMALLEST
+
+
+@gluon.jit
+def _load_pair(main_desc, rest_desc, row, col, rest_col, bar, main, rest):
+    """Ask TMA for one tile [N, MAIN] and its [N, REST]; `bar` flips when both are in shared memory."""
+    mbarrier.expect(bar, main_desc.block_type.nbytes + rest_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(rest_desc, [row, rest_col], bar, rest)
+    tma.async_copy_global_to_shared(main_desc, [row, col], bar, main)
+
+
+@gluon.jit
+def _start_scores(q_main, q_rest, k_main, k_rest, zeros):
+    scores = warpgroup_mma(q_main, k_main.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q_rest, k_rest.permute((1, 0)), scores, is_async=True)
 
 
 @gluon.jit
@@ -37,7 +51,7 @@ def _prefill_load(
     for j in range(count):
         here, free = j % 2, (j // 2 & 1) ^ 1
         mbarrier.wait(k_empty.index(here), free)
-        load_pair(k_main_desc, k_rest_desc, row, k_col, 0, k_full.index(here), k_main.index(here), k_rest.index(here))
+        _load_pair(k_main_desc, k_rest_desc, row, k_col, 0, k_full.index(here), k_main.index(here), k_rest.index(here))
         mbarrier.wait(v_empty.index(here), free)
         mbarrier.expect(v_full.index(here), v_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(v_desc, [row, v_col], v_full.index(here), v.index(here))
@@ -58,7 +72,7 @@ def _prefill_step(
     here, other = j % 2, (j + 1) % 2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     mbarrier.wait(k_full.index(other), (j + 1) // 2 & 1)
-    scores = start_scores(q_main, q_rest, k_main.index(other), k_rest.index(other), zeros)
+    scores = _start_scores(q_main, q_rest, k_main.index(other), k_rest.index(other), zeros)
     mbarrier.wait(v_full.index(here), j // 2 & 1)
     acc = warpgroup_mma(p, v.index(here), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -94,7 +108,7 @@ def _prefill_rows(
     acc = gl.zeros([ROWS, V_DIM], gl.float32, out_layout)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    scores = start_scores(q_main, q_rest, k_main.index(0), k_rest.index(0), zeros)
+    scores = _start_scores(q_main, q_rest, k_main.index(0), k_rest.index(0), zeros)
     scores = warpgroup_mma_wait(0, deps=[scores])
     gl.thread_barrier()
     mbarrier.arrive(k_empty.index(0), count=1)
@@ -161,7 +175,7 @@ def prefill_kernel(
     k_empty, v_empty = barriers(2, 2), barriers(2, 2)  # both warpgroups read each
     fence_async_shared()
     for i in gl.static_range(2):
-        load_pair(
+        _load_pair(
             q_main_desc, q_rest_desc, q_start + first_row + i * ROWS, head * q_head_stride, head * q_head_stride,
             q_full.index(i), q_main.index(i), q_rest.index(i),
         )  # fmt: skip
