@@ -102,6 +102,7 @@ class Link(threading.Thread):
             self._take_stream()
             self.pipe, self.transport = self._connect(self.key)
             self._await_peer()
+            self.transport.greet()
             self._loop()
         except Exception as broken:  # whatever broke it, the rooms must hear of it
             self._go_down(f"{type(broken).__name__}: {broken}")
@@ -201,7 +202,6 @@ class SendLink(Link):
     def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
         self._sending: set[int] = set()  # rooms of which neither Last nor Closed has been said
-        self._connected = False  # the transport: something was sent
         self._pack_pages = pack_pages
         super().__init__(*args)
 
@@ -236,15 +236,10 @@ class SendLink(Link):
         if first.ready is not None:
             first.ready.wait()
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        announced, connects = Sending(uids, theirs), not self._connected
-        if connects:  # the first send, which returns when the peer is in its receive
-            self.pipe.send(announced)
         passage = self.transport.send(packed)
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
-        if not connects:
-            self.pipe.send(announced)
-        self._connected = True
+        self.pipe.send(Sending(uids, theirs))
         self.after(lambda: None, passage)
         for word in last_words:
             self.handle(word)

@@ -327,6 +327,8 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
     the prompts of each prefill step are handed over when it ends; "flooded", while prompts are, one after the other.
     And the transfers' bytes/s meanwhile. A prompt has args.kv tokens."""
     with torch.inference_mode():
+        if not end.sends:  # the first transfers allocate their buffers
+            end.worker.take(end.args.kv, AHEAD, lambda rooms: rooms >= 2 * AHEAD)
         mean_ms(end, step, 2)
         idle = end.world.exchange(mean_ms(end, step, end.args.repeat))
         n = end.args.pairs

@@ -35,7 +35,7 @@ class Passage:
 class TorchTransport:
     def __init__(self, store: dist.Store, me: int, device: torch.device):
         """`me` is 0 or 1; blocks until the other side has come. Any of this may raise RuntimeError."""
-        self.peer, self.device = 1 - me, device
+        self.me, self.peer, self.device = me, 1 - me, device
         if device.type == "cuda":
             # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -47,9 +47,15 @@ class TorchTransport:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
             self._stream = None
 
+    def greet(self) -> None:
+        """Both ends, once, when both are known to be there. NCCL connects in its first transfer, which takes a second
+        and blocks the call until the peer is in its own; gloo has connected already. Raises if aborted meanwhile."""
+        if self._stream is not None:
+            first = torch.zeros(1, device=self.device)
+            (self.recv if self.me else self.send)(first).wait()
+
     def send(self, x: Tensor) -> Passage:
-        """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through. NCCL
-        connects in the first transfer: that call returns when the peer is in its own."""
+        """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through."""
         began = time.perf_counter()
         return Passage(x, self.group.send([x], self.peer, 0), began, self._stream)
 
