@@ -42,7 +42,8 @@ from scripts.shapes import SHAPES
 HOST = "127.0.0.1"
 COPIES = 8  # of the large tensor, in one measurement
 AHEAD = 8  # prompts under way at once
-WARM = 3  # prompts before a measurement
+WARM = 2 * AHEAD  # prompts before a measurement: the first transfers allocate their buffers
+STREAM = 10  # prompts one after the other for each --repeat: a few alone would be over in 10 ms
 
 
 def run_ends(args: Namespace, parts: list[str], limit_s: float, tell: Callable[[str, Any], None]) -> None:
@@ -286,7 +287,7 @@ def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
         alone = end.worker.take(tokens, 1, lambda rooms: rooms >= repeat)
         moved, seconds = end.link.bytes_moved, end.link.seconds_moving
         end.meet()
-        stream = end.worker.take(tokens, AHEAD, lambda rooms: rooms >= WARM + repeat)[WARM - 1 :]
+        stream = end.worker.take(tokens, AHEAD, lambda rooms: rooms >= WARM + STREAM * repeat)[WARM - 1 :]
         full_at = end.worker.full_at
         bytes_each = pages_for(tokens) * end.page_bytes
         mine = {
@@ -327,8 +328,8 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
     the prompts of each prefill step are handed over when it ends; "flooded", while prompts are, one after the other.
     And the transfers' bytes/s meanwhile. A prompt has args.kv tokens."""
     with torch.inference_mode():
-        if not end.sends:  # the first transfers allocate their buffers
-            end.worker.take(end.args.kv, AHEAD, lambda rooms: rooms >= 2 * AHEAD)
+        if not end.sends:
+            end.worker.take(end.args.kv, AHEAD, lambda rooms: rooms >= WARM)
         mean_ms(end, step, 2)
         idle = end.world.exchange(mean_ms(end, step, end.args.repeat))
         n = end.args.pairs
