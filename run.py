@@ -263,6 +263,7 @@ def main() -> int:
             dtype=args.dtype,
             dispatch=args.dispatch,
             decodes=args.role != "prefill",
+            hands_over=args.role in ("prefill", "decode"),
             graphs=not args.no_graphs,
             overlap=args.overlap,
             redundant_experts=args.redundant_experts,

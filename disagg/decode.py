@@ -86,7 +86,7 @@ class Decode(Unified):
         me, pool = self.members[self.rank], self.engine.pool
         connect, unpack_pages = dial(prefill, me, pool.device, generation), self.engine.ops.unpack_pages
         key = link_key(prefill, me, generation)
-        return ReceiveLink(key, connect, pool, self.links.events, unpack_pages=unpack_pages)
+        return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 
     def room_ended(self, uid: int, ended: RoomEnded) -> None:
         arrival = self.arrivals[uid]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from disagg.credits import buffer_bytes
 from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
 from disagg.memory import Budget, Job, make_budget, page_bytes, pages_on_host, plan_parts
@@ -44,6 +45,7 @@ class EngineConfig:
     dtype: str = "auto"
     dispatch: str = "auto"
     decodes: bool = True  # a prefill job does not
+    hands_over: bool = False  # KV, to another job or from one
     graphs: bool = True  # decode in CUDA graphs where there is CUDA
     overlap: str = "auto"
     redundant_experts: int = 0  # slots of the job beyond one for each expert
@@ -239,12 +241,13 @@ class Engine:
             model.placement.slots_per_rank, model.ops.alignment, capacity, model.ops.whole_keys,
         )  # fmt: skip
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
+        page = page_bytes(self.config, model.dtype.itemsize)
         parts = plan_parts(
             model, job, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
             self.graphs,
             settings.rebalance_layers_per_step if settings.rebalance_interval else 0,
+            buffer_bytes(page) if settings.hands_over else 0,
         )  # fmt: skip
-        page = page_bytes(self.config, model.dtype.itemsize)
         mine = make_budget(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
         return min(mesh.ep.exchange(mine), key=lambda budget: budget.left)
 

@@ -28,19 +28,25 @@ import zmq
 from torch import Tensor
 
 from disagg.control import Member, Pipe, new_socket
+from disagg.credits import Credits, Share, most_pages
 from disagg.handoff import Cancel, Closed, Join, Last, Open, RoomEnded, Sending, SendLast, SendPages
 from disagg.transport.torch_dist import TIMEOUT, Passage, TorchTransport
 from kernels import ref
-
-IN_FLIGHT = 3  # transfers of a link, on the wire, before it or behind it: each has a buffer of its own
-MOST_BYTES = 320 * 2**20  # of a transfer, unless a page has more
 
 
 class Link(threading.Thread):
     """One end of a link. Its pipe and transport belong to its thread; the rank's loop calls `put` and `stop` only."""
 
-    def __init__(self, key: str, connect: Callable[[str], tuple[Pipe, TorchTransport]], pool: Tensor, events: Any):
-        """`connect(key)` runs in the thread, and may block or raise; `events` is a queue that the loop drains."""
+    def __init__(
+        self,
+        key: str,
+        connect: Callable[[str], tuple[Pipe, TorchTransport]],
+        pool: Tensor,
+        events: Any,
+        credits: Credits,
+    ):
+        """`connect(key)` runs in the thread, and may block or raise; `events` is a queue that the loop drains; the
+        `credits` are those of all the process's links."""
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
         self.bytes_moved, self.seconds_moving = 0, 0.0
@@ -57,7 +63,7 @@ class Link(threading.Thread):
         self.pipe: Pipe | None = None
         self.transport: TorchTransport | None = None
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
-        self._slots = threading.Semaphore(IN_FLIGHT)
+        self._credits = Share(credits)
         self._mover = threading.Thread(target=self._see_through, name=f"mover {key}", daemon=True)
         self._mover.start()
         self.start()
@@ -93,6 +99,7 @@ class Link(threading.Thread):
             self._changed.notify()
             with suppress(zmq.Again):  # its thread saw `_down` already, and has gone
                 self._wake.send(b"", zmq.DONTWAIT)
+        self._credits.close()
         if self.transport is not None:
             self.transport.abort()
         return True
@@ -116,12 +123,6 @@ class Link(threading.Thread):
             torch.cuda.set_device(self.pool.device)
             torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # never one of those that may wait for a peer
 
-    def slot(self) -> None:
-        """Wait until one more transfer may be started."""
-        self._slots.acquire()
-        if self._down is not None:
-            raise RuntimeError(self._down)
-
     def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
         """Have the mover call this, once `passage` is through, and all that came before."""
         self._under_way.put((passage, then))
@@ -143,7 +144,7 @@ class Link(threading.Thread):
                 self._go_down(f"{type(broken).__name__}: {broken}")
             passage = started = then = None  # and with them the buffer, before there is another
             if moved:
-                self._slots.release()
+                self._credits.give_back()
 
     def _await_peer(self) -> None:
         """At the pipe, where it may come later than to the transport, and this end be the first to speak."""
@@ -228,9 +229,9 @@ class SendLink(Link):
 
     def _send(self, first: SendPages) -> None:
         """Start the next transfer: of these pages, and of what is ready behind them."""
-        self.slot()
+        self._credits.take()
         self._commands.appendleft(first)
-        uids, mine, theirs, last_words = self._gather(max(1, MOST_BYTES // self.pool[:, 0].nbytes))
+        uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
         # All of it goes to the GPU before the pages are computed, so that it comes right behind that step, where there
         # is room; and only then is the receive asked for, which occupies the peer's GPU until it has the bytes.
         if first.ready is not None:
@@ -299,7 +300,7 @@ class ReceiveLink(Link):
     def _receive(self, uids: list[int], pages: list[int]) -> None:
         for uid in uids:
             self._await(uid)
-        self.slot()
+        self._credits.take()
         layers, _, *page = self.pool.shape
         packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
         self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
@@ -330,7 +331,7 @@ class Links:
     """A rank's links, by peer and generation: after one went down, the next to that peer is a new one."""
 
     def __init__(self, make: Callable[[Member, int], Link]):
-        self._make = make
+        self._make, self.credits = make, Credits()
         self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
         self._links: dict[tuple[str, int], Link] = {}
         self._dropped: list[Link] = []

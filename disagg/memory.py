@@ -325,10 +325,12 @@ def plan_parts(
     longest: int,
     captures: bool,
     spare_layers: int = 0,
+    handoff: int = 0,
 ) -> dict[str, int]:
     """The table's rows without KV, in bytes. `buckets`: rows of decode steps; `longest`: tokens of KV that a request
     can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens;
-    `spare_layers`: whose experts may be on their way at once (`disagg/rebalance.py`)."""
+    `spare_layers`: whose experts may be on their way at once (`disagg/rebalance.py`); `handoff`: bytes of the buffers
+    of KV that is on its way (`disagg/credits.py`)."""
     tokens = -(-max_tokens_per_step // job.attn_tp) * job.attn_tp
     most = max(buckets)
     steps = (
@@ -340,6 +342,7 @@ def plan_parts(
         "spare experts": spare_layers * weights["routed experts"] // max(job.config.num_moe_layers, 1),
         "tables": table_bytes(job.config, maps, max_model_len, most),
         "communication buffers": buffers,
+        "KV handoff": handoff,
         "activations": max(steps),
         "CUDA graphs": graphs(job, buckets) if captures else 0,
         "cuBLAS workspaces": WORKSPACES,

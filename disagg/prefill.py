@@ -94,7 +94,7 @@ class Prefill:
         connect = listen(self.door.store, self.door.host, self.engine.pool.device)
         key = link_key(self.members[self.rank], decode, generation)
         pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
-        return SendLink(key, connect, pool, self.links.events, pack_pages=pack_pages)
+        return SendLink(key, connect, pool, self.links.events, self.links.credits, pack_pages=pack_pages)
 
     def plan(self) -> Plan:
         plan, now = self.scheduler.schedule(reserve_output=False), time.perf_counter()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from disagg.connect import dial, link_key, listen
 from disagg.control import Member
+from disagg.credits import Credits
 from disagg.handoff import Join, Open, RoomEnded, SendLast, SendPages
 from disagg.links import Link, ReceiveLink, SendLink
 from disagg.prefill import Door
@@ -135,13 +136,14 @@ class End:
         self.worker = Source(self) if self.sends else Sink(self)
 
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
+        mine = self.pool, self.events, Credits()
         if self.sends:
             self.pool.view(torch.int16).copy_(content(self.pool))
             (knock,) = door.pipe.poll(1000 * int(TIMEOUT.total_seconds()))
             connect = listen(door.store, HOST, self.device)
-            return SendLink(link_key(me, knock.decode), connect, self.pool, self.events, pack_pages=ops.pack_pages)
+            return SendLink(link_key(me, knock.decode), connect, *mine, pack_pages=ops.pack_pages)
         connect = dial(peer, me, self.device)
-        return ReceiveLink(link_key(peer, me), connect, self.pool, self.events, unpack_pages=ops.unpack_pages)
+        return ReceiveLink(link_key(peer, me), connect, *mine, unpack_pages=ops.unpack_pages)
 
 
 def content(pool: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.connect import dial, link_key, listen
 from disagg.control import Member, Pipe, new_socket
+from disagg.credits import IN_FLIGHT, Credits
 from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
-from disagg.links import IN_FLIGHT, Link, Links, ReceiveLink, SendLink
+from disagg.links import Link, Links, ReceiveLink, SendLink
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import Passage, TorchTransport
@@ -165,11 +166,11 @@ def make_pair() -> Iterator[Any]:
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
         pool = make_pool(CANARY, dtype)
-        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours)
+        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours, Credits())
         (knock,) = door.pipe.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
-        send = SendLink(link_key(prefill, knock.decode), listen(door.store, HOST, CPU), source, theirs)
+        send = SendLink(link_key(prefill, knock.decode), listen(door.store, HOST, CPU), source, theirs, Credits())
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
 
@@ -233,7 +234,7 @@ class Gate:
 
 
 def limit_transfers(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
-    monkeypatch.setattr("disagg.links.MOST_BYTES", pages * make_pool(0.0)[:, 0].nbytes)
+    monkeypatch.setattr("disagg.credits.MOST_BYTES", pages * make_pool(0.0)[:, 0].nbytes)
 
 
 def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(
@@ -583,7 +584,7 @@ def test_a_link_that_cannot_connect_ends_its_rooms_and_refuses_later_ones(kind: 
         raise RuntimeError("nobody there")
 
     end = End(pool := make_pool(CANARY), None, events := queue.SimpleQueue())
-    end.link = kind("p/d", connect, pool, events)
+    end.link = kind("p/d", connect, pool, events, Credits())
     for uid in (1, 2):
         end.link.put(Join(uid))
     end.link.put(Cancel(1))
@@ -603,7 +604,7 @@ def test_links_come_and_go() -> None:
 
     events, pool = queue.SimpleQueue(), make_pool(CANARY)
     for _ in range(200):
-        link = ReceiveLink("p/d", connect, pool, events)
+        link = ReceiveLink("p/d", connect, pool, events, Credits())
         link.stop()
         link.join(SOON)
         del link
@@ -694,7 +695,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
     end = End(make_pool(None), None, queue.SimpleQueue())
-    end.link = SendLink(key, listen(door.store, HOST, CPU), end.pool, end.events)
+    end.link = SendLink(key, listen(door.store, HOST, CPU), end.pool, end.events, Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU)
     end.link.put(Join(1))
@@ -754,7 +755,7 @@ def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms()
     process, doing = spawn(prefill_that_dies, Member("p", HOST), decode)
     prefill = doing.get(timeout=60)  # it imports torch first
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
-    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events)
+    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events, Credits())
     end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
     end.link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
@@ -777,7 +778,7 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
     process, doing = spawn(decode_that_dies, prefill, decode, takes_some)
     assert door.pipe.poll(60_000)
     end = End(torch.randn(HUGE), None, queue.SimpleQueue())
-    end.link = SendLink(link_key(prefill, decode), listen(door.store, HOST, CPU), end.pool, end.events)
+    end.link = SendLink(link_key(prefill, decode), listen(door.store, HOST, CPU), end.pool, end.events, Credits())
     end.hear_open(1)
     for uid in (1, 2):
         end.link.put(Join(uid))
@@ -804,10 +805,14 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     prefill = Member("p", HOST, door.port, door.store.port)
     source, pool = make_pool(None), make_pool(CANARY)
     sending = Links(
-        lambda peer, g: SendLink(link_key(prefill, peer, g), listen(door.store, HOST, CPU), source, sending.events)
+        lambda peer, g: SendLink(
+            link_key(prefill, peer, g), listen(door.store, HOST, CPU), source, sending.events, sending.credits
+        )
     )
     receiving = Links(
-        lambda peer, g: ReceiveLink(link_key(peer, decode, g), dial(peer, decode, CPU, g), pool, receiving.events)
+        lambda peer, g: ReceiveLink(
+            link_key(peer, decode, g), dial(peer, decode, CPU, g), pool, receiving.events, receiving.credits
+        )
     )
     for generation in range(3):
         receiver = receiving.get(prefill, generation)

@@ -251,8 +251,10 @@ def test_sampling_has_room() -> None:
 
 
 def test_the_table_of_a_plan() -> None:
-    parts = plan_parts(make(SMALL), HAND, 5000, [1, 2, 64], 1000, max_model_len=512, longest=512, captures=False)
+    longest = {"max_model_len": 512, "longest": 512}
+    parts = plan_parts(make(SMALL), HAND, 5000, [1, 2, 64], 1000, **longest, captures=False, handoff=70)
     assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
+    assert parts["KV handoff"] == 70
     assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
     assert parts["activations"] == contiguous_step(HAND, 1000, 1512, 64)
     assert parts["CUDA graphs"] == parts["spare experts"] == 0

@@ -1,0 +1,59 @@
+"""Credits: how many transfers the links of a process have under way at once, and what their buffers take."""
+
+import threading
+
+IN_FLIGHT = 4  # transfers of a process, on the wire, before it or behind it: each has a buffer of its own
+MOST_BYTES = 320 * 2**20  # of a transfer, unless a page has more
+
+
+def most_pages(page: int) -> int:
+    """Of a transfer, with pages of so many bytes."""
+    return max(1, MOST_BYTES // page)
+
+
+def buffer_bytes(page: int) -> int:
+    """What a process's links take at most of its GPU's memory, with pages of so many bytes."""
+    return IN_FLIGHT * most_pages(page) * page
+
+
+class Credits:
+    """One for each transfer under way, shared by the links of a process.
+
+    No circle of links can wait for one another: who holds a credit waits for its own step and for its peer, a sender
+    for a credit of the receiver's, a receiver for bytes that have been sent.
+    """
+
+    def __init__(self) -> None:
+        self.free = threading.Semaphore(IN_FLIGHT)
+
+
+class Share:
+    """The credits that one link holds."""
+
+    def __init__(self, credits: Credits):
+        self._credits, self._lock = credits, threading.Lock()
+        self._held, self._closed = 0, False
+
+    def take(self) -> None:
+        """Wait for one. RuntimeError if this is closed."""
+        self._credits.free.acquire()
+        with self._lock:
+            if not self._closed:
+                self._held += 1
+                return
+        self._credits.free.release()
+        raise RuntimeError("closed")
+
+    def give_back(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._held -= 1
+                self._credits.free.release()
+
+    def close(self) -> None:
+        """Give all back, and take no more: nobody else need wait until transfers that are aborted have ended."""
+        with self._lock:
+            self._closed = True
+            for _ in range(self._held):
+                self._credits.free.release()
+            self._held = 0
