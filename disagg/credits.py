@@ -19,8 +19,8 @@ def buffer_bytes(page: int) -> int:
 class Credits:
     """One for each transfer under way, shared by the links of a process.
 
-    No circle of links can wait for one another: who holds a credit waits for its own step and for its peer, a sender
-    for a credit of the receiver's, a receiver for bytes that have been sent.
+    No circle of links can wait for one another: a sender with a credit waits for one of the receiver's at most, and a
+    receiver with one for bytes that are on their way.
     """
 
     def __init__(self) -> None:

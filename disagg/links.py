@@ -229,14 +229,14 @@ class SendLink(Link):
 
     def _send(self, first: SendPages) -> None:
         """Start the next transfer: of these pages, and of what is ready behind them."""
+        if first.ready is not None:
+            first.ready.synchronize()
         self._credits.take()
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
-        # All of it goes to the GPU before the pages are computed, so that it comes right behind that step, where there
-        # is room; and only then is the receive asked for, which occupies the peer's GPU until it has the bytes.
-        if first.ready is not None:
-            first.ready.wait()
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
+        # Behind the packing, and so where that had room on this GPU. The receive, which occupies the peer's until it
+        # has the bytes, is asked for after both.
         passage = self.transport.send(packed)
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
@@ -248,11 +248,11 @@ class SendLink(Link):
     def _gather(self, most: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
         """At most so many pages from the commands that wait: their rooms, and where they are here and go there. With
         them what ends one of these rooms, which is to be handled behind its pages."""
-        uids, mine, theirs, last_words, first_ready = [], [], [], [], self._commands[0].ready
+        uids, mine, theirs, last_words = [], [], [], []
         while self._commands and len(mine) < most:
             match self._commands.popleft():
                 case SendPages(uid, here, there, ready) as item if uid in self._sending:
-                    if ready is not first_ready and ready is not None and not ready.query():
+                    if ready is not None and not ready.query():
                         self._commands.appendleft(item)
                         break
                     space = most - len(mine)
@@ -260,7 +260,7 @@ class SendLink(Link):
                     mine += here[:space]
                     theirs += there[:space]
                     if len(here) > space:
-                        self._commands.appendleft(SendPages(uid, here[space:], there[space:], ready))
+                        self._commands.appendleft(SendPages(uid, here[space:], there[space:]))
                 case SendLast(uid) | Closed(uid) as word if uid in uids:
                     last_words.append(word)
                 case item:

@@ -261,7 +261,7 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
 ) -> None:
     limit_transfers(monkeypatch, 3)
     pair, not_computed = make_pair(), threading.Event()
-    not_computed.query = not_computed.is_set
+    not_computed.query, not_computed.synchronize = not_computed.is_set, lambda: not_computed.wait(SOON)
     alone = list(range(8, 8 + IN_FLIGHT))
     for uid, pages in ((1, alone), (2, [1, 2]), (3, [3, 4, 5, 6]), (4, [7])):
         pair.open(uid, pages)
