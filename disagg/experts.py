@@ -33,11 +33,14 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
             loads = load_recording(recording, layers, experts).sum(0)
         except ValueError as error:
             raise ValueError(f"--expert-map {error}") from None
+    return balanced(loads, experts + extra, config.n_group, mesh)
+
+
+def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:
+    """For loads [layers, E] on the CPU, the same on all ranks. All ranks together."""
     nodes = mesh.nodes()
-    of_slot = balance(loads.numpy(), experts + extra, mesh.ep.size, config.n_group, nodes)
-    return Placement.of_map(
-        torch.from_numpy(of_slot), experts, mesh.ep.size, mesh.ep.rank, mesh.ep.size // nodes, mesh.device
-    )
+    of_slot = torch.from_numpy(balance(loads.numpy(), num_slots, mesh.ep.size, groups, nodes))
+    return Placement.of_map(of_slot, loads.shape[1], mesh.ep.size, mesh.ep.rank, mesh.ep.size // nodes, mesh.device)
 
 
 class Recording:

@@ -107,20 +107,20 @@ class Bench:
         return start
 
     def prefill(self, batch: int, length: int) -> float:
-        """Prompt tokens a second, of all ranks."""
+        """Prompt tokens a second, of all replicas."""
         start = self.drive(batch, length, 1)
-        return self.engine.mesh.size * batch * length / (self.role.marks[-1].now - start)
+        return self.engine.mesh.num_replicas * batch * length / (self.role.marks[-1].now - start)
 
     def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float, float]:
-        """While all requests decode: tokens a second of all ranks, and of a step the milliseconds that the host did not
-        wait for its tokens, and those of them in its launch."""
+        """While all requests decode: tokens a second of all replicas, and of a step the milliseconds that the host did
+        not wait for its tokens, and those of them in its launch."""
         self.drive(batch, length, max_tokens)
         all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
         window = all_decode[1:]  # after the last prompt
         seconds = window[-1].now - window[0].now
         host = seconds - sum(mark.waited for mark in window[1:])
         launching, steps = window[-1].launching - window[0].launching, len(window) - 1
-        return self.engine.mesh.size * batch * steps / seconds, 1e3 * host / steps, 1e3 * launching / steps
+        return self.engine.mesh.num_replicas * batch * steps / seconds, 1e3 * host / steps, 1e3 * launching / steps
 
     def experts_hit(self, batch: int) -> float:
         """Distinct experts of a layer in a decode step, on average over some steps. Before graphs are captured."""
@@ -134,10 +134,14 @@ class Bench:
         return sum(counts) / max(1, len(counts))
 
 
-def random_model(config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str]) -> Transformer:
+def random_model(
+    config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str], placement: Placement | None = None
+) -> Transformer:
+    """`placement`: of its experts, if not each in the slot of its number."""
     ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device, backend)
     fp8 = decide(config, mesh.attn.size, torch.bfloat16, mesh.device).fp8
-    placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
+    if placement is None:
+        placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
     model = Transformer(config, mesh, placement, ops, torch.bfloat16, max_model_len, fp8)
     randomize(model)
     return model

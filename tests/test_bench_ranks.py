@@ -42,3 +42,20 @@ def test_the_engine_of_two_ranks(tmp_path: Path) -> None:
     begin = "tiny with 2 layers, EP2, overlap on, "
     works = ("prefill 2 x 20", "prefill 1 x 20", "decode, batch 4 after 20")
     assert all(records[begin + work].value > 0 for work in works)
+
+
+def test_variants_of_two_ranks(tmp_path: Path) -> None:
+    work = "--shape tiny --layers 2 --prompt 20 --batch 2 --output 4 --step-tokens 40 --repeat 1"
+    printed, records = run("bench_ranks.py", f"{work} --redundant 4 --interval 4", tmp_path / "r.json")
+    begin, works = "tiny with 2 layers on 2 ranks, ", ("prefill of prompts of 20", "decode, batch 2 a GPU after 20")
+    beside = {"ep": None, "overlap": "ep", "tp": "ep", "skewed": None, "static": "skewed", "live": "static"}
+    law = dict.fromkeys(("skewed", "static", "live"), " (Zipf 0.5)")
+    for variant, other in beside.items():
+        for one in works:
+            record = records[f"{begin}{variant}{law.get(variant, '')}: {one}, a GPU"]
+            theirs = records[f"{begin}{other}{law.get(other, '')}: {one}, a GPU"].value if other else None
+            assert record.value > 0 and record.reference == theirs, record.name
+    assert printed.count("overlap: on") == 1 and "each rank holds a slice of every expert" in printed
+    even = {v: records[f"{begin}{v} (Zipf 0.5): balancedness"].value for v in law}
+    assert even["skewed"] < even["static"] <= 1 and even["skewed"] < even["live"] <= 1
+    assert " 0 failed" in printed

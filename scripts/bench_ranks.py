@@ -1,0 +1,226 @@
+"""A model over all GPUs of a job, random weights: expert parallelism with and without two-batch overlap, beside plain
+tensor parallelism of the same ranks, and what balancing the experts gains when routing is skewed.
+
+    torchrun --nproc-per-node 8 scripts/bench_ranks.py --shape v3 --layers 12 --out records.json
+    torchrun --nproc-per-node 2 scripts/bench_ranks.py --shape v3 --layers 8 --only skewed,static,live
+
+ep        DP attention, EP experts, no overlap
+overlap   the same with two-batch overlap
+tp        plain tensor parallelism (scripts/plain_tp.py); its one replica has the requests of all
+skewed    as `ep`, while experts are wanted by Zipf's law (scripts/skew.py)
+static    so, too, with --redundant more slots and the map that is best for what `skewed` counted
+live      so, too, from an even map on, looking every --interval steps and moving experts (stand-ins: the same few from
+          host memory again and again); measured after the first move, while it goes on looking
+
+Figures are tokens a second a GPU: of prefill by prompt length, of decode by batch a GPU and prompt length. They are
+measured as in bench_engine.py, one variant after the other, each with its own engine.
+"""
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from disagg.engine import Engine, EngineConfig
+from disagg.experts import balanced
+from model.batch import PAGE
+from model.config import ModelConfig
+from model.kv_cache import pages_for
+from parallel.dispatchers import CHOICES
+from parallel.eplb import balancedness
+from parallel.mesh import Mesh
+from parallel.recorder import Recorder
+from scripts.bench_engine import Bench, random_model
+from scripts.bench_rebalance import StandIns
+from scripts.flags import natural, new_file, positive, positives
+from scripts.measurements import Record, save
+from scripts.plain_tp import plain_tp, sliced_experts
+from scripts.shapes import SHAPES
+from scripts.skew import skew_gates
+
+VARIANTS = ("ep", "overlap", "tp", "skewed", "static", "live")
+BESIDE = {"overlap": "ep", "tp": "ep", "static": "skewed", "live": "static"}  # what each is held against
+SKEWED = ("skewed", "static", "live")
+STAND_INS = 16  # experts in host memory
+LOOKS = 10  # until the experts must have moved
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="v3")
+    add("--layers", type=positive, help="fewer layers than the shape has")
+    add("--only", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}")
+    add("--prompt", type=positives, default=[1024, 2048, 4096], help="prompt lengths (1024,2048,4096)")
+    add("--batch", type=positives, default=[32, 64, 128, 256], help="decode, requests a GPU (32,64,128,256)")
+    add("--output", type=positive, default=64, help="decode steps (64)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens a GPU a step (16384)")
+    add("--kv-tokens", type=positive, help="of a replica (default: all that fit); work that wants more is left out")
+    add("--repeat", type=positive, default=3, help="(3)")
+    add("--zipf", type=float, default=0.5, help="exponent of the experts' popularity (0.5)")
+    add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
+    add("--interval", type=positive, default=50, help="live: steps between looks (50)")
+    add("--dispatch", choices=CHOICES, default="auto")
+    add("--backend", action="append", metavar="[OP=]LIB")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    if unknown := set(args.only) - set(VARIANTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
+    if "static" in args.only and "skewed" not in args.only:
+        parser.error("--only static: it needs what skewed counts")
+    return parser, args
+
+
+class Comparison:
+    """The variants' figures, printed as they are measured and kept as records, by the first rank."""
+
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, mesh: Mesh):
+        self.args, self.config, self.mesh = args, config, mesh
+        self.records: list[Record] = []
+        self.found: dict[tuple[str, str], float] = {}  # by variant and work
+        self.counts: Tensor | None = None  # [layers, E] tokens of each expert, in `skewed`
+
+    def say(self, text: str) -> None:
+        if self.mesh.rank == 0:
+            print(text, flush=True)
+
+    def add(self, variant: str, work: str, value: float, unit: str = "tok/s") -> None:
+        self.found[variant, work] = value = round(value, 3)
+        beside = BESIDE.get(variant)
+        reference = self.found.get((beside, work))
+        source = f"{beside}, same run" if reference else ""
+        name = f"{self.args.shape} with {self.config.num_hidden_layers} layers on {self.mesh.size} ranks, {variant}"
+        if variant in SKEWED:
+            name += f" (Zipf {self.args.zipf:g})"
+        record = Record(f"{name}: {work}", value, unit, "higher", reference, source)
+        self.say(f"{record.name:100} {value:12,.3f} {unit}" + (f" = {record.ratio:.3f} of {source}" if source else ""))
+        self.records.append(record)
+
+    def run(self, variant: str) -> None:
+        """One variant, from its model to its last figure. Nothing of it stays on the GPU."""
+        with tempfile.TemporaryDirectory() as folder:
+            engine = self.engine(variant, Path(folder))
+            engine.warm_up(lambda sizes: sizes)
+            bench = Bench(engine)
+            if variant == "live":
+                self.settle(bench)
+            self.measure(variant, bench)
+            if variant in SKEWED:
+                self.look(variant, engine)
+            engine.close()
+        del engine, bench
+        gc.collect()
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def engine(self, variant: str, folder: Path) -> Engine:
+        args, mesh, config = self.args, self.mesh, self.config
+        if variant == "tp":
+            mesh, config = plain_tp(mesh, config)
+        together, longest = mesh.attn.size, max(args.prompt)
+        tail = args.output + -(-max(args.batch) * longest // args.step_tokens) + 4
+        settings = EngineConfig(
+            max_batch=together * max(args.batch),
+            max_tokens_per_step=together * max(args.step_tokens, *args.batch),
+            kv_tokens=args.kv_tokens,
+            max_model_len=longest + tail,
+            dtype="bfloat16",
+            overlap="on" if variant == "overlap" else "off",
+            dispatch="auto" if variant == "tp" else args.dispatch,
+            rebalance_interval=args.interval if variant == "live" else 0,
+        )
+        slots, placement = config.n_routed_experts + args.redundant, None
+        if variant in ("static", "live"):
+            loads = self.counts if variant == "static" else torch.ones(config.num_moe_layers, config.n_routed_experts)
+            placement = balanced(loads, slots, config.n_group, mesh)
+        model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"], placement)
+        if variant in SKEWED:
+            skew_gates(model, args.zipf)
+            model.recorder = Recorder(model.placement, config.n_routed_experts)
+        reader = StandIns(folder, config, min(STAND_INS, config.n_routed_experts)) if variant == "live" else None
+        engine = Engine(settings, model, mesh, self.say, reader)
+        if variant == "tp":
+            engine.dispatchers = sliced_experts(engine.dispatchers, mesh)
+        self.say(f"{variant}: dispatch: {engine.dispatchers.why}; overlap: {engine.rule.why}; fp8: {model.fp8}")
+        return engine
+
+    def measure(self, variant: str, bench: Bench) -> None:
+        args, gpus, together = self.args, self.mesh.size, bench.engine.mesh.attn.size
+        for length in args.prompt:
+            batch = together * max(1, args.step_tokens // length)
+
+            def prefill(length: int = length, batch: int = batch) -> float:
+                return bench.prefill(batch, length)
+
+            self.add(variant, f"prefill of prompts of {length}, a GPU", self.often(prefill) / gpus)
+        for length in args.prompt:
+            for batch in args.batch:
+                steps = args.output + -(-batch * length // args.step_tokens) + 3
+                work = f"decode, batch {batch} a GPU after {length}, a GPU"
+                wanted = together * batch * pages_for(length + steps) * PAGE
+                if wanted > bench.engine.kv_tokens:
+                    self.say(f"{variant}: {work}: left out, {wanted:,} tokens of KV do not fit")
+                    continue
+
+                def decode(length: int = length, batch: int = batch, steps: int = steps) -> float:
+                    return bench.decode(together * batch, length, steps)[0]
+
+                self.add(variant, work, self.often(decode) / gpus)
+
+    def often(self, rate: Callable[[], float]) -> float:
+        """The median of --repeat, after one that does not count."""
+        rate()
+        return median(rate() for _ in range(self.args.repeat))
+
+    def settle(self, bench: Bench) -> None:
+        """Decode until the experts have moved."""
+        rebalancer, args = bench.engine.rebalancer, self.args
+        for _ in range(-(-LOOKS * args.interval // args.output)):
+            bench.drive(max(args.batch), min(args.prompt), args.output)
+            if all(self.mesh.ep.exchange(rebalancer.stats["rebalances_total"] > 0)):
+                return
+        raise RuntimeError(f"the experts did not move: {dict(rebalancer.stats)}")
+
+    def look(self, variant: str, engine: Engine) -> None:
+        """How even the ranks' loads were, under the map of the end."""
+        counts = self.mesh.ep.all_reduce(engine.model.recorder.total()).cpu()
+        if variant == "skewed":
+            self.counts = counts.float()
+        of_slot = engine.model.placement.expert_of_slot.cpu().numpy()
+        self.add(variant, "balancedness", float(balancedness(counts.numpy(), of_slot, self.mesh.size).mean()), "")
+        if engine.rebalancer is not None:
+            stats = engine.rebalancer.stats
+            self.say(f"live: {stats['rebalances_total']:.0f} moves, {stats['rebalance_failures']:.0f} failed")
+
+
+def main() -> None:
+    parser, args = parse()
+    mesh, config = Mesh.create(device=args.device), SHAPES[args.shape]
+    if args.layers:
+        config = replace(config, num_hidden_layers=args.layers)
+    comparison = Comparison(args, config, mesh)
+    try:
+        for variant in args.only:
+            torch.manual_seed(0 if variant == "tp" else mesh.rank)  # a replica's ranks have the same requests
+            comparison.run(variant)
+    except ValueError as error:
+        parser.error(str(error))
+    finally:
+        if args.out is not None and mesh.rank == 0:
+            save(comparison.records, args.out)
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main()
