@@ -327,7 +327,10 @@ class Engine:
             self.rebalancer.act(votes)
 
     def stats(self) -> dict[str, float]:
-        return dict(self.rebalancer.stats) if self.rebalancer is not None else {}
+        """All ranks of the job together."""
+        if self.rebalancer is not None:
+            return dict(self.rebalancer.stats)
+        return self.recording.stats() if self.recording is not None else {}
 
     def runs_ahead(self, work: Work) -> bool:
         """Does `run` return long before the step is done?"""

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
-from parallel.eplb import balance
+from parallel.eplb import balance, balancedness
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.recorder import Recorder, load_recording, save_recording
@@ -43,6 +44,13 @@ def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placemen
     return Placement.of_map(of_slot, loads.shape[1], mesh.ep.size, mesh.ep.rank, mesh.ep.size // nodes, mesh.device)
 
 
+def balance_stats(by_layer: NDArray) -> dict[str, float]:
+    """The metric: `balancedness`, on average over the layers with experts and of each, counted from 0."""
+    return {"balancedness": float(by_layer.mean())} | {
+        f"balancedness_{layer}": float(one) for layer, one in enumerate(by_layer)
+    }
+
+
 class Recording:
     """Counts of a job's experts in windows of WINDOW steps, into a file. Every rank steps every time, so that all end
     their windows together."""
@@ -62,6 +70,11 @@ class Recording:
         total = self.recorder.total()
         self.windows.append(self.mesh.ep.all_reduce(total - self.before).cpu())
         self.before = total
+
+    def stats(self) -> dict[str, float]:
+        """How even the load of the ranks is, by all that was counted and the map as it is. All ranks together."""
+        counts, of_slot = self.mesh.ep.all_reduce(self.recorder.total()), self.recorder.placement.expert_of_slot
+        return balance_stats(balancedness(counts.cpu().numpy(), of_slot.cpu().numpy(), self.mesh.ep.size))
 
     def save(self) -> None:
         """All ranks together; the first writes."""

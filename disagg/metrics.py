@@ -16,6 +16,12 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def balancedness(stats: dict[str, float]) -> str:
+    """Of all layers with experts, and the range of them."""
+    layers = [value for name, value in stats.items() if name.startswith("balancedness_")]
+    return f"balancedness {stats['balancedness']:.3f} (layers {min(layers):.3f} to {max(layers):.3f})"
+
+
 class Metrics:
     """Gathered by the router: latencies as it sees them, work as the replicas report it when they leave."""
 
@@ -58,6 +64,9 @@ class Metrics:
             rows.append(("KV transfer", f"{moved:,.0f} bytes, {speed:.3f} GB/s while receiving"))
         for role in sorted({role for role, stats in self._stats if "rebalances_total" in stats}):
             rows.append(("rebalancing", self._rebalancing(role)))
+        for role, stats in {role: stats for role, stats in self._stats if "balancedness" in stats}.items():
+            if "rebalances_total" not in stats:
+                rows.append(("experts", f"{role}: {balancedness(stats)}, of all that was recorded"))
         if self.retries:
             rows.append(("retries", str(self.retries)))
         return "\n".join(f"{name:>12}  {value}" for name, value in rows)
@@ -80,5 +89,5 @@ class Metrics:
         total, failed = stats["rebalances_total"], stats["rebalance_failures"]
         parts = [f"{role}: {total:.0f} times" + (f" in {stats['rebalance_seconds']:.2f} s" if total else "")]
         parts += [f"{failed:.0f} failed"] if failed else []
-        parts += [f"balancedness {stats['balancedness']:.3f} at the last look"] if "balancedness" in stats else []
+        parts += [f"{balancedness(stats)} at the last look"] if "balancedness" in stats else []
         return ", ".join(parts)

@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from disagg.experts import balance_stats
 from model.batch import to_host
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
@@ -162,7 +163,8 @@ class Rebalancer:
             counted.synchronize()
         loads, ranks = loads.numpy(), self.placement.ep_size
         now = balancedness(loads, self.map.numpy(), ranks)
-        self.stats["balancedness"] = float(now.mean())
+        for name, value in balance_stats(now).items():
+            self.stats[name] = value
         if now.mean() > self.threshold:
             return None
         wanted = balance(loads, self.map.shape[1], ranks, self.groups, self.nodes)

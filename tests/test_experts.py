@@ -13,6 +13,7 @@ from torch import Tensor
 
 from disagg.engine import Engine
 from disagg.experts import make_placement
+from disagg.metrics import Metrics
 from disagg.worker import Interrupt
 from kernels.backend import Ops
 from model.config import ModelConfig
@@ -133,10 +134,25 @@ def body(rank: int, tiny: Path, scratch: Path) -> None:
         got = one_run([("unified", engine, mesh)], tiny, interrupt)
         assert got == expected or rank, f"{size} ranks, {attn_tp=}, {recording}: {got} instead of {expected}"
         if engine is not None:
+            stats = engine.stats()
             engine.close()
+            if rank == 0:
+                check_stats(stats, path, engine)
     dist.barrier()
     if rank == 0:
         check_recordings(scratch, config)
+
+
+def check_stats(stats: dict[str, float], path: Path, engine: Engine) -> None:
+    """The metric is that of the recording, under the map."""
+    loads, placement = load_recording(path).sum(0).numpy(), engine.model.placement
+    by_layer = balancedness(loads, placement.expert_of_slot.numpy(), placement.ep_size)
+    assert stats == {"balancedness": by_layer.mean()} | {f"balancedness_{i}": one for i, one in enumerate(by_layer)}
+    assert 0 < by_layer.min() < by_layer.max() <= 1
+    metrics = Metrics()
+    metrics.replica_left("unified", stats)
+    says = f"balancedness {by_layer.mean():.3f} (layers {by_layer.min():.3f} to {by_layer.max():.3f})"
+    assert f"\n     experts  unified: {says}, of all that was recorded" in metrics.table()
 
 
 def check_recordings(scratch: Path, config: ModelConfig) -> None:

@@ -261,6 +261,7 @@ def test_what_is_above_the_threshold_stays(tiny: Path, threshold: float, moved: 
     rebalancer.step()
     drive(rebalancer)
     assert rebalancer.stats["balancedness"] == pytest.approx(0.825)
+    assert [rebalancer.stats[f"balancedness_{layer}"] for layer in range(2)] == pytest.approx([0.75, 0.9])
     changed = (rebalancer.map != torch.arange(32)).any(1).nonzero()[:, 0].tolist()
     assert changed == moved and rebalancer.stats["rebalances_total"] == bool(moved)
     assert torch.equal(rebalancer.identity, rebalancer.map[:, :16])
@@ -462,10 +463,14 @@ def test_a_job_that_does_not_move_says_nothing() -> None:
     metrics = Metrics()
     metrics.replica_left("prefill", {})
     assert "rebalancing" not in metrics.table()
-    stats = {"rebalances_total": 2, "rebalance_failures": 1, "rebalance_seconds": 0.5, "balancedness": 0.25}
+    stats = {"rebalances_total": 2, "rebalance_failures": 1, "rebalance_seconds": 0.5}
+    stats |= {"balancedness": 0.25, "balancedness_0": 0.375, "balancedness_1": 0.125}
     for _ in range(2):  # two replicas of one job
         metrics.replica_left("decode", stats)
-    assert " rebalancing  decode: 2 times in 0.50 s, 1 failed, balancedness 0.250 at the last look" in metrics.table()
+    says = (
+        " rebalancing  decode: 2 times in 0.50 s, 1 failed, balancedness 0.250 (layers 0.125 to 0.375) at the last look"
+    )
+    assert says in metrics.table() and "recorded" not in metrics.table()
 
 
 def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
@@ -477,7 +482,7 @@ def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
         assert code == 0, err
         says = (
             r"\n rebalance: looks every 4 steps, moves up to balancedness 1; layers at once: 2; an expert is 0\.049 MB",
-            r"\n rebalancing  unified: [1-9]\d* times in [\d.]+ s, balancedness 0\.\d+ at the last look\n",
+            r"\n rebalancing  unified: [1-9]\d* times in [\d.]+ s, balancedness 0\.\d+ \(layers .*\) at the last look",
         )
         assert [bool(re.search(line, err)) for line in says] == [bool(flags)] * 2, err
         tokens.append([answer["token_ids"] for answer in read(out)])
