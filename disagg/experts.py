@@ -46,6 +46,8 @@ def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placemen
 
 def balance_stats(by_layer: NDArray) -> dict[str, float]:
     """The metric: `balancedness`, on average over the layers with experts and of each, counted from 0."""
+    if not len(by_layer):
+        return {}
     return {"balancedness": float(by_layer.mean())} | {
         f"balancedness_{layer}": float(one) for layer, one in enumerate(by_layer)
     }

@@ -154,7 +154,7 @@ def rank_loads(loads: ArrayLike, expert_of_slot: NDArray, num_ranks: int) -> NDA
     counts = np.zeros(loads.shape, np.int64)
     np.add.at(counts, (np.arange(len(loads))[:, None], expert_of_slot), 1)
     share = np.take_along_axis(loads / np.maximum(counts, 1), expert_of_slot, 1)
-    return share.reshape(len(loads), num_ranks, -1).sum(-1)
+    return share.reshape(len(loads), num_ranks, share.shape[1] // num_ranks).sum(-1)
 
 
 def balancedness(loads: ArrayLike, expert_of_slot: NDArray, num_ranks: int) -> NDArray:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disagg.engine import Engine
-from disagg.experts import make_placement
+from disagg.experts import balance_stats, make_placement
 from disagg.metrics import Metrics
 from disagg.worker import Interrupt
 from kernels.backend import Ops
@@ -153,6 +153,10 @@ def check_stats(stats: dict[str, float], path: Path, engine: Engine) -> None:
     metrics.replica_left("unified", stats)
     says = f"balancedness {by_layer.mean():.3f} (layers {by_layer.min():.3f} to {by_layer.max():.3f})"
     assert f"\n     experts  unified: {says}, of all that was recorded" in metrics.table()
+
+
+def test_a_model_without_experts_has_no_balance() -> None:
+    assert balance_stats(balancedness(torch.zeros(0, 4).numpy(), torch.zeros(0, 4, dtype=torch.int64).numpy(), 2)) == {}
 
 
 def check_recordings(scratch: Path, config: ModelConfig) -> None:
