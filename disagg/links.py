@@ -182,7 +182,7 @@ class Link(threading.Thread):
 
     def page_ids(self, pages: list[int]) -> Tensor:
         """For a kernel, which checks no bounds."""
-        if not all(0 <= page < self.pool.shape[1] for page in pages):
+        if not 0 <= min(pages) <= max(pages) < self.pool.shape[1]:
             raise ValueError(f"{pages=} of a pool of {self.pool.shape[1]}")
         ids = torch.tensor(pages, dtype=torch.int64, pin_memory=self.pool.is_cuda)
         return ids.to(self.pool.device, non_blocking=True)

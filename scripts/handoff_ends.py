@@ -42,7 +42,7 @@ from scripts.shapes import SHAPES
 
 HOST = "127.0.0.1"
 COPIES = 8  # of the large tensor, in one measurement
-AHEAD = 8  # prompts under way at once
+AHEAD = 16  # prompts under way at once
 WARM = 2 * AHEAD  # prompts before a measurement: the first transfers allocate their buffers
 STREAM = 10  # prompts one after the other for each --repeat: a few alone would be over in 10 ms
 
