@@ -12,7 +12,8 @@ from disagg.connect import dial, link_key
 from disagg.control import Abort, Gone, Member, Parts, Submit, Update
 from disagg.engine import Engine
 from disagg.handoff import Cancel, Join, Open, Room, RoomEnded, RoomState
-from disagg.links import Links, ReceiveLink
+from disagg.links import ReceiveLink
+from disagg.peers import Links
 from disagg.scheduler import Plan, Sequence
 from disagg.unified import Unified
 

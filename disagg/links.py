@@ -14,12 +14,13 @@ A link can go down by itself, or be stopped; either way its rooms end at once, w
 the pool any more.
 """
 
+import functools
 import queue
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -27,11 +28,18 @@ import torch
 import zmq
 from torch import Tensor
 
-from disagg.control import Member, Pipe, new_socket
+from disagg.control import Pipe, new_socket
 from disagg.credits import Credits, Share, most_pages
 from disagg.handoff import Cancel, Closed, Join, Last, Open, RoomEnded, Sending, SendLast, SendPages
 from disagg.transport.torch_dist import TIMEOUT, Passage, TorchTransport
 from kernels import ref
+
+
+@functools.cache
+def packing_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the threads of all links of a process, on which they allocate their buffers: what is freed is kept for
+    the stream that it was allocated on."""
+    return torch.cuda.Stream(device, priority=-1)  # never one of those that may wait for a peer
 
 
 class Link(threading.Thread):
@@ -64,6 +72,7 @@ class Link(threading.Thread):
         self.transport: TorchTransport | None = None
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
         self._credits = Share(credits)
+        self._stream = packing_stream(pool.device) if pool.is_cuda else None
         self._mover = threading.Thread(target=self._see_through, name=f"mover {key}", daemon=True)
         self._mover.start()
         self.start()
@@ -99,36 +108,38 @@ class Link(threading.Thread):
             self._changed.notify()
             with suppress(zmq.Again):  # its thread saw `_down` already, and has gone
                 self._wake.send(b"", zmq.DONTWAIT)
-        self._credits.close()
-        if self.transport is not None:
-            self.transport.abort()
+        try:
+            if self.transport is not None:
+                self.transport.abort()
+        finally:  # only now, when the buffers go
+            self._credits.close()
         return True
 
     def run(self) -> None:
         try:
-            self._take_stream()
+            if self._stream is not None:
+                torch.cuda.set_device(self.pool.device)
+                torch.cuda.set_stream(self._stream)
             self.pipe, self.transport = self._connect(self.key)
-            self._await_peer()
+            self.meet()
             self.transport.greet()
             self._loop()
         except Exception as broken:  # whatever broke it, the rooms must hear of it
             self._go_down(f"{type(broken).__name__}: {broken}")
-        self._under_way.put(None)
-        self._woken.close()
-        if self.pipe is not None:
-            self.pipe.close()
-
-    def _take_stream(self) -> None:
-        if self.pool.is_cuda:
-            torch.cuda.set_device(self.pool.device)
-            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # never one of those that may wait for a peer
+        finally:
+            self._under_way.put(None)
+            self._woken.close()
+            if self.pipe is not None:
+                self.pipe.close()
 
     def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
         """Have the mover call this, once `passage` is through, and all that came before."""
         self._under_way.put((passage, then))
 
     def _see_through(self) -> None:
-        self._take_stream()
+        if self._stream is not None:
+            torch.cuda.set_device(self.pool.device)
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # never one of those that may wait for a peer
         ended = 0.0
         while (started := self._under_way.get()) is not None:
             passage, then = started
@@ -146,18 +157,14 @@ class Link(threading.Thread):
             if moved:
                 self._credits.give_back()
 
-    def _await_peer(self) -> None:
-        """At the pipe, where it may come later than to the transport, and this end be the first to speak."""
-        poller, deadline = zmq.Poller(), time.monotonic() + TIMEOUT.total_seconds()
-        poller.register(self.pipe.sock, zmq.POLLOUT)
-        poller.register(self._woken, zmq.POLLIN)
-        while self._down is None:
-            came = dict(poller.poll(1000 * max(0, deadline - time.monotonic())))
-            if self.pipe.sock in came:
-                return
-            if not came:
-                raise TimeoutError("nobody came to the pipe")
-            self._woken.recv()
+    def meet(self) -> None:
+        """Wait until the peer is at the pipe, at the end that puts it up. Raises if it does not come, or if this is
+        stopped."""
+
+    def look(self) -> None:
+        """While this thread waits for a credit: raises if there is nothing to wait for any more."""
+        if self._down is not None:
+            raise RuntimeError(self._down)
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -206,6 +213,26 @@ class SendLink(Link):
         self._pack_pages = pack_pages
         super().__init__(*args)
 
+    def meet(self) -> None:
+        """It may come later to the pipe than to the transport, and this end be the first to speak."""
+        poller, deadline = zmq.Poller(), time.monotonic() + TIMEOUT.total_seconds()
+        poller.register(self.pipe.sock, zmq.POLLOUT)
+        poller.register(self._woken, zmq.POLLIN)
+        while self._down is None:
+            came = dict(poller.poll(1000 * max(0, deadline - time.monotonic())))
+            if self.pipe.sock in came:
+                return
+            if not came:
+                raise TimeoutError("nobody came to the pipe")
+            self._woken.recv()
+        raise RuntimeError(self._down)
+
+    def look(self) -> None:
+        """The credits may be held by transfers to this very peer, which its leaving alone does not end."""
+        super().look()
+        if self.pipe.monitor.poll(0):
+            raise ConnectionError("the other end has gone")
+
     def handle(self, item: Any) -> None:
         match item:
             case Open():
@@ -231,7 +258,7 @@ class SendLink(Link):
         """Start the next transfer: of these pages, and of what is ready behind them."""
         if first.ready is not None:
             first.ready.synchronize()
-        self._credits.take()
+        self._credits.take(self.look)
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
@@ -275,7 +302,8 @@ class SendLink(Link):
 
 
 class ReceiveLink(Link):
-    """The decode rank's end."""
+    """The decode rank's end. It does not `meet`: its side of the pipe can be written to at once. And it greets even if
+    it was stopped before, for the peer may be in its own greeting already, which nothing else ends."""
 
     def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages):
         self._unpack_pages = unpack_pages
@@ -300,7 +328,7 @@ class ReceiveLink(Link):
     def _receive(self, uids: list[int], pages: list[int]) -> None:
         for uid in uids:
             self._await(uid)
-        self._credits.take()
+        self._credits.take(self.look)
         layers, _, *page = self.pool.shape
         packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
         self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
@@ -325,51 +353,3 @@ class ReceiveLink(Link):
             )
         if not joined:
             raise TimeoutError(f"this rank never joined room {uid}")
-
-
-class Links:
-    """A rank's links, by peer and generation: after one went down, the next to that peer is a new one."""
-
-    def __init__(self, make: Callable[[Member, int], Link]):
-        self._make, self.credits = make, Credits()
-        self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
-        self._links: dict[tuple[str, int], Link] = {}
-        self._dropped: list[Link] = []
-        self.gone: set[str] = set()  # peers that have died
-
-    def get(self, peer: Member, generation: int) -> Link:
-        if (peer.id, generation) not in self._links:
-            self._drop(key for key in self._links if key[0] == peer.id and key[1] < generation)
-            self._links[peer.id, generation] = self._make(peer, generation)
-        return self._links[peer.id, generation]
-
-    def drain(self) -> list[Any]:
-        """What the links' threads have told since the last time."""
-        told = []
-        while not self.events.empty():
-            told.append(self.events.get())
-        return told
-
-    def lose(self, ids: list[str]) -> None:
-        """These peers have died."""
-        self.gone |= set(ids)
-        self._drop(key for key in self._links if key[0] in self.gone)
-
-    def _drop(self, keys: Iterable[tuple[str, int]]) -> None:
-        for key in list(keys):
-            self._dropped.append(self._links.pop(key))
-            self._dropped[-1].stop()
-
-    def stats(self) -> dict[str, float]:
-        links = [*self._links.values(), *self._dropped]
-        return {
-            "transfer_bytes": sum(link.bytes_moved for link in links),
-            "transfer_seconds": sum(link.seconds_moving for link in links),
-        }
-
-    def close(self) -> None:
-        """Stop them all and see their threads end, as far as that is quick."""
-        self._drop(self._links)
-        deadline = time.monotonic() + 3
-        for link in self._dropped:
-            link.join(max(0, deadline - time.monotonic()))

@@ -11,7 +11,8 @@ from disagg.connect import link_key, listen
 from disagg.control import Gone, Member, Pipe, bind, new_socket
 from disagg.engine import Engine, Step
 from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
-from disagg.links import Links, SendLink
+from disagg.links import SendLink
+from disagg.peers import Links
 from disagg.scheduler import Plan, Sequence
 from model.batch import PAGE
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.credits import IN_FLIGHT, MOST_BYTES, Credits, Share, buffer_bytes, most_pages
+from disagg.credits import IN_FLIGHT, MOST_BYTES, OF_A_LINK, Credits, Share, buffer_bytes, most_pages
 from disagg.memory import page_bytes
 from scripts.shapes import SHAPES
 
@@ -23,54 +23,58 @@ def free(credits: Credits) -> int:
     return count
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "give back", "close"])), max_size=40))
+def closed() -> None:
+    raise RuntimeError("closed")
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "take", "give back", "close"])), max_size=40))
 def test_what_links_hold_and_what_is_free_are_all_there_is(actions: list[tuple[int, str]]) -> None:
     credits = Credits()
-    shares, held, closed = [Share(credits) for _ in range(3)], [0, 0, 0], set()
+    shares, held, gone = [Share(credits) for _ in range(3)], [0, 0, 0], set()
     for link, action in actions:
         if action == "close":
             shares[link].close()
-            closed.add(link)
+            gone.add(link)
             held[link] = 0
         elif action == "give back":
-            if held[link] or link in closed:  # a transfer that was aborted ends later
+            if held[link] or link in gone:  # a transfer that was aborted ends later
                 shares[link].give_back()
                 held[link] = max(0, held[link] - 1)
-        elif sum(held) < IN_FLIGHT:  # else it would wait
-            if link in closed:
+        elif link in gone:
+            if sum(held) < IN_FLIGHT:
                 with pytest.raises(RuntimeError, match="closed"):
-                    shares[link].take()
-            else:
-                shares[link].take()
-                held[link] += 1
+                    shares[link].take(closed)
+        elif sum(held) < IN_FLIGHT and held[link] < OF_A_LINK:  # else it would wait
+            shares[link].take(closed)
+            held[link] += 1
         assert free(credits) == IN_FLIGHT - sum(held)
 
 
-@pytest.mark.timeout(60)
-def test_a_link_waits_for_another_one_s_credit_and_gets_it_when_that_closes() -> None:
+def test_one_link_leaves_something_for_the_others() -> None:
     credits = Credits()
+    first, second = Share(credits), Share(credits)
+    for _ in range(OF_A_LINK):
+        first.take(closed)
+    with pytest.raises(RuntimeError):
+        first.take(closed)
+    second.take(closed)
+    assert free(credits) == IN_FLIGHT - OF_A_LINK - 1
+
+
+@pytest.mark.timeout(60)
+def test_a_link_waits_for_another_one_s_credit_and_looks_meanwhile() -> None:
+    credits, looks = Credits(), threading.Semaphore(0)
     first, second, third = Share(credits), Share(credits), Share(credits)
-    for _ in range(IN_FLIGHT):
-        first.take()
-    outcome: list[str] = []
-
-    def take(share: Share, name: str) -> None:
-        try:
-            share.take()
-            outcome.append(name)
-        except RuntimeError as error:
-            outcome.append(f"{name}: {error}")
-
-    waiting = [threading.Thread(target=take, args=pair, daemon=True) for pair in ((second, "second"), (third, "third"))]
-    for thread in waiting:
-        thread.start()
-    third.close()  # while it waits
-    waiting[0].join(0.1)
-    assert not outcome and all(thread.is_alive() for thread in waiting)
+    for _ in range(OF_A_LINK):
+        first.take(closed)
+    for _ in range(IN_FLIGHT - OF_A_LINK):
+        second.take(closed)
+    taken = threading.Thread(target=third.take, args=(looks.release,), daemon=True)
+    taken.start()
+    assert looks.acquire(timeout=SOON) and looks.acquire(timeout=SOON) and taken.is_alive()
     first.close()
-    for thread in waiting:
-        thread.join(SOON)
-    assert sorted(outcome) == ["second", "third: closed"] and free(credits) == IN_FLIGHT - 1
+    taken.join(SOON)
+    assert not taken.is_alive() and free(credits) == OF_A_LINK - 1
 
 
 def test_buffers_are_as_large_as_what_travels() -> None:

@@ -23,9 +23,10 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.connect import dial, link_key, listen
 from disagg.control import Member, Pipe, new_socket
-from disagg.credits import IN_FLIGHT, Credits
+from disagg.credits import OF_A_LINK, Credits
 from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
-from disagg.links import Link, Links, ReceiveLink, SendLink
+from disagg.links import Link, ReceiveLink, SendLink
+from disagg.peers import Links
 from disagg.prefill import Door
 from disagg.request import Request
 from disagg.transport.torch_dist import Passage, TorchTransport
@@ -161,16 +162,18 @@ class Pair:
 def make_pair() -> Iterator[Any]:
     pairs: list[Pair] = []
 
-    def make(dtype: torch.dtype = torch.float32) -> Pair:
+    def make(dtype: torch.dtype = torch.float32, name: str = "d", credits: Credits | None = None) -> Pair:
+        """`credits`: the prefill rank's, if it has other links."""
         door = Door(HOST)
-        prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
+        prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
         pool = make_pool(CANARY, dtype)
         receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours, Credits())
         (knock,) = door.pipe.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
-        send = SendLink(link_key(prefill, knock.decode), listen(door.store, HOST, CPU), source, theirs, Credits())
+        connect = listen(door.store, HOST, CPU)
+        send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, credits or Credits())
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
 
@@ -237,21 +240,23 @@ def limit_transfers(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
     monkeypatch.setattr("disagg.credits.MOST_BYTES", pages * make_pool(0.0)[:, 0].nbytes)
 
 
-def test_the_next_transfer_starts_while_one_is_unpacked_and_no_more_than_that(
-    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("side", ("prefill", "decode"))
+def test_the_next_transfers_start_while_one_is_under_way_and_no_more_than_a_link_may(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch, side: str
 ) -> None:
     limit_transfers(monkeypatch, 1)
-    pair = make_pair()
-    pair.open(1, [4, 5, 6, 8])
-    gate = Gate(pair.decode.link)
-    for mine, theirs in ((1, 4), (2, 5), (3, 6), (7, 8)):
-        pair.prefill.link.put(SendPages(1, [mine], [theirs]))
+    pair, count = make_pair(), OF_A_LINK + 2
+    theirs, mine = list(range(4, 4 + count)), list(range(1, 1 + count))
+    pair.open(1, theirs)
+    gate = Gate(getattr(pair, side).link)
+    for pages in zip(mine, theirs, strict=True):
+        pair.prefill.link.put(SendPages(1, *([page] for page in pages)))
     pair.prefill.link.put(SendLast(1, 7, []))
-    gate.await_start(IN_FLIGHT)
-    assert gate.started == [1] * IN_FLIGHT and pair.decode.events.empty()
+    gate.await_start(OF_A_LINK)
+    assert gate.started == [1] * OF_A_LINK and pair.decode.events.empty()
     gate.opened.set()
     assert pair.decode.hear_end(1).token == 7
-    assert torch.equal(pair.decode.pool[:, [4, 5, 6, 8]], pair.prefill.pool[:, [1, 2, 3, 7]])
+    assert torch.equal(pair.decode.pool[:, theirs], pair.prefill.pool[:, mine])
     pair.prefill.hear_end(1)
     pair.hush()
 
@@ -262,7 +267,7 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
     limit_transfers(monkeypatch, 3)
     pair, not_computed = make_pair(), threading.Event()
     not_computed.query, not_computed.synchronize = not_computed.is_set, lambda: not_computed.wait(SOON)
-    alone = list(range(8, 8 + IN_FLIGHT))
+    alone = list(range(8, 8 + OF_A_LINK))
     for uid, pages in ((1, alone), (2, [1, 2]), (3, [3, 4, 5, 6]), (4, [7])):
         pair.open(uid, pages)
     gate = Gate(pair.prefill.link)
@@ -279,14 +284,15 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
     put(SendPages(4, [15], [7], not_computed))
     put(SendLast(4, 400, []))
     time.sleep(0.2)
+    assert gate.started == [1] * OF_A_LINK
     gate.opened.set()
     assert [pair.decode.hear_end(uid).token for uid in (1, 2, 3)] == [100, 200, 300]
-    shared = [1] * IN_FLIGHT + [3, 3]
+    shared = [1] * OF_A_LINK + [3, 3]
     assert gate.started == shared and pair.decode.events.empty()
     not_computed.set()
     assert pair.decode.hear_end(4).token == 400 and gate.started == [*shared, 1]
     assert pair.decode.pool[:, 1:8].equal(pair.prefill.pool[:, 9:16])
-    assert pair.decode.pool[:, alone].equal(pair.prefill.pool[:, 1 : 1 + IN_FLIGHT])
+    assert pair.decode.pool[:, alone].equal(pair.prefill.pool[:, 1 : 1 + OF_A_LINK])
     assert [pair.prefill.hear().uid for _ in range(4)] == [1, 2, 3, 4]
     pair.hush()
 
@@ -608,6 +614,67 @@ def test_links_come_and_go() -> None:
         link.stop()
         link.join(SOON)
         del link
+
+
+def test_a_peer_that_is_stuck_stops_no_other_and_is_heard_when_it_goes(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All transfers that a link may have are on their way to it, and the link's thread waits to start another."""
+    limit_transfers(monkeypatch, 1)
+    credits = Credits()
+    stuck, other = make_pair(name="d1", credits=credits), make_pair(name="d2", credits=credits)
+    pages = list(range(1, 2 + OF_A_LINK))
+    stuck.open(1, pages)
+    other.open(2, [5])
+    stuck.prefill.link.put(Join(9))  # a room of which its thread hears the end before its own loop has joined it
+    stuck.prefill.link.put(SendLast(9, 0, []))
+    stuck.prefill.hear_end(9)
+    for page in pages:
+        stuck.prefill.link.put(SendPages(1, [page], [page]))
+    time.sleep(0.3)
+    other.prefill.link.put(SendPages(2, [3], [5]))
+    other.prefill.link.put(SendLast(2, 7, []))
+    assert other.decode.hear_end(2).token == 7 and other.prefill.hear_end(2).error is None
+    assert stuck.prefill.events.empty() and stuck.decode.events.empty()
+    stuck.decode.link.stop()
+    stuck.prefill.hear_end(1, "the other end has gone")
+    stuck.decode.hear_end(1, "stopped")
+    other.hush()
+
+
+def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NCCL nothing would end that greeting: no abort does before there is a connection."""
+    greeted = threading.Event()
+    monkeypatch.setattr(TorchTransport, "greet", lambda self: greeted.set())
+    door, decode = Door(HOST), Member("d", HOST)
+    key = link_key(Member("p", HOST), decode)
+    link = SendLink(key, listen(door.store, HOST, CPU), make_pool(None), queue.SimpleQueue(), Credits())
+    store = TCPStore(HOST, door.store.port, is_master=False)
+    transport = TorchTransport(PrefixStore(key, store), 1, CPU)
+    time.sleep(0.3)  # now it waits at the pipe
+    link.stop()
+    link.join(SOON)
+    assert not link.is_alive() and not greeted.is_set()
+    del transport
+
+
+def test_a_link_that_was_dropped_stays_so() -> None:
+    """An Open of the generation before, or of a peer that has died, may be told after that."""
+    made: list[int] = []
+
+    class Fake:
+        def __init__(self, generation: int):
+            made.append(generation)
+            self.stopped = False
+
+        def stop(self) -> None:
+            self.stopped = True
+
+    links, peer = Links(lambda _, generation: Fake(generation)), Member("d", HOST)
+    first, second = links.get(peer, 0), links.get(peer, 1)
+    assert links.get(peer, 0) is first and first.stopped and not second.stopped
+    links.lose(["d"])
+    assert links.get(peer, 1) is second and second.stopped and made == [0, 1]
 
 
 @pytest.mark.parametrize("side", ("prefill", "decode"))

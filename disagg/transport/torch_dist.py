@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet, and for one tensor to pass
+TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, for one tensor to pass
 
 
 class Passage:
@@ -22,7 +22,7 @@ class Passage:
         self.x, self.began, self._work, self._stream = x, began, work, stream
 
     def wait(self) -> None:
-        """From one thread. After an abort it returns too, or raises."""
+        """From one thread. After an abort it returns too, or raises; with gloo, when its time is over."""
         if self._stream is None:
             self._work.wait()
         else:
@@ -34,7 +34,7 @@ class Passage:
 
 class TorchTransport:
     def __init__(self, store: dist.Store, me: int, device: torch.device):
-        """`me` is 0 or 1; blocks until the other side has come. Any of this may raise RuntimeError."""
+        """`me` is 0 or 1. With gloo this blocks until the other side has come. Any of this may raise RuntimeError."""
         self.me, self.peer, self.device = me, 1 - me, device
         if device.type == "cuda":
             # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
@@ -48,8 +48,9 @@ class TorchTransport:
             self._stream = None
 
     def greet(self) -> None:
-        """Both ends, once, when both are known to be there. NCCL connects in its first transfer, which takes a second
-        and blocks the call until the peer is in its own; gloo has connected already. Raises if aborted meanwhile."""
+        """Both ends, once, and member 0 only when the other is there. NCCL connects in its first transfer, which takes
+        a second and blocks the call: member 1's for TIMEOUT at most, member 0's until the other is in its own, which
+        before that no abort ends. Gloo has connected already."""
         if self._stream is not None:
             first = torch.zeros(1, device=self.device)
             (self.recv if self.me else self.send)(first).wait()
@@ -66,5 +67,5 @@ class TorchTransport:
         return Passage(x, self.group.recv([x], self.peer, 0), began, self._stream)
 
     def abort(self) -> None:
-        """From any thread: end what is in flight. The CUDA context survives."""
+        """From any thread: end what is in flight, with NCCL. The CUDA context survives."""
         self.group.abort()
