@@ -66,6 +66,6 @@ def load_recording(path: str | Path, layers: int | None = None, num_experts: int
         found = "no tensor `counts`" if counts is None else f"counts {list(counts.shape)}"
         layers, experts = ("any" if size is None else size for size in wanted)
         raise ValueError(f"{path}: it has {found}, must be [windows, {layers}, {experts}]")
-    if counts.dtype != torch.int64 or (counts < 0).any():
-        raise ValueError(f"{path}: counts must be int64 and not negative")
+    if counts.dtype != torch.int64 or (counts < 0).any() or counts.double().sum() >= 2**63:
+        raise ValueError(f"{path}: counts must be int64, not negative, and less than 2^63 together")
     return counts

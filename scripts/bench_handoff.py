@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from scripts.flags import new_file, positive, positives
+from scripts.flags import fraction, new_file, positive, positives
 from scripts.handoff_ends import AHEAD, run_ends
 from scripts.handoff_jobs import same_tokens, through_jobs
 from scripts.measurements import Record, save
@@ -121,7 +121,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=positive, default=128, help="steps: decode")
     add("--kv", type=positive, default=2048, help="steps: tokens of context, and of a prompt")
     add("--tokens", type=positive, default=8192, help="steps: prefill")
-    add("--interval", type=float, default=0.1, help="requests: seconds from one to the next")
+    add("--interval", type=fraction, default=0.1, help="requests: seconds from one to the next")
     add("--talk", type=positive, default=8192, help="requests: tokens of those that decode all the while")
     add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     args = parser.parse_args()

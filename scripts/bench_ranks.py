@@ -41,7 +41,7 @@ from parallel.mesh import Mesh
 from parallel.recorder import Recorder
 from scripts.bench_engine import Bench, random_model
 from scripts.bench_rebalance import StandIns
-from scripts.flags import natural, new_file, positive, positives
+from scripts.flags import fraction, natural, new_file, positive, positives
 from scripts.measurements import Record, save
 from scripts.plain_tp import plain_tp, sliced_experts
 from scripts.shapes import SHAPES
@@ -57,7 +57,7 @@ LOOKS = 10  # until the experts must have moved
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="v3")
+    add("--shape", choices=SHAPES, default="v3", help="(v3)")
     add("--layers", type=positive, help="fewer layers than the shape has")
     add("--only", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}")
     add("--prompt", type=positives, default=[1024, 2048, 4096], help="prompt lengths (1024,2048,4096)")
@@ -66,7 +66,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--step-tokens", type=positive, default=16384, help="prompt tokens a GPU a step (16384)")
     add("--kv-tokens", type=positive, help="of a replica (default: all that fit); work that wants more is left out")
     add("--repeat", type=positive, default=3, help="(3)")
-    add("--zipf", type=float, default=0.5, help="exponent of the experts' popularity (0.5)")
+    add("--zipf", type=fraction, default=0.5, help="exponent of the experts' popularity (0.5)")
     add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
     add("--interval", type=positive, default=50, help="live: steps between looks (50)")
     add("--dispatch", choices=CHOICES, default="auto")
@@ -79,8 +79,34 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error(f"--only {','.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
     args.only = [variant for variant in VARIANTS if variant in wanted]
     if "static" in args.only and "skewed" not in args.only:
-        parser.error("--only static: it needs what skewed counts")
+        parser.error("--only static: it needs what skewed counts: --only skewed,static")
     return parser, args
+
+
+def check(args: argparse.Namespace, ranks: int) -> ModelConfig:
+    """The model, all that can be wrong with the flags being so before the first variant takes its time. ValueError."""
+    config = SHAPES[args.shape]
+    least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
+    if args.layers is not None and not least <= args.layers <= most:
+        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
+    slots, experts = config.n_routed_experts + args.redundant, config.n_routed_experts
+    if {"static", "live"} & set(args.only) and (slots % ranks or args.redundant > experts * ranks):
+        raise ValueError(
+            f"--redundant {args.redundant}: ({experts} + redundant) % {ranks} ranks must be 0, and it must be at most "
+            f"{experts} x {ranks} = {experts * ranks}"
+        )
+    longest = max(args.prompt) + tail(args, max(args.prompt), max(args.batch))
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
+            f"{config.max_position_embeddings}"
+        )
+    return replace(config, num_hidden_layers=args.layers or most)
+
+
+def tail(args: argparse.Namespace, prompt: int, batch: int) -> int:
+    """Tokens that a request generates: while the last prompts are computed, and then the steps that were asked for."""
+    return args.output + -(-batch * prompt // args.step_tokens) + 3
 
 
 class Comparison:
@@ -130,12 +156,11 @@ class Comparison:
         if variant == "tp":
             mesh, config = plain_tp(mesh, config)
         together, longest = mesh.attn.size, max(args.prompt)
-        tail = args.output + -(-max(args.batch) * longest // args.step_tokens) + 4
         settings = EngineConfig(
             max_batch=together * max(args.batch),
             max_tokens_per_step=together * max(args.step_tokens, *args.batch),
             kv_tokens=args.kv_tokens,
-            max_model_len=longest + tail,
+            max_model_len=longest + tail(args, longest, max(args.batch)),
             dtype="bfloat16",
             overlap="on" if variant == "overlap" else "off",
             dispatch="auto" if variant == "tp" else args.dispatch,
@@ -159,7 +184,7 @@ class Comparison:
     def measure(self, variant: str, bench: Bench) -> None:
         args, gpus, together = self.args, self.mesh.size, bench.engine.mesh.attn.size
         for length in args.prompt:
-            batch = together * max(1, args.step_tokens // length)
+            batch = together * min(max(args.batch), max(1, args.step_tokens // length))
 
             def prefill(length: int = length, batch: int = batch) -> float:
                 return bench.prefill(batch, length)
@@ -167,7 +192,7 @@ class Comparison:
             self.add(variant, f"prefill of prompts of {length}, a GPU", self.often(prefill) / gpus)
         for length in args.prompt:
             for batch in args.batch:
-                steps = args.output + -(-batch * length // args.step_tokens) + 3
+                steps = tail(args, length, batch)
                 work = f"decode, batch {batch} a GPU after {length}, a GPU"
                 wanted = together * batch * pages_for(length + steps) * PAGE
                 if wanted > bench.engine.kv_tokens:
@@ -207,18 +232,20 @@ class Comparison:
 
 def main() -> None:
     parser, args = parse()
-    mesh, config = Mesh.create(device=args.device), SHAPES[args.shape]
-    if args.layers:
-        config = replace(config, num_hidden_layers=args.layers)
-    comparison = Comparison(args, config, mesh)
+    mesh = Mesh.create(device=args.device)
+    comparison = None
     try:
+        comparison = Comparison(args, check(args, mesh.size), mesh)
         for variant in args.only:
             torch.manual_seed(0 if variant == "tp" else mesh.rank)  # a replica's ranks have the same requests
             comparison.run(variant)
     except ValueError as error:
-        parser.error(str(error))
+        if mesh.rank == 0:
+            parser.print_usage(sys.stderr)
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     finally:
-        if args.out is not None and mesh.rank == 0:
+        if comparison is not None and args.out is not None and mesh.rank == 0:
             save(comparison.records, args.out)
     mesh.close()
 

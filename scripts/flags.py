@@ -4,6 +4,7 @@ Imports nothing of the project: it is also read in a peer's environment.
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -16,7 +17,20 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     """Zero, too."""
-    return 0 if text == "0" else positive(text)
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """Zero or more, and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 def positives(text: str) -> list[int]:
@@ -26,6 +40,12 @@ def positives(text: str) -> list[int]:
 
 def naturals(text: str) -> list[int]:
     return [natural(part) for part in text.split(",")]
+
+
+def old_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file")
+    return Path(text)
 
 
 def new_file(text: str) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from scripts.flags import old_file
 from scripts.measurements import STORE, Record, commit, load, merge, save
 
 INTRO = """# Measurements
@@ -43,7 +44,7 @@ def _origin(r: Record) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--merge", nargs="*", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--merge", nargs="*", default=[], type=old_file, metavar="FILE")
     parser.add_argument("--commit", metavar="HASH", help="the merged records' own, where the history was not at hand")
     args = parser.parse_args()
     records = load()

@@ -90,9 +90,10 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="it has no tensor `counts`"):
         load_recording(path, 2, 5)
-    for counts in (torch.full((1, 2, 5), -1), torch.full((1, 2, 5), float("nan")), torch.ones(1, 2, 5)):
+    huge = torch.full((3, 1, 1), 2**62)
+    for counts in (torch.full((1, 2, 5), -1), torch.full((1, 2, 5), float("nan")), torch.ones(1, 2, 5), huge):
         save_file({"counts": counts}, path)
-        with pytest.raises(ValueError, match="counts must be int64 and not negative"):
+        with pytest.raises(ValueError, match="counts must be int64, not negative, and less than 2\\^63 together"):
             load_recording(path)
 
 

@@ -6,15 +6,39 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench_engine, bench_ep, bench_handoff, bench_rank, bench_rebalance, overlap_timeline, roofline
+from scripts import (
+    bench_engine,
+    bench_ep,
+    bench_handoff,
+    bench_rank,
+    bench_ranks,
+    bench_rebalance,
+    overlap_timeline,
+    report,
+    roofline,
+)
 from tests.conftest import ROOT
 
-SCRIPTS = (bench_engine, bench_ep, bench_handoff, bench_rank, bench_rebalance, overlap_timeline, roofline)
+SCRIPTS = (
+    bench_engine, bench_ep, bench_handoff, bench_rank, bench_ranks, bench_rebalance, overlap_timeline, report, roofline,
+)  # fmt: skip
 MAIN = {Path(script.__file__).name: script.main for script in SCRIPTS}
 ENGINE = "bench_engine.py --shape tiny"
 DECODE = "roofline.py decode --shape v3 --ceilings 798,1400,3.0 --batch 4 --kv 10"
 PREFILL = "roofline.py prefill --ceilings 798,-,3.0 --tokens 4"
+RANKS = "bench_ranks.py --device cpu --shape tiny"
 BAD = [
+    f"{RANKS} --zipf nan: argument --zipf: 'nan' is not a number of at least 0",
+    f"{RANKS} --zipf -1: argument --zipf: '-1' is not a number of at least 0",
+    f"{RANKS} --redundant -1: argument --redundant: '-1' is not a whole number of at least 0",
+    f"{RANKS} --only ep,tq: --only tq: the variants are ep, overlap, tp, skewed, static, live",
+    f"{RANKS} --only static: --only static: it needs what skewed counts: --only skewed,static",
+    f"{RANKS} --layers 1: --layers 1: of tiny it must be in [2, 5]",
+    f"{RANKS} --layers 6: --layers 6: of tiny it must be in [2, 5]",
+    f"{RANKS} --redundant 33: --redundant 33: (32 + redundant) % 1 ranks must be 0, and it must be at most 32 x 1 = 32",
+    f"{RANKS} --prompt 2000: --prompt and --output make requests of 2099 tokens; tiny takes 2048",
+    "bench_handoff.py --interval nan: argument --interval: 'nan' is not a number of at least 0",
+    "report.py --merge /nowhere.json: argument --merge: '/nowhere.json' is not a file",
     *(f"{ENGINE} --{flag} {value}: argument --{flag}: '{value}' is not a whole number of at least 1"
       for flag in ("prompt", "output", "repeat", "layers", "prefill-batch", "step-tokens") for value in ("0",)),
     f"{ENGINE} --batch 0: argument --batch: '0' is not",
