@@ -163,7 +163,7 @@ class Rebalancer:
             counted.synchronize()
         loads, ranks = loads.numpy(), self.placement.ep_size
         now = balancedness(loads, self.map.numpy(), ranks)
-        for name, value in balance_stats(now).items():
+        for name, value in balance_stats(now).items():  # a Counter's `update` would add them up
             self.stats[name] = value
         if now.mean() > self.threshold:
             return None

@@ -227,9 +227,14 @@ def parse() -> argparse.Namespace:
 
 
 def outputs(args: argparse.Namespace) -> dict[int, int]:
-    """Tokens that a request generates, by decode batch: the first requests decode while the last prompts are computed;
-    then all do, for as many steps as were asked for."""
-    return {batch: args.output + -(-batch * args.prompt // args.step_tokens) + 3 for batch in args.batch}
+    """`generated`, by decode batch."""
+    return {batch: generated(args, args.prompt, batch) for batch in args.batch}
+
+
+def generated(args: argparse.Namespace, prompt: int, batch: int) -> int:
+    """Tokens of a request: the first requests decode while the last prompts are computed; then all do, for as many
+    steps as were asked for."""
+    return args.output + -(-batch * prompt // args.step_tokens) + 3
 
 
 def measure(bench: Bench, report: Report, args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from disagg.engine import Engine, EngineConfig
-from disagg.experts import balanced
+from disagg.experts import balanced, make_placement
 from model.batch import PAGE
 from model.config import ModelConfig
 from model.kv_cache import pages_for
@@ -39,7 +39,7 @@ from parallel.dispatchers import CHOICES
 from parallel.eplb import balancedness
 from parallel.mesh import Mesh
 from parallel.recorder import Recorder
-from scripts.bench_engine import Bench, random_model
+from scripts.bench_engine import Bench, generated, random_model
 from scripts.bench_rebalance import StandIns
 from scripts.flags import fraction, natural, new_file, positive, positives
 from scripts.measurements import Record, save
@@ -95,18 +95,13 @@ def check(args: argparse.Namespace, ranks: int) -> ModelConfig:
             f"--redundant {args.redundant}: ({experts} + redundant) % {ranks} ranks must be 0, and it must be at most "
             f"{experts} x {ranks} = {experts * ranks}"
         )
-    longest = max(args.prompt) + tail(args, max(args.prompt), max(args.batch))
+    longest = max(args.prompt) + generated(args, max(args.prompt), max(args.batch))
     if longest > config.max_position_embeddings:
         raise ValueError(
             f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
             f"{config.max_position_embeddings}"
         )
     return replace(config, num_hidden_layers=args.layers or most)
-
-
-def tail(args: argparse.Namespace, prompt: int, batch: int) -> int:
-    """Tokens that a request generates: while the last prompts are computed, and then the steps that were asked for."""
-    return args.output + -(-batch * prompt // args.step_tokens) + 3
 
 
 class Comparison:
@@ -160,16 +155,17 @@ class Comparison:
             max_batch=together * max(args.batch),
             max_tokens_per_step=together * max(args.step_tokens, *args.batch),
             kv_tokens=args.kv_tokens,
-            max_model_len=longest + tail(args, longest, max(args.batch)),
+            max_model_len=longest + generated(args, longest, max(args.batch)),
             dtype="bfloat16",
             overlap="on" if variant == "overlap" else "off",
             dispatch="auto" if variant == "tp" else args.dispatch,
             rebalance_interval=args.interval if variant == "live" else 0,
         )
-        slots, placement = config.n_routed_experts + args.redundant, None
-        if variant in ("static", "live"):
-            loads = self.counts if variant == "static" else torch.ones(config.num_moe_layers, config.n_routed_experts)
-            placement = balanced(loads, slots, config.n_group, mesh)
+        placement = None
+        if variant == "static":
+            placement = balanced(self.counts, config.n_routed_experts + args.redundant, config.n_group, mesh)
+        elif variant == "live":
+            placement = make_placement(config, mesh, args.redundant, None)
         model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"], placement)
         if variant in SKEWED:
             skew_gates(model, args.zipf)
@@ -192,7 +188,7 @@ class Comparison:
             self.add(variant, f"prefill of prompts of {length}, a GPU", self.often(prefill) / gpus)
         for length in args.prompt:
             for batch in args.batch:
-                steps = tail(args, length, batch)
+                steps = generated(args, length, batch)
                 work = f"decode, batch {batch} a GPU after {length}, a GPU"
                 wanted = together * batch * pages_for(length + steps) * PAGE
                 if wanted > bench.engine.kv_tokens:

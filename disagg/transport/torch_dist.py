@@ -49,8 +49,8 @@ class TorchTransport:
 
     def greet(self) -> None:
         """Both ends, once, and member 0 only when the other is there. NCCL connects in its first transfer, which takes
-        a second and blocks the call: member 1's for TIMEOUT at most, member 0's until the other is in its own, which
-        before that no abort ends. Gloo has connected already."""
+        a second and blocks the call: by torch's source member 1's for the store's timeout at most, and member 0's until
+        the other is in its own, which no abort ends before. Gloo has connected already."""
         if self._stream is not None:
             first = torch.zeros(1, device=self.device)
             (self.recv if self.me else self.send)(first).wait()
