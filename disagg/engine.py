@@ -365,6 +365,7 @@ class Engine:
 
     def close(self) -> None:
         """All ranks together, before their process groups end."""
+        gc.unfreeze()  # warm_up's, or this engine would never be collected
         if self.rebalancer is not None:
             self.rebalancer.close()
         if self.recording is not None:

@@ -1,5 +1,7 @@
 """The memory table: its parts are what the code allocates, its remainder is the KV pool, its refusals say why."""
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -276,6 +278,17 @@ def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
     v3 = make(V3, ranks=64, fp8=True, device="meta")
     parts = plan_parts(v3, Job(V3, 2, True, ranks=64, slots=4), 0, [1], 64, 64, 64, captures=False, spare_layers=1)
     assert parts["spare experts"] == 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
+
+
+def test_a_closed_engine_can_be_collected(tiny: str) -> None:
+    config = ModelConfig.from_pretrained(tiny)
+    engine = Engine.from_pretrained(EngineConfig(kv_tokens=1024, max_model_len=64), config, tiny, Mesh(), Ops())
+    pool = weakref.ref(engine.pool)
+    gc.freeze()  # as warm_up does on a GPU
+    engine.close()
+    del engine
+    gc.collect()
+    assert pool() is None
 
 
 BUDGET = Budget(10 * GIB, "0.5 x 20", {"attention": 2 * GIB, "dense FFN": 0, "activations": 3 * GIB}, page=GIB // 4)
