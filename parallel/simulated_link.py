@@ -10,7 +10,9 @@ another on a stream of their own, and whoever waits for one makes the computing 
 In flight, normal mode holds `num_sms` SMs (`kernels/hold.py`). Low latency holds none: its flight is a copy to the
 host's pinned memory of as many bytes as take that long here, which reads the GPU's memory and crosses PCIe as a network
 card's reads do, and is done by a copy engine. (A block that waits would not do: no register is left beside some
-attention kernels' blocks, so that one of them would have to wait for it.) All of it can be captured in a CUDA graph.
+attention kernels' blocks, so that one of them would have to wait for it.) On a machine with other tenants PCIe's speed
+drifts by a fifth: `calibrate` before, and see that transfers take their time after. All of it can be captured in a CUDA
+graph.
 
 On a CPU, where nothing runs beside, `wait` returns no sooner than the transfer would be done.
 """
@@ -61,7 +63,7 @@ class SimulatedLink:
         if num_sms == 0:
             self.sent = torch.zeros(CALIBRATION[1], dtype=torch.uint8, device=device)
             self.host = torch.zeros(CALIBRATION[1], dtype=torch.uint8, pin_memory=True)
-            self.latency, self.bandwidth = self._calibrate()
+            self.calibrate()
 
     def start(self, what: str, tokens: int) -> Callable[[], None]:
         """Begin a transfer. Call what comes back, once, before using what arrived."""
@@ -96,24 +98,28 @@ class SimulatedLink:
     def _copy(self, count: int) -> None:
         self.host[:count].copy_(self.sent[:count], non_blocking=True)
 
-    def _calibrate(self) -> tuple[float, float]:
-        """Seconds before the first byte, and bytes a second, of copies to the host, one after another."""
-        few, many = (self._copy_seconds(count) for count in CALIBRATION)
-        bandwidth = (CALIBRATION[1] - CALIBRATION[0]) / (many - few)
-        return max(0.0, few - CALIBRATION[0] / bandwidth), bandwidth
+    def calibrate(self) -> None:
+        """Measure copies to the host, one after another: seconds before the first byte, and bytes a second. For what is
+        started or captured from now on."""
+        if self.device.type != "cuda" or self.num_sms:
+            return
+        taken: dict[int, list[float]] = {count: [] for count in CALIBRATION}
+        for _ in range(20):  # in turns, so that what else goes over PCIe slows both
+            for count, times in taken.items():
+                times.append(self._copy_seconds(count))
+        few, many = (median(times) for times in taken.values())
+        self.bandwidth = (CALIBRATION[1] - CALIBRATION[0]) / (many - few)
+        self.latency = max(0.0, few - CALIBRATION[0] / self.bandwidth)
 
     def _copy_seconds(self, count: int) -> float:
-        times = []
         with torch.cuda.stream(self.stream):
-            for _ in range(10):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(IN_A_ROW):
-                    self._copy(count)
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1e3 / IN_A_ROW)
-        return median(times)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(IN_A_ROW):
+                self._copy(count)
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / IN_A_ROW
 
     def _start_on_cpu(self, transfer: Transfer) -> Callable[[], None]:
         self.free_at = done = max(time.perf_counter(), self.free_at) + transfer.total
