@@ -125,6 +125,7 @@ class Comparison:
         name = f"{self.args.shape} with {self.config.num_hidden_layers} layers on {self.mesh.size} ranks, {variant}"
         if variant in SKEWED:
             name += f" (Zipf {self.args.zipf:g})"
+        name += "".join(f", --backend {one}" for one in self.args.backend or [])
         record = Record(f"{name}: {work}", value, unit, "higher", reference, source)
         self.say(f"{record.name:100} {value:12,.3f} {unit}" + (f" = {record.ratio:.3f} of {source}" if source else ""))
         self.records.append(record)
