@@ -61,6 +61,7 @@ class Jobs:
     def __init__(self, args: Namespace, folder: Path):
         self.args, self.folder = args, folder
         self.processes: dict[str, list[subprocess.Popen]] = {}
+        self.killed: list[subprocess.Popen] = []
 
     def start(self, name: str, role: str, ranks: int, first_gpu: int, *flags: str) -> None:
         """`first_gpu`: the first of the job's own; it sees all the others behind them."""
@@ -82,10 +83,11 @@ class Jobs:
         return self.folder / f"{name}.{rank}.log"
 
     def kill(self, name: str) -> None:
-        """SIGKILL for all ranks of a job, which is forgotten."""
+        """SIGKILL for all ranks of a job, which is forgotten. Does not wait: a process that has memory of a GPU to give
+        back takes a while to end."""
         for process in self.processes.pop(name):
             process.kill()
-            process.wait()
+            self.killed.append(process)
 
     def failed(self) -> str | None:
         """What a job that ended badly had to say."""
@@ -115,6 +117,8 @@ class Jobs:
     def __exit__(self, *_: object) -> None:
         for name in list(self.processes):
             self.kill(name)
+        for process in self.killed:
+            process.wait()
 
 
 def same_tokens(args: Namespace, limit_s: float) -> int:
@@ -294,15 +298,13 @@ def by_length(router: Watched, lengths: dict[int, int]) -> dict[int, dict[str, f
 
 
 def after_the_kill(router: Watched, moments: dict[str, float], burst: list[int]) -> dict[str, Any]:
-    """`gap`: the longest between two tokens of a request that was decoding already."""
+    """`gap`: the longest between two tokens of a request that was decoding already. One that the kill falls into is
+    of after it."""
+    killed = moments["killed"]
 
     def longest_gap(since: float, until: float) -> float:
-        gaps = [
-            b - a for talker in range(TALKERS) for a, b in pairwise(router.tokens[talker]) if b > since and a < until
-        ]
-        return max(gaps)
+        return max(b - a for talker in range(TALKERS) for a, b in pairwise(router.tokens[talker]) if since < b <= until)
 
-    killed = moments["killed"]
     again = [router.tokens[p][0] - killed for p in router.retried if router.tokens[p]]
     return {
         "gap before": longest_gap(moments["talking"], killed),

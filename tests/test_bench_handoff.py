@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from scripts.handoff_ends import AHEAD
+from scripts.handoff_jobs import TALKERS, after_the_kill
 from scripts.measurements import load
 from tests.conftest import ROOT
 
@@ -45,6 +47,17 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     killed = {name.split(": ")[1]: record.value for name, record in records.items() if "SIGKILL" in name}
     assert killed["requests that end with an error"] == 0
     assert 0 < killed["the router notices after"] < 5000
+
+
+def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
+    steady, stalled = [0.0, 1, 2, 3, 4, 5, 6], [0.0, 1.5, 2, 3, 5, 6, 9]
+    tokens = {talker: stalled if talker == 1 else steady for talker in range(TALKERS)} | {7: [5.5], 8: [4.2]}
+    answers = {7: SimpleNamespace(error=None), 8: SimpleNamespace(error=None)}
+    router = SimpleNamespace(tokens=tokens, lost_at=[4.0], retried={7: 4.1}, answers=answers)
+    found = after_the_kill(router, {"talking": 0.0, "killed": 3.5, "answered": 6.0}, [7, 8])
+    assert (found["gap before"], found["gap after"]) == (1.5, 2)
+    assert (found["noticed"], found["retried"], found["errors"]) == (0.5, 1, 0)
+    assert found["last of them answered"] == 2
 
 
 def test_a_part_that_does_not_exist_is_refused() -> None:
