@@ -26,7 +26,7 @@ from statistics import median
 import torch
 
 CALIBRATION = (2**20, 2**25)  # bytes
-IN_A_ROW = 10  # copies that are timed together: the start of one alone is seen, of these as little as in a busy step
+IN_A_ROW = 10  # transfers that are timed together: the start of a graph is hardly seen in that of one
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,22 @@ class SimulatedLink:
     def _start_on_gpu(self, transfer: Transfer) -> Callable[[], None]:
         if transfer.send:
             self.kernels.hold(self.all_sms, transfer.send)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._fly(transfer.flight)
-            done = self.stream.record_event()
+        landed = self._beside(lambda: self._fly(transfer.flight))
 
         def wait() -> None:
-            torch.cuda.current_stream().wait_event(done)
+            landed()
             if transfer.receive:
                 self.kernels.hold(self.all_sms, transfer.receive)
 
         return wait
+
+    def _beside(self, fly: Callable[[], None]) -> Callable[[], None]:
+        """On the link's own stream, after what the current one has been given. What comes back makes that wait."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            fly()
+            done = self.stream.record_event()
+        return lambda: torch.cuda.current_stream().wait_event(done)
 
     def _fly(self, seconds: float) -> None:
         if self.num_sms:
@@ -99,27 +104,31 @@ class SimulatedLink:
         self.host[:count].copy_(self.sent[:count], non_blocking=True)
 
     def calibrate(self) -> None:
-        """Measure copies to the host, one after another: seconds before the first byte, and bytes a second. For what is
-        started or captured from now on."""
+        """Measure copies to the host as they are used, each between two streams and in a graph: seconds but for the
+        bytes, some ten microseconds of them from stream to stream, and bytes a second. For what is started or captured
+        from now on."""
         if self.device.type != "cuda" or self.num_sms:
             return
+        rows = {count: self._row(count) for count in CALIBRATION}
         taken: dict[int, list[float]] = {count: [] for count in CALIBRATION}
         for _ in range(20):  # in turns, so that what else goes over PCIe slows both
-            for count, times in taken.items():
-                times.append(self._copy_seconds(count))
+            for count, row in rows.items():
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                row.replay()
+                end.record()
+                end.synchronize()
+                taken[count].append(begin.elapsed_time(end) / 1e3 / IN_A_ROW)
         few, many = (median(times) for times in taken.values())
         self.bandwidth = (CALIBRATION[1] - CALIBRATION[0]) / (many - few)
         self.latency = max(0.0, few - CALIBRATION[0] / self.bandwidth)
 
-    def _copy_seconds(self, count: int) -> float:
-        with torch.cuda.stream(self.stream):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+    def _row(self, count: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             for _ in range(IN_A_ROW):
-                self._copy(count)
-            end.record()
-            end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / IN_A_ROW
+                self._beside(lambda: self._copy(count))()
+        return graph
 
     def _start_on_cpu(self, transfer: Transfer) -> Callable[[], None]:
         self.free_at = done = max(time.perf_counter(), self.free_at) + transfer.total

@@ -20,6 +20,7 @@ import argparse
 import gc
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,9 +133,12 @@ class Comparison:
 
     def run(self, variant: str) -> None:
         """One variant, from its model to its last figure. Nothing of it stays on the GPU."""
+        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             engine = self.engine(variant, Path(folder))
+            built = time.perf_counter() - start
             engine.warm_up(lambda sizes: sizes)
+            self.say(f"{variant}: built in {built:.1f} s, ready after {time.perf_counter() - start:.1f} s")
             bench = Bench(engine)
             if variant == "live":
                 self.settle(bench)
