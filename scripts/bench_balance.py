@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model.config import ModelConfig
 from model.kv_cache import pages_for
 from parallel.loopback import Arrivals
-from parallel.mesh import pick_device
 from scripts.eplb_sim import PAPER, THEIRS, Deployment, maps_of, read
 from scripts.flags import positive
 from scripts.measurements import Record, save
@@ -69,7 +68,7 @@ def build(args: argparse.Namespace, counts: NDArray) -> tuple[Rank, dict[str, ND
     experts = {"n_routed_experts": counts.shape[2], "n_group": 1, "topk_group": 1}
     if args.top_k is not None:
         experts["num_experts_per_tok"] = args.top_k
-    config, device = check_flags(args, **experts), pick_device(args.device)
+    config, device = check_flags(args, **experts)
     slots = config.n_routed_experts + args.redundant
     loads = {EVEN: np.full((1, slots // args.ep), 1 / slots)}
     for name, by_window in maps_of(counts, Deployment(args.ep, slots), 1, [1]).items():

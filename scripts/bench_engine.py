@@ -50,7 +50,8 @@ from parallel.placement import Placement
 from scripts import roofline
 from scripts.flags import new_file, positive, positives
 from scripts.measurements import ROOT, Record, save
-from scripts.shapes import SHAPES, randomize
+from scripts.refusals import refusals
+from scripts.shapes import SHAPES, check_size, randomize
 
 
 class Mark(NamedTuple):  # quick to make: it counts as the host's
@@ -196,7 +197,7 @@ class Report:
             self.add(f"{name}, against {peer.split()[0]}", value, "tok/s", theirs, f"{peer}, same run")
 
 
-def parse() -> argparse.Namespace:
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="moonlight")
@@ -223,7 +224,7 @@ def parse() -> argparse.Namespace:
     if longest > config.max_position_embeddings:
         parser.error(f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
                      f"{config.max_position_embeddings}")  # fmt: skip
-    return args
+    return parser, args
 
 
 def outputs(args: argparse.Namespace) -> dict[int, int]:
@@ -267,13 +268,14 @@ def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
     return mesh.ep.exchange(mine)[0]
 
 
-def main() -> None:
-    args = parse()
-    mesh, config = Mesh.create(device=args.device), SHAPES[args.shape]
+def run(args: argparse.Namespace, mesh: Mesh) -> None:
+    """ValueError for flags that cannot be."""
     torch.manual_seed(mesh.rank)
+    check_size(args.shape, mesh.device)
     if args.peer and mesh.size > 1:
-        raise SystemExit(f"--peer: it runs beside one rank, not {mesh.size}")
+        raise ValueError(f"--peer: it runs beside one rank, not {mesh.size}")
     peer = run_peer(args) if args.peer else None
+    config = SHAPES[args.shape]
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
     report = Report(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
@@ -307,7 +309,14 @@ def main() -> None:
     if mesh.device.type == "cuda":
         report.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     bench.engine.close()
-    mesh.close()
+
+
+def main() -> None:
+    parser, args = parse()
+    with refusals(parser):
+        mesh = Mesh.create(device=args.device)
+        run(args, mesh)
+        mesh.close()
 
 
 if __name__ == "__main__":

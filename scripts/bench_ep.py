@@ -41,6 +41,7 @@ from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
 from scripts.flags import new_file, positive
 from scripts.measurements import Record, save
+from scripts.refusals import refusals
 from scripts.shapes import SHAPES
 
 # DeepEP's, of EP8 on H800 over NVLink (its docs/legacy.md): us of low latency, GB/s of normal.
@@ -204,7 +205,7 @@ def dispatchers(
     return found | {("low latency", over): masked, ("normal", over): contiguous}, buffer
 
 
-def parse() -> argparse.Namespace:
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--hidden", type=positive, default=7168)
@@ -221,18 +222,16 @@ def parse() -> argparse.Namespace:
         parser.error(f"--top-k must be at most --experts ({args.experts}), not {args.top_k}")
     if args.hidden % 128:
         parser.error(f"--hidden % 128 must be 0, not {args.hidden} % 128 = {args.hidden % 128}")
-    return args
+    return parser, args
 
 
 @torch.inference_mode()
-def main() -> None:
-    args = parse()
-    torch.manual_seed(0)
-    mesh = Mesh.create(device=args.device)
+def measure(args: argparse.Namespace, mesh: Mesh) -> None:
     if mesh.size < 2:
-        raise SystemExit("bench_ep.py: between ranks of a job: torchrun --nproc-per-node N with N of at least 2")
+        raise ValueError("between ranks of a job: torchrun --nproc-per-node N with N of at least 2")
     if args.experts % mesh.size:
-        raise SystemExit(f"bench_ep.py: experts % ranks must be 0, not {args.experts % mesh.size}")
+        left = args.experts % mesh.size
+        raise ValueError(f"--experts % ranks must be 0, not {args.experts} % {mesh.size} = {left}")
     bench = Bench(args, mesh)
     found, buffer = dispatchers(args, mesh, bench.ops, bench.say)
     try:
@@ -250,7 +249,15 @@ def main() -> None:
         )
     if buffer is not None:
         buffer.close()
-    mesh.close()
+
+
+def main() -> None:
+    parser, args = parse()
+    torch.manual_seed(0)
+    with refusals(parser):
+        mesh = Mesh.create(device=args.device)
+        measure(args, mesh)
+        mesh.close()
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from parallel.mesh import pick_device
 from scripts.flags import fraction, new_file, positive, positives
 from scripts.handoff_ends import AHEAD, run_ends
 from scripts.handoff_jobs import same_tokens, through_jobs
 from scripts.measurements import Record, save
-from scripts.shapes import SHAPES
+from scripts.shapes import SHAPES, check_size
 
 PARTS = ("tokens", "wire", "pages", "steps", "requests", "kill")
 LIMIT_S = 120  # of each group of parts
@@ -128,6 +129,12 @@ def parse() -> argparse.Namespace:
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    try:
+        device = pick_device(args.device)
+        if "steps" in args.only:
+            check_size(args.shape, device)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -9,22 +9,18 @@ In a first run most of the time is the kernels' compilation, the vendors' too wh
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from scripts import bench_attention, bench_gemm
+from parallel.mesh import pick_device
 from scripts.flags import new_file
-from scripts.kernel_table import RECORDS, header
 from scripts.measurements import save
 
-PARTS = {
-    "gemm": [bench_gemm.products],
-    "attention": [bench_attention.attention],
-    "memory": [bench_gemm.moves, bench_attention.moves],
-}
+PARTS = ("gemm", "attention", "memory")
 
 
 def main() -> None:
@@ -32,17 +28,33 @@ def main() -> None:
     parser.add_argument("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone (may be given again)")
     args = parser.parse_args()
+    try:
+        pick_device("cuda")
+    except ValueError as error:
+        parser.error(str(error).removeprefix("--device cuda: "))
+    measure(args.only or PARTS, args.out)
+
+
+def measure(parts: Sequence[str], out: Path | None) -> None:
+    from scripts import bench_attention, bench_gemm  # they import Triton, which is not where there is no GPU
+    from scripts.kernel_table import RECORDS, header
+
+    benches = {
+        "gemm": [bench_gemm.products],
+        "attention": [bench_attention.attention],
+        "memory": [bench_gemm.moves, bench_attention.moves],
+    }
     torch.manual_seed(0)
     header()
     try:
-        for part in args.only or PARTS:
+        for part in parts:
             start = time.perf_counter()
-            for bench in PARTS[part]:
+            for bench in benches[part]:
                 bench()
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     finally:
-        if args.out is not None:
-            save(RECORDS, args.out)
+        if out is not None:
+            save(RECORDS, out)
 
 
 if __name__ == "__main__":

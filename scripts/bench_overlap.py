@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from disagg.memory import GIB
 from model.kv_cache import pages_for
 from parallel.deepep import NUM_SMS
-from parallel.mesh import pick_device
 from parallel.simulated_link import IN_A_ROW, SimulatedLink
 from scripts import deepep_times
 from scripts.flags import positive
@@ -66,7 +65,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def build(args: argparse.Namespace) -> Rank:
     """ValueError for flags that cannot be."""
-    config, device = check_flags(args), pick_device(args.device)
+    config, device = check_flags(args)
     if args.phase == "decode":
         check_decode(config, args.batch, args.kv, halves=True)
         return Rank(args, config, device, args.kv, max(args.batch) * pages_for(args.kv))

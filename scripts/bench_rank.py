@@ -41,7 +41,6 @@ from model.config import ModelConfig
 from model.kv_cache import pages_for
 from model.transformer import Transformer
 from parallel.deepep import NUM_SMS
-from parallel.mesh import pick_device
 from parallel.simulated_link import Transfer
 from scripts import deepep_times, roofline
 from scripts.charts import figure, save_bars
@@ -320,7 +319,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def prepare(args: argparse.Namespace, ranges: Ranges) -> tuple[roofline.Ceilings | None, Rank]:
     """The GPU's ceilings, measured before anything else is on it, and the rank. ValueError for flags that cannot be."""
-    config, device = check_flags(args), pick_device(args.device)
+    config, device = check_flags(args)
     if args.chart is not None:
         figure()  # is there matplotlib?
     if args.phase == "decode":

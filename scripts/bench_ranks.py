@@ -45,7 +45,8 @@ from scripts.bench_rebalance import StandIns
 from scripts.flags import fraction, natural, new_file, positive, positives
 from scripts.measurements import Record, save
 from scripts.plain_tp import plain_tp, sliced_experts
-from scripts.shapes import SHAPES
+from scripts.refusals import refusals
+from scripts.shapes import SHAPES, check_size
 from scripts.skew import skew_gates
 
 VARIANTS = ("ep", "overlap", "tp", "skewed", "static", "live")
@@ -84,9 +85,10 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, args
 
 
-def check(args: argparse.Namespace, ranks: int) -> ModelConfig:
+def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
     """The model, all that can be wrong with the flags being so before the first variant takes its time. ValueError."""
-    config = SHAPES[args.shape]
+    config, ranks = SHAPES[args.shape], mesh.size
+    check_size(args.shape, mesh.device)
     least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
     if args.layers is not None and not least <= args.layers <= most:
         raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
@@ -233,22 +235,17 @@ class Comparison:
 
 def main() -> None:
     parser, args = parse()
-    mesh = Mesh.create(device=args.device)
-    comparison = None
-    try:
-        comparison = Comparison(args, check(args, mesh.size), mesh)
-        for variant in args.only:
-            torch.manual_seed(0 if variant == "tp" else mesh.rank)  # a replica's ranks have the same requests
-            comparison.run(variant)
-    except ValueError as error:
-        if mesh.rank == 0:
-            parser.print_usage(sys.stderr)
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if comparison is not None and args.out is not None and mesh.rank == 0:
-            save(comparison.records, args.out)
-    mesh.close()
+    with refusals(parser):
+        mesh = Mesh.create(device=args.device)
+        comparison = Comparison(args, check(args, mesh), mesh)
+        try:
+            for variant in args.only:
+                torch.manual_seed(0 if variant == "tp" else mesh.rank)  # a replica's ranks have the same requests
+                comparison.run(variant)
+        finally:
+            if args.out is not None and mesh.rank == 0:
+                save(comparison.records, args.out)
+        mesh.close()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from model.config import ModelConfig
 from model.kv_cache import pages_for
 from model.slots import IDENTITY, Slots
 from model.weights import ExpertReader
-from parallel.mesh import pick_device
 from parallel.recorder import Recorder
 from scripts.flags import positive
 from scripts.measurements import Record, save
@@ -107,7 +106,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def main() -> None:
     parser, args = parse()
     try:
-        config, device = check_flags(args), pick_device(args.device)
+        config, device = check_flags(args)
         check_decode(config, [args.batch], args.kv)
         if args.ep < 2:
             raise ValueError(f"--ep {args.ep}: it must be at least 2, for experts to move")

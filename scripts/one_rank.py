@@ -19,11 +19,11 @@ from model.config import ModelConfig
 from model.kv_cache import make_pool, pages_for
 from model.transformer import Transformer, op_shape
 from parallel.loopback import Arrivals, Arriving, LoopbackContiguous, LoopbackMasked, share_of_tokens
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, pick_device
 from parallel.placement import Placement
 from parallel.simulated_link import SimulatedLink
 from scripts.flags import natural, new_file, positive
-from scripts.shapes import SHAPES, randomize
+from scripts.shapes import SHAPES, check_size, randomize
 
 
 def add_flags(add: Callable[..., object], ep: int, redundant: int = 32) -> None:
@@ -42,8 +42,8 @@ def add_measuring_flags(add: Callable[..., object]) -> None:
     add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
 
 
-def check_flags(args: argparse.Namespace, **other: int) -> ModelConfig:
-    """The shape that the flags of `add_flags` name, with `other` fields. ValueError for what cannot be."""
+def check_flags(args: argparse.Namespace, **other: int) -> tuple[ModelConfig, torch.device]:
+    """The shape that the flags of `add_flags` name, with `other` fields, and where. ValueError for what cannot be."""
     config = replace(SHAPES[args.shape], **other)
     if not 1 <= args.skew <= 2:
         raise ValueError(f"--skew {args.skew:g}: it must be in [1, 2]")
@@ -58,12 +58,12 @@ def check_flags(args: argparse.Namespace, **other: int) -> ModelConfig:
             f"--skew {args.skew:g}: skew * experts a token <= experts + redundant must hold, "
             f"not {args.skew:g} * {config.num_experts_per_tok} <= {slots}"
         )
-    if args.layers is None:
-        return config
     least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
-    if not least <= args.layers <= most:
+    if args.layers is not None and not least <= args.layers <= most:
         raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
-    return replace(config, num_hidden_layers=args.layers)
+    device = pick_device(args.device)
+    check_size(args.shape, device)
+    return replace(config, num_hidden_layers=args.layers or most), device
 
 
 def check_decode(config: ModelConfig, batches: Sequence[int], kv: int, halves: bool = False) -> None:

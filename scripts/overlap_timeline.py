@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model.kv_cache import pages_for
-from parallel.mesh import pick_device
 from parallel.overlap import STAGES, Steps
 from scripts.bench_overlap import make_link
 from scripts.charts import figure, save_lanes
@@ -185,7 +184,7 @@ def build(args: argparse.Namespace) -> Rank:
     """ValueError for flags that cannot be."""
     if args.layers is None:
         args.layers = min(FEW_LAYERS, SHAPES[args.shape].num_hidden_layers)
-    config, device = check_flags(args), pick_device(args.device)
+    config, device = check_flags(args)
     figure()  # is there matplotlib?
     if args.phase == "decode":
         check_decode(config, [args.batch], args.kv, halves=True)

@@ -58,6 +58,12 @@ SHAPES = {
 }
 
 
+def check_size(shape: str, device: torch.device) -> None:
+    """ValueError for a model that would keep a CPU busy for ever."""
+    if device.type == "cpu" and shape != "tiny":
+        raise ValueError(f"--shape {shape}: too large for a CPU, and no GPU is used here; --shape tiny runs")
+
+
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
     """Weights under which routing spreads as a trained model's does: the gate's logits have deviation 1."""

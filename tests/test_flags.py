@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from scripts import (
+    bench_balance,
     bench_engine,
     bench_ep,
     bench_handoff,
+    bench_overlap,
     bench_rank,
     bench_ranks,
     bench_rebalance,
@@ -20,14 +22,22 @@ from scripts import (
 from tests.conftest import ROOT
 
 SCRIPTS = (
-    bench_engine, bench_ep, bench_handoff, bench_rank, bench_ranks, bench_rebalance, overlap_timeline, report, roofline,
+    bench_balance, bench_engine, bench_ep, bench_handoff, bench_overlap, bench_rank, bench_ranks, bench_rebalance,
+    overlap_timeline, report, roofline,
 )  # fmt: skip
 MAIN = {Path(script.__file__).name: script.main for script in SCRIPTS}
 ENGINE = "bench_engine.py --shape tiny"
 DECODE = "roofline.py decode --shape v3 --ceilings 798,1400,3.0 --batch 4 --kv 10"
 PREFILL = "roofline.py prefill --ceilings 798,-,3.0 --tokens 4"
 RANKS = "bench_ranks.py --device cpu --shape tiny"
+TOO_LARGE = "too large for a CPU, and no GPU is used here; --shape tiny runs"
 BAD = [
+    *(f"{command} --device cpu --shape v3: --shape v3: {TOO_LARGE}"
+      for command in ("bench_engine.py", "bench_handoff.py", "bench_ranks.py", "bench_rank.py decode",
+                      "bench_overlap.py prefill", "bench_rebalance.py", "overlap_timeline.py decode --chart c.png",
+                      "bench_balance.py decode docs/recordings/moving-decode.safetensors --top-k 4")),
+    f"{ENGINE} --device cpu --backend flash: --backend flash: 'flash' is none of flash_attn, flash_mla, deep_gemm,",
+    "bench_ep.py --device cpu: between ranks of a job: torchrun --nproc-per-node N with N of at least 2",
     f"{RANKS} --zipf nan: argument --zipf: 'nan' is not a number of at least 0",
     f"{RANKS} --zipf -1: argument --zipf: '-1' is not a number of at least 0",
     f"{RANKS} --redundant -1: argument --redundant: '-1' is not a whole number of at least 0",
