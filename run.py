@@ -121,6 +121,9 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--role {args.role} needs --{flag} HOST:PORT")
         if not role_needs and getattr(args, flag) is not None:
             raise ValueError(f"--role {args.role} does not take --{flag}")
+    for flag, given in (("threshold", args.rebalance_threshold), ("layers-per-step", args.rebalance_layers_per_step)):
+        if given != 1 and not args.rebalance_interval:
+            raise ValueError(f"--rebalance-{flag} {given} needs --rebalance-interval: no expert moves without it")
 
 
 class FrontDoor:

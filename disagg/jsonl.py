@@ -65,9 +65,9 @@ class Writer:
 
 
 def read_lines(path: str) -> list[str]:
-    """ValueError if `path` cannot be read. Bytes that are not UTF-8 become U+FFFD."""
+    """ValueError if `path` cannot be read. Bytes that are not UTF-8 become surrogates, for `read_object` to refuse."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ValueError(f"--input {path}: cannot be read ({error.strerror})") from None
     return text.split("\n")  # not splitlines(): JSON strings may hold U+2028 and its like

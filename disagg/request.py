@@ -99,6 +99,11 @@ def is_id(value: Any) -> bool:
 
 
 def read_object(line: str) -> dict:
+    """ValueError for what is none; `line` has bytes that are not UTF-8 as surrogates (PEP 383)."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8: byte {ord(line[error.start]) - 0xDC00:#x}, character {error.start + 1}") from None
     try:
         raw = json.loads(line)
     except ValueError as error:  # also integers of thousands of digits

@@ -52,7 +52,7 @@ def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_exp
 
 
 def load_recording(path: str | Path, layers: int | None = None, num_experts: int | None = None) -> Tensor:
-    """counts [windows, layers, E] int64. ValueError if the file is none, or is of another shape (None: any)."""
+    """counts [windows, layers, E] int64. ValueError if the file is none, is of another shape (None: any) or empty."""
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
@@ -68,4 +68,6 @@ def load_recording(path: str | Path, layers: int | None = None, num_experts: int
         raise ValueError(f"{path}: it has {found}, must be [windows, {layers}, {experts}]")
     if counts.dtype != torch.int64 or (counts < 0).any() or counts.double().sum() >= 2**63:
         raise ValueError(f"{path}: counts must be int64, not negative, and less than 2^63 together")
+    if not counts.any():
+        raise ValueError(f"{path}: no tokens were recorded")
     return counts

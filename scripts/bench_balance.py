@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model.config import ModelConfig
 from model.kv_cache import pages_for
 from parallel.loopback import Arrivals
-from scripts.eplb_sim import PAPER, THEIRS, Deployment, maps_of, read
+from parallel.recorder import load_recording
+from scripts.eplb_sim import PAPER, THEIRS, Deployment, maps_of
 from scripts.flags import positive
 from scripts.measurements import Record, save
 from scripts.one_rank import Rank, add_flags, add_measuring_flags, check_decode, check_flags, check_prefill, times
@@ -93,7 +94,7 @@ def make_rank(args: argparse.Namespace, config: ModelConfig, device: torch.devic
 def main() -> None:
     parser, args = parse()
     try:
-        counts = read(args.recording)
+        counts = load_recording(args.recording).numpy()
         rank, loads = build(args, counts)
     except ValueError as error:
         parser.error(str(error))

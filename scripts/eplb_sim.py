@@ -110,14 +110,6 @@ def deployments(experts: int, args: argparse.Namespace) -> list[Deployment]:
     return found
 
 
-def read(path: Path) -> NDArray:
-    """counts [windows, layers, E]. ValueError if there are none."""
-    counts = load_recording(path).numpy()
-    if not counts.any():
-        raise ValueError(f"{path}: no tokens were recorded")
-    return counts
-
-
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -141,7 +133,7 @@ def parse() -> tuple[argparse.Namespace, NDArray]:
     add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     args = parser.parse_args()
     try:
-        counts = read(args.recording)
+        counts = load_recording(args.recording).numpy()
     except ValueError as error:
         parser.error(str(error))
     if counts.shape[2] % args.groups:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.recorder import save_recording
 from tests.conftest import ROOT
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
@@ -379,9 +380,12 @@ BAD_COMMANDS = {
     "redundant": (("--prompt", "x", "--redundant-experts", "-1"), "--redundant-experts is -1; it must be at least 0"),
     "interval": (("--prompt", "x", "--rebalance-interval", "-1"), "--rebalance-interval is -1; it must be at least 0"),
     "threshold": (
-        ("--prompt", "x", "--rebalance-threshold", "2"),
+        ("--prompt", "x", "--rebalance-interval", "1", "--rebalance-threshold", "2"),
         "--rebalance-threshold is 2.0; it must be in (0, 1]",
     ),
+    "threshold alone": (("--prompt", "x", "--rebalance-threshold", "0.9"), "0.9 needs --rebalance-interval: no expert"),
+    "layers alone": (("--prompt", "x", "--rebalance-layers-per-step", "2"), "2 needs --rebalance-interval: no expert"),
+    "empty recording": (("--prompt", "x", "--expert-map", "{tmp}/empty"), "/empty: no tokens were recorded"),
     "layers": (
         ("--prompt", "x", "--rebalance-interval", "1", "--rebalance-layers-per-step", "5"),
         "--rebalance-layers-per-step is 5; it must be at most the model's layers with experts (4)",
@@ -406,6 +410,7 @@ BAD_COMMANDS = {
 @pytest.mark.parametrize("case", BAD_COMMANDS)
 def test_a_bad_command_is_one_clear_line(tiny: Path, tmp_path: Path, case: str) -> None:
     (tmp_path / "in").write_text('{"prompt": "x"}\n')
+    save_recording(tmp_path / "empty", [], 4, 32)
     flags, message = BAD_COMMANDS[case]
     code, out, err = run("--model", str(tiny), *(flag.format(tmp=tmp_path) for flag in flags))
     assert code == 2 and out == "" and err.startswith("run.py: error: ") and err.count("\n") == 1, err

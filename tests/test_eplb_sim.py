@@ -9,8 +9,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from parallel.recorder import save_recording
-from scripts.eplb_sim import Deployment, Outcome, read, replay, unbalanced
+from parallel.recorder import load_recording, save_recording
+from scripts.eplb_sim import Deployment, Outcome, replay, unbalanced
 from scripts.measurements import load
 from tests.conftest import ROOT
 
@@ -113,7 +113,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["moving", "mixed"])
 def test_the_figures_in_docs_come_from_the_recordings_there(phase: str, order: str) -> None:
     records = {record.name: record for record in load()}
-    counts = read(ROOT / "docs" / "recordings" / f"{order}-{phase}.safetensors")
+    counts = load_recording(ROOT / "docs" / "recordings" / f"{order}-{phase}.safetensors").numpy()
     got = replay(counts, Deployment(12, 36), 4, [1])
     for kind, name in (("static", "a static map"), ("remade every 1", "a map remade every 1 windows")):
         record = records[f"balancedness, tiny, {order} domains, {phase}, EP12, 4 redundant, {name}"]

@@ -73,8 +73,6 @@ def test_a_recording_survives_the_file(tmp_path: Path) -> None:
     save_recording(tmp_path / "r.safetensors", windows, 2, 5)
     for shape in ((2, 5), ()):
         assert torch.equal(load_recording(tmp_path / "r.safetensors", *shape), torch.stack(windows))
-    save_recording(tmp_path / "none.safetensors", [], 2, 5)
-    assert load_recording(tmp_path / "none.safetensors", 2, 5).shape == (0, 2, 5)
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
@@ -94,6 +92,10 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     for counts in (torch.full((1, 2, 5), -1), torch.full((1, 2, 5), float("nan")), torch.ones(1, 2, 5), huge):
         save_file({"counts": counts}, path)
         with pytest.raises(ValueError, match="counts must be int64, not negative, and less than 2\\^63 together"):
+            load_recording(path)
+    for windows in ([], [torch.zeros(2, 5, dtype=torch.int64)]):
+        save_recording(path, windows, 2, 5)
+        with pytest.raises(ValueError, match=f"{path}: no tokens were recorded"):
             load_recording(path)
 
 

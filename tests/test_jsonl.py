@@ -164,8 +164,10 @@ def test_bytes_that_are_not_utf8_ruin_no_other_line(tmp_path: Path, encoder: Pro
         good(id=1).encode() + b"\n\xff\xfe\x00\n" + b'{"id": "\xe9", "prompt": "x"}\n' + good(id=4).encode()
     )
     job = make_job(read_lines(str(path)), encoder)
-    assert [user.id for user in job.requests] == [1, "\ufffd", 4]
-    assert job.answers[1].error.startswith("line 2: not JSON")
+    assert [user.id for user in job.requests] == [1, 4]
+    refused = [(answer.id, answer.error) for answer in job.answers[1:3]]
+    what = "line 2: not UTF-8: byte 0xff, character 1", "line 3: not UTF-8: byte 0xe9, character 9"
+    assert refused == list(enumerate(what, 2))
 
 
 @pytest.mark.parametrize("end", ("\n", "\r\n"))
