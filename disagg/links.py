@@ -70,6 +70,7 @@ class Link(threading.Thread):
         self._woken.connect(address)
         self.pipe: Pipe | None = None
         self.transport: TorchTransport | None = None
+        self._aborted = threading.Event()
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
         self._credits = Share(credits)
         self._stream = packing_stream(pool.device) if pool.is_cuda else None
@@ -113,6 +114,7 @@ class Link(threading.Thread):
                 self.transport.abort()
         finally:  # only now, when the buffers go
             self._credits.close()
+            self._aborted.set()
         return True
 
     def run(self) -> None:
@@ -127,10 +129,12 @@ class Link(threading.Thread):
         except Exception as broken:  # whatever broke it, the rooms must hear of it
             self._go_down(f"{type(broken).__name__}: {broken}")
         finally:
-            self._under_way.put(None)
-            self._woken.close()
             if self.pipe is not None:
-                self.pipe.close()
+                self.pipe.close()  # first, for the peer to hear of the end here
+            self._under_way.put(None)
+            with self._changed:  # the one who said that it is down may still be waking this thread
+                self._wake.close()
+            self._woken.close()
 
     def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
         """Have the mover call this, once `passage` is through, and all that came before."""
@@ -156,6 +160,10 @@ class Link(threading.Thread):
             passage = started = then = None  # and with them the buffer, before there is another
             if moved:
                 self._credits.give_back()
+        self._aborted.wait()
+        if self.transport is not None:
+            self.transport.abort()  # it may have connected after the link went down
+            self.transport = None  # and with it its sockets and threads go
 
     def meet(self) -> None:
         """Wait until the peer is at the pipe, at the end that puts it up. Raises if it does not come, or if this is

@@ -616,6 +616,31 @@ def test_links_come_and_go() -> None:
         del link
 
 
+def test_links_that_are_over_keep_no_sockets() -> None:
+    """A job that lives long goes through many: one for each time that a peer came and went."""
+    door = Door(HOST)
+    prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
+    links, open_files = [], []
+    for generation in range(3):
+        ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
+        key, (source, sink) = link_key(prefill, decode, generation), ends
+        sink.link = ReceiveLink(key, dial(prefill, decode, CPU, generation), sink.pool, sink.events, Credits())
+        assert door.pipe.poll(SOON * 1000)
+        source.link = SendLink(key, listen(door.store, HOST, CPU), source.pool, source.events, Credits())
+        pair = Pair(source, sink, decode)
+        pair.open(1, [4])
+        source.link.put(SendPages(1, [1], [4]))
+        source.link.put(SendLast(1, 5, []))
+        sink.hear_end(1)
+        source.hear_end(1)
+        pair.hush()
+        for end in ends:
+            end.link._mover.join(SOON)
+        links += [end.link for end in ends]
+        open_files.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(open_files)) == 1, open_files
+
+
 def test_a_peer_that_is_stuck_stops_no_other_and_is_heard_when_it_goes(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,10 +661,12 @@ def test_a_peer_that_is_stuck_stops_no_other_and_is_heard_when_it_goes(
     other.prefill.link.put(SendLast(2, 7, []))
     assert other.decode.hear_end(2).token == 7 and other.prefill.hear_end(2).error is None
     assert stuck.prefill.events.empty() and stuck.decode.events.empty()
+    kept = stuck.decode.link.transport  # without it gloo would say that the peer has gone, as NCCL does not
     stuck.decode.link.stop()
     stuck.prefill.hear_end(1, "the other end has gone")
     stuck.decode.hear_end(1, "stopped")
     other.hush()
+    del kept
 
 
 def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -749,10 +776,11 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     pair.open(1, [4, 5])
     pair.prefill.link.pipe.send(Sending([1], [4, 5]))
     time.sleep(0.3)
+    transport = pair.prefill.link.transport
     pair.decode.link.stop()
     pair.decode.hear_end(1, "stopped")
     pair.decode.pool[:, [4, 5]] = 8.5  # another room's
-    pair.prefill.link.transport.send(pair.prefill.pool[:, [1, 2]]).wait()
+    transport.send(pair.prefill.pool[:, [1, 2]]).wait()
     pair.decode.hush()
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
 

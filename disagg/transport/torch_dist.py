@@ -35,7 +35,7 @@ class Passage:
 class TorchTransport:
     def __init__(self, store: dist.Store, me: int, device: torch.device):
         """`me` is 0 or 1. With gloo this blocks until the other side has come. Any of this may raise RuntimeError."""
-        self.me, self.peer, self.device = me, 1 - me, device
+        self.me, self.peer, self.device, self._aborted = me, 1 - me, device, False
         if device.type == "cuda":
             # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -67,5 +67,8 @@ class TorchTransport:
         return Passage(x, self.group.recv([x], self.peer, 0), began, self._stream)
 
     def abort(self) -> None:
-        """From any thread: end what is in flight, with NCCL. The CUDA context survives."""
-        self.group.abort()
+        """From any thread, more than once, but not at once: end what is in flight, with NCCL. The CUDA context
+        survives."""
+        if not self._aborted:
+            self._aborted = True
+            self.group.abort()
