@@ -104,9 +104,9 @@ class SimulatedLink:
         self.host[:count].copy_(self.sent[:count], non_blocking=True)
 
     def calibrate(self) -> None:
-        """Measure copies to the host as they are used, each between two streams and in a graph: seconds but for the
-        bytes, some ten microseconds of them from stream to stream, and bytes a second. For what is started or captured
-        from now on."""
+        """Measure copies to the host as they are used, in a graph, on a stream of their own: bytes a second, and the
+        seconds that each takes besides, most of them on the way from stream to stream and back. For what is started or
+        captured from now on."""
         if self.device.type != "cuda" or self.num_sms:
             return
         rows = {count: self._row(count) for count in CALIBRATION}
