@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from parallel.mesh import pick_device
 from scripts.flags import fraction, new_file, positive, positives
-from scripts.handoff_ends import AHEAD, run_ends
+from scripts.handoff_ends import run_ends
 from scripts.handoff_jobs import same_tokens, through_jobs
+from scripts.handoff_traffic import AHEAD
 from scripts.measurements import Record, save
 from scripts.shapes import SHAPES, check_size
 

@@ -10,7 +10,6 @@ one machine (time.perf_counter, which they share).
 import math
 import os
 import queue
-import random
 import threading
 import time
 from argparse import Namespace
@@ -23,26 +22,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
 
 from disagg.connect import dial, link_key, listen
 from disagg.control import Member
 from disagg.credits import Credits
-from disagg.handoff import Join, Open, RoomEnded, SendLast, SendPages
 from disagg.links import Link, ReceiveLink, SendLink
 from disagg.prefill import Door
-from disagg.request import Request
 from disagg.transport.torch_dist import TIMEOUT
 from kernels.backend import Ops, choose
 from model.kv_cache import make_pool, pages_for
 from model.transformer import op_shape
 from parallel.mesh import Group, pick_device
+from scripts.handoff_traffic import AHEAD, Sink, Source
 from scripts.one_rank import Rank
 from scripts.shapes import SHAPES
 
 HOST = "127.0.0.1"
 COPIES = 8  # of the large tensor, in one measurement
-AHEAD = 16  # prompts under way at once
 WARM = 2 * AHEAD  # prompts before a measurement: the first transfers allocate their buffers
 STREAM = 10  # prompts one after the other for each --repeat: a few alone would be over in 10 ms
 
@@ -132,105 +128,18 @@ class End:
         door = Door(HOST)  # the decode ends' stays shut
         me = Member(f"rank{self.rank}", HOST, door.port, door.store.port)
         members = self.world.exchange(me)
-        self.me, self.link = me, self._link(me, members[self.peer], door, ops)
-        self.worker = Source(self) if self.sends else Sink(self)
+        self.link = self._link(me, members[self.peer], door, ops)
+        self.worker = Source(self.link, self.events) if self.sends else Sink(self.link, self.events, me)
+        self.meet()  # the sources' pools are full
 
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
         mine = self.pool, self.events, Credits()
         if self.sends:
-            self.pool.view(torch.int16).copy_(content(self.pool))
             (knock,) = door.pipe.poll(1000 * int(TIMEOUT.total_seconds()))
             connect = listen(door.store, HOST, self.device)
             return SendLink(link_key(me, knock.decode), connect, *mine, pack_pages=ops.pack_pages)
         connect = dial(peer, me, self.device)
         return ReceiveLink(link_key(peer, me), connect, *mine, unpack_pages=ops.unpack_pages)
-
-
-def content(pool: Tensor) -> Tensor:
-    """Numbers that tell layer, page and place, [layers, pages, 64, W] int16; anybody can make them again."""
-    layers, pages, *page = pool.shape
-    which = torch.arange(layers * pages, device=pool.device).view(layers, pages, 1, 1) * 257
-    word = torch.arange(page[0] * page[1], device=pool.device).view(1, 1, *page)
-    return torch.stack([(one + word).remainder(2**15).to(torch.int16)[0] for one in which])
-
-
-def shuffled(num_pages: int) -> list[int]:
-    """All of a pool's pages, in an order that anybody can make again."""
-    return random.Random(0).sample(range(1, num_pages), num_pages - 1)
-
-
-def source_pages(pages: list[int], uid: int, count: int) -> list[int]:
-    """Where a prompt's pages are at their source: quick to say, for it must not hold up the links' threads."""
-    first = uid * 7919 % (len(pages) - count + 1)
-    return pages[first : first + count]
-
-
-class Source(threading.Thread):
-    """Answers every room that opens with pages from all over the pool: at once, or, while it is paced, when a prompt
-    has been computed."""
-
-    def __init__(self, end: End):
-        super().__init__(name="source", daemon=True)
-        self.end, self.put_at = end, {}
-        self.pages = shuffled(end.pool.shape[1])
-        self.paced, self.computed = False, queue.SimpleQueue()  # an event for each prompt, or None
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            match self.end.events.get():
-                case Open(request, pages):
-                    uid = request.uid
-                    self.end.link.put(Join(uid))
-                    mine = source_pages(self.pages, uid, len(pages))
-                    ready = self.computed.get() if self.paced else None
-                    self.put_at[uid] = time.perf_counter()
-                    self.end.link.put(SendPages(uid, mine, pages, ready))
-                    self.end.link.put(SendLast(uid, 0, []))
-                case RoomEnded(uid, error) if error is not None:
-                    raise RuntimeError(f"room {uid}: {error}")
-
-
-class Sink:
-    """Opens rooms, and notes when each is full."""
-
-    def __init__(self, end: End):
-        self.end, self.uid, self.full_at = end, 0, {}
-        pages = shuffled(end.pool.shape[1])
-        each = len(pages) // AHEAD
-        self.places = [pages[i * each : (i + 1) * each] for i in range(AHEAD)]
-
-    def take(self, tokens: int, ahead: int, enough: Callable[[int], bool]) -> list[int]:
-        """Have prompts of so many tokens sent, `ahead` at once, until `enough(rooms)`. The rooms, in their order."""
-        free, place_of, done = list(range(ahead)), {}, []
-        while True:
-            while free and not enough(len(done) + len(place_of)):
-                place = free.pop()
-                place_of[self.uid] = place
-                request = Request(self.uid, [1])
-                opening = Open(request, self.places[place][: pages_for(tokens)], [self.end.me])
-                self.end.link.put(Join(self.uid, opening))
-                self.uid += 1
-            if not place_of:
-                return done
-            ended = self.end.events.get(timeout=TIMEOUT.total_seconds())
-            if ended.error is not None:
-                raise RuntimeError(f"room {ended.uid}: {ended.error}")
-            self.full_at[ended.uid] = ended.at
-            done.append(ended.uid)
-            place = place_of.pop(ended.uid)
-            free.append(place)
-            self.latest = ended.uid, self.places[place][: pages_for(tokens)]
-
-    def check(self) -> None:
-        """The latest prompt's pages, bit by bit."""
-        uid, pages = self.latest
-        pool = self.end.pool
-        theirs = source_pages(shuffled(pool.shape[1]), uid, len(pages))
-        ids, source = (torch.tensor(p, device=pool.device) for p in (pages, theirs))
-        arrived, sent = pool.view(torch.int16)[:, ids], content(pool)[:, source]
-        if not arrived.equal(sent):
-            raise RuntimeError(f"room {uid}: other bytes arrived than were sent")
 
 
 # ---- the wire

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from scripts.handoff_ends import AHEAD
 from scripts.handoff_jobs import TALKERS, after_the_kill
+from scripts.handoff_traffic import AHEAD
 from scripts.measurements import load
 from tests.conftest import ROOT
 
