@@ -70,7 +70,7 @@ class Link(threading.Thread):
         self._woken.connect(address)
         self.pipe: Pipe | None = None
         self.transport: TorchTransport | None = None
-        self._aborted = threading.Event()
+        self._aborted = threading.Event()  # whoever took this down has done with the transport
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
         self._credits = Share(credits)
         self._stream = packing_stream(pool.device) if pool.is_cuda else None

@@ -112,8 +112,7 @@ class Beside:
     """A second stream, for work that is not on the way to what follows it. On a CPU there is none."""
 
     def __init__(self, device: torch.device):
-        # Of the default priority: at a higher one its kernels take SMs from the main stream's (Moonlight's shape on an
-        # H100, 128 requests: 7.9 thousand tokens a second for 8.7).
+        # Of the default priority: at a higher one its kernels take SMs from the main stream's, and decode gets slower.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:

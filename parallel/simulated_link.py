@@ -10,9 +10,8 @@ another on a stream of their own, and whoever waits for one makes the computing 
 In flight, normal mode holds `num_sms` SMs (`kernels/hold.py`). Low latency holds none: its flight is a copy to the
 host's pinned memory of as many bytes as take that long here, which reads the GPU's memory and crosses PCIe as a network
 card's reads do, and is done by a copy engine. (A block that waits would not do: no register is left beside some
-attention kernels' blocks, so that one of them would have to wait for it.) On a machine with other tenants PCIe's speed
-drifts by a fifth: `calibrate` before, and see that transfers take their time after. All of it can be captured in a CUDA
-graph.
+attention kernels' blocks, so that one of them would have to wait for it.) How fast PCIe is may change where others use
+it, too: `calibrate` before, and see that transfers take their time after. All of it can be captured in a CUDA graph.
 
 On a CPU, where nothing runs beside, `wait` returns no sooner than the transfer would be done.
 """
@@ -105,8 +104,7 @@ class SimulatedLink:
 
     def calibrate(self) -> None:
         """Measure copies to the host as they are used, in a graph, on a stream of their own: bytes a second, and the
-        seconds that each takes besides, most of them on the way from stream to stream and back. For what is started or
-        captured from now on."""
+        seconds that each takes besides. For what is started or captured from now on."""
         if self.device.type != "cuda" or self.num_sms:
             return
         rows = {count: self._row(count) for count in CALIBRATION}

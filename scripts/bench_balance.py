@@ -29,6 +29,7 @@ from scripts.eplb_sim import PAPER, THEIRS, Deployment, maps_of
 from scripts.flags import positive
 from scripts.measurements import Record, save
 from scripts.one_rank import Rank, add_flags, add_measuring_flags, check_decode, check_flags, check_prefill, times
+from scripts.refusals import refusals
 
 EVEN = "an even load"
 
@@ -93,11 +94,9 @@ def make_rank(args: argparse.Namespace, config: ModelConfig, device: torch.devic
 @torch.inference_mode()
 def main() -> None:
     parser, args = parse()
-    try:
+    with refusals(parser):
         counts = load_recording(args.recording).numpy()
         rank, loads = build(args, counts)
-    except ValueError as error:
-        parser.error(str(error))
     make, sizes = (rank.decode, (args.batch, args.kv)) if args.phase == "decode" else (
         rank.prefill, (args.tokens, args.prompt))  # fmt: skip
     top_k, steps = rank.config.num_experts_per_tok, {}

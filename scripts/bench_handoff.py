@@ -34,6 +34,7 @@ from scripts.handoff_ends import run_ends
 from scripts.handoff_jobs import same_tokens, through_jobs
 from scripts.handoff_traffic import AHEAD
 from scripts.measurements import Record, save
+from scripts.refusals import refusals
 from scripts.shapes import SHAPES, check_size
 
 PARTS = ("tokens", "wire", "pages", "steps", "requests", "kill")
@@ -130,12 +131,10 @@ def parse() -> argparse.Namespace:
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-    try:
+    with refusals(parser):
         device = pick_device(args.device)
         if "steps" in args.only:
             check_size(args.shape, device)
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 

@@ -16,7 +16,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from parallel.mesh import pick_device
 from scripts.flags import new_file
 from scripts.measurements import save
 
@@ -28,10 +27,8 @@ def main() -> None:
     parser.add_argument("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone (may be given again)")
     args = parser.parse_args()
-    try:
-        pick_device("cuda")
-    except ValueError as error:
-        parser.error(str(error).removeprefix("--device cuda: "))
+    if not torch.cuda.is_available():
+        parser.error("this machine has no CUDA GPU that torch can use")
     measure(args.only or PARTS, args.out)
 
 

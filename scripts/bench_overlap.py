@@ -39,6 +39,7 @@ from scripts.one_rank import (
     check_prefill,
     times,
 )
+from scripts.refusals import refusals
 
 # Throughput with overlap over throughput without, SGLang on H100, its report of 2025-05-05: decode by batch (EP72, KV
 # 2,000), prefill at equal tokens (EP32).
@@ -180,8 +181,8 @@ def compare(rank: Rank, args: argparse.Namespace, size: int, link: SimulatedLink
 
 
 def measure(rank: Rank, args: argparse.Namespace, link: SimulatedLink, report: Report) -> None:
-    for size in args.batch if args.phase == "decode" else args.tokens:
-        decode = args.phase == "decode"
+    decode = args.phase == "decode"
+    for size in args.batch if decode else args.tokens:
         name = f"batch {size}, KV {args.kv}" if decode else f"{size} tokens, prompts of {args.prompt}"
         report.add(size, name, None, compare(rank, args, size, None))
         link.calibrate()
@@ -193,10 +194,8 @@ def measure(rank: Rank, args: argparse.Namespace, link: SimulatedLink, report: R
 def main() -> None:
     parser, args = parse()
     start = time.perf_counter()
-    try:
+    with refusals(parser):
         rank = build(args)
-    except ValueError as error:
-        parser.error(str(error))
     link, report = make_link(rank, args.phase), Report(args)
     print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
     try:

@@ -56,6 +56,7 @@ from scripts.one_rank import (
     check_prefill,
     times,
 )
+from scripts.refusals import refusals
 
 # ms a MoE layer without communication: SGLang's kernels on H100, read off the figures of its report of 2025-05-05. Its
 # decode figure has 0.235 for the experts, under the imbalance that it met (about 1.3); 0.181 is DeepGEMM's published
@@ -340,10 +341,8 @@ def prepare(args: argparse.Namespace, ranges: Ranges) -> tuple[roofline.Ceilings
 def main() -> None:
     parser, args = parse()
     start, ranges = time.perf_counter(), Ranges()
-    try:
+    with refusals(parser):
         ceilings, rank = prepare(args, ranges)
-    except ValueError as error:
-        parser.error(str(error))
     ranges.of_model(rank.model)
     config, device, decodes = rank.config, rank.device, args.phase == "decode"
     sizes = (args.batch, args.kv) if decodes else (args.tokens, args.prompt)

@@ -33,6 +33,7 @@ from parallel.recorder import Recorder
 from scripts.flags import positive
 from scripts.measurements import Record, save
 from scripts.one_rank import Rank, Step, add_flags, add_measuring_flags, check_decode, check_flags
+from scripts.refusals import refusals
 
 NEVER = 10**9  # steps
 MOST = 1.5  # times the median that a step may take while experts move
@@ -105,15 +106,13 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 @torch.inference_mode()
 def main() -> None:
     parser, args = parse()
-    try:
+    with refusals(parser):
         config, device = check_flags(args)
         check_decode(config, [args.batch], args.kv)
         if args.ep < 2:
             raise ValueError(f"--ep {args.ep}: it must be at least 2, for experts to move")
         if args.experts > config.n_routed_experts:
             raise ValueError(f"--experts {args.experts}: of {args.shape} it must be at most {config.n_routed_experts}")
-    except ValueError as error:
-        parser.error(str(error))
     on_gpu = device.type == "cuda"
     rank = Rank(args, config, device, args.kv, args.batch * pages_for(args.kv))
     rank.model.recorder = Recorder(rank.model.placement, config.n_routed_experts)

@@ -32,6 +32,7 @@ from parallel.recorder import load_recording
 from scripts.charts import save_lines
 from scripts.flags import naturals, new_file, new_png, positive, positives
 from scripts.measurements import Record, save
+from scripts.refusals import refusals
 
 # The experts' kernels of a layer without communication, on H100 with balanced ranks: SGLang's report of 2025-05-05, its
 # figures digitised (prefill 9.70 of 25.77 ms), and for decode DeepGEMM's published 0.181 ms beside the report's 0.586.
@@ -132,10 +133,8 @@ def parse() -> tuple[argparse.Namespace, NDArray]:
     add("--chart", type=new_png, metavar="PNG", help="draw balancedness and throughput over the ranks")
     add("--out", type=new_file, metavar="FILE", help="write the records there, for scripts/report.py")
     args = parser.parse_args()
-    try:
+    with refusals(parser):
         counts = load_recording(args.recording).numpy()
-    except ValueError as error:
-        parser.error(str(error))
     if counts.shape[2] % args.groups:
         parser.error(f"argument --groups: {counts.shape[2]} experts do not divide into {args.groups}")
     if max(args.redundant) > (most := counts.shape[2] * min(args.ep)):

@@ -32,6 +32,7 @@ from scripts.charts import figure, save_lanes
 from scripts.flags import new_file, new_png, positive
 from scripts.kernel_ranges import export, launched_in, mark_ranges
 from scripts.one_rank import Rank, add_flags, check_decode, check_flags, check_prefill
+from scripts.refusals import refusals
 from scripts.shapes import SHAPES
 
 Span = tuple[float, float, str]  # milliseconds from the step's beginning, and what
@@ -196,10 +197,8 @@ def build(args: argparse.Namespace) -> Rank:
 @torch.inference_mode()
 def main() -> None:
     parser, args = parse()
-    try:
+    with refusals(parser):
         rank = build(args)
-    except ValueError as error:
-        parser.error(str(error))
     link = make_link(rank, args.phase)
     make, sizes = (rank.decode, (args.batch, args.kv)) if args.phase == "decode" else (
         rank.prefill, (args.tokens, args.prompt))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is wrong with the flags of a script that torchrun may have started: said once, as argparse does."""
+"""What is wrong with a script's flags, found after argparse is through: said as it does, and once a job."""
 
 import argparse
 import sys

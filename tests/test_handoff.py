@@ -620,7 +620,7 @@ def test_links_that_are_over_keep_no_sockets() -> None:
     """A job that lives long goes through many: one for each time that a peer came and went."""
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
-    links, open_files = [], []
+    links, open_files = [], []  # the links are kept, as a rank's `Links` keeps them
     for generation in range(3):
         ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
         key, (source, sink) = link_key(prefill, decode, generation), ends
