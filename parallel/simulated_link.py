@@ -25,6 +25,7 @@ from statistics import median
 import torch
 
 CALIBRATION = (2**20, 2**25)  # bytes
+CALIBRATION_HOLD = 5e-6  # seconds
 IN_A_ROW = 10  # transfers that are timed together: the start of a graph is hardly seen in that of one
 
 
@@ -103,13 +104,14 @@ class SimulatedLink:
         self.host[:count].copy_(self.sent[:count], non_blocking=True)
 
     def calibrate(self) -> None:
-        """Measure copies to the host as they are used, in a graph, on a stream of their own: bytes a second, and the
-        seconds that each takes besides. For what is started or captured from now on."""
+        """Measure copies to the host as they are used, in a graph, on a stream of their own, between kernels: bytes a
+        second, and the seconds that a row of kernels is longer by with a copy between two. For what is started or
+        captured from now on."""
         if self.device.type != "cuda" or self.num_sms:
             return
-        rows = {count: self._row(count) for count in CALIBRATION}
-        taken: dict[int, list[float]] = {count: [] for count in CALIBRATION}
-        for _ in range(20):  # in turns, so that what else goes over PCIe slows both
+        rows = {count: self._row(count) for count in (0, *CALIBRATION)}
+        taken: dict[int, list[float]] = {count: [] for count in rows}
+        for _ in range(20):  # in turns, so that what else goes over PCIe slows all
             for count, row in rows.items():
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
@@ -117,14 +119,17 @@ class SimulatedLink:
                 end.record()
                 end.synchronize()
                 taken[count].append(begin.elapsed_time(end) / 1e3 / IN_A_ROW)
-        few, many = (median(times) for times in taken.values())
+        none, few, many = (median(times) for times in taken.values())
         self.bandwidth = (CALIBRATION[1] - CALIBRATION[0]) / (many - few)
-        self.latency = max(0.0, few - CALIBRATION[0] / self.bandwidth)
+        self.latency = max(0.0, few - none - CALIBRATION[0] / self.bandwidth)
 
     def _row(self, count: int) -> torch.cuda.CUDAGraph:
+        """Kernels, and after each a copy of so many bytes. A copy engine and the SMs hand over to each other slowly: a
+        row of copies alone would hide it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(IN_A_ROW):
+                self.kernels.hold(self.all_sms, CALIBRATION_HOLD)
                 self._beside(lambda: self._copy(count))()
         return graph
 
