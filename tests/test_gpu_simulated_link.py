@@ -41,7 +41,9 @@ def test_sms_are_held_for_the_time(num_sms: int) -> None:
 
 @pytest.mark.parametrize("num_sms", [0, 20])
 def test_transfers_take_their_time(num_sms: int) -> None:
-    """Ten in a row. Without a graph their launches show, a few microseconds each, and only the long ones are held."""
+    """Ten in a row. Without a graph their launches show, a few microseconds each, and only the long ones are held. The
+    median over several calibrations: another user of PCIe who comes or goes after one makes the copies slower or faster
+    than they should be."""
     link = SimulatedLink(model, CUDA, num_sms)
 
     def ten(what: str) -> None:
@@ -49,12 +51,17 @@ def test_transfers_take_their_time(num_sms: int) -> None:
             link.start(what, 128)()
 
     for what, transfer in TIMES.items():
-        eager, replayed = seconds(lambda what=what: ten(what)), seconds(captured(lambda what=what: ten(what)).replay)
+        eager, replayed = [], []
+        for _ in range(9):
+            link.calibrate()
+            eager.append(seconds(lambda what=what: ten(what)) / 10)
+            replayed.append(seconds(captured(lambda what=what: ten(what)).replay) / 10)
         for name, taken in (("eager", eager), ("in a graph", replayed)):
-            print(f"{num_sms=} {what}, {name}: {1e6 * taken / 10:.1f} us for {1e6 * transfer.total:.1f}")
-        assert replayed / 10 == pytest.approx(transfer.total, rel=0.05, abs=10e-6)
+            each = " ".join(f"{1e6 * t:.1f}" for t in sorted(taken))
+            print(f"{num_sms=} {what}, {name}: {each} us for {1e6 * transfer.total:.1f}")
+        assert median(replayed) == pytest.approx(transfer.total, rel=0.05, abs=10e-6)
         if transfer.total >= 1e-3:
-            assert eager / 10 == pytest.approx(transfer.total, rel=0.05)
+            assert median(eager) == pytest.approx(transfer.total, rel=0.05)
 
 
 @pytest.mark.parametrize("num_sms", [0, 20])
