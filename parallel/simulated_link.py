@@ -55,12 +55,13 @@ class SimulatedLink:
         """`num_sms`: that are held in flight; 0 is low latency, whose flight is a copy."""
         self.model, self.device, self.num_sms = model, device, num_sms
         self.free_at = 0.0  # CPU: by time.perf_counter, when the latest transfer is done
+        self.copies = device.type == "cuda" and num_sms == 0
         if device.type != "cuda":
             return
         self.kernels = importlib.import_module("kernels.hold")
         self.stream = torch.cuda.Stream(device, priority=-1)  # as DeepEP's
         self.all_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        if num_sms == 0:
+        if self.copies:
             self.sent = torch.zeros(CALIBRATION[1], dtype=torch.uint8, device=device)
             self.host = torch.zeros(CALIBRATION[1], dtype=torch.uint8, pin_memory=True)
             self.calibrate()
@@ -91,7 +92,7 @@ class SimulatedLink:
         return lambda: torch.cuda.current_stream().wait_event(done)
 
     def _fly(self, seconds: float) -> None:
-        if self.num_sms:
+        if not self.copies:
             self.kernels.hold(self.num_sms, seconds)
             return
         left = max(1, round((seconds - self.latency) * self.bandwidth))
@@ -107,7 +108,7 @@ class SimulatedLink:
         """Measure copies to the host as they are used, in a graph, on a stream of their own, between kernels: bytes a
         second, and the seconds that a row of kernels is longer by with a copy between two. For what is started or
         captured from now on."""
-        if self.device.type != "cuda" or self.num_sms:
+        if not self.copies:
             return
         rows = {count: self._row(count) for count in (0, *CALIBRATION)}
         taken: dict[int, list[float]] = {count: [] for count in rows}
