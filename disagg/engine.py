@@ -14,7 +14,7 @@ from torch import Tensor
 from disagg.credits import buffer_bytes
 from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
-from disagg.memory import Budget, Job, make_budget, page_bytes, pages_on_host, plan_parts
+from disagg.memory import Budget, Job, lift_limit, make_budget, page_bytes, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
@@ -372,6 +372,7 @@ class Engine:
             self.recording.save()
         self.decode.reset()
         self.dispatchers.close()
+        lift_limit(self.mesh.device)
 
     @property
     def kv_layout(self) -> str:

@@ -286,6 +286,13 @@ def share_of_gpu(total: int, free: int, held: int, fraction: float, sharers: int
     return there, f"free {_gib(free)}{among} + {_gib(held)} that this rank has taken"
 
 
+def share_of_torch(total: int, buffers: int, fraction: float, sharers: int) -> float:
+    """The fraction of the GPU that torch may hold for one of `sharers` ranks: its share, without the `buffers` that are
+    not torch's, and half of what `fraction` leaves. The other half is for what else takes memory later, above all NCCL:
+    groups and links connect when they are first used, and torch's cache could have grown over all there is by then."""
+    return max(0.0, (1 + fraction) / 2 / sharers - buffers / total)
+
+
 def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
     """Pages of a CPU rank's pool without the null page: for `tokens`, rounded down, or (None) KV_TOKENS_ON_CPU.
     ValueError if the memory of a machine does not hold the pools of its ranks. All ranks together."""
@@ -350,9 +357,17 @@ def plan_parts(
 
 
 def make_budget(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fraction: float) -> Budget:
-    """This rank's, from what its GPU has free now, after the weights were made. All ranks of the job together."""
+    """This rank's, from what its GPU has free now, after the weights were made; from here on torch keeps to its share
+    (until `lift_limit`). All ranks of the job together."""
     sharers = mesh.ranks_on_my_gpu()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(mesh.device)
     held = torch.cuda.memory_reserved(mesh.device) + buffers
+    torch.cuda.set_per_process_memory_fraction(share_of_torch(total, buffers, fraction, sharers), mesh.device)
     return Budget(*share_of_gpu(total, free, held, fraction, sharers), parts, page)
+
+
+def lift_limit(device: torch.device) -> None:
+    """Torch may have the whole GPU again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

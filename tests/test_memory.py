@@ -24,6 +24,7 @@ from disagg.memory import (
     plan_parts,
     sampling,
     share_of_gpu,
+    share_of_torch,
     weight_bytes,
 )
 from kernels.backend import Ops
@@ -365,6 +366,8 @@ def test_an_engine_takes_its_share(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    limits = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda limit, device: limits.append(limit))
     config = ModelConfig.from_pretrained(tiny)
     settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
@@ -373,6 +376,14 @@ def test_an_engine_takes_its_share(
     assert budget.available == (left - sharing) * GIB
     assert sum(budget.parts.values()) < GIB / 2
     assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1
+    assert limits == [0.375 if sharing else 0.75]
+
+
+def test_torch_leaves_room_for_others() -> None:
+    assert share_of_torch(80 * GIB, 4 * GIB, 0.9, 1) == pytest.approx(0.95 - 0.05)
+    assert share_of_torch(80 * GIB, 4 * GIB, 0.9, 2) == pytest.approx(0.475 - 0.05)
+    assert share_of_torch(80 * GIB, 0, 1.0, 1) == 1
+    assert share_of_torch(80 * GIB, 60 * GIB, 0.2, 1) == 0
 
 
 def test_flags_are_checked() -> None:
