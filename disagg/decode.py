@@ -57,7 +57,7 @@ class Decode(Unified):
                 self.arrivals[uid].wanted = False
                 self.arrivals[uid].link.put(Cancel(uid))
             case Abort(uid):
-                self.queue = deque(a for a in self.queue if a.sequence.request.uid != uid)
+                self.queue = deque(a for a in self.queue if a.sequence.uid != uid)
                 super().handle(event)
             case Gone(ids):
                 self.links.lose(ids)

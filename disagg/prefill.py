@@ -89,7 +89,7 @@ class Prefill:
         departure.room.fail(error)
         self.scheduler.remove(departure.sequence)
         for link in departure.links:
-            link.put(Closed(departure.sequence.request.uid, error))  # ignored where the room has ended already
+            link.put(Closed(departure.sequence.uid, error))  # ignored where the room has ended already
 
     def make_link(self, decode: Member, generation: int) -> SendLink:
         connect = listen(self.door.store, self.door.host, self.engine.pool.device)
@@ -100,21 +100,21 @@ class Prefill:
     def plan(self) -> Plan:
         plan, now = self.scheduler.schedule(reserve_output=False), time.perf_counter()
         for sequence, _ in plan.prefills:
-            departure = self.departures[sequence.request.uid]
+            departure = self.departures[sequence.uid]
             departure.began = departure.began or now
         return plan
 
     def launched(self, step: Step) -> None:
         """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
         for sequence, _ in step.work.plan.prefills:
-            departure = self.departures[sequence.request.uid]
+            departure = self.departures[sequence.uid]
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
             upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # a page is sent once, full
             if upto > departure.sent:
                 new = slice(departure.sent, upto)
                 for link in departure.links:
-                    link.put(SendPages(sequence.request.uid, sequence.pages[new], departure.pages[new], step.done))
+                    link.put(SendPages(sequence.uid, sequence.pages[new], departure.pages[new], step.done))
                 departure.sent = upto
             if whole:
                 self.scheduler.remove(sequence)
@@ -123,7 +123,7 @@ class Prefill:
         sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
-            uid = sequence.request.uid
+            uid = sequence.uid
             if uid in self.departures:  # else its links ended while the token was on its way
                 departure = self.departures[uid]
                 for link in departure.links:

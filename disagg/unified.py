@@ -74,13 +74,13 @@ class Unified:
         self, sequence: Sequence, token: int, logprobs: list, reason: str | None, parts: Parts | None = None
     ) -> None:
         """A request has a new token, with more to say of it than that; it is the last if there is a `reason`."""
-        uid, logprobs = sequence.request.uid, [logprobs] if logprobs else []
+        uid, logprobs = sequence.uid, [logprobs] if logprobs else []
         self.updates.append(Update(uid, [token], logprobs, reason, parts=parts))
         if reason:
             self.finish(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        del self.sequences[sequence.request.uid]
+        del self.sequences[sequence.uid]
         self.scheduler.remove(sequence)
         # While a token is in flight, a step still writes to the pages, and `after` releases them. A prompt's chunk in
         # flight has no token: the pages' next owner writes after it, on the same stream.

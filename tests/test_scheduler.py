@@ -58,8 +58,8 @@ def make_sequence(uid: int, prompt_len: int, max_tokens: int = 1) -> Sequence:
 
 def shape_of(plan: Plan) -> tuple[list, list]:
     """All that a plan decides, by value."""
-    decodes = [(s.request.uid, s.computed, s.pages) for s in plan.decodes]
-    return decodes, [(s.request.uid, s.computed, s.pages, count) for s, count in plan.prefills]
+    decodes = [(s.uid, s.computed, s.pages) for s in plan.decodes]
+    return decodes, [(s.uid, s.computed, s.pages, count) for s, count in plan.prefills]
 
 
 class Life(RuleBasedStateMachine):
@@ -107,13 +107,13 @@ class Life(RuleBasedStateMachine):
             chunks = decodes.chunks() + prompts
             sampled = plan.advance()
             for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], chunks, strict=True):
-                assert sequence.computed == before[sequence.request.uid] + len(chunk.token_ids)
+                assert sequence.computed == before[sequence.uid] + len(chunk.token_ids)
                 assert chunk.wants_logits == (sequence in sampled)
             landing, rows = twin.flying, np.arange(len(sampled))[::-1]
             twin.latest = Work(plan, decodes, prompts, None, False, sampled, rows)
             self.launched(twin, plan)
             for sequence, end in zip(landing, ends, strict=False):
-                if twin.sequences.get(sequence.request.uid) is sequence:
+                if twin.sequences.get(sequence.uid) is sequence:
                     self.sampled(twin, sequence, EOS if end else OTHER)
                 elif sequence in twin.over:
                     sequence.append(OTHER, (EOS,))
@@ -133,7 +133,7 @@ class Life(RuleBasedStateMachine):
         assert plan.may_end or not (plan.prefills or any(s.computed + 2 >= s.limit for s in plan.decodes))
         assert list(plan.uids) == [s.uid for s in plan.decodes]
         assert sum(len(c.token_ids) for c in chunks) <= self.max_tokens
-        assert len({s.request.uid for s in running}) == len(running), "a sequence twice in one step"
+        assert len({s.uid for s in running}) == len(running), "a sequence twice in one step"
         for sequence, chunk in zip(running, chunks, strict=True):
             written = chunk.start + len(chunk.token_ids)
             assert chunk.token_ids, "a chunk of nothing"
@@ -144,8 +144,8 @@ class Life(RuleBasedStateMachine):
             else:
                 assert list(chunk.token_ids) == sequence.tokens[chunk.start : written]
             assert written <= len(chunk.pages) * PAGE, "a token without a page"
-            if sequence.request.uid not in self.started:
-                self.started.append(sequence.request.uid)
+            if sequence.uid not in self.started:
+                self.started.append(sequence.uid)
         in_order = [uid for uid in self.queued if uid in self.started]
         assert self.started == in_order, "overtaken"
         skipped = [s for s in self.one.scheduler.running if s not in running and s.computed < s.limit - 1]
@@ -165,7 +165,7 @@ class Life(RuleBasedStateMachine):
         assert (reason == "stop") == (token == EOS)
         assert (reason is not None) == (token == EOS or before + 1 == sequence.request.max_tokens)
         if reason is not None:
-            self.drop(twin, sequence.request.uid)
+            self.drop(twin, sequence.uid)
 
     def drop(self, twin: Replica, uid: int) -> None:
         sequence = twin.sequences.pop(uid)
@@ -334,9 +334,9 @@ def test_running_requests_decode_before_prompts_share_what_is_left_of_the_budget
     for uid, length in ((1, 6), (2, 6), (3, 6)):
         scheduler.add(make_sequence(uid, length))
     plan = scheduler.schedule()
-    assert [s.request.uid for s in plan.decodes] == [0]
-    assert [(s.request.uid, count) for s, count in plan.prefills] == [(1, 6), (2, 3)]
-    assert [s.request.uid for s in scheduler.waiting] == [3]
+    assert [s.uid for s in plan.decodes] == [0]
+    assert [(s.uid, count) for s, count in plan.prefills] == [(1, 6), (2, 3)]
+    assert [s.uid for s in scheduler.waiting] == [3]
 
 
 def test_a_request_that_was_handed_over_takes_its_token_out_of_the_budget() -> None:
@@ -358,11 +358,11 @@ def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> Non
     first, large, small = make_sequence(0, 3 * PAGE), make_sequence(1, 5 * PAGE), make_sequence(2, 1)
     for sequence in (first, large, small):
         scheduler.add(sequence)
-    assert [s.request.uid for s, _ in scheduler.schedule().prefills] == [0]
-    assert [s.request.uid for s in scheduler.waiting] == [1, 2]
+    assert [s.uid for s, _ in scheduler.schedule().prefills] == [0]
+    assert [s.uid for s in scheduler.waiting] == [1, 2]
     scheduler.remove(first)
     scheduler.release(first)
-    assert [s.request.uid for s, _ in scheduler.schedule().prefills] == [1, 2]
+    assert [s.uid for s, _ in scheduler.schedule().prefills] == [1, 2]
 
 
 @pytest.mark.parametrize("reserve_output, pages", ((True, 3), (False, 1)))
