@@ -33,6 +33,7 @@ from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
+WORK = {"prompt", "max_tokens", "input", "output", "show"}  # flags of those who have it
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,11 +105,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of a GPU's memory, for all ranks of this job on it together (0.9)",
     )
     args = parser.parse_args(argv)
-    _check_flags(args)
+    _check_flags(args, parser)
     return args
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     has_work = args.role in ("unified", "router")
     if has_work and (args.prompt is None) == (args.input is None):
         raise ValueError(f"--role {args.role} needs exactly one of --prompt and --input")
@@ -116,14 +117,24 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--input and --output go together: requests from one file, answers to another")
     if not has_work and (args.prompt is not None or args.input is not None):
         raise ValueError(f"--role {args.role} takes its work from the router, not from --prompt or --input")
+    if args.input is not None and args.max_tokens != parser.get_default("max_tokens"):
+        raise ValueError(f"--max-tokens {args.max_tokens} is for --prompt; a line of --input has its own max_tokens")
+    for flag in sorted(_unread(args.role, set(vars(args)))):
+        if getattr(args, flag) != parser.get_default(flag):
+            raise ValueError(f"--role {args.role} does not take --{flag.replace('_', '-')}")
     for role_needs, flag in ((args.role == "router", "listen"), (not has_work, "router")):
         if role_needs and getattr(args, flag) is None:
             raise ValueError(f"--role {args.role} needs --{flag} HOST:PORT")
-        if not role_needs and getattr(args, flag) is not None:
-            raise ValueError(f"--role {args.role} does not take --{flag}")
     for flag, given in (("threshold", args.rebalance_threshold), ("layers-per-step", args.rebalance_layers_per_step)):
         if given != 1 and not args.rebalance_interval:
             raise ValueError(f"--rebalance-{flag} {given} needs --rebalance-interval: no expert moves without it")
+
+
+def _unread(role: str, flags: set[str]) -> set[str]:
+    """Those that would be without effect."""
+    if role == "router":  # it runs no model
+        return flags - WORK - {"role", "model", "listen", "max_model_len"}
+    return {"listen", "router"} if role == "unified" else {"listen"} | WORK
 
 
 class FrontDoor:

@@ -362,6 +362,16 @@ BAD_COMMANDS = {
     "no listen": (("--role", "router", "--prompt", "x"), "--role router needs --listen HOST:PORT"),
     "no work": ((), "--role unified needs exactly one of --prompt and --input"),
     "work for prefill": (("--role", "prefill", "--router", "a:1", "--prompt", "x"), "takes its work from the router"),
+    "listening": (("--prompt", "x", "--listen", "a:1"), "--role unified does not take --listen"),
+    "a router's sizes": (
+        ("--role", "router", "--listen", "a:1", "--prompt", "x", "--max-batch", "8"),
+        "--role router does not take --max-batch",
+    ),
+    "a worker's limit": (("--role", "decode", "--router", "a:1", "--max-tokens", "8"), "decode does not take --max-to"),
+    "limit of lines": (
+        ("--input", "{tmp}/in", "--output", "{tmp}/o", "--max-tokens", "8"),
+        "--max-tokens 8 is for --prompt; a line of --input has its own max_tokens",
+    ),
     "input alone": (("--input", "x.jsonl"), "--input and --output go together"),
     "output of a prompt": (("--prompt", "x", "--output", "{tmp}/o"), "--input and --output go together"),
     "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for --listen"),
