@@ -26,7 +26,7 @@ or *modelled*.
 
 def render(records: list[Record]) -> str:
     parts = [INTRO]
-    for origin, group in groupby(records, key=_origin):
+    for origin, group in groupby(sorted(records, key=_origin), key=_origin):  # what a run gave stays in its order
         parts.append(
             f"\n## {origin}\n\n| figure | value | reference | ratio | kind |\n| --- | --- | --- | --- | --- |\n"
         )
@@ -39,7 +39,7 @@ def render(records: list[Record]) -> str:
 
 def _origin(r: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in r.versions.items())
-    return f"{r.machine}, {r.date}, commit {r.commit}\n\n`{r.command}` with {versions}"
+    return f"`{r.command}`\n\n{r.machine}, {r.date}, commit {r.commit}; {versions}"
 
 
 def main() -> None:

@@ -48,5 +48,11 @@ def test_a_kind_that_does_not_exist_is_refused() -> None:
         Record("a", 1, "s", kind="guessed", **ENVIRONMENT)
 
 
+def test_what_a_run_gave_stands_together() -> None:
+    commits = {"a": "abc", "b": "def", "c": "abc"}
+    page = render([Record(name, 1, "s", **ENVIRONMENT | {"commit": commits[name]}) for name in commits])
+    assert page.count("## `c`") == 2 and page.index("| a |") < page.index("| c |") < page.index("| b |")
+
+
 def test_a_simulated_figure_says_so_on_the_page() -> None:
     assert "| simulated |" in render([Record("a", 1, "s", kind="simulated", **ENVIRONMENT)])
