@@ -49,7 +49,7 @@ class Report:
         gpus = torch.cuda.device_count() if on_gpu else 0
         sharing = f", sharing {gpus} GPU" if on_gpu and gpus < 2 * pairs else ""
         self.prefix, self.records = f"handoff {pairs} + {pairs}{sharing}", []
-        self.wire: float | None = None  # GB/s, to hold the others against
+        self.copy: tuple[float, str] | tuple[()] = ()  # GB/s and its name, to hold the others against
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
         better = "higher" if unit == "GB/s" else "lower"
@@ -61,14 +61,13 @@ class Report:
     def ends(self, part: str, found: Any, args: argparse.Namespace) -> None:
         match part, found:
             case "wire", (copy, wire):
-                self.add("copy within one process", median(copy) / 1e9, "GB/s")
-                self.wire = round(median(wire) / 1e9, 4)
-                self.add("one large tensor, torch.distributed", self.wire, "GB/s")
+                self.copy = round(median(copy) / 1e9, 4), "copy within one process, same run"
+                self.add("copy within one process", self.copy[0], "GB/s")
+                self.add("one large tensor, torch.distributed", median(wire) / 1e9, "GB/s", *self.copy)
             case "pages", (tokens, one):
                 what = f"scattered pages of {tokens} tokens"
-                source = "one large tensor, torch.distributed, same run" if self.wire else ""
-                self.add(f"{what}, {AHEAD} prompts at once", one["stream"] / 1e9, "GB/s", self.wire, source)
-                self.add(f"{what}, while receiving", one["receiving"] / 1e9, "GB/s", self.wire, source)
+                self.add(f"{what}, {AHEAD} prompts at once", one["stream"] / 1e9, "GB/s", *self.copy)
+                self.add(f"{what}, while receiving", one["receiving"] / 1e9, "GB/s", *self.copy)
                 self.add(f"{what}, one prompt alone ({one['bytes'] / 1e6:.1f} MB)", 1e3 * one["alone"], "ms")
             case "steps", steps:
                 beside = {"paced": "transfers of what prefill computes", "flooded": "transfers without a pause"}

@@ -22,12 +22,13 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     assert "tokens of 1 prefill + 1 decode ranks equal those of one process" in run.stdout
     records = {record.name.removeprefix("handoff 1 + 1: "): record for record in load(out)}
 
-    wire = records["one large tensor, torch.distributed"].value
+    copy, wire = records["copy within one process"].value, records["one large tensor, torch.distributed"]
+    assert wire.value > 0 and wire.reference == copy > 0
     for tokens, megabytes in ((64, 0.1), (256, 0.6)):  # x 2 layers x 576 bf16
         what = f"scattered pages of {tokens} tokens, "
         assert records[f"{what}one prompt alone ({megabytes} MB)"].value > 0
         for rate in (f"{AHEAD} prompts at once", "while receiving"):
-            assert records[what + rate].value > 0 and records[what + rate].reference == wire > 0
+            assert records[what + rate].value > 0 and records[what + rate].reference == copy
 
     beside = "transfers of what prefill computes", "transfers without a pause"
     assert all(records[f"{transfers}, beside steps"].value > 0 for transfers in beside)
