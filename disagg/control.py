@@ -30,13 +30,15 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """A replica to the router: I am here. `members` are its ranks, the sender first."""
+    """A replica to the router: I am here. `members` are its ranks, the sender first; `job` is the same for all replicas
+    of a job, which cannot outlive one another."""
 
     role: Literal["unified", "prefill", "decode"]
     members: Annotated[list[Member], msgspec.Meta(min_length=1)]
     max_batch: Annotated[int, msgspec.Meta(ge=1)]
     kv_tokens: Annotated[int, msgspec.Meta(ge=1)]
     kv: str  # what is handed over: replicas that differ in it cannot serve together
+    job: str
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -2,7 +2,8 @@
 
 It holds the tokenizer and the configuration only. Replicas may come before or after it, and in any order; requests
 wait until there is one to serve them. A replica that dies takes its requests with it: those that have no token yet
-are tried once more elsewhere, the others end with an error.
+are tried once more elsewhere, the others end with an error. The other replicas of its job die with it, each as it
+notices: they get no more requests, and what has failed at one is not given to the next.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from disagg.request import UserRequest
 from disagg.tokenizer import TextStream
 
 PING_S = 1.0
+SUSPECT_S = 3.0  # how long a request keeps away from a job where it has failed, unless that dies
 REPLACEMENT_S = 30.0  # how long requests wait for a role that has died out to come back
 FAREWELL_S = 15.0  # how long to wait for the replicas' last words
 NOTICE_S = 10.0  # how long requests wait for a role that is missing before a line says so
@@ -56,6 +58,12 @@ class Tracked:
     attempts: int = 0
     decode: Replica | None = None
     prefill: Replica | None = None
+    suspects: dict[str, float] = field(default_factory=dict)  # jobs where it failed, and until when it avoids them
+
+    @property
+    def tokens(self) -> int:
+        """Of KV that it may come to hold."""
+        return len(self.user.request.prompt) + self.user.request.max_tokens
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Router:
         self._uids = itertools.count()
         self._next_ping = 0.0
         self._expected, self._leaving = expected, False
+        self._ending: set[str] = set()  # jobs that have lost a replica
         self._kv: str | None = None  # what the first replica hands over; all must be alike
         self._open = False  # has there been anybody to serve a request yet?
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
@@ -163,35 +172,49 @@ class Router:
 
     def _assign(self) -> None:
         """Give waiting requests to the emptiest replicas: by KV for decode, by prompt tokens ahead for prefill."""
-        while self._waiting:
-            pair = self._choose()
-            if pair is None:
-                break
-            if not self._open:
-                self._start_clocks()
+        held = []  # those that nobody who is free should have now
+        while self._waiting and (free := self._free()):
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
+            pair = self._choose(tracked, free)
+            if pair is None:
+                held.append(uid)
+                continue
+            if not self._open:
+                self._start_clocks()
             request = msgspec.structs.replace(tracked.user.request, uid=uid)
             decode, prefill = pair
             tracked.decode, tracked.prefill, tracked.attempts = decode, prefill, tracked.attempts + 1
             decode.requests.add(uid)
-            decode.reserved += len(request.prompt) + request.max_tokens
+            decode.reserved += tracked.tokens
             if prefill is not None:
                 prefill.prompts += len(request.prompt)
             self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not None else None))
+        self._waiting.extendleft(reversed(held))
 
-    def _choose(self) -> tuple[Replica, Replica | None] | None:
-        """A decode (or unified) replica with room, and a prefill replica for a decode one."""
-        free = [r for r in self._able_to_serve() if len(r.requests) < QUEUE_FACTOR * r.hello.max_batch]
-        if not free:
+    def _free(self) -> list[Replica]:
+        return [r for r in self._able_to_serve() if len(r.requests) < QUEUE_FACTOR * r.hello.max_batch]
+
+    def _choose(self, tracked: Tracked, free: list[Replica]) -> tuple[Replica, Replica | None] | None:
+        """A decode (or unified) replica of the `free` ones, and a prefill replica for a decode one."""
+        decodes = [r for r in self._suitable(tracked, self._able_to_serve(), tracked.tokens) if r in free]
+        if not decodes:
             return None
-        decode = min(free, key=lambda r: r.reserved / r.hello.kv_tokens)
+        decode = min(decodes, key=lambda r: r.reserved / r.hello.kv_tokens)
         if decode.hello.role == "unified":
             return decode, None
-        return decode, min(self._in_role("prefill"), key=lambda r: r.prompts)
+        prefills = self._suitable(tracked, self._in_role("prefill"), len(tracked.user.request.prompt))
+        return (decode, min(prefills, key=lambda r: r.prompts)) if prefills else None
+
+    def _suitable(self, tracked: Tracked, replicas: list[Replica], tokens: int) -> list[Replica]:
+        """Those that a request should go to: whose KV can hold its `tokens` (if none can: any, which says so), and
+        where it has not just failed."""
+        now = time.monotonic()
+        replicas = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
+        return [r for r in replicas if tracked.suspects.get(r.hello.job, now) <= now]
 
     def _in_role(self, role: str) -> list[Replica]:
-        return [replica for replica in self.replicas.values() if replica.hello.role == role]
+        return [r for r in self.replicas.values() if r.hello.role == role and r.hello.job not in self._ending]
 
     def _able_to_serve(self) -> list[Replica]:
         """Where a request can go: unified replicas, and decode ones as long as there is anybody to prefill."""
@@ -226,9 +249,9 @@ class Router:
     def _update(self, update: Update) -> None:
         tracked, now = self._tracked[update.uid], time.monotonic()
         if update.error is not None:
-            if update.retry and tracked.attempts < ATTEMPTS:
+            if update.retry and tracked.prefill is not None and tracked.attempts < ATTEMPTS:
                 self._next_ping = 0.0  # has its prefill replica died? to be known before the request goes out again
-                self._retry(update.uid)
+                self._retry(update.uid, tracked.prefill)
             else:
                 self._end(update.uid, "error", update.error)
             return
@@ -266,15 +289,16 @@ class Router:
         tracked = self._tracked.pop(uid)
         self._prompt_done(tracked)
         if tracked.decode is not None:
-            request = tracked.user.request
             tracked.decode.requests.discard(uid)
-            tracked.decode.reserved -= len(request.prompt) + request.max_tokens
+            tracked.decode.reserved -= tracked.tokens
         tracked.decode = None
         return tracked
 
-    def _retry(self, uid: int) -> None:
+    def _retry(self, uid: int, failed: Replica) -> None:
         self.metrics.retries += 1
-        self._queue(self._leave(uid))
+        tracked = self._leave(uid)
+        tracked.suspects[failed.hello.job] = time.monotonic() + SUSPECT_S
+        self._queue(tracked)
 
     def _end(self, uid: int, reason: str, error: str | None = None) -> None:
         tracked, now = self._leave(uid), time.monotonic()
@@ -310,8 +334,10 @@ class Router:
                     self._lose(replica, "died")
 
     def _lose(self, lost: Replica, how: str) -> None:
+        self._ending.add(lost.hello.job)
         if not self._leaving and lost.hello.role != "unified":
-            had = f"{len(lost.requests)} requests were on it"
+            count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
+            had = f"{count} requests were on it"
             print(f"router: a {lost.hello.role} replica {how}; {had}", file=sys.stderr, flush=True)
         for replica in () if self._leaving else self.replicas.values():
             self.port.send(replica.id, Gone([member.id for member in lost.hello.members]))
@@ -321,7 +347,7 @@ class Router:
                 error = f"the {lost.hello.role} replica serving it {how}"
                 self._end(uid, "error", INTERRUPTED if self.stopped() else error)
             else:
-                self._retry(uid)
+                self._retry(uid, lost)
 
     def _farewell(self) -> None:
         self._leaving = True

@@ -58,9 +58,10 @@ def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[
 def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
     """Run until the router says Finish or somebody interrupts. What went wrong, if the end was not a good one."""
     role, members = make_role(name, engine, mesh, router[0])
+    job = mesh.ep.exchange(members[0].id)[0]
     port = WorkerPort(members[0].id, *router) if mesh.leads else None
     if port is not None:
-        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout))
+        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout, job))
     pipeline, nap_ms, finished, problem = Pipeline(role, engine, mesh), 1, False, None
     while True:
         inbox = port.poll() if port is not None else []

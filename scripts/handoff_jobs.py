@@ -208,9 +208,9 @@ class Watched(Router):
             self.lost_at.append(time.monotonic())
         super()._lose(lost, how)
 
-    def _retry(self, uid: int) -> None:
+    def _retry(self, uid: int, failed: Replica) -> None:
         self.retried.setdefault(self._tracked[uid].position, time.monotonic())
-        super()._retry(uid)
+        super()._retry(uid, failed)
 
 
 def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]:

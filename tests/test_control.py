@@ -52,7 +52,7 @@ TO_WORKER = (
     Ping(),
 )
 TO_ROUTER = (
-    Hello("decode", [MEMBER, Member("b", "::1")], 64, 2**40, "5 layers"),
+    Hello("decode", [MEMBER, Member("b", "::1")], 64, 2**40, "5 layers", "a"),
     Updates([UPDATE, Tokens({7: 128_000, 2**40: 0}), Update(4, error="boom", retry=True), Update(5)]),
     Updates([]),
     Bye({"decode_steps": 3, "seconds": 0.125}),

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import pytest
@@ -18,9 +19,10 @@ HOST = "127.0.0.1"
 SOON_S = 20
 
 
-def replica(name: str, role: str, port: int) -> WorkerPort:
+def replica(name: str, role: str, port: int, job: str | None = None, kv_tokens: int = 640) -> WorkerPort:
+    """`job`: one of its own, unless said otherwise."""
     worker = WorkerPort(name, HOST, port)
-    worker.send(Hello(role, [Member(name, HOST)], 4, 640, "kv"))
+    worker.send(Hello(role, [Member(name, HOST)], 4, kv_tokens, "kv", job or name))
     return worker
 
 
@@ -41,36 +43,114 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None:
-    """Its links break at once; the router would find out by its next ping, up to a second later."""
+@contextmanager
+def serving(request: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
+    """A router with one request, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
     router = Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, lambda: False)
-    request = UserRequest("x", Request(0, [5, 6, 7], 1), [])
-
-    def serve() -> None:
-        router.run([request], lambda position, answer: answers.setdefault(position, answer))
-
-    prefills = {name: replica(name, "prefill", port.port) for name in ("a", "b")}
-    thread = threading.Thread(target=serve, daemon=True)
+    work = [UserRequest("x", request, [])]
+    thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
     thread.start()
-    until(lambda: len(router.replicas) == 2)
-    decode = replica("d", "decode", port.port)
-    first = hear(decode, Submit)
-    dead = first.prefill[0].id
-    prefills.pop(dead).close()
-    decode.send(Updates([Update(first.request.uid, error="link down", retry=True)]))
-    second = hear(decode, Submit)
-    assert [member.id for member in second.prefill] == list(prefills)
-    decode.send(Updates([Update(second.request.uid, [9], finish="length")]))
-    for worker in (decode, *prefills.values()):
-        hear(worker, Finish)
-        worker.send(Bye({}))
-        worker.close()
+    yield router, answers
     thread.join(SOON_S)
     assert not thread.is_alive()
     port.close()
-    answer: Answer = answers[0]
-    assert answer.error is None and answer.token_ids == [9] and router.metrics.retries == 1
+
+
+def fail(decode: WorkerPort, submit: Submit) -> Submit:
+    """The link to its prefill replica breaks; where it is tried next."""
+    decode.send(Updates([Update(submit.request.uid, error="link down", retry=True)]))
+    return hear(decode, Submit)
+
+
+def finish(decode: WorkerPort, submit: Submit, *others: WorkerPort) -> None:
+    decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
+    for worker in (decode, *others):
+        hear(worker, Finish)
+        worker.send(Bye({}))
+        worker.close()
+
+
+def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None:
+    """Its links break at once; the router would find out by its next ping, up to a second later."""
+    with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
+        prefills = {name: replica(name, "prefill", router.port.port) for name in ("a", "b")}
+        until(lambda: len(router.replicas) == 2)
+        decode = replica("d", "decode", router.port.port)
+        first = hear(decode, Submit)
+        prefills.pop(first.prefill[0].id).close()
+        second = fail(decode, first)
+        assert [member.id for member in second.prefill] == list(prefills)
+        finish(decode, second, *prefills.values())
+    assert answers[0].error is None and answers[0].token_ids == [9] and router.metrics.retries == 1
+
+
+def test_a_retry_goes_to_another_job() -> None:
+    """Of a job that loses a rank, the other replicas are still there for a while, and idle."""
+    with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
+        prefills = [replica(name, "prefill", router.port.port, "ab") for name in ("a", "b")]
+        until(lambda: len(router.replicas) == 2)
+        decode = replica("d", "decode", router.port.port)
+        first = hear(decode, Submit)
+        prefills.append(replica("c", "prefill", router.port.port))
+        until(lambda: len(router.replicas) == 4)
+        second = fail(decode, first)
+        assert [member.id for member in second.prefill] == ["c"]
+        finish(decode, second, *prefills)
+    assert answers[0].error is None
+
+
+def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch) -> None:
+    """There is nobody else: a link may have broken between two replicas that live."""
+    monkeypatch.setattr(module, "SUSPECT_S", 0.5)
+    with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
+        decode, prefill = (replica(role, role, router.port.port) for role in ("decode", "prefill"))
+        first, start = hear(decode, Submit), time.monotonic()
+        second = fail(decode, first)
+        assert time.monotonic() - start >= 0.5 and [member.id for member in second.prefill] == ["prefill"]
+        finish(decode, second, prefill)
+    assert answers[0].error is None
+
+
+def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
+    with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
+        dying = {name: replica(name, "decode", router.port.port, "ab") for name in ("a", "b")}
+        until(lambda: len(router.replicas) == 2)
+        prefill = replica("p", "prefill", router.port.port)
+        until(lambda: any(one.requests for one in router.replicas.values()))
+        dying.pop(next(name for name, one in router.replicas.items() if one.requests)).close()
+        other = replica("c", "decode", router.port.port)
+        submit = hear(other, Submit)
+        (left,) = dying.values()
+        finish(other, submit, prefill, left)
+    assert answers[0].error is None
+    assert "a decode replica died; 1 requests were on it" in capsys.readouterr().err
+
+
+def test_the_requests_on_a_prefill_replica_are_counted(capsys) -> None:
+    with serving(Request(0, [5, 6, 7], 1)) as (router, _):
+        decode, prefill = (replica(role, role, router.port.port) for role in ("decode", "prefill"))
+        submit = hear(decode, Submit)
+        prefill.close()
+        until(lambda: len(router.replicas) == 1)
+        finish(decode, submit)
+    assert "a prefill replica died; 1 requests were on it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("small_role", ["decode", "prefill"])
+@pytest.mark.parametrize("order", [("small", "large"), ("large", "small")])
+def test_a_request_goes_where_it_fits(small_role: str, order: tuple[str, str]) -> None:
+    """150 + 60 tokens do not fit into 128 of KV, and 640 are there; nor does the prompt alone."""
+    other = "prefill" if small_role == "decode" else "decode"
+    with serving(Request(0, [5] * 150, 60)) as (router, answers):
+        sized = {n: replica(n, small_role, router.port.port, None, {"small": 128, "large": 640}[n]) for n in order}
+        until(lambda: len(router.replicas) == 2)
+        partner = replica("partner", other, router.port.port)
+        decode, rest = (partner, sized.values()) if other == "decode" else (sized["large"], [partner, sized["small"]])
+        submit = hear(decode, Submit)
+        assert other == "prefill" or [member.id for member in submit.prefill] == ["large"]
+        finish(decode, submit, *rest)
+    assert answers[0].error is None
 
 
 @pytest.mark.parametrize(
