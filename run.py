@@ -117,6 +117,8 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         raise ValueError("--input and --output go together: requests from one file, answers to another")
     if not has_work and (args.prompt is not None or args.input is not None):
         raise ValueError(f"--role {args.role} takes its work from the router, not from --prompt or --input")
+    if args.prompt is not None and args.show:
+        raise ValueError("--show is for --input; a --prompt is shown anyway")
     if args.input is not None and args.max_tokens != parser.get_default("max_tokens"):
         raise ValueError(f"--max-tokens {args.max_tokens} is for --prompt; a line of --input has its own max_tokens")
     for flag in sorted(_unread(args.role, set(vars(args)))):
@@ -134,7 +136,9 @@ def _unread(role: str, flags: set[str]) -> set[str]:
     """Those that would be without effect."""
     if role == "router":  # it runs no model
         return flags - WORK - {"role", "model", "listen", "max_model_len"}
-    return {"listen", "router"} if role == "unified" else {"listen"} | WORK
+    if role == "unified":
+        return {"listen", "router"}
+    return {"listen"} | WORK | ({"no_graphs"} if role == "prefill" else set())
 
 
 class FrontDoor:
@@ -296,6 +300,10 @@ def main() -> int:
         print(f"router: listening on port {front.port.port}", file=sys.stderr)
         front.run(lambda: interrupt.seen)
         return 1 if front.failed else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing it must not fail once more
+        print("run.py: error: nobody reads what it prints", file=sys.stderr)
+        return 1
     except ValueError as error:
         if launched_local_rank() == 0:  # the others of this machine would only repeat it
             print(f"run.py: error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@ and no link, and is the same for every role."""
 
 import gc
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,8 @@ class EngineConfig:
                 raise ValueError(f"--record-experts {self.record_experts!r}: it is a folder")
             if not path.parent.is_dir():
                 raise ValueError(f"--record-experts {self.record_experts}: no such folder")
+            if not os.access(path.parent, os.W_OK):
+                raise ValueError(f"--record-experts {self.record_experts}: its folder cannot be written to")
         for name in ("rebalance_threshold", "gpu_memory_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in (0, 1]")
@@ -376,11 +379,15 @@ class Engine:
 
     @property
     def kv_layout(self) -> str:
-        """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them."""
-        model = hashlib.sha256(repr(replace(self.config, dtype="", fp8=False)).encode()).hexdigest()[:8]
+        """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them, told by
+        its configuration and its norms, which every rank has as they are in the checkpoint."""
+        told = hashlib.sha256(repr(replace(self.config, fp8=False)).encode())
+        for name, weight in self.model.named_parameters():
+            if "norm" in name:
+                told.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())
         layers, _, page, width = self.pool.shape
         dtype = str(self.pool.dtype).removeprefix("torch.")
-        return f"{layers} layers x {page} x {width} {dtype}, model {model}"
+        return f"{layers} layers x {page} x {width} {dtype}, model {told.hexdigest()[:8]}"
 
     @property
     def kv_tokens(self) -> int:

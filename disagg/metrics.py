@@ -1,5 +1,6 @@
 """What a run did, as a table."""
 
+import math
 from collections import Counter
 from statistics import median
 
@@ -12,8 +13,7 @@ def percentile(values: list[float], share: float) -> float:
     """Nearest-rank percentile; nan of nothing."""
     if not values:
         return float("nan")
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def balancedness(stats: dict[str, float]) -> str:

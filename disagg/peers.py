@@ -21,13 +21,16 @@ class Links:
         self.gone: set[str] = set()  # peers that have died
 
     def get(self, peer: Member, generation: int) -> Link:
-        """One that was dropped stays so: its rooms end at once."""
+        """One that was dropped stays so: its rooms end at once. Nor is one to a peer that has died waited for."""
         key = peer.id, generation
         if key in self._dropped:
             return self._dropped[key]
         if key not in self._links:
             self._drop(other for other in self._links if other[0] == peer.id and other[1] < generation)
-            self._links[key] = self._make(peer, generation)
+            self._links[key] = link = self._make(peer, generation)
+            if peer.id in self.gone:
+                self._drop([key])
+            return link
         return self._links[key]
 
     def drain(self) -> list[Any]:

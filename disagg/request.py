@@ -71,7 +71,7 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     if not is_id(raw.get("id", uid)):
-        raise ValueError(f"id is {raw['id']!r:.60}; it must be a string or an integer")
+        raise ValueError(f"id is {raw['id']!r:.60}; it must be a string of Unicode or an integer")
     given = [name for name in PROMPTS if name in raw]
     if len(given) != 1:
         raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
@@ -95,7 +95,8 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
 
 
 def is_id(value: Any) -> bool:
-    return type(value) in (str, int)
+    """JSON can spell half a surrogate pair, which nobody can print."""
+    return type(value) is int or type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def read_object(line: str) -> dict:

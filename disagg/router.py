@@ -335,11 +335,13 @@ class Router:
 
     def _lose(self, lost: Replica, how: str) -> None:
         self._ending.add(lost.hello.job)
-        if not self._leaving and lost.hello.role != "unified":
+        if self._leaving:  # what is still here then cannot be delivered
+            return
+        if lost.hello.role != "unified":
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
             had = f"{count} requests were on it"
             print(f"router: a {lost.hello.role} replica {how}; {had}", file=sys.stderr, flush=True)
-        for replica in () if self._leaving else self.replicas.values():
+        for replica in self.replicas.values():
             self.port.send(replica.id, Gone([member.id for member in lost.hello.members]))
         for uid in list(lost.requests):
             tracked = self._tracked[uid]

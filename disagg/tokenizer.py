@@ -29,6 +29,8 @@ def _chat_template(folder: Path):
         settings = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: it must hold a JSON object, not {type(settings).__name__}")
     source = alone.read_text() if alone.is_file() else settings.get("chat_template")
     if not source:
         return None
@@ -36,7 +38,9 @@ def _chat_template(folder: Path):
     environment.globals["raise_exception"] = _raise
     for name in ("bos_token", "eos_token", "pad_token"):
         token = settings.get(name)
-        environment.globals[name] = token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:  # else the template would write "None"
+            environment.globals[name] = token
     try:
         return environment.from_string(source)
     except (TemplateError, TypeError) as error:

@@ -32,9 +32,12 @@ class Unified:
                 self.finish(self.sequences[uid])
 
     def fits(self, request: Request) -> bool:
-        """Can it ever run here? If not, the router hears why."""
+        """Can it ever run here? If not, the router hears why. (Its own model may be another.)"""
+        vocab, most = self.engine.config.vocab_size, max(request.prompt)
         try:
             self.scheduler.check_fits(len(request.prompt) + request.max_tokens)
+            if most >= vocab:
+                raise ValueError(f"token {most} is not in the vocabulary of {vocab} of the model that serves it")
         except ValueError as error:
             self.updates.append(Update(request.uid, error=str(error)))
             return False

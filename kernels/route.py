@@ -28,6 +28,7 @@ def _gate_kernel(
     exists = (group < n_group)[:, None] & (place < per_group)[None, :]
     scores = tl.sigmoid(tl.load(logits + token * num_experts + expert, mask=exists, other=0.0).to(tl.float32))
     choice = scores + tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
+    choice = tl.where(choice == choice, choice, -1e30)  # of a NaN, argmax could find the same one twice, or none
     choice = tl.where(exists, choice, float("-inf"))
 
     if G > 1:  # keep the topk_group groups whose two best experts sum highest

@@ -1,7 +1,8 @@
 """ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`."""
 
 import json
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 SUPPORTED = "deepseek_v3"
@@ -9,9 +10,10 @@ MAY_BE_ZERO = (
     "n_shared_experts",
     "first_k_dense_replace",
     "num_nextn_predict_layers",
-    "bos_token_id",
     "qk_nope_head_dim",
 )
+# What transformers would take from DeepSeek-V3 itself if config.json did not say it, whatever the model.
+ASKED_FOR = ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace")
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0
-    dtype: str = "bfloat16"
     fp8: bool = False  # weights in e4m3 with one scale for each 128x128 block
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     rope: Rope = field(default_factory=Rope)
 
@@ -75,19 +75,18 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ModelConfig":
-        """Read `folder/config.json`; ValueError names the field, its value and the rule it breaks."""
-        path = Path(folder) / "config.json"
+        """Read `folder/config.json`, and of `generation_config.json`, if there is one, the tokens that end a text.
+        ValueError names the field, its value and the rule it breaks."""
+        path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
         if not Path(folder).is_dir():
             raise ValueError(f"--model {folder}: no such folder")
         if not path.is_file():
             raise ValueError(f"--model {folder}: it has no config.json")
-        try:
-            raw = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: it must hold a JSON object, not {type(raw).__name__}")
-        return cls.from_dict(raw, str(path))
+        config = cls.from_dict(_read_json(path), str(path))
+        if not generation.is_file():
+            return config
+        more = _token_ids(_read_json(generation), str(generation))
+        return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
 
     @classmethod
     def from_dict(cls, raw: dict, where: str = "config") -> "ModelConfig":
@@ -100,6 +99,7 @@ class ModelConfig:
             "attention_bias": False,
             "moe_layer_freq": 1,
             "rope_interleave": True,
+            "partial_rotary_factor": 1,
         }
         for name, only in unsupported.items():
             if raw.get(name, only) != only:
@@ -109,12 +109,12 @@ class ModelConfig:
             for name in cls.__dataclass_fields__
             if raw.get(name) is not None and name not in ("rope", "fp8")
         }
-        own["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-        eos = raw.get("eos_token_id")
-        own["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        own["eos_token_ids"] = _token_ids(raw, where)
         own["rope"] = _read_rope(raw, where)
         own["fp8"] = _read_quantization(raw.get("quantization_config"), where)
-        required = [f.name for f in cls.__dataclass_fields__.values() if f.default is f.default_factory]
+        required = [
+            f.name for f in cls.__dataclass_fields__.values() if f.default is f.default_factory or f.name in ASKED_FOR
+        ]
         if missing := [name for name in required if name not in own]:
             raise ValueError(f"{where}: required fields are missing: {', '.join(missing)}")
         config = cls(**own)
@@ -128,6 +128,10 @@ class ModelConfig:
                 least = 0 if name in MAY_BE_ZERO else 1
                 if type(value) is not int or value < least:
                     raise ValueError(f"{where}: {name} is {value!r}; it must be an integer of at least {least}")
+            elif kind is bool and type(value) is not bool:
+                raise ValueError(f"{where}: {name} is {value!r}; it must be true or false")
+            elif kind is float:
+                _check_number(where, name, value, positive=True)
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:
             raise ValueError(f"{where}: n_routed_experts % n_group must be 0, not {experts} % {groups}")
@@ -143,40 +147,76 @@ class ModelConfig:
             raise ValueError(f"{where}: qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
 
 
+def _check_number(where: str, name: str, value: object, positive: bool) -> None:
+    number = type(value) in (int, float) and math.isfinite(value)
+    if not number or value < 0 or (positive and value == 0):
+        rule = "a number over 0" if positive else "a number of at least 0"
+        raise ValueError(f"{where}: {name} is {value!r}; it must be {rule}")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: it must hold a JSON object, not {type(raw).__name__}")
+    return raw
+
+
+def _token_ids(raw: dict, where: str) -> tuple[int, ...]:
+    """The tokens that end a text: one id, several, or null."""
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError(f"{where}: eos_token_id is {eos!r}; it must be an integer of at least 0, or a list of them")
+    return tuple(ids)
+
+
 def _read_quantization(given: dict | None, where: str) -> bool:
     if not given:
         return False
-    method, block = given.get("quant_method"), given.get("weight_block_size")
-    if method != "fp8" or list(block or ()) != [128, 128]:
-        raise ValueError(
-            f"{where}: quantization_config has quant_method {method!r} and weight_block_size {block!r}; "
-            f"only 'fp8' with [128, 128] is supported"
-        )
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: quantization_config is {given!r}; it must be an object")
+    only = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    for name, value in only.items():
+        if given.get(name, "e4m3" if name == "fmt" else None) != value:
+            raise ValueError(
+                f"{where}: quantization_config's {name} is {given.get(name)!r}; only {value!r} is supported"
+            )
     return True
 
 
 def _read_rope(raw: dict, where: str) -> Rope:
-    """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's single `rope_parameters`."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's single `rope_parameters`. Of both, the first
+    counts, as in transformers: somebody added it to what transformers had saved."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise ValueError(f"{where}: rope_scaling is {given!r}; it must be an object")
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    _check_number(where, "rope_theta", theta, positive=True)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return Rope(theta=theta)
     if kind != "yarn":
         raise ValueError(f"{where}: rope type is {kind!r}; only 'default' and 'yarn' are supported")
-    if "factor" not in given:
+    if given.get("factor") is None:
         raise ValueError(f"{where}: yarn rope scaling has no 'factor'")
-    for name, only in (("attention_factor", None), ("truncate", True)):
+    for name, only in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1)):
         if given.get(name, only) != only:
             raise ValueError(f"{where}: yarn's {name} is {given[name]!r}; only {only!r} is supported")
-    return Rope(
-        theta=theta,
-        factor=given["factor"],
-        original_max_position=given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096),
-        beta_fast=given.get("beta_fast") or 32.0,
-        beta_slow=given.get("beta_slow") or 1.0,
-        mscale=given.get("mscale") or 0.0,
-        mscale_all_dim=given.get("mscale_all_dim") or 0.0,
-    )
+    original = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096)
+    numbers = {
+        "factor": given["factor"],
+        "beta_fast": given.get("beta_fast") or 32.0,
+        "beta_slow": given.get("beta_slow") or 1.0,
+        "mscale": given.get("mscale") or 0.0,
+        "mscale_all_dim": given.get("mscale_all_dim") or 0.0,
+    }
+    for name, value in numbers.items():
+        _check_number(where, f"yarn's {name}", value, positive="mscale" not in name)
+    if type(original) is not int or original < 1:
+        raise ValueError(
+            f"{where}: yarn's original_max_position_embeddings is {original!r}; it must be an integer over 0"
+        )
+    return Rope(theta=theta, original_max_position=original, **numbers)

@@ -237,6 +237,8 @@ def _fit(
     if value.dtype != FP8:
         if dtype == FP8:
             raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
+        if entry.scale_name in files:
+            raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, but there is a {entry.scale_name}")
         return value, None
     if entry.scale_name not in files:
         raise ValueError(f"{folder}: {entry.name} is in fp8, but there is no {entry.scale_name}")

@@ -6,7 +6,7 @@ that the fullest rank has as little as possible. With experts in groups and rank
 the gate picks few groups for a token, so that its tokens leave for few nodes.
 
     balance([[90, 60, 20, 10]], num_slots=6, num_ranks=3):    replicas   0  0  1  1  2  3     share 45 45 30 30 20 10
-                                                              ranks     [0  3][0  2][1  1]    load  55 65 60
+                                                              ranks     [0  2][0  3][1  1]    load  65 55 60
 
 Beyond the published algorithm:
 

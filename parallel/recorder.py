@@ -46,9 +46,12 @@ class Recorder:
 
 
 def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_experts: int) -> None:
-    """windows: counts [layers, E] each."""
+    """windows: counts [layers, E] each. ValueError if the file cannot be written."""
     empty = torch.zeros(0, layers, num_experts, dtype=torch.int64)
-    save_file({"counts": torch.stack(windows) if windows else empty}, str(path))
+    try:
+        save_file({"counts": torch.stack(windows) if windows else empty}, str(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: the recording cannot be written ({error})") from None
 
 
 def load_recording(path: str | Path, layers: int | None = None, num_experts: int | None = None) -> Tensor:

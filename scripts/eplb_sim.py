@@ -139,6 +139,10 @@ def parse() -> tuple[argparse.Namespace, NDArray]:
         parser.error(f"argument --groups: {counts.shape[2]} experts do not divide into {args.groups}")
     if max(args.redundant) > (most := counts.shape[2] * min(args.ep)):
         parser.error(f"argument --redundant: it must be at most experts x ranks ({most}), not {max(args.redundant)}")
+    if not any((counts.shape[2] + extra) % ep == 0 for ep, extra in product(args.ep, args.redundant)):
+        parser.error(
+            f"no deployment: (experts + --redundant) % --ep must be 0 for one of each; {counts.shape[2]} experts"
+        )
     args.experts_share = args.experts_share or SHARES[args.phase]
     return args, counts
 

@@ -50,6 +50,9 @@ THIN = {
     "v_head_dim": 128,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
     "max_position_embeddings": 32768,
     "rope_theta": 10000,
 }

@@ -89,13 +89,18 @@ class Record:
         """How many times as good as the reference; over 1 is better, whichever way the unit points."""
         if self.reference is None:
             return None
-        return self.value / self.reference if self.better == "higher" else self.reference / self.value
+        good, other = (self.value, self.reference) if self.better == "higher" else (self.reference, self.value)
+        return good / other if other else None
 
 
 def load(path: Path = STORE) -> list[Record]:
+    """ValueError if the file holds anything else."""
     if not path.exists():
         return []
-    return [Record(**{k: v for k, v in row.items() if k != "ratio"}) for row in json.loads(path.read_text())]
+    try:
+        return [Record(**{k: v for k, v in row.items() if k != "ratio"}) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a benchmark's records ({error})") from None
 
 
 def save(records: list[Record], path: Path = STORE) -> None:

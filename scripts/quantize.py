@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from kernels.fp8 import quantize_128x128
+from model.config import ModelConfig
 
 QUANTIZATION = {
     "quant_method": "fp8",
@@ -34,9 +35,8 @@ QUANTIZATION = {
 def is_projection(name: str) -> bool:
     return (
         name.startswith("model.layers.")
-        and name.endswith("_proj.weight")
+        and name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight"))
         and "eh_proj" not in name
-        or ("kv_a_proj_with_mqa.weight" in name)
     )
 
 
@@ -52,18 +52,25 @@ def quantize_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def quantize_folder(source: Path, target: Path) -> None:
+    """ValueError if `source` is no checkpoint, or in fp8 already, or `target` holds anything."""
+    if ModelConfig.from_pretrained(source).fp8:
+        raise ValueError(f"{source}: it is in fp8 already")
+    paths = sorted(source.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{source}: it has no safetensors file")
     target.mkdir(parents=True, exist_ok=True)
     if any(target.iterdir()):
         raise ValueError(f"{target}: it is not empty")
     weight_map, total = {}, 0
-    for path in tqdm(sorted(source.glob("*.safetensors")), unit="file", disable=None):
-        with safe_open(path, "pt") as file:
-            tensors = quantize_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    for path in tqdm(paths, unit="file", disable=None):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = quantize_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
         save_file(tensors, target / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(t.nbytes for t in tensors.values())
-    if not weight_map:
-        raise ValueError(f"{source}: it has no safetensors file")
     for path in source.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, target / path.name)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scripts.flags import old_file
 from scripts.measurements import STORE, Record, commit, load, merge, save
+from scripts.refusals import refusals
 
 INTRO = """# Measurements
 
@@ -49,7 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     records = load()
     for path in args.merge:
-        new = [replace(r, commit=args.commit or r.commit or commit()) for r in load(path)]
+        with refusals(parser):
+            new = [replace(r, commit=args.commit or r.commit or commit()) for r in load(path)]
         records = merge(new, records)
     save(records)
     STORE.with_suffix(".md").write_text(render(records))

@@ -50,7 +50,6 @@ SHAPES = {
         max_position_embeddings=163840,
         num_nextn_predict_layers=1,
         fp8=True,
-        bos_token_id=0,
         eos_token_ids=(1,),
         rope=Rope(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
     ),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from parallel.recorder import save_recording
 from tests.conftest import ROOT
@@ -248,6 +249,30 @@ def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
     assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 16
 
 
+def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(tiny: Path, tmp_path: Path) -> None:
+    """Its other replica outlives that for a moment, in which no retry may go there."""
+    source = tmp_path / "long.jsonl"
+    rows = [{"prompt_token_ids": [7 + i] * 1500, "max_tokens": 2, "ignore_eos": True} for i in range(12)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment.start_job("prefill", 2, "--max-tokens-per-step", "64")
+    deployment.start_job("decode", 1)
+    deployment.start_router()
+    deployment.wait_for_answers(1)
+    ranks = [pid for pid in processes(deployment.address, "--role prefill") if pid != deployment.jobs["prefill"].pid]
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+    killed = deployment.jobs.pop("prefill")
+    assert len(read(deployment.out)) < 11, "it was nearly over before the rank died: the test shows nothing"
+    deployment.start_job("prefill", ranks=1)
+    ended = deployment.finish()
+    killed.communicate(timeout=60)
+    for role, (code, _, err) in ended.items():
+        assert code == 0, f"{role}: {err}"
+    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 12
+    assert "retries" in ended["router"][2] and "a prefill replica died" in ended["router"][2]
+
+
 def test_a_killed_decode_job_takes_its_requests_with_it(tiny: Path, tmp_path: Path) -> None:
     """Those that have tokens end with an error; the router serves the others through the job that takes its place."""
     source = tmp_path / "many.jsonl"
@@ -286,6 +311,51 @@ def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, 
     assert [code for code, *_ in ended.values()] == [0, 0, 0]
     assert "a decode replica was refused" in ended["router"][2]
     assert all(answer["finish_reason"] != "error" for answer in read(deployment.out))
+
+
+def test_a_replica_with_other_weights_is_refused(tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    """One that was trained on has other norms; nothing else tells the two apart."""
+    other, path = tmp_path / "other", tmp_path / "other" / "model.safetensors"
+    shutil.copytree(tiny, other)
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_router()
+    while "a prefill replica joined" not in (line := deployment.jobs["router"].stderr.readline()):
+        assert line, "the router ended"
+    deployment.start_job("decode", 1, "--model", str(other))
+    code, _, err = finish(deployment.jobs.pop("decode"))
+    assert code != 0 and "decode: refused: its KV is 5 layers x 64 x 80 float32, model " in err, err
+    deployment.start_job("decode", ranks=1)
+    assert [code for code, *_ in deployment.finish().values()] == [0, 0, 0]
+
+
+def test_a_token_that_only_the_routers_model_has_ends_its_own_request(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "two.jsonl"
+    source.write_text("".join(f'{{"prompt_token_ids": [{token}], "max_tokens": 2}}\n' for token in (4500, 45)))
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment.router_model = str(tmp_path / "larger")
+    shutil.copytree(tiny, deployment.router_model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = Path(deployment.router_model, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 5000}))
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_job("decode", ranks=1)
+    deployment.start_router()
+    assert [code for code, *_ in deployment.finish().values()] == [0, 0, 0]
+    bad, good = read(deployment.out)
+    assert bad["error"] == "token 4500 is not in the vocabulary of 4096 of the model that serves it"
+    assert good["finish_reason"] == "length"
+
+
+def test_a_reader_who_leaves_early_is_no_traceback(tiny: Path) -> None:
+    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "1000")
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    code, _, err = finish(process)
+    assert code == 1 and "run.py: error: nobody reads what it prints" in err and "Traceback" not in err, err
 
 
 def test_a_batch_of_nothing_ends_well(tiny: Path, tmp_path: Path) -> None:
@@ -372,6 +442,8 @@ BAD_COMMANDS = {
         ("--input", "{tmp}/in", "--output", "{tmp}/o", "--max-tokens", "8"),
         "--max-tokens 8 is for --prompt; a line of --input has its own max_tokens",
     ),
+    "show of a prompt": (("--prompt", "x", "--show"), "--show is for --input; a --prompt is shown anyway"),
+    "graphs of prefill": (("--role", "prefill", "--router", "a:1", "--no-graphs"), "prefill does not take --no-graphs"),
     "input alone": (("--input", "x.jsonl"), "--input and --output go together"),
     "output of a prompt": (("--prompt", "x", "--output", "{tmp}/o"), "--input and --output go together"),
     "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for --listen"),

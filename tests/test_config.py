@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DeepseekV3Config
 
 from model.config import ModelConfig, Rope
 from tests.hf import YARN
@@ -22,6 +23,10 @@ REQUIRED: dict[str, Any] = {
     "v_head_dim": 12,
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
 }
 MINIMAL = {"model_type": "deepseek_v3", **REQUIRED}
 
@@ -39,11 +44,9 @@ def test_the_smallest_config_gets_the_documented_defaults() -> None:
     for name, value in REQUIRED.items():
         assert getattr(config, name) == value, name
     assert config.q_lora_rank is None
-    assert (config.n_shared_experts, config.n_group, config.topk_group, config.first_k_dense_replace) == (1, 1, 1, 0)
-    assert (config.norm_topk_prob, config.routed_scaling_factor, config.rms_norm_eps) == (True, 1.0, 1e-6)
+    assert (config.n_shared_experts, config.norm_topk_prob, config.rms_norm_eps) == (1, True, 1e-6)
     assert (config.max_position_embeddings, config.tie_word_embeddings) == (4096, False)
-    assert (config.num_nextn_predict_layers, config.dtype) == (0, "bfloat16")
-    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    assert (config.num_nextn_predict_layers, config.eos_token_ids) == (0, ())
     assert config.rope == Rope(theta=10000.0, factor=1.0, original_max_position=4096, mscale=0.0, mscale_all_dim=0.0)
 
 
@@ -60,7 +63,6 @@ def test_every_optional_field_is_read() -> None:
         "max_position_embeddings": 777,
         "tie_word_embeddings": True,
         "num_nextn_predict_layers": 1,
-        "bos_token_id": 0,
     }
     config = ModelConfig.from_dict(MINIMAL | given)
     for name, value in given.items():
@@ -69,7 +71,7 @@ def test_every_optional_field_is_read() -> None:
 
 
 def test_null_means_the_default() -> None:
-    raw = MINIMAL | {"q_lora_rank": None, "n_group": None, "rope_scaling": None, "eos_token_id": None, "dtype": None}
+    raw = MINIMAL | {"q_lora_rank": None, "n_shared_experts": None, "rope_scaling": None, "eos_token_id": None}
     assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(MINIMAL)
 
 
@@ -80,11 +82,6 @@ def test_unknown_fields_are_let_be() -> None:
 @pytest.mark.parametrize(("given", "want"), [(None, ()), (1, (1,)), (0, (0,)), ([1, 5], (1, 5))])
 def test_end_of_sequence_is_one_id_or_several(given: Any, want: tuple[int, ...]) -> None:
     assert ModelConfig.from_dict(MINIMAL | {"eos_token_id": given}).eos_token_ids == want
-
-
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_both_spellings_of_dtype(name: str) -> None:
-    assert ModelConfig.from_dict(MINIMAL | {name: "float32"}).dtype == "float32"
 
 
 def test_more_dense_layers_than_layers_leave_no_moe_layer() -> None:
@@ -201,6 +198,62 @@ def test_a_file_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MINIMAL))
     assert ModelConfig.from_pretrained(tmp_path) == ModelConfig.from_dict(MINIMAL)
     assert ModelConfig.from_pretrained(str(tmp_path)) == ModelConfig.from_dict(MINIMAL)
+
+
+def test_rope_scaling_that_was_added_to_rope_parameters_counts() -> None:
+    """As in transformers, whose rope parameters are the reference."""
+    raw = MINIMAL | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 600.0}
+    raw |= {"max_position_embeddings": 2048, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    theirs = DeepseekV3Config(**{k: v for k, v in raw.items() if k != "model_type"}).rope_parameters
+    ours = ModelConfig.from_dict(raw).rope
+    assert (ours.theta, ours.factor) == (theirs["rope_theta"], theirs["factor"]) == (600.0, 4.0)
+
+
+def test_the_tokens_that_end_a_text_are_also_in_the_generation_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINIMAL | {"eos_token_id": 1}))
+    for given, want in ((None, (1,)), (1, (1,)), ([7, 1, 9], (1, 7, 9))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given, "temperature": 0.6}))
+        assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == want
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json: it must hold a JSON object, not list"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+YARN_4 = {"rope_type": "yarn", "factor": 4.0}
+WRONG = {
+    "number as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number over 0"),
+    "no scale": ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0; it must be a number over 0"),
+    "not finite": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
+    "truth as text": ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false'; it must be true or false"),
+    "truth as number": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+    "end as text": ({"eos_token_id": "1"}, "eos_token_id is '1'; it must be an integer of at least 0, or a list"),
+    "one end as text": ({"eos_token_id": [1, "2"]}, "eos_token_id is [1, '2']"),
+    "theta": ({"rope_theta": -5}, "rope_theta is -5; it must be a number over 0"),
+    "factor": ({"rope_scaling": YARN_4 | {"factor": 0}}, "yarn's factor is 0; it must be a number over 0"),
+    "factor as text": ({"rope_scaling": YARN_4 | {"factor": "4"}}, "yarn's factor is '4'"),
+    "no factor": ({"rope_scaling": YARN_4 | {"factor": None}}, "yarn rope scaling has no 'factor'"),
+    "mscale": ({"rope_scaling": YARN_4 | {"mscale": -1}}, "yarn's mscale is -1; it must be a number of at least 0"),
+    "context": (
+        {"rope_scaling": YARN_4 | {"original_max_position_embeddings": 4.5}},
+        "yarn's original_max_position_embeddings is 4.5; it must be an integer over 0",
+    ),
+    "half a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1 is supported"),
+    "quantisation": ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; it must be an object"),
+    "a number's block": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
+        "quantization_config's weight_block_size is 128; only [128, 128] is supported",
+    ),
+    "another fp8": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}},
+        "quantization_config's fmt is 'e5m2'; only 'e4m3' is supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_refused_by_name(case: str) -> None:
+    given, message = WRONG[case]
+    refused(MINIMAL | given, message)
 
 
 @pytest.mark.parametrize("text", ["", "{", "nonsense"])

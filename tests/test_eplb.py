@@ -164,6 +164,7 @@ def test_by_hand() -> None:
     load = np.array([[90.0, 60, 20, 10]])
     assert replicate(load, 6).tolist() == [[2, 2, 1, 1]]
     of_slot = balance(load, 6, 3)
+    assert of_slot.tolist() == [[0, 2, 0, 3, 1, 1]]
     assert sorted(rank_loads(load, of_slot, 3)[0].tolist()) == [55, 60, 65]
     assert balancedness(load, of_slot, 3) == pytest.approx([60 / 65])
     # Heaviest first, each into the lightest bin, gives 8 + 5 + 4 and 7 + 6 + 1; swapping 8 and 7 levels them.

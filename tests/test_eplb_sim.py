@@ -93,6 +93,7 @@ def test_the_command(recording: str, tmp_path: Path) -> None:
         (["--experts-share", "1.5"], "argument --experts-share: 1.5 is not in (0, 1]"),
         (["--groups", "5"], "argument --groups: 32 experts do not divide into 5"),
         (["--ep", "2", "--redundant", "1000000000"], "argument --redundant: it must be at most experts x ranks (64), "),
+        (["--ep", "7", "--redundant", "0"], "no deployment: (experts + --redundant) % --ep must be 0 for one of each"),
         (["--chart", "balance"], "argument --chart: 'balance' does not end in .png"),
     ],
 )

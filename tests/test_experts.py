@@ -75,6 +75,11 @@ def test_a_recording_survives_the_file(tmp_path: Path) -> None:
         assert torch.equal(load_recording(tmp_path / "r.safetensors", *shape), torch.stack(windows))
 
 
+def test_a_recording_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}/absent/r: the recording cannot be written"):
+        save_recording(tmp_path / "absent" / "r", [], 2, 5)
+
+
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     with pytest.raises(ValueError, match=f"{path}: not a recording"):

@@ -154,7 +154,7 @@ def test_shards_of_fp8_tensors_are_the_parts_of_the_whole(fp8: Path) -> None:
         assert torch.equal(parts[name], whole[name].chunk(4)[rank])
 
 
-@pytest.mark.parametrize("broken", ["missing", "misshapen"])
+@pytest.mark.parametrize("broken", ["missing", "misshapen", "of another format"])
 def test_bad_scales_are_named(fp8: Path, tmp_path: Path, broken: str) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(fp8, folder)
@@ -162,8 +162,11 @@ def test_bad_scales_are_named(fp8: Path, tmp_path: Path, broken: str) -> None:
     name = "model.layers.1.mlp.experts.7.up_proj.weight_scale_inv"
     if broken == "missing":
         del tensors[name]
-    else:
+    elif broken == "misshapen":
         tensors[name] = tensors[name].repeat(2, 1)
+    else:
+        weight = name.removesuffix("_scale_inv")
+        tensors[weight] = tensors[weight].to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=name):
         load(folder)
@@ -172,8 +175,24 @@ def test_bad_scales_are_named(fp8: Path, tmp_path: Path, broken: str) -> None:
 def test_other_quantisations_are_refused(fp8: Path, tmp_path: Path) -> None:
     raw = json.loads((fp8 / "config.json").read_text())
     raw["quantization_config"]["weight_block_size"] = [64, 64]
-    with pytest.raises(ValueError, match=r"weight_block_size \[64, 64\]; only 'fp8' with \[128, 128\]"):
+    with pytest.raises(ValueError, match=r"weight_block_size is \[64, 64\]; only \[128, 128\]"):
         ModelConfig.from_dict(raw)
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_is_written(fp8: Path, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it is in fp8 already"):
+        quantize_folder(fp8, tmp_path / "again")
+    with pytest.raises(ValueError, match="no such folder"):
+        quantize_folder(tmp_path / "absent", tmp_path / "again")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="it has no safetensors file"):
+        quantize_folder(broken, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    (broken / "model.safetensors").write_text("text")
+    with pytest.raises(ValueError, match=f"{broken}/model.safetensors: "):
+        quantize_folder(broken, tmp_path / "again")
 
 
 def test_the_start_up_says_what_becomes_of_fp8(tiny: Path, fp8: Path) -> None:

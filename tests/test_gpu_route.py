@@ -67,6 +67,21 @@ def test_gate_random(experts: int, n_group: int, topk_group: int, top_k: int, to
     assert (gap[same_groups.all(1)] < 1e-5).all()
 
 
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
+def test_gate_sends_nan_to_different_experts_that_exist(
+    experts: int, n_group: int, topk_group: int, top_k: int
+) -> None:
+    """The rooms of the masked layout rest on that; and the other tokens' choices are their own."""
+    logits, bias = torch.randn(9, experts, device=DEVICE), torch.zeros(experts, device=DEVICE)
+    args = (bias, n_group, topk_group, top_k, True, 1.0)
+    want, _ = gate_topk(logits, *args)
+    logits[1], logits[4, ::2], logits[7, 0] = float("nan"), float("nan"), float("nan")
+    ids, weights = gate_topk(logits, *args)
+    assert ids.sort(1).values.diff(dim=1).gt(0).all() and ids.min() >= 0 and ids.max() < experts
+    fine = torch.tensor([0, 2, 3, 5, 6, 8], device=DEVICE)
+    assert torch.equal(ids[fine], want[fine]) and weights[fine].isfinite().all() and weights[1].isnan().all()
+
+
 def test_gate_ties_go_to_the_lower_id() -> None:
     logits, bias = torch.zeros(3, 64, device=DEVICE), torch.zeros(64, device=DEVICE)
     assert gate_topk(logits, bias, 1, 1, 4, True, 1.0)[0].tolist() == [[0, 1, 2, 3]] * 3

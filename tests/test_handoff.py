@@ -702,6 +702,7 @@ def test_a_link_that_was_dropped_stays_so() -> None:
     assert links.get(peer, 0) is first and first.stopped and not second.stopped
     links.lose(["d"])
     assert links.get(peer, 1) is second and second.stopped and made == [0, 1]
+    assert links.get(peer, 2).stopped and links.get(peer, 2).stopped and made == [0, 1, 2]
 
 
 @pytest.mark.parametrize("side", ("prefill", "decode"))

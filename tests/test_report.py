@@ -29,6 +29,19 @@ def test_ratio_points_the_same_way_for_rates_and_times() -> None:
     assert Record("alone", 50, "us", **ENVIRONMENT).ratio is None
 
 
+def test_a_figure_of_zero_has_no_ratio() -> None:
+    assert Record("time", 0.0, "us", "lower", 100, "s", **ENVIRONMENT).ratio is None
+    assert Record("rate", 0.0, "tok/s", "higher", 100, "s", **ENVIRONMENT).ratio == 0
+
+
+@pytest.mark.parametrize("text", ["", "# Words", '{"a": 1}', '[{"name": "x"}]', "[1]"])
+def test_what_is_no_record_is_refused(tmp_path, text: str) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: not a benchmark's records"):
+        load(path)
+
+
 def test_records_survive_the_file_and_newer_ones_win(tmp_path) -> None:
     path = tmp_path / "some" / "file.json"
     old = [Record("a", 1, "s", **ENVIRONMENT), Record("b", 2, "s", "lower", 4, "them", **ENVIRONMENT)]

@@ -111,6 +111,7 @@ BAD_FIELDS = (
         for value in (-0.01, float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 1001, True, "0")
     ),
     *(("ignore_eos", value, "true or false") for value in (0, 1, "true")),
+    *(("id", value, "a string of Unicode or an integer") for value in (1.5, [], "a\ud800", "\udfff")),
     *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, [])),
     *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),
 )

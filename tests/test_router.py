@@ -1,5 +1,6 @@
 """The router over its real port: what it says while nobody comes, and whom a retry goes to."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from disagg import router as module
 from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Tokens, Update, Updates, WorkerPort
+from disagg.metrics import percentile
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
@@ -200,5 +202,37 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     worker.send(Bye({}))
     thread.join(SOON_S)
     assert not thread.is_alive() and answers[0].error == "interrupted" and answers[0].token_ids
+    worker.close()
+    port.close()
+
+
+def test_percentiles_are_the_nearest_ranks() -> None:
+    values = [float(x) for x in range(100, 0, -1)]
+    assert [percentile(values, share) for share in (0, 0.5, 0.99, 1)] == [1, 50, 99, 100]
+    assert percentile([7.0], 0.99) == 7 and math.isnan(percentile([], 0.5))
+
+
+def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
+    """The first of two fails on its way to the user; the replica goes home meanwhile."""
+    port, delivered = RouterPort(HOST, 0), []
+    router = Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, lambda: False)
+
+    def deliver(position: int, answer: Answer) -> None:
+        delivered.append(answer)
+        raise ValueError("the disk is full")
+
+    def serve() -> None:
+        with pytest.raises(ValueError, match="the disk is full"):
+            router.run([UserRequest(i, Request(i, [5], 1), []) for i in range(2)], deliver)
+        ended.set()
+
+    ended, worker = threading.Event(), replica("u", "unified", port.port)
+    threading.Thread(target=serve, daemon=True).start()
+    first = hear(worker, Submit)
+    worker.send(Updates([Update(first.request.uid, [9], finish="length")]))
+    hear(worker, Finish)
+    worker.send(Bye({}))
+    assert ended.wait(SOON_S)
+    assert [answer.error for answer in delivered] == [None]
     worker.close()
     port.close()

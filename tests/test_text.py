@@ -1,7 +1,9 @@
 """Text as its tokens come: never half a character, never past a stop string, and at the end what the tokenizer makes
 of all tokens."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from disagg.tokenizer import TextStream
+from disagg.tokenizer import TextStream, load_tokenizer
 
 WORDS = ("th", "the", "en", "END", "\u0120the", "\u0120END")  # some tokens of several letters; \u0120 is a space
 
@@ -142,3 +144,19 @@ def test_whatever_the_tokens_the_final_text_is_what_the_tokenizer_makes_of_all(s
     assert stream.text == TOKENIZER.decode(tokens)
     assert stream.text.startswith(shown[-1])
     assert stream.token_ids == tokens
+
+
+@pytest.mark.parametrize("settings", [{}, {"bos_token": None}, {"bos_token": {"content": "<s>"}}, {"bos_token": "<s>"}])
+def test_a_special_token_that_there_is_not_is_no_word(tmp_path: Path, settings: dict) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    tokens = load_tokenizer(tmp_path).chat([{"role": "user", "content": "hi"}])
+    assert TOKENIZER.decode(tokens) == ("<s>hi" if settings.get("bos_token") else "hi")
+
+
+def test_a_tokenizers_settings_are_an_object(tmp_path: Path) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: it must hold a JSON object, not list"):
+        load_tokenizer(tmp_path)

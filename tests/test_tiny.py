@@ -43,7 +43,7 @@ def test_the_tokenizer_and_its_template(tiny: Path) -> None:
     config = ModelConfig.from_pretrained(tiny)
     for text in ("In the beginning", "def f(x):\n    return x", "naïve — 神は光あれ"):
         ids = encoder.text(text)
-        assert ids[0] == config.bos_token_id and max(ids) < config.vocab_size
+        assert ids[0] == encoder.tokenizer.token_to_id("<｜begin▁of▁sentence｜>") and max(ids) < config.vocab_size
         assert encoder.tokenizer.decode(ids, skip_special_tokens=True) == text
     chat = encoder.chat([{"role": "user", "content": "river"}])
     words = [encoder.tokenizer.id_to_token(i) for i in chat]
