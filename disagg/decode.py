@@ -114,7 +114,8 @@ class Decode(Unified):
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
 
     def parts(self, arrival: Arrival, ended: RoomEnded) -> Parts:
-        """Where the time to its first token went. Only durations cross from the prefill side: its clock is another."""
+        """Where the time to its first token went. Only durations cross from the prefill side: its clock is another. The
+        last link to end may be another rank's of this replica, which is taken to be on this machine."""
         queue = ended.at - arrival.submitted - ended.prefill - ended.transfer
         return Parts(queue, ended.prefill, ended.transfer, time.perf_counter() - ended.at)
 

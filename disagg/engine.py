@@ -381,7 +381,7 @@ class Engine:
     def kv_layout(self) -> str:
         """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them, told by
         its configuration and its norms, which every rank has as they are in the checkpoint."""
-        told = hashlib.sha256(repr(replace(self.config, fp8=False)).encode())
+        told = hashlib.sha256(repr(replace(self.config, fp8=False, eos_token_ids=())).encode())
         for name, weight in self.model.named_parameters():
             if "norm" in name:
                 told.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())

@@ -84,7 +84,7 @@ class Metrics:
         return rate + (f", {overlapped:.0f} of them overlapped" if overlapped else "")
 
     def _rebalancing(self, role: str) -> str:
-        """All ranks of a job rebalance together: the replicas of one say the same."""
+        """All ranks of a job rebalance together: its replicas say the same. Of several jobs, the first to leave."""
         stats = next(stats for of, stats in self._stats if of == role and "rebalances_total" in stats)
         total, failed = stats["rebalances_total"], stats["rebalance_failures"]
         parts = [f"{role}: {total:.0f} times" + (f" in {stats['rebalance_seconds']:.2f} s" if total else "")]

@@ -1,7 +1,7 @@
 """ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`."""
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -148,8 +148,8 @@ class ModelConfig:
 
 
 def _check_number(where: str, name: str, value: object, positive: bool) -> None:
-    number = type(value) in (int, float) and math.isfinite(value)
-    if not number or value < 0 or (positive and value == 0):
+    number = type(value) in (int, float) and 0 <= value <= sys.float_info.max
+    if not number or (positive and value == 0):
         rule = "a number over 0" if positive else "a number of at least 0"
         raise ValueError(f"{where}: {name} is {value!r}; it must be {rule}")
 
@@ -178,12 +178,10 @@ def _read_quantization(given: dict | None, where: str) -> bool:
         return False
     if not isinstance(given, dict):
         raise ValueError(f"{where}: quantization_config is {given!r}; it must be an object")
-    only = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
-    for name, value in only.items():
-        if given.get(name, "e4m3" if name == "fmt" else None) != value:
-            raise ValueError(
-                f"{where}: quantization_config's {name} is {given.get(name)!r}; only {value!r} is supported"
-            )
+    given = {"fmt": "e4m3"} | given
+    for name, only in (("quant_method", "fp8"), ("weight_block_size", [128, 128]), ("fmt", "e4m3")):
+        if (value := given.get(name)) != only:
+            raise ValueError(f"{where}: quantization_config's {name} is {value!r}; only {only!r} is supported")
     return True
 
 

@@ -223,6 +223,8 @@ YARN_4 = {"rope_type": "yarn", "factor": 4.0}
 WRONG = {
     "number as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number over 0"),
     "no scale": ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0; it must be a number over 0"),
+    "more than a float": ({"routed_scaling_factor": 10**400}, "routed_scaling_factor is 1000"),
+    "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a number over 0"),
     "not finite": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
     "truth as text": ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false'; it must be true or false"),
     "truth as number": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
