@@ -183,8 +183,8 @@ def compare(rank: Rank, args: argparse.Namespace, size: int, link: SimulatedLink
 
 def communicating(rank: Rank, args: argparse.Namespace, size: int, link: SimulatedLink) -> tuple[Found, float]:
     """The steps with communication, and how long the transfer furthest off takes over how long it should. Copies are
-    calibrated and the steps measured again while that is over TOLERANCE, for PCIe may have other users that come and
-    go; of TRIES what is least off."""
+    calibrated and the steps measured again while that is off by more than TOLERANCE; of TRIES, the one least off,
+    whatever the steps took."""
     tries = []
     while len(tries) < (TRIES if link.copies else 1):
         link.calibrate()

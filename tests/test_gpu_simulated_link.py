@@ -42,8 +42,7 @@ def test_sms_are_held_for_the_time(num_sms: int) -> None:
 @pytest.mark.parametrize("num_sms", [0, 20])
 def test_transfers_take_their_time(num_sms: int) -> None:
     """Ten in a row. Without a graph their launches show, a few microseconds each, and only the long ones are held. The
-    median over several calibrations: another user of PCIe who comes or goes after one makes the copies slower or faster
-    than they should be."""
+    median over several calibrations: on some machines copies are a fifth faster or slower a moment after one."""
     link = SimulatedLink(model, CUDA, num_sms)
 
     def ten(what: str) -> None:
