@@ -126,8 +126,8 @@ class SimulatedLink:
         self.latency = max(0.0, few - none - CALIBRATION[0] / self.bandwidth)
 
     def _row(self, count: int) -> torch.cuda.CUDAGraph:
-        """Kernels, and after each a copy of so many bytes. Calibrated by a row of copies alone, a transfer on an H100 took
-        some 10 us more than it should."""
+        """Kernels, and after each a copy of so many bytes. Calibrated by copies alone in a row, transfers took some
+        10 us more than they should, on an H100."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(IN_A_ROW):
