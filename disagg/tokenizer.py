@@ -1,6 +1,5 @@
 """The router's text side: a tokenizer.json and a chat template out of a Hugging Face folder."""
 
-import json
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -9,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from disagg.request import PromptEncoder
+from model.config import read_json
 
 
 def load_tokenizer(folder: str | Path) -> PromptEncoder:
@@ -25,12 +25,7 @@ def load_tokenizer(folder: str | Path) -> PromptEncoder:
 
 def _chat_template(folder: Path):
     path, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    try:
-        settings = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: it must hold a JSON object, not {type(settings).__name__}")
+    settings = read_json(path) if path.is_file() else {}
     source = alone.read_text() if alone.is_file() else settings.get("chat_template")
     if not source:
         return None

@@ -82,10 +82,10 @@ class ModelConfig:
             raise ValueError(f"--model {folder}: no such folder")
         if not path.is_file():
             raise ValueError(f"--model {folder}: it has no config.json")
-        config = cls.from_dict(_read_json(path), str(path))
+        config = cls.from_dict(read_json(path), str(path))
         if not generation.is_file():
             return config
-        more = _token_ids(_read_json(generation), str(generation))
+        more = _token_ids(read_json(generation), str(generation))
         return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
 
     @classmethod
@@ -154,7 +154,8 @@ def _check_number(where: str, name: str, value: object, positive: bool) -> None:
         raise ValueError(f"{where}: {name} is {value!r}; it must be {rule}")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """One of a checkpoint's files. ValueError if it holds anything but a JSON object."""
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:

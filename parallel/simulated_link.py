@@ -10,9 +10,9 @@ another on a stream of their own, and whoever waits for one makes the computing 
 In flight, normal mode holds `num_sms` SMs (`kernels/hold.py`). Low latency holds none: its flight is a copy to the
 host's pinned memory of as many bytes as take that long here, which reads the GPU's memory and crosses PCIe as a network
 card's reads do, and is done by a copy engine. (A block that waits would not do: no register is left beside some
-attention kernels' blocks, so that one of them would have to wait for it.) How fast PCIe is changes on some machines
-from one moment to the next: `calibrate` before, and see that transfers take their time after. All of it can be captured
-in a CUDA graph.
+attention kernels' blocks, so that one of them would have to wait for it.) How long such a copy takes changes on some
+machines from one moment to the next: `calibrate` before, and see that transfers take their time after. All of it can be
+captured in a CUDA graph.
 
 On a CPU, where nothing runs beside, `wait` returns no sooner than the transfer would be done.
 """
