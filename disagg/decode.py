@@ -73,7 +73,7 @@ class Decode(Unified):
         if any(member.id in self.links.gone for member in arrival.prefill):
             self.updates.append(Update(request.uid, error="its prefill replica has died", retry=True))
             return True
-        if not self.scheduler.reserve(sequence, len(request.prompt) + request.max_tokens):
+        if not self.scheduler.reserve(sequence, request.most_tokens):
             return False
         self.arrivals[request.uid] = arrival
         arrival.room.rise(RoomState.WAITING)

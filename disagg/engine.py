@@ -15,7 +15,7 @@ from torch import Tensor
 from disagg.credits import buffer_bytes
 from disagg.experts import Recording, make_placement
 from disagg.graph import DecodeStep, make_buckets, resolve
-from disagg.memory import Budget, Job, lift_limit, make_budget, page_bytes, pages_on_host, plan_parts
+from disagg.memory import Budget, Job, claim_memory, lift_limit, page_bytes, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
@@ -171,7 +171,7 @@ class Engine:
             most_copies=most_copies(mine, self.config.num_experts_per_tok),
         )  # fmt: skip
         self.graphs, self.why_graphs = self._decide_graphs()
-        self.budget = self._make_budget(buckets) if mesh.device.type == "cuda" else None
+        self.budget = self._claim_memory(buckets) if mesh.device.type == "cuda" else None
         if self.budget is not None:
             pages = self.budget.pages(settings.kv_tokens)
             memory = self.budget.table(pages)
@@ -234,8 +234,8 @@ class Engine:
             return False, "no CUDA graphs: torch serves ops that wait for the host"
         return True, "in CUDA graphs"
 
-    def _make_budget(self, buckets: list[int]) -> Budget:
-        """Of the rank that has the least left for KV: all ranks agree on it."""
+    def _claim_memory(self, buckets: list[int]) -> Budget:
+        """Each rank's share, told by the rank that has the least left for KV: all ranks agree on it."""
         settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
         capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
@@ -251,7 +251,7 @@ class Engine:
             settings.rebalance_layers_per_step if settings.rebalance_interval else 0,
             buffer_bytes(page) if settings.hands_over else 0,
         )  # fmt: skip
-        mine = make_budget(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
+        mine = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
         return min(mesh.ep.exchange(mine), key=lambda budget: budget.left)
 
     def _forward_masked(self, batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
@@ -377,7 +377,6 @@ class Engine:
         self.dispatchers.close()
         lift_limit(self.mesh.device)
 
-    @property
     def kv_layout(self) -> str:
         """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them, told by
         its configuration and its norms, which every rank has as they are in the checkpoint."""

@@ -356,8 +356,8 @@ def plan_parts(
     }
 
 
-def make_budget(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fraction: float) -> Budget:
-    """This rank's, from what its GPU has free now, after the weights were made; from here on torch keeps to its share
+def claim_memory(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fraction: float) -> Budget:
+    """This rank's share of what its GPU has free now, after the weights were made. From here on torch keeps to it
     (until `lift_limit`). All ranks of the job together."""
     sharers = mesh.ranks_on_my_gpu()
     torch.cuda.empty_cache()

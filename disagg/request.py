@@ -23,6 +23,11 @@ class Request(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int = 0
 
+    @property
+    def most_tokens(self) -> int:
+        """Its prompt's and all that it may generate."""
+        return len(self.prompt) + self.max_tokens
+
 
 class UserRequest(msgspec.Struct, frozen=True):
     """One parsed input line: the request, and what only the router needs to answer it."""
@@ -85,10 +90,9 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     if max(prompt) >= vocab_size:
         raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
     request = Request(uid, prompt, **fields)
-    total = len(prompt) + request.max_tokens
-    if total > max_model_len:
+    if request.most_tokens > max_model_len:
         raise ValueError(
-            f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {total} is over "
+            f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
             f"max_model_len ({max_model_len})"
         )
     return UserRequest(raw.get("id", uid), request, stop)

@@ -60,11 +60,6 @@ class Tracked:
     prefill: Replica | None = None
     suspects: dict[str, float] = field(default_factory=dict)  # jobs where it failed, and until when it avoids them
 
-    @property
-    def tokens(self) -> int:
-        """Of KV that it may come to hold."""
-        return len(self.user.request.prompt) + self.user.request.max_tokens
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -186,7 +181,7 @@ class Router:
             decode, prefill = pair
             tracked.decode, tracked.prefill, tracked.attempts = decode, prefill, tracked.attempts + 1
             decode.requests.add(uid)
-            decode.reserved += tracked.tokens
+            decode.reserved += request.most_tokens
             if prefill is not None:
                 prefill.prompts += len(request.prompt)
             self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not None else None))
@@ -197,13 +192,14 @@ class Router:
 
     def _choose(self, tracked: Tracked, free: list[Replica]) -> tuple[Replica, Replica | None] | None:
         """A decode (or unified) replica of the `free` ones, and a prefill replica for a decode one."""
-        decodes = [r for r in self._suitable(tracked, self._able_to_serve(), tracked.tokens) if r in free]
+        request = tracked.user.request
+        decodes = [r for r in self._suitable(tracked, self._able_to_serve(), request.most_tokens) if r in free]
         if not decodes:
             return None
         decode = min(decodes, key=lambda r: r.reserved / r.hello.kv_tokens)
         if decode.hello.role == "unified":
             return decode, None
-        prefills = self._suitable(tracked, self._in_role("prefill"), len(tracked.user.request.prompt))
+        prefills = self._suitable(tracked, self._in_role("prefill"), len(request.prompt))
         return (decode, min(prefills, key=lambda r: r.prompts)) if prefills else None
 
     def _suitable(self, tracked: Tracked, replicas: list[Replica], tokens: int) -> list[Replica]:
@@ -290,7 +286,7 @@ class Router:
         self._prompt_done(tracked)
         if tracked.decode is not None:
             tracked.decode.requests.discard(uid)
-            tracked.decode.reserved -= tracked.tokens
+            tracked.decode.reserved -= tracked.user.request.most_tokens
         tracked.decode = None
         return tracked
 

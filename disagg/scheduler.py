@@ -31,7 +31,7 @@ class Sequence:
         self.uid = self.request.uid
         self.tokens = self.tokens or list(self.request.prompt)
         self.prompt_len = len(self.request.prompt)
-        self.limit = self.prompt_len + self.request.max_tokens  # tokens in all
+        self.limit = self.request.most_tokens
         self.is_plain = self.request.temperature <= COLDEST and not self.request.logprobs  # greedy choice is all
 
     @property
@@ -150,7 +150,7 @@ class Scheduler:
                 budget -= count
         while self.waiting and len(self.running) < self.max_batch and budget > 0:
             sequence = self.waiting[0]
-            wanted = len(sequence.request.prompt) + reserve_output * sequence.request.max_tokens
+            wanted = sequence.limit if reserve_output else sequence.prompt_len
             if not sequence.pages and not self.reserve(sequence, wanted):
                 break  # in order: a large request is not overtaken for ever
             self.running.append(self.waiting.popleft())

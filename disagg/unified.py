@@ -35,7 +35,7 @@ class Unified:
         """Can it ever run here? If not, the router hears why. (Its own model may be another.)"""
         vocab, most = self.engine.config.vocab_size, max(request.prompt)
         try:
-            self.scheduler.check_fits(len(request.prompt) + request.max_tokens)
+            self.scheduler.check_fits(request.most_tokens)
             if most >= vocab:
                 raise ValueError(f"token {most} is not in the vocabulary of {vocab} of the model that serves it")
         except ValueError as error:

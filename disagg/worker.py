@@ -61,7 +61,7 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
     job = mesh.ep.exchange(members[0].id)[0]
     port = WorkerPort(members[0].id, *router) if mesh.leads else None
     if port is not None:
-        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout, job))
+        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout(), job))
     pipeline, nap_ms, finished, problem = Pipeline(role, engine, mesh), 1, False, None
     while True:
         inbox = port.poll() if port is not None else []

@@ -372,7 +372,7 @@ def test_an_engine_takes_its_share(
     settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
     engine.mesh = Mesh(device=torch.device("cuda", 0), ep=Hosts(5) if sharing else Group())
-    budget = engine._make_budget([1, 2, 64])
+    budget = engine._claim_memory([1, 2, 64])
     assert budget.available == (left - sharing) * GIB
     assert sum(budget.parts.values()) < GIB / 2
     assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1
