@@ -363,11 +363,11 @@ def claim_memory(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fra
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(mesh.device)
     held = torch.cuda.memory_reserved(mesh.device) + buffers
-    torch.cuda.set_per_process_memory_fraction(share_of_torch(total, buffers, fraction, sharers), mesh.device)
+    torch.cuda.set_per_process_memory_fraction(share_of_torch(total, buffers, fraction, sharers), mesh.device.index)
     return Budget(*share_of_gpu(total, free, held, fraction, sharers), parts, page)
 
 
 def lift_limit(device: torch.device) -> None:
     """Torch may have the whole GPU again."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)

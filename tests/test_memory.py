@@ -367,7 +367,7 @@ def test_an_engine_takes_its_share(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
     limits = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda limit, device: limits.append(limit))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
     config = ModelConfig.from_pretrained(tiny)
     settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
@@ -376,7 +376,7 @@ def test_an_engine_takes_its_share(
     assert budget.available == (left - sharing) * GIB
     assert sum(budget.parts.values()) < GIB / 2
     assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1
-    assert limits == [0.375 if sharing else 0.75]
+    assert limits == [(0.375 if sharing else 0.75, 0)]
 
 
 def test_torch_leaves_room_for_others() -> None:
