@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from parallel.mesh import pick_device
 from scripts.flags import fraction, new_file, positive, positives
 from scripts.handoff_ends import run_ends
-from scripts.handoff_jobs import same_tokens, through_jobs
+from scripts.handoff_jobs import TALKERS, same_tokens, through_jobs
 from scripts.handoff_traffic import AHEAD
 from scripts.measurements import Record, save
 from scripts.refusals import refusals
@@ -52,7 +52,7 @@ class Report:
         self.copy: tuple[float, str] | tuple[()] = ()  # GB/s and its name, to hold the others against
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
-        better = "higher" if unit == "GB/s" else "lower"
+        better = "higher" if unit in ("GB/s", "tokens") else "lower"
         record = Record(f"{self.prefix}: {name}", round(value, 4), unit, better, reference, source)
         beside = f"= {record.ratio:.3f} of {reference:,.4g}, {source}" if reference else ""
         print(f"{record.name:86} {value:12,.3f} {unit} {beside}".rstrip(), flush=True)
@@ -83,6 +83,7 @@ class Report:
 
     def requests(self, found: dict[str, Any]) -> None:
         print(found["table"])
+        print(f"(error: the {TALKERS} requests that decode all the while, which the end interrupts)")
         chunk = min(found["by length"])
         whole = found["by length"][chunk]["transfer"]
         for length, row in found["by length"].items():
@@ -143,7 +144,7 @@ def main() -> int:
 
     def tokens() -> None:
         count = same_tokens(args, LIMIT_S)
-        print(f"all {count} tokens of {args.pairs} prefill + {args.pairs} decode ranks equal those of one process")
+        report.add("the shipped model's tokens, all equal to those of one process", count, "tokens")
 
     def ends() -> None:
         run_ends(args, wanted, LIMIT_S, lambda part, found: report.ends(part, found, args))

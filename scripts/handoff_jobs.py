@@ -26,7 +26,7 @@ from torch import Tensor
 
 from disagg.control import Parts, RouterPort, Update
 from disagg.request import Request, UserRequest
-from disagg.router import Answer, Replica, Router, Tracked
+from disagg.router import INTERRUPTED, Answer, Replica, Router, Tracked
 from disagg.tokenizer import TextStream, load_tokenizer
 from model.config import ModelConfig
 from model.weights import checkpoint_table
@@ -277,6 +277,9 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             jobs.finish(LINGER_S)
         if router.script is not None:
             raise RuntimeError(router.problem or "the requests that decode all the while ended too early: more --talk")
+    ended = [router.answers[talker].error for talker in range(TALKERS)]
+    if early := [error for error in ended if error != INTERRUPTED]:
+        raise RuntimeError(f"a request that decodes all the while ended early: {early[0] or 'more --talk'}")
     bad = [p for p in stream if router.answers[p].error]
     if bad:
         raise RuntimeError(f"{len(bad)} requests of the stream failed: {router.answers[bad[0]].error}")

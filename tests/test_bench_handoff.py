@@ -19,9 +19,9 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/bench_handoff.py", *TINY.split(), *STEPS.split(), "--out", str(out)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "tokens of 1 prefill + 1 decode ranks equal those of one process" in run.stdout
     records = {record.name.removeprefix("handoff 1 + 1: "): record for record in load(out)}
 
+    assert records["the shipped model's tokens, all equal to those of one process"].value > 400
     copy, wire = records["copy within one process"].value, records["one large tensor, torch.distributed"]
     assert wire.value > 0 and wire.reference == copy > 0
     for tokens, megabytes in ((64, 0.1), (256, 0.6)):  # x 2 layers x 576 bf16
