@@ -69,6 +69,7 @@ class Jobs:
     def start(self, name: str, role: str, ranks: int, first_gpu: int, *flags: str) -> None:
         """`first_gpu`: the first of the job's own; it sees all the others behind them."""
         env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": HOST, "MASTER_PORT": str(free_port())}
+        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks: they share the cores
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
