@@ -1,12 +1,24 @@
 """What all tests share: the shipped checkpoint, and one seed."""
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Does it come true in so many seconds?"""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @pytest.fixture(scope="session")

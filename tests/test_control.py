@@ -33,6 +33,7 @@ from disagg.control import (
 )
 from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
 from disagg.request import Request
+from tests.conftest import eventually
 
 HOST = "127.0.0.1"
 SOON_MS = 10_000
@@ -94,15 +95,6 @@ def meet(router: RouterPort, worker: WorkerPort) -> str:
     worker.send(Bye({}))
     ((name, _),) = hear(router, 1)
     return name
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SOON_MS / 1000
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def test_these_are_all_the_messages_there_are() -> None:

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -15,7 +15,7 @@ from disagg.metrics import percentile
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, eventually
 
 HOST = "127.0.0.1"
 SOON_S = 20
@@ -36,13 +36,6 @@ def hear(worker: WorkerPort, kind: type) -> msgspec.Struct:
             if isinstance(message, kind):
                 return message
     raise AssertionError(f"no {kind.__name__} in {SOON_S} s")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -77,7 +70,7 @@ def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None
     """Its links break at once; the router would find out by its next ping, up to a second later."""
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
         prefills = {name: replica(name, "prefill", router.port.port) for name in ("a", "b")}
-        until(lambda: len(router.replicas) == 2)
+        assert eventually(lambda: len(router.replicas) == 2)
         decode = replica("d", "decode", router.port.port)
         first = hear(decode, Submit)
         prefills.pop(first.prefill[0].id).close()
@@ -91,11 +84,11 @@ def test_a_retry_goes_to_another_job() -> None:
     """Of a job that loses a rank, the other replicas are still there for a while, and idle."""
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
         prefills = [replica(name, "prefill", router.port.port, "ab") for name in ("a", "b")]
-        until(lambda: len(router.replicas) == 2)
+        assert eventually(lambda: len(router.replicas) == 2)
         decode = replica("d", "decode", router.port.port)
         first = hear(decode, Submit)
         prefills.append(replica("c", "prefill", router.port.port))
-        until(lambda: len(router.replicas) == 4)
+        assert eventually(lambda: len(router.replicas) == 4)
         second = fail(decode, first)
         assert [member.id for member in second.prefill] == ["c"]
         finish(decode, second, *prefills)
@@ -117,9 +110,9 @@ def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch) -> None:
 def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
         dying = {name: replica(name, "decode", router.port.port, "ab") for name in ("a", "b")}
-        until(lambda: len(router.replicas) == 2)
+        assert eventually(lambda: len(router.replicas) == 2)
         prefill = replica("p", "prefill", router.port.port)
-        until(lambda: any(one.requests for one in router.replicas.values()))
+        assert eventually(lambda: any(one.requests for one in router.replicas.values()))
         dying.pop(next(name for name, one in router.replicas.items() if one.requests)).close()
         other = replica("c", "decode", router.port.port)
         submit = hear(other, Submit)
@@ -134,7 +127,7 @@ def test_the_requests_on_a_prefill_replica_are_counted(capsys) -> None:
         decode, prefill = (replica(role, role, router.port.port) for role in ("decode", "prefill"))
         submit = hear(decode, Submit)
         prefill.close()
-        until(lambda: len(router.replicas) == 1)
+        assert eventually(lambda: len(router.replicas) == 1)
         finish(decode, submit)
     assert "a prefill replica died; 1 requests were on it" in capsys.readouterr().err
 
@@ -146,7 +139,7 @@ def test_a_request_goes_where_it_fits(small_role: str, order: tuple[str, str]) -
     other = "prefill" if small_role == "decode" else "decode"
     with serving(Request(0, [5] * 150, 60)) as (router, answers):
         sized = {n: replica(n, small_role, router.port.port, None, {"small": 128, "large": 640}[n]) for n in order}
-        until(lambda: len(router.replicas) == 2)
+        assert eventually(lambda: len(router.replicas) == 2)
         partner = replica("partner", other, router.port.port)
         decode, rest = (partner, sized.values()) if other == "decode" else (sized["large"], [partner, sized["small"]])
         submit = hear(decode, Submit)
