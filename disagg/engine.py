@@ -161,7 +161,7 @@ class Engine:
         experts, if they are to move. ValueError for whatever does not fit together. All ranks of the job together."""
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
-        self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size)
+        self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
         mine = -(-settings.max_tokens_per_step // mesh.attn.size)  # tokens that I dispatch in the largest step
         self.dispatchers = make_dispatchers(

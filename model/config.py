@@ -73,6 +73,11 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         return max(0, self.num_hidden_layers - self.first_k_dense_replace)
 
+    @property
+    def expert_share(self) -> float:
+        """Of the tokens of all ranks, what an expert gets if they are spread evenly; 0 where there are no experts."""
+        return self.num_experts_per_tok / self.n_routed_experts if self.num_moe_layers else 0.0
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ModelConfig":
         """Read `folder/config.json`, and of `generation_config.json`, if there is one, the tokens that end a text.

@@ -27,6 +27,7 @@ next computation is enqueued, so that the GPU does not wait with it. And kernels
 while two micro-batches run, the large products leave those to them.
 """
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,6 +38,7 @@ from torch import Tensor
 Result = TypeVar("Result")
 Steps = Generator[str, None, Result]
 FEW_ROWS, FEW_TOKENS = 128, 1024  # a rank's, from which on `auto` overlaps: of a decode step, of one with prompts
+ROWS_AN_EXPERT = 256  # below, an expert takes as long as reading its weights does, and two halves read them twice
 STAGES = ("attention", "dispatch", "arrival", "experts", "combine", "return")
 HEAD_START = 4  # stages that a is ahead
 
@@ -45,39 +47,49 @@ HEAD_START = 4  # stages that a is ahead
 class Rule:
     """Which steps run as two halves (--overlap). A function of what the ranks agreed on, so that all decide alike.
 
-    `auto` leaves it where it does not pay: with one rank, and in small steps. The deployment's break-even in decode lay
-    between 64 and 128 tokens a rank.
+    `auto` leaves it where it does not pay: with one rank, in small steps, and where experts get few rows. The
+    deployment's break-even in decode lay between 64 and 128 tokens a rank of 72: 144 to 288 rows an expert.
     """
 
     mode: str  # auto, on, off
     ep_size: int
     attn_tp: int
+    share: float  # of the job's tokens that an expert gets (ModelConfig.expert_share)
 
     def in_decode(self, rows: int) -> bool:
         """`rows` of every replica, padding included; each half must divide over the attention group."""
-        return self._wanted(rows) and rows % (2 * self.attn_tp) == 0
+        return self._wanted(rows, FEW_ROWS) and rows % (2 * self.attn_tp) == 0
 
     def row_multiple(self, rows: int) -> int:
         """What the rows of a decode step must be a multiple of, so that it can be divided as it should."""
-        return (2 if self._wanted(rows) else 1) * self.attn_tp
-
-    def _wanted(self, rows: int) -> bool:
-        return self.mode == "on" or (self.mode == "auto" and self.ep_size > 1 and rows // self.attn_tp >= FEW_ROWS)
+        return (2 if self._wanted(rows, FEW_ROWS) else 1) * self.attn_tp
 
     def in_prefill(self, tokens: int) -> bool:
         """`tokens` of the fullest replica in a step with prompts."""
+        return self._wanted(tokens, FEW_TOKENS)
+
+    def _wanted(self, tokens: int, few: int) -> bool:
         if self.mode == "auto":
-            return self.ep_size > 1 and tokens // self.attn_tp >= FEW_TOKENS
+            return not self._never and tokens // self.attn_tp >= self._least(few)
         return self.mode == "on"
+
+    def _least(self, few: int) -> int:
+        """A rank's tokens from which on `auto` overlaps."""
+        return max(few, math.ceil(ROWS_AN_EXPERT / (self.ep_size * self.share)))
+
+    @property
+    def _never(self) -> str:
+        return "one rank" if self.ep_size == 1 else "" if self.share else "no experts"
 
     @property
     def why(self) -> str:
         """A line for the log."""
         if self.mode != "auto":
             return self.mode
-        if self.ep_size == 1:
-            return "off: one rank"
-        return f"in decode from {FEW_ROWS} rows a rank, in prefill from {FEW_TOKENS} tokens a rank; off below"
+        if self._never:
+            return f"off: {self._never}"
+        rows, tokens = self._least(FEW_ROWS), self._least(FEW_TOKENS)
+        return f"in decode from {rows} rows a rank, in prefill from {tokens} tokens a rank; off below"
 
 
 def run(steps: Steps[Result]) -> Result:

@@ -220,11 +220,15 @@ def test_a_split_keeps_every_token_in_order(decodes: int, prompts: list[int], mu
 
 
 def test_when_it_pays() -> None:
-    assert not Rule("auto", 1, 1).in_decode(256) and not Rule("auto", 1, 1).in_prefill(10_000)
-    auto = Rule("auto", 8, 2)
+    one, none = Rule("auto", 1, 1, 1 / 32), Rule("auto", 8, 1, 0)
+    assert not any(rule.in_decode(256) or rule.in_prefill(10_000) for rule in (one, none))
+    auto = Rule("auto", 72, 2, 1 / 32)
     assert [auto.in_decode(rows) for rows in (254, 255, 256, 258)] == [False, False, True, False]
     assert [auto.in_prefill(tokens) for tokens in (2047, 2048)] == [False, True]
-    on, off = Rule("on", 1, 2), Rule("off", 8, 1)
+    few = Rule("auto", 2, 1, 1 / 32)  # 4096 x 2 / 32 = 256 rows an expert
+    assert [few.in_decode(rows) for rows in (4094, 4096)] == [few.in_prefill(n) for n in (4095, 4096)] == [False, True]
+    on, off = Rule("on", 1, 2, 1 / 32), Rule("off", 72, 1, 1 / 32)
     assert on.in_decode(4) and not on.in_decode(2) and on.in_prefill(0)
     assert not off.in_decode(256) and not off.in_prefill(10_000)
-    assert Rule("auto", 1, 1).why == "off: one rank" and on.why == "on" and "from 128 rows" in auto.why
+    assert one.why == "off: one rank" and none.why == "off: no experts" and on.why == "on"
+    assert "from 128 rows a rank, in prefill from 1024 tokens" in auto.why and "from 4096 rows" in few.why
