@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from parallel.mesh import pick_device
 from scripts.flags import fraction, new_file, positive, positives
 from scripts.handoff_ends import run_ends
-from scripts.handoff_jobs import TALKERS, same_tokens, through_jobs
+from scripts.handoff_jobs import LONGEST, TALKERS, same_tokens, through_jobs
 from scripts.handoff_traffic import AHEAD
 from scripts.measurements import Record, save
 from scripts.refusals import refusals
@@ -131,6 +131,9 @@ def parse() -> argparse.Namespace:
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    for flag, tokens in (("--prompts", max(args.prompts)), ("--talk", args.talk)):
+        if tokens > LONGEST:
+            parser.error(f"{flag} {tokens}: it must be at most {LONGEST}, for the model of part requests")
     with refusals(parser):
         device = pick_device(args.device)
         if "steps" in args.only:

@@ -56,6 +56,8 @@ THIN = {
     "max_position_embeddings": 32768,
     "rope_theta": 10000,
 }
+SHORT = 64  # tokens: the prompt of a request that decodes all the while; the others generate fewer
+LONGEST = THIN["max_position_embeddings"] - SHORT  # a prompt, or what is generated
 
 
 class Jobs:
@@ -231,9 +233,9 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
         engine = ("--model", str(folder), "--router", f"{HOST}:{port.port}", "--dtype", "bfloat16")
         engine += ("--max-tokens-per-step", str(chunk), "--max-batch", str(2 * BURST))
         for name in prefills:
-            room = BURST * longest + TALKERS * 128
+            room = BURST * longest + TALKERS * 2 * SHORT
             jobs.start(name, "prefill", args.pairs, 0, *engine, "--kv-tokens", str(room))
-        room = TALKERS * (output + 128) + (BURST + TO_STREAM) * (longest + 64)
+        room = TALKERS * (output + 2 * SHORT) + (BURST + TO_STREAM) * (longest + SHORT)
         jobs.start("decode", "decode", args.pairs, args.pairs, *engine, "--kv-tokens", str(room))
 
         router = Watched(jobs, port, folder, (1 + len(prefills)) * args.pairs, deadline)
@@ -272,7 +274,7 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             moments["answered"] = time.monotonic()
 
         router.script = script()
-        router.run([request(64, output) for _ in range(TALKERS)], router.answers.__setitem__)
+        router.run([request(SHORT, output) for _ in range(TALKERS)], router.answers.__setitem__)
         port.close()
         if router.problem is None:
             jobs.finish(LINGER_S)

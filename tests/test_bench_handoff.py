@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from scripts.handoff_jobs import TALKERS, after_the_kill
 from scripts.handoff_traffic import AHEAD
 from scripts.measurements import load
@@ -61,7 +63,15 @@ def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
     assert found["last of them answered"] == 2
 
 
-def test_a_part_that_does_not_exist_is_refused() -> None:
-    command = [sys.executable, "scripts/bench_handoff.py", "--only", "wire,fast"]
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    (
+        ("--only wire,fast", "--only fast: the parts are tokens, wire"),
+        ("--prompts 64,40000", "--prompts 40000: it must be at most 32704"),
+        ("--talk 32705", "--talk 32705: it must be at most 32704"),
+    ),
+)
+def test_what_cannot_be_is_refused(flags: str, told: str) -> None:
+    command = [sys.executable, "scripts/bench_handoff.py", *flags.split()]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and "--only fast: the parts are tokens, wire" in run.stderr
+    assert run.returncode == 2 and told in run.stderr
