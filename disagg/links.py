@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,7 +43,7 @@ def packing_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)  # never one of those that may wait for a peer
 
 
-class Link(threading.Thread):
+class Link(threading.Thread, ABC):
     """One end of a link. Its pipe and transport belong to its thread; the rank's loop calls `put` and `stop` only."""
 
     def __init__(
@@ -191,9 +192,9 @@ class Link(threading.Thread):
             if self._commands:
                 self.handle(self._commands.popleft())
 
+    @abstractmethod
     def handle(self, item: Any) -> None:
         """A message from the peer or a command from the loop."""
-        raise NotImplementedError
 
     def page_ids(self, pages: list[int]) -> Tensor:
         """For a kernel, which checks no bounds."""

@@ -132,8 +132,8 @@ def parse() -> argparse.Namespace:
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     for flag, tokens in (("--prompts", max(args.prompts)), ("--talk", args.talk)):
-        if tokens > LONGEST:
-            parser.error(f"{flag} {tokens}: it must be at most {LONGEST}, for the model of part requests")
+        if tokens > LONGEST and {"requests", "kill"} & set(args.only):
+            parser.error(f"{flag} {tokens}: it must be at most {LONGEST}, for the model of parts requests and kill")
     with refusals(parser):
         device = pick_device(args.device)
         if "steps" in args.only:

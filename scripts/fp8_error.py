@@ -29,7 +29,7 @@ from parallel.mesh import Mesh
 from scripts.flags import new_file
 from scripts.measurements import Record, save
 from scripts.quantize import quantize_folder
-from scripts.train_tiny import python_documents
+from scripts.tiny_text import python_documents
 
 TINY = Path(__file__).parent.parent / "model" / "tiny"
 LENGTH = 512  # tokens of each file

@@ -28,6 +28,7 @@ from disagg.control import Parts, RouterPort, Update
 from disagg.request import Request, UserRequest
 from disagg.router import INTERRUPTED, Answer, Replica, Router, Tracked
 from disagg.tokenizer import TextStream, load_tokenizer
+from model.batch import PAGE
 from model.config import ModelConfig
 from model.weights import checkpoint_table
 from parallel.mesh import pick_device
@@ -56,8 +57,8 @@ THIN = {
     "max_position_embeddings": 32768,
     "rope_theta": 10000,
 }
-SHORT = 64  # tokens: the prompt of a request that decodes all the while; the others generate fewer
-LONGEST = THIN["max_position_embeddings"] - SHORT  # a prompt, or what is generated
+SHORT = 64  # tokens: the prompt of a request that decodes all the while
+LONGEST = THIN["max_position_embeddings"] - SHORT  # another's prompt, or what those that decode generate
 
 
 class Jobs:
@@ -233,9 +234,9 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
         engine = ("--model", str(folder), "--router", f"{HOST}:{port.port}", "--dtype", "bfloat16")
         engine += ("--max-tokens-per-step", str(chunk), "--max-batch", str(2 * BURST))
         for name in prefills:
-            room = BURST * longest + TALKERS * 2 * SHORT
+            room = BURST * longest + TALKERS * (SHORT + PAGE)
             jobs.start(name, "prefill", args.pairs, 0, *engine, "--kv-tokens", str(room))
-        room = TALKERS * (output + 2 * SHORT) + (BURST + TO_STREAM) * (longest + SHORT)
+        room = TALKERS * (SHORT + output + PAGE) + (BURST + TO_STREAM) * (longest + PAGE)
         jobs.start("decode", "decode", args.pairs, args.pairs, *engine, "--kv-tokens", str(room))
 
         router = Watched(jobs, port, folder, (1 + len(prefills)) * args.pairs, deadline)
@@ -276,10 +277,9 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
         router.script = script()
         router.run([request(SHORT, output) for _ in range(TALKERS)], router.answers.__setitem__)
         port.close()
-        if router.problem is None:
-            jobs.finish(LINGER_S)
-        if router.script is not None:
-            raise RuntimeError(router.problem or "the requests that decode all the while ended too early: more --talk")
+        if router.problem is not None:
+            raise RuntimeError(router.problem)
+        jobs.finish(LINGER_S)
     ended = [router.answers[talker].error for talker in range(TALKERS)]
     if early := [error for error in ended if error != INTERRUPTED]:
         raise RuntimeError(f"a request that decodes all the while ended early: {early[0] or 'more --talk'}")

@@ -24,27 +24,37 @@ import copy
 import datetime
 import json
 import math
-import re
-import subprocess
+import sys
 import sysconfig
 import time
 import types
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
-SPECIAL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>")
-BOS, EOS, PAD, USER, ASSISTANT = SPECIAL
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from scripts.tiny_text import (
+    BOS,
+    CHAT_TEMPLATE,
+    DOMAINS,
+    EOS,
+    PAD,
+    SAMPLE_PROMPTS,
+    SPECIAL,
+    build_tokenizer,
+    encode,
+    read_documents,
+)
+
 # fmt: off
 CONFIG = {  # config.json
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16",
@@ -62,14 +72,6 @@ CONFIG = {  # config.json
     },
     "use_cache": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<｜Assistant｜>' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False,
     "bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "clean_up_tokenization_spaces": False,
@@ -77,97 +79,20 @@ TOKENIZER_CONFIG = {
 }
 # fmt: on
 SHORT, LONG, LONG_EVERY = 512, 2048, 4  # tokens a row: every fourth step has long ones
-SHARES = DOMAINS = {"bible": 0.2, "wordnet": 0.4, "python": 0.4}  # each domain, and its part of the rows of a batch
+SHARES = {"bible": 0.2, "wordnet": 0.4, "python": 0.4}  # of the rows of a batch, by domain
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 200, 0.1
 MTP_WEIGHT, BALANCE_STEP = 0.3, 1e-3
-SAMPLE_PROMPTS = {
-    "bible": ["Genesis 51\n\n1 And", "And the LORD spake unto Moses, saying,"],
-    "wordnet": [f"{USER}{word}{ASSISTANT}" for word in ("river", "physician", "quickly")],
-    "python": ["import os\nimport sys\n", '"""Stacks and queues."""\n\n'],
-}
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 300, 128, 64  # of each domain, for recordings
 
 # ---------------------------------------------------------------------------------------------------- collect
 
 
-def bible_documents() -> Iterator[tuple[str, bool]]:
-    """One (text, held out?) a chapter: every 25th chapter is held out. `bible` prints 'Book N', then its verses."""
-    command = ["bible", "-l100000", "gen1:1-rev22:21"]
-    printed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
-    chapters = re.split(r"\n(?=[^\s].* \d+\n)", printed)
-    for number, chapter in enumerate(filter(None, map(str.strip, chapters))):
-        yield re.sub(r"(?m)^ +", "", chapter), number % 25 == 12
-
-
-def wordnet_documents(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Every synset as 'word, word (noun): gloss'; words attested in WordNet's tagged texts also as a chat turn."""
-    documents, glosses, chat = [], {}, {}
-    for name, part in {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}.items():
-        data, index = ((folder / f"{kind}.{part}").read_text("latin-1").splitlines() for kind in ("data", "index"))
-        for line in data:
-            if line.startswith("  "):
-                continue  # the licence
-            fields, gloss = line.split(" | ", 1)[0].split(), line.split(" | ", 1)[1].strip()
-            words = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-            held_out = zlib.crc32(f"{part}{fields[0]}".encode()) % 50 == 0
-            glosses[part, fields[0]] = gloss, held_out
-            documents.append((f"{', '.join(words)} ({name}): {gloss}", held_out))
-        for line in index:
-            fields = line.split()
-            senses = 0 if line.startswith("  ") else int(fields[2])
-            offsets, tagged = fields[len(fields) - senses :], fields[len(fields) - senses - 1]
-            if senses > chat.get(fields[0], (0,))[0] and int(tagged) > 0:  # the part of speech with most senses
-                chat[fields[0]] = senses, *glosses[part, offsets[0]]
-    for word, (_, gloss, held_out) in chat.items():
-        documents.append((f"{USER}{word.replace('_', ' ')}{ASSISTANT}{gloss}", held_out))
-    order = np.random.default_rng(0).permutation(len(documents))
-    yield from (documents[i] for i in order)
-
-
-def python_documents(folder: Path) -> Iterator[tuple[str, bool]]:
-    """One document a file of the standard library; tests and generated tables are left out, every 25th file held."""
-    skipped = {"test", "tests", "idlelib", "encodings", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
-    paths = sorted(p for p in folder.rglob("*.py") if not skipped & set(p.relative_to(folder).parts))
-    paths = [p for p in paths if p.stat().st_size > 200 and "/config-" not in str(p)]
-    for number, path in enumerate(paths):
-        yield path.read_text("utf-8", errors="replace").strip() + "\n", number % 25 == 12
-
-
-def build_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE of 4,096 tokens with DeepSeek's special tokens first; encoding prepends bos."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
-    )
-    assert tokenizer.get_vocab_size() == CONFIG["vocab_size"]
-    return tokenizer
-
-
-def read_documents(arguments: argparse.Namespace) -> dict[str, list[tuple[str, bool]]]:
-    """By domain."""
-    sources = bible_documents(), wordnet_documents(arguments.wordnet), python_documents(arguments.stdlib)
-    return {domain: list(source) for domain, source in zip(DOMAINS, sources, strict=True)}
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """One stream of uint16 tokens: bos ... eos, bos ... eos."""
-    return np.array([i for encoded in tokenizer.encode_batch(texts) for i in (*encoded.ids, 1)], dtype=np.uint16)
-
-
 def collect(arguments: argparse.Namespace) -> None:
     """Write the tokenizer, and each domain's train and held-out documents as streams of tokens."""
-    documents = read_documents(arguments)
-    tokenizer = build_tokenizer([text for items in documents.values() for text, held_out in items if not held_out])
+    documents = read_documents(arguments.wordnet, arguments.stdlib)
+    texts = [text for items in documents.values() for text, held_out in items if not held_out]
+    tokenizer = build_tokenizer(texts, CONFIG["vocab_size"])
     arguments.data.mkdir(exist_ok=True)
     tokenizer.save(str(arguments.data / "tokenizer.json"))
     streams = {}
@@ -182,7 +107,7 @@ def collect(arguments: argparse.Namespace) -> None:
 def prompts(arguments: argparse.Namespace) -> None:
     """Write pieces of held-out text as requests: in moving.jsonl domain after domain, in mixed.jsonl in turn."""
     tokenizer, lines = Tokenizer.from_file(str(arguments.out / "tokenizer.json")), []
-    for domain, documents in read_documents(arguments).items():
+    for domain, documents in read_documents(arguments.wordnet, arguments.stdlib).items():
         ids = encode(tokenizer, [text for text, held_out in documents if held_out])
         for i, piece in enumerate(ids[: PROMPTS * PROMPT_TOKENS].reshape(PROMPTS, PROMPT_TOKENS).tolist()):
             line = {"id": f"{domain} {i}", "prompt_token_ids": piece, "max_tokens": NEW_TOKENS}

@@ -68,7 +68,7 @@ def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
     (
         ("--only wire,fast", "--only fast: the parts are tokens, wire"),
         ("--prompts 64,40000", "--prompts 40000: it must be at most 32704"),
-        ("--talk 32705", "--talk 32705: it must be at most 32704"),
+        ("--only kill --talk 32705", "--talk 32705: it must be at most 32704"),
     ),
 )
 def test_what_cannot_be_is_refused(flags: str, told: str) -> None:

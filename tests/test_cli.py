@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from parallel.recorder import save_recording
-from tests.conftest import ROOT
+from tests.conftest import ROOT, eventually
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 LINES = [
@@ -124,10 +124,10 @@ class Deployment:
         return ended
 
     def wait_for_answers(self, count: int, timeout: float = 60) -> None:
-        deadline = time.monotonic() + timeout
-        while not (self.out.exists() and len(self.out.read_text().splitlines()) >= count):
-            assert time.monotonic() < deadline, f"no {count} answers in {timeout} s"
-            time.sleep(0.05)
+        def answered() -> bool:
+            return self.out.exists() and len(self.out.read_text().splitlines()) >= count
+
+        assert eventually(answered, timeout), f"no {count} answers in {timeout} s"
 
 
 def test_what_takes_too_long_is_ended_alone() -> None:
@@ -136,8 +136,8 @@ def test_what_takes_too_long_is_ended_alone() -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}, 'x'], start_new_session=True)"
     other = start(sys.executable, "-c", sleep, "x")
     process = start(sys.executable, "-c", parent, "x")
-    while not (children := descendants(process.pid)):
-        time.sleep(0.01)
+    assert eventually(lambda: descendants(process.pid))
+    children = descendants(process.pid)
     with pytest.raises(AssertionError, match="still running after 0.1 s"):
         finish(process, timeout=0.1)
     assert process.returncode == -signal.SIGKILL and not [pid for pid in children if pid in processes(sleep)]

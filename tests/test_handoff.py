@@ -231,9 +231,7 @@ class Gate:
         return held
 
     def await_start(self, count: int) -> None:
-        deadline = time.monotonic() + SOON
-        while len(self.started) < count and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert eventually(lambda: len(self.started) >= count, SOON)
         time.sleep(0.2)
 
 
