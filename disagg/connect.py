@@ -2,24 +2,57 @@
 connects through the store that the prefill rank hosts.
 """
 
+import socket
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import zmq
 
-from disagg.control import Member, Pipe, bind, new_socket
+from disagg.address import bind, connect_to, resolve
+from disagg.control import Decoder, Member, encode
 from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
+from disagg.pipe import Pipe
+from disagg.ports import MOST_POLLED, new_socket
 from disagg.transport.torch_dist import TIMEOUT, TorchTransport
+
+
+class Door:
+    """Where decode ranks knock: the two ports that they need to make a link with this prefill rank."""
+
+    def __init__(self, host: str):
+        self.host, self._decode = host, Decoder(Knock)
+        number = resolve(host)
+        # torch would listen on all of this machine's addresses.
+        self._listener = socket.create_server((number, 0), family=socket.AF_INET6 if ":" in number else socket.AF_INET)
+        port = self._listener.getsockname()[1]
+        self.store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=self._listener.detach()
+        )
+        self._sock = new_socket(zmq.PULL)
+        self.port = bind(self._sock, host)
+
+    def poll(self, timeout_ms: int = 0) -> list[Knock]:
+        """Who has knocked, waiting up to `timeout_ms` for the first. Anything else is a stranger's, and dropped."""
+        knocks = []
+        while len(knocks) < MOST_POLLED and self._sock.poll(0 if knocks else timeout_ms):
+            body = self._sock.recv()
+            try:
+                knocks.append(self._decode(body))
+            except ValueError:
+                continue
+        return knocks
+
+    def close(self) -> None:
+        self._sock.close()
 
 
 def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:
     """The prefill end's `connect`: put up a pipe and tell its port through the store that this rank hosts."""
 
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        sock = new_socket(zmq.DEALER)
-        pipe = Pipe(sock, Open | Cancel, watched=True)
-        store.set(f"{key}/pipe", str(bind(sock, host)))
+        pipe = Pipe.listen(host, key, Open | Cancel)
+        store.set(f"{key}/pipe", str(pipe.port))
         return pipe, TorchTransport(dist.PrefixStore(key, store), 0, device)
 
     return connect
@@ -31,13 +64,13 @@ def dial(
     """The decode end's `connect`: knock at the prefill rank's door, then meet it in its store."""
 
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        door = Pipe(new_socket(zmq.PUSH), Knock)
-        door.sock.connect(f"tcp://{prefill.host}:{prefill.door}")
-        door.send(Knock(me, generation))
+        door = new_socket(zmq.PUSH)
+        connect_to(door, prefill.host, prefill.door)
+        door.send(encode(Knock(me, generation)))
         door.close()
         store = dist.TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
-        pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed, watched=True)
-        pipe.sock.connect(f"tcp://{prefill.host}:{store.get(f'{key}/pipe').decode()}")
+        port = int(store.get(f"{key}/pipe"))
+        pipe = Pipe.connect(prefill.host, port, key, Sending | Last | Closed)
         return pipe, TorchTransport(dist.PrefixStore(key, store), 1, device)
 
     return connect

@@ -1,51 +1,69 @@
-"""Small typed messages between processes: ZeroMQ carries them, msgspec encodes and checks them.
+"""Small typed messages between the router and the ranks. `ports.py` carries them; msgspec encodes and checks them.
 
 router  <-- Port (ROUTER) ... DEALER -->  the first rank of each attention replica
-prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode rank
+router  <-- Port (ROUTER) ... DEALER ---  the beacon of every rank
 """
 
-import os
-import socket
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import msgspec
-import zmq
+from msgspec import Meta
 
 from disagg.request import Request
 
-HEARTBEAT_MS = 2_000  # ZeroMQ's own, answered by its I/O thread however long a step takes
-DEAD_AFTER_MS = 10_000
+Name = Annotated[str, Meta(max_length=256)]
+Count = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 class Member(msgspec.Struct, frozen=True):
     """How to reach one rank. A fresh `id` for each process: a restarted one is somebody else."""
 
-    id: str
-    host: str
-    door: int = 0  # port of a prefill rank's door
-    store: int = 0  # port of the TCPStore where its links meet
+    id: Name
+    host: Name
+    door: Count = 0  # port of a prefill rank's door
+    store: Count = 0  # port of the TCPStore where its links meet
+    rank: Count = 0  # in its job
+    pid: Count = 0
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """A replica to the router: I am here. `members` are its ranks, the sender first; `job` is the same for all replicas
-    of a job, which cannot outlive one another."""
+    """A replica to the router: I am here. `members` are its ranks, the sender first."""
 
     role: Literal["unified", "prefill", "decode"]
-    members: Annotated[list[Member], msgspec.Meta(min_length=1)]
-    max_batch: Annotated[int, msgspec.Meta(ge=1)]
-    kv_tokens: Annotated[int, msgspec.Meta(ge=1)]
-    kv: str  # what is handed over: replicas that differ in it cannot serve together
-    job: str
+    members: Annotated[list[Member], Meta(min_length=1, max_length=4096)]
+    max_batch: Annotated[int, Meta(ge=1)]
+    step_tokens: Annotated[int, Meta(ge=1)]  # the most that one of its steps computes
+    kv_tokens: Annotated[int, Meta(ge=1)]
+    kv: dict[Name, Name]  # what is handed over: replicas that differ in it cannot serve together
+    job: Name  # the same for all replicas of a job, which cannot outlive one another
+    replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """A rank's beacon to the router, every second: I live, and my loop has come to this turn."""
+
+    id: Name  # the member's
+    turn: Count
+    waits: bool  # for the other ranks of its job, in a collective
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The router: this is our session. A worker that was in another one drops what it held for that."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """The router to a decode (or unified) replica: serve this, with the prefill done over there."""
 
     request: Request
-    prefill: list[Member] | None
+    prefill: Annotated[list[Member], Meta(min_length=1)] | None
+
+
+class Withdraw(msgspec.Struct, frozen=True, tag=True):
+    """The router: give back those of these requests that have not begun."""
+
+    uids: list[int]
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -55,9 +73,15 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
-    """The router: these processes have died."""
+    """The router: these processes have died, or do not answer."""
 
-    ids: list[str]
+    ids: list[Name]
+
+
+class Back(msgspec.Struct, frozen=True, tag=True):
+    """The router: these processes, which were said to be gone, answer again."""
+
+    ids: list[Name]
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -68,6 +92,10 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
     """The router: nothing, but sending it finds out whether you are still connected."""
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """A worker's port to its own loop: the session is over, so nobody wants what it held. It never travels."""
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -82,25 +110,27 @@ class Parts(msgspec.Struct, frozen=True):
 class Tokens(msgspec.Struct, frozen=True, tag=True):
     """News of many requests: one more token each, and that is all."""
 
-    by_uid: dict[int, int]
+    by_uid: dict[int, TokenId]
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
     """News of one request."""
 
     uid: int
-    tokens: list[int] = []
+    tokens: list[TokenId] = []
     logprobs: list[list[tuple[int, float]]] = []
-    finish: str | None = None
+    finish: Literal["stop", "length"] | None = None
     error: str | None = None
-    retry: bool = False  # the error struck before any token: another prefill rank may do better
+    retry: bool = False  # another prefill rank may do better
     parts: Parts | None = None  # with the first token, where it was handed over
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router: all news of one step in one message."""
 
-    updates: list[Update | Tokens]
+    updates: list[Update | Tokens] = []
+    begun: list[int] = []  # requests that have their pages, and whose prompts were asked for
+    returned: list[int] = []  # requests that were withdrawn before they began
 
 
 def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
@@ -118,151 +148,20 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
     stats: dict[str, float]
 
 
-ToWorker = Submit | Abort | Gone | Finish | Ping
-ToRouter = Hello | Updates | Bye
+ToWorker = Welcome | Submit | Withdraw | Abort | Gone | Back | Finish | Ping
+ToRouter = Hello | Beat | Updates | Bye
 
-_encode = msgspec.msgpack.encode
-_to_worker = msgspec.msgpack.Decoder(ToWorker)
-_to_router = msgspec.msgpack.Decoder(ToRouter)
+encode = msgspec.msgpack.encode
 
 
-def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
-    sock = (context or zmq.Context.instance()).socket(kind)
-    sock.setsockopt(zmq.LINGER, 2_000)
-    sock.setsockopt(zmq.SNDHWM, 0)
-    sock.setsockopt(zmq.RCVHWM, 0)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, DEAD_AFTER_MS)
-    return sock
+class Decoder:
+    """Bytes to one of the messages of `kind`. ValueError for anything else, whatever it is."""
 
+    def __init__(self, kind: Any):
+        self._decoder = msgspec.msgpack.Decoder(kind)
 
-def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
-    """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
-    try:
-        sock.bind(f"tcp://{socket.gethostbyname(host)}:{port or '*'}")
-    except (OSError, UnicodeError):
-        raise ValueError(f"cannot listen on {host}:{port}: no such host") from None
-    except zmq.ZMQError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
-    return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-
-
-def parse_address(name: str, address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not port.isascii():
-        raise ValueError(f"{name} is {address!r}; it must be HOST:PORT")
-    if len(port) > 5 or int(port) > 65535:
-        raise ValueError(f"{name} is {address!r}; its port must be in 0..65535")
-    return host, int(port)
-
-
-def local_host(towards: str) -> str:
-    """My address as a machine at `towards` sees it: the one that a packet to it would leave from."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    def __call__(self, body: bytes) -> Any:
         try:
-            probe.connect((towards, 9))  # sends nothing
-        except OSError as error:
-            raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
-        return probe.getsockname()[0]
-
-
-class RouterPort:
-    """The router's end: talks to workers by their id."""
-
-    def __init__(self, host: str, port: int):
-        self._context = zmq.Context()  # of its own, so that `close` can see its last messages off
-        self._sock = new_socket(zmq.ROUTER, self._context)
-        self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error
-        self.port = bind(self._sock, host, port)
-
-    def send(self, worker: str, message: ToWorker) -> bool:
-        """False if that worker is no longer connected."""
-        try:
-            self._sock.send_multipart((worker.encode(), _encode(message)))
-        except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                return False
-            raise
-        return True
-
-    def poll(self, timeout_ms: int) -> list[tuple[str, ToRouter]]:
-        """What has come, waiting up to `timeout_ms` for the first message."""
-        messages = []
-        while self._sock.poll(0 if messages else timeout_ms):
-            try:
-                worker, body = self._sock.recv_multipart()
-                messages.append((worker.decode(), _to_router.decode(body)))
-            except (ValueError, msgspec.MsgspecError) as error:
-                print(f"router: dropped a message that is not a worker's ({error})", file=sys.stderr)
-        return messages
-
-    def close(self) -> None:
-        self._sock.close()
-        self._context.term()
-
-
-class WorkerPort:
-    """A replica's end. Connects by itself whenever the router comes up; `gone` once it was there and left."""
-
-    def __init__(self, worker: str, host: str, port: int):
-        self._context = zmq.Context()  # as the router's
-        self._sock = new_socket(zmq.DEALER, self._context)
-        self._sock.setsockopt_string(zmq.IDENTITY, worker)
-        self._monitor = self._sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._sock.connect(f"tcp://{host}:{port}")
-
-    def send(self, message: ToRouter) -> None:
-        self._sock.send(_encode(message))
-
-    def poll(self, timeout_ms: int = 0) -> list[ToWorker]:
-        messages = []
-        while self._sock.poll(0 if messages else timeout_ms):
-            messages.append(_to_worker.decode(self._sock.recv()))
-        return messages
-
-    def wait(self, timeout_ms: int) -> None:
-        """Until a message is here to be polled, at most `timeout_ms`."""
-        self._sock.poll(timeout_ms)
-
-    @property
-    def gone(self) -> bool:
-        return bool(self._monitor.poll(0))
-
-    def close(self) -> None:
-        """Returns when everything that was sent has left, or cannot (2 s)."""
-        self._sock.disable_monitor()
-        self._monitor.close()
-        self._sock.close()
-        self._context.term()
-
-
-class Pipe:
-    """One end of a link's private pipe, or of a door: whatever `kind` of messages, in order.
-
-    watched: `monitor` can be polled for the other end's going. Make it so before the socket connects.
-    """
-
-    def __init__(self, sock: zmq.Socket, kind: Any, watched: bool = False):
-        self.sock, self._decoder = sock, msgspec.msgpack.Decoder(kind)
-        self.monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
-
-    def send(self, message: Any) -> None:
-        """ConnectionError if the other end has gone (a blocking send would wait for its return)."""
-        try:
-            self.sock.send(_encode(message), zmq.DONTWAIT)
-        except zmq.Again:
-            raise ConnectionError("the other end has gone") from None
-
-    def poll(self, timeout_ms: int = 0) -> list[Any]:
-        """What has come. What is none of ours is dropped: a door is open to strangers."""
-        messages = []
-        while self.sock.poll(0 if messages else timeout_ms):
-            with suppress(msgspec.MsgspecError):
-                messages.append(self._decoder.decode(self.sock.recv()))
-        return messages
-
-    def close(self) -> None:
-        if self.monitor is not None:
-            self.sock.disable_monitor()
-            self.monitor.close()
-        self.sock.close()
+            return self._decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError) as error:
+            raise ValueError(f"not a message: {error}") from None

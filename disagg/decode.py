@@ -4,12 +4,12 @@ queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from disagg.connect import dial, link_key
-from disagg.control import Abort, Gone, Member, Parts, Submit, Update
+from disagg.control import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
 from disagg.engine import Engine
 from disagg.handoff import Cancel, Join, Open, Room, RoomEnded, RoomState
 from disagg.links import ReceiveLink
@@ -41,26 +41,48 @@ class Decode(Unified):
         self.queue: deque[Arrival] = deque()  # no pages yet
         self.arrivals: dict[int, Arrival] = {}  # pages, KV on its way
         self.links = Links(self.make_link)
-        self.generations: Counter[str] = Counter()  # of the links to a prefill replica, by its first rank's id
+        self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
 
     def collect(self) -> list[Any]:
         return self.links.drain()
 
     def handle(self, event: Any) -> None:
         match event:
-            case Submit(request, prefill):
-                if self.fits(request):
+            case Submit(request, prefill) if not self.has(request.uid):
+                if prefill is None:
+                    self.updates.append(Update(request.uid, error="a decode replica needs a prefill replica"))
+                elif self.fits(request):
                     self.queue.append(Arrival(Sequence(request), prefill, Room(len(self.members))))
             case RoomEnded(uid):
                 self.room_ended(uid, event)
             case Abort(uid) if uid in self.arrivals:
-                self.arrivals[uid].wanted = False
-                self.arrivals[uid].link.put(Cancel(uid))
+                self.cancel(self.arrivals[uid])
             case Abort(uid):
                 self.queue = deque(a for a in self.queue if a.sequence.uid != uid)
                 super().handle(event)
+            case Withdraw(uids):
+                self.returned += [a.sequence.uid for a in self.queue if a.sequence.uid in uids]
+                self.queue = deque(a for a in self.queue if a.sequence.uid not in uids)
+            case Forget():
+                self.queue.clear()
+                for arrival in self.arrivals.values():
+                    self.cancel(arrival)
+                self.renew_links(list(self.generations))
+                super().handle(event)
             case Gone(ids):
+                self.renew_links(ids)
                 self.links.lose(ids)
+            case Back(ids):
+                self.links.find(ids)
+
+    def has(self, uid: int) -> bool:
+        here = (self.sequences, self.arrivals, {arrival.sequence.uid for arrival in self.queue})
+        return any(uid in some for some in here)
+
+    def cancel(self, arrival: Arrival) -> None:
+        """Nobody wants it. Its pages stay its own until the room has ended on every link."""
+        arrival.wanted = False
+        arrival.link.put(Cancel(arrival.sequence.uid))
 
     def plan(self) -> Plan:
         while self.queue and self.open(self.queue[0]):
@@ -77,10 +99,11 @@ class Decode(Unified):
             return False
         self.arrivals[request.uid] = arrival
         arrival.room.rise(RoomState.WAITING)
-        arrival.generation = self.generations[arrival.prefill[0].id]
+        arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
         arrival.link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
         arrival.link.put(Join(request.uid, opening))
+        self.begun.append(request.uid)
         return True
 
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
@@ -124,8 +147,13 @@ class Decode(Unified):
         others for ever. The next request makes new ones."""
         leader = arrival.prefill[0].id
         if arrival.generation == self.generations[leader]:
-            self.generations[leader] += 1
+            self.renew_links([leader])
         arrival.link.stop()
+
+    def renew_links(self, leaders: list[str]) -> None:
+        """The next request that goes to one of these prefill replicas makes new links to it."""
+        for leader in leaders:
+            self.generations[leader] = self.generations.get(leader, 0) + 1
 
     @property
     def in_flight(self) -> bool:

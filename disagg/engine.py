@@ -377,7 +377,7 @@ class Engine:
         self.dispatchers.close()
         lift_limit(self.mesh.device)
 
-    def kv_layout(self) -> str:
+    def kv_layout(self) -> dict[str, str]:
         """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them, told by
         its configuration and its norms, which every rank has as they are in the checkpoint."""
         told = hashlib.sha256(repr(replace(self.config, fp8=False, eos_token_ids=())).encode())
@@ -386,7 +386,8 @@ class Engine:
                 told.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())
         layers, _, page, width = self.pool.shape
         dtype = str(self.pool.dtype).removeprefix("torch.")
-        return f"{layers} layers x {page} x {width} {dtype}, model {told.hexdigest()[:8]}"
+        shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": told.hexdigest()[:8]}
+        return {name: str(value) for name, value in shape.items()}
 
     @property
     def kv_tokens(self) -> int:

@@ -14,12 +14,15 @@ replica, so each decode rank takes a copy from one of them.
 """
 
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
-from disagg.control import Member
+from disagg.control import Count, Member, TokenId
 from disagg.request import Request
+
+Page = Annotated[int, Meta(ge=1)]  # page 0 belongs to nobody
 
 
 class RoomState(IntEnum):
@@ -70,16 +73,16 @@ class Knock(msgspec.Struct, frozen=True, tag=True):
     """decode -> the prefill rank's door: make a link with me."""
 
     decode: Member
-    generation: int  # 0, 1, ... each time the one before went down
+    generation: Count  # 0, 1, ... each time the one before went down
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
     """decode -> prefill: compute this prompt; its KV goes to these pages, on all these decode ranks."""
 
     request: Request
-    pages: list[int]
-    decode: list[Member]
-    generation: int = 0  # of the links to them
+    pages: list[Page]
+    decode: Annotated[list[Member], Meta(min_length=1)]
+    generation: Count = 0  # of the links to them
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -91,15 +94,15 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Sending(msgspec.Struct, frozen=True, tag=True):
     """prefill -> decode: the next bytes on the transport are these pages of yours, of these rooms."""
 
-    uids: list[int]
-    pages: list[int]
+    uids: Annotated[list[int], Meta(min_length=1)]
+    pages: Annotated[list[Page], Meta(min_length=1)]
 
 
 class Last(msgspec.Struct, frozen=True, tag=True):
     """prefill -> decode: that was all; this is the first token."""
 
     uid: int
-    token: int
+    token: TokenId
     logprobs: list[tuple[int, float]]
     prefill: float = 0.0  # seconds from its first step to this token
     waited: float = 0.0  # seconds from then until this was said, behind the last Sending

@@ -29,11 +29,13 @@ import torch
 import zmq
 from torch import Tensor
 
-from disagg.control import Pipe, new_socket
 from disagg.credits import Credits, Share, most_pages
 from disagg.handoff import Cancel, Closed, Join, Last, Open, RoomEnded, Sending, SendLast, SendPages
+from disagg.pipe import Pipe
+from disagg.ports import new_socket
 from disagg.transport.torch_dist import TIMEOUT, Passage, TorchTransport
 from kernels import ref
+from model.kv_cache import pages_for
 
 
 @functools.cache
@@ -90,6 +92,10 @@ class Link(threading.Thread, ABC):
             if self._down is None:
                 self._commands.append(command)
                 self._wake.send(b"", zmq.DONTWAIT)
+
+    @property
+    def is_down(self) -> bool:
+        return self._down is not None
 
     def stop(self) -> None:
         """End the link; the peer may be dead. Its rooms end at once, and nothing is written to the pool any more.
@@ -180,8 +186,8 @@ class Link(threading.Thread, ABC):
         for sock in (self.pipe.sock, self.pipe.monitor, self._woken):
             poller.register(sock, zmq.POLLIN)
         while self._down is None:
-            came = dict(poller.poll(0 if self._commands else None))
-            gone = self.pipe.monitor in came  # but it may still have said something
+            came = dict(poller.poll(0 if self._commands else self.pipe.patience_ms))
+            gone = self.pipe.has_gone  # but it may still have said something
             if gone or self.pipe.sock in came:
                 for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
                     self.handle(message)
@@ -225,26 +231,34 @@ class SendLink(Link):
     def meet(self) -> None:
         """It may come later to the pipe than to the transport, and this end be the first to speak."""
         poller, deadline = zmq.Poller(), time.monotonic() + TIMEOUT.total_seconds()
-        poller.register(self.pipe.sock, zmq.POLLOUT)
+        poller.register(self.pipe.sock, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
         while self._down is None:
             came = dict(poller.poll(1000 * max(0, deadline - time.monotonic())))
             if self.pipe.sock in came:
-                return
-            if not came:
+                for message in self.pipe.poll():
+                    self.handle(message)
+                if self.pipe.is_met:
+                    return
+            if self._woken in came:
+                self._woken.recv()
+            if time.monotonic() >= deadline:
                 raise TimeoutError("nobody came to the pipe")
-            self._woken.recv()
         raise RuntimeError(self._down)
 
     def look(self) -> None:
         """The credits may be held by transfers to this very peer, which its leaving alone does not end."""
         super().look()
-        if self.pipe.monitor.poll(0):
+        if self.pipe.has_gone:
             raise ConnectionError("the other end has gone")
 
     def handle(self, item: Any) -> None:
         match item:
-            case Open():
+            case Open(request, pages):
+                if len(pages) < pages_for(len(request.prompt)):
+                    raise ValueError(
+                        f"the other end opened a room of {len(pages)} pages for {len(request.prompt)} tokens"
+                    )
                 self._events.put(item)
             case Join(uid):
                 self._sending.add(uid)

@@ -45,6 +45,17 @@ class Links:
         self.gone |= set(ids)
         self._drop(key for key in self._links if key[0] in self.gone)
 
+    def find(self, ids: list[str]) -> None:
+        """These peers, which were lost, answer again. Their links that were dropped stay so; new ones can be made."""
+        self.gone -= set(ids)
+
+    @property
+    def num_alive(self) -> int:
+        return sum(not link.is_down for link in self._links.values())
+
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        return key in self._links or key in self._dropped
+
     def _drop(self, keys: Iterable[tuple[str, int]]) -> None:
         for key in list(keys):
             self._dropped[key] = self._links.pop(key)

@@ -1,20 +1,20 @@
 """The prefill role: compute prompts, and push each chunk's KV to the decode rank while the next one is computed."""
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-import zmq
-
-from disagg.connect import link_key, listen
-from disagg.control import Gone, Member, Pipe, bind, new_socket
+from disagg.connect import Door, link_key, listen
+from disagg.control import Back, Gone, Member, Updates
 from disagg.engine import Engine, Step
-from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
+from disagg.handoff import Closed, Join, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.links import SendLink
 from disagg.peers import Links
 from disagg.scheduler import Plan, Sequence
 from model.batch import PAGE
+
+MOST_LINKS = 256  # alive at once; each has two threads, and whoever reaches the door can ask for one
 
 
 @dataclass(eq=False)
@@ -29,16 +29,6 @@ class Departure:
     began: float = 0.0  # its first step, of time.perf_counter
 
 
-class Door:
-    """Where decode ranks knock: the two ports that they need to make a link with this rank."""
-
-    def __init__(self, host: str):
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        self.pipe = Pipe(new_socket(zmq.PULL), Knock)
-        self.port = bind(self.pipe.sock, host)
-        self.host = host
-
-
 class Prefill:
     def __init__(self, engine: Engine, members: list[Member], door: Door):
         """`members`: the ranks of this replica, in order; `door` is this rank's."""
@@ -46,16 +36,21 @@ class Prefill:
         self.rank, self.members = engine.mesh.attn.rank, members
         self.departures: dict[int, Departure] = {}
         self.links = Links(self.make_link)
-        self.updates: list = []  # the decode side speaks to the router
+
+    def news(self) -> Updates | None:
+        """None: the decode side speaks to the router."""
 
     def collect(self) -> list[Any]:
-        for knock in self.door.pipe.poll():
-            self.links.get(knock.decode, knock.generation)
+        for knock in self.door.poll():
+            if (knock.decode.id, knock.generation) in self.links or self.links.num_alive < MOST_LINKS:
+                self.links.get(knock.decode, knock.generation)
+            else:
+                print(f"prefill: a link was refused, {MOST_LINKS} are open", file=sys.stderr)
         return self.links.drain()
 
     def handle(self, event: Any) -> None:
         match event:
-            case Open():
+            case Open() if event.request.uid not in self.departures:
                 self.open(event)
             case RoomEnded(uid, error):
                 departure = self.departures[uid]
@@ -68,6 +63,8 @@ class Prefill:
                         self.scheduler.release(departure.sequence)
             case Gone(ids):
                 self.links.lose(ids)
+            case Back(ids):
+                self.links.find(ids)
 
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
@@ -78,6 +75,7 @@ class Prefill:
         for link in links:
             link.put(Join(request.uid))
         try:
+            request.check_vocabulary(self.engine.config.vocab_size)
             self.scheduler.check_fits(len(request.prompt))
         except ValueError as error:
             self.fail(departure, f"prefill: {error}")
@@ -139,4 +137,4 @@ class Prefill:
 
     def close(self) -> None:
         self.links.close()
-        self.door.pipe.close()
+        self.door.close()

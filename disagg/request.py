@@ -2,9 +2,10 @@
 
 import json
 import secrets
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 MAX_LOGPROBS = 20
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
@@ -14,8 +15,8 @@ class Request(msgspec.Struct, frozen=True):
     """`uid` is the router's own number for it (and its room's in the KV handoff); the user's `id` never travels."""
 
     uid: int
-    prompt: list[int]
-    max_tokens: int = 16
+    prompt: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1)] = 16
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -27,6 +28,11 @@ class Request(msgspec.Struct, frozen=True):
     def most_tokens(self) -> int:
         """Its prompt's and all that it may generate."""
         return len(self.prompt) + self.max_tokens
+
+    def check_vocabulary(self, size: int) -> None:
+        """ValueError if the prompt has a token that a model with so many has not."""
+        if (most := max(self.prompt)) >= size:
+            raise ValueError(f"token {most} is not in the vocabulary of {size} of the model that serves it")
 
 
 class UserRequest(msgspec.Struct, frozen=True):

@@ -1,47 +1,50 @@
 """The router: pairs each request with a prefill and a decode replica, and puts its answer together.
 
-It holds the tokenizer and the configuration only. Replicas may come before or after it, and in any order; requests
-wait until there is one to serve them. A replica that dies takes its requests with it: those that have no token yet
-are tried once more elsewhere, the others end with an error. The other replicas of its job die with it, each as it
-notices: they get no more requests, and what has failed at one is not given to the next.
+It holds the tokenizer and the configuration only. Replicas may come before or after it, and in any order. Requests wait
+here until a replica can begin them. A replica that is lost gives its requests back: each goes on elsewhere, where its
+prompt and the tokens that it has are the new prompt. That changes no token, because a token depends on what stands
+before it, the seed and the position alone. What has failed at one job is not given to it again for a while.
 """
 
 import itertools
+import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from tokenizers import Tokenizer
 
-from disagg.control import Abort, Bye, Finish, Gone, Hello, Ping, RouterPort, Submit, ToRouter, Update, Updates, singly
+from disagg.control import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
+from disagg.fleet import Fleet, Replica
 from disagg.metrics import Metrics
-from disagg.request import UserRequest
+from disagg.ports import RouterPort
+from disagg.request import Request, UserRequest
 from disagg.tokenizer import TextStream
+from model.kv_cache import pages_for
 
-PING_S = 1.0
-SUSPECT_S = 3.0  # how long a request keeps away from a job where it has failed, unless that dies
-REPLACEMENT_S = 30.0  # how long requests wait for a role that has died out to come back
-FAREWELL_S = 15.0  # how long to wait for the replicas' last words
+SUSPECT_S = 3.0  # how long a request keeps away from a job where it has failed, unless that is lost
+REPLACEMENT_S = 30.0  # how long requests wait for a role that has been lost to come back
 NOTICE_S = 10.0  # how long requests wait for a role that is missing before a line says so
 NOTICE_FACTOR = 3  # the next line comes after so many times as long
 INTERRUPTED = "interrupted"  # the error of a request that the user's Ctrl-C ended
-ATTEMPTS = 2
-QUEUE_FACTOR = 2  # requests at a decode replica, in multiples of its batch; the rest wait here, for whoever is free
+ATTEMPTS = 3  # how often a request may begin
+BATCHES = 2  # requests at a decode replica, in multiples of its batch: what joins next should have its KV there
+STEPS_AHEAD = 2  # prompt tokens at a prefill replica, in multiples of what a step computes,
+LEAST_AHEAD = 4  # or prompts, if those are long
+MOST_WAITING = 1_000  # requests that are read before a replica can begin them
 
 
-@dataclass(eq=False)
-class Replica:
-    """Some ranks that serve together."""
+class Source(Protocol):
+    """Where requests come from."""
 
-    id: str
-    hello: Hello
-    reserved: int = 0  # tokens of KV that its requests may come to hold
-    requests: set[int] = field(default_factory=set)
-    prompts: int = 0  # prefill: prompt tokens without a first token yet
+    exhausted: bool  # nothing more will ever come
+
+    def take(self, most: int) -> list[UserRequest]:
+        """At most so many of the next requests: those that are there. It must not block."""
 
 
 @dataclass(eq=False)
@@ -57,8 +60,15 @@ class Tracked:
     latest: float | None = None
     attempts: int = 0
     decode: Replica | None = None
-    prefill: Replica | None = None
+    prefill: Replica | None = None  # until the first token that it makes
+    begun: bool = False  # where it is now
     suspects: dict[str, float] = field(default_factory=dict)  # jobs where it failed, and until when it avoids them
+
+    def request(self, uid: int) -> Request:
+        """What is left to do."""
+        request, done = self.user.request, self.stream.token_ids
+        left = request.max_tokens - len(done)
+        return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=left)
 
 
 @dataclass(frozen=True)
@@ -87,47 +97,57 @@ def refusal(id: Any, error: str) -> Answer:
 
 
 class Router:
-    def __init__(self, port: RouterPort, tokenizer: Tokenizer, stopped: Callable[[], bool], expected: int = 0):
-        """`stopped()` turns true when the user wants to end early (Ctrl-C). `expected`: replicas that will surely
-        come, and are waited for even if there is nothing to serve (those of the same job)."""
-        self.port, self.tokenizer, self.stopped = port, tokenizer, stopped
-        self.replicas: dict[str, Replica] = {}
+    def __init__(
+        self, port: RouterPort, tokenizer: Tokenizer, vocab_size: int, stopped: Callable[[], bool], expected: int = 0
+    ):
+        """`vocab_size` is the model's; `stopped()` turns true when the user wants to end early (Ctrl-C); `expected` as
+        in `Fleet`."""
+        self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
+        self.fleet = Fleet(port, self._lose, expected)
         self.metrics = Metrics()
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry is a new uid, so late news of the old one are nobody's
         self._waiting: deque[int] = deque()  # uids without a replica
-        self._uids = itertools.count()
-        self._next_ping = 0.0
-        self._expected, self._leaving = expected, False
-        self._ending: set[str] = set()  # jobs that have lost a replica
-        self._kv: str | None = None  # what the first replica hands over; all must be alike
+        self._uids = itertools.count(secrets.randbits(48))
+        self._positions = itertools.count()
         self._open = False  # has there been anybody to serve a request yet?
+        self._changes = 0  # of the fleet, that requests were withdrawn for
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
 
     def run(
         self,
-        requests: Iterable[UserRequest],
+        source: Source,
         deliver: Callable[[int, Answer], None],
         show: Callable[[int, str], None] = lambda position, piece: None,
     ) -> None:
-        """Serve all `requests`, then send everybody home.
+        """Serve all requests of `source`, then send everybody home.
 
-        `show(position, piece)` is called as text comes, `deliver(position, answer)` as each request ends.
+        `show(position, piece)` is called as text comes, `deliver(position, answer)` as each request ends; positions
+        count the requests in their order.
         """
         self._deliver, self._show = deliver, show
         self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
-        for position, user in enumerate(requests):
-            tracked = Tracked(user, position, TextStream(self.tokenizer, user.stop), self.metrics.first_submit)
-            self._queue(tracked)
         try:
-            while self._tracked and not self.stopped():
-                self._listen(20)
+            while (self._tracked or not source.exhausted) and not self.stopped():
+                came = self._read(source)
+                self._listen(0 if came else 20)
+                self.fleet.check(lambda: self._listen(0))
                 self._look_for_missing_roles()
-                self._ping()
                 self._assign()
             for uid in list(self._tracked):
                 self._end(uid, "error", INTERRUPTED)
         finally:  # also if `deliver` fails: nobody must be left waiting
-            self._farewell()
+            self.fleet.farewell(self._listen)
+            for role, stats in self.fleet.stats:
+                self.metrics.replica_left(role, stats)
+
+    def _read(self, source: Source) -> int:
+        """Take requests in, so many that some wait here; how many."""
+        wanted = MOST_WAITING - len(self._waiting)
+        came = source.take(wanted) if wanted > 0 and not source.exhausted else []
+        for user in came:
+            stream = TextStream(self.tokenizer, user.stop)
+            self._queue(Tracked(user, next(self._positions), stream, time.monotonic()))
+        return len(came)
 
     def _queue(self, tracked: Tracked) -> None:
         uid = next(self._uids)
@@ -140,67 +160,77 @@ class Router:
 
     def _handle(self, replica_id: str, message: ToRouter) -> None:
         match message:
-            case Hello():
-                self._welcome(replica_id, message)
-            case Updates(updates):
+            case Hello() | Beat() | Bye():
+                self.fleet.hear(replica_id, message)
+            case Updates(updates, begun, returned):
+                for uid in begun:
+                    if (tracked := self._served(uid, replica_id)) and not tracked.begun:
+                        tracked.begun, tracked.attempts = True, tracked.attempts + 1
+                for uid in returned:
+                    if self._served(uid, replica_id):
+                        self._queue(self._leave(uid))
                 for update in singly(updates):
-                    if update.uid in self._tracked:
+                    if self._served(update.uid, replica_id):
                         self._update(update)
-            case Bye(stats):
-                if replica := self.replicas.pop(replica_id, None):
-                    self.metrics.replica_left(replica.hello.role, stats)
-                    self._lose(replica, "was stopped")
 
-    def _welcome(self, replica_id: str, hello: Hello) -> None:
-        self._expected -= 1
-        self._kv = self._kv or hello.kv
-        if hello.kv != self._kv:
-            error = f"refused: its KV is {hello.kv}; the others' is {self._kv} (same --model and --dtype everywhere)"
-            print(f"router: a {hello.role} replica was {error}", file=sys.stderr)
-            self.port.send(replica_id, Finish(error))
-            return
-        self.replicas[replica_id] = Replica(replica_id, hello)
-        if hello.role != "unified":
-            print(f"router: a {hello.role} replica joined, ranks: {len(hello.members)}", file=sys.stderr, flush=True)
-        if self._leaving:
-            self.port.send(replica_id, Finish())
+    def _served(self, uid: int, replica_id: str) -> Tracked | None:
+        """The request, if that replica serves it: nobody else's word of it counts."""
+        tracked = self._tracked.get(uid)
+        serves = tracked is not None and tracked.decode is not None and tracked.decode.id == replica_id
+        return tracked if serves else None
 
     def _assign(self) -> None:
-        """Give waiting requests to the emptiest replicas: by KV for decode, by prompt tokens ahead for prefill."""
+        """Give waiting requests, in their order, to the emptiest replicas that can begin them: by KV for decode, by
+        prompt tokens ahead for prefill."""
+        able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
+        if self._changes != self.fleet.changes:  # what has not begun may have a better place now
+            self._changes = self.fleet.changes
+            self._withdraw(able)
         held = []  # those that nobody who is free should have now
-        while self._waiting and (free := self._free()):
+        while self._waiting and able and self.fleet.expected <= 0:
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
-            pair = self._choose(tracked, free)
-            if pair is None:
-                held.append(uid)
+            request = tracked.request(uid)
+            suitable = self._suitable(tracked, able, request.most_tokens)
+            sources = self._suitable(tracked, prefills, len(request.prompt))
+            if pair := self._choose(request, suitable, sources):
+                self._submit(tracked, request, *pair)
                 continue
-            if not self._open:
-                self._start_clocks()
-            request = msgspec.structs.replace(tracked.user.request, uid=uid)
-            decode, prefill = pair
-            tracked.decode, tracked.prefill, tracked.attempts = decode, prefill, tracked.attempts + 1
-            decode.requests.add(uid)
-            decode.reserved += request.most_tokens
-            if prefill is not None:
-                prefill.prompts += len(request.prompt)
-            self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not None else None))
+            held.append(uid)
+            if suitable and (sources or suitable[0].hello.role == "unified"):
+                break  # it waits for room, which those behind it must not take
         self._waiting.extendleft(reversed(held))
 
-    def _free(self) -> list[Replica]:
-        return [r for r in self._able_to_serve() if len(r.requests) < QUEUE_FACTOR * r.hello.max_batch]
+    def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica) -> None:
+        if not self._open:
+            self._start_clocks()
+        tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
+        decode.requests.add(request.uid)
+        decode.pages += pages_for(request.most_tokens)
+        prefill.prompts[request.uid] = len(request.prompt)
+        self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
 
-    def _choose(self, tracked: Tracked, free: list[Replica]) -> tuple[Replica, Replica | None] | None:
-        """A decode (or unified) replica of the `free` ones, and a prefill replica for a decode one."""
-        request = tracked.user.request
-        decodes = [r for r in self._suitable(tracked, self._able_to_serve(), request.most_tokens) if r in free]
-        if not decodes:
+    def _choose(
+        self, request: Request, decodes: list[Replica], prefills: list[Replica]
+    ) -> tuple[Replica, Replica] | None:
+        """A decode and a prefill replica that can begin it now; twice the same, if that is unified."""
+        pages = pages_for(request.most_tokens)
+        decodes = [r for r in decodes if not r.requests or r.pages + pages <= r.capacity]
+        decodes = [r for r in decodes if len(r.requests) < BATCHES * r.hello.max_batch]
+        if decodes and decodes[0].hello.role == "unified":
+            decodes = prefills = self._with_time(decodes)
+        else:
+            prefills = self._with_time(prefills)
+        if not decodes or not prefills:
             return None
-        decode = min(decodes, key=lambda r: r.reserved / r.hello.kv_tokens)
-        if decode.hello.role == "unified":
-            return decode, None
-        prefills = self._suitable(tracked, self._in_role("prefill"), len(request.prompt))
-        return (decode, min(prefills, key=lambda r: r.prompts)) if prefills else None
+        decode = min(decodes, key=lambda r: r.pages / r.capacity)
+        return decode, decode if prefills is decodes else min(prefills, key=lambda r: r.prompt_tokens)
+
+    def _with_time(self, replicas: list[Replica]) -> list[Replica]:
+        """Those that come to another prompt soon."""
+        return [
+            r for r in replicas if len(r.prompts) < LEAST_AHEAD or r.prompt_tokens < STEPS_AHEAD * r.hello.step_tokens
+        ]
 
     def _suitable(self, tracked: Tracked, replicas: list[Replica], tokens: int) -> list[Replica]:
         """Those that a request should go to: whose KV can hold its `tokens` (if none can: any, which says so), and
@@ -209,12 +239,10 @@ class Router:
         replicas = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
         return [r for r in replicas if tracked.suspects.get(r.hello.job, now) <= now]
 
-    def _in_role(self, role: str) -> list[Replica]:
-        return [r for r in self.replicas.values() if r.hello.role == role and r.hello.job not in self._ending]
-
-    def _able_to_serve(self) -> list[Replica]:
-        """Where a request can go: unified replicas, and decode ones as long as there is anybody to prefill."""
-        return self._in_role("unified") + (self._in_role("decode") if self._in_role("prefill") else [])
+    def _withdraw(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            if uids := [uid for uid in replica.requests if not self._tracked[uid].begun]:
+                self.port.send(replica.id, Withdraw(uids))
 
     def _start_clocks(self) -> None:
         """Latencies count from when there is somebody to serve: starting the jobs is not the requests' wait."""
@@ -224,11 +252,11 @@ class Router:
             tracked.submitted = now
 
     def _look_for_missing_roles(self) -> None:
-        """Before anybody came, wait for ever, and say so. Once a role has died out, wait REPLACEMENT_S for another."""
+        """Before anybody came, wait for ever, and say so. Once a role is lost, wait REPLACEMENT_S for another."""
         now = time.monotonic()
         short_s = now - self._short_of_replicas_since
-        roles = [role for role in ("prefill", "decode") if not self._in_role(role)]
-        if self._able_to_serve():
+        roles = [role for role in ("prefill", "decode") if not self.fleet.in_role(role)]
+        if self.fleet.able_to_serve():
             self._short_of_replicas_since, self._notice_s = now, NOTICE_S
         elif self._open and short_s > REPLACEMENT_S:
             missing = " and no ".join(roles)
@@ -237,7 +265,7 @@ class Router:
                     uid, "error", f"no {missing} replica left to serve it, and none came in {REPLACEMENT_S:.0f} s"
                 )
             self._waiting.clear()
-        elif self._waiting and self._expected <= 0 and short_s > self._notice_s:
+        elif self._waiting and self.fleet.expected <= 0 and short_s > self._notice_s:
             count, self._notice_s = len(self._waiting), NOTICE_FACTOR * self._notice_s
             missing = " and a ".join(roles)
             print(f"router: {count} requests still waiting for a {missing} replica", file=sys.stderr, flush=True)
@@ -246,16 +274,21 @@ class Router:
         tracked, now = self._tracked[update.uid], time.monotonic()
         if update.error is not None:
             if update.retry and tracked.prefill is not None and tracked.attempts < ATTEMPTS:
-                self._next_ping = 0.0  # has its prefill replica died? to be known before the request goes out again
+                self.fleet.ping_soon()  # has its prefill replica died? to be known before the request goes out again
                 self._retry(update.uid, tracked.prefill)
             else:
                 self._end(update.uid, "error", update.error)
             return
         for i, token in enumerate(update.tokens):
+            if token >= self.vocab_size:
+                self.port.send(tracked.decode.id, Abort(update.uid))
+                error = f"the replica serving it made token {token}; the model's vocabulary has {self.vocab_size}"
+                self._end(update.uid, "error", error)
+                return
+            self._prompt_done(update.uid, tracked)
             if tracked.latest is None:
                 self.metrics.ttft.append(now - tracked.submitted)
                 tracked.first = now
-                self._prompt_done(tracked)
                 if update.parts is not None:
                     self.metrics.parts.append(update.parts)
             else:
@@ -275,18 +308,18 @@ class Router:
             self._show(tracked.position, tracked.stream.text[shown:])
             self._end(update.uid, update.finish)
 
-    def _prompt_done(self, tracked: Tracked) -> None:
+    def _prompt_done(self, uid: int, tracked: Tracked) -> None:
         if tracked.prefill is not None:
-            tracked.prefill.prompts -= len(tracked.user.request.prompt)
+            del tracked.prefill.prompts[uid]
             tracked.prefill = None
 
     def _leave(self, uid: int) -> Tracked:
         """Nobody serves this uid any more."""
         tracked = self._tracked.pop(uid)
-        self._prompt_done(tracked)
+        self._prompt_done(uid, tracked)
         if tracked.decode is not None:
             tracked.decode.requests.discard(uid)
-            tracked.decode.reserved -= tracked.user.request.most_tokens
+            tracked.decode.pages -= pages_for(tracked.user.request.most_tokens)
         tracked.decode = None
         return tracked
 
@@ -317,41 +350,17 @@ class Router:
         )
         self._deliver(tracked.position, answer)
 
-    def _ping(self) -> None:
-        """Sending is how the router learns that a replica has died."""
-        now = time.monotonic()
-        if now < self._next_ping:
-            return
-        self._next_ping = now + PING_S
-        for replica in list(self.replicas.values()):
-            if not self.port.send(replica.id, Ping()):
-                self._listen(0)  # what it said before it left is still to be read: its Bye, perhaps
-                if self.replicas.pop(replica.id, None) is not None:
-                    self._lose(replica, "died")
-
     def _lose(self, lost: Replica, how: str) -> None:
-        self._ending.add(lost.hello.job)
-        if self._leaving:  # what is still here then cannot be delivered
+        """The fleet has given a replica up: its requests go elsewhere."""
+        if self.fleet.leaving:  # what is still here then cannot be delivered
             return
-        if lost.hello.role != "unified":
+        role = lost.hello.role
+        if role != "unified":
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
-            had = f"{count} requests were on it"
-            print(f"router: a {lost.hello.role} replica {how}; {had}", file=sys.stderr, flush=True)
-        for replica in self.replicas.values():
-            self.port.send(replica.id, Gone([member.id for member in lost.hello.members]))
+            print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)
         for uid in list(lost.requests):
-            tracked = self._tracked[uid]
-            if tracked.stream.token_ids or tracked.attempts >= ATTEMPTS:
-                error = f"the {lost.hello.role} replica serving it {how}"
-                self._end(uid, "error", INTERRUPTED if self.stopped() else error)
+            if role == "unified" or self._tracked[uid].attempts >= ATTEMPTS:
+                error = INTERRUPTED if self.stopped() else f"the {role} replica serving it {how}"
+                self._end(uid, "error", error)
             else:
                 self._retry(uid, lost)
-
-    def _farewell(self) -> None:
-        self._leaving = True
-        for replica in self.replicas.values():
-            self.port.send(replica.id, Finish())
-        deadline = time.monotonic() + FAREWELL_S
-        while (self.replicas or self._expected > 0) and time.monotonic() < deadline:
-            self._listen(50)
-            self._ping()

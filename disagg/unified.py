@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from disagg.control import Abort, Parts, Submit, Tokens, Update
+from disagg.control import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw
 from disagg.engine import Engine, Step
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
@@ -16,7 +16,9 @@ class Unified:
         self.engine, self.scheduler = engine, engine.scheduler
         self.stop_tokens = frozenset(engine.config.eos_token_ids)
         self.sequences: dict[int, Sequence] = {}  # by uid, all that are queued or running
-        self.updates: list[Update | Tokens] = []  # for the router
+        self.updates: list[Update | Tokens] = []  # for the router, as are the next two
+        self.begun: list[int] = []
+        self.returned: list[int] = []
 
     def collect(self) -> list[Any]:
         """What happened to this rank alone since the last step; the loop tells the rest of the replica."""
@@ -24,20 +26,34 @@ class Unified:
 
     def handle(self, event: Any) -> None:
         match event:
-            case Submit(request, _):
+            case Submit(request, _) if request.uid not in self.sequences:
                 if self.fits(request):
                     self.sequences[request.uid] = Sequence(request)
                     self.scheduler.add(self.sequences[request.uid])
             case Abort(uid) if uid in self.sequences:
                 self.finish(self.sequences[uid])
+            case Withdraw(uids):
+                for uid in uids:
+                    if uid in self.sequences and self.sequences[uid] in self.scheduler.waiting:
+                        self.finish(self.sequences[uid])
+                        self.returned.append(uid)
+            case Forget():
+                for sequence in list(self.sequences.values()):
+                    self.finish(sequence)
+
+    def news(self) -> Updates | None:
+        """What the router should hear, once."""
+        if not (self.updates or self.begun or self.returned):
+            return None
+        news = Updates(self.updates, self.begun, self.returned)
+        self.updates, self.begun, self.returned = [], [], []
+        return news
 
     def fits(self, request: Request) -> bool:
         """Can it ever run here? If not, the router hears why. (Its own model may be another.)"""
-        vocab, most = self.engine.config.vocab_size, max(request.prompt)
         try:
+            request.check_vocabulary(self.engine.config.vocab_size)
             self.scheduler.check_fits(request.most_tokens)
-            if most >= vocab:
-                raise ValueError(f"token {most} is not in the vocabulary of {vocab} of the model that serves it")
         except ValueError as error:
             self.updates.append(Update(request.uid, error=str(error)))
             return False

@@ -9,20 +9,28 @@ step it is, and whether experts move before it; after that nobody returns early,
 batch.
 """
 
+import os
 import signal
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
-from disagg.control import Bye, Finish, Hello, Member, Updates, WorkerPort, local_host
+from disagg.address import local_host
+from disagg.connect import Door
+from disagg.connection import Connection
+from disagg.control import Bye, Finish, Member
 from disagg.decode import Decode
 from disagg.engine import Engine, Step
-from disagg.prefill import Door, Prefill
+from disagg.prefill import Prefill
 from disagg.unified import Unified
 from parallel.mesh import Mesh
 
 Role = Unified | Prefill | Decode
 LONGEST_NAP_MS = 20
+COLLECTIVE_S = 300.0  # a rank that waits longer for another one ends its job
+GOING_ON, FINISHED, LEAVING = range(3)  # what a rank says of the end: nothing; it has its Finish; it leaves now
 
 
 class Interrupt:
@@ -43,7 +51,8 @@ def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[
     """The role, and the ranks of this replica."""
     host = local_host(router_host)
     door = Door(host) if name == "prefill" else None
-    me = Member(uuid.uuid4().hex, host, door.port if door else 0, door.store.port if door else 0)
+    ports = (door.port, door.store.port) if door else (0, 0)
+    me = Member(uuid.uuid4().hex, host, *ports, mesh.rank, os.getpid())
     members = mesh.attn.exchange(me)
     match name:
         case "unified":
@@ -58,60 +67,60 @@ def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[
 def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
     """Run until the router says Finish or somebody interrupts. What went wrong, if the end was not a good one."""
     role, members = make_role(name, engine, mesh, router[0])
-    job = mesh.ep.exchange(members[0].id)[0]
-    port = WorkerPort(members[0].id, *router) if mesh.leads else None
-    if port is not None:
-        port.send(Hello(name, members, engine.settings.max_batch, engine.kv_tokens, engine.kv_layout(), job))
-    pipeline, nap_ms, finished, problem = Pipeline(role, engine, mesh), 1, False, None
+    connection = Connection(name, engine, mesh, members, router)
+    mesh.limit_waits(COLLECTIVE_S)
+    pipeline, nap_ms, finished, problem = Pipeline(role, engine, mesh, connection.waiting), 1, False, None
     while True:
-        inbox = port.poll() if port is not None else []
-        for events in mesh.attn.exchange([*inbox, *role.collect()]):
+        connection.beacon.turn += 1
+        inbox = [*connection.poll(), *role.collect()]
+        with connection.waiting():
+            shared = mesh.attn.exchange(inbox)
+        for events in shared:
             for event in events:
                 if isinstance(event, Finish):
                     finished, problem = True, event.error
                 role.handle(event)
-        if port is not None and not finished and port.gone:
-            finished, problem = True, f"the router at {router[0]}:{router[1]} is gone"
-        turned = pipeline.turn(stop=finished or interrupt.seen)
+        leaving = interrupt.seen or (not finished and connection.problem is not None)
+        turned = pipeline.turn(LEAVING if leaving else FINISHED if finished else GOING_ON)
         if turned is None:
+            problem = problem or connection.problem
             break
         if turned:
             nap_ms = 1
-        elif port is not None:
+        elif connection.port is not None:
             nap_ms = 1 if role.in_flight else min(2 * nap_ms, LONGEST_NAP_MS)
-            port.wait(nap_ms)
-        if port is not None and role.updates:
-            port.send(Updates(role.updates))
-        role.updates.clear()
+            connection.port.wait(nap_ms)
+        connection.report(role.news())
 
-    if port is not None and role.updates:  # of the step that was in flight at the end
-        port.send(Updates(role.updates))
+    connection.report(role.news())  # of the step that was in flight at the end
     role.close()
     stats = pipeline.stats
     for other in mesh.attn.exchange(role.stats()):
         stats.update(other)
     stats.update(engine.stats())
-    if port is not None:
-        port.send(Bye(dict(stats)))
-        port.close()
+    connection.close(Bye(dict(stats)))
     return problem
 
 
 class Pipeline:
     """At most one step in flight while the next is planned: plan, agree, launch, and take up the one before."""
 
-    def __init__(self, role: Role, engine: Engine, mesh: Mesh):
-        self.role, self.engine, self.mesh = role, engine, mesh
+    def __init__(
+        self, role: Role, engine: Engine, mesh: Mesh, waiting: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        """`waiting` is entered around the collective."""
+        self.role, self.engine, self.mesh, self.waiting = role, engine, mesh, waiting
         self.stats: Counter = Counter()
         self._running: tuple[Step, float] | None = None  # and when it was launched
         self._ended = 0.0  # when the tokens of the one before were there
 
-    def turn(self, stop: bool = False) -> bool | None:
-        """Was there anything to do? None once any rank wants to stop; the ranks learn that together."""
+    def turn(self, end: int = GOING_ON) -> bool | None:
+        """Was there anything to do? None once any rank leaves or all are finished; the ranks learn that together."""
         plan = self.role.plan()
-        agreed = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), stop, self.engine.vote())
-        prefill_tokens, decodes, stops, votes = zip(*agreed, strict=True)
-        if any(stops):
+        with self.waiting():
+            agreed = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), end, self.engine.vote())
+        prefill_tokens, decodes, ends, votes = zip(*agreed, strict=True)
+        if LEAVING in ends or min(ends) == FINISHED:
             if self._running is not None:  # its pages are released only now
                 self._take_up(*self._running)
             return None

@@ -10,6 +10,7 @@ Two groups explain the parallelism. Draw a job's ranks as a reshaped arange, one
                                     [6 7]]    mesh.ep: every rank. The routed experts are split over it.
 """
 
+import datetime
 import os
 import socket
 from dataclasses import dataclass
@@ -162,6 +163,13 @@ class Mesh:
         out = torch.empty(self.size * len(mine), dtype=torch.int64)
         _all_gather(out, torch.tensor(mine, dtype=torch.int64), group=self.ep.handle)
         return out.view(self.size, len(mine)).tolist()
+
+    def limit_waits(self, seconds: float) -> None:
+        """From now on a collective on CPU tensors fails on a rank that has waited so long for another one in it."""
+        for group in (self.attn, self.ep):
+            if group.handle is not None:
+                backend = group.handle._get_backend(torch.device("cpu"))
+                backend._set_default_timeout(datetime.timedelta(seconds=seconds))
 
     def ranks_on_my_gpu(self) -> int:
         """How many ranks of the job use the GPU that I use. All ranks together."""

@@ -23,11 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from disagg.connect import dial, link_key, listen
+from disagg.connect import Door, dial, link_key, listen
 from disagg.control import Member
 from disagg.credits import Credits
 from disagg.links import Link, ReceiveLink, SendLink
-from disagg.prefill import Door
 from disagg.transport.torch_dist import TIMEOUT
 from kernels.backend import Ops, choose
 from model.kv_cache import make_pool, pages_for
@@ -135,7 +134,7 @@ class End:
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
         mine = self.pool, self.events, Credits()
         if self.sends:
-            (knock,) = door.pipe.poll(1000 * int(TIMEOUT.total_seconds()))
+            (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
             connect = listen(door.store, HOST, self.device)
             return SendLink(link_key(me, knock.decode), connect, *mine, pack_pages=ops.pack_pages)
         connect = dial(peer, me, self.device)

@@ -24,9 +24,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from disagg.control import Parts, RouterPort, Update
+from disagg.control import Parts, Update
+from disagg.fleet import Replica
+from disagg.ports import RouterPort
 from disagg.request import Request, UserRequest
-from disagg.router import INTERRUPTED, Answer, Replica, Router, Tracked
+from disagg.router import INTERRUPTED, Answer, Router, Tracked
 from disagg.tokenizer import TextStream, load_tokenizer
 from model.batch import PAGE
 from model.config import ModelConfig
@@ -167,13 +169,24 @@ def write_thin_model(folder: Path, layers: int, device: torch.device) -> ModelCo
     return config
 
 
+class Talkers:
+    """A router's source: the requests that decode all the while."""
+
+    def __init__(self, requests: list[UserRequest]):
+        self._left, self.exhausted = requests, False
+
+    def take(self, most: int) -> list[UserRequest]:
+        self.exhausted = True
+        return self._left
+
+
 class Watched(Router):
     """The router, with a clock on what it hears, and with requests that come over time: `script`, a generator, goes on
     each time it has listened."""
 
     def __init__(self, jobs: Jobs, port: RouterPort, folder: Path, expected: int, deadline: float):
         tokenizer = load_tokenizer(folder).tokenizer
-        super().__init__(port, tokenizer, self._over)
+        super().__init__(port, tokenizer, tokenizer.get_vocab_size(), self._over)
         self.jobs, self.expected_replicas, self.deadline = jobs, expected, deadline
         self.script: Generator | None = None
         self.problem: str | None = None
@@ -194,7 +207,7 @@ class Watched(Router):
         self._queue(Tracked(user, position, TextStream(self.tokenizer, []), time.monotonic()))
 
     def _assign(self) -> None:
-        self.complete = self.complete or len(self.replicas) == self.expected_replicas
+        self.complete = self.complete or len(self.fleet.replicas) == self.expected_replicas
         if self.complete:
             super()._assign()
 
@@ -211,7 +224,7 @@ class Watched(Router):
         super()._update(update)
 
     def _lose(self, lost: Replica, how: str) -> None:
-        if not self._leaving:
+        if not self.fleet.leaving:
             self.lost_at.append(time.monotonic())
         super()._lose(lost, how)
 
@@ -275,7 +288,7 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             moments["answered"] = time.monotonic()
 
         router.script = script()
-        router.run([request(SHORT, output) for _ in range(TALKERS)], router.answers.__setitem__)
+        router.run(Talkers([request(SHORT, output) for _ in range(TALKERS)]), router.answers.__setitem__)
         port.close()
         if router.problem is not None:
             raise RuntimeError(router.problem)

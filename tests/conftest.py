@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from disagg.request import UserRequest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,6 +21,21 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+class Given:
+    """A router's source: these requests, all of them there at once."""
+
+    def __init__(self, requests: list[UserRequest]):
+        self._left = list(requests)
+
+    def take(self, most: int) -> list[UserRequest]:
+        taken, self._left = self._left[:most], self._left[most:]
+        return taken
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._left
 
 
 @pytest.fixture(scope="session")

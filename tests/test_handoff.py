@@ -15,19 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from disagg.connect import dial, link_key, listen
-from disagg.control import Member, Pipe, new_socket
+from disagg.connect import Door, dial, link_key, listen
+from disagg.control import Member
 from disagg.credits import OF_A_LINK, Credits
 from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
 from disagg.links import Link, ReceiveLink, SendLink
 from disagg.peers import Links
-from disagg.prefill import Door
+from disagg.pipe import Pipe
 from disagg.request import Request
 from disagg.transport.torch_dist import Passage, TorchTransport
 from model.batch import PAGE
@@ -151,7 +150,7 @@ class Pair:
 
     def sync(self, uid: int) -> None:
         """What the decode side put before has reached the prefill link when this returns; leaves a room `uid` open."""
-        self.decode.link.put(self.opening(uid, []))
+        self.decode.link.put(self.opening(uid, [NUM_PAGES - 1]))
         self.prefill.hear_open(uid)
 
     def hush(self) -> None:
@@ -170,7 +169,7 @@ def make_pair() -> Iterator[Any]:
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
         pool = make_pool(CANARY, dtype)
         receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours, Credits())
-        (knock,) = door.pipe.poll(SOON * 1000)
+        (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
         connect = listen(door.store, HOST, CPU)
@@ -628,7 +627,7 @@ def test_links_that_are_over_keep_no_sockets() -> None:
         ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
         key, (source, sink) = link_key(prefill, decode, generation), ends
         sink.link = ReceiveLink(key, dial(prefill, decode, CPU, generation), sink.pool, sink.events, Credits())
-        assert door.pipe.poll(SOON * 1000)
+        assert door.poll(SOON * 1000)
         source.link = SendLink(key, listen(door.store, HOST, CPU), source.pool, source.events, Credits())
         pair = Pair(source, sink, decode)
         pair.open(1, [4])
@@ -800,8 +799,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     end.link.put(Join(1))
     end.link.put(SendLast(1, 5, [], sampled=time.perf_counter()))
     time.sleep(0.3)
-    pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed)
-    pipe.sock.connect(f"tcp://{HOST}:{store.get(f'{key}/pipe').decode()}")
+    pipe = Pipe.connect(HOST, int(store.get(f"{key}/pipe")), key, Sending | Last | Closed)
     end.hear_end(1)
     (last,) = pipe.poll(SOON * 1000)
     assert (last.uid, last.token) == (1, 5) and 0 < last.waited < SOON
@@ -817,7 +815,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
     """A peer process: meets the decode rank, announces a page, and has only half a mind to send it."""
     door = Door(HOST)
     doing.put(Member(prefill.id, HOST, door.port, door.store.port))
-    assert door.pipe.poll(SOON * 1000)
+    assert door.poll(SOON * 1000)
     pipe, transport = listen(door.store, HOST, CPU)(link_key(prefill, decode))
     (opening,) = pipe.poll(SOON * 1000)
     pipe.send(Sending([opening.request.uid], opening.pages))
@@ -875,7 +873,7 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
     door, decode = Door(HOST), Member("d", HOST)
     prefill = Member("p", HOST, door.port, door.store.port)
     process, doing = spawn(decode_that_dies, prefill, decode, takes_some)
-    assert door.pipe.poll(60_000)
+    assert door.poll(60_000)
     end = End(torch.randn(HUGE), None, queue.SimpleQueue())
     end.link = SendLink(link_key(prefill, decode), listen(door.store, HOST, CPU), end.pool, end.events, Credits())
     end.hear_open(1)
@@ -916,7 +914,7 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     for generation in range(3):
         receiver = receiving.get(prefill, generation)
         receiver.put(Join(generation, Open(Request(generation, [1]), [5], [decode], generation)))
-        (knock,) = door.pipe.poll(SOON * 1000)
+        (knock,) = door.poll(SOON * 1000)
         assert (knock.decode, knock.generation) == (decode, generation)
         sender = sending.get(decode, generation)
         assert sending.events.get(timeout=SOON).generation == generation

@@ -13,7 +13,7 @@ from disagg.engine import Engine, EngineConfig
 from disagg.graph import DecodeStep, resolve
 from disagg.request import Request
 from disagg.unified import Unified
-from disagg.worker import Pipeline
+from disagg.worker import LEAVING, Pipeline
 from kernels.backend import Ops
 from model.batch import Decodes, page_rows
 from model.config import ModelConfig
@@ -93,7 +93,7 @@ def test_a_step_in_flight_when_all_stop_is_still_taken_up(engine: Engine) -> Non
     submit(role, 0, 1)
     assert pipeline.turn()
     assert not role.updates
-    assert pipeline.turn(stop=True) is None
+    assert pipeline.turn(LEAVING) is None
     assert [update.finish for update in role.updates] == ["length"]
     assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
     assert pipeline.stats["prefill_seconds"] > 0

@@ -3,47 +3,83 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import pytest
 
+from disagg import fleet, pulse
 from disagg import router as module
-from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Tokens, Update, Updates, WorkerPort
+from disagg.control import Bye, Finish, Hello, Member, Submit, Tokens, ToRouter, Update, Updates
 from disagg.metrics import percentile
+from disagg.ports import RouterPort, WorkerPort
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
-from tests.conftest import ROOT, eventually
+from tests.conftest import ROOT, Given, eventually
 
 HOST = "127.0.0.1"
 SOON_S = 20
+VOCAB_SIZE = 4096
 
 
-def replica(name: str, role: str, port: int, job: str | None = None, kv_tokens: int = 640) -> WorkerPort:
+class Worker:
+    """A replica whose part the test plays, without a beacon: it must be done before its silence counts."""
+
+    def __init__(self, hello: Hello, port: int):
+        self.port, self._heard = WorkerPort(hello, HOST, port), []
+        assert not self.port.poll(1000 * SOON_S)  # connected, and Hello is on its way
+
+    def joined(self) -> bool:
+        self._heard += self.port.poll(10)
+        return self.port.welcomed
+
+    def hear(self, kind: type) -> msgspec.Struct:
+        """The next message of this kind; those before it are forgotten."""
+        deadline = time.monotonic() + SOON_S
+        while time.monotonic() < deadline:
+            self._heard += self.port.poll(0 if self._heard else 100)
+            while self._heard:
+                if isinstance(message := self._heard.pop(0), kind):
+                    return message
+        raise AssertionError(f"no {kind.__name__} in {SOON_S} s")
+
+    def send(self, message: ToRouter) -> None:
+        self.port.send(message)
+
+    def close(self) -> None:
+        self.port.close()
+
+
+def replica(name: str, role: str, port: int, job: str | None = None, kv_tokens: int = 640, **more: Any) -> Worker:
     """`job`: one of its own, unless said otherwise."""
-    worker = WorkerPort(name, HOST, port)
-    worker.send(Hello(role, [Member(name, HOST)], 4, kv_tokens, "kv", job or name))
+    hello = Hello(role, [Member(name, HOST)], 4, 64, kv_tokens, {"layers": "5"}, job or name)
+    return Worker(msgspec.structs.replace(hello, **more), port)
+
+
+def joining(name: str, role: str, router: Router, *more: Any) -> Worker:
+    """A replica of a router that runs, which has welcomed it."""
+    worker = replica(name, role, router.port.port, *more)
+    assert eventually(worker.joined)
     return worker
 
 
-def hear(worker: WorkerPort, kind: type) -> msgspec.Struct:
-    """The next message of this kind."""
-    deadline = time.monotonic() + SOON_S
-    while time.monotonic() < deadline:
-        for message in worker.poll(100):
-            if isinstance(message, kind):
-                return message
-    raise AssertionError(f"no {kind.__name__} in {SOON_S} s")
+def hear(worker: Worker, kind: type) -> msgspec.Struct:
+    return worker.hear(kind)
+
+
+def make_router(port: RouterPort, stopped: Callable[[], bool] = lambda: False) -> Router:
+    return Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, VOCAB_SIZE, stopped)
 
 
 @contextmanager
 def serving(request: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with one request, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
-    router = Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, lambda: False)
-    work = [UserRequest("x", request, [])]
+    router = make_router(port)
+    work = Given([UserRequest("x", request, [])])
     thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
     thread.start()
     yield router, answers
@@ -52,13 +88,13 @@ def serving(request: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
     port.close()
 
 
-def fail(decode: WorkerPort, submit: Submit) -> Submit:
+def fail(decode: Worker, submit: Submit) -> Submit:
     """The link to its prefill replica breaks; where it is tried next."""
     decode.send(Updates([Update(submit.request.uid, error="link down", retry=True)]))
     return hear(decode, Submit)
 
 
-def finish(decode: WorkerPort, submit: Submit, *others: WorkerPort) -> None:
+def finish(decode: Worker, submit: Submit, *others: Worker) -> None:
     decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
     for worker in (decode, *others):
         hear(worker, Finish)
@@ -69,9 +105,9 @@ def finish(decode: WorkerPort, submit: Submit, *others: WorkerPort) -> None:
 def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None:
     """Its links break at once; the router would find out by its next ping, up to a second later."""
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
-        prefills = {name: replica(name, "prefill", router.port.port) for name in ("a", "b")}
-        assert eventually(lambda: len(router.replicas) == 2)
-        decode = replica("d", "decode", router.port.port)
+        prefills = {name: joining(name, "prefill", router) for name in ("a", "b")}
+        assert eventually(lambda: len(router.fleet.replicas) == 2)
+        decode = joining("d", "decode", router)
         first = hear(decode, Submit)
         prefills.pop(first.prefill[0].id).close()
         second = fail(decode, first)
@@ -83,12 +119,12 @@ def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None
 def test_a_retry_goes_to_another_job() -> None:
     """Of a job that loses a rank, the other replicas are still there for a while, and idle."""
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
-        prefills = [replica(name, "prefill", router.port.port, "ab") for name in ("a", "b")]
-        assert eventually(lambda: len(router.replicas) == 2)
-        decode = replica("d", "decode", router.port.port)
+        prefills = [joining(name, "prefill", router, "ab") for name in ("a", "b")]
+        assert eventually(lambda: len(router.fleet.replicas) == 2)
+        decode = joining("d", "decode", router)
         first = hear(decode, Submit)
-        prefills.append(replica("c", "prefill", router.port.port))
-        assert eventually(lambda: len(router.replicas) == 4)
+        prefills.append(joining("c", "prefill", router))
+        assert eventually(lambda: len(router.fleet.replicas) == 4)
         second = fail(decode, first)
         assert [member.id for member in second.prefill] == ["c"]
         finish(decode, second, *prefills)
@@ -99,7 +135,7 @@ def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch) -> None:
     """There is nobody else: a link may have broken between two replicas that live."""
     monkeypatch.setattr(module, "SUSPECT_S", 0.5)
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
-        decode, prefill = (replica(role, role, router.port.port) for role in ("decode", "prefill"))
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
         first, start = hear(decode, Submit), time.monotonic()
         second = fail(decode, first)
         assert time.monotonic() - start >= 0.5 and [member.id for member in second.prefill] == ["prefill"]
@@ -109,12 +145,12 @@ def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch) -> None:
 
 def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
-        dying = {name: replica(name, "decode", router.port.port, "ab") for name in ("a", "b")}
-        assert eventually(lambda: len(router.replicas) == 2)
-        prefill = replica("p", "prefill", router.port.port)
-        assert eventually(lambda: any(one.requests for one in router.replicas.values()))
-        dying.pop(next(name for name, one in router.replicas.items() if one.requests)).close()
-        other = replica("c", "decode", router.port.port)
+        dying = {name: joining(name, "decode", router, "ab") for name in ("a", "b")}
+        assert eventually(lambda: len(router.fleet.replicas) == 2)
+        prefill = joining("p", "prefill", router)
+        assert eventually(lambda: any(one.requests for one in router.fleet.replicas.values()))
+        dying.pop(next(name for name, one in router.fleet.replicas.items() if one.requests)).close()
+        other = joining("c", "decode", router)
         submit = hear(other, Submit)
         (left,) = dying.values()
         finish(other, submit, prefill, left)
@@ -124,10 +160,10 @@ def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
 
 def test_the_requests_on_a_prefill_replica_are_counted(capsys) -> None:
     with serving(Request(0, [5, 6, 7], 1)) as (router, _):
-        decode, prefill = (replica(role, role, router.port.port) for role in ("decode", "prefill"))
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
         submit = hear(decode, Submit)
         prefill.close()
-        assert eventually(lambda: len(router.replicas) == 1)
+        assert eventually(lambda: len(router.fleet.replicas) == 1)
         finish(decode, submit)
     assert "a prefill replica died; 1 requests were on it" in capsys.readouterr().err
 
@@ -138,9 +174,9 @@ def test_a_request_goes_where_it_fits(small_role: str, order: tuple[str, str]) -
     """150 + 60 tokens do not fit into 128 of KV, and 640 are there; nor does the prompt alone."""
     other = "prefill" if small_role == "decode" else "decode"
     with serving(Request(0, [5] * 150, 60)) as (router, answers):
-        sized = {n: replica(n, small_role, router.port.port, None, {"small": 128, "large": 640}[n]) for n in order}
-        assert eventually(lambda: len(router.replicas) == 2)
-        partner = replica("partner", other, router.port.port)
+        sized = {n: joining(n, small_role, router, None, {"small": 128, "large": 640}[n]) for n in order}
+        assert eventually(lambda: len(router.fleet.replicas) == 2)
+        partner = joining("partner", other, router)
         decode, rest = (partner, sized.values()) if other == "decode" else (sized["large"], [partner, sized["small"]])
         submit = hear(decode, Submit)
         assert other == "prefill" or [member.id for member in submit.prefill] == ["large"]
@@ -154,12 +190,12 @@ def test_a_request_goes_where_it_fits(small_role: str, order: tuple[str, str]) -
 def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -> None:
     """At 0.2 s, at 0.6 s, and not again before 1.8 s."""
     monkeypatch.setattr(module, "NOTICE_S", 0.2)
-    monkeypatch.setattr(module, "FAREWELL_S", 0.1)
+    monkeypatch.setattr(fleet, "FAREWELL_S", 0.1)
     port, end = RouterPort(HOST, 0), time.monotonic() + 1.2
     workers = [replica(role, role, port.port) for role in joined]
-    router = Router(port, load_tokenizer(tiny).tokenizer, lambda: time.monotonic() > end)
+    router = make_router(port, lambda: time.monotonic() > end)
     answers = {}
-    router.run([UserRequest(i, Request(i, [5], 2), []) for i in range(3)], answers.__setitem__)
+    router.run(Given([UserRequest(i, Request(i, [5], 2), []) for i in range(3)]), answers.__setitem__)
     for one in (*workers, port):
         one.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
@@ -171,7 +207,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     """Its goodbye comes between a token and the router's own look at the interrupt."""
     port, answers, interrupt = RouterPort(HOST, 0), {}, threading.Event()
     worker = replica("u", "unified", port.port)
-    router = Router(port, load_tokenizer(tiny).tokenizer, interrupt.is_set)
+    router = make_router(port, interrupt.is_set)
     request = UserRequest("x", Request(0, [5, 6, 7], 4), [])
 
     def show(position: int, piece: str) -> None:
@@ -184,7 +220,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     shown: list[str] = []
 
     def serve() -> None:
-        router.run([request], answers.__setitem__, show)
+        router.run(Given([request]), answers.__setitem__, show)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -208,7 +244,7 @@ def test_percentiles_are_the_nearest_ranks() -> None:
 def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
     """The first of two fails on its way to the user; the replica goes home meanwhile."""
     port, delivered = RouterPort(HOST, 0), []
-    router = Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, lambda: False)
+    router = make_router(port)
 
     def deliver(position: int, answer: Answer) -> None:
         delivered.append(answer)
@@ -216,7 +252,7 @@ def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
 
     def serve() -> None:
         with pytest.raises(ValueError, match="the disk is full"):
-            router.run([UserRequest(i, Request(i, [5], 1), []) for i in range(2)], deliver)
+            router.run(Given([UserRequest(i, Request(i, [5], 1), []) for i in range(2)]), deliver)
         ended.set()
 
     ended, worker = threading.Event(), replica("u", "unified", port.port)

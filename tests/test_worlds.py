@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from disagg.control import RouterPort
 from disagg.engine import Engine, EngineConfig
+from disagg.ports import RouterPort
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
@@ -18,6 +18,7 @@ from kernels.backend import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh
+from tests.conftest import Given
 from tests.worlds import run_world, sub_mesh
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
@@ -48,8 +49,9 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, inte
     port = [0]
     if rank == 0:
         encoder = load_tokenizer(tiny)
-        router = Router(RouterPort("127.0.0.1", 0), encoder.tokenizer, lambda: False)
-        work = requests(encoder.tokenizer.get_vocab_size())
+        vocab_size = encoder.tokenizer.get_vocab_size()
+        router = Router(RouterPort("127.0.0.1", 0), encoder.tokenizer, vocab_size, lambda: False)
+        work = Given(requests(vocab_size))
         thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
         port = [router.port.port]
     dist.broadcast_object_list(port)
