@@ -1,60 +1,58 @@
-"""Messages arrive as they were sent, in order; and each end finds out that the other has gone."""
+"""Messages survive the wire as they were, and whatever else comes is refused with a ValueError."""
 
 import random
-import socket
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
-import zmq
 
 from disagg.control import (
     Abort,
+    Back,
+    Beat,
     Bye,
+    Decoder,
     Finish,
     Gone,
     Hello,
     Member,
     Ping,
-    Pipe,
-    RouterPort,
     Submit,
     Tokens,
     ToRouter,
     ToWorker,
     Update,
     Updates,
-    WorkerPort,
-    bind,
-    local_host,
-    new_socket,
-    parse_address,
+    Welcome,
+    Withdraw,
+    encode,
 )
 from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
 from disagg.request import Request
-from tests.conftest import eventually
 
-HOST = "127.0.0.1"
-SOON_MS = 10_000
-MEMBER = Member("é1", HOST, 7000, 65535)
+MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
 REQUEST = Request(3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20)
 BY_DEFAULT = Request(4, [1])
 UPDATE = Update(3, [5, 6], [[(5, -0.5), (9, -1.25)], []], "length")
+HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2)
 
 TO_WORKER = (
+    Welcome(),
     Submit(REQUEST, [MEMBER, Member("b", "h")]),
     Submit(BY_DEFAULT, None),
+    Withdraw([3, 2**40]),
     Abort(2**40),
     Gone(["a", "b"]),
     Gone([]),
+    Back(["a"]),
     Finish(),
     Finish("refused"),
     Ping(),
 )
 TO_ROUTER = (
-    Hello("decode", [MEMBER, Member("b", "::1")], 64, 2**40, "5 layers", "a"),
-    Updates([UPDATE, Tokens({7: 128_000, 2**40: 0}), Update(4, error="boom", retry=True), Update(5)]),
+    HELLO,
+    Beat("a", 2**40, True),
+    Updates([UPDATE, Tokens({7: 128_000, 2**40: 0}), Update(4, error="boom", retry=True), Update(5)], [5], [6]),
     Updates([]),
     Bye({"decode_steps": 3, "seconds": 0.125}),
     Bye({}),
@@ -67,213 +65,88 @@ ON_A_LINK = (
     Last(5, 128_000, [(128_000, -0.5)]),
     Closed(5, "the prompt\ndoes not fit"),
 )
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[[Any], Any]]:
-    """opened(thing) closes it at the end."""
-    things = []
-
-    def keep(thing: Any) -> Any:
-        things.append(thing)
-        return thing
-
-    yield keep
-    for thing in things:
-        thing.close()
-
-
-def hear(router: RouterPort, count: int) -> list[tuple[str, ToRouter]]:
-    messages, deadline = [], time.monotonic() + SOON_MS / 1000
-    while len(messages) < count and time.monotonic() < deadline:
-        messages += router.poll(100)
-    return messages
-
-
-def meet(router: RouterPort, worker: WorkerPort) -> str:
-    """The worker's id, once the router knows it."""
-    worker.send(Bye({}))
-    ((name, _),) = hear(router, 1)
-    return name
+DECODERS = {kind: Decoder(kind) for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Last | Closed)}
+EXAMPLES = dict(zip(DECODERS, (TO_WORKER, TO_ROUTER, ON_A_LINK), strict=True))
 
 
 def test_these_are_all_the_messages_there_are() -> None:
-    """The tests below send one of every type at least."""
-    for kind, examples in ((ToWorker, TO_WORKER), (ToRouter, TO_ROUTER)):
+    """The tests below encode one of every type at least."""
+    for kind, examples in EXAMPLES.items():
         assert set(kind.__args__) == {type(message) for message in examples}
 
 
-def test_every_message_arrives_as_it_was_sent_and_in_order(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    worker = opened(WorkerPort("w", HOST, router.port))
-    for message in TO_ROUTER:
-        worker.send(message)
-    assert hear(router, len(TO_ROUTER)) == [("w", message) for message in TO_ROUTER]
-    for message in TO_WORKER:
-        assert router.send("w", message)
-    got = []
-    while len(got) < len(TO_WORKER):
-        got += (more := worker.poll(SOON_MS))
-        assert more, "lost"
-    assert got == list(TO_WORKER)
-    assert [type(message) for message in got] == [type(message) for message in TO_WORKER]
+@pytest.mark.parametrize("kind", DECODERS, ids=("to a worker", "to the router", "on a link"))
+def test_every_message_is_decoded_as_it_was(kind: Any) -> None:
+    for message in EXAMPLES[kind]:
+        got = DECODERS[kind](encode(message))
+        assert got == message and type(got) is type(message)
 
 
-def test_numbers_keep_their_type_on_the_way(opened: Any) -> None:
+def test_numbers_keep_their_type_on_the_way() -> None:
     """An integer given for a float must not stay one on some ranks only; a logprob's token must stay an integer."""
-    router = opened(RouterPort(HOST, 0))
-    worker = opened(WorkerPort("w", HOST, router.port))
-    worker.send(Updates([UPDATE]))
-    ((_, updates),) = hear(router, 1)
-    token, logprob = updates.updates[0].logprobs[0][0]
+    token, logprob = DECODERS[ToRouter](encode(Updates([UPDATE]))).updates[0].logprobs[0][0]
     assert type(token) is int and type(logprob) is float
-    router.send("w", Submit(Request(1, [1], temperature=1, top_p=1), None))
-    (submit,) = worker.poll(SOON_MS)
-    assert type(submit.request.temperature) is float and type(submit.request.top_p) is float
+    request = DECODERS[ToWorker](encode(Submit(Request(1, [1], temperature=1, top_p=1), None))).request
+    assert type(request.temperature) is float and type(request.top_p) is float
 
 
-def test_the_messages_of_a_link_arrive_as_they_were_sent(opened: Any) -> None:
-    one = opened(Pipe(new_socket(zmq.DEALER), Knock | Open | Cancel | Sending | Last | Closed))
-    other = opened(Pipe(new_socket(zmq.DEALER), Knock | Open | Cancel | Sending | Last | Closed))
-    other.sock.connect(f"tcp://{HOST}:{bind(one.sock, HOST)}")
-    for message in ON_A_LINK:
-        other.send(message)
-    got = []
-    while len(got) < len(ON_A_LINK):
-        got += (more := one.poll(SOON_MS))
-        assert more, "lost"
-    assert got == list(ON_A_LINK)
+def forged(message: msgspec.Struct, **fields: Any) -> bytes:
+    """`message`, with other values than it may have."""
+    return encode(msgspec.to_builtins(message) | fields)
 
 
-def test_a_message_of_the_wrong_kind_is_dropped_alone(opened: Any) -> None:
-    one, other = opened(Pipe(new_socket(zmq.DEALER), Cancel)), opened(Pipe(new_socket(zmq.DEALER), Cancel))
-    other.sock.connect(f"tcp://{HOST}:{bind(one.sock, HOST)}")
-    other.send(Sending([5], [9]))
-    other.sock.send(b"junk")
-    other.send(Cancel(6))
-    got = []
-    while not got:
-        got = one.poll(20_000)
-    assert got == [Cancel(6)]
+NO_MESSAGES = {
+    "nothing": b"",
+    "junk": b"junk",
+    "an array announced that never comes": b"\x82\xa4type\xa7Updates\xa7updates\xdd\xff\xff\xff\xff",
+    "nested 200,000 deep": b"\x82\xa4type\xa5Hello\xa1z" + b"\x91" * 200_000 + b"\xc0",
+    "another kind of message": encode(Ping()),
+    "a token beyond 31 bits": encode(Updates([Update(3, [2**40])])),
+    "a negative token": encode(Updates([Tokens({3: -1})])),
+    "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
+    "a replica without ranks": forged(HELLO, members=[]),
+    "a replica of 300,000 ranks": forged(HELLO, members=[msgspec.to_builtins(MEMBER)] * 300_000),
+    "an unknown role": forged(HELLO, role="router"),
+    "a batch of none": forged(HELLO, max_batch=0),
+    "a name of 300 characters": forged(HELLO, job="x" * 300),
+}
 
 
-def test_each_worker_gets_what_was_meant_for_it(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    workers = {name: opened(WorkerPort(name, HOST, router.port)) for name in ("a", "b", "é")}
-    for name, worker in workers.items():
-        assert meet(router, worker) == name
-    meant = {name: [] for name in workers}
+@pytest.mark.parametrize("body", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_what_is_no_message_to_the_router_is_a_value_error(body: bytes) -> None:
+    with pytest.raises(ValueError, match="not a message"):
+        DECODERS[ToRouter](body)
+
+
+NOT_TO_SERVE = {
+    "no prompt": Submit(Request(1, []), None),
+    "a negative token": Submit(Request(1, [-1]), None),
+    "nothing to generate": Submit(Request(1, [1], 0), None),
+    "a prefill replica without ranks": Submit(Request(1, [1]), []),
+}
+
+
+@pytest.mark.parametrize("message", NOT_TO_SERVE.values(), ids=NOT_TO_SERVE)
+def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
+    with pytest.raises(ValueError, match="not a message"):
+        DECODERS[ToWorker](encode(message))
+
+
+@pytest.mark.parametrize("message", [Open(REQUEST, [0], [MEMBER]), Open(REQUEST, [1], []), Sending([], [1]),
+                                     Sending([1], []), Last(1, -1, []), Knock(MEMBER, -1)])  # fmt: skip
+def test_pages_and_rooms_that_cannot_be_are_no_message(message: msgspec.Struct) -> None:
+    with pytest.raises(ValueError, match="not a message"):
+        list(DECODERS.values())[2](encode(message))
+
+
+def test_random_bytes_are_a_value_error() -> None:
     rng = random.Random(0)
-    for uid in range(50):
-        name = rng.choice(sorted(workers))
-        assert router.send(name, Abort(uid))
-        meant[name].append(Abort(uid))
-    for name, worker in workers.items():
-        got = []
-        while len(got) < len(meant[name]):
-            got += (more := worker.poll(SOON_MS))
-            assert more, "lost"
-        assert got == meant[name]
-
-
-def test_a_poll_that_nothing_comes_to_ends_in_time(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    worker = opened(WorkerPort("w", HOST, router.port))
-    start = time.monotonic()
-    assert router.poll(50) == [] and worker.poll(50) == [] and worker.poll() == []
-    worker.wait(50)
-    assert 0.14 < time.monotonic() - start < 5
-
-
-def test_wait_returns_once_a_message_is_there_and_leaves_it(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    worker = opened(WorkerPort("w", HOST, router.port))
-    meet(router, worker)
-    router.send("w", Ping())
-    start = time.monotonic()
-    worker.wait(SOON_MS)
-    assert time.monotonic() - start < SOON_MS / 2000
-    assert worker.poll() == [Ping()]
-
-
-def test_sending_to_somebody_unknown_says_so(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    assert not router.send("nobody", Ping())
-
-
-def test_sending_to_a_worker_that_has_left_says_so(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    worker, other = WorkerPort("w", HOST, router.port), opened(WorkerPort("other", HOST, router.port))
-    meet(router, worker)
-    meet(router, other)
-    assert router.send("w", Ping())
-    worker.close()
-    assert eventually(lambda: not router.send("w", Ping()))
-    assert router.send("other", Ping())
-
-
-def test_a_worker_knows_when_the_router_has_gone(opened: Any) -> None:
-    router = RouterPort(HOST, 0)
-    worker = opened(WorkerPort("w", HOST, router.port))
-    meet(router, worker)
-    assert not worker.gone
-    router.close()
-    assert eventually(lambda: worker.gone)
-
-
-def test_a_worker_may_come_before_the_router(opened: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    worker = opened(WorkerPort("w", HOST, port))
-    worker.send(TO_ROUTER[0])
-    time.sleep(0.5)  # it tries in vain
-    assert not worker.gone, "the router cannot be gone before it came"
-    router = opened(RouterPort(HOST, port))
-    assert router.port == port
-    assert hear(router, 1) == [("w", TO_ROUTER[0])]
-    assert router.send("w", Ping()) and worker.poll(SOON_MS) == [Ping()]
-    assert not worker.gone
-
-
-def test_a_port_in_use_is_refused_with_its_address(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    with pytest.raises(ValueError, match=f"cannot listen on {HOST}:{router.port}: Address already in use"):
-        opened(RouterPort(HOST, router.port))
-
-
-def test_a_host_that_is_not_mine_cannot_be_listened_on() -> None:
-    with pytest.raises(ValueError, match="cannot listen on 192.0.2.1:7000"):
-        RouterPort("192.0.2.1", 7000)
-
-
-@pytest.mark.parametrize(
-    "address, parsed",
-    (
-        ("127.0.0.1:7000", ("127.0.0.1", 7000)),
-        ("node-3.cluster:65535", ("node-3.cluster", 65535)),
-        ("h:0", ("h", 0)),
-    ),
-)
-def test_an_address_is_a_host_and_a_port(address: str, parsed: tuple[str, int]) -> None:
-    assert parse_address("--router", address) == parsed
-
-
-@pytest.mark.parametrize(
-    "address", ("", ":", "h", "h:", ":7000", "7000", "h:-1", "h:x", "h:7.0", "h: 7", "h:+7", "h:\u00b2")
-)
-def test_a_bad_address_is_refused_by_the_flags_name(address: str) -> None:
-    with pytest.raises(ValueError, match=r"--router is '.*'; it must be HOST:PORT"):
-        parse_address("--router", address)
-
-
-@pytest.mark.parametrize("port", ["65536", "99999", "9" * 5000])
-def test_a_port_out_of_range_is_told_the_range(port: str) -> None:
-    with pytest.raises(ValueError, match=r"^--listen is 'h:9*6*5*3*6*'; its port must be in 0\.\.65535$"):
-        parse_address("--listen", f"h:{port}")
-
-
-def test_my_address_towards_myself_is_the_loopback() -> None:
-    assert local_host(HOST) == HOST
-    with pytest.raises(ValueError, match="no way to reach 'no such host'"):
-        local_host("no such host")
+    for decode in DECODERS.values():
+        for _ in range(2_000):
+            body = bytearray(encode(rng.choice(TO_WORKER + TO_ROUTER + ON_A_LINK)))
+            for _ in range(rng.randrange(1, 4)):
+                body[rng.randrange(len(body))] = rng.randrange(256)
+            try:
+                decode(bytes(body))
+            except ValueError:
+                continue

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from disagg import fleet, pulse
+from disagg import fleet
 from disagg import router as module
 from disagg.control import Bye, Finish, Hello, Member, Submit, Tokens, ToRouter, Update, Updates
 from disagg.metrics import percentile
