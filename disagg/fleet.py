@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 from disagg.control import Back, Beat, Bye, Finish, Gone, Hello, Member, ToWorker
 from disagg.ports import RouterPort
-from disagg.pulse import SILENT_S, STUCK_S, Pulses
+from disagg.pulse import Pulses
 from model.kv_cache import PAGE
 
+SILENT_S = 10.0  # without a beat for so long, a rank counts as frozen
+STUCK_S = 60.0  # in one turn for so long, a rank counts as stuck
 PING_S = 1.0
 PAUSE_S = 3.0  # a router whose loop stood still for longer was itself stopped, and has missed what others said
 GRACE_S = 10.0  # how long it then believes that everybody lives
@@ -161,10 +163,10 @@ class Fleet:
             if self.replicas.get(replica.id) is not replica:
                 continue  # it has gone with another one of its job
             members = replica.hello.members
-            if silent := self._pulses.silent(members):
+            if silent := self._pulses.silent(members, SILENT_S):
                 self._lose(replica, f"does not answer: nothing heard of {_names(silent)} for {SILENT_S:.0f} s")
-            elif stuck := self._pulses.stuck(members):
-                self._lose(replica, f"does not end a step: {_names(stuck)} began it {STUCK_S:.0f} s ago")
+            elif stuck := self._pulses.stuck(members, STUCK_S):
+                self._lose(replica, f"does not end a step: {_names(stuck)} came to it {STUCK_S:.0f} s ago")
         for replica, turn in list(self._away.values()):
             members = replica.hello.members
             moves = self._pulses.turn(members[0]) > turn + 1  # no rank comes so far without all others of its job

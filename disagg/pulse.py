@@ -17,8 +17,6 @@ from disagg.ports import new_socket
 from disagg.session import Header
 
 BEAT_S = 1.0
-SILENT_S = 10.0  # without a beat a rank counts as frozen
-STUCK_S = 60.0  # in one turn a rank counts as stuck
 
 
 class Beacon(threading.Thread):
@@ -96,13 +94,13 @@ class Pulses:
         for pulse in self._by_id.values():
             pulse.heard_at = pulse.turned_at = now
 
-    def silent(self, members: Iterable[Member], limit_s: float = SILENT_S) -> list[Member]:
+    def silent(self, members: Iterable[Member], limit_s: float) -> list[Member]:
         """Those that have not been heard for so long."""
         now = time.monotonic()
         return [member for member in members if now - self._by_id[member.id].heard_at > limit_s]
 
-    def stuck(self, members: Iterable[Member]) -> list[Member]:
-        """Those that stay in one turn, and do not wait there for another rank."""
+    def stuck(self, members: Iterable[Member], limit_s: float) -> list[Member]:
+        """Those that have been in one turn for so long; if possible, those that do not wait there for another rank."""
         now = time.monotonic()
-        late = [member for member in members if now - self._by_id[member.id].turned_at > STUCK_S]
+        late = [member for member in members if now - self._by_id[member.id].turned_at > limit_s]
         return [member for member in late if not self._by_id[member.id].waits] or late

@@ -10,11 +10,27 @@ from typing import Any
 import msgspec
 import pytest
 
-from disagg import fleet
+from disagg import fleet, pulse
 from disagg import router as module
-from disagg.control import Bye, Finish, Hello, Member, Submit, Tokens, ToRouter, Update, Updates
+from disagg.control import (
+    Abort,
+    Back,
+    Bye,
+    Finish,
+    Forget,
+    Gone,
+    Hello,
+    Member,
+    Submit,
+    Tokens,
+    ToRouter,
+    Update,
+    Updates,
+    Withdraw,
+)
 from disagg.metrics import percentile
 from disagg.ports import RouterPort, WorkerPort
+from disagg.pulse import Beacon
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
 from disagg.tokenizer import load_tokenizer
@@ -29,8 +45,8 @@ class Worker:
     """A replica whose part the test plays, without a beacon: it must be done before its silence counts."""
 
     def __init__(self, hello: Hello, port: int):
-        self.port, self._heard = WorkerPort(hello, HOST, port), []
-        assert not self.port.poll(1000 * SOON_S)  # connected, and Hello is on its way
+        self.port = WorkerPort(hello, HOST, port)
+        self._heard = self.port.poll(1000 * SOON_S)  # now it is connected, and Hello is on its way
 
     def joined(self) -> bool:
         self._heard += self.port.poll(10)
@@ -46,6 +62,10 @@ class Worker:
                     return message
         raise AssertionError(f"no {kind.__name__} in {SOON_S} s")
 
+    def has(self, kind: type) -> bool:
+        """Has one come that was not heard yet?"""
+        return any(isinstance(message, kind) for message in self._heard)
+
     def send(self, message: ToRouter) -> None:
         self.port.send(message)
 
@@ -59,9 +79,9 @@ def replica(name: str, role: str, port: int, job: str | None = None, kv_tokens: 
     return Worker(msgspec.structs.replace(hello, **more), port)
 
 
-def joining(name: str, role: str, router: Router, *more: Any) -> Worker:
+def joining(name: str, role: str, router: Router, *more: Any, **others: Any) -> Worker:
     """A replica of a router that runs, which has welcomed it."""
-    worker = replica(name, role, router.port.port, *more)
+    worker = replica(name, role, router.port.port, *more, **others)
     assert eventually(worker.joined)
     return worker
 
@@ -75,11 +95,11 @@ def make_router(port: RouterPort, stopped: Callable[[], bool] = lambda: False) -
 
 
 @contextmanager
-def serving(request: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
-    """A router with one request, in a thread; its answers. It must have ended after the block."""
+def serving(*requests: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
+    """A router with these requests, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
     router = make_router(port)
-    work = Given([UserRequest("x", request, [])])
+    work = Given([UserRequest("x", request, []) for request in requests])
     thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
     thread.start()
     yield router, answers
@@ -265,3 +285,307 @@ def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
     assert [answer.error for answer in delivered] == [None]
     worker.close()
     port.close()
+
+
+# ---- whose word counts
+
+
+def test_only_the_replica_that_serves_a_request_is_believed() -> None:
+    """Another one in good standing names it; and one that was given up does."""
+    with serving(Request(0, [5, 6, 7], 2)) as (router, answers):
+        prefill, decode, other = (
+            joining(name, role, router) for name, role in (("p", "prefill"), ("d", "decode"), ("e", "decode"))
+        )
+        (first,) = [
+            worker for worker in (decode, other) if eventually(lambda w=worker: w.joined() and w.has(Submit), 1)
+        ]
+        uid = first.hear(Submit).request.uid
+        second = other if first is decode else decode
+        second.send(Updates([Update(uid, [1, 2], finish="length")], [uid], [uid]))
+        second.send(Updates([Tokens({uid: 3})]))
+        first.send(Updates([Tokens({uid: 8})]))
+        first.send(Updates([Update(uid, [9], finish="length")]))
+        for worker in (prefill, decode, other):
+            worker.hear(Finish)
+            worker.send(Bye({}))
+            worker.close()
+    assert answers[0].token_ids == [8, 9]
+
+
+def test_requests_are_numbered_from_anywhere() -> None:
+    """So that one router's numbers say nothing to another."""
+    seen = set()
+    for _ in range(2):
+        with serving(Request(0, [5], 1)) as (router, _):
+            decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+            submit = decode.hear(Submit)
+            seen.add(submit.request.uid)
+            finish(decode, submit, prefill)
+    assert len(seen) == 2 and min(seen) > 1000
+
+
+def test_a_token_that_the_model_does_not_have_ends_its_request_alone() -> None:
+    with serving(Request(0, [5], 3), Request(0, [6], 1)) as (router, answers):
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+        first, second = decode.hear(Submit), decode.hear(Submit)
+        decode.send(Updates([Tokens({first.request.uid: VOCAB_SIZE})]))
+        assert decode.hear(Abort).uid == first.request.uid
+        finish(decode, second, prefill)
+    assert (
+        answers[0].error == f"the replica serving it made token {VOCAB_SIZE}; the model's vocabulary has {VOCAB_SIZE}"
+    )
+    assert answers[1].error is None
+
+
+# ---- handing out
+
+
+def waits(worker: Worker, kind: type) -> bool:
+    """Nothing of that kind comes for a while."""
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:
+        worker.joined()
+    return not worker.has(kind)
+
+
+def test_a_replica_gets_what_its_kv_can_hold_and_the_rest_waits() -> None:
+    """640 tokens are ten pages; each request may come to four."""
+    with serving(*[Request(0, [5] * 200, 56)] * 3) as (router, answers):
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+        first, second = decode.hear(Submit), decode.hear(Submit)
+        assert waits(decode, Submit)
+        decode.send(Updates([Update(first.request.uid, [9], finish="stop")]))
+        third = decode.hear(Submit)
+        decode.send(Updates([Update(second.request.uid, [9], finish="stop")]))
+        finish(decode, third, prefill)
+    assert [answers[i].error for i in range(3)] == [None] * 3
+
+
+def test_a_prefill_replica_gets_prompts_for_two_steps_and_no_less_than_four() -> None:
+    """Its steps have 64 tokens."""
+    for length, most in ((16, 8), (60, 4)):
+        with serving(*[Request(0, [5] * length, 1)] * 10) as (router, answers):
+            decode, prefill = (
+                joining(role, role, router, None, 64_000, max_batch=64) for role in ("decode", "prefill")
+            )
+            submits = [decode.hear(Submit) for _ in range(most)]
+            assert waits(decode, Submit)
+            for submit in submits:
+                decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
+            while len(submits) < 10:
+                submits.append(decode.hear(Submit))
+                decode.send(Updates([Update(submits[-1].request.uid, [9], finish="length")]))
+            for worker in (decode, prefill):
+                worker.hear(Finish)
+                worker.send(Bye({}))
+                worker.close()
+        assert len(answers) == 10
+
+
+def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
+    with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+        begun, not_begun = (decode.hear(Submit).request.uid for _ in range(2))
+        decode.send(Updates(begun=[begun]))
+        assert eventually(lambda: router._tracked[begun].begun)
+        other = joining("other", "decode", router)
+        assert decode.hear(Withdraw).uids == [not_begun]
+        decode.send(Updates(returned=[not_begun]))
+        submit = other.hear(Submit)
+        assert submit.request.prompt == [6]
+        decode.send(Updates([Update(begun, [9], finish="length")]))
+        finish(other, submit, decode, prefill)
+    assert answers[0].error is None and answers[1].error is None
+
+
+def test_an_attempt_counts_once_it_has_begun() -> None:
+    with serving(Request(0, [5], 1)) as (router, answers):
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+        submit = decode.hear(Submit)
+        for _ in range(2 * module.ATTEMPTS):  # it never begins
+            router._tracked[submit.request.uid].suspects = Nowhere()
+            submit = fail(decode, submit)
+        for attempt in range(module.ATTEMPTS):
+            uid = submit.request.uid
+            router._tracked[uid].suspects = Nowhere()
+            decode.send(Updates([Update(uid, error="link down", retry=True)], [uid]))
+            if attempt < module.ATTEMPTS - 1:
+                submit = decode.hear(Submit)
+        for worker in (decode, prefill):
+            worker.hear(Finish)
+            worker.send(Bye({}))
+            worker.close()
+    assert answers[0].error == "link down" and router.metrics.retries == 3 * module.ATTEMPTS - 1
+
+
+class Nowhere(dict):
+    """No job is kept away from."""
+
+    def __setitem__(self, job: str, until: float) -> None:
+        pass
+
+
+def test_a_job_takes_part_once_it_is_whole() -> None:
+    """Its replicas say Hello one after the other; the first must not get everything."""
+    with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
+        prefill = joining("p", "prefill", router)
+        first = joining("a", "decode", router, "ab", replicas=2)
+        assert waits(first, Submit)
+        second = joining("b", "decode", router, "ab", replicas=2)
+        submits = [worker.hear(Submit) for worker in (first, second)]
+        first.send(Updates([Update(submits[0].request.uid, [9], finish="length")]))
+        finish(second, submits[1], first, prefill)
+    assert answers[0].error is None and answers[1].error is None
+
+
+# ---- moving on
+
+
+def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys) -> None:
+    """Its stop string is found across the move; an answer's log probabilities are those of all its tokens."""
+    with serving(Request(0, [5, 6], 5, seed=7, logprobs=1)) as (router, answers):
+        prefill, dying = joining("p", "prefill", router), joining("d", "decode", router)
+        uid = dying.hear(Submit).request.uid
+        dying.send(Updates([Update(uid, [10], [[(10, -1.0)]]), Update(uid, [11], [[(11, -2.0)]])], [uid]))
+        assert eventually(lambda: len(router._tracked[uid].stream.token_ids) == 2)
+        dying.close()
+        other = joining("e", "decode", router)
+        submit = other.hear(Submit)
+        assert (
+            submit.request == Request(submit.request.uid, [5, 6, 10, 11], 3, seed=7, logprobs=1)
+            and submit.request.uid != uid
+        )
+        assert [member.id for member in submit.prefill] == ["p"]
+        other.send(Updates([Update(submit.request.uid, [12], [[(12, -3.0)]], finish="stop")], [submit.request.uid]))
+        for worker in (other, prefill):
+            worker.hear(Finish)
+            worker.send(Bye({}))
+            worker.close()
+    answer = answers[0]
+    assert answer.token_ids == [10, 11, 12] and answer.finish_reason == "stop" and answer.prompt_tokens == 2
+    assert answer.logprobs == [[(10, -1.0)], [(11, -2.0)], [(12, -3.0)]]
+    assert "a decode replica died; 1 requests were on it" in capsys.readouterr().err
+
+
+# ---- who is frozen, and who is back
+
+
+class Beating(Worker):
+    """With a beacon whose turn the test counts up."""
+
+    def __init__(self, hello: Hello, port: int):
+        super().__init__(hello, port)
+        self.beacon = Beacon(hello.members[0].id, HOST, port)
+        self.ended = threading.Event()
+        threading.Thread(target=self._turn, daemon=True).start()
+
+    def _turn(self) -> None:
+        while not self.ended.wait(0.05):
+            self.beacon.turn += self.turns
+
+    turns = 1
+
+    def close(self) -> None:
+        self.ended.set()
+        self.beacon.close()
+        super().close()
+
+
+@pytest.mark.parametrize("how", ["silent", "stuck"])
+def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(how: str, monkeypatch, capsys) -> None:
+    for where, name, value in (
+        (pulse, "BEAT_S", 0.05),
+        (fleet, "SILENT_S", 0.5),
+        (fleet, "STUCK_S", 0.5),
+        (fleet, "PING_S", 0.1),
+    ):
+        monkeypatch.setattr(where, name, value)
+
+    def beating(name: str, role: str, router: Router, job: str | None = None) -> Beating:
+        hello = Hello(role, [Member(name, HOST, rank=3, pid=4711)], 4, 64, 640, {"layers": "5"}, job or name)
+        worker = Beating(hello, router.port.port)
+        assert eventually(worker.joined)
+        return worker
+
+    with serving(Request(0, [5], 1), Request(0, [6], 2)) as (router, answers):
+        prefill, decode = beating("p", "prefill", router), beating("d", "decode", router)
+        submits = [decode.hear(Submit) for _ in range(2)]
+        decode.send(Updates([Tokens({submits[1].request.uid: 8})]))
+        if how == "stuck":
+            decode.turns = 0
+        else:
+            decode.beacon.close()
+        assert prefill.hear(Gone).ids == ["d"]
+        assert eventually(lambda: not router.fleet.replicas.keys() & {"d"})
+        decode.send(Updates([Tokens({submits[1].request.uid: 99})]))  # too late: nobody believes it any more
+        if how == "stuck":
+            decode.turns = 1
+        else:
+            decode.beacon = Beacon("d", HOST, router.port.port)
+            decode.beacon.turn = 10**6
+        assert decode.hear(Forget) and prefill.hear(Back).ids == ["d"]
+        again = [decode.hear(Submit) for _ in range(2)]
+        assert [submit.request.prompt for submit in again] == [[5], [6, 8]]
+        decode.send(Updates([Update(again[1].request.uid, [9], finish="length")]))
+        finish(decode, again[0], prefill)
+    assert answers[0].token_ids == [9] and answers[1].token_ids == [8, 9]
+    said = capsys.readouterr().err
+    what = {"silent": "does not answer: nothing heard of", "stuck": "does not end a step:"}[how]
+    assert f"router: a decode replica {what} rank 3 on 127.0.0.1 (process 4711)" in said
+    assert "router: a decode replica is back, ranks: 1" in said
+
+
+def test_a_router_that_was_stopped_itself_gives_nobody_up(monkeypatch) -> None:
+    """Its loop stood still: whoever it has not heard meanwhile is forgiven."""
+    for name, value in (("SILENT_S", 0.5), ("PAUSE_S", 0.3), ("PING_S", 0.05)):
+        monkeypatch.setattr(fleet, name, value)
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    port = RouterPort(HOST, 0)
+    router = make_router(port)
+    hello = Hello("unified", [Member("u", HOST)], 4, 64, 640, {}, "u")
+    worker = Beating(hello, port.port)
+    assert eventually(lambda: bool([router._listen(10), worker.joined()][1]))
+    router.fleet.check(lambda: None)
+    for _ in range(3):
+        time.sleep(0.8)
+        router.fleet.check(lambda: None)
+        assert list(router.fleet.replicas) == ["u"]
+    monkeypatch.setattr(fleet, "PAUSE_S", 60)
+    time.sleep(0.8)
+    router.fleet.check(lambda: None)
+    assert not router.fleet.replicas, "nothing was heard, and it was not the router that slept"
+    worker.close()
+    port.close()
+
+
+# ---- what a deployment hands over
+
+
+def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys) -> None:
+    with serving(Request(0, [5], 1)) as (router, answers):
+        wrong = joining("w", "decode", router, kv={"layers": "5", "dtype": "bfloat16"})
+        right = joining("r", "prefill", router, kv={"layers": "5", "dtype": "float32"})
+        error = "refused: its KV is not the others': dtype is float32, the others have bfloat16 (--model, --dtype)"
+        assert right.hear(Finish).error == error
+        assert f"router: a prefill replica was {error}" in capsys.readouterr().err
+        wrong.send(Bye({}))
+        assert eventually(lambda: not router.fleet.replicas)
+        decode, prefill = (
+            joining(role, role, router, kv={"layers": "5", "dtype": "float32"}) for role in ("decode", "prefill")
+        )
+        finish(decode, decode.hear(Submit), prefill)
+        for worker in (wrong, right):
+            worker.close()
+    assert answers[0].error is None
+
+
+def test_nobody_joins_in_anothers_name(capsys) -> None:
+    with serving(Request(0, [5], 1)) as (router, answers):
+        prefill = joining("p", "prefill", router)
+        forged = Hello("decode", [Member("x", HOST), Member("p", HOST)], 4, 64, 640, {"layers": "5"}, "x")
+        stranger = Worker(forged, router.port.port)
+        assert stranger.hear(Finish).error == "refused: its ranks are not its own"
+        stranger.close()
+        decode = joining("d", "decode", router)
+        finish(decode, decode.hear(Submit), prefill)
+    assert answers[0].error is None and "died" not in capsys.readouterr().err
