@@ -19,9 +19,10 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from disagg.control import RouterPort, local_host, parse_address
+from disagg.address import local_host, parse_address
 from disagg.engine import DTYPES, Engine, EngineConfig
 from disagg.jsonl import Job, Writer, read_lines
+from disagg.ports import RouterPort
 from disagg.router import INTERRUPTED, Answer, Router
 from disagg.tokenizer import load_tokenizer
 from disagg.worker import Interrupt, serve
@@ -141,12 +142,26 @@ def _unread(role: str, flags: set[str]) -> set[str]:
     return {"listen"} | WORK | ({"no_graphs"} if role == "prefill" else set())
 
 
+class Given:
+    def __init__(self, requests):
+        self._left = list(requests)
+
+    def take(self, most):
+        taken, self._left = self._left[:most], self._left[most:]
+        return taken
+
+    @property
+    def exhausted(self):
+        return not self._left
+
+
 class FrontDoor:
     """What the user gave to do, and where the answers go. The router serves it; the unified job runs it in a thread."""
 
     def __init__(self, args: argparse.Namespace, settings: EngineConfig, config: ModelConfig, listen: tuple[str, int]):
         encoder = load_tokenizer(args.model)
         self.args, self.tokenizer, self.writer = args, encoder.tokenizer, None
+        self.vocab_size = config.vocab_size
         if args.prompt is not None:
             lines = [json.dumps({"prompt": args.prompt, "max_tokens": args.max_tokens})]
         else:
@@ -159,12 +174,12 @@ class FrontDoor:
             self.writer = Writer(args.output, args.input)
 
     def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:
-        router = Router(self.port, self.tokenizer, stopped, expected)
+        router = Router(self.port, self.tokenizer, self.vocab_size, stopped, expected)
         router.metrics.finished["error"] += self.job.num_refused
         self.bar = tqdm(total=len(self.job.answers), initial=self.job.num_refused, unit="request", disable=None)
         if self.writer is not None:
             self.writer.flush(self.job.answers)
-        router.run(self.job.requests, self._deliver, self._show)
+        router.run(Given(self.job.requests), self._deliver, self._show)
         self.bar.close()
         if self.writer is not None:
             self.writer.close()

@@ -49,6 +49,11 @@ class Connection:
             self._say(SAYING[now])
 
     @property
+    def stands(self) -> bool:
+        """Is a router at the other end of this rank's port?"""
+        return self.port is not None and self.port.welcomed and not self.port.lost_s
+
+    @property
     def problem(self) -> str | None:
         """Why there is nothing to hope for from the router."""
         gone = self.port is not None and self.port.lost_s > HOLD_S

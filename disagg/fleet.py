@@ -52,6 +52,7 @@ class Fleet:
         self.stats: list[tuple[str, dict[str, float]]] = []  # (role, what it did) of those that said Bye
         self._away: dict[str, tuple[Replica, int]] = {}  # given up, may come back; and the turn that it was in
         self._broken: set[str] = set()  # jobs that have lost a replica
+        self._gone: set[str] = set()  # members that the others were told are gone
         self._pulses = Pulses()
         self._next_ping, self._checked_at, self._lenient_until = 0.0, time.monotonic(), 0.0
         self.leaving = False
@@ -89,7 +90,7 @@ class Fleet:
     def _welcome(self, new: Replica) -> None:
         self.expected -= 1
         if new.id in self.replicas:  # the session that it had was lost to it
-            self._lose(self.replicas[new.id], "started anew")
+            self._lose(self.replicas[new.id], "it lost its session")
         self.port.admit(new.id)
         if wrong := self._objection(new):
             error = f"refused: {wrong}"
@@ -103,6 +104,10 @@ class Fleet:
         self._take(new, "joined")
 
     def _take(self, replica: Replica, how: str) -> None:
+        ids = [member.id for member in replica.hello.members]
+        if not self._gone.isdisjoint(ids):
+            self._gone -= set(ids)
+            self.tell(list(self.replicas.values()), Back(ids))
         self.replicas[replica.id] = replica
         self.changes += 1
         if replica.hello.role != "unified":
@@ -152,7 +157,7 @@ class Fleet:
                 continue
             listen()  # what it said before it left is still to be read: its Bye, perhaps
             if self.replicas.get(replica.id) is replica:
-                self._lose(replica, "died")
+                self._lose(replica, f"{_names(replica.hello.members[:1])} died or is frozen")
             if self._away.pop(replica.id, None) is not None:
                 self._pulses.unwatch(replica.hello.members)
                 self.port.dismiss(replica.id)
@@ -164,28 +169,30 @@ class Fleet:
                 continue  # it has gone with another one of its job
             members = replica.hello.members
             if silent := self._pulses.silent(members, SILENT_S):
-                self._lose(replica, f"does not answer: nothing heard of {_names(silent)} for {SILENT_S:.0f} s")
+                self._lose(replica, f"nothing heard of {_names(silent)} for {SILENT_S:g} s")
             elif stuck := self._pulses.stuck(members, STUCK_S):
-                self._lose(replica, f"does not end a step: {_names(stuck)} came to it {STUCK_S:.0f} s ago")
+                self._lose(replica, f"{_names(stuck)} did not end a step in {STUCK_S:g} s")
         for replica, turn in list(self._away.values()):
             members = replica.hello.members
             moves = self._pulses.turn(members[0]) > turn + 1  # no rank comes so far without all others of its job
             if moves and not self._pulses.silent(members, 2 * PING_S):
                 self._return(replica)
 
-    def _lose(self, lost: Replica, how: str) -> None:
+    def _lose(self, lost: Replica, why: str) -> None:
         """Give its whole job up; what still lives of it may come back."""
         self._broken.add(lost.hello.job)
         for replica in [r for r in self.replicas.values() if r.hello.job == lost.hello.job]:
             del self.replicas[replica.id]
             self.port.dismiss(replica.id)
             self._away[replica.id] = Replica(replica.id, replica.hello), self._pulses.turn(replica.hello.members[0])
-            self._give_up(replica, how if replica is lost else f"went with it: {_name(lost.hello.members[0])} {how}")
+            self._give_up(replica, f"is lost{'' if replica is lost else ' with its job'}: {why}")
 
     def _give_up(self, replica: Replica, how: str) -> None:
         self.changes += 1
         if not self.leaving:
-            self.tell(list(self.replicas.values()), Gone([member.id for member in replica.hello.members]))
+            ids = [member.id for member in replica.hello.members]
+            self._gone |= set(ids)
+            self.tell(list(self.replicas.values()), Gone(ids))
         self._lost(replica, how)
 
     def _return(self, replica: Replica) -> None:
@@ -193,7 +200,6 @@ class Fleet:
         self._broken.discard(replica.hello.job)
         self._pulses.watch(replica.hello.members)
         self.port.admit(replica.id)
-        self.tell(list(self.replicas.values()), Back([member.id for member in replica.hello.members]))
         self._take(replica, "is back")
 
     def farewell(self, listen: Callable[[int], None]) -> None:
@@ -212,12 +218,8 @@ class Fleet:
         return any(not self._pulses.silent(r.hello.members, LAST_BEAT_S) for r in self.replicas.values())
 
 
-def _name(member: Member) -> str:
-    return f"rank {member.rank} on {member.host} (process {member.pid})"
-
-
 def _names(members: list[Member]) -> str:
-    return " and ".join(map(_name, members))
+    return " and ".join(f"rank {member.rank} on {member.host} (process {member.pid})" for member in members)
 
 
 def _say(text: str) -> None:

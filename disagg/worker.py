@@ -30,7 +30,8 @@ from parallel.mesh import Mesh
 Role = Unified | Prefill | Decode
 LONGEST_NAP_MS = 20
 COLLECTIVE_S = 300.0  # a rank that waits longer for another one ends its job
-GOING_ON, FINISHED, LEAVING = range(3)  # what a rank says of the end: nothing; it has its Finish; it leaves now
+# What a rank says of its job's end: it serves; it cannot be told, or not by itself; it has its Finish; it leaves now.
+GOING_ON, CUT_OFF, FINISHED, LEAVING = range(4)
 
 
 class Interrupt:
@@ -80,8 +81,10 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
                 if isinstance(event, Finish):
                     finished, problem = True, event.error
                 role.handle(event)
-        leaving = interrupt.seen or (not finished and connection.problem is not None)
-        turned = pipeline.turn(LEAVING if leaving else FINISHED if finished else GOING_ON)
+        end = FINISHED if finished else GOING_ON if connection.stands else CUT_OFF
+        if interrupt.seen or (end == CUT_OFF and connection.problem is not None):
+            end = LEAVING
+        turned = pipeline.turn(end)
         if turned is None:
             problem = problem or connection.problem
             break
@@ -115,12 +118,13 @@ class Pipeline:
         self._ended = 0.0  # when the tokens of the one before were there
 
     def turn(self, end: int = GOING_ON) -> bool | None:
-        """Was there anything to do? None once any rank leaves or all are finished; the ranks learn that together."""
+        """Was there anything to do? None once any rank leaves, or all that can be told have their Finish; the ranks
+        learn that together."""
         plan = self.role.plan()
         with self.waiting():
             agreed = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), end, self.engine.vote())
         prefill_tokens, decodes, ends, votes = zip(*agreed, strict=True)
-        if LEAVING in ends or min(ends) == FINISHED:
+        if LEAVING in ends or (FINISHED in ends and GOING_ON not in ends):
             if self._running is not None:  # its pages are released only now
                 self._take_up(*self._running)
             return None

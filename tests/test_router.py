@@ -175,7 +175,10 @@ def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
         (left,) = dying.values()
         finish(other, submit, prefill, left)
     assert answers[0].error is None
-    assert "a decode replica died; 1 requests were on it" in capsys.readouterr().err
+    assert (
+        "a decode replica is lost: rank 0 on 127.0.0.1 (process 0) died or is frozen; 1 requests were on it"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_requests_on_a_prefill_replica_are_counted(capsys) -> None:
@@ -185,7 +188,10 @@ def test_the_requests_on_a_prefill_replica_are_counted(capsys) -> None:
         prefill.close()
         assert eventually(lambda: len(router.fleet.replicas) == 1)
         finish(decode, submit)
-    assert "a prefill replica died; 1 requests were on it" in capsys.readouterr().err
+    assert (
+        "a prefill replica is lost: rank 0 on 127.0.0.1 (process 0) died or is frozen; 1 requests were on it"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("small_role", ["decode", "prefill"])
@@ -464,7 +470,10 @@ def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys) -> None
     answer = answers[0]
     assert answer.token_ids == [10, 11, 12] and answer.finish_reason == "stop" and answer.prompt_tokens == 2
     assert answer.logprobs == [[(10, -1.0)], [(11, -2.0)], [(12, -3.0)]]
-    assert "a decode replica died; 1 requests were on it" in capsys.readouterr().err
+    assert (
+        "a decode replica is lost: rank 0 on 127.0.0.1 (process 0) died or is frozen; 1 requests were on it"
+        in capsys.readouterr().err
+    )
 
 
 # ---- who is frozen, and who is back
@@ -530,8 +539,9 @@ def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(
         finish(decode, again[0], prefill)
     assert answers[0].token_ids == [9] and answers[1].token_ids == [8, 9]
     said = capsys.readouterr().err
-    what = {"silent": "does not answer: nothing heard of", "stuck": "does not end a step:"}[how]
-    assert f"router: a decode replica {what} rank 3 on 127.0.0.1 (process 4711)" in said
+    rank = "rank 3 on 127.0.0.1 (process 4711)"
+    why = {"silent": f"nothing heard of {rank} for 0.5 s", "stuck": f"{rank} did not end a step in 0.5 s"}[how]
+    assert f"router: a decode replica is lost: {why}; 2 requests were on it" in said
     assert "router: a decode replica is back, ranks: 1" in said
 
 
@@ -588,4 +598,4 @@ def test_nobody_joins_in_anothers_name(capsys) -> None:
         stranger.close()
         decode = joining("d", "decode", router)
         finish(decode, decode.hear(Submit), prefill)
-    assert answers[0].error is None and "died" not in capsys.readouterr().err
+    assert answers[0].error is None and "lost" not in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""What becomes of requests when processes are frozen, killed, replaced and prodded: nothing hangs over the stated time,
+and no answer has a token that it would not have had.
+
+Real processes (tests/town.py). Times are made short, and are checked in proportion.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.town import Job, Town, town
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# ZeroMQ's own word of a dead connection, which would come at 10 s; and the beats.
+QUICK = {
+    "disagg__ports__HEARTBEAT_MS": 200,
+    "disagg__ports__DEAD_AFTER_MS": 1_000,
+    "disagg__pulse__BEAT_S": 0.1,
+    "disagg__fleet__SILENT_S": 1.5,
+    "disagg__fleet__PING_S": 0.2,
+    "disagg__router__SUSPECT_S": 0.5,
+}
+SOON = 60
+POOL = ("--kv-tokens", "2048")  # for a few requests at a time
+
+
+def requests(text: str, count: int, max_tokens: int) -> list[dict]:
+    return [
+        {"id": f"{text} {i}", "prompt": f"{text} {i}", "max_tokens": max_tokens, "ignore_eos": True}
+        for i in range(count)
+    ]
+
+
+LONG, OTHER = requests("And the LORD spake", 24, 120), requests("import os", 16, 20)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, tmp_path_factory: Any) -> dict[str, list[int]]:
+    """The tokens of all requests, of one process that nothing disturbs; by id."""
+    with town(tmp_path_factory.mktemp("alone"), tiny) as place:
+        source, out = place.folder / "in.jsonl", place.folder / "all.out"
+        source.write_text("".join(json.dumps(request) + "\n" for request in LONG + OTHER))
+        alone = place.start("unified", 1, "--input", str(source), "--output", str(out))
+        place.until(lambda: alone.statuses == [0], SOON)
+        return {answer["id"]: answer["token_ids"] for answer in place.answers("all")}
+
+
+def joined(place: Town, router: Job, count: int) -> None:
+    place.until(lambda: router.said.count("joined") >= count, SOON)
+
+
+def busy(place: Town, name: str, count: int = 1) -> None:
+    """Until so many have been answered."""
+    place.until(lambda: len(place.answers(name)) >= count, SOON)
+
+
+def all_right(place: Town, router: Job, name: str, wanted: list[dict], expected: dict[str, list[int]]) -> None:
+    """The router ends well, with the tokens that each of its requests should have."""
+    place.until(lambda: router.statuses != [None], SOON)
+    answers = place.answers(name)
+    assert router.statuses == [0] and "Traceback" not in router.said, place.said
+    assert [answer["id"] for answer in answers] == [request["id"] for request in wanted]
+    wrong = {a["id"]: a for a in answers if a.get("error") or a["token_ids"] != expected[a["id"]]}
+    assert not wrong, f"{wrong}\n{place.said}"
+
+
+def test_a_router_with_other_work_takes_the_address_of_one_that_was_killed(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    """The jobs of the first one serve it, and nothing of the first one's requests is in its answers."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        first = place.router(LONG, "first")
+        jobs = [place.worker("prefill"), place.worker("decode")]
+        joined(place, first, 2)
+        place.until(lambda: place.folder.joinpath("first.out").exists(), SOON)
+        time.sleep(1)
+        first.signal(signal.SIGKILL)
+        second = place.router(OTHER, "second")
+        all_right(place, second, "second", OTHER, expected)
+        place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
+
+
+def test_a_decode_job_that_slept_through_a_change_of_routers(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    with town(tmp_path, tiny, **QUICK) as place:
+        first = place.router(LONG, "first")
+        place.worker("prefill")
+        decode = place.worker("decode")
+        joined(place, first, 2)
+        time.sleep(1)
+        decode.signal(signal.SIGSTOP)
+        first.signal(signal.SIGKILL)
+        second = place.router(OTHER, "second")
+        place.until(lambda: "listening" in second.said, SOON)
+        decode.signal(signal.SIGCONT)
+        all_right(place, second, "second", OTHER, expected)
+
+
+@pytest.mark.parametrize(("role", "flags"), [("decode", ()), ("decode", ("--attn-tp", "2")), ("prefill", ())])
+def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]], role: str, flags: tuple[str, ...]
+) -> None:
+    """Not the rank that talks to the router. Another job of its role serves meanwhile."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG * 2, "out")
+        other = "prefill" if role == "decode" else "decode"
+        place.worker(other, 1, *(POOL if other == "decode" else ()))
+        frozen = place.worker(role, 2, *flags, *(POOL if role == "decode" else ()))
+        place.worker(role, 1, *(POOL if role == "decode" else ()))
+        joined(place, router, 3 if flags else 4)
+        frozen.ranks[1].signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        place.until(lambda: re.search(r"is lost: .*rank 1 on 127.0.0.1", router.said) is not None, 10)
+        assert time.monotonic() - stopped < 5
+        count = len(place.answers("out"))
+        busy(place, "out", min(count + 4, 2 * len(LONG)))
+        frozen.ranks[1].signal(signal.SIGCONT)
+        if router.statuses == [None] and len(place.answers("out")) < len(LONG):
+            place.until(lambda: f"a {role} replica is back" in router.said, 10)
+        all_right(place, router, "out", LONG * 2, expected)
+        place.until(lambda: frozen.statuses == [0, 0], SOON)
+
+
+def test_a_router_that_is_paused_loses_nothing(tiny: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
+    """For three times as long as it takes its jobs to notice."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG, "out")
+        jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
+        joined(place, router, 2)
+        busy(place, "out")
+        router.signal(signal.SIGSTOP)
+        place.until(lambda: all("waiting 60 s for the router to come back" in job.said for job in jobs), 10)
+        time.sleep(3)
+        router.signal(signal.SIGCONT)
+        all_right(place, router, "out", LONG, expected)
+        assert "is lost" not in router.said, router.said
+        place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
+
+
+def test_jobs_leave_when_their_router_stays_away(tiny: Path, tmp_path: Path) -> None:
+    with town(tmp_path, tiny, **QUICK, disagg__connection__HOLD_S=1.0) as place:
+        router = place.router(LONG, "out")
+        jobs = [place.worker("prefill"), place.worker("decode", 2)]
+        joined(place, router, 3)
+        router.signal(signal.SIGKILL)
+        place.until(lambda: [job.statuses for job in jobs] == [[1], [1, 1]], 20)
+        assert all("has been gone for 1 s" in job.said and "Traceback" not in job.said for job in jobs), place.said
+
+
+def test_a_decode_job_that_dies_takes_no_request_with_it(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG, "out")
+        place.worker("prefill")
+        dying = place.worker("decode")
+        joined(place, router, 2)
+        busy_since = time.monotonic()
+        place.worker("decode")
+        joined(place, router, 3)
+        time.sleep(max(0, 1 - (time.monotonic() - busy_since)))
+        dying.signal(signal.SIGKILL)
+        all_right(place, router, "out", LONG, expected)
+
+
+def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    """What waits for pages on the decode side has not begun, and so has not failed."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG, "out")
+        place.worker("decode", 1, *POOL)
+        prefill = place.worker("prefill")
+        joined(place, router, 2)
+        for again in range(3):
+            prefill.signal(signal.SIGKILL)
+            prefill = place.worker("prefill")
+            joined(place, router, 3 + again)
+            time.sleep(0.5)
+        all_right(place, router, "out", LONG, expected)
+
+
+def listening(pid: int) -> list[int]:
+    """The ports that a process listens at."""
+    lines = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(line.split()[3].rsplit(":", 1)[1]) for line in lines if f"pid={pid}," in line]
+
+
+def test_a_port_scanner_takes_nothing_down(tiny: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
+    """It connects to every port of every process, again and again, and says nothing or junk."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG, "out")
+        jobs = [router, place.worker("prefill"), place.worker("decode", 1, *POOL)]
+        joined(place, router, 2)
+        touched = 0
+        while router.statuses == [None] and touched < 400:
+            for port in {port for job in jobs for rank in job.ranks for port in listening(rank._process.pid)}:
+                try:
+                    with socket.create_connection(("127.0.0.1", port), 1) as sock:
+                        if touched % 3 == 0:
+                            sock.sendall(os.urandom(64))
+                except OSError:
+                    continue
+                touched += 1
+            time.sleep(0.05)
+        assert touched > 50
+        all_right(place, router, "out", LONG, expected)
+        assert "retries" not in router.said, router.said
+
+
+def test_a_job_of_another_dtype_that_came_first_locks_nobody_out(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(OTHER, "out")
+        wrong = place.worker("decode", 1, "--dtype", "bfloat16")
+        joined(place, router, 1)
+        late = place.worker("prefill")
+        place.until(lambda: late.statuses == [1], SOON)
+        assert "dtype is float32, the others have bfloat16" in late.said and "refused" in router.said, place.said
+        wrong.signal(signal.SIGINT)
+        place.until(lambda: wrong.statuses == [0], SOON)
+        place.worker("prefill")
+        place.worker("decode")
+        all_right(place, router, "out", OTHER, expected)
