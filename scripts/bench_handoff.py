@@ -2,6 +2,7 @@
 
     python scripts/bench_handoff.py --out records.json              # 1 prefill + 1 decode GPU
     python scripts/bench_handoff.py --pairs 4 --only wire,pages     # 4 + 4
+    python scripts/bench_handoff.py --pairs 2 --prefill-tp 2 --only tokens,requests,kill
 
 tokens     run.py's jobs, each on its own GPUs, give the shipped model's tokens as one process does
 wire       what the wire can do: copies within one process, and torch.distributed between two
@@ -38,17 +39,19 @@ from scripts.refusals import refusals
 from scripts.shapes import SHAPES, check_size
 
 PARTS = ("tokens", "wire", "pages", "steps", "requests", "kill")
+WITH_JOBS = ("tokens", "requests", "kill")
 LIMIT_S = 120  # of each group of parts
 
 
 class Report:
     """The figures, printed as they are found and kept as records."""
 
-    def __init__(self, pairs: int, device: str):
+    def __init__(self, pairs: int, prefill_tp: int, device: str):
         on_gpu = device != "cpu" and torch.cuda.is_available()
         gpus = torch.cuda.device_count() if on_gpu else 0
         sharing = f", sharing {gpus} GPU" if on_gpu and gpus < 2 * pairs else ""
-        self.prefix, self.records = f"handoff {pairs} + {pairs}{sharing}", []
+        tensor_parallel = f", prefill with attention TP {prefill_tp}" if prefill_tp > 1 else ""
+        self.prefix, self.records = f"handoff {pairs} + {pairs}{tensor_parallel}{sharing}", []
         self.copy: tuple[float, str] | tuple[()] = ()  # GB/s and its name, to hold the others against
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
@@ -112,6 +115,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pairs", type=positive, default=1, help="prefill GPUs, and as many decode GPUs (1)")
+    add("--prefill-tp", type=positive, default=1, help="attention TP of the prefill jobs (1)")
     add("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--repeat", type=positive, default=20)
@@ -131,6 +135,11 @@ def parse() -> argparse.Namespace:
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    if args.pairs % args.prefill_tp:
+        left = args.pairs % args.prefill_tp
+        parser.error(f"--pairs % --prefill-tp must be 0, not {args.pairs} % {args.prefill_tp} = {left}")
+    if args.prefill_tp > 1 and set(args.only) - set(WITH_JOBS):
+        parser.error(f"--prefill-tp {args.prefill_tp}: it is for --only {','.join(WITH_JOBS)}, whose parts start jobs")
     for flag, tokens in (("--prompts", max(args.prompts)), ("--talk", args.talk)):
         if tokens > LONGEST and {"requests", "kill"} & set(args.only):
             parser.error(f"{flag} {tokens}: it must be at most {LONGEST}, for the model of parts requests and kill")
@@ -143,7 +152,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args, failed = parse(), 0
-    report = Report(args.pairs, args.device)
+    report = Report(args.pairs, args.prefill_tp, args.device)
 
     def tokens() -> None:
         count = same_tokens(args, LIMIT_S)

@@ -66,7 +66,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--batch", type=positives, default=[32, 64, 128, 256], help="decode, requests a GPU (32,64,128,256)")
     add("--output", type=positive, default=64, help="decode steps (64)")
     add("--step-tokens", type=positive, default=16384, help="prompt tokens a GPU a step (16384)")
-    add("--kv-tokens", type=positive, help="of a replica (default: all that fit); work that wants more is left out")
+    add("--kv-tokens", type=positive, help="of a GPU's requests (default: all that fit); work for more is left out")
     add("--repeat", type=positive, default=3, help="(3)")
     add("--zipf", type=fraction, default=0.5, help="exponent of the experts' popularity (0.5)")
     add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
@@ -161,7 +161,7 @@ class Comparison:
         settings = EngineConfig(
             max_batch=together * max(args.batch),
             max_tokens_per_step=together * max(args.step_tokens, *args.batch),
-            kv_tokens=args.kv_tokens,
+            kv_tokens=args.kv_tokens and together * args.kv_tokens,
             max_model_len=longest + generated(args, longest, max(args.batch)),
             dtype="bfloat16",
             overlap="on" if variant == "overlap" else "off",

@@ -137,7 +137,8 @@ def same_tokens(args: Namespace, limit_s: float) -> int:
         apart, together = Path(scratch, "apart.jsonl"), Path(scratch, "together.jsonl")
         address = f"{HOST}:{free_port()}"
         engine = ("--model", MODEL, "--dtype", "float32", "--kv-tokens", "65536")
-        jobs.start("prefill", "prefill", args.pairs, 0, *engine, "--router", address)
+        tp = ("--attn-tp", str(args.prefill_tp))
+        jobs.start("prefill", "prefill", args.pairs, 0, *engine, "--router", address, *tp)
         jobs.start("decode", "decode", args.pairs, args.pairs, *engine, "--router", address)
         work = ("--input", PROMPTS, "--output")
         jobs.start("router", "router", 1, 0, "--model", MODEL, "--listen", address, *work, str(apart))
@@ -248,11 +249,13 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
         engine += ("--max-tokens-per-step", str(chunk), "--max-batch", str(2 * BURST))
         for name in prefills:
             room = BURST * longest + TALKERS * (SHORT + PAGE)
-            jobs.start(name, "prefill", args.pairs, 0, *engine, "--kv-tokens", str(room))
+            tp = ("--attn-tp", str(args.prefill_tp))
+            jobs.start(name, "prefill", args.pairs, 0, *engine, "--kv-tokens", str(room), *tp)
         room = TALKERS * (SHORT + output + PAGE) + (BURST + TO_STREAM) * (longest + PAGE)
         jobs.start("decode", "decode", args.pairs, args.pairs, *engine, "--kv-tokens", str(room))
 
-        router = Watched(jobs, port, folder, (1 + len(prefills)) * args.pairs, deadline)
+        replicas = args.pairs + len(prefills) * args.pairs // args.prefill_tp
+        router = Watched(jobs, port, folder, replicas, deadline)
         vocab = ModelConfig.from_pretrained(folder).vocab_size
         generator = torch.Generator().manual_seed(0)
 

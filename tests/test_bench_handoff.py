@@ -52,6 +52,18 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     assert 0 < killed["the router notices after"] < 5000
 
 
+def test_prefill_jobs_may_be_tensor_parallel(tmp_path: Path) -> None:
+    out = tmp_path / "records.json"
+    flags = f"{TINY} --pairs 2 --prefill-tp 2 --only tokens,requests --out {out}"
+    command = [sys.executable, "scripts/bench_handoff.py", *flags.split()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    prefix = "handoff 2 + 2, prefill with attention TP 2: "
+    records = {record.name.removeprefix(prefix): record.value for record in load(out)}
+    assert records["the shipped model's tokens, all equal to those of one process"] > 400
+    assert records["prompt 256 in chunks of 64, TTFT"] > 0
+
+
 def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
     steady, stalled = [0.0, 1, 2, 3, 4, 5, 6], [0.0, 1.5, 2, 3, 5, 6, 9]
     tokens = {talker: stalled if talker == 1 else steady for talker in range(TALKERS)} | {7: [5.5], 8: [4.2]}
@@ -68,6 +80,8 @@ def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
     (
         ("--only wire,fast", "--only fast: the parts are tokens, wire"),
         ("--prompts 64,40000", "--prompts 40000: it must be at most 32704"),
+        ("--pairs 2 --prefill-tp 3", "--pairs % --prefill-tp must be 0, not 2 % 3 = 2"),
+        ("--pairs 2 --prefill-tp 2", "--prefill-tp 2: it is for --only tokens,requests,kill"),
         ("--only kill --talk 32705", "--talk 32705: it must be at most 32704"),
     ),
 )
