@@ -145,7 +145,7 @@ class FrontDoor:
     """What the user gave to do, and where the answers go. The router serves it; the unified job runs it in a thread."""
 
     def __init__(self, args: argparse.Namespace, settings: EngineConfig, config: ModelConfig, listen: tuple[str, int]):
-        encoder = load_tokenizer(args.model)
+        encoder = load_tokenizer(args.model, settings.model_len(config))
         self.args, self.tokenizer, self.writer = args, encoder.tokenizer, None
         if args.prompt is not None:
             lines = [json.dumps({"prompt": args.prompt, "max_tokens": args.max_tokens})]
