@@ -85,14 +85,15 @@ class PromptEncoder:
             )
 
     def _try_pieces(self, text: str) -> None:
-        """A text may pass `_check_size` and still be much too long: then a part of it shows that, in less time and
-        memory. The cuts make some tokens more; twice as many as there may be leaves room for them."""
+        """A text may pass `_check_size` and still be much too long. Then a part of it shows that, in less time and
+        memory. At a cut a token may become as many as it has bytes; twice the tokens leave room for the rest."""
         if self.max_tokens is None or len(text) <= ON_TRIAL:
             return
-        count = 0
+        count, most = 0, 2 * self.max_tokens
         for start in range(0, len(text), PIECE):
             count += len(self.tokenizer.encode(text[start : start + PIECE], add_special_tokens=False).ids)
-            if count > 2 * self.max_tokens:
+            most += self.longest
+            if count > most:
                 raise ValueError(
                     f"its first {start + PIECE:,} of {len(text):,} characters make about {count:,} tokens; "
                     f"max_model_len is {self.max_tokens}"
@@ -233,10 +234,11 @@ class TextStream:
     def _begin_again(self) -> str:
         """The library's stream gives up if a token changes what earlier ones had become: if bytes turn out to be no
         character. What has been shown stays until all is decoded; the tokens after it are decoded alone."""
-        self._torn = True
+        self._torn, piece = True, self._decode(self._unshown)
+        if piece is None:  # nor do they get easier with what follows
+            self._unshown.clear()
         self._stream = DecodeStream(ids=self._unshown, skip_special_tokens=True)
-        piece = self._decode(self._unshown) or ""
-        return "" if piece.endswith("\ufffd") else piece  # else the new stream gives it together with what follows
+        return "" if piece is None or piece.endswith("\ufffd") else piece  # the new stream gives the rest with its next
 
     def _decode(self, tokens: list[int]) -> str | None:
         """None if the library cannot."""

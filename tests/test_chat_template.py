@@ -25,8 +25,7 @@ TALK = [
 FOR = "{% for m in messages %}"
 AGREED = {
     "plain": "{{ bos_token }}" + FOR + "[{{ m.role }}]{{ m['content'] }}{{ eos_token }}{% endfor %}",
-    "white space": FOR
-    + "\n  {%- if m.role == 'user' %}\n  {{ m.content | trim }}\n  {% endif -%}\n  x\n  {% endfor %}\n",
+    "white space": FOR + "\n  {%- if m.role == 'user' %}\n  {{ m.content | trim }}\n  {% endif -%}\n x{% endfor %}\n",
     "json": "{{ messages[1] | tojson }}",
     "json beside text": FOR + "{{ '<u>' + (m.content | tojson) + '</u>' }}{% endfor %}",
     "json in ASCII": "{{ messages[1] | tojson(ensure_ascii=True) }}",
