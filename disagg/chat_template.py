@@ -17,7 +17,7 @@ from pathlib import Path
 
 PROGRAM = Path(__file__).with_name("template_process.py")
 START_S = 60.0  # for Python to start, on a busy machine
-RENDER_S = 2.0
+RENDER_S = 5.0
 MOST_OVERRUNS = 3  # of a template that has never yet worked: then it is not tried any more
 
 
