@@ -23,8 +23,9 @@ NO_CHAT = "this model has no chat template"
 MOST_EXPANSION = 64  # characters that a normalizer or a decoder may make of one
 MOST_ADDED = 64  # tokens that a post-processor may add to a text
 MOST_TOKEN_BYTES = 2**16
-CHARACTER_BYTES = 4  # at most, of which a normalizer may make one
-PIECE, ON_TRIAL = 2**16, 2**20  # characters that are tokenised at a time, of texts that are longer than...
+CHARACTER_BYTES = 4  # of a character at most; a normalizer may make one byte of it
+ON_TRIAL = 2**20  # characters; of longer texts...
+PIECE = 2**16  # ...so many are tokenised at a time, to see whether the whole may fit
 IDS = range(2**32)  # what the library takes for one
 
 
