@@ -114,7 +114,7 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
             """The (real-valued) pair index that makes this many turns over the original context."""
             return dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-        low = min(max(math.floor(pair_turning(rope.beta_fast)), 0), dim - 1)
+        low = max(math.floor(pair_turning(rope.beta_fast)), 0)
         high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)
         ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 = keep, 1 = divide
         freqs = freqs * (1 - ramp) + freqs / rope.factor * ramp
