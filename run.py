@@ -159,7 +159,7 @@ class FrontDoor:
     """What the user gave to do, and where the answers go. The router serves it; the unified job runs it in a thread."""
 
     def __init__(self, args: argparse.Namespace, settings: EngineConfig, config: ModelConfig, listen: tuple[str, int]):
-        encoder = load_tokenizer(args.model)
+        encoder = load_tokenizer(args.model, settings.model_len(config))
         self.args, self.tokenizer, self.writer = args, encoder.tokenizer, None
         self.vocab_size = config.vocab_size
         if args.prompt is not None:

@@ -20,6 +20,7 @@ from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from kernels.backend import Ops
 from model.batch import NO_DECODES, PAGE, Batch, Chunk, Decodes, pad, split, to_host
+from model.checkpoint import check_checkpoint
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
@@ -217,6 +218,7 @@ class Engine:
                 f"--rebalance-layers-per-step is {settings.rebalance_layers_per_step}; it must be at most the model's "
                 f"layers with experts ({most})"
             )
+        check_checkpoint(folder, config)  # before anything takes the memory that config.json alone asks for
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         dtype = settings.torch_dtype(mesh.device)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from disagg.tokenizer import PromptEncoder
+
 MAX_LOGPROBS = 20
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
@@ -41,38 +43,6 @@ class UserRequest(msgspec.Struct, frozen=True):
     id: str | int
     request: Request
     stop: list[str]
-
-
-class PromptEncoder:
-    """Text or messages to token ids. Wraps a `tokenizers.Tokenizer` and a compiled chat template (or None)."""
-
-    def __init__(self, tokenizer: Any, chat_template: Any):
-        self.tokenizer, self.chat_template = tokenizer, chat_template
-
-    def text(self, prompt: str) -> list[int]:
-        return self._encode("prompt", prompt, add_special_tokens=True)
-
-    def chat(self, messages: list[dict]) -> list[int]:
-        if self.chat_template is None:
-            raise ValueError("messages: this model has no chat template; give a prompt")
-        try:
-            text = self.chat_template.render(messages=messages, add_generation_prompt=True)
-        except Exception as error:  # a template may raise anything about its input
-            raise ValueError(f"messages: the chat template refuses them: {error}") from None
-        return self._encode("messages", text, add_special_tokens=False)  # the template writes its own
-
-    def _encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{field}: not Unicode, {error.reason} at character {error.start}") from None
-        try:
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"{field}: the tokenizer refuses it: {error}") from None
-        if not ids:
-            raise ValueError(f"{field}: the tokenizer makes no token of it")
-        return ids
 
 
 def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:

@@ -1,7 +1,7 @@
 """ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`."""
 
 import json
-import sys
+import reprlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,6 +14,10 @@ MAY_BE_ZERO = (
 )
 # What transformers would take from DeepSeek-V3 itself if config.json did not say it, whatever the model.
 ASKED_FOR = ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace")
+MOST_SIZE = 2**31 - 1  # kernels count in int32
+LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # so that no product of a few of them leaves float32
+LEAST_THETA = 2  # of the rope: the frequencies fall from pair to pair, and YaRN divides by the logarithm
+MOST_BYTES = 2**26  # of a file that is no weights; DeepSeek-V3's largest, the index, has 9 million
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict, where: str = "config") -> "ModelConfig":
         if raw.get("model_type") != SUPPORTED:
-            raise ValueError(f"{where}: model_type is {raw.get('model_type')!r}; only {SUPPORTED!r} is supported")
+            raise ValueError(f"{where}: model_type is {shown(raw.get('model_type'))}; only {SUPPORTED!r} is supported")
         unsupported = {
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
@@ -108,7 +112,7 @@ class ModelConfig:
         }
         for name, only in unsupported.items():
             if raw.get(name, only) != only:
-                raise ValueError(f"{where}: {name} is {raw[name]!r}; only {only!r} is supported")
+                raise ValueError(f"{where}: {name} is {shown(raw[name])}; only {only!r} is supported")
         own = {
             name: raw[name]
             for name in cls.__dataclass_fields__
@@ -131,12 +135,13 @@ class ModelConfig:
             value = getattr(self, name)
             if kind in (int, int | None) and value is not None:
                 least = 0 if name in MAY_BE_ZERO else 1
-                if type(value) is not int or value < least:
-                    raise ValueError(f"{where}: {name} is {value!r}; it must be an integer of at least {least}")
+                if type(value) is not int or not least <= value <= MOST_SIZE:
+                    rule = f"an integer of at least {least} and at most {MOST_SIZE}"
+                    raise ValueError(f"{where}: {name} is {shown(value)}; it must be {rule}")
             elif kind is bool and type(value) is not bool:
-                raise ValueError(f"{where}: {name} is {value!r}; it must be true or false")
+                raise ValueError(f"{where}: {name} is {shown(value)}; it must be true or false")
             elif kind is float:
-                _check_number(where, name, value, positive=True)
+                _check_number(where, name, value)
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:
             raise ValueError(f"{where}: n_routed_experts % n_group must be 0, not {experts} % {groups}")
@@ -152,17 +157,37 @@ class ModelConfig:
             raise ValueError(f"{where}: qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
 
 
-def _check_number(where: str, name: str, value: object, positive: bool) -> None:
-    number = type(value) in (int, float) and 0 <= value <= sys.float_info.max
-    if not number or (positive and value == 0):
-        rule = "a number over 0" if positive else "a number of at least 0"
-        raise ValueError(f"{where}: {name} is {value!r}; it must be {rule}")
+def _check_number(where: str, name: str, value: object, least: float = LEAST_NUMBER) -> None:
+    if type(value) not in (int, float) or not least <= value <= MOST_NUMBER:
+        raise ValueError(f"{where}: {name} is {shown(value)}; it must be a number in {least:g}..{MOST_NUMBER:g}")
+
+
+def shown(value: object) -> str:
+    """A value out of somebody's file as an error message has it: short, whatever it is."""
+    short = reprlib.Repr()  # it also takes what is nested too deeply for `repr`
+    short.maxstring = 80
+    return f"{short.repr(value):.100}"
+
+
+def read_text(path: Path) -> str:
+    """One of a checkpoint's files that are no weights. ValueError names it."""
+    try:
+        if (size := path.stat().st_size) <= MOST_BYTES:
+            return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    raise ValueError(f"{path}: it has {size:,} bytes; it must have at most {MOST_BYTES:,}")
 
 
 def read_json(path: Path) -> dict:
-    """One of a checkpoint's files. ValueError if it holds anything but a JSON object."""
+    """The same. ValueError also if it holds anything but a JSON object."""
+    text = read_text(path)
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
@@ -175,7 +200,9 @@ def _token_ids(raw: dict, where: str) -> tuple[int, ...]:
     eos = raw.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if any(type(token) is not int or token < 0 for token in ids):
-        raise ValueError(f"{where}: eos_token_id is {eos!r}; it must be an integer of at least 0, or a list of them")
+        raise ValueError(
+            f"{where}: eos_token_id is {shown(eos)}; it must be an integer of at least 0, or a list of them"
+        )
     return tuple(ids)
 
 
@@ -183,11 +210,11 @@ def _read_quantization(given: dict | None, where: str) -> bool:
     if not given:
         return False
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: quantization_config is {given!r}; it must be an object")
+        raise ValueError(f"{where}: quantization_config is {shown(given)}; it must be an object")
     given = {"fmt": "e4m3"} | given
     for name, only in (("quant_method", "fp8"), ("weight_block_size", [128, 128]), ("fmt", "e4m3")):
         if (value := given.get(name)) != only:
-            raise ValueError(f"{where}: quantization_config's {name} is {value!r}; only {only!r} is supported")
+            raise ValueError(f"{where}: quantization_config's {name} is {shown(value)}; only {only!r} is supported")
     return True
 
 
@@ -196,19 +223,19 @@ def _read_rope(raw: dict, where: str) -> Rope:
     counts, as in transformers: somebody added it to what transformers had saved."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: rope_scaling is {given!r}; it must be an object")
+        raise ValueError(f"{where}: rope_scaling is {shown(given)}; it must be an object")
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
-    _check_number(where, "rope_theta", theta, positive=True)
+    _check_number(where, "rope_theta", theta, LEAST_THETA)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return Rope(theta=theta)
     if kind != "yarn":
-        raise ValueError(f"{where}: rope type is {kind!r}; only 'default' and 'yarn' are supported")
+        raise ValueError(f"{where}: rope type is {shown(kind)}; only 'default' and 'yarn' are supported")
     if given.get("factor") is None:
         raise ValueError(f"{where}: yarn rope scaling has no 'factor'")
     for name, only in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1)):
         if given.get(name, only) != only:
-            raise ValueError(f"{where}: yarn's {name} is {given[name]!r}; only {only!r} is supported")
+            raise ValueError(f"{where}: yarn's {name} is {shown(given[name])}; only {only!r} is supported")
     original = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096)
     numbers = {
         "factor": given["factor"],
@@ -218,9 +245,10 @@ def _read_rope(raw: dict, where: str) -> Rope:
         "mscale_all_dim": given.get("mscale_all_dim") or 0.0,
     }
     for name, value in numbers.items():
-        _check_number(where, f"yarn's {name}", value, positive="mscale" not in name)
-    if type(original) is not int or original < 1:
+        _check_number(where, f"yarn's {name}", value, 0 if "mscale" in name else LEAST_NUMBER)
+    if type(original) is not int or not 1 <= original <= MOST_SIZE:
         raise ValueError(
-            f"{where}: yarn's original_max_position_embeddings is {original!r}; it must be an integer over 0"
+            f"{where}: yarn's original_max_position_embeddings is {shown(original)}; it must be an integer over 0 and "
+            f"at most {MOST_SIZE}"
         )
     return Rope(theta=theta, original_max_position=original, **numbers)

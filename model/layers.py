@@ -11,6 +11,7 @@ from kernels.fp8 import BLOCK, Quantized
 from model.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn
+MOST_ROPE_BYTES = 2**30  # of the rope tables; DeepSeek-V3's take 42 million
 
 
 def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
@@ -98,8 +99,14 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
 
     YaRN (section 3.2): frequencies that turn often within the original context stay, those that turn less than once
     are divided by `factor`, with a linear ramp between the pair indices of `beta_fast` and `beta_slow` turns.
+    ValueError with the equation if the tables would be too large.
     """
     rope, dim = config.rope, config.qk_rope_head_dim
+    if (size := length * dim * 4) > MOST_ROPE_BYTES:
+        raise ValueError(
+            f"--max-model-len: rope tables for max_model_len ({length}, config.json's max_position_embeddings if not "
+            f"given) x qk_rope_head_dim ({dim}) x 4 bytes = {size:,} bytes; at most {MOST_ROPE_BYTES:,} are taken"
+        )
     freqs = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor != 1.0:
 
@@ -116,7 +123,7 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
     scale = mscale(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
         scale = mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
-    return (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+    return angles.cos().mul_(scale).to(device), angles.sin().mul_(scale).to(device)
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:

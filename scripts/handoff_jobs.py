@@ -31,8 +31,8 @@ from disagg.request import Request, UserRequest
 from disagg.router import INTERRUPTED, Answer, Router, Tracked
 from disagg.tokenizer import TextStream, load_tokenizer
 from model.batch import PAGE
+from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
-from model.weights import checkpoint_table
 from parallel.mesh import pick_device
 from scripts.demo import MODEL, PROMPTS, ROOT, free_port, read_tokens
 

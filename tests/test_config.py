@@ -1,13 +1,17 @@
 """A configuration is read completely, or refused with the field, its value and the rule it breaks."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import DeepseekV3Config
 
-from model.config import ModelConfig, Rope
+from model.config import LEAST_NUMBER, LEAST_THETA, MOST_NUMBER, MOST_SIZE, ModelConfig, Rope
+from model.layers import rope_table, softmax_scale
 from tests.hf import YARN
 
 REQUIRED: dict[str, Any] = {
@@ -221,23 +225,37 @@ def test_the_tokens_that_end_a_text_are_also_in_the_generation_config(tmp_path: 
 
 YARN_4 = {"rope_type": "yarn", "factor": 4.0}
 WRONG = {
-    "number as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number over 0"),
-    "no scale": ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0; it must be a number over 0"),
+    "number as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number in 1e-15..1e+15"),
+    "no scale": ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0; it must be a number in 1e-15..1e+15"),
     "more than a float": ({"routed_scaling_factor": 10**400}, "routed_scaling_factor is 1000"),
-    "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a number over 0"),
+    "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a number in 1e-15..1e+15"),
     "not finite": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
     "truth as text": ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false'; it must be true or false"),
     "truth as number": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
     "end as text": ({"eos_token_id": "1"}, "eos_token_id is '1'; it must be an integer of at least 0, or a list"),
     "one end as text": ({"eos_token_id": [1, "2"]}, "eos_token_id is [1, '2']"),
-    "theta": ({"rope_theta": -5}, "rope_theta is -5; it must be a number over 0"),
-    "factor": ({"rope_scaling": YARN_4 | {"factor": 0}}, "yarn's factor is 0; it must be a number over 0"),
+    "theta": ({"rope_theta": -5}, "rope_theta is -5; it must be a number in 2..1e+15"),
+    "factor": ({"rope_scaling": YARN_4 | {"factor": 0}}, "yarn's factor is 0; it must be a number in 1e-15..1e+15"),
     "factor as text": ({"rope_scaling": YARN_4 | {"factor": "4"}}, "yarn's factor is '4'"),
     "no factor": ({"rope_scaling": YARN_4 | {"factor": None}}, "yarn rope scaling has no 'factor'"),
-    "mscale": ({"rope_scaling": YARN_4 | {"mscale": -1}}, "yarn's mscale is -1; it must be a number of at least 0"),
+    "mscale": ({"rope_scaling": YARN_4 | {"mscale": -1}}, "yarn's mscale is -1; it must be a number in 0..1e+15"),
     "context": (
         {"rope_scaling": YARN_4 | {"original_max_position_embeddings": 4.5}},
         "yarn's original_max_position_embeddings is 4.5; it must be an integer over 0",
+    ),
+    "factor beyond floats": (
+        {"rope_scaling": YARN_4 | {"factor": 1e300}},
+        "yarn's factor is 1e+300; it must be",
+    ),
+    "turns under floats": ({"rope_scaling": YARN_4 | {"beta_fast": 1e-300}}, "yarn's beta_fast is 1e-300; it must be"),
+    "theta of 1": ({"rope_theta": 1}, "rope_theta is 1; it must be a number in 2..1e+15"),
+    "context beyond ints": (
+        {"rope_scaling": YARN_4 | {"original_max_position_embeddings": 10**12}},
+        "yarn's original_max_position_embeddings is 1000000000000; it must be an integer over 0 and at most 2147483647",
+    ),
+    "size beyond ints": (
+        {"num_hidden_layers": 10**30},
+        "num_hidden_layers is 1000000000000000000000000000000; it must",
     ),
     "half a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1 is supported"),
     "quantisation": ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; it must be an object"),
@@ -258,10 +276,68 @@ def test_what_cannot_be_is_refused_by_name(case: str) -> None:
     refused(MINIMAL | given, message)
 
 
-@pytest.mark.parametrize("text", ["", "{", "nonsense"])
-def test_a_file_that_is_not_json_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json: not JSON"):
+EXTREMES = {  # every number of YaRN at both ends of what is taken
+    "theta": (LEAST_THETA, MOST_NUMBER),
+    "factor": (LEAST_NUMBER, MOST_NUMBER),
+    "beta_fast": (LEAST_NUMBER, MOST_NUMBER),
+    "beta_slow": (LEAST_NUMBER, MOST_NUMBER),
+    "mscale": (0, MOST_NUMBER),
+    "mscale_all_dim": (0, MOST_NUMBER),
+    "original_max_position": (1, MOST_SIZE),
+}
+
+
+@pytest.mark.parametrize("values", [*itertools.product(*EXTREMES.values())])
+def test_whatever_rope_is_taken_its_tables_can_be_made(values: tuple[float, ...]) -> None:
+    """No overflow, no division by zero, no NaN. (What such a model would say is another question.)"""
+    rope = Rope(**dict(zip(EXTREMES, values, strict=True)))
+    given = {name: getattr(rope, name) for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+    given |= {"type": "yarn", "original_max_position_embeddings": rope.original_max_position}
+    config = ModelConfig.from_dict(MINIMAL | {"rope_theta": rope.theta, "rope_scaling": given})
+    assert all(table.isfinite().all() for table in rope_table(config, 100, "cpu"))
+    assert math.isfinite(torch.tensor(softmax_scale(config)))
+
+
+@pytest.mark.parametrize("limit", [10**9, MOST_SIZE])
+def test_rope_tables_are_not_made_beyond_a_bound(limit: int) -> None:
+    config = ModelConfig.from_dict(MINIMAL | {"max_position_embeddings": limit})
+    with pytest.raises(ValueError, match=rf"max_model_len \({limit}, .*\) x qk_rope_head_dim \(8\) x 4 bytes = "):
+        rope_table(config, limit, "cpu")
+
+
+@pytest.mark.parametrize("name", ["model_type", "topk_method", "eos_token_id", "rope_scaling", "quantization_config"])
+def test_a_message_is_short_whatever_the_file_holds(name: str) -> None:
+    for value in ("x" * 10**6, ["x" * 10**6] * 10**5):
+        with pytest.raises(ValueError) as error:
+            ModelConfig.from_dict(MINIMAL | {name: value})
+        assert len(str(error.value)) < 400
+
+
+BAD_FILES = {
+    "empty": (b"", "not JSON"),
+    "cut": (b"{", "not JSON"),
+    "no JSON": (b"nonsense", "not JSON"),
+    "deep": (b'{"a":' * 100_000, "not JSON that can be read: it is nested too deeply"),
+    "a number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
+    "latin-1": (b'{"a":"\xff"}', "not UTF-8"),
+    "a list": (b"[]", "it must hold a JSON object, not list"),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_is_not_json_is_named(case: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINIMAL))
+    data, message = BAD_FILES[case]
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(10**11)  # it takes no room on the disk
+    with pytest.raises(ValueError, match="config.json: it has 100,000,000,000 bytes; it must have at most 67,108,864"):
         ModelConfig.from_pretrained(tmp_path)
 
 

@@ -16,9 +16,10 @@ from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
 from disagg.worker import Pipeline
 from kernels.backend import Ops, choose
+from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
 from model.transformer import Transformer, op_shape
-from model.weights import ExpertReader, checkpoint_table, load_weights
+from model.weights import ExpertReader, load_weights
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.recorder import Recorder

@@ -16,6 +16,7 @@ from kernels import ref
 from kernels.backend import Ops
 from kernels.fp8 import quantize_128x128
 from model.batch import Batch, Chunk
+from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.kv_cache import make_pool
@@ -23,7 +24,7 @@ from model.layers import FP8, Linear
 from model.moe import Experts
 from model.precision import decide
 from model.transformer import Transformer
-from model.weights import checkpoint_table, load_weights
+from model.weights import load_weights
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement

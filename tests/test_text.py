@@ -1,17 +1,15 @@
 """Text as its tokens come: never half a character, never past a stop string, and at the end what the tokenizer makes
 of all tokens."""
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from disagg.tokenizer import TextStream, load_tokenizer
+from disagg.tokenizer import TextStream
 
 WORDS = ("th", "the", "en", "END", "\u0120the", "\u0120END")  # some tokens of several letters; \u0120 is a space
 
@@ -146,17 +144,89 @@ def test_whatever_the_tokens_the_final_text_is_what_the_tokenizer_makes_of_all(s
     assert stream.token_ids == tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"bos_token": None}, {"bos_token": {"content": "<s>"}}, {"bos_token": "<s>"}])
-def test_a_special_token_that_there_is_not_is_no_word(tmp_path: Path, settings: dict) -> None:
-    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
-    tokens = load_tokenizer(tmp_path).chat([{"role": "user", "content": "hi"}])
-    assert TOKENIZER.decode(tokens) == ("<s>hi" if settings.get("bos_token") else "hi")
+WORDS_AND_BYTES = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+WORDS_AND_BYTES += ["\u2581", "the", "\u2581the", "a", "\u2581a", "é", "»", "end"]
 
 
-def test_a_tokenizers_settings_are_an_object(tmp_path: Path) -> None:
-    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: it must hold a JSON object, not list"):
-        load_tokenizer(tmp_path)
+def byte_fallback() -> Tokenizer:
+    """As SentencePiece makes them: bytes that are no character become one U+FFFD each, also those before them."""
+    vocab = {word: i for i, word in enumerate(WORDS_AND_BYTES)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    space = "\u2581"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("stop", [[], ["end"], [" the"]])
+def test_bytes_that_turn_out_to_be_no_character_end_nothing(stop: list[str]) -> None:
+    tokenizer, rng, stopped = byte_fallback(), random.Random(0), 0
+    for _ in range(300):
+        stream, tokens = TextStream(tokenizer, stop), []
+        for _ in range(40):
+            tokens.append(rng.choice((rng.randrange(len(WORDS_AND_BYTES)), rng.randrange(258, len(WORDS_AND_BYTES)))))
+            if ended := stream.push(tokens[-1]):
+                break
+        whole = tokenizer.decode(tokens)
+        if ended:
+            stopped += 1
+            assert stream.text == whole[: whole.find(stop[0])]
+        else:
+            stream.close()
+            assert stream.text == whole
+        assert stream.token_ids == tokens
+    assert stopped > 100 or not stop
+
+
+def test_what_is_shown_goes_on_after_such_bytes() -> None:
+    """C3 A9 is é until FF makes all three none."""
+    stream, tokenizer = TextStream(byte_fallback(), []), byte_fallback()
+    tokens = [
+        tokenizer.token_to_id(word) for word in ("a", "<0xC3>", "<0xA9>", "<0xFF>", "\u2581the", "end", "\u2581a")
+    ]
+    seen = []
+    for token in tokens:
+        stream.push(token)
+        seen.append(stream.text)
+    assert seen == ["a", "a", "aé", "aé", "aé\ufffd the", "aé\ufffd theend", "aé\ufffd theend a"]
+    stream.close()
+    assert stream.text == "a\ufffd\ufffd\ufffd theend a"
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 2**32, 2**40, 10**30, EOS + 1])
+def test_a_token_that_there_is_not_adds_nothing(token: int) -> None:
+    stream = TextStream(TOKENIZER, ["END"])
+    assert not push_all(stream, [*ids("a"), token, *ids("b")])
+    assert stream.text == "ab" and stream.token_ids == [*ids("a"), token, *ids("b")]
+    assert push_all(stream, [token, *ids("END"), token]) == 4
+    stream.close()
+    assert stream.text == "abEND"
+
+
+def test_a_panic_while_decoding_ends_nothing(capfd: pytest.CaptureFixture) -> None:
+    """The library panics on a pattern that takes too long, here that of the decoder, with what is no Exception."""
+    tokenizer = make_tokenizer()
+    replace = decoders.Replace(Regex("(a+)+$"), "x")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), replace])
+    with pytest.raises(BaseException, match="retry-limit-in-match") as caught:
+        tokenizer.decode(ids("a" * 40 + "!"))
+    assert not isinstance(caught.value, Exception)
+    stream = TextStream(tokenizer, [])
+    assert push_all(stream, ids("b" + "a" * 40 + "!" + "cd")) is None
+    stream.close()
+    assert stream.text.startswith("b")
+    capfd.readouterr()  # what the library says of it
+
+
+def test_ctrl_c_while_decoding_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def step(self, tokenizer: Tokenizer, token: int) -> str:
+            raise KeyboardInterrupt
+
+    stream = TextStream(TOKENIZER, [])
+    stream._stream = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        stream.push(1)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from disagg.engine import Engine, EngineConfig
+from kernels.backend import Ops
+from model.checkpoint import Entry, checkpoint_table
+from model.config import ModelConfig
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from tests import hf
@@ -117,6 +121,56 @@ def test_a_missing_shard(sharded: Path) -> None:
 def test_an_index_that_is_none(sharded: Path, text: str) -> None:
     (sharded / INDEX).write_text(text)
     refused(sharded, INDEX)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/dev/zero", "a/../../b", 5, None])
+def test_an_index_that_leaves_its_folder(sharded: Path, shard: object) -> None:
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / "outside.safetensors")
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"][EXPERT] = shard
+    (sharded / INDEX).write_text(json.dumps(index))
+    refused(sharded, INDEX, EXPERT, repr(shard), "must be a file of this folder")
+
+
+def test_shards_may_be_links_out_of_the_folder(sharded: Path, saved: Path) -> None:
+    """As in a download cache, whose snapshots are links to `../../blobs`."""
+    (sharded.parent / "blobs").mkdir()
+    for number, shard in enumerate(sorted(sharded.glob("*.safetensors"))):
+        shard.rename(sharded.parent / "blobs" / str(number))
+        shard.symlink_to(f"../blobs/{number}")
+    assert_same(hf.load(sharded), hf.load(saved))
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("n_routed_experts", "n_shared_experts", "first_k_dense_replace"),
+)
+
+
+@pytest.mark.parametrize("size", [10**6, 2 * 10**9])
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_only_the_config_has_is_refused_before_it_takes_memory(
+    saved: Path, name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is not even begun, and the table is walked only as far as the file is large."""
+
+    def no_model(*args: object) -> None:
+        raise AssertionError("the model must not be made")
+
+    def counting(config: ModelConfig) -> Iterator[Entry]:
+        for entry in checkpoint_table(config):
+            visited.append(entry)
+            yield entry
+
+    visited: list[Entry] = []
+    monkeypatch.setattr("disagg.engine.Transformer", no_model)
+    monkeypatch.setattr("disagg.engine.make_placement", no_model)
+    monkeypatch.setattr("model.checkpoint.checkpoint_table", counting)
+    config = replace(ModelConfig.from_pretrained(saved), **{name: size})
+    with pytest.raises(ValueError, match=rf"{saved}: \d+ (or more )?tensors (that config.json|have another shape)"):
+        Engine.from_pretrained(EngineConfig(max_model_len=256), config, saved, Mesh(), Ops())
+    assert len(visited) <= 2 * len(load_file(saved / FILE)) + 1
 
 
 def test_a_tensor_that_its_shard_does_not_hold(sharded: Path) -> None:
