@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from disagg.control import Member, Pipe, bind, new_socket
+from disagg.address import bind, connect_to
+from disagg.control import Member, Pipe, new_socket
 from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
 from disagg.transport.torch_dist import TIMEOUT, TorchTransport
 
@@ -32,12 +33,12 @@ def dial(
 
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
         door = Pipe(new_socket(zmq.PUSH), Knock)
-        door.sock.connect(f"tcp://{prefill.host}:{prefill.door}")
+        connect_to(door.sock, prefill.host, prefill.door)
         door.send(Knock(me, generation))
         door.close()
         store = dist.TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
         pipe = Pipe(new_socket(zmq.DEALER), Sending | Last | Closed, watched=True)
-        pipe.sock.connect(f"tcp://{prefill.host}:{store.get(f'{key}/pipe').decode()}")
+        connect_to(pipe.sock, prefill.host, int(store.get(f"{key}/pipe")))
         return pipe, TorchTransport(dist.PrefixStore(key, store), 1, device)
 
     return connect

@@ -4,8 +4,6 @@ router  <-- Port (ROUTER) ... DEALER -->  the first rank of each attention repli
 prefill rank <-- its door (PULL), a Link's own pipe (see handoff.py) --> decode rank
 """
 
-import os
-import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import zmq
 
+from disagg.address import bind, connect_to
 from disagg.request import Request
 
 HEARTBEAT_MS = 2_000  # ZeroMQ's own, answered by its I/O thread however long a step takes
@@ -136,36 +135,6 @@ def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
     return sock
 
 
-def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
-    """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
-    try:
-        sock.bind(f"tcp://{socket.gethostbyname(host)}:{port or '*'}")
-    except (OSError, UnicodeError):
-        raise ValueError(f"cannot listen on {host}:{port}: no such host") from None
-    except zmq.ZMQError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
-    return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-
-
-def parse_address(name: str, address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not port.isascii():
-        raise ValueError(f"{name} is {address!r}; it must be HOST:PORT")
-    if len(port) > 5 or int(port) > 65535:
-        raise ValueError(f"{name} is {address!r}; its port must be in 0..65535")
-    return host, int(port)
-
-
-def local_host(towards: str) -> str:
-    """My address as a machine at `towards` sees it: the one that a packet to it would leave from."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((towards, 9))  # sends nothing
-        except OSError as error:
-            raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
-        return probe.getsockname()[0]
-
-
 class RouterPort:
     """The router's end: talks to workers by their id."""
 
@@ -209,7 +178,7 @@ class WorkerPort:
         self._sock = new_socket(zmq.DEALER, self._context)
         self._sock.setsockopt_string(zmq.IDENTITY, worker)
         self._monitor = self._sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._sock.connect(f"tcp://{host}:{port}")
+        connect_to(self._sock, host, port)
 
     def send(self, message: ToRouter) -> None:
         self._sock.send(_encode(message))

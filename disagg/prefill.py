@@ -7,8 +7,9 @@ from typing import Any
 import torch.distributed as dist
 import zmq
 
+from disagg.address import bind
 from disagg.connect import link_key, listen
-from disagg.control import Gone, Member, Pipe, bind, new_socket
+from disagg.control import Gone, Member, Pipe, new_socket
 from disagg.engine import Engine, Step
 from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.links import SendLink

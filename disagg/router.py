@@ -10,7 +10,7 @@ import itertools
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from disagg.control import Abort, Bye, Finish, Gone, Hello, Ping, RouterPort, Submit, ToRouter, Update, Updates, singly
 from disagg.metrics import Metrics
 from disagg.request import UserRequest
+from disagg.source import Source
 from disagg.tokenizer import TextStream
 
 PING_S = 1.0
@@ -30,6 +31,7 @@ NOTICE_S = 10.0  # how long requests wait for a role that is missing before a li
 NOTICE_FACTOR = 3  # the next line comes after so many times as long
 INTERRUPTED = "interrupted"  # the error of a request that the user's Ctrl-C ended
 ATTEMPTS = 2
+MOST_TRACKED = 2_000  # requests that have been taken from the source and have no answer yet
 QUEUE_FACTOR = 2  # requests at a decode replica, in multiples of its batch; the rest wait here, for whoever is free
 
 
@@ -95,7 +97,7 @@ class Router:
         self.metrics = Metrics()
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry is a new uid, so late news of the old one are nobody's
         self._waiting: deque[int] = deque()  # uids without a replica
-        self._uids = itertools.count()
+        self._uids, self._positions = itertools.count(), itertools.count()
         self._next_ping = 0.0
         self._expected, self._leaving = expected, False
         self._ending: set[str] = set()  # jobs that have lost a replica
@@ -105,22 +107,22 @@ class Router:
 
     def run(
         self,
-        requests: Iterable[UserRequest],
+        source: Source,
         deliver: Callable[[int, Answer], None],
         show: Callable[[int, str], None] = lambda position, piece: None,
     ) -> None:
-        """Serve all `requests`, then send everybody home.
+        """Serve all requests of `source`, then send everybody home. Its requests have the positions 0, 1, 2 ...
 
         `show(position, piece)` is called as text comes, `deliver(position, answer)` as each request ends.
         """
         self._deliver, self._show = deliver, show
         self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
-        for position, user in enumerate(requests):
-            tracked = Tracked(user, position, TextStream(self.tokenizer, user.stop), self.metrics.first_submit)
-            self._queue(tracked)
         try:
-            while self._tracked and not self.stopped():
-                self._listen(20)
+            while not self.stopped():
+                taken = self._take(source)
+                if not self._tracked and source.exhausted:
+                    break
+                self._listen(0 if taken else 20)
                 self._look_for_missing_roles()
                 self._ping()
                 self._assign()
@@ -128,6 +130,15 @@ class Router:
                 self._end(uid, "error", INTERRUPTED)
         finally:  # also if `deliver` fails: nobody must be left waiting
             self._farewell()
+
+    def _take(self, source: Source) -> int:
+        """Requests from the source, as long as there are few; how many."""
+        room = MOST_TRACKED - len(self._tracked)
+        users = source.take(room) if room > 0 and not source.exhausted else []
+        for user in users:
+            stream = TextStream(self.tokenizer, user.stop)
+            self._queue(Tracked(user, next(self._positions), stream, time.monotonic()))
+        return len(users)
 
     def _queue(self, tracked: Tracked) -> None:
         uid = next(self._uids)

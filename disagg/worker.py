@@ -9,34 +9,21 @@ step it is, and whether experts move before it; after that nobody returns early,
 batch.
 """
 
-import signal
 import time
 import uuid
 from collections import Counter
 
-from disagg.control import Bye, Finish, Hello, Member, Updates, WorkerPort, local_host
+from disagg.address import local_host
+from disagg.control import Bye, Finish, Hello, Member, Updates, WorkerPort
 from disagg.decode import Decode
 from disagg.engine import Engine, Step
+from disagg.interrupt import Interrupt
 from disagg.prefill import Door, Prefill
 from disagg.unified import Unified
 from parallel.mesh import Mesh
 
 Role = Unified | Prefill | Decode
 LONGEST_NAP_MS = 20
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM, remembered: the loop ends at the next step on every rank, and the process with status 0."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._see)
-
-    def _see(self, number: int, _: object) -> None:
-        """The second one kills."""
-        self.seen = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[Role, list[Member]]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from disagg.control import Parts, RouterPort, Update
 from disagg.request import Request, UserRequest
 from disagg.router import INTERRUPTED, Answer, Replica, Router, Tracked
+from disagg.source import Listed
 from disagg.tokenizer import TextStream, load_tokenizer
 from model.batch import PAGE
 from model.config import ModelConfig
@@ -275,7 +276,7 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             moments["answered"] = time.monotonic()
 
         router.script = script()
-        router.run([request(SHORT, output) for _ in range(TALKERS)], router.answers.__setitem__)
+        router.run(Listed(request(SHORT, output) for _ in range(TALKERS)), router.answers.__setitem__)
         port.close()
         if router.problem is not None:
             raise RuntimeError(router.problem)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import zmq
 
+from disagg.address import bind
 from disagg.control import (
     Abort,
     Bye,
@@ -26,10 +27,7 @@ from disagg.control import (
     Update,
     Updates,
     WorkerPort,
-    bind,
-    local_host,
     new_socket,
-    parse_address,
 )
 from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
 from disagg.request import Request
@@ -234,46 +232,3 @@ def test_a_worker_may_come_before_the_router(opened: Any) -> None:
     assert hear(router, 1) == [("w", TO_ROUTER[0])]
     assert router.send("w", Ping()) and worker.poll(SOON_MS) == [Ping()]
     assert not worker.gone
-
-
-def test_a_port_in_use_is_refused_with_its_address(opened: Any) -> None:
-    router = opened(RouterPort(HOST, 0))
-    with pytest.raises(ValueError, match=f"cannot listen on {HOST}:{router.port}: Address already in use"):
-        opened(RouterPort(HOST, router.port))
-
-
-def test_a_host_that_is_not_mine_cannot_be_listened_on() -> None:
-    with pytest.raises(ValueError, match="cannot listen on 192.0.2.1:7000"):
-        RouterPort("192.0.2.1", 7000)
-
-
-@pytest.mark.parametrize(
-    "address, parsed",
-    (
-        ("127.0.0.1:7000", ("127.0.0.1", 7000)),
-        ("node-3.cluster:65535", ("node-3.cluster", 65535)),
-        ("h:0", ("h", 0)),
-    ),
-)
-def test_an_address_is_a_host_and_a_port(address: str, parsed: tuple[str, int]) -> None:
-    assert parse_address("--router", address) == parsed
-
-
-@pytest.mark.parametrize(
-    "address", ("", ":", "h", "h:", ":7000", "7000", "h:-1", "h:x", "h:7.0", "h: 7", "h:+7", "h:\u00b2")
-)
-def test_a_bad_address_is_refused_by_the_flags_name(address: str) -> None:
-    with pytest.raises(ValueError, match=r"--router is '.*'; it must be HOST:PORT"):
-        parse_address("--router", address)
-
-
-@pytest.mark.parametrize("port", ["65536", "99999", "9" * 5000])
-def test_a_port_out_of_range_is_told_the_range(port: str) -> None:
-    with pytest.raises(ValueError, match=r"^--listen is 'h:9*6*5*3*6*'; its port must be in 0\.\.65535$"):
-        parse_address("--listen", f"h:{port}")
-
-
-def test_my_address_towards_myself_is_the_loopback() -> None:
-    assert local_host(HOST) == HOST
-    with pytest.raises(ValueError, match="no way to reach 'no such host'"):
-        local_host("no such host")

@@ -14,6 +14,7 @@ from disagg.control import Bye, Finish, Hello, Member, RouterPort, Submit, Token
 from disagg.metrics import percentile
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
+from disagg.source import Listed
 from disagg.tokenizer import load_tokenizer
 from tests.conftest import ROOT, eventually
 
@@ -44,7 +45,7 @@ def serving(request: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
     port, answers = RouterPort(HOST, 0), {}
     router = Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, lambda: False)
     work = [UserRequest("x", request, [])]
-    thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
+    thread = threading.Thread(target=lambda: router.run(Listed(work), answers.__setitem__), daemon=True)
     thread.start()
     yield router, answers
     thread.join(SOON_S)
@@ -159,7 +160,7 @@ def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -
     workers = [replica(role, role, port.port) for role in joined]
     router = Router(port, load_tokenizer(tiny).tokenizer, lambda: time.monotonic() > end)
     answers = {}
-    router.run([UserRequest(i, Request(i, [5], 2), []) for i in range(3)], answers.__setitem__)
+    router.run(Listed(UserRequest(i, Request(i, [5], 2), []) for i in range(3)), answers.__setitem__)
     for one in (*workers, port):
         one.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
@@ -184,7 +185,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     shown: list[str] = []
 
     def serve() -> None:
-        router.run([request], answers.__setitem__, show)
+        router.run(Listed([request]), answers.__setitem__, show)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -216,7 +217,7 @@ def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
 
     def serve() -> None:
         with pytest.raises(ValueError, match="the disk is full"):
-            router.run([UserRequest(i, Request(i, [5], 1), []) for i in range(2)], deliver)
+            router.run(Listed(UserRequest(i, Request(i, [5], 1), []) for i in range(2)), deliver)
         ended.set()
 
     ended, worker = threading.Event(), replica("u", "unified", port.port)

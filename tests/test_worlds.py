@@ -10,10 +10,12 @@ import torch.distributed as dist
 
 from disagg.control import RouterPort
 from disagg.engine import Engine, EngineConfig
+from disagg.interrupt import Interrupt
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
+from disagg.source import Listed
 from disagg.tokenizer import load_tokenizer
-from disagg.worker import Interrupt, serve
+from disagg.worker import serve
 from kernels.backend import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig
@@ -50,7 +52,7 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, inte
         encoder = load_tokenizer(tiny)
         router = Router(RouterPort("127.0.0.1", 0), encoder.tokenizer, lambda: False)
         work = requests(encoder.tokenizer.get_vocab_size())
-        thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
+        thread = threading.Thread(target=router.run, args=(Listed(work), answers.__setitem__))
         port = [router.port.port]
     dist.broadcast_object_list(port)
     if thread is not None:

@@ -1,0 +1,72 @@
+"""HOST:PORT: how a user writes an address, and how ZeroMQ wants it. IPv4, IPv6 and names alike."""
+
+import os
+import socket
+
+import zmq
+
+
+def parse_address(name: str, address: str) -> tuple[str, int]:
+    """The value of the flag `name`. An IPv6 host stands in brackets, which are taken off."""
+    host, _, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{name} is {address!r}; it must be HOST:PORT, and an IPv6 host in brackets: [::1]:7000")
+    if not host or not port.isdecimal() or not port.isascii():
+        raise ValueError(f"{name} is {address!r}; it must be HOST:PORT")
+    if len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"{name} is {address!r}; its port must be in 0..65535")
+    return host, int(port)
+
+
+def format_address(host: str, port: int | str) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def resolve(host: str) -> str:
+    """The host's address as a number. A name may have several: an IPv4 one goes first. OSError if it has none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError:  # no name at all: a label of it is empty, or too long
+        raise OSError(socket.EAI_NONAME, "Name or service not known") from None
+    return min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
+
+
+def is_wildcard(host: str) -> bool:
+    """Does listening there mean to listen on all of this machine's addresses?"""
+    return resolve(host) in ("0.0.0.0", "::")
+
+
+def local_host(towards: str) -> str:
+    """My address as a machine at `towards` sees it: the one that a packet to it would leave from."""
+    try:
+        number = resolve(towards)
+        family = socket.AF_INET6 if ":" in number else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((number, 9))  # sends nothing
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
+
+
+def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
+    """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
+    try:
+        number = resolve(host)
+        sock.setsockopt(zmq.IPV6, ":" in number)
+        sock.bind(f"tcp://{format_address(number, port or '*')}")
+    except zmq.ZMQError as error:
+        raise ValueError(f"cannot listen on {format_address(host, port)}: {os.strerror(error.errno)}") from None
+    except OSError:
+        raise ValueError(f"cannot listen on {format_address(host, port)}: no such host") from None
+    return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+
+
+def connect_to(sock: zmq.Socket, host: str, port: int) -> None:
+    """Connect once somebody listens there, and again whenever the connection is lost. ValueError for no such host."""
+    try:
+        sock.setsockopt(zmq.IPV6, ":" in resolve(host))
+    except OSError as error:
+        raise ValueError(f"no way to reach {host!r}: {error.strerror}") from None
+    sock.connect(f"tcp://{format_address(host, port)}")  # a name stays one: it may come to mean another machine
