@@ -1,6 +1,7 @@
 """Output: the file of the answers, a line each. What an earlier run wrote there is not lost by accident."""
 
 import fcntl
+import io
 import json
 import os
 import stat
@@ -28,18 +29,21 @@ class Output:
         self._written = 0
         self._begun = False
         try:
-            self._fd = os.open(path, (os.O_RDWR if resume else os.O_WRONLY) | os.O_CREAT, 0o666)
-            self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            if resume and not self._regular:
-                raise self._refusal("--resume needs a file that can be read again")
-            if self._regular:
-                self._claim(source)
-                if resume:
-                    self._read_answers()
-                elif os.fstat(self._fd).st_size and not overwrite:
-                    raise self._refusal("it exists; --overwrite replaces it, --resume goes on behind its answers")
+            self._file = io.FileIO(path, "a+" if resume else "a")
         except OSError as error:
             raise self._unwritable(error) from None
+        status = os.fstat(self._file.fileno())
+        self._regular = stat.S_ISREG(status.st_mode)
+        try:
+            if self._regular:
+                self._claim(source)
+            if resume:
+                self._read_answers()
+            elif self._regular and status.st_size and not overwrite:
+                raise self._refusal("it exists; --overwrite replaces it, --resume goes on behind its answers")
+        except ValueError:
+            self._file.close()  # and give up the claim
+            raise
 
     def put(self, place: int, answer: Answer) -> None:
         """ValueError if the disk refuses."""
@@ -55,20 +59,23 @@ class Output:
         """The run is over."""
         if not self.kept:  # else it ended before it was sure that these are answers to this input
             self._write(b"")
-        os.close(self._fd)
+        self._file.close()
 
     def _claim(self, source: os.stat_result) -> None:
-        if os.path.samestat(os.fstat(self._fd), source):
+        if os.path.samestat(os.fstat(self._file.fileno()), source):
             raise self._refusal("it is the --input file")
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._refusal("another process writes it") from None
         except OSError:
             pass  # a file system without locks
 
     def _read_answers(self) -> None:
-        with open(self._fd, "rb", closefd=False) as file:
+        if not self._regular:
+            raise self._refusal("--resume needs a file that can be read again")
+        self._file.seek(0)
+        with open(self._file.fileno(), "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break
@@ -85,11 +92,10 @@ class Output:
     def _write(self, text: bytes) -> None:
         try:
             if self._regular and not self._begun:
-                os.ftruncate(self._fd, self._size)
-                os.lseek(self._fd, self._size, os.SEEK_SET)
+                self._file.truncate(self._size)
             self._begun = True
             while text:
-                text = text[os.write(self._fd, text) :]
+                text = text[self._file.write(text) :]
         except OSError as error:
             raise self._unwritable(error) from None
 
