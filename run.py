@@ -153,10 +153,7 @@ def _unread(role: str, flags: set[str]) -> set[str]:
 
 def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelConfig, interrupt: Interrupt) -> int:
     mesh = Mesh.create(args.attn_tp, args.device)
-    if mesh.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # As torchrun does. On two idle cores the shipped model decodes as fast with one thread as with two (29 ms a
-        # step). Beside another busy process it takes 29 to 60 ms with one, and 330 to 510 with two, which spin.
-        torch.set_num_threads(1)
+    choose_threads(mesh.device)
 
     def say(text: str) -> None:
         if mesh.rank == 0:
@@ -168,11 +165,14 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
         front, router = None, parse_address("--router", args.router)
         if router[1] == 0:
             raise ValueError(f"--router is {args.router!r}; port 0 is only for --listen, which says what it got")
-        local_host(router[0])  # there must be a way there, or the weights are read in vain
+        try:
+            local_host(router[0])  # there must be a way there, or the weights are read in vain
+        except ValueError as error:
+            raise ValueError(f"--router is {args.router!r}: {error}") from None
     ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend or ())
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say)
     fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""
-    where = f"cpu, {torch.get_num_threads()} threads each" if mesh.device.type == "cpu" else mesh.device.type
+    where = f"cpu, threads: {torch.get_num_threads()}" if mesh.device.type == "cpu" else mesh.device.type
     say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {where}")
     say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
     if engine.why_graphs:
@@ -193,6 +193,16 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
     if problem is not None:
         print(f"{args.role}: {problem}", file=sys.stderr)
     return 1 if problem is not None or (front is not None and front.failed) else 0
+
+
+def choose_threads(device: torch.device) -> None:
+    """As torchrun does: one, unless the user says otherwise.
+
+    On two idle cores the shipped model decodes as fast with one thread as with two, at 29 ms a step. Beside another
+    busy process a step takes 29 to 60 ms with one, and 330 to 510 with two: they spin while they wait for one another.
+    """
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def open_front_door(

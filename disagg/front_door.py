@@ -51,18 +51,17 @@ class FrontDoor:
         self.router = Router(self.port, self.tokenizer, stopped, expected)
         there = len(self.output.kept) if self.output is not None else 0
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
-        with tqdm(initial=there, unit="request", disable=hidden) as self.bar:
-            self.router.run(self.source, self._deliver, self._show)
+        try:
+            with tqdm(initial=there, unit="request", disable=hidden) as self.bar:
+                self.router.run(self.source, self._deliver, self._show)
+        finally:
+            self.port.close()
         if self.output is not None:
             self.output.close()
             if not self.source.exhausted:
-                print(
-                    f"router: interrupted; the lines of the input after line {self.source.read} were not read and have "
-                    "no answer",
-                    file=sys.stderr,
-                )
+                unread = f"what the input has after line {self.source.read} was not read and has no answer"
+                print(f"router: interrupted; {unread}", file=sys.stderr)
         print(self.router.metrics.table(), file=sys.stderr, flush=True)
-        self.port.close()
 
     @property
     def failed(self) -> bool:

@@ -1,6 +1,7 @@
 """What all tests share: the shipped checkpoint, and one seed."""
 
 import random
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,15 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
+    return True
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
     return True
 
 

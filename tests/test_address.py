@@ -10,18 +10,10 @@ import zmq
 from disagg import address as module
 from disagg.address import bind, connect_to, format_address, is_wildcard, local_host, parse_address, resolve
 from disagg.control import new_socket
+from tests.conftest import has_ipv6
 
 V4, V6 = "127.0.0.1", "::1"
 SOON_MS = 10_000
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind((V6, 0))
-    except OSError:
-        return False
-    return True
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
