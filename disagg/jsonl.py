@@ -32,16 +32,12 @@ class JsonLines:
         self._places = 0  # of all answers that this run gives
         self._place: dict[int, int] = {}  # of a request that is under way, by its position
         self._taken = 0
-        self._exhausted = False
-
-    @property
-    def exhausted(self) -> bool:
-        return self._exhausted
+        self.exhausted = False
 
     @property
     def total(self) -> int | None:
         """Answers in all, those of earlier runs too; None before the end has been read."""
-        return self._skipped + self._places if self._exhausted else None
+        return self._skipped + self._places if self.exhausted else None
 
     def take(self, most: int) -> list[UserRequest]:
         """ValueError if the input cannot be read on, or does not fit to the answers that are there."""
@@ -67,7 +63,7 @@ class JsonLines:
             if self._output.kept:
                 count = self._skipped + len(self._output.kept)
                 raise ValueError(f"--resume: {self._output.path} has {count} answers, the input {self._skipped} lines")
-            self._exhausted = True
+            self.exhausted = True
         return taken
 
     def deliver(self, position: int, answer: Answer) -> None:
