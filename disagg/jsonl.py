@@ -1,80 +1,93 @@
-"""Requests from a JSONL file, answers to another: a line each, in the input's order. A bad line ruins only itself."""
+"""A batch of JSON lines as a router's source: read as the router takes them, and each answered in the input's order."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Callable
+from typing import Any
 
-from disagg.request import PromptEncoder, UserRequest, is_id, parse_request, read_object
+from disagg.lines import LONGEST, Lines
+from disagg.output import Output
+from disagg.request import UserRequest, is_id, parse_request, read_object
 from disagg.router import Answer, refusal
+from disagg.tokenizer import PromptEncoder
+
+TAKE_S = 0.02  # how long the router may be kept from its other work
 
 
-class Job:
-    """A batch: good lines become requests, bad ones answers at once. Give `deliver` to the router."""
+class JsonLines:
+    """Good lines become requests. Bad ones are answered at once, and ruin only themselves. Give `deliver` to the
+    router. `refused` hears of the answers to bad lines."""
 
-    def __init__(self, lines: list[str], encoder: PromptEncoder, vocab_size: int, max_model_len: int):
-        self.requests: list[UserRequest] = []
-        self._place: list[int] = []  # of each request among all answers
-        self.answers: list[Answer | None] = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                self.requests.append(parse_request(line, number, encoder, vocab_size, max_model_len))
-                self._place.append(len(self.answers))
-                self.answers.append(None)
-            except ValueError as error:
-                self.answers.append(refusal(_own_id(line, number), f"line {number}: {error}"))
-
-    def deliver(self, position: int, answer: Answer) -> None:
-        self.answers[self._place[position]] = answer
+    def __init__(
+        self,
+        lines: Lines,
+        output: Output,
+        encoder: PromptEncoder,
+        vocab_size: int,
+        max_model_len: int,
+        refused: Callable[[Answer], None] = lambda answer: None,
+    ):
+        self._lines, self._output, self._refused = lines, output, refused
+        self._parse = encoder, vocab_size, max_model_len
+        self.read = 0  # lines
+        self._skipped = 0  # of them, lines whose answer is there already
+        self._places = 0  # of all answers that this run gives
+        self._place: dict[int, int] = {}  # of a request that is under way, by its position
+        self._taken = 0
+        self.exhausted = False
 
     @property
-    def num_refused(self) -> int:
-        return len(self.answers) - len(self.requests)
+    def total(self) -> int | None:
+        """Answers in all, those of earlier runs too; None before the end has been read."""
+        return self._skipped + self._places if self.exhausted else None
+
+    def take(self, most: int) -> list[UserRequest]:
+        """ValueError if the input cannot be read on, or does not fit to the answers that are there."""
+        until, taken = time.monotonic() + TAKE_S, []
+        while len(taken) < most and time.monotonic() < until and (line := self._lines.next()) is not None:
+            self.read += 1
+            if not line.strip():
+                continue
+            if self._output.kept:
+                self._skip(line)
+                continue
+            place, self._places = self._places, self._places + 1
+            try:
+                taken.append(self._request(line))
+            except ValueError as error:
+                answer = refusal(_own_id(line, self.read), f"line {self.read}: {error}")
+                self._output.put(place, answer)
+                self._refused(answer)
+            else:
+                self._place[self._taken] = place
+                self._taken += 1
+        if self._lines.ended:
+            if self._output.kept:
+                count = self._skipped + len(self._output.kept)
+                raise ValueError(f"--resume: {self._output.path} has {count} answers, the input {self._skipped} lines")
+            self.exhausted = True
+        return taken
+
+    def deliver(self, position: int, answer: Answer) -> None:
+        self._output.put(self._place.pop(position), answer)
+
+    def _request(self, line: str) -> UserRequest:
+        if len(line) > LONGEST:
+            raise ValueError(f"it is too long; a line must have at most {LONGEST:,} characters")
+        return parse_request(line, self.read, *self._parse)
+
+    def _skip(self, line: str) -> None:
+        """The answers that are there must be those to the first lines, so the file ends up as if written in one run."""
+        there, own = self._output.kept.popleft(), _own_id(line, self.read)
+        self._skipped += 1
+        if there != own:
+            raise ValueError(
+                f"--resume: answer {self._skipped} in {self._output.path} has the id {there!r:.60}, but that line of "
+                f"the input has {own!r:.60}; the answers must be to the input's first lines"
+            )
 
 
-class Writer:
-    """Writes answers in order, each as soon as those before it are there."""
-
-    def __init__(self, path: str, source: str):
-        """ValueError if `path` cannot be written, or is the input itself."""
-        try:
-            if Path(path).exists() and Path(path).samefile(source):
-                raise ValueError(f"--output {path}: it is the --input file")
-            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the batch runs)
-        except OSError as error:
-            raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from None
-        self._written = 0
-
-    def flush(self, answers: list[Answer | None]) -> None:
-        """ValueError if the disk refuses."""
-        try:
-            for answer in self._ready(answers):
-                self._file.write(json.dumps(answer.as_dict()) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise ValueError(f"--output {self._file.name}: cannot be written ({error.strerror})") from None
-
-    def _ready(self, answers: list[Answer | None]) -> Iterator[Answer]:
-        while self._written < len(answers) and answers[self._written] is not None:
-            yield answers[self._written]
-            self._written += 1
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_lines(path: str) -> list[str]:
-    """ValueError if `path` cannot be read. Bytes that are not UTF-8 become surrogates, for `read_object` to refuse."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise ValueError(f"--input {path}: cannot be read ({error.strerror})") from None
-    return text.split("\n")  # not splitlines(): JSON strings may hold U+2028 and its like
-
-
-def _own_id(line: str, number: int):
-    """The id that a bad line gives itself, if it can be read that far; else its number."""
+def _own_id(line: str, number: int) -> Any:
+    """The id that a line gives itself, if it can be read that far; else its number."""
     try:
         own = read_object(line).get("id", number)
     except ValueError:

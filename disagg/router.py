@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
@@ -23,6 +23,7 @@ from disagg.fleet import Fleet, Replica
 from disagg.metrics import Metrics
 from disagg.ports import RouterPort
 from disagg.request import Request, UserRequest
+from disagg.source import Source
 from disagg.tokenizer import TextStream
 from model.kv_cache import pages_for
 
@@ -36,15 +37,6 @@ BATCHES = 2  # requests at a decode replica, in multiples of its batch: what joi
 STEPS_AHEAD = 2  # prompt tokens at a prefill replica, in multiples of what a step computes,
 LEAST_AHEAD = 4  # or prompts, if those are long
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
-
-
-class Source(Protocol):
-    """Where requests come from."""
-
-    exhausted: bool  # nothing more will ever come
-
-    def take(self, most: int) -> list[UserRequest]:
-        """At most so many of the next requests: those that are there. It must not block."""
 
 
 @dataclass(eq=False)

@@ -10,7 +10,6 @@ batch.
 """
 
 import os
-import signal
 import time
 import uuid
 from collections import Counter
@@ -23,6 +22,7 @@ from disagg.connection import Connection
 from disagg.control import Bye, Finish, Member
 from disagg.decode import Decode
 from disagg.engine import Engine, Step
+from disagg.interrupt import Interrupt
 from disagg.prefill import Prefill
 from disagg.unified import Unified
 from parallel.mesh import Mesh
@@ -32,20 +32,6 @@ LONGEST_NAP_MS = 20
 COLLECTIVE_S = 300.0  # a rank that waits longer for another one ends its job
 # What a rank says of its job's end: it serves; it cannot be told, or not by itself; it has its Finish; it leaves now.
 GOING_ON, CUT_OFF, FINISHED, LEAVING = range(4)
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM, remembered: the loop ends at the next step on every rank, and the process with status 0."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._see)
-
-    def _see(self, number: int, _: object) -> None:
-        """The second one kills."""
-        self.seen = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[Role, list[Member]]:

@@ -29,6 +29,7 @@ from disagg.fleet import Replica
 from disagg.ports import RouterPort
 from disagg.request import Request, UserRequest
 from disagg.router import INTERRUPTED, Answer, Router, Tracked
+from disagg.source import Listed
 from disagg.tokenizer import TextStream, load_tokenizer
 from model.batch import PAGE
 from model.checkpoint import checkpoint_table
@@ -170,17 +171,6 @@ def write_thin_model(folder: Path, layers: int, device: torch.device) -> ModelCo
     return config
 
 
-class Talkers:
-    """A router's source: the requests that decode all the while."""
-
-    def __init__(self, requests: list[UserRequest]):
-        self._left, self.exhausted = requests, False
-
-    def take(self, most: int) -> list[UserRequest]:
-        self.exhausted = True
-        return self._left
-
-
 class Watched(Router):
     """The router, with a clock on what it hears, and with requests that come over time: `script`, a generator, goes on
     each time it has listened."""
@@ -291,7 +281,7 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             moments["answered"] = time.monotonic()
 
         router.script = script()
-        router.run(Talkers([request(SHORT, output) for _ in range(TALKERS)]), router.answers.__setitem__)
+        router.run(Listed(request(SHORT, output) for _ in range(TALKERS)), router.answers.__setitem__)
         port.close()
         if router.problem is not None:
             raise RuntimeError(router.problem)

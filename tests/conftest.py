@@ -1,14 +1,13 @@
 """What all tests share: the shipped checkpoint, and one seed."""
 
 import random
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-
-from disagg.request import UserRequest
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,19 +22,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return True
 
 
-class Given:
-    """A router's source: these requests, all of them there at once."""
-
-    def __init__(self, requests: list[UserRequest]):
-        self._left = list(requests)
-
-    def take(self, most: int) -> list[UserRequest]:
-        taken, self._left = self._left[:most], self._left[most:]
-        return taken
-
-    @property
-    def exhausted(self) -> bool:
-        return not self._left
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

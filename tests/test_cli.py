@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.recorder import save_recording
-from tests.conftest import ROOT, eventually
+from run import choose_threads
+from tests.conftest import ROOT, eventually, has_ipv6
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 LINES = [
@@ -212,6 +214,19 @@ def test_ctrl_c_on_one_process(tiny: Path) -> None:
     assert code == 0 and "Traceback" not in err, err
 
 
+def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
+    """As soon as it takes signals, which is long before it has imported torch."""
+
+    def takes_signals() -> bool:
+        (caught,) = [line.split()[1] for line in listed("pid=,caught=") if int(line.split()[0]) == process.pid]
+        return bool(int(caught.strip("<>"), 16) >> (signal.SIGTERM - 1) & 1)
+
+    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "2000")
+    assert eventually(takes_signals)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process) == (0, "", "run.py: interrupted\n")
+
+
 def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> None:
     """SIGINT to one rank only, not to torchrun (which reports a signal that it gets itself, whatever its ranks do)."""
     source = tmp_path / "long.jsonl"
@@ -381,7 +396,8 @@ def test_a_batch_in_which_all_failed_says_so_by_its_status(tiny: Path, tmp_path:
     assert code == 1 and "3 error" in err and "Traceback" not in err, err
     assert [answer["id"] for answer in read(out)] == [1, 2, 3]
     source.write_text("\n \n")
-    assert run(*flags)[0] == 0  # nothing failed
+    assert run(*flags, "--overwrite")[0] == 0  # nothing failed
+    assert read(out) == []
 
 
 def test_a_failed_batch_is_the_routers_status(tiny: Path, tmp_path: Path) -> None:
@@ -392,6 +408,44 @@ def test_a_failed_batch_is_the_routers_status(tiny: Path, tmp_path: Path) -> Non
     deployment.start_job("decode", 1, "--kv-tokens", "64")
     deployment.start_router()
     assert {role: code for role, (code, *_) in deployment.finish().items()} == {"prefill": 0, "decode": 0, "router": 1}
+
+
+def test_a_run_that_cannot_start_leaves_the_old_output(tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("an earlier run's\n")
+    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--overwrite")
+    code, _, err = run(*flags, "--kv-tokens", "640000000000")
+    assert code == 2 and "--kv-tokens 640000000000: a KV pool of " in err, err
+    assert out.read_text() == "an earlier run's\n"
+
+
+def test_jobs_meet_over_ipv6(tiny: Path, prompts: Path, unified: list[dict], tmp_path: Path) -> None:
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
+    deployment.address = f"[::1]:{free_port()}"
+    deployment.start_job("prefill", ranks=1)
+    deployment.start_job("decode", ranks=1)
+    deployment.start_router()
+    ended = deployment.finish()
+    assert {role: code for role, (code, *_) in ended.items()} == {"prefill": 0, "decode": 0, "router": 0}, ended
+    assert f"router: listening on {deployment.address}\n" in ended["router"][2]
+    assert timeless(read(deployment.out)) == timeless(unified)
+
+
+@pytest.mark.parametrize("given, threads", [(None, [1]), ("2", [])])
+def test_one_thread_on_a_cpu_unless_the_user_says_otherwise(
+    given: str | None, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    choose_threads(torch.device("cuda"))
+    assert chosen == []
+    choose_threads(torch.device("cpu"))
+    assert chosen == threads
 
 
 def test_a_disk_that_fills_up_ends_the_job(tiny: Path, prompts: Path) -> None:
@@ -448,6 +502,7 @@ BAD_COMMANDS = {
     "output of a prompt": (("--prompt", "x", "--output", "{tmp}/o"), "--input and --output go together"),
     "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for --listen"),
     "no such host": (("--role", "router", "--listen", "999.1.1.1:1", "--prompt", "x"), "999.1.1.1:1: no such host"),
+    "no such router": (("--role", "decode", "--router", "no-such.invalid:1"), "'no-such.invalid:1': no way to reach "),
     "backend": (("--prompt", "x", "--backend", "mla_decode=flash_mla"), "--backend mla_decode=flash_mla: flash_mla: "),
     "backend for all": (("--prompt", "x", "--backend", "triton"), "--backend triton: triton: no GPU"),
     "backend of no op": (("--prompt", "x", "--backend", "=torch"), "--backend =torch: '' is none of rms_norm, "),

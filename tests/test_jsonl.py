@@ -3,6 +3,10 @@
 import itertools
 import json
 import random
+import time
+import tracemalloc
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,13 @@ from jinja2 import Template
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
-from disagg.jsonl import Job, Writer, read_lines
-from disagg.request import PromptEncoder
-from disagg.router import Answer
+from disagg import jsonl as module
+from disagg.jsonl import JsonLines
+from disagg.lines import Lines
+from disagg.output import Output
+from disagg.request import PromptEncoder, UserRequest
+from disagg.router import INTERRUPTED, Answer, refusal
+from tests.conftest import eventually
 
 VOCAB_SIZE, LIMIT = 256, 64
 
@@ -25,55 +33,85 @@ def encoder() -> PromptEncoder:
     return PromptEncoder(tokenizer, Template("{{ messages[0].content }}"))
 
 
-def make_job(lines: list[str], encoder: PromptEncoder) -> Job:
-    return Job(lines, encoder, VOCAB_SIZE, LIMIT)
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+
+class Given:
+    """Lines in a list; of `None` there is none yet."""
+
+    def __init__(self, lines: list[str | None]):
+        self._left = deque(lines)
+
+    def next(self) -> str | None:
+        return self._left.popleft() if self._left else None
+
+    @property
+    def ended(self) -> bool:
+        return not self._left
+
+
+@pytest.fixture
+def batch(files: tuple[Path, Path], encoder: PromptEncoder) -> Callable[..., JsonLines]:
+    """Of lines that are given or, without any, of the input file."""
+
+    def make(lines: list[str | None] | None = None, **flags: bool) -> JsonLines:
+        source, path = files
+        source.touch()
+        output = Output(str(path), source.stat(), **flags)
+        return JsonLines(Lines(str(source)) if lines is None else Given(lines), output, encoder, VOCAB_SIZE, LIMIT)
+
+    return make
 
 
 def good(**fields: Any) -> str:
     return json.dumps({"prompt_token_ids": [1], **fields})
 
 
-def answer(job: Job, position: int, text: str = "") -> Answer:
-    return Answer(job.requests[position].id, text, [], "stop", 1, 0, 0.0, 0.0)
+def take_all(batch: JsonLines, most: int = 1000) -> list[UserRequest]:
+    taken: list[UserRequest] = []
+
+    def exhausted() -> bool:
+        taken.extend(batch.take(most))
+        return batch.exhausted
+
+    assert eventually(exhausted)
+    return taken
+
+
+def answer(user: UserRequest, text: str = "") -> Answer:
+    return Answer(user.id, text, [], "stop", 1, 0, 0.0, 0.0)
 
 
 def written(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    source = tmp_path / "in.jsonl"
-    source.write_text("")
-    return source, tmp_path / "out.jsonl"
-
-
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_answers_are_written_in_input_order_each_as_soon_as_it_can_be(
-    order: tuple[int, ...], files: tuple[Path, Path], encoder: PromptEncoder
+    order: tuple[int, ...], files: tuple[Path, Path], batch: Callable[..., JsonLines]
 ) -> None:
-    source, output = files
     lines = [good(id="a"), "", good(id="b"), "bad", good(id="c"), "  ", good(id="d")]
-    ids = ["a", "b", 4, "c", "d"]  # the bad line is answered from the start
-    job = make_job(lines, encoder)
-    assert [user.id for user in job.requests] == ["a", "b", "c", "d"]
-    writer, finished = Writer(str(output), str(source)), {4}
-    writer.flush(job.answers)
-    assert written(output) == []
+    ids = ["a", "b", 4, "c", "d"]  # the bad line is answered when it is read
+    made = batch(lines)
+    users = take_all(made)
+    assert [user.id for user in users] == ["a", "b", "c", "d"] and made.total == 5
+    finished = {4}
+    assert written(files[1]) == []
     for position in order:
-        job.deliver(position, answer(job, position, f"text {position}"))
-        writer.flush(job.answers)
-        finished.add(job.requests[position].id)
+        made.deliver(position, answer(users[position], f"text {position}"))
+        finished.add(users[position].id)
         ready = list(itertools.takewhile(lambda one: one in finished, ids))
-        assert [line["id"] for line in written(output)] == ready
-    writer.close()
-    assert [line["text"] for line in written(output)] == ["text 0", "text 1", "", "text 2", "text 3"]
-    assert [("error" in line) for line in written(output)] == [False, False, True, False, False]
+        assert [line["id"] for line in written(files[1])] == ready
+    assert [line["text"] for line in written(files[1])] == ["text 0", "text 1", "", "text 2", "text 3"]
+    assert [("error" in line) for line in written(files[1])] == [False, False, True, False, False]
 
 
-def test_a_bad_line_is_answered_by_its_own_id_or_else_its_number(encoder: PromptEncoder) -> None:
+def test_a_bad_line_is_answered_by_its_own_id_or_else_its_number(
+    files: tuple[Path, Path], batch: Callable[..., JsonLines]
+) -> None:
     lines = [
-        good(id="fine"),
         '{"id": "mine", "prompt": ""}',
         "",
         "not JSON",
@@ -81,120 +119,169 @@ def test_a_bad_line_is_answered_by_its_own_id_or_else_its_number(encoder: Prompt
         "[1, 2]",
         '{"id": null, "top_p": 3, "prompt": "x"}',
         good(),
+        good(id="fine"),
     ]
-    job = make_job(lines, encoder)
-    refused = [(a.id, a.finish_reason, a.error[:8]) for a in job.answers if a is not None]
+    assert [user.id for user in take_all(batch(lines))] == [7, "fine"]
+    refused = [(line["id"], line["finish_reason"], line["error"][:8]) for line in written(files[1])]
     assert refused == [
-        ("mine", "error", "line 2: "),
+        ("mine", "error", "line 1: "),
+        (3, "error", "line 3: "),
         (4, "error", "line 4: "),
         (5, "error", "line 5: "),
         (6, "error", "line 6: "),
-        (7, "error", "line 7: "),
     ]
-    assert "prompt is ''" in job.answers[1].error and "top_p is 3" in job.answers[5].error
-    assert [user.id for user in job.requests] == ["fine", 8]
-    assert job.num_refused == 5 and len(job.answers) == 7
+    errors = [line["error"] for line in written(files[1])]
+    assert "prompt is ''" in errors[0] and "top_p is 3" in errors[4]
 
 
-@pytest.mark.parametrize("lines", ([], [""], ["", "  ", "\t"]))
-def test_an_input_of_nothing_is_a_job_of_nothing(
-    lines: list[str], files: tuple[Path, Path], encoder: PromptEncoder
+@pytest.mark.parametrize("text", ("", "\n", "\n  \n\t"))
+def test_an_input_of_nothing_is_a_batch_of_nothing(
+    text: str, files: tuple[Path, Path], batch: Callable[..., JsonLines]
 ) -> None:
-    source, output = files
-    source.write_text("\n".join(lines))
-    job = make_job(read_lines(str(source)), encoder)
-    assert (job.requests, job.answers, job.num_refused) == ([], [], 0)
-    writer = Writer(str(output), str(source))
-    writer.flush(job.answers)
-    writer.close()
-    assert output.read_text() == ""
+    files[0].write_text(text)
+    made = batch()
+    assert take_all(made) == [] and made.total == 0
+    assert files[1].read_text() == ""
 
 
-def test_an_answer_survives_the_file_whatever_its_text_holds(files: tuple[Path, Path], encoder: PromptEncoder) -> None:
-    source, output = files
-    texts = ["two\nlines", "\u2028\x85\x00", "\N{PILE OF POO}", '"}', "\ufffd", "\ud800"]
-    ids = [*texts[:-1], "half of a pair is no id"]
-    job = make_job([good(id=one) for one in ids], encoder)
-    writer = Writer(str(output), str(source))
-    for position in random.Random(0).sample(range(len(texts)), len(texts)):
-        job.deliver(position, answer(job, position, texts[position]))
-        writer.flush(job.answers)
-    writer.close()
-    assert [(line["id"], line["text"]) for line in written(output)] == list(zip(ids, texts, strict=True))
-
-
-@pytest.mark.parametrize("name", ("", "missing/out.jsonl", "in.jsonl/out.jsonl", "x" * 300), ids=lambda name: name[:20])
-def test_an_output_that_cannot_be_written_is_refused_by_name(name: str, files: tuple[Path, Path]) -> None:
-    source, output = files
-    path = str(output.parent / name)
-    with pytest.raises(ValueError, match="--output .*: cannot be written") as caught:
-        Writer(path, str(source))
-    assert path in str(caught.value)
-
-
-@pytest.mark.parametrize("link", (None, "symlink_to", "hardlink_to"))
-def test_the_input_is_never_overwritten_by_whatever_name_it_goes(link: str | None, tmp_path: Path) -> None:
-    source, output = tmp_path / "in.jsonl", tmp_path / "other.jsonl"
-    source.write_text(good())
-    if link is None:
-        output = tmp_path / ".." / tmp_path.name / "in.jsonl"
-    else:
-        getattr(output, link)(source)
-    with pytest.raises(ValueError, match="it is the --input file"):
-        Writer(str(output), str(source))
-    assert source.read_text() == good()
-
-
-def test_an_older_output_is_replaced(files: tuple[Path, Path]) -> None:
-    source, output = files
-    output.write_text("from an older run\n" * 5)
-    Writer(str(output), str(source)).close()
-    assert output.read_text() == ""
-
-
-@pytest.mark.parametrize("name", ("missing.jsonl", "", "x" * 300), ids=lambda name: name[:20])
-def test_an_input_that_cannot_be_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--input .*: cannot be read") as caught:
-        read_lines(str(tmp_path / name))
-    assert str(tmp_path / name) in str(caught.value)
-
-
-def test_bytes_that_are_not_utf8_ruin_no_other_line(tmp_path: Path, encoder: PromptEncoder) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(
+def test_bytes_that_are_not_utf8_ruin_no_other_line(files: tuple[Path, Path], batch: Callable[..., JsonLines]) -> None:
+    files[0].write_bytes(
         good(id=1).encode() + b"\n\xff\xfe\x00\n" + b'{"id": "\xe9", "prompt": "x"}\n' + good(id=4).encode()
     )
-    job = make_job(read_lines(str(path)), encoder)
-    assert [user.id for user in job.requests] == [1, 4]
-    refused = [(answer.id, answer.error) for answer in job.answers[1:3]]
+    made = batch()
+    users = take_all(made)
+    assert [user.id for user in users] == [1, 4]
+    made.deliver(0, answer(users[0]))
+    refused = [(line["id"], line["error"]) for line in written(files[1])[1:]]
     what = "line 2: not UTF-8: byte 0xff, character 1", "line 3: not UTF-8: byte 0xe9, character 9"
     assert refused == list(enumerate(what, 2))
 
 
-@pytest.mark.parametrize("end", ("\n", "\r\n"))
-@pytest.mark.parametrize("inside", ("\u2028", "\u2029", "\x85"))
-def test_only_a_newline_ends_a_line(inside: str, end: str, tmp_path: Path, encoder: PromptEncoder) -> None:
-    """JSON may hold the other characters that Unicode calls line ends, as they are (ensure_ascii=False writes them)."""
-    path = tmp_path / "in.jsonl"
-    lines = [json.dumps({"id": i, "prompt": f"a{inside}b"}, ensure_ascii=False) for i in range(2)]
-    path.write_bytes((end.join(lines) + end).encode())
-    job = make_job(read_lines(str(path)), encoder)
-    assert [a.error for a in job.answers if a is not None] == []
-    assert [user.id for user in job.requests] == [0, 1]
+def test_a_line_that_is_too_long_is_refused_without_being_parsed(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path], batch: Callable[..., JsonLines]
+) -> None:
+    monkeypatch.setattr(module, "LONGEST", 1000)
+    assert [user.id for user in take_all(batch([good(id="x" * 1000), good(id="next")]))] == ["next"]
+    assert "line 1: it is too long; a line must have at most 1,000 characters" in written(files[1])[0]["error"]
+
+
+def test_lines_are_read_as_they_are_taken(files: tuple[Path, Path], batch: Callable[..., JsonLines]) -> None:
+    """20 MB of them. What has been answered is kept no longer."""
+    count = 2000
+    files[0].write_text("".join(good(id=i, stop=["x" * 10_000]) + "\n" for i in range(count)))
+    made = batch()
+    position, most = 0, 0
+    tracemalloc.start()
+    while not made.exhausted:
+        taken = made.take(10)
+        assert len(taken) <= 10
+        for user in taken:
+            made.deliver(position, answer(user))
+            position += 1
+        most = max(most, tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert position == count == made.total
+    assert most < 5e6  # bytes, of which 2 MiB are read ahead
+    assert [line["id"] for line in written(files[1])] == list(range(count))
+
+
+def test_taking_ends_soon_however_much_there_is(
+    monkeypatch: pytest.MonkeyPatch, batch: Callable[..., JsonLines], encoder: PromptEncoder
+) -> None:
+    """Good lines, bad ones, and those that have an answer."""
+
+    def slow(prompt: str) -> list[int]:
+        time.sleep(0.005)
+        return [1]
+
+    monkeypatch.setattr(encoder, "text", slow)
+    made = batch(['{"prompt": "x"}', '{"prompt": "x", "top_k": "bad"}'] * 500)
+    for _ in range(3):
+        began = time.monotonic()
+        assert 1 <= len(made.take(1000)) < 20
+        assert time.monotonic() - began < 0.2
+
+
+def test_a_silent_input_gives_nothing_and_is_not_exhausted(batch: Callable[..., JsonLines]) -> None:
+    made = batch([good(), None, None, good()])
+    assert len(made.take(9)) == 1
+    assert made.take(9) == [] and not made.exhausted and made.total is None
+    assert len(made.take(9)) == 1 and made.exhausted and made.total == 2
+
+
+LINES = [good(id="a"), "", good(), "bad", good(id="a"), '{"id": "e", "prompt": ""}', good(id=7), good(id="a")]
+
+
+def serve(batch: JsonLines, rng: random.Random, answers: float = float("inf")) -> None:
+    """Answer requests in any order; after so many, the user presses Ctrl-C."""
+    users: list[UserRequest] = []
+    open_ones: list[int] = []
+    while not (batch.exhausted and not open_ones):
+        new = batch.take(rng.randint(1, 3))
+        open_ones += range(len(users), len(users) + len(new))
+        users += new
+        if answers <= 0:
+            break
+        if open_ones:
+            position = open_ones.pop(rng.randrange(len(open_ones)))
+            batch.deliver(position, answer(users[position], f"text of {users[position].id}"))
+            answers -= 1
+    for position in open_ones:
+        batch.deliver(position, refusal(users[position].id, INTERRUPTED))
+    batch._output.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_that_is_broken_and_resumed_ends_like_one_that_is_not(
+    seed: int, files: tuple[Path, Path], batch: Callable[..., JsonLines]
+) -> None:
+    """By Ctrl-C, by a kill (which cuts the last line anywhere), again and again. Ids may come twice."""
+    path, rng = files[1], random.Random(seed)
+    serve(batch(LINES), rng)
+    unbroken = path.read_text()
+    assert [line["id"] for line in written(path)] == ["a", 3, 4, "a", "e", 7, "a"]
+    path.unlink()
+    for _ in range(4):
+        serve(batch(LINES, resume=True), rng, answers=rng.randrange(5))
+        if rng.random() < 0.5:
+            path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size + 1)])
+    last = batch(LINES, resume=True)
+    serve(last, rng)
+    assert path.read_text() == unbroken and last.total == 7
+    serve(batch(LINES, resume=True), rng)
+    assert path.read_text() == unbroken, "there was nothing left to do"
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        (["x"], r"answer 1 in .* has the id 'x', but that line of the input has 'a'"),
+        (["a", "a"], r"answer 2 in .* has the id 'a', but that line of the input has 3"),
+        (["a", 3, 4, "a", "e", 7, "b"], r"answer 7 in .* has the id 'b', but that line of the input has 'a'"),
+        (["a", 3, 4, "a", "e", 7, "a", "more"], r"has 8 answers, the input 7 lines"),
+    ],
+)
+def test_answers_to_another_input_are_left_alone(
+    ids: list, problem: str, files: tuple[Path, Path], batch: Callable[..., JsonLines]
+) -> None:
+    old = "".join(json.dumps(refusal(id, "an error").as_dict()) + "\n" for id in ids) + "torn"
+    files[1].write_text(old)
+    with pytest.raises(ValueError, match=problem):
+        take_all(batch(LINES, resume=True))
+    assert files[1].read_text() == old
 
 
 def test_an_id_that_was_taken_can_be_written_from_however_deep_in_the_program(
-    files: tuple[Path, Path], encoder: PromptEncoder
+    files: tuple[Path, Path], batch: Callable[..., JsonLines]
 ) -> None:
     def down(levels: int, call: Any) -> None:
         call() if levels == 0 else down(levels - 1, call)
 
-    source, output = files
     for depth in range(900, 1000):
-        job = make_job([f'{{"id": {"[" * depth}{"]" * depth}, "prompt": "x"}}'], encoder)
-        if job.requests:
-            job.deliver(0, answer(job, 0))
-        writer = Writer(str(output), str(source))
-        down(30, lambda job=job, writer=writer: writer.flush(job.answers))
-        writer.close()
-        assert len(output.read_text().split("\n")) == 2
+        files[1].unlink(missing_ok=True)
+        made = batch([f'{{"id": {"[" * depth}{"]" * depth}, "prompt": "x"}}'])
+        users: list[UserRequest] = []
+        down(30, lambda made=made, users=users: users.extend(made.take(1)))
+        for position, user in enumerate(users):
+            down(30, lambda made=made, user=user, position=position: made.deliver(position, answer(user)))
+        assert len(files[1].read_text().split("\n")) == 2

@@ -477,7 +477,7 @@ def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
     tokens = []
     for flags in ((), ("--rebalance-interval", "4", "--redundant-experts", "4", "--rebalance-layers-per-step", "2")):
         out = tmp_path / "out.jsonl"
-        work = ("--model", str(tiny), "--input", "scripts/prompts.jsonl", "--output", str(out))
+        work = ("--model", str(tiny), "--input", "scripts/prompts.jsonl", "--output", str(out), "--overwrite")
         code, _, err = run(*work, *flags, ranks=2)
         assert code == 0, err
         says = (

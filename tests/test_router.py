@@ -33,8 +33,9 @@ from disagg.ports import RouterPort, WorkerPort
 from disagg.pulse import Beacon
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
+from disagg.source import Listed
 from disagg.tokenizer import load_tokenizer
-from tests.conftest import ROOT, Given, eventually
+from tests.conftest import ROOT, eventually
 
 HOST = "127.0.0.1"
 SOON_S = 20
@@ -99,7 +100,7 @@ def serving(*requests: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with these requests, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
     router = make_router(port)
-    work = Given([UserRequest("x", request, []) for request in requests])
+    work = Listed([UserRequest("x", request, []) for request in requests])
     thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
     thread.start()
     yield router, answers
@@ -221,7 +222,7 @@ def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -
     workers = [replica(role, role, port.port) for role in joined]
     router = make_router(port, lambda: time.monotonic() > end)
     answers = {}
-    router.run(Given([UserRequest(i, Request(i, [5], 2), []) for i in range(3)]), answers.__setitem__)
+    router.run(Listed([UserRequest(i, Request(i, [5], 2), []) for i in range(3)]), answers.__setitem__)
     for one in (*workers, port):
         one.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
@@ -246,7 +247,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
     shown: list[str] = []
 
     def serve() -> None:
-        router.run(Given([request]), answers.__setitem__, show)
+        router.run(Listed([request]), answers.__setitem__, show)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -278,7 +279,7 @@ def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
 
     def serve() -> None:
         with pytest.raises(ValueError, match="the disk is full"):
-            router.run(Given([UserRequest(i, Request(i, [5], 1), []) for i in range(2)]), deliver)
+            router.run(Listed([UserRequest(i, Request(i, [5], 1), []) for i in range(2)]), deliver)
         ended.set()
 
     ended, worker = threading.Event(), replica("u", "unified", port.port)

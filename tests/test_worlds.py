@@ -9,16 +9,17 @@ from pathlib import Path
 import torch.distributed as dist
 
 from disagg.engine import Engine, EngineConfig
+from disagg.interrupt import Interrupt
 from disagg.ports import RouterPort
 from disagg.request import Request, UserRequest
 from disagg.router import Answer, Router
+from disagg.source import Listed
 from disagg.tokenizer import load_tokenizer
-from disagg.worker import Interrupt, serve
+from disagg.worker import serve
 from kernels.backend import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh
-from tests.conftest import Given
 from tests.worlds import run_world, sub_mesh
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
@@ -51,7 +52,7 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, inte
         encoder = load_tokenizer(tiny)
         vocab_size = encoder.tokenizer.get_vocab_size()
         router = Router(RouterPort("127.0.0.1", 0), encoder.tokenizer, vocab_size, lambda: False)
-        work = Given(requests(vocab_size))
+        work = Listed(requests(vocab_size))
         thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
         port = [router.port.port]
     dist.broadcast_object_list(port)

@@ -1,0 +1,202 @@
+"""The answers' file: in order, as soon as can be; and what was there before is lost only to who asked for it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from disagg.output import Output
+from disagg.router import INTERRUPTED, Answer, refusal
+from tests.conftest import ROOT
+
+NOBODY = os.stat_result([0] * 10)  # an input that is no file here
+
+
+def answer(id: str | int, text: str = "") -> Answer:
+    return Answer(id, text, [], "stop", 1, 0, 0.0, 0.0)
+
+
+def line(id: str | int, error: str | None = None) -> str:
+    return json.dumps((refusal(id, error) if error else answer(id)).as_dict()) + "\n"
+
+
+def written(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_answers_are_written_in_order_each_as_soon_as_it_can_be(order: tuple[int, ...], tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), NOBODY)
+    put: set[int] = set()
+    for place in order:
+        output.put(place, answer(place))
+        put.add(place)
+        ready = list(itertools.takewhile(lambda one: one in put, itertools.count()))
+        assert [line["id"] for line in written(tmp_path / "out")] == ready
+    assert not output._lines, "what is written is not kept"
+    output.close()
+
+
+def test_an_answer_survives_the_file_whatever_its_text_holds(tmp_path: Path) -> None:
+    texts = ["two\nlines", "\u2028\x85\x00", "\N{PILE OF POO}", '"}', "\ufffd", "\ud800"]
+    output = Output(str(tmp_path / "out"), NOBODY)
+    for place, text in enumerate(texts):
+        output.put(place, answer(place, text))
+    output.close()
+    assert [line["text"] for line in written(tmp_path / "out")] == texts
+
+
+@pytest.mark.parametrize("name", ("", "missing/out", "file/out", "x" * 300), ids=lambda name: name[:20])
+def test_an_output_that_cannot_be_written_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output .*: cannot be written") as caught:
+        Output(str(tmp_path / name), NOBODY)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", (None, "overwrite", "resume"))
+@pytest.mark.parametrize("link", (None, "symlink_to", "hardlink_to"))
+def test_the_input_is_never_overwritten_by_whatever_name_it_goes(
+    flag: str | None, link: str | None, tmp_path: Path
+) -> None:
+    source, path = tmp_path / "in", tmp_path / "other"
+    source.write_text(line("a"))
+    if link is None:
+        path = tmp_path / ".." / tmp_path.name / "in"
+    else:
+        getattr(path, link)(source)
+    with pytest.raises(ValueError, match="it is the --input file"):
+        Output(str(path), source.stat(), **{flag: True} if flag else {})
+    assert source.read_text() == line("a")
+
+
+def test_an_output_that_exists_is_refused_unless_it_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("an earlier run's\n")
+    with pytest.raises(ValueError, match=f"--output {path}: it exists; --overwrite replaces it, --resume goes on"):
+        Output(str(path), NOBODY)
+    assert path.read_text() == "an earlier run's\n"
+    path.write_text("")  # as mktemp makes it
+    output = Output(str(path), NOBODY)
+    output.put(0, answer("a"))
+    output.close()
+    assert path.read_text() == line("a")
+
+
+@pytest.mark.parametrize("answers", (0, 1))
+def test_overwriting_begins_with_the_first_answer_or_the_end(answers: int, tmp_path: Path) -> None:
+    """A run that cannot start has changed nothing."""
+    path, old = tmp_path / "out", "an earlier run's\n" * 100
+    path.write_text(old)
+    output = Output(str(path), NOBODY, overwrite=True)
+    output.put(1, answer("b"))
+    assert path.read_text() == old
+    for place in range(answers):
+        output.put(place, answer("a"))
+        assert path.read_text() == line("a") + line("b")
+    output.close()
+    assert path.read_text() == (line("a") + line("b") if answers else "")
+
+
+TAILS = {
+    "nothing": "",
+    "a torn line": line("c")[:-10],
+    "a line without its end": line("c")[:-1],
+    "zeros": "\0" * 4096,  # as some file systems leave behind when the power fails
+    "interrupted": line("c", INTERRUPTED) + line("d") + line("e", INTERRUPTED),
+    "interrupted and torn": line("c", INTERRUPTED) + line("d")[:20],
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_resuming_goes_on_behind_the_answers_that_stay(tail: str, tmp_path: Path) -> None:
+    path, kept = tmp_path / "out", line("a") + line(2, "line 2: not JSON")
+    path.write_text(kept + TAILS[tail])
+    output = Output(str(path), NOBODY, resume=True)
+    assert list(output.kept) == ["a", 2] and path.read_text() == kept + TAILS[tail]
+    output.kept.clear()  # as when the input has been compared
+    output.put(0, answer("c"))
+    assert path.read_text() == kept + line("c")
+    output.close()
+
+
+def test_resuming_what_is_not_there_begins(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), NOBODY, resume=True)
+    output.put(0, answer("a"))
+    output.close()
+    assert (tmp_path / "out").read_text() == line("a")
+
+
+@pytest.mark.parametrize("bad", ("text\n", "[1]\n", '{"text": ""}\n', "[" * 100_000 + "\n"), ids=lambda bad: bad[:9])
+def test_what_holds_no_answers_is_not_resumed(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text(line("a") + bad + line("b"))
+    with pytest.raises(ValueError, match=f"{path}: line 2 is no answer, and --resume goes on behind answers"):
+        Output(str(path), NOBODY, resume=True)
+    assert path.read_text() == line("a") + bad + line("b")
+
+
+def test_an_output_that_was_never_compared_with_its_input_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text(line("a") + "torn")
+    Output(str(path), NOBODY, resume=True).close()
+    assert path.read_text() == line("a") + "torn"
+
+
+@pytest.mark.parametrize("flag", (None, "overwrite", "resume"))
+def test_an_output_that_another_process_writes_is_refused(flag: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    code = (
+        "import os, sys; from disagg.output import Output\n"
+        f"output = Output({str(path)!r}, os.stat(os.devnull)); print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(ValueError, match=f"--output {path}: another process writes it"):
+            Output(str(path), NOBODY, **{flag: True} if flag else {})
+    Output(str(path), NOBODY).close()  # the lock ends with its process, however that ends
+
+
+@pytest.mark.parametrize("flag", (None, "overwrite"))
+def test_what_is_no_file_is_written_as_it_is(flag: str | None, tmp_path: Path) -> None:
+    flags = {flag: True} if flag else {}
+    null = Output(os.devnull, os.stat(os.devnull), **flags)  # from there, too
+    null.put(0, answer("a"))
+    null.close()
+    with pytest.raises(ValueError, match="--output /dev/full: cannot be written .No space left on device"):
+        Output("/dev/full", NOBODY, **flags).put(0, answer("a"))
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    fifo = Output(str(tmp_path / "fifo"), NOBODY, **flags)
+    fifo.put(0, answer("a"))
+    assert os.read(reader, 1000).decode() == line("a")
+    os.close(reader)
+    with pytest.raises(ValueError, match="fifo: cannot be written .Broken pipe"):
+        fifo.put(1, answer("b"))
+    with pytest.raises(ValueError, match="--resume needs a file that can be read again"):
+        Output(os.devnull, NOBODY, resume=True)
+
+
+def test_a_full_disk_leaves_what_resuming_mends(tmp_path: Path) -> None:
+    """A limit on the file's size cuts a line in the middle, as a full disk does."""
+    path = tmp_path / "out"
+    code = (
+        "import os, resource, signal; from tests.test_output import NOBODY, Output, answer, line\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "size = len(line('a')) + 20; resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n"
+        f"output = Output({str(path)!r}, NOBODY); output.put(0, answer('a'))\n"
+        "try: output.put(1, answer('b'))\n"
+        "except ValueError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert out.stdout == f"--output {path}: cannot be written (File too large)\n", out.stderr
+    assert path.read_text() == line("a") + line("b")[:20]
+    output = Output(str(path), NOBODY, resume=True)
+    assert output.kept.popleft() == "a" and not output.kept
+    output.put(0, answer("b"))
+    output.close()
+    assert path.read_text() == line("a") + line("b")
