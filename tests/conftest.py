@@ -11,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+torch.set_num_threads(1)  # as run.py does on a CPU: threads that share busy cores wait for one another
+
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
     """Does it come true in so many seconds?"""

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from disagg.control import Bye, Finish, Hello, Member, Submit, Update, Updates, WorkerPort
+from disagg.control import Bye, Finish, Hello, Member, Submit, Update, Updates
 from disagg.engine import EngineConfig
 from disagg.front_door import FrontDoor
+from disagg.ports import WorkerPort
 from model.config import ModelConfig
 from run import parse_args
 from tests.conftest import ROOT, eventually
@@ -29,8 +30,8 @@ class Replica(threading.Thread):
 
     def __init__(self, port: int):
         super().__init__(daemon=True)
-        self.worker, self.holds, self.got = WorkerPort("u", HOST, port), threading.Event(), 0
-        self.worker.send(Hello("unified", [Member("u", HOST)], 64, 2**20, "kv", "u"))
+        hello = Hello("unified", [Member("u", HOST)], 64, 1024, 2**20, {}, "u")
+        self.worker, self.holds, self.got = WorkerPort(hello, HOST, port), threading.Event(), 0
         self.start()
 
     def run(self) -> None:
