@@ -24,7 +24,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from disagg.address import local_host, parse_address
+from disagg.address import answers, local_host, parse_address
 from disagg.engine import DTYPES, Engine, EngineConfig
 from disagg.front_door import FrontDoor, RouterThread
 from disagg.worker import serve
@@ -169,6 +169,8 @@ def run_worker(args: argparse.Namespace, settings: EngineConfig, config: ModelCo
             local_host(router[0])  # there must be a way there, or the weights are read in vain
         except ValueError as error:
             raise ValueError(f"--router is {args.router!r}: {error}") from None
+        if not answers(*router):
+            say(f"{args.role}: nobody listens at {args.router} yet; this job will wait for a router there")
     ops, choices = choose(op_shape(config), settings.torch_dtype(mesh.device), mesh.device, args.backend or ())
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say)
     fp8 = decide(config, args.attn_tp, settings.torch_dtype(mesh.device), mesh.device).why if config.fp8 else ""

@@ -50,6 +50,15 @@ def local_host(towards: str) -> str:
         raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
 
 
+def answers(host: str, port: int) -> bool:
+    """Does anybody listen there? At most a second is waited for it."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
     """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
     try:

@@ -90,6 +90,8 @@ def test_the_cpu_path_imports_no_gpu_library() -> None:
 
 
 def test_the_repository_stays_small() -> None:
+    """The shipped checkpoint aside, which has 9.5 MB."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     files = [ROOT / name for name in listed.decode().split("\0") if name]
-    assert sum(path.stat().st_size for path in files if path.exists()) < 12_000_000
+    sizes = [path.stat().st_size for path in files if path.exists() and path.suffix != ".safetensors"]
+    assert sum(sizes) < 3_500_000
