@@ -385,9 +385,8 @@ class Engine:
         told = hashlib.sha256(repr(replace(self.config, fp8=False, eos_token_ids=())).encode())
         for name, weight in self.model.named_parameters():
             if "norm" in name:
-                told.update(
-                    weight.detach().cpu().bfloat16().view(torch.uint8).numpy().tobytes()
-                )  # in any dtype the same
+                norm = weight.detach().cpu().bfloat16()  # the same whatever --dtype is
+                told.update(norm.view(torch.uint8).numpy().tobytes())
         layers, _, page, width = self.pool.shape
         dtype = str(self.pool.dtype).removeprefix("torch.")
         shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": told.hexdigest()[:8]}

@@ -37,11 +37,12 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 Steps = Generator[str, None, Result]
-FEW_ROWS, FEW_TOKENS = 128, 1024  # a rank's, from which on `auto` overlaps: of a decode step, of one with prompts
-# Fewer, and an expert takes as long as reading its weights does, which two halves do twice. An estimate: an H100 makes
-# about 1,400 TFLOP/s of fp8 from 3 TB/s, 233 rows. Measured: a loss with 16 rows; simulated: a loss with 144, a gain
-# with 288.
-ROWS_AN_EXPERT = 256
+FEW_ROWS, FEW_TOKENS = 128, 4096  # a rank's, from which on `auto` overlaps: of a decode step, of one with prompts
+# And the rows that an expert must get, for each. In decode, with fewer, it takes as long as reading its weights does,
+# which two halves do twice. That is an estimate: an H100 makes about 1,400 TFLOP/s of fp8 from 3 TB/s, 233 rows.
+# Measured: a loss with 16 to 32 rows; simulated: a loss with 144, a gain with 288. In prefill four H200s lost with up
+# to 512 rows, and broke even with 1,024; with 2,048 they gained 1 %.
+DECODE_ROWS, PREFILL_ROWS = 256, 2048
 STAGES = ("attention", "dispatch", "arrival", "experts", "combine", "return")
 HEAD_START = 4  # stages that a is ahead
 
@@ -61,24 +62,32 @@ class Rule:
 
     def in_decode(self, rows: int) -> bool:
         """`rows` of every replica, padding included; each half must divide over the attention group."""
-        return self._wanted(rows, FEW_ROWS) and rows % (2 * self.attn_tp) == 0
+        return self._wanted(rows, self._decode_from) and rows % (2 * self.attn_tp) == 0
 
     def row_multiple(self, rows: int) -> int:
         """What the rows of a decode step must be a multiple of, so that it can be divided as it should."""
-        return (2 if self._wanted(rows, FEW_ROWS) else 1) * self.attn_tp
+        return (2 if self._wanted(rows, self._decode_from) else 1) * self.attn_tp
 
     def in_prefill(self, tokens: int) -> bool:
         """`tokens` of the fullest replica in a step with prompts."""
-        return self._wanted(tokens, FEW_TOKENS)
+        return self._wanted(tokens, self._prefill_from)
 
-    def _wanted(self, tokens: int, few: int) -> bool:
+    def _wanted(self, tokens: int, least: int) -> bool:
         if self.mode == "auto":
-            return not self._never and tokens // self.attn_tp >= self._least(few)
+            return not self._never and tokens // self.attn_tp >= least
         return self.mode == "on"
 
-    def _least(self, few: int) -> int:
+    @property
+    def _decode_from(self) -> int:
         """A rank's tokens from which on `auto` overlaps."""
-        return max(few, math.ceil(ROWS_AN_EXPERT / (self.ep_size * self.share)))
+        return self._least(FEW_ROWS, DECODE_ROWS)
+
+    @property
+    def _prefill_from(self) -> int:
+        return self._least(FEW_TOKENS, PREFILL_ROWS)
+
+    def _least(self, few: int, rows_an_expert: int) -> int:
+        return few if self._never else max(few, math.ceil(rows_an_expert / (self.ep_size * self.share)))
 
     @property
     def _never(self) -> str:
@@ -91,8 +100,10 @@ class Rule:
             return self.mode
         if self._never:
             return f"off: {self._never}"
-        rows, tokens = self._least(FEW_ROWS), self._least(FEW_TOKENS)
-        return f"in decode from {rows} rows a rank, in prefill from {tokens} tokens a rank; off below"
+        return (
+            f"in decode from {self._decode_from} rows a rank, in prefill from {self._prefill_from} tokens a rank; "
+            f"off below"
+        )
 
 
 def run(steps: Steps[Result]) -> Result:

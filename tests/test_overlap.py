@@ -224,11 +224,14 @@ def test_when_it_pays() -> None:
     assert not any(rule.in_decode(256) or rule.in_prefill(10_000) for rule in (one, none))
     auto = Rule("auto", 72, 2, 1 / 32)
     assert [auto.in_decode(rows) for rows in (254, 255, 256, 258)] == [False, False, True, False]
-    assert [auto.in_prefill(tokens) for tokens in (2047, 2048)] == [False, True]
+    assert [auto.in_prefill(tokens) for tokens in (8191, 8192)] == [False, True]
     few = Rule("auto", 2, 1, 1 / 32)  # 4096 x 2 / 32 = 256 rows an expert
-    assert [few.in_decode(rows) for rows in (4094, 4096)] == [few.in_prefill(n) for n in (4095, 4096)] == [False, True]
+    assert [few.in_decode(rows) for rows in (4094, 4096)] == [False, True]
+    four = Rule("auto", 4, 1, 1 / 32)  # as measured: 4,096 tokens a rank lose, 8,192 break even
+    assert [four.in_prefill(tokens) for tokens in (8192, 16383, 16384)] == [False, False, True]
     on, off = Rule("on", 1, 2, 1 / 32), Rule("off", 72, 1, 1 / 32)
     assert on.in_decode(4) and not on.in_decode(2) and on.in_prefill(0)
     assert not off.in_decode(256) and not off.in_prefill(10_000)
     assert one.why == "off: one rank" and none.why == "off: no experts" and on.why == "on"
-    assert "from 128 rows a rank, in prefill from 1024 tokens" in auto.why and "from 4096 rows" in few.why
+    assert "from 128 rows a rank, in prefill from 4096 tokens" in auto.why
+    assert "from 4096 rows a rank, in prefill from 32768 tokens" in few.why

@@ -23,7 +23,7 @@ TIMEOUT = timedelta(seconds=120)
 def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float = 240, device: str = "cpu") -> None:
     """Call `body(rank, *args)` in `size` processes that form one world. Fails with the first rank's traceback.
 
-    device: "cuda" is a world of NCCL too, whose ranks share the first GPU.
+    device: "cuda" is a world of NCCL too, whose ranks share GPUs where there are fewer.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -53,7 +53,7 @@ def _rank(rank: int, size: int, port: int, errors: Any, device: str, body: Calla
     torch.manual_seed(rank)
     backend, status = "gloo", 0
     if device == "cuda":
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
