@@ -40,7 +40,7 @@ def requests(text: str, count: int, max_tokens: int) -> list[dict]:
     ]
 
 
-LONG, OTHER = requests("And the LORD spake", 24, 120), requests("import os", 16, 20)
+LONG, OTHER = requests("And the LORD spake", 20, 80), requests("import os", 16, 20)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
 ) -> None:
     """Not the rank that talks to the router. Another job of its role serves meanwhile."""
     with town(tmp_path, tiny, **QUICK) as place:
-        router = place.router(LONG * 2, "out")
+        router = place.router(LONG, "out")
         other = "prefill" if role == "decode" else "decode"
         place.worker(other, 1, *(POOL if other == "decode" else ()))
         frozen = place.worker(role, 2, *flags, *(POOL if role == "decode" else ()))
@@ -123,11 +123,11 @@ def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
         place.until(lambda: re.search(r"is lost: .*rank 1 on 127.0.0.1", router.said) is not None, 10)
         assert time.monotonic() - stopped < 5
         count = len(place.answers("out"))
-        busy(place, "out", min(count + 4, 2 * len(LONG)))
+        busy(place, "out", min(count + 2, len(LONG)))
         frozen.ranks[1].signal(signal.SIGCONT)
-        if router.statuses == [None] and len(place.answers("out")) < len(LONG):
+        if router.statuses == [None] and len(place.answers("out")) < len(LONG) // 2:
             place.until(lambda: f"a {role} replica is back" in router.said, 10)
-        all_right(place, router, "out", LONG * 2, expected)
+        all_right(place, router, "out", LONG, expected)
         place.until(lambda: frozen.statuses == [0, 0], SOON)
 
 
