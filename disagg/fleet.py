@@ -115,6 +115,10 @@ class Fleet:
         if self.leaving:
             self.port.send(replica.id, Finish())
 
+    def may_return(self, replica: Replica) -> bool:
+        """Is it lost, rather than stopped?"""
+        return replica.id in self._away
+
     def _known(self) -> list[Replica]:
         return [*self.replicas.values(), *(replica for replica, _ in self._away.values())]
 
@@ -172,11 +176,12 @@ class Fleet:
                 self._lose(replica, f"nothing heard of {_names(silent)} for {SILENT_S:g} s")
             elif stuck := self._pulses.stuck(members, STUCK_S):
                 self._lose(replica, f"{_names(stuck)} did not end a step in {STUCK_S:g} s")
-        for replica, turn in list(self._away.values()):
-            members = replica.hello.members
-            moves = self._pulses.turn(members[0]) > turn + 1  # no rank comes so far without all others of its job
-            if moves and not self._pulses.silent(members, 2 * PING_S):
-                self._return(replica)
+        for replica, then in list(self._away.values()):
+            members, turn = replica.hello.members, self._pulses.turn(replica.hello.members[0])
+            if then < 0:  # it has reconnected, and this may be its first beat
+                self._away[replica.id] = replica, turn
+            elif turn > then + 1 and not self._pulses.silent(members, 2 * PING_S):
+                self._return(replica)  # no rank comes so far without all others of its job
 
     def _lose(self, lost: Replica, why: str) -> None:
         """Give its whole job up; what still lives of it may come back."""

@@ -347,11 +347,12 @@ class Router:
         if self.fleet.leaving:  # what is still here then cannot be delivered
             return
         role = lost.hello.role
-        if role != "unified":
+        is_final = role == "unified" and not self.fleet.may_return(lost)  # no other job serves what it had
+        if not is_final:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
             print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)
         for uid in list(lost.requests):
-            if role == "unified" or self._tracked[uid].attempts >= ATTEMPTS:
+            if is_final or self._tracked[uid].attempts >= ATTEMPTS:
                 error = INTERRUPTED if self.stopped() else f"the {role} replica serving it {how}"
                 self._end(uid, "error", error)
             else:

@@ -6,6 +6,7 @@ import os
 import queue
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -936,3 +937,22 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     for links in (sending, receiving):
         links.close()
     assert sending.drain() == [] and receiving.drain() == []
+
+
+def test_the_doors_ports_are_open_on_its_own_address_alone() -> None:
+    """Torch's store would listen on all of the machine's."""
+    door = Door(HOST)
+    for port in (door.port, door.store.port):
+        socket.create_connection((HOST, port), 1).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), 1)
+    door.close()
+
+
+def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
+    """Its KV would be written to somebody else's, or nowhere."""
+    pair = make_pair()
+    pair.decode.link.put(Join(1, Open(Request(1, [1] * 65), [4], [pair.me])))
+    pair.decode.hear_end(1, "link p/d")
+    assert pair.prefill.events.empty() and pair.prefill.link.is_down
+    assert "1 pages for 65 tokens" in pair.prefill.link._down

@@ -1,0 +1,199 @@
+"""What the prefill and decode roles make of what they are told: in any order, twice, too late, or of no sense."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from disagg import prefill as prefill_module
+from disagg.connect import Door
+from disagg.control import Abort, Back, Forget, Gone, Member, Submit, Update, Withdraw, encode
+from disagg.decode import Decode
+from disagg.engine import Engine, EngineConfig
+from disagg.handoff import Cancel, Closed, Join, Knock, Open, RoomEnded
+from disagg.prefill import Prefill
+from disagg.request import Request
+from kernels.backend import Ops
+from model.config import ModelConfig
+from parallel.mesh import Mesh
+from tests.conftest import eventually
+
+HOST = "127.0.0.1"
+ME, PEER, OTHER = Member("me", HOST), Member("peer", HOST), Member("other", HOST)
+
+
+class FakeLink:
+    """Keeps what it is told. The test says what becomes of it."""
+
+    def __init__(self, peer: Member, generation: int):
+        self.peer, self.generation, self.told, self.is_down = peer, generation, [], False
+        self.bytes_moved = self.seconds_moving = 0
+
+    def put(self, command: Any) -> None:
+        self.told.append(command)
+
+    def stop(self) -> None:
+        self.is_down = True
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+@pytest.fixture
+def engine(tiny: Path) -> Engine:
+    settings = EngineConfig(max_batch=4, max_tokens_per_step=64, kv_tokens=256, max_model_len=256)
+    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+
+
+@pytest.fixture
+def decode(engine: Engine) -> Decode:
+    role = Decode(engine, [ME])
+    role.links._make = FakeLink
+    return role
+
+
+def submit(role: Decode, uid: int, tokens: int = 100, prefill: Member = PEER) -> None:
+    role.handle(Submit(Request(uid, [5] * tokens, 20), [prefill]))
+
+
+def links(role: Decode | Prefill) -> list[FakeLink]:
+    return [*role.links._dropped.values(), *role.links._links.values()]
+
+
+def test_a_request_begins_when_it_has_its_pages(decode: Decode) -> None:
+    """Two of 120 tokens fit into four pages."""
+    for uid in range(3):
+        submit(decode, uid)
+    decode.plan()
+    assert decode.news().begun == [0, 1] and decode.news() is None
+    assert [type(command) for command in links(decode)[0].told] == [Join, Join]
+
+
+def test_what_has_not_begun_is_given_back(decode: Decode) -> None:
+    for uid in range(4):
+        submit(decode, uid)
+    decode.plan()
+    decode.news()
+    decode.handle(Withdraw([0, 2, 99]))
+    assert decode.news().returned == [2]
+    for uid in (0, 1):
+        decode.handle(RoomEnded(uid, "cut"))
+    decode.plan()
+    assert decode.news().begun == [3], "the one that was given back must not begin"
+
+
+def test_a_request_that_is_here_is_not_taken_twice(decode: Decode) -> None:
+    for _ in range(2):
+        for uid in range(3):
+            submit(decode, uid)
+        decode.plan()
+    assert len(decode.queue) == 1 and list(decode.arrivals) == [0, 1]
+    assert decode.news().begun == [0, 1]
+
+
+def test_a_request_without_a_prefill_replica_is_an_error(decode: Decode) -> None:
+    decode.handle(Submit(Request(7, [5], 1), None))
+    assert decode.news().updates == [Update(7, error="a decode replica needs a prefill replica")]
+
+
+def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_has_them(decode: Decode) -> None:
+    """A transfer may still write to them."""
+    allocator = decode.scheduler.allocator
+    for uid in range(3):
+        submit(decode, uid)
+    decode.plan()
+    decode.news()
+    decode.handle(Forget())
+    (link,) = links(decode)
+    assert [command.uid for command in link.told if isinstance(command, Cancel)] == [0, 1]
+    assert not decode.queue and allocator.num_free == allocator.capacity - 4
+    for uid in (0, 1):
+        decode.handle(RoomEnded(uid, "cancelled"))
+    assert allocator.num_free == allocator.capacity and decode.news() is None, "nobody wants to hear of them"
+    submit(decode, 0)
+    decode.plan()
+    assert decode.news().begun == [0], "the same number may come again, of another router"
+
+
+def test_a_peer_that_was_gone_and_is_back_gets_new_links(decode: Decode) -> None:
+    submit(decode, 0)
+    decode.plan()
+    decode.news()
+    decode.handle(Gone(["peer"]))
+    (old,) = links(decode)
+    assert old.is_down
+    decode.handle(RoomEnded(0, "link down", link_down=True))
+    submit(decode, 1)
+    decode.plan()
+    news = decode.news()
+    assert [update.retry for update in news.updates] == [True, True] and not news.begun
+    decode.handle(Back(["peer"]))
+    submit(decode, 2)
+    decode.plan()
+    assert decode.news().begun == [2]
+    new = links(decode)[-1]
+    assert new is not old and new.generation > old.generation and not new.is_down
+
+
+def test_an_abort_reaches_a_request_wherever_it_is(decode: Decode) -> None:
+    for uid in range(3):
+        submit(decode, uid)
+    decode.plan()
+    for uid in (0, 2, 5):
+        decode.handle(Abort(uid))
+    assert not decode.queue and not decode.arrivals[0].wanted and decode.arrivals[1].wanted
+
+
+# ---- prefill
+
+
+@pytest.fixture
+def prefill(engine: Engine) -> Any:
+    role = Prefill(engine, [ME], Door(HOST))
+    role.links._make = FakeLink
+    yield role
+    role.door.close()
+
+
+def test_a_second_open_of_a_room_changes_nothing(prefill: Prefill) -> None:
+    for _ in range(2):
+        prefill.handle(Open(Request(3, [5, 6], 1), [1], [PEER]))
+    (link,) = links(prefill)
+    assert [type(command) for command in link.told] == [Join] and len(prefill.scheduler.waiting) == 1
+
+
+def test_a_token_that_the_model_does_not_have_closes_the_room(prefill: Prefill) -> None:
+    prefill.handle(Open(Request(3, [5, 10**6], 1), [1], [PEER]))
+    (link,) = links(prefill)
+    assert link.told[1] == Closed(
+        3, "prefill: token 1000000 is not in the vocabulary of 4096 of the model that serves it"
+    )
+    assert not prefill.scheduler.has_work
+    prefill.handle(RoomEnded(3, "closed"))
+    assert not prefill.departures
+
+
+def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypatch: Any, capsys: Any) -> None:
+    """Each has two threads and six files. A peer that has one is still heard."""
+    monkeypatch.setattr(prefill_module, "MOST_LINKS", 3)
+    sock = zmq.Context.instance().socket(zmq.PUSH)
+    sock.connect(f"tcp://{HOST}:{prefill.door.port}")
+    for number in range(8):
+        sock.send(encode(Knock(Member(f"d{number}", HOST), 0)))
+    sock.send(b"\x82\xa4type\xa5Knock\xa1z" + b"\x91" * 200_000 + b"\xc0")
+    sock.send(encode(Knock(Member("d1", HOST), 0)))
+    refused = "prefill: a link was refused, 3 are open\n"
+    said: list[str] = []
+
+    def heard() -> bool:
+        prefill.collect()
+        said.append(capsys.readouterr().err)
+        return "".join(said) == 5 * refused
+
+    assert eventually(heard), said
+    assert sorted(link.peer.id for link in links(prefill)) == ["d0", "d1", "d2"]
+    links(prefill)[0].is_down = True
+    sock.send(encode(Knock(OTHER, 0)))
+    assert eventually(lambda: not prefill.collect() and len(links(prefill)) == 4)
+    sock.close()
