@@ -1,9 +1,9 @@
 """The router: pairs each request with a prefill and a decode replica, and puts its answer together.
 
 It holds the tokenizer and the configuration only. Replicas may come before or after it, and in any order. Requests wait
-here until a replica can begin them. A replica that is lost gives its requests back: each goes on elsewhere, where its
-prompt and the tokens that it has are the new prompt. That changes no token, because a token depends on what stands
-before it, the seed and the position alone. What has failed at one job is not given to it again for a while.
+here until a replica can begin them. The requests of a lost replica go on elsewhere: the prompt and the tokens so far
+are the new prompt. A token depends only on what stands before it, the seed and the position, so the answer is the
+same, up to rounding. A job where a request failed does not get it again for a while.
 """
 
 import itertools
