@@ -4,11 +4,13 @@ Several ranks share the GPU; NCCL >= 2.30 allows that with NCCL_MULTI_RANK_GPU_E
 """
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.test_cli import Deployment, read, run
+from tests.test_cli import Deployment, processes, read, run
 
 pytestmark = pytest.mark.gpu
 PROMPTS = "scripts/prompts.jsonl"
@@ -54,3 +56,25 @@ def test_disaggregated(prefill: int, decode: int, expected: list[list[int]], tmp
         assert code == 0, f"{role}: {err}"
     assert tokens(deployment.out) == expected
     print(json.dumps({"pairing": (prefill, decode), "table": ended["router"][2]}))
+
+
+def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(tmp_path: Path) -> None:
+    """In float32 with the tokens that they would have had: prefill computes now what decode had computed before."""
+    source, alone = tmp_path / "in.jsonl", tmp_path / "alone.jsonl"
+    rows = [{"prompt_token_ids": [7 + i], "max_tokens": n, "ignore_eos": True} for i, n in enumerate([1, 1900, 1900])]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--device", "cuda", "--dtype", "float32", "--kv-tokens", "65536")
+    deployment = Deployment(Path("model/tiny"), source, tmp_path / "out.jsonl")
+    for role in ("prefill", "decode"):
+        deployment.start_job(role, 1, *flags)
+    deployment.start_router()
+    deployment.wait_for_answers(1, TIMEOUT_S)
+    for pid in processes(deployment.address, "--role decode"):
+        os.kill(pid, signal.SIGKILL)
+    deployment.jobs.pop("decode").communicate()
+    deployment.start_job("decode", 1, *flags)
+    ended = deployment.finish(TIMEOUT_S)
+    assert [code for code, *_ in ended.values()] == [0, 0, 0], ended
+    assert "a decode replica is lost" in ended["router"][2] and "retries" in ended["router"][2]
+    code, _, err = run("--model", "model/tiny", "--input", str(source), "--output", str(alone), *flags)
+    assert code == 0 and tokens(deployment.out) == tokens(alone), err
