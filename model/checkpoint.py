@@ -110,7 +110,7 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Path]
 
     Of a table that config.json makes too long it walks only as far as the files are large.
     """
-    stored = _read_headers(Path(folder))
+    stored = read_headers(Path(folder))
     wanted, missing, wrong = set(), {}, []
     for entry in checkpoint_table(config):
         wanted.add(entry.name)
@@ -136,8 +136,9 @@ def _is_known_extra(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (match and config.num_hidden_layers <= int(match[1]) < last)
 
 
-def _read_headers(folder: Path) -> dict[str, Stored]:
-    """Of every tensor that the index names, or that the single file holds."""
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Where every tensor is that the index names, or that the single file holds. ValueError for files that are not
+    whole."""
     if not (folder / INDEX).is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
