@@ -1,12 +1,14 @@
 """The same request gives the same tokens in every arrangement: any world size, any attention TP, idle ranks, unified
 or disaggregated with any pairing of the two sides. And no page leaks on any rank."""
 
+import functools
 import random
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from disagg.engine import Engine, EngineConfig
 from disagg.interrupt import Interrupt
@@ -40,6 +42,11 @@ def requests(vocab_size: int) -> list[UserRequest]:
     return made
 
 
+@functools.cache
+def tokenizer_of(tiny: Path) -> Tokenizer:
+    return load_tokenizer(tiny).tokenizer
+
+
 def collect(answers: dict[int, Answer]) -> list[tuple]:
     return [(answers[i].token_ids, answers[i].finish_reason, answers[i].error) for i in sorted(answers)]
 
@@ -49,9 +56,9 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, inte
     rank, answers, thread = dist.get_rank(), {}, None
     port = [0]
     if rank == 0:
-        encoder = load_tokenizer(tiny)
-        vocab_size = encoder.tokenizer.get_vocab_size()
-        router = Router(RouterPort("127.0.0.1", 0), encoder.tokenizer, vocab_size, lambda: False)
+        tokenizer = tokenizer_of(tiny)
+        vocab_size = tokenizer.get_vocab_size()
+        router = Router(RouterPort("127.0.0.1", 0), tokenizer, vocab_size, lambda: False)
         work = Listed(requests(vocab_size))
         thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
         port = [router.port.port]
