@@ -185,8 +185,8 @@ def test_replicas_of_ties_are_shared_out() -> None:
 
 @pytest.mark.parametrize(("experts", "slots", "ranks", "groups", "nodes"), SETTINGS)
 def test_quick(experts: int, slots: int, ranks: int, groups: int, nodes: int) -> None:
-    """58 layers take no longer than a loop of 4/3 million turns, whatever the loads: 100 ms of one core where the
-    figure of 100 ms was set. The best of some tries counts, because other processes slow a core down."""
+    """58 layers take no longer than a loop of 4/3 million turns in Python, whatever the loads. The best of some tries
+    counts, because other processes slow a core down."""
 
     def cpu_s(work: Callable[[], object]) -> float:
         start = time.process_time()
