@@ -2,7 +2,9 @@
 connects through the store that the prefill rank hosts.
 """
 
+import datetime
 import socket
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,6 +17,8 @@ from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
 from disagg.pipe import Pipe
 from disagg.ports import MOST_POLLED, new_socket
 from disagg.transport.torch_dist import TIMEOUT, TorchTransport
+
+KNOCK_AGAIN = datetime.timedelta(seconds=3)
 
 
 class Door:
@@ -64,16 +68,30 @@ def dial(
     """The decode end's `connect`: knock at the prefill rank's door, then meet it in its store."""
 
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        door = new_socket(zmq.PUSH)
-        connect_to(door, prefill.host, prefill.door)
-        door.send(encode(Knock(me, generation)))
-        door.close()
         store = dist.TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
-        port = int(store.get(f"{key}/pipe"))
+        port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe"))
         pipe = Pipe.connect(prefill.host, port, key, Sending | Last | Closed)
         return pipe, TorchTransport(dist.PrefixStore(key, store), 1, device)
 
     return connect
+
+
+def _knock(prefill: Member, knock: Knock, store: dist.Store, answer: str) -> bytes:
+    """Knock until the prefill rank has opened, which it says under the key `answer`. RuntimeError if it never does."""
+    door, deadline = new_socket(zmq.PUSH), time.monotonic() + TIMEOUT.total_seconds()
+    door.setsockopt(zmq.LINGER, 0)
+    connect_to(door, prefill.host, prefill.door)
+    try:
+        while True:
+            door.send(encode(knock))  # again and again: one may be lost, or come when there are too many links
+            try:
+                store.wait([answer], KNOCK_AGAIN)
+                return store.get(answer)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+    finally:
+        door.close()
 
 
 def link_key(prefill: Member, decode: Member, generation: int = 0) -> str:

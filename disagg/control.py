@@ -36,7 +36,9 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     max_batch: Annotated[int, Meta(ge=1)]
     step_tokens: Annotated[int, Meta(ge=1)]  # the most that one of its steps computes
     kv_tokens: Annotated[int, Meta(ge=1)]
-    kv: dict[Name, Name]  # what is handed over: replicas that differ in it cannot serve together
+    kv: Annotated[
+        dict[Name, Name], Meta(max_length=16)
+    ]  # what is handed over: replicas that differ in it cannot serve together
     job: Name  # the same for all replicas of a job, which cannot outlive one another
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
 

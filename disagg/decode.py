@@ -68,6 +68,7 @@ class Decode(Unified):
                 for arrival in self.arrivals.values():
                     self.cancel(arrival)
                 self.renew_links(list(self.generations))
+                self.links.gone.clear()  # the next session says anew who is
                 super().handle(event)
             case Gone(ids):
                 self.renew_links(ids)

@@ -55,6 +55,7 @@ class Fleet:
         self._gone: set[str] = set()  # members that the others were told are gone
         self._pulses = Pulses()
         self._next_ping, self._checked_at, self._lenient_until = 0.0, time.monotonic(), 0.0
+        self.roles: set[str] = set()  # that there have been
         self.leaving = False
         self.changes = 0  # how often one came or went
 
@@ -96,7 +97,9 @@ class Fleet:
             error = f"refused: {wrong}"
             _say(f"a {new.hello.role} replica was {error}")
             self.port.send(new.id, Finish(error))
+            self.port.dismiss(new.id)
             return
+        self.roles.add(new.hello.role)
         self._pulses.watch(new.hello.members)
         if new.hello.job in self._broken and not self.leaving:
             self._away[new.id] = new, self._pulses.turn(new.hello.members[0])
@@ -109,6 +112,8 @@ class Fleet:
             self._gone -= set(ids)
             self.tell(list(self.replicas.values()), Back(ids))
         self.replicas[replica.id] = replica
+        if self._gone:  # it was not here when the others were told
+            self.tell([replica], Gone(sorted(self._gone)))
         self.changes += 1
         if replica.hello.role != "unified":
             _say(f"a {replica.hello.role} replica {how}, ranks: {len(replica.hello.members)}")
@@ -160,6 +165,8 @@ class Fleet:
             if self.port.ping(replica.id) or time.monotonic() < self._lenient_until:
                 continue
             listen()  # what it said before it left is still to be read: its Bye, perhaps
+            if self.port.ping(replica.id):  # it has reconnected meanwhile
+                continue
             if self.replicas.get(replica.id) is replica:
                 self._lose(replica, f"{_names(replica.hello.members[:1])} died or is frozen")
             if self._away.pop(replica.id, None) is not None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 
 class Interrupt:
@@ -16,12 +17,23 @@ class Interrupt:
 
     def hold(self) -> None:
         """There are requests from here on, which want an answer first."""
-        self._held = True
+        if not self._held:
+            self._held = True
+            heard, woken = os.pipe()
+            os.set_blocking(woken, False)
+            signal.set_wakeup_fd(woken)
+            threading.Thread(target=self._hear, args=(heard,), name="interrupt", daemon=True).start()
+
+    def _hear(self, heard: int) -> None:
+        """In a thread: a handler has to wait while the main thread is in a collective, perhaps for a frozen rank."""
+        for count in range(2):
+            number = os.read(heard, 1)[0]
+            self.seen = True
+            if count:
+                os._exit(128 + number)
 
     def _see(self, number: int, _: object) -> None:
         if not self._held:
             if number == signal.SIGINT:  # SIGTERM is also what torchrun sends to the other ranks of one that failed
                 print("run.py: interrupted", file=sys.stderr, flush=True)
             os._exit(0)  # an exception could be lost, or become a traceback, in whatever is being imported
-        self.seen = True
-        signal.signal(number, signal.SIG_DFL)

@@ -17,6 +17,7 @@ from disagg.session import Header, Session
 HEARTBEAT_MS = 2_000  # ZeroMQ's own, answered by its I/O thread however long a step takes
 DEAD_AFTER_MS = 10_000
 LINGER_MS = 2_000
+MOST_SOCKETS = 4_096  # of a process; ZeroMQ's own limit is 1,023, which 200 links would reach
 MOST_BYTES = 16 * 2**20  # of a message; ZeroMQ ends a connection that announces more
 MOST_QUEUED = 64  # messages of a connection that wait to be read, where we listen; then its sender has to wait
 MOST_POLLED = 256  # messages that one poll returns, unless they have
@@ -27,7 +28,9 @@ _to_worker, _to_router, _header = Decoder(ToWorker), Decoder(ToRouter), Decoder(
 
 def new_socket(kind: int, context: zmq.Context | None = None, listens: bool = False) -> zmq.Socket:
     """`listens`: it will be bound, so anybody may speak to it."""
-    sock = (context or zmq.Context.instance()).socket(kind)
+    context = context or zmq.Context.instance()
+    context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)  # counts before a context's first socket
+    sock = context.socket(kind)
     sock.setsockopt(zmq.LINGER, LINGER_MS)
     sock.setsockopt(zmq.SNDHWM, 0)
     # Not for a socket that connects: libzmq 4.3.5 aborts when one reconnects while its queue is full.
@@ -85,6 +88,10 @@ class RouterPort:
                 break
             name, *frames = self._sock.recv_multipart()
             num_bytes += 1 + sum(map(len, frames))
+            if name.startswith(
+                b"\0"
+            ):  # no worker's: a connection that ZeroMQ named, or one whose worker has another now
+                continue
             try:
                 header, body = frames
                 worker, header, message = name.decode(), _header(header), _to_router(body)
@@ -157,7 +164,6 @@ class WorkerPort:
         """What has come, waiting up to `timeout_ms` for the first message."""
         if timeout_ms:
             self.wait(timeout_ms)
-        self._watch()
         messages: list[ToWorker | Forget] = []
         while len(messages) < MOST_POLLED and self._sock.poll(0):
             try:
@@ -170,6 +176,7 @@ class WorkerPort:
                 messages += self._welcomed(header)
             elif self._session is not None and header.session == self._session.id and self._session.hear(header):
                 messages.append(message)
+        self._watch()  # last: what was said before a connection ended is older than its end
         return messages
 
     def _watch(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.connect import Door, link_key, listen
-from disagg.control import Back, Gone, Member, Updates
+from disagg.control import Back, Forget, Gone, Member, Updates
 from disagg.engine import Engine, Step
 from disagg.handoff import Closed, Join, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.links import SendLink
@@ -65,6 +65,8 @@ class Prefill:
                 self.links.lose(ids)
             case Back(ids):
                 self.links.find(ids)
+            case Forget():  # of its rooms the decode side tells; who is gone, the next session says anew
+                self.links.gone.clear()
 
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)

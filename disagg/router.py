@@ -247,7 +247,8 @@ class Router:
         """Before anybody came, wait for ever, and say so. Once a role is lost, wait REPLACEMENT_S for another."""
         now = time.monotonic()
         short_s = now - self._short_of_replicas_since
-        roles = [role for role in ("prefill", "decode") if not self.fleet.in_role(role)]
+        needed = ("unified",) if "unified" in self.fleet.roles else ("prefill", "decode")
+        roles = [role for role in needed if not self.fleet.in_role(role)]
         if self.fleet.able_to_serve():
             self._short_of_replicas_since, self._notice_s = now, NOTICE_S
         elif self._open and short_s > REPLACEMENT_S:
@@ -265,6 +266,8 @@ class Router:
     def _update(self, update: Update) -> None:
         tracked, now = self._tracked[update.uid], time.monotonic()
         if update.error is not None:
+            if tracked.prefill is not None and not tracked.begun:  # refused, though its prefill replica is here
+                tracked.attempts += tracked.prefill.id in self.fleet.replicas
             if update.retry and tracked.prefill is not None and tracked.attempts < ATTEMPTS:
                 self.fleet.ping_soon()  # has its prefill replica died? to be known before the request goes out again
                 self._retry(update.uid, tracked.prefill)

@@ -131,6 +131,41 @@ def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
         place.until(lambda: frozen.statuses == [0, 0], SOON)
 
 
+def test_jobs_that_are_frozen_together_go_on_together(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    """As when the machine of both is paused. Neither may go on believing that the other is gone."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG, "out")
+        jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
+        joined(place, router, 2)
+        busy(place, "out")
+        for job in jobs:
+            job.signal(signal.SIGSTOP)
+        place.until(lambda: router.said.count("is lost") == 2, 10)
+        for job in jobs:
+            job.signal(signal.SIGCONT)
+        all_right(place, router, "out", LONG, expected)
+        assert router.said.count("is back") == 2
+
+
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_a_frozen_one(tiny: Path, tmp_path: Path) -> None:
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(LONG, "out")
+        place.worker("prefill")
+        decode = place.worker("decode", 2)
+        joined(place, router, 3)
+        decode.ranks[1].signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        decode.ranks[0].signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert decode.ranks[0].status is None, "it waits in a collective"
+        decode.ranks[0].signal(signal.SIGINT)
+        place.until(lambda: decode.ranks[0].status is not None, 5)
+        router.signal(signal.SIGINT)
+        place.until(lambda: router.statuses == [0], 20)
+
+
 def test_a_router_that_is_paused_loses_nothing(tiny: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
     """For three times as long as it takes its jobs to notice."""
     with town(tmp_path, tiny, **QUICK) as place:

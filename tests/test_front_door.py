@@ -306,4 +306,4 @@ def test_ctrl_c_while_serving_is_remembered_and_a_second_one_kills(number: int) 
     for word in ("ready\n", "seen\n"):
         assert process.stdout.readline() == word
         process.send_signal(number)
-    assert process.communicate(timeout=30) == ("", "") and process.returncode == -number
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 128 + number

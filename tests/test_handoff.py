@@ -7,11 +7,14 @@ import queue
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -32,7 +35,7 @@ from disagg.request import Request
 from disagg.transport.torch_dist import Passage, TorchTransport
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
-from tests.conftest import eventually
+from tests.conftest import ROOT, eventually
 
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
@@ -956,3 +959,33 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
     pair.decode.hear_end(1, "link p/d")
     assert pair.prefill.events.empty() and pair.prefill.link.is_down
     assert "1 pages for 65 tokens" in pair.prefill.link._down
+
+
+def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill rank was frozen, or had too many links."""
+    monkeypatch.setattr("disagg.connect.KNOCK_AGAIN", timedelta(seconds=0.3))
+    door = Door(HOST)
+    prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
+    pool, events = make_pool(CANARY), queue.SimpleQueue()
+    link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, events, Credits())
+    assert door.poll(SOON * 1000)  # and nothing comes of it
+    time.sleep(0.4)
+    (knock, *_) = door.poll(SOON * 1000)
+    send = SendLink(link_key(prefill, knock.decode), listen(door.store, HOST, CPU), make_pool(None), events, Credits())
+    link.put(Join(1, Open(Request(1, [1]), [4], [decode])))
+    assert isinstance(events.get(timeout=SOON), Open)
+    for one in (link, send):
+        one.stop()
+        one.join(SOON)
+    door.close()
+
+
+def test_a_rank_can_have_as_many_links_as_it_takes() -> None:
+    """Each has five sockets, and ZeroMQ's own limit is 1,023 of them. In a process of its own: it takes many files."""
+    code = (
+        "from disagg.ports import new_socket, MOST_SOCKETS; from disagg.prefill import MOST_LINKS; import zmq\n"
+        "assert 5 * MOST_LINKS < MOST_SOCKETS; sockets = [new_socket(zmq.PAIR) for _ in range(5 * MOST_LINKS)]\n"
+        "print(len(sockets), flush=True); import os; os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "1280", done.stderr

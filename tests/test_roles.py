@@ -136,6 +136,17 @@ def test_a_peer_that_was_gone_and_is_back_gets_new_links(decode: Decode) -> None
     assert new is not old and new.generation > old.generation and not new.is_down
 
 
+def test_a_new_session_knows_nobody_who_is_gone(decode: Decode, prefill: Prefill) -> None:
+    """A Back may have been told while this job was away."""
+    for role in (decode, prefill):
+        role.handle(Gone(["peer"]))
+        role.handle(Forget())
+        assert not role.links.gone
+    submit(decode, 0)
+    decode.plan()
+    assert decode.news().begun == [0]
+
+
 def test_an_abort_reaches_a_request_wherever_it_is(decode: Decode) -> None:
     for uid in range(3):
         submit(decode, uid)

@@ -405,24 +405,31 @@ def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
     assert answers[0].error is None and answers[1].error is None
 
 
-def test_an_attempt_counts_once_it_has_begun() -> None:
-    with serving(Request(0, [5], 1)) as (router, answers):
-        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
-        submit = decode.hear(Submit)
-        for _ in range(2 * module.ATTEMPTS):  # it never begins
-            router._tracked[submit.request.uid].suspects = Nowhere()
-            submit = fail(decode, submit)
+def test_an_attempt_counts_once_it_has_begun_or_was_refused_for_nothing() -> None:
+    """What waits for pages while one prefill replica after another dies has not begun. But a decode replica that keeps
+    refusing, though the prefill replica is here, must not be asked for ever."""
+    with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
+        decode = joining("decode", "decode", router)
+        for number in range(module.ATTEMPTS + 1):
+            prefill = joining(f"p{number}", "prefill", router)
+            submits = [decode.hear(Submit) for _ in range(2)]
+            prefill.close()
+            assert eventually(lambda: list(router.fleet.replicas) == ["decode"])
+            for submit in submits:
+                error = "its prefill replica has died"
+                decode.send(Updates([Update(submit.request.uid, error=error, retry=True)]))
+        prefill = joining("last", "prefill", router)
         for attempt in range(module.ATTEMPTS):
-            uid = submit.request.uid
-            router._tracked[uid].suspects = Nowhere()
-            decode.send(Updates([Update(uid, error="link down", retry=True)], [uid]))
-            if attempt < module.ATTEMPTS - 1:
-                submit = decode.hear(Submit)
+            for submit in [decode.hear(Submit) for _ in range(2)]:
+                router._tracked[submit.request.uid].suspects = Nowhere()
+                begun = [submit.request.uid] if submit.request.prompt == [5] else []
+                decode.send(Updates([Update(submit.request.uid, error="cut", retry=True)], begun))
+            assert eventually(lambda attempt=attempt: len(answers) == (2 if attempt == module.ATTEMPTS - 1 else 0))
         for worker in (decode, prefill):
             worker.hear(Finish)
             worker.send(Bye({}))
             worker.close()
-    assert answers[0].error == "link down" and router.metrics.retries == 3 * module.ATTEMPTS - 1
+    assert [answers[i].error for i in range(2)] == ["cut"] * 2
 
 
 class Nowhere(dict):
@@ -544,6 +551,19 @@ def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(
     why = {"silent": f"nothing heard of {rank} for 0.5 s", "stuck": f"{rank} did not end a step in 0.5 s"}[how]
     assert f"router: a decode replica is lost: {why}; 2 requests were on it" in said
     assert "router: a decode replica is back, ranks: 1" in said
+
+
+def test_who_comes_later_hears_who_is_gone_still() -> None:
+    """It may have been away when the others heard of that."""
+    with serving(Request(0, [5], 1)) as (router, answers):
+        first = joining("first", "prefill", router)
+        first.close()
+        assert eventually(lambda: not router.fleet.replicas)
+        decode = joining("decode", "decode", router)
+        assert decode.hear(Gone).ids == ["first"]
+        prefill = joining("second", "prefill", router)
+        finish(decode, decode.hear(Submit), prefill)
+    assert answers[0].error is None
 
 
 def test_a_router_that_was_stopped_itself_gives_nobody_up(monkeypatch) -> None:
