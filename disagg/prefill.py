@@ -5,10 +5,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import zmq
+
 from disagg.connect import Door, link_key, listen
 from disagg.control import Back, Forget, Gone, Member, Updates
 from disagg.engine import Engine, Step
-from disagg.handoff import Closed, Join, Open, Room, RoomEnded, RoomState, SendLast, SendPages
+from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.links import SendLink
 from disagg.peers import Links
 from disagg.scheduler import Plan, Sequence
@@ -42,11 +44,17 @@ class Prefill:
 
     def collect(self) -> list[Any]:
         for knock in self.door.poll():
-            if (knock.decode.id, knock.generation) in self.links or self.links.num_alive < MOST_LINKS:
-                self.links.get(knock.decode, knock.generation)
-            else:
-                print(f"prefill: a link was refused, {MOST_LINKS} are open", file=sys.stderr)
+            try:
+                self.answer(knock)
+            except (ValueError, zmq.ZMQError) as error:  # the latter: the process may open no more files
+                print(f"prefill: a link was refused, {error}", file=sys.stderr)
         return self.links.drain()
+
+    def answer(self, knock: Knock) -> None:
+        """Make the link that is asked for. ValueError if there are too many."""
+        if (knock.decode.id, knock.generation) not in self.links and self.links.num_alive >= MOST_LINKS:
+            raise ValueError(f"{MOST_LINKS} are open")
+        self.links.get(knock.decode, knock.generation)
 
     def handle(self, event: Any) -> None:
         match event:
