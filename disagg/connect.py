@@ -33,7 +33,7 @@ class Door:
         self.store = dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=self._listener.detach()
         )
-        self._sock = new_socket(zmq.PULL, listens=True)
+        self._sock = new_socket(zmq.PULL)
         self.port = bind(self._sock, host)
 
     def poll(self, timeout_ms: int = 0) -> list[Knock]:

@@ -32,7 +32,7 @@ class Pipe:
     @classmethod
     def listen(cls, host: str, name: str, kind: Any) -> "Pipe":
         """At any free port, for the peer of that name, who says messages of this kind."""
-        sock = new_socket(zmq.ROUTER, listens=True)
+        sock = new_socket(zmq.ROUTER)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         pipe = cls(sock, zmq.EVENT_DISCONNECTED, kind, name)
         pipe.port = bind(sock, host)

@@ -19,22 +19,19 @@ DEAD_AFTER_MS = 10_000
 LINGER_MS = 2_000
 MOST_SOCKETS = 4_096  # of a process; ZeroMQ's own limit is 1,023, which 200 links would reach
 MOST_BYTES = 16 * 2**20  # of a message; ZeroMQ ends a connection that announces more
-MOST_QUEUED = 64  # messages of a connection that wait to be read, where we listen; then its sender has to wait
 MOST_POLLED = 256  # messages that one poll returns, unless they have
 POLLED_BYTES = 4 * 2**20  # so many bytes
 
 _to_worker, _to_router, _header = Decoder(ToWorker), Decoder(ToRouter), Decoder(Header)
 
 
-def new_socket(kind: int, context: zmq.Context | None = None, listens: bool = False) -> zmq.Socket:
-    """`listens`: it will be bound, so anybody may speak to it."""
+def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
     context = context or zmq.Context.instance()
     context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)  # counts before a context's first socket
     sock = context.socket(kind)
     sock.setsockopt(zmq.LINGER, LINGER_MS)
     sock.setsockopt(zmq.SNDHWM, 0)
-    # Not for a socket that connects: libzmq 4.3.5 aborts when one reconnects while its queue is full.
-    sock.setsockopt(zmq.RCVHWM, MOST_QUEUED if listens else 0)
+    sock.setsockopt(zmq.RCVHWM, 0)  # libzmq 4.3.5 aborts the process if a peer reconnects while its queue is full
     sock.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
     sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, DEAD_AFTER_MS)
@@ -46,7 +43,7 @@ class RouterPort:
 
     def __init__(self, host: str, port: int):
         self._context = zmq.Context()  # of its own, so that `close` can see its last messages off
-        self._sock = new_socket(zmq.ROUTER, self._context, listens=True)
+        self._sock = new_socket(zmq.ROUTER, self._context)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error
         self._sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects is heard, though the old connection still stands
         self.port = bind(self._sock, host, port)

@@ -236,7 +236,7 @@ def test_a_stranger_is_not_heard_and_ends_nothing(opened: Any, capsys: Any) -> N
 
 
 def test_one_poll_takes_in_a_bounded_number_of_bytes(opened: Any) -> None:
-    """The rest waits in the kernel and at its sender."""
+    """They are decoded then; the rest waits as it came."""
     router = opened(RouterPort(HOST, 0))
     worker = opened(WorkerPort(hello("w"), HOST, router.port))
     meet(router, worker)
