@@ -51,13 +51,15 @@ class Door:
         self._sock.close()
 
 
-def listen(store: dist.Store, host: str, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:
+def listen(store: dist.TCPStore, host: str, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:
     """The prefill end's `connect`: put up a pipe and tell its port through the store that this rank hosts."""
 
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
         pipe = Pipe.listen(host, key, Open | Cancel)
-        store.set(f"{key}/pipe", str(pipe.port))
-        return pipe, TorchTransport(dist.PrefixStore(key, store), 0, device)
+        # A client of its own: while one waits, for a peer that is frozen perhaps, nobody else can use it.
+        mine = dist.TCPStore(host, store.port, is_master=False, timeout=TIMEOUT)
+        mine.set(f"{key}/pipe", str(pipe.port))
+        return pipe, TorchTransport(dist.PrefixStore(key, mine), 0, device)
 
     return connect
 
