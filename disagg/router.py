@@ -175,7 +175,7 @@ class Router:
         """Give waiting requests, in their order, to the emptiest replicas that can begin them: by KV for decode, by
         prompt tokens ahead for prefill."""
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
-        if self._changes != self.fleet.changes:  # what has not begun may have a better place now
+        if self._changes != self.fleet.changes:  # a replica came or went: what has not begun may have a better place
             self._changes = self.fleet.changes
             self._withdraw(able)
         held = []  # those that nobody who is free should have now

@@ -3,8 +3,8 @@
 A step is planned before the tokens of the one before it are looked at. A decode step is launched then, too: while the
 GPU runs it, the CPU takes up those tokens, tells the router, and plans the next one.
 
-The ranks of an attention replica share their events first (the router's messages reach its first rank only, a link's
-its own), so that each of them then takes the same decisions. The ranks of the job agree once a step on what kind of
+The ranks of an attention replica share their events first, so that all of them take the same decisions: the router's
+messages reach its first rank only, and a link's reach its own. The ranks of the job agree once a step on what kind of
 step it is, and whether experts move before it; after that nobody returns early, and a rank without work runs an empty
 batch.
 """

@@ -108,7 +108,7 @@ class Stored:
 def check_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Path]:
     """Tensor name -> the file that holds it. ValueError names the tensors that are not as `config` says.
 
-    Of a table that config.json makes too long it walks only as far as the files are large.
+    It stops early where config.json asks for more tensors than the files can hold.
     """
     stored = read_headers(Path(folder))
     wanted, missing, wrong = set(), {}, []
