@@ -1,4 +1,5 @@
-"""run.py as a user meets it: whole processes, their output, their exit status, their one-line errors."""
+"""run.py as a user meets it: its output, its exit status, its one-line errors. `test_torchrun.py` has what needs the
+launcher, or a process that no fork server has made."""
 
 import json
 import os
@@ -6,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,142 +16,21 @@ from safetensors.torch import load_file, save_file
 
 from parallel.recorder import save_recording
 from run import choose_threads
-from tests.conftest import ROOT, eventually, has_ipv6
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-LINES = [
-    {"id": "a", "prompt": "In the beginning", "max_tokens": 8},
-    {"id": "b", "prompt_token_ids": [5, 6, 7] * 30, "max_tokens": 5, "temperature": 0.9, "seed": 3},
-    {"id": "c", "messages": [{"role": "user", "content": "river"}], "max_tokens": 1, "logprobs": 3},
-    {"id": "d", "prompt": "def ", "max_tokens": 12, "ignore_eos": True, "stop": [" "]},
-    {"id": "e", "prompt_token_ids": [9], "max_tokens": 70, "ignore_eos": True},
-]
-
-
-def start(*command: str) -> subprocess.Popen:
-    """A session of its own. So has each rank that torchrun starts: a signal to torchrun does not reach them."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for pid in [process.pid, *descendants(process.pid)]:  # its ranks too: they hold the pipes open
-            os.kill(pid, signal.SIGKILL)
-        out, err = process.communicate(timeout=10)
-        raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
-    return process.returncode, out, err
-
-
-def listed(columns: str) -> list[str]:
-    """A line for each process that runs."""
-    return subprocess.run(["ps", "-axwwo", columns], capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def processes(*words: str) -> list[int]:
-    """Everything running whose command line holds all these words."""
-    return [int(line.split()[0]) for line in listed("pid=,args=") if all(word in line for word in words)]
-
-
-def descendants(ancestor: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for line in listed("pid=,ppid="):
-        pid, parent = map(int, line.split())
-        children.setdefault(parent, []).append(pid)
-    found = [ancestor]
-    for pid in found:
-        found += children.get(pid, [])
-    return found[1:]
-
-
-def run(*flags: str, ranks: int = 0, timeout: float = 90) -> tuple[int, str, str]:
-    launcher = (*TORCHRUN, str(ranks), "--standalone") if ranks else (sys.executable,)
-    return finish(start(*launcher, "run.py", *flags), timeout)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(answers: list[dict]) -> list[dict]:
-    return [{k: v for k, v in answer.items() if k not in ("ttft_s", "latency_s", "logprobs")} for answer in answers]
+from tests.conftest import eventually, has_ipv6
+from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines
+from tests.processes import Process, free_port
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    return path
+    return write_lines(tmp_path / "prompts.jsonl")
 
 
-@pytest.fixture
-def unified(tiny: Path, prompts: Path, tmp_path: Path) -> list[dict]:
+@pytest.fixture(scope="module")
+def unified(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The answers of one process."""
-    out = tmp_path / "unified.jsonl"
-    code, _, err = run("--model", str(tiny), "--input", str(prompts), "--output", str(out))
-    assert code == 0, err
-    return read(out)
-
-
-class Deployment:
-    """A router, a prefill job and a decode job."""
-
-    def __init__(self, tiny: Path, source: Path, out: Path):
-        self.tiny, self.address, self.out = str(tiny), f"127.0.0.1:{free_port()}", out
-        self.source, self.jobs, self.router_model = str(source), {}, self.tiny
-
-    def start_job(self, role: str, ranks: int = 2, *more: str) -> None:
-        flags = ("--role", role, "--router", self.address, "--model", self.tiny, *more)
-        self.jobs[role] = start(*TORCHRUN, str(ranks), "--standalone", "run.py", *flags)
-
-    def start_router(self) -> None:
-        flags = ("--role", "router", "--listen", self.address, "--model", self.router_model)
-        self.jobs["router"] = start(
-            sys.executable, "run.py", *flags, "--input", self.source, "--output", str(self.out), "--show"
-        )
-
-    def finish(self, timeout: float = 90) -> dict[str, tuple[int, str, str]]:
-        ended = {role: finish(process, timeout) for role, process in self.jobs.items()}
-        assert not processes(self.address), "it left ranks behind"
-        return ended
-
-    def wait_for_answers(self, count: int, timeout: float = 60) -> None:
-        def answered() -> bool:
-            return self.out.exists() and len(self.out.read_text().splitlines()) >= count
-
-        assert eventually(answered, timeout), f"no {count} answers in {timeout} s"
-
-
-def test_what_takes_too_long_is_ended_alone() -> None:
-    """With its children, in whatever session, and nothing else that looks like it."""
-    sleep = "import time; time.sleep(60)"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}, 'x'], start_new_session=True)"
-    other = start(sys.executable, "-c", sleep, "x")
-    process = start(sys.executable, "-c", parent, "x")
-    assert eventually(lambda: descendants(process.pid))
-    children = descendants(process.pid)
-    with pytest.raises(AssertionError, match="still running after 0.1 s"):
-        finish(process, timeout=0.1)
-    assert process.returncode == -signal.SIGKILL and not [pid for pid in children if pid in processes(sleep)]
-    assert other.poll() is None
-    other.kill()
-    other.communicate()
-
-
-def test_prompt_prints_its_continuation(tiny: Path) -> None:
-    code, out, err = run("--model", str(tiny), "--prompt", "In the beginning", "--max-tokens", "12")
-    assert code == 0 and len(out.strip()) > 10
-    assert "1 length" in err and "TTFT" in err and "Traceback" not in err
+    folder = tmp_path_factory.mktemp("unified")
+    return answers_alone(tiny, write_lines(folder / "prompts.jsonl"), folder / "out.jsonl")
 
 
 def test_answers_have_their_fields(unified: list[dict]) -> None:
@@ -165,15 +43,6 @@ def test_answers_have_their_fields(unified: list[dict]) -> None:
     assert unified[2]["token_ids"][0] in [token for token, _ in pairs]
     assert all(0 <= answer["ttft_s"] <= answer["latency_s"] for answer in unified)
     assert all("error" not in answer for answer in unified)
-
-
-def test_torchrun_gives_the_same_answers(tiny: Path, prompts: Path, unified: list[dict], tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--attn-tp", "2")
-    code, _, err = run(*flags, ranks=4)
-    assert code == 0 and "Traceback" not in err, err
-    assert "4 ranks in 2 attention replicas" in err
-    assert timeless(read(out)) == timeless(unified)
 
 
 @pytest.mark.parametrize("order", [("decode", "prefill", "router"), ("router", "prefill", "decode")])
@@ -208,40 +77,11 @@ def test_ctrl_c_on_the_router_sends_all_home(tiny: Path, tmp_path: Path) -> None
 
 
 def test_ctrl_c_on_one_process(tiny: Path) -> None:
-    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "2000")
-    assert process.stdout.read(1)  # it generates
+    process = Process(["--model", str(tiny), "--prompt", "In", "--max-tokens", "2000"])
+    assert eventually(lambda: process.out)  # it generates
     os.killpg(process.pid, signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = process.finish()
     assert code == 0 and "Traceback" not in err, err
-
-
-def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
-    """As soon as it takes signals, which is long before it has imported torch."""
-
-    def takes_signals() -> bool:
-        (caught,) = [line.split()[1] for line in listed("pid=,caught=") if int(line.split()[0]) == process.pid]
-        return bool(int(caught.strip("<>"), 16) >> (signal.SIGTERM - 1) & 1)
-
-    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "2000")
-    assert eventually(takes_signals)
-    os.killpg(process.pid, signal.SIGINT)
-    assert finish(process) == (0, "", "run.py: interrupted\n")
-
-
-def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> None:
-    """SIGINT to one rank only, not to torchrun (which reports a signal that it gets itself, whatever its ranks do)."""
-    source = tmp_path / "long.jsonl"
-    source.write_text('{"prompt": "In", "max_tokens": 2000, "ignore_eos": true}\n{"prompt": "In", "max_tokens": 1}\n')
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
-    flags = ("--model", str(tiny), "--input", str(source), "--output", str(deployment.out), "--show")
-    process = start(*TORCHRUN, "2", "run.py", *flags)
-    assert process.stdout.readline().startswith("--- 2")  # the short one has been answered
-    ranks = [pid for pid in processes(str(deployment.out)) if pid != process.pid]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == 0 and "Traceback" not in err, err
-    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["error", "length"]
 
 
 def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
@@ -254,39 +94,13 @@ def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
     deployment.start_job("decode", 1, "--max-batch", "2")  # few at a time: the router holds the others back
     deployment.start_router()
     deployment.wait_for_answers(2)
-    for pid in processes(deployment.address, "--role prefill"):
-        os.kill(pid, signal.SIGKILL)
-    deployment.jobs.pop("prefill").communicate()
+    deployment.kill("prefill")
     time.sleep(2)
     assert len(read(deployment.out)) < 16, "it was over before the prefill job died: the test shows nothing"
     deployment.start_job("prefill", ranks=1)
     for role, (code, _, err) in deployment.finish().items():
         assert code == 0, f"{role}: {err}"
     assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 16
-
-
-def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(tiny: Path, tmp_path: Path) -> None:
-    """Its other replica outlives that for a moment, in which no retry may go there."""
-    source = tmp_path / "long.jsonl"
-    rows = [{"prompt_token_ids": [7 + i] * 1500, "max_tokens": 2, "ignore_eos": True} for i in range(12)]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
-    deployment.start_job("prefill", 2, "--max-tokens-per-step", "64")
-    deployment.start_job("decode", 1)
-    deployment.start_router()
-    deployment.wait_for_answers(1)
-    ranks = [pid for pid in processes(deployment.address, "--role prefill") if pid != deployment.jobs["prefill"].pid]
-    assert len(ranks) == 2
-    os.kill(ranks[-1], signal.SIGKILL)
-    killed = deployment.jobs.pop("prefill")
-    assert len(read(deployment.out)) < 11, "it was nearly over before the rank died: the test shows nothing"
-    deployment.start_job("prefill", ranks=1)
-    ended = deployment.finish()
-    killed.communicate(timeout=60)
-    for role, (code, _, err) in ended.items():
-        assert code == 0, f"{role}: {err}"
-    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 12
-    assert "retries" in ended["router"][2] and "a prefill replica is lost" in ended["router"][2]
 
 
 def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path) -> None:
@@ -305,9 +119,7 @@ def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path
     deployment.start_router()
     deployment.wait_for_answers(1)
     time.sleep(0.3)
-    for pid in processes(deployment.address, "--role decode"):
-        os.kill(pid, signal.SIGKILL)
-    deployment.jobs.pop("decode").communicate()
+    deployment.kill("decode")
     deployment.start_job("decode", ranks=1)
     for role, (code, _, err) in deployment.finish().items():
         assert code == 0, f"{role}: {err}"
@@ -322,10 +134,9 @@ def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, 
     deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_router()
-    while "a prefill replica joined" not in (line := deployment.jobs["router"].stderr.readline()):
-        assert line, "the router ended"
+    deployment.jobs["router"].until("a prefill replica joined")
     deployment.start_job("decode", 1, "--dtype", "bfloat16")
-    code, _, err = finish(deployment.jobs.pop("decode"))
+    code, _, err = deployment.jobs.pop("decode").finish()
     difference = "refused: its KV is not the others': dtype is bfloat16, the others have float32 (--model, --dtype)"
     assert code != 0 and f"decode: {difference}" in err, err
     deployment.start_job("decode", ranks=1)
@@ -345,10 +156,9 @@ def test_a_replica_with_other_weights_is_refused(tiny: Path, prompts: Path, tmp_
     deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_router()
-    while "a prefill replica joined" not in (line := deployment.jobs["router"].stderr.readline()):
-        assert line, "the router ended"
+    deployment.jobs["router"].until("a prefill replica joined")
     deployment.start_job("decode", 1, "--model", str(other))
-    code, _, err = finish(deployment.jobs.pop("decode"))
+    code, _, err = deployment.jobs.pop("decode").finish()
     assert code != 0 and re.search("decode: refused: .*: model is .{8}, the others have .{8} ", err), err
     deployment.start_job("decode", ranks=1)
     assert [code for code, *_ in deployment.finish().values()] == [0, 0, 0]
@@ -369,15 +179,6 @@ def test_a_token_that_only_the_routers_model_has_ends_its_own_request(tiny: Path
     bad, good = read(deployment.out)
     assert bad["error"] == "token 4500 is not in the vocabulary of 4096 of the model that serves it"
     assert good["finish_reason"] == "length"
-
-
-def test_a_reader_who_leaves_early_is_no_traceback(tiny: Path) -> None:
-    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "1000")
-    assert process.stdout.read(1)
-    process.stdout.close()
-    process.stdout = None
-    code, _, err = finish(process)
-    assert code == 1 and "run.py: error: nobody reads what it prints" in err and "Traceback" not in err, err
 
 
 def test_a_batch_of_nothing_ends_well(tiny: Path, tmp_path: Path) -> None:
@@ -585,10 +386,3 @@ def test_experts_that_do_not_divide_spell_the_equation(tiny: Path) -> None:
 def test_help_is_worth_reading() -> None:
     code, out, _ = run("--help")
     assert code == 0 and "torchrun --nproc-per-node 2 run.py --role prefill" in out
-
-
-def test_the_demo_ends_with_equal_tokens() -> None:
-    code, out, err = finish(start(sys.executable, "scripts/demo.py"))
-    assert code == 0, err
-    assert "ranks equal those of one process." in out.splitlines()[-1]
-    assert "--- genesis: " in out and "KV transfer" in err

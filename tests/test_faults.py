@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.town import Job, Town, town
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests.processes import Job
+from tests.town import Town, town
 
 # ZeroMQ's own word of a dead connection, which would come at 10 s; and the beats.
 QUICK = {
@@ -239,7 +238,7 @@ def test_a_port_scanner_takes_nothing_down(tiny: Path, tmp_path: Path, expected:
         joined(place, router, 2)
         touched = 0
         while router.statuses == [None] and touched < 400:
-            for port in {port for job in jobs for rank in job.ranks for port in listening(rank._process.pid)}:
+            for port in {port for job in jobs for rank in job.ranks for port in listening(rank.pid)}:
                 try:
                     with socket.create_connection(("127.0.0.1", port), 1) as sock:
                         if touched % 3 == 0:

@@ -1,6 +1,6 @@
 """Worlds of real processes for tests: gloo on this machine (and NCCL, on one GPU), bounded in time, a free port.
 
-Start-up is slow (every process imports torch), so a test spawns one world and checks many things in it.
+Start-up is slow (the processes connect to one another), so a test starts one world and checks many things in it.
 """
 
 import multiprocessing
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import Group, Mesh
+from tests.processes import fork_server
 
 TIMEOUT = timedelta(seconds=120)
 
@@ -26,7 +27,7 @@ def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float
     device: "cuda" is a world of NCCL too, whose ranks share GPUs where there are fewer.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn") if device == "cuda" else fork_server
     errors = context.SimpleQueue()
     ranks = [
         context.Process(target=_rank, args=(rank, size, store.port, errors, device, body, args), daemon=True)
@@ -42,10 +43,10 @@ def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float
     for process in ranks:
         process.kill()
         process.join()
+    assert failed or not stuck, f"ranks {stuck} were still running after {timeout_s} s"
     if not errors.empty():
         raise AssertionError(errors.get())
     assert not failed, f"exit codes {[p.exitcode for p in ranks]}"
-    assert not stuck, f"ranks {stuck} were still running after {timeout_s} s"
 
 
 def _rank(rank: int, size: int, port: int, errors: Any, device: str, body: Callable[..., None], args: tuple) -> None:

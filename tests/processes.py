@@ -1,0 +1,169 @@
+"""run.py in processes of its own that are up in under a second: a fork server has imported torch already.
+
+Each process is a fork that executes run.py as `__main__`, in a session of its own.
+"""
+
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server, and so every process, takes over the environment
+fork_server = multiprocessing.get_context("forkserver")
+fork_server.set_forkserver_preload(["run"])
+_folder = tempfile.TemporaryDirectory(prefix="moesaic-processes-")
+
+
+def free_port() -> int:
+    """Below those that the system deals out, or another process might get it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def world(ranks: int) -> list[dict[str, str]]:
+    """The environment that torchrun gives to each rank; of a single one, as without torchrun, none."""
+    if ranks == 1:
+        return [{}]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _child(argv: list[str], out: Path, err: Path, env: dict[str, str], constants: dict[str, Any]) -> None:
+    os.setsid()
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.environ.update(env)
+    os.chdir(ROOT)
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        assert hasattr(import_module(module), constant), name
+        setattr(import_module(module), constant, value)
+    sys.argv = ["run.py", *argv]
+    try:
+        runpy.run_path("run.py", run_name="__main__")  # leaves by os._exit, unless something is not caught
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+class Process:
+    """run.py with these flags. constants: `{"disagg.fleet.SILENT_S": 2}` is set before it begins."""
+
+    _count = 0
+
+    def __init__(
+        self,
+        argv: list[str],
+        out: Path | None = None,
+        err: Path | None = None,
+        env: dict[str, str] | None = None,
+        constants: dict[str, Any] | None = None,
+    ):
+        """`out`, `err`: files that its streams are appended to; new ones if None."""
+        Process._count += 1
+        self._out = out or Path(_folder.name, f"{Process._count}.out")
+        self._err = err or Path(_folder.name, f"{Process._count}.err")
+        self._argv = argv
+        args = argv, self._out, self._err, env or {}, constants or {}
+        self._process = fork_server.Process(target=_child, args=args, daemon=True)
+        self._process.start()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text() if self._out.exists() else ""
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text() if self._err.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """None while it runs; below 0 for the signal that ended it."""
+        return self._process.exitcode
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def until(self, text: str, seconds: float = 30) -> None:
+        """Until it has printed this to either stream."""
+        deadline = time.monotonic() + seconds
+        while text not in self.err and text not in self.out:
+            assert time.monotonic() < deadline and self.status is None, f"no {text!r}: {self}"
+            time.sleep(0.01)
+
+    def finish(self, seconds: float = 90) -> tuple[int, str, str]:
+        """Its exit status, stdout and stderr. AssertionError, and its end, if it is still running after so long."""
+        self._process.join(seconds)
+        if self.status is None:
+            self.end()
+            raise AssertionError(f"still running after {seconds} s: {self}")
+        return self.status, self.out, self.err
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def __str__(self) -> str:
+        return f"run.py {' '.join(self._argv)}, status {self.status}\n{self.out}\n{self.err}"
+
+
+class Job:
+    """The ranks of one job. Of torchrun's part one is left out: it ends the others when one has failed."""
+
+    def __init__(
+        self,
+        argv: list[str],
+        ranks: int = 1,
+        log: Path | None = None,
+        constants: dict[str, Any] | None = None,
+    ):
+        """`log`: where all of them print to; files of their own if None."""
+        self.ranks = [Process(argv, log, log, env, constants) for env in world(ranks)]
+
+    def signal(self, number: signal.Signals) -> None:
+        for rank in self.ranks:
+            rank.signal(number)
+
+    @property
+    def statuses(self) -> list[int | None]:
+        return [rank.status for rank in self.ranks]
+
+    @property
+    def said(self) -> str:
+        """Each log once."""
+        return "".join({rank._err: rank.err for rank in self.ranks}.values())
+
+    def finish(self, seconds: float = 90) -> tuple[int, str, str]:
+        """The worst status of its ranks, and all that they printed."""
+        ended = [rank.finish(seconds) for rank in self.ranks]
+        codes, outs, errs = zip(*ended, strict=True)
+        return max(codes, key=abs), "".join(outs), "".join(errs)
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            rank.end()

@@ -1,0 +1,157 @@
+"""Commands as they are typed: torchrun with its ranks, and processes that begin with their own imports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, eventually
+from tests.deployment import Deployment, answers_alone, read, timeless, write_lines
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+
+
+def start(*command: str) -> subprocess.Popen:
+    """A session of its own. So has each rank that torchrun starts: a signal to torchrun does not reach them."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for pid in [process.pid, *descendants(process.pid)]:  # its ranks too: they hold the pipes open
+            os.kill(pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=10)
+        raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
+    return process.returncode, out, err
+
+
+def listed(columns: str) -> list[str]:
+    """A line for each process that runs."""
+    return subprocess.run(["ps", "-axwwo", columns], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def processes(*words: str) -> list[int]:
+    """Everything running whose command line holds all these words."""
+    return [int(line.split()[0]) for line in listed("pid=,args=") if all(word in line for word in words)]
+
+
+def descendants(ancestor: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for line in listed("pid=,ppid="):
+        pid, parent = map(int, line.split())
+        children.setdefault(parent, []).append(pid)
+    found = [ancestor]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
+
+
+def test_what_takes_too_long_is_ended_alone() -> None:
+    """With its children, in whatever session, and nothing else that looks like it."""
+    sleep = "import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}, 'x'], start_new_session=True)"
+    other = start(sys.executable, "-c", sleep, "x")
+    process = start(sys.executable, "-c", parent, "x")
+    assert eventually(lambda: descendants(process.pid))
+    children = descendants(process.pid)
+    with pytest.raises(AssertionError, match="still running after 0.1 s"):
+        finish(process, timeout=0.1)
+    assert process.returncode == -signal.SIGKILL and not [pid for pid in children if pid in processes(sleep)]
+    assert other.poll() is None
+    other.kill()
+    other.communicate()
+
+
+def test_prompt_prints_its_continuation(tiny: Path) -> None:
+    flags = ("--model", str(tiny), "--prompt", "In the beginning", "--max-tokens", "12")
+    code, out, err = finish(start(sys.executable, "run.py", *flags))
+    assert code == 0 and len(out.strip()) > 10
+    assert "1 length" in err and "TTFT" in err and "Traceback" not in err
+
+
+def test_torchrun_gives_the_same_answers(tiny: Path, tmp_path: Path) -> None:
+    prompts, out = write_lines(tmp_path / "prompts.jsonl"), tmp_path / "out.jsonl"
+    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--attn-tp", "2")
+    code, _, err = finish(start(*TORCHRUN, "4", "--standalone", "run.py", *flags))
+    assert code == 0 and "Traceback" not in err, err
+    assert "4 ranks in 2 attention replicas" in err
+    assert timeless(read(out)) == timeless(answers_alone(tiny, prompts, tmp_path / "alone.jsonl"))
+
+
+def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
+    """As soon as it takes signals, which is long before it has imported torch."""
+
+    def takes_signals() -> bool:
+        (caught,) = [line.split()[1] for line in listed("pid=,caught=") if int(line.split()[0]) == process.pid]
+        return bool(int(caught.strip("<>"), 16) >> (signal.SIGTERM - 1) & 1)
+
+    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "2000")
+    assert eventually(takes_signals)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process) == (0, "", "run.py: interrupted\n")
+
+
+def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> None:
+    """SIGINT to one rank only, not to torchrun (which reports a signal that it gets itself, whatever its ranks do)."""
+    source = tmp_path / "long.jsonl"
+    source.write_text('{"prompt": "In", "max_tokens": 2000, "ignore_eos": true}\n{"prompt": "In", "max_tokens": 1}\n')
+    out = tmp_path / "out.jsonl"
+    flags = ("--model", str(tiny), "--input", str(source), "--output", str(out), "--show")
+    process = start(*TORCHRUN, "2", "run.py", *flags)
+    assert process.stdout.readline().startswith("--- 2")  # the short one has been answered
+    ranks = [pid for pid in processes(str(out)) if pid != process.pid]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 0 and "Traceback" not in err, err
+    assert [answer["finish_reason"] for answer in read(out)] == ["error", "length"]
+
+
+def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(tiny: Path, tmp_path: Path) -> None:
+    """Its other replica outlives that for a moment, in which no retry may go there."""
+    source = tmp_path / "long.jsonl"
+    rows = [{"prompt_token_ids": [7 + i] * 1500, "max_tokens": 2, "ignore_eos": True} for i in range(12)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    flags = deployment.job_flags("prefill", "--max-tokens-per-step", "64")
+    killed = start(*TORCHRUN, "2", "--standalone", "run.py", *flags)
+    deployment.start_job("decode", 1)
+    deployment.start_router()
+    deployment.wait_for_answers(1)
+    ranks = [pid for pid in processes(deployment.address, "--role prefill") if pid != killed.pid]
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert len(read(deployment.out)) < 11, "it was nearly over before the rank died: the test shows nothing"
+    deployment.start_job("prefill", ranks=1)
+    ended = deployment.finish()
+    finish(killed)
+    assert not processes(deployment.address), "it left ranks behind"
+    for role, (code, _, err) in ended.items():
+        assert code == 0, f"{role}: {err}"
+    assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 12
+    assert "retries" in ended["router"][2] and "a prefill replica is lost" in ended["router"][2]
+
+
+def test_a_reader_who_leaves_early_is_no_traceback(tiny: Path) -> None:
+    process = start(sys.executable, "run.py", "--model", str(tiny), "--prompt", "In", "--max-tokens", "1000")
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    code, _, err = finish(process)
+    assert code == 1 and "run.py: error: nobody reads what it prints" in err and "Traceback" not in err, err
+
+
+def test_the_demo_ends_with_equal_tokens() -> None:
+    code, out, err = finish(start(sys.executable, "scripts/demo.py"))
+    assert code == 0, err
+    assert "ranks equal those of one process." in out.splitlines()[-1]
+    assert "--- genesis: " in out and "KV transfer" in err
