@@ -10,8 +10,8 @@ Prefill and decode in jobs of their own, in any order (--router is where the rou
     torchrun --nproc-per-node 2 run.py --role decode  --router 127.0.0.1:7000 --model model/tiny
 """
 
+from disagg.front.streams import discard_stdout, secure_streams
 from disagg.interrupt import Interrupt
-from disagg.streams import discard_stdout, secure_streams
 
 if __name__ == "__main__":  # before the other imports, which take seconds
     secure_streams()
@@ -24,10 +24,10 @@ import sys
 import torch
 from tqdm import tqdm
 
-from disagg.address import answers, local_host, parse_address
+from disagg.control.address import answers, local_host, parse_address
 from disagg.engine import DTYPES, Engine, EngineConfig
-from disagg.front_door import FrontDoor, RouterThread
-from disagg.worker import serve
+from disagg.front.front_door import FrontDoor, RouterThread
+from disagg.loop import serve
 from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.precision import decide

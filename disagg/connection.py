@@ -4,11 +4,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from disagg.address import format_address
-from disagg.control import Bye, Forget, Hello, Member, ToWorker, Updates
+from disagg.control.address import format_address
+from disagg.control.messages import Bye, Forget, Hello, Member, ToWorker, Updates
+from disagg.control.ports import WorkerPort
+from disagg.control.pulse import Beacon
 from disagg.engine import Engine
-from disagg.ports import WorkerPort
-from disagg.pulse import Beacon
 from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away: stopped, or replaced

@@ -8,12 +8,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg.connect import dial, link_key
-from disagg.control import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
+from disagg.control.messages import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
 from disagg.engine import Engine
-from disagg.handoff import Cancel, Join, Open, Room, RoomEnded, RoomState
-from disagg.links import ReceiveLink
-from disagg.peers import Links
+from disagg.handoff.connect import dial, link_key
+from disagg.handoff.link import ReceiveLink
+from disagg.handoff.links import Links
+from disagg.handoff.protocol import Cancel, Join, Open, Room, RoomEnded, RoomState
 from disagg.scheduler import Plan, Sequence
 from disagg.unified import Unified
 

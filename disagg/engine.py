@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disagg.credits import buffer_bytes
 from disagg.experts import Recording, make_placement
-from disagg.graph import DecodeStep, make_buckets, resolve
+from disagg.handoff.credits import buffer_bytes
 from disagg.memory import Budget, Job, claim_memory, lift_limit, page_bytes, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
+from disagg.steps import DecodeStep, make_buckets, resolve
 from kernels.backend import Ops
 from model.batch import NO_DECODES, PAGE, Batch, Chunk, Decodes, pad, split, to_host
 from model.checkpoint import check_checkpoint

@@ -337,7 +337,7 @@ def plan_parts(
     """The table's rows without KV, in bytes. `buckets`: rows of decode steps; `longest`: tokens of KV that a request
     can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens;
     `spare_layers`: whose experts may be on their way at once (`disagg/rebalance.py`); `handoff`: bytes of the buffers
-    of KV that is on its way (`disagg/credits.py`)."""
+    of KV that is on its way (`disagg/handoff/credits.py`)."""
     tokens = -(-max_tokens_per_step // job.attn_tp) * job.attn_tp
     most = max(buckets)
     steps = (

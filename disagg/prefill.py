@@ -7,12 +7,12 @@ from typing import Any
 
 import zmq
 
-from disagg.connect import Door, link_key, listen
-from disagg.control import Back, Forget, Gone, Member, Updates
+from disagg.control.messages import Back, Forget, Gone, Member, Updates
 from disagg.engine import Engine, Step
-from disagg.handoff import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
-from disagg.links import SendLink
-from disagg.peers import Links
+from disagg.handoff.connect import Door, link_key, listen
+from disagg.handoff.link import SendLink
+from disagg.handoff.links import Links
+from disagg.handoff.protocol import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.scheduler import Plan, Sequence
 from model.batch import PAGE
 

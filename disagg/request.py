@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from disagg.tokenizer import PromptEncoder
+from disagg.front.tokenizer import PromptEncoder
 
 MAX_LOGPROBS = 20
 PROMPTS = ("prompt", "prompt_token_ids", "messages")

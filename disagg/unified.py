@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from disagg.control import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw
+from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw
 from disagg.engine import Engine, Step
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence

@@ -68,7 +68,7 @@ def _child(argv: list[str], out: Path, err: Path, env: dict[str, str], constants
 
 
 class Process:
-    """run.py with these flags. constants: `{"disagg.fleet.SILENT_S": 2}` is set before it begins."""
+    """run.py with these flags. constants: `{"disagg.front.fleet.SILENT_S": 2}` is set before it begins."""
 
     _count = 0
 

@@ -7,9 +7,9 @@ import pytest
 import torch.distributed as dist
 import zmq
 
-from disagg import address as module
-from disagg.address import bind, connect_to, format_address, is_wildcard, local_host, parse_address, resolve
-from disagg.ports import new_socket
+from disagg.control import address as module
+from disagg.control.address import bind, connect_to, format_address, is_wildcard, local_host, parse_address, resolve
+from disagg.control.ports import new_socket
 from tests.conftest import has_ipv6
 
 V4, V6 = "127.0.0.1", "::1"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.bench_balance import fullest
+from scripts.bench.one_rank.balance import fullest
 from tests.test_bench_rank import run, run_well
 
 RECORDING = "docs/recordings/moving-decode.safetensors"
@@ -54,5 +54,5 @@ def test_a_recorded_load_is_measured_by_kind_of_map(phase: str, tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_is_refused(flags: str, rule: str) -> None:
-    done = run("bench_balance", *flags.split(), *TINY)
+    done = run("one_rank.balance", *flags.split(), *TINY)
     assert done.returncode == 2 and rule in done.stderr.replace("\n", " "), done.stderr

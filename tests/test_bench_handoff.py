@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.handoff_jobs import TALKERS, after_the_kill
-from scripts.handoff_traffic import AHEAD
-from scripts.measurements import load
+from scripts.bench.handoff.jobs import TALKERS, after_the_kill
+from scripts.bench.handoff.traffic import AHEAD
+from scripts.bench.lib.measurements import load
 from tests.conftest import ROOT
 
 TINY = "--device cpu --repeat 8 --prompts 64,256 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
@@ -18,7 +18,7 @@ STEPS = "--shape tiny --layers 2 --ep 4 --batch 4 --kv 64 --tokens 128"
 
 def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     out = tmp_path / "records.json"
-    command = [sys.executable, "scripts/bench_handoff.py", *TINY.split(), *STEPS.split(), "--out", str(out)]
+    command = [sys.executable, "-m", "scripts.bench.handoff", *TINY.split(), *STEPS.split(), "--out", str(out)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     records = {record.name.removeprefix("handoff 1 + 1: "): record for record in load(out)}
@@ -55,7 +55,7 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
 def test_prefill_jobs_may_be_tensor_parallel(tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     flags = f"{TINY} --pairs 2 --prefill-tp 2 --only tokens,requests --out {out}"
-    command = [sys.executable, "scripts/bench_handoff.py", *flags.split()]
+    command = [sys.executable, "-m", "scripts.bench.handoff", *flags.split()]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     prefix = "handoff 2 + 2, prefill with attention TP 2: "
@@ -86,6 +86,6 @@ def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
     ),
 )
 def test_what_cannot_be_is_refused(flags: str, told: str) -> None:
-    command = [sys.executable, "scripts/bench_handoff.py", *flags.split()]
+    command = [sys.executable, "-m", "scripts.bench.handoff", *flags.split()]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and told in run.stderr

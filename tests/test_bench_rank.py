@@ -12,11 +12,15 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from parallel.simulated_link import Transfer
-from scripts import bench_overlap, bench_rank, deepep_times, overlap_timeline
-from scripts.bench_rank import Figures, cluster_steps, coarse
-from scripts.overlap_timeline import kernel_spans, lanes_of, overlapped_share, without
-from scripts.shapes import SHAPES
+from scripts.bench.lib.shapes import SHAPES
+from scripts.bench.one_rank import deepep_times
+from scripts.bench.one_rank import overlap as bench_overlap
+from scripts.bench.one_rank import run as bench_rank
+from scripts.bench.one_rank import timeline as overlap_timeline
+from scripts.bench.one_rank.run import Figures, cluster_steps, coarse
+from scripts.bench.one_rank.simulated_link import Transfer
+from scripts.bench.one_rank.timeline import kernel_spans, lanes_of, overlapped_share, without
+from tests.conftest import ROOT
 
 SIZES = {
     "decode": ("--ep", "4", "--batch", "4", "--kv", "100", "--skew", "1.5"),
@@ -25,13 +29,13 @@ SIZES = {
 TINY = ("--shape", "tiny", "--redundant", "4", "--device", "cpu")
 
 
-def run(script: str, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"scripts/{script}.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run(module: str, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"scripts.bench.{module}", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def run_well(script: str, *words: str) -> str:
-    done = run(script, *words)
+def run_well(module: str, *words: str) -> str:
+    done = run(module, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -40,7 +44,7 @@ def run_well(script: str, *words: str) -> str:
 def test_parts_sum_to_the_layer(phase: str, tmp_path: Path) -> None:
     out, trace, chart = tmp_path / "r.json", tmp_path / "new" / "t.json", tmp_path / "c.png"
     files = ("--out", str(out), "--trace", str(trace), "--chart", str(chart))
-    said = run_well("bench_rank", phase, *SIZES[phase], *TINY, "--repeat", "2", *files)
+    said = run_well("one_rank", phase, *SIZES[phase], *TINY, "--repeat", "2", *files)
     assert "arrivals simulated" in said and "MODELLED" in said and "memory by the table" in said
     records = json.loads(out.read_text())
     assert all("simulated" in record["name"] for record in records)
@@ -63,7 +67,7 @@ def test_overlap_is_measured_plain_and_with_a_link(phase: str, tmp_path: Path) -
     sizes = {"decode": ("--batch", "2", "4", "--kv", "70"), "prefill": ("--tokens", "128", "64", "--prompt", "64")}
     out = tmp_path / "r.json"
     flags = ("--ep", "4", *sizes[phase], *TINY, "--repeat", "2", "--out", str(out))
-    said = run_well("bench_overlap", phase, *flags)
+    said = run_well("one_rank.overlap", phase, *flags)
     assert said.count("ms modelled") == 8 and "SGLang" not in said
     records = {record["name"]: record for record in json.loads(out.read_text())}
     assert len(records) == 2 * (2 * 3 + 1)  # sizes; with and without communication two times and their ratio; the link
@@ -80,7 +84,7 @@ def test_overlap_is_measured_plain_and_with_a_link(phase: str, tmp_path: Path) -
 @pytest.mark.parametrize("phase", SIZES)
 def test_a_timeline_shows_who_computes_and_who_communicates(phase: str, tmp_path: Path) -> None:
     trace, chart = tmp_path / "t.json", tmp_path / "c.png"
-    said = run_well("overlap_timeline", phase, *SIZES[phase], *TINY, "--trace", str(trace), "--chart", str(chart))
+    said = run_well("one_rank.timeline", phase, *SIZES[phase], *TINY, "--trace", str(trace), "--chart", str(chart))
     assert "plain:" in said and "overlapped:" in said
     assert imread(chart).std() > 0.01
     turns = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"].startswith("turn ")]

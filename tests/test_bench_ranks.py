@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.measurements import Record, load
+from scripts.bench.lib.measurements import Record, load
 from tests.conftest import ROOT
 
 
-def run(script: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
+def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, f"scripts/{script}", "--device", "cpu", *flags.split(), "--out", str(out)]
+    command = [*launcher, "-m", f"scripts.bench.{module}", "--device", "cpu", *flags.split(), "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, {record.name: record for record in load(out)}
@@ -19,7 +19,7 @@ def run(script: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
 def test_dispatch_and_combine_of_both_layouts(tmp_path: Path) -> None:
     """With one expert a rank and as many a token, every copy and every row goes to each rank: bytes are known."""
     sizes = "--hidden 256 --experts 2 --top-k 2 --decode-tokens 8 --prefill-tokens 64 --repeat 5"
-    printed, records = run("bench_ep.py", sizes, tmp_path / "r.json")
+    printed, records = run("ranks.ep", sizes, tmp_path / "r.json")
     assert "DeepEP cannot serve: no GPU" in printed and "low latency 77 / 114 us" in printed
     assert len(records) == 12
     scaled, bare = 256 + 2 * 4, 512
@@ -37,7 +37,7 @@ def test_dispatch_and_combine_of_both_layouts(tmp_path: Path) -> None:
 
 def test_the_engine_of_two_ranks(tmp_path: Path) -> None:
     work = "--shape tiny --layers 2 --batch 4 --prompt 20 --output 4 --prefill-batch 2 --step-tokens 40 --repeat 1"
-    printed, records = run("bench_engine.py", f"{work} --overlap on", tmp_path / "r.json")
+    printed, records = run("engine", f"{work} --overlap on", tmp_path / "r.json")
     assert "overlap: on" in printed and printed.count("ready after") == 1
     begin = "tiny with 2 layers, EP2, overlap on, "
     works = ("prefill 2 x 20", "prefill 1 x 20", "decode, batch 4 after 20")
@@ -46,7 +46,7 @@ def test_the_engine_of_two_ranks(tmp_path: Path) -> None:
 
 def test_variants_of_two_ranks(tmp_path: Path) -> None:
     work = "--shape tiny --layers 2 --prompt 20 --batch 2 --output 4 --step-tokens 40 --repeat 1"
-    printed, records = run("bench_ranks.py", f"{work} --redundant 4 --interval 4", tmp_path / "r.json")
+    printed, records = run("ranks", f"{work} --redundant 4 --interval 4", tmp_path / "r.json")
     begin, works = "tiny with 2 layers on 2 ranks, ", ("prefill of prompts of 20", "decode, batch 2 a GPU after 20")
     beside = {"ep": None, "overlap": "ep", "tp": "ep", "skewed": None, "static": "skewed", "live": "static"}
     law = dict.fromkeys(("skewed", "static", "live"), " (Zipf 0.5)")

@@ -8,7 +8,14 @@ from pathlib import Path
 
 def test_every_slot_is_filled_anew(tmp_path: Path) -> None:
     flags = "--shape tiny --ep 4 --redundant 4 --batch 4 --kv 100 --experts 3 --repeat 3 --device cpu"
-    command = [sys.executable, "scripts/bench_rebalance.py", *flags.split(), "--out", str(tmp_path / "r.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.bench.one_rank.rebalance",
+        *flags.split(),
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "every slot anew: " in done.stdout and " 36 experts, " in done.stdout  # 4 layers of 9 slots

@@ -2,7 +2,7 @@
 
 from matplotlib.image import imread
 
-from scripts.charts import save_bars, save_lines
+from scripts.bench.lib.charts import save_bars, save_lines
 
 
 def test_bars_and_lines(tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from disagg import chat_template
-from disagg.chat_template import ChatTemplate
+from disagg.front import chat_template
+from disagg.front.chat_template import ChatTemplate
 from tests.conftest import ROOT, eventually
 
 WORDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -165,7 +165,7 @@ def test_the_process_ends_with_its_template(processes: list[subprocess.Popen]) -
 def test_the_process_does_not_outlive_a_killed_owner() -> None:
     """Even amid a loop without end."""
     code = (
-        "from disagg.chat_template import ChatTemplate\n"
+        "from disagg.front.chat_template import ChatTemplate\n"
         f"template = ChatTemplate({BOMBS['time']!r}, {{}}, render_s=1.0)\n"
         "print(template._end.peek()[2][0].pid, flush=True)\n"
         "template.render(messages=[])\n"

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from disagg.control import (
+from disagg.control.messages import (
     Abort,
     Back,
     Beat,
@@ -27,7 +27,7 @@ from disagg.control import (
     Withdraw,
     encode,
 )
-from disagg.handoff import Cancel, Closed, Knock, Last, Open, Sending
+from disagg.handoff.protocol import Cancel, Closed, Knock, Last, Open, Sending
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.credits import IN_FLIGHT, MOST_BYTES, OF_A_LINK, Credits, Share, buffer_bytes, most_pages
+from disagg.handoff.credits import IN_FLIGHT, MOST_BYTES, OF_A_LINK, Credits, Share, buffer_bytes, most_pages
 from disagg.memory import page_bytes
-from scripts.shapes import SHAPES
+from scripts.bench.lib.shapes import SHAPES
 
 SOON = 10
 

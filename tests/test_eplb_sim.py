@@ -10,8 +10,8 @@ import torch
 from matplotlib.image import imread
 
 from parallel.recorder import load_recording, save_recording
-from scripts.eplb_sim import Deployment, Outcome, replay, unbalanced
-from scripts.measurements import load
+from scripts.bench.lib.measurements import load
+from scripts.tools.eplb_sim import Deployment, Outcome, replay, unbalanced
 from tests.conftest import ROOT
 
 TWO_RANKS = Deployment(2, 4)
@@ -66,7 +66,7 @@ def recording(tmp_path: Path) -> str:
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/eplb_sim.py", *words]
+    command = [sys.executable, "-m", "scripts.tools.eplb_sim", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from disagg.engine import Engine
 from disagg.experts import balance_stats, make_placement
+from disagg.front.metrics import Metrics
 from disagg.interrupt import Interrupt
-from disagg.metrics import Metrics
 from kernels.backend import Ops
 from model.config import ModelConfig
 from parallel.eplb import balance, balancedness

@@ -21,12 +21,12 @@ from tests.town import Town, town
 
 # ZeroMQ's own word of a dead connection, which would come at 10 s; and the beats.
 QUICK = {
-    "disagg__ports__HEARTBEAT_MS": 200,
-    "disagg__ports__DEAD_AFTER_MS": 1_000,
-    "disagg__pulse__BEAT_S": 0.1,
-    "disagg__fleet__SILENT_S": 1.5,
-    "disagg__fleet__PING_S": 0.2,
-    "disagg__router__SUSPECT_S": 0.5,
+    "disagg__control__ports__HEARTBEAT_MS": 200,
+    "disagg__control__ports__DEAD_AFTER_MS": 1_000,
+    "disagg__control__pulse__BEAT_S": 0.1,
+    "disagg__front__fleet__SILENT_S": 1.5,
+    "disagg__front__fleet__PING_S": 0.2,
+    "disagg__front__router__SUSPECT_S": 0.5,
 }
 SOON = 60
 POOL = ("--kv-tokens", "2048")  # for a few requests at a time

@@ -2,42 +2,40 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 
-from scripts import (
-    bench_balance,
-    bench_engine,
-    bench_ep,
-    bench_handoff,
-    bench_overlap,
-    bench_rank,
-    bench_ranks,
-    bench_rebalance,
-    overlap_timeline,
-    report,
-    roofline,
-)
 from tests.conftest import ROOT
 
-SCRIPTS = (
-    bench_balance, bench_engine, bench_ep, bench_handoff, bench_overlap, bench_rank, bench_ranks, bench_rebalance,
-    overlap_timeline, report, roofline,
+COMMANDS = (
+    "engine", "handoff", "lib.report", "lib.roofline", "one_rank", "one_rank.balance", "one_rank.overlap",
+    "one_rank.rebalance", "one_rank.timeline", "ranks", "ranks.ep",
 )  # fmt: skip
-MAIN = {Path(script.__file__).name: script.main for script in SCRIPTS}
-ENGINE = "bench_engine.py --shape tiny"
-DECODE = "roofline.py decode --shape v3 --ceilings 798,1400,3.0 --batch 4 --kv 10"
-PREFILL = "roofline.py prefill --ceilings 798,-,3.0 --tokens 4"
-RANKS = "bench_ranks.py --device cpu --shape tiny"
+
+
+def main_of(command: str) -> Callable[[], None]:
+    """What `python -m scripts.bench.COMMAND` calls."""
+    assert command in COMMANDS
+    try:
+        return import_module(f"scripts.bench.{command}.run").main
+    except ModuleNotFoundError:
+        return import_module(f"scripts.bench.{command}").main
+
+
+ENGINE = "engine --shape tiny"
+DECODE = "lib.roofline decode --shape v3 --ceilings 798,1400,3.0 --batch 4 --kv 10"
+PREFILL = "lib.roofline prefill --ceilings 798,-,3.0 --tokens 4"
+RANKS = "ranks --device cpu --shape tiny"
 TOO_LARGE = "too large for a CPU, and no GPU is used here; --shape tiny runs"
 BAD = [
     *(f"{command} --device cpu --shape v3: --shape v3: {TOO_LARGE}"
-      for command in ("bench_engine.py", "bench_handoff.py", "bench_ranks.py", "bench_rank.py decode",
-                      "bench_overlap.py prefill", "bench_rebalance.py", "overlap_timeline.py decode --chart c.png",
-                      "bench_balance.py decode docs/recordings/moving-decode.safetensors --top-k 4")),
+      for command in ("engine", "handoff", "ranks", "one_rank decode",
+                      "one_rank.overlap prefill", "one_rank.rebalance", "one_rank.timeline decode --chart c.png",
+                      "one_rank.balance decode docs/recordings/moving-decode.safetensors --top-k 4")),
     f"{ENGINE} --device cpu --backend flash: --backend flash: 'flash' is none of flash_attn, flash_mla, deep_gemm,",
-    "bench_ep.py --device cpu: between ranks of a job: torchrun --nproc-per-node N with N of at least 2",
+    "ranks.ep --device cpu: between ranks of a job: torchrun --nproc-per-node N with N of at least 2",
     f"{RANKS} --zipf nan: argument --zipf: 'nan' is not a number of at least 0",
     f"{RANKS} --zipf -1: argument --zipf: '-1' is not a number of at least 0",
     f"{RANKS} --redundant -1: argument --redundant: '-1' is not a whole number of at least 0",
@@ -47,8 +45,8 @@ BAD = [
     f"{RANKS} --layers 6: --layers 6: of tiny it must be in [2, 5]",
     f"{RANKS} --redundant 33: --redundant 33: (32 + redundant) % 1 ranks must be 0, and it must be at most 32 x 1 = 32",
     f"{RANKS} --prompt 2000: --prompt and --output make requests of 2099 tokens; tiny takes 2048",
-    "bench_handoff.py --interval nan: argument --interval: 'nan' is not a number of at least 0",
-    "report.py --merge /nowhere.json: argument --merge: '/nowhere.json' is not a file",
+    "handoff --interval nan: argument --interval: 'nan' is not a number of at least 0",
+    "lib.report --merge /nowhere.json: argument --merge: '/nowhere.json' is not a file",
     *(f"{ENGINE} --{flag} {value}: argument --{flag}: '{value}' is not a whole number of at least 1"
       for flag in ("prompt", "output", "repeat", "layers", "prefill-batch", "step-tokens") for value in ("0",)),
     f"{ENGINE} --batch 0: argument --batch: '0' is not",
@@ -69,15 +67,15 @@ BAD = [
       for script, phase in (("bench_engine", ""), ("bench_ep", ""), ("bench_handoff", ""), ("bench_rank", "decode"),
                             ("bench_rebalance", ""))
       for out in ("docs", "README.md/x.json", "")),
-    "bench_rank.py decode --trace docs: argument --trace: 'docs' is not a file that can be written",
-    "overlap_timeline.py decode --chart x.pgn: argument --chart: 'x.pgn' does not end in .png",
-    "bench_ep.py --top-k 9 --experts 8: --top-k must be at most --experts (8), not 9",
-    "bench_ep.py --hidden 100: --hidden % 128 must be 0, not 100 % 128 = 100",
-    "bench_ep.py --repeat 0: argument --repeat: '0' is not",
-    "bench_handoff.py --prompts 0: argument --prompts: '0' is not",
-    "bench_handoff.py --wire-bytes 0: argument --wire-bytes: '0' is not",
-    "bench_rebalance.py --shape tiny --device cpu --ep 1: --ep 1: it must be at least 2",
-    "bench_rebalance.py --shape tiny --device cpu --ep 4 --experts 33: --experts 33: of tiny it must be at most 32",
+    "one_rank decode --trace docs: argument --trace: 'docs' is not a file that can be written",
+    "one_rank.timeline decode --chart x.pgn: argument --chart: 'x.pgn' does not end in .png",
+    "ranks.ep --top-k 9 --experts 8: --top-k must be at most --experts (8), not 9",
+    "ranks.ep --hidden 100: --hidden % 128 must be 0, not 100 % 128 = 100",
+    "ranks.ep --repeat 0: argument --repeat: '0' is not",
+    "handoff --prompts 0: argument --prompts: '0' is not",
+    "handoff --wire-bytes 0: argument --wire-bytes: '0' is not",
+    "one_rank.rebalance --shape tiny --device cpu --ep 1: --ep 1: it must be at least 2",
+    "one_rank.rebalance --shape tiny --device cpu --ep 4 --experts 33: --experts 33: of tiny it must be at most 32",
 ]  # fmt: skip
 
 
@@ -89,13 +87,13 @@ def test_a_bad_number_is_one_clear_line(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", command.replace("  ", " ").split(" "))
     with pytest.raises(SystemExit) as ended:
-        MAIN[sys.argv[0]]()
+        main_of(sys.argv[0])()
     assert ended.value.code == 2
     assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_peer_refuses_too() -> None:
-    """In a process of its own: it changes where modules come from."""
-    command = [sys.executable, "scripts/peer.py", "transformers", "--batch", "0"]
+    """It is a script, which imports nothing of the project."""
+    command = [sys.executable, "scripts/bench/engine/peer.py", "transformers", "--model", ".", "--batch", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "error: argument --batch: '0' is not" in done.stderr.splitlines()[-1]

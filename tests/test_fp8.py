@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from disagg.tokenizer import load_tokenizer
+from disagg.front.tokenizer import load_tokenizer
 from kernels import ref
 from kernels.backend import Ops
 from kernels.fp8 import dequantize_128x128, quantize_128x128
@@ -24,7 +24,7 @@ from model.weights import load_weights
 from parallel.dispatch import ContiguousAllToAll
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
-from scripts.quantize import quantize_folder
+from scripts.tools.quantize import quantize_folder
 from tests.test_cli import run
 
 TEXT = """Genesis 1

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from disagg.control import Bye, Finish, Hello, Member, Submit, Update, Updates
+from disagg.control.messages import Bye, Finish, Hello, Member, Submit, Update, Updates
+from disagg.control.ports import WorkerPort
 from disagg.engine import EngineConfig
-from disagg.front_door import FrontDoor
-from disagg.ports import WorkerPort
+from disagg.front.front_door import FrontDoor
 from model.config import ModelConfig
 from run import parse_args
 from tests.conftest import ROOT, eventually
@@ -258,7 +258,7 @@ def python(code: str, *closed: str) -> subprocess.Popen:
 
 def test_closed_streams_get_no_other_files_number(tmp_path: Path) -> None:
     code = (
-        "from disagg.streams import secure_streams\n"
+        "from disagg.front.streams import secure_streams\n"
         "import os, sys; secure_streams()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print('lost'); print('lost', file=sys.stderr)\n"
         "os.write(1, b'lost'); os.write(2, b'lost'); file.write('kept'); sys.stdout.flush(); sys.exit(file.fileno())"
@@ -270,7 +270,7 @@ def test_closed_streams_get_no_other_files_number(tmp_path: Path) -> None:
 
 def test_a_reader_of_stderr_who_leaves_ends_nothing() -> None:
     code = (
-        "from disagg.streams import secure_streams\n"
+        "from disagg.front.streams import secure_streams\n"
         "import sys; secure_streams(); print('first', file=sys.stderr); sys.stdin.readline()\n"
         "print('x' * 100_000, file=sys.stderr, flush=True); print('last', file=sys.stderr); print('alive')"
     )

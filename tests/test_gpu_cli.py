@@ -4,13 +4,12 @@ Several ranks share the GPU; NCCL >= 2.30 allows that with NCCL_MULTI_RANK_GPU_E
 """
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.test_cli import Deployment, processes, read, run
+from tests.commands import run
+from tests.deployment import Deployment, read
 
 pytestmark = pytest.mark.gpu
 PROMPTS = "scripts/prompts.jsonl"
@@ -69,9 +68,7 @@ def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(tmp_path: Path) -
         deployment.start_job(role, 1, *flags)
     deployment.start_router()
     deployment.wait_for_answers(1, TIMEOUT_S)
-    for pid in processes(deployment.address, "--role decode"):
-        os.kill(pid, signal.SIGKILL)
-    deployment.jobs.pop("decode").communicate()
+    deployment.kill("decode")
     deployment.start_job("decode", 1, *flags)
     ended = deployment.finish(TIMEOUT_S)
     assert [code for code, *_ in ended.values()] == [0, 0, 0], ended

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from disagg.control import Submit, singly
+from disagg.control.messages import Submit, singly
 from disagg.engine import Engine, EngineConfig
+from disagg.loop import Pipeline
 from disagg.request import Request
 from disagg.unified import Unified
-from disagg.worker import Pipeline
 from kernels.backend import choose
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from scripts.shapes import randomize
+from scripts.bench.engine.random_weights import randomize
 from tests.test_gpu_model import V3_LIKE
 
 pytestmark = pytest.mark.gpu

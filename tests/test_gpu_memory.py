@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from disagg.control import Submit, singly
+from disagg.control.messages import Submit, singly
 from disagg.engine import Engine, EngineConfig
+from disagg.loop import Pipeline
 from disagg.memory import GIB
 from disagg.request import Request
 from disagg.unified import Unified
-from disagg.worker import Pipeline
 from parallel.mesh import Mesh
-from scripts.bench_engine import random_model
-from scripts.shapes import SHAPES
+from scripts.bench.engine.run import random_model
+from scripts.bench.lib.shapes import SHAPES
 
 pytestmark = pytest.mark.gpu
 BATCH, PROMPT, OUTPUT = 128, 256, 4

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from disagg.engine import Engine, EngineConfig
+from disagg.loop import Pipeline
 from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
-from disagg.worker import Pipeline
 from kernels.backend import Ops, choose
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
@@ -23,7 +23,7 @@ from model.weights import ExpertReader, load_weights
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.recorder import Recorder
-from scripts.quantize import quantize_tensors
+from scripts.tools.quantize import quantize_tensors
 from tests.test_cli import read, run
 from tests.test_gpu_engine import differences, requests, serve
 from tests.test_gpu_model import V3_LIKE

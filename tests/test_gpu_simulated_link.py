@@ -6,8 +6,8 @@ from statistics import median
 import pytest
 import torch
 
-from parallel.simulated_link import SimulatedLink, Transfer
-from scripts.one_rank import captured
+from scripts.bench.one_rank.rank import captured
+from scripts.bench.one_rank.simulated_link import SimulatedLink, Transfer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -32,7 +32,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("num_sms", [1, 20, 132])
 def test_sms_are_held_for_the_time(num_sms: int) -> None:
-    from kernels.hold import hold
+    from scripts.bench.one_rank.hold import hold
 
     hold(num_sms, 1e-3)
     assert 1e-3 <= seconds(lambda: hold(num_sms, 1e-3)) < 1.05e-3

@@ -24,15 +24,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from disagg.connect import Door, dial, link_key, listen
-from disagg.control import Member
-from disagg.credits import OF_A_LINK, Credits
-from disagg.handoff import Cancel, Closed, Join, Last, Open, Room, RoomEnded, RoomState, Sending, SendLast, SendPages
-from disagg.links import Link, ReceiveLink, SendLink
-from disagg.peers import Links
-from disagg.pipe import Pipe
+from disagg.control.messages import Member
+from disagg.handoff.connect import Door, dial, link_key, listen
+from disagg.handoff.credits import OF_A_LINK, Credits
+from disagg.handoff.link import Link, ReceiveLink, SendLink
+from disagg.handoff.links import Links
+from disagg.handoff.pipe import Pipe
+from disagg.handoff.protocol import (
+    Cancel,
+    Closed,
+    Join,
+    Last,
+    Open,
+    Room,
+    RoomEnded,
+    RoomState,
+    Sending,
+    SendLast,
+    SendPages,
+)
+from disagg.handoff.transports.torch_dist import Passage, TorchTransport
 from disagg.request import Request
-from disagg.transport.torch_dist import Passage, TorchTransport
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
 from tests.conftest import ROOT, eventually
@@ -239,7 +251,7 @@ class Gate:
 
 
 def limit_transfers(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
-    monkeypatch.setattr("disagg.credits.MOST_BYTES", pages * make_pool(0.0)[:, 0].nbytes)
+    monkeypatch.setattr("disagg.handoff.credits.MOST_BYTES", pages * make_pool(0.0)[:, 0].nbytes)
 
 
 @pytest.mark.parametrize("side", ("prefill", "decode"))
@@ -963,7 +975,7 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
 
 def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefill rank was frozen, or had too many links."""
-    monkeypatch.setattr("disagg.connect.KNOCK_AGAIN", timedelta(seconds=0.3))
+    monkeypatch.setattr("disagg.handoff.connect.KNOCK_AGAIN", timedelta(seconds=0.3))
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
     pool, events = make_pool(CANARY), queue.SimpleQueue()
@@ -983,7 +995,7 @@ def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_rank_can_have_as_many_links_as_it_takes() -> None:
     """Each has five sockets, and ZeroMQ's own limit is 1,023 of them. In a process of its own: it takes many files."""
     code = (
-        "from disagg.ports import new_socket, MOST_SOCKETS; from disagg.prefill import MOST_LINKS; import zmq\n"
+        "from disagg.control.ports import new_socket, MOST_SOCKETS; from disagg.prefill import MOST_LINKS; import zmq\n"
         "assert 5 * MOST_LINKS < MOST_SOCKETS; sockets = [new_socket(zmq.PAIR) for _ in range(5 * MOST_LINKS)]\n"
         "print(len(sockets), flush=True); import os; os._exit(0)"
     )

@@ -15,12 +15,12 @@ from jinja2 import Template
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
-from disagg import jsonl as module
-from disagg.jsonl import JsonLines
-from disagg.lines import Lines
-from disagg.output import Output
+from disagg.front import jsonl as module
+from disagg.front.jsonl import JsonLines
+from disagg.front.lines import Lines
+from disagg.front.output import Output
+from disagg.front.router import INTERRUPTED, Answer, refusal
 from disagg.request import PromptEncoder, UserRequest
-from disagg.router import INTERRUPTED, Answer, refusal
 from tests.conftest import eventually
 
 VOCAB_SIZE, LIMIT = 256, 64

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg import lines as module
-from disagg.lines import Lines
+from disagg.front import lines as module
+from disagg.front.lines import Lines
 from tests.conftest import eventually
 
 GOOD = '{"prompt": "x"}'

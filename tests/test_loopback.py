@@ -14,8 +14,8 @@ from kernels.fp8 import quantize_128x128
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, Masked
-from parallel.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
-from parallel.simulated_link import SimulatedLink, Transfer
+from scripts.bench.one_rank.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
+from scripts.bench.one_rank.simulated_link import SimulatedLink, Transfer
 
 CPU, D, K = torch.device("cpu"), 256, 8
 CONFIG = ModelConfig(

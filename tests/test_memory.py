@@ -35,9 +35,9 @@ from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
 from parallel.dispatch import most_copies
 from parallel.dispatchers import plain_dispatchers
-from parallel.loopback import Arrivals, LoopbackContiguous
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
+from scripts.bench.one_rank.loopback import Arrivals, LoopbackContiguous
 from tests.tracing import FakeGroup, Peak, allocating_ops
 
 V3 = ModelConfig(  # DeepSeek-V3's widths, of each kind of layer two

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg.output import Output
-from disagg.router import INTERRUPTED, Answer, refusal
+from disagg.front.output import Output
+from disagg.front.router import INTERRUPTED, Answer, refusal
 from tests.conftest import ROOT
 
 NOBODY = os.stat_result([0] * 10)  # an input that is no file here
@@ -151,7 +151,7 @@ def test_an_output_that_was_never_compared_with_its_input_stays_as_it_is(tmp_pat
 def test_an_output_that_another_process_writes_is_refused(flag: str | None, tmp_path: Path) -> None:
     path = tmp_path / "out"
     code = (
-        "import os, sys; from disagg.output import Output\n"
+        "import os, sys; from disagg.front.output import Output\n"
         f"output = Output({str(path)!r}, os.stat(os.devnull)); print('ready', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from scripts.measurements import load
+from scripts.bench.lib.measurements import load
 from tests.conftest import ROOT
 
 WORK = "--shape tiny --layers 2 --batch 1,3 --prompt 20 --output 4 --prefill-batch 2 --step-tokens 40 --repeat 1"
@@ -11,7 +11,7 @@ WORK = "--shape tiny --layers 2 --batch 1,3 --prompt 20 --output 4 --prefill-bat
 
 def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path) -> None:
     out = tmp_path / "records.json"
-    command = [sys.executable, "scripts/bench_engine.py", *WORK.split(), "--peer", "transformers", "--out", str(out)]
+    command = [sys.executable, "-m", "scripts.bench.engine", *WORK.split(), "--peer", "transformers", "--out", str(out)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stdout + run.stderr
     records = {record.name: record for record in load(out)}
@@ -22,6 +22,6 @@ def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path) -> None:
 
 
 def test_a_peer_that_fails_ends_the_benchmark() -> None:
-    command = [sys.executable, "scripts/bench_engine.py", *WORK.split(), "--peer", "--peer-python", "false"]
+    command = [sys.executable, "-m", "scripts.bench.engine", *WORK.split(), "--peer", "--peer-python", "false"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert run.returncode == 1 and "the peer failed (status 1)" in run.stderr

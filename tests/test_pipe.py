@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from disagg.control import encode
-from disagg.handoff import Cancel, Sending
-from disagg.pipe import DOUBT_S, Pipe
+from disagg.control.messages import encode
+from disagg.handoff.pipe import DOUBT_S, Pipe
+from disagg.handoff.protocol import Cancel, Sending
 from tests.conftest import eventually
 
 HOST = "127.0.0.1"

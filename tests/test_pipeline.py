@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from disagg.control import Abort, Submit, singly
+from disagg.control.messages import Abort, Submit, singly
 from disagg.engine import Engine, EngineConfig
-from disagg.graph import DecodeStep, resolve
+from disagg.loop import LEAVING, Pipeline
 from disagg.request import Request
+from disagg.steps import DecodeStep, resolve
 from disagg.unified import Unified
-from disagg.worker import LEAVING, Pipeline
 from kernels.backend import Ops
 from model.batch import Decodes, page_rows
 from model.config import ModelConfig

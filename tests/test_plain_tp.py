@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatchers import Dispatchers, plain_dispatchers
 from parallel.mesh import Group, Mesh
-from scripts.plain_tp import plain_tp, sliced_experts
+from scripts.bench.ranks.plain_tp import plain_tp, sliced_experts
 from tests.test_dispatch import routing
 from tests.worlds import run_world, sub_mesh
 

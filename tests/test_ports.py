@@ -12,9 +12,9 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg.control import Abort, Bye, Forget, Hello, Member, Ping, Tokens, ToRouter, ToWorker, Updates, encode
-from disagg.ports import POLLED_BYTES, RouterPort, WorkerPort
-from disagg.session import Header, Session
+from disagg.control.messages import Abort, Bye, Forget, Hello, Member, Ping, Tokens, ToRouter, ToWorker, Updates, encode
+from disagg.control.ports import POLLED_BYTES, RouterPort, WorkerPort
+from disagg.control.session import Header, Session
 from tests.conftest import eventually
 from tests.proxy import Proxy
 

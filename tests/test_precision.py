@@ -28,7 +28,7 @@ from model.weights import load_weights
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
-from scripts.quantize import quantize_folder
+from scripts.tools.quantize import quantize_folder
 from tests.worlds import run_world, sub_mesh
 
 WIDE = {  # every share is whole blocks of 128, with attention TP 2 too; kv_dim 192 is one and a half

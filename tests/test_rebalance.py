@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from disagg.control import Submit, singly
+from disagg.control.messages import Submit, singly
 from disagg.engine import Engine, EngineConfig
-from disagg.metrics import Metrics
+from disagg.front.metrics import Metrics
+from disagg.loop import Pipeline
 from disagg.rebalance import Rebalancer
 from disagg.request import Request
 from disagg.unified import Unified
-from disagg.worker import Pipeline
 from kernels.backend import Ops
 from model.config import ModelConfig
 from model.slots import IDENTITY, Slots
@@ -33,7 +33,7 @@ from model.weights import ExpertReader, load_weights
 from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
 from parallel.recorder import Recorder, load_recording
-from scripts.quantize import quantize_folder
+from scripts.tools.quantize import quantize_folder
 from tests.test_cli import read, run
 from tests.test_gpu_rebalance import check_what_arrives
 from tests.test_precision import fp8, load  # noqa: F401 - a fixture

@@ -1,11 +1,13 @@
 """The committed figures are complete, and their page is what the script renders from them."""
 
 import math
+import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 
-from scripts.measurements import KINDS, STORE, Record, load, merge, save
-from scripts.report import render
+from scripts.bench.lib.measurements import KINDS, STORE, Record, load, merge, save
+from scripts.bench.lib.report import render
 
 ENVIRONMENT = {"machine": "m", "versions": {"torch": "2"}, "command": "c", "commit": "abc", "date": "2026-01-01"}
 
@@ -51,9 +53,10 @@ def test_records_survive_the_file_and_newer_ones_win(tmp_path) -> None:
 
 
 def test_a_command_does_not_say_where_things_lie(monkeypatch) -> None:
-    words = "scripts/b.py --out /x/y.json --shape tiny --peer-python=/x/python --peer vllm"
+    words = "/x/b/__main__.py --out /x/y.json --shape tiny --peer-python=/x/python --peer vllm"
     monkeypatch.setattr("sys.argv", words.split())
-    assert Record("a", 1, "s").command == "python scripts/b.py --shape tiny --peer vllm"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("b.__main__", None))
+    assert Record("a", 1, "s").command == "python -m b --shape tiny --peer vllm"
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:

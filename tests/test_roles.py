@@ -7,11 +7,11 @@ import pytest
 import zmq
 
 from disagg import prefill as prefill_module
-from disagg.connect import Door
-from disagg.control import Abort, Back, Forget, Gone, Member, Submit, Update, Withdraw, encode
+from disagg.control.messages import Abort, Back, Forget, Gone, Member, Submit, Update, Withdraw, encode
 from disagg.decode import Decode
 from disagg.engine import Engine, EngineConfig
-from disagg.handoff import Cancel, Closed, Join, Knock, Open, RoomEnded
+from disagg.handoff.connect import Door
+from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded
 from disagg.prefill import Prefill
 from disagg.request import Request
 from kernels.backend import Ops

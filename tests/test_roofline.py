@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from model.config import ModelConfig
-from scripts.roofline import Ceilings, Part, Work, decode, prefill, total
-from scripts.shapes import SHAPES
+from scripts.bench.lib.roofline import Ceilings, Part, Work, decode, prefill, total
+from scripts.bench.lib.shapes import SHAPES
 
 H100 = Ceilings(798e12, 1400e12, 3.0e12)
 EASY = ModelConfig(

@@ -10,9 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from disagg import fleet, pulse
-from disagg import router as module
-from disagg.control import (
+from disagg.control import pulse
+from disagg.control.messages import (
     Abort,
     Back,
     Bye,
@@ -28,13 +27,15 @@ from disagg.control import (
     Updates,
     Withdraw,
 )
-from disagg.metrics import percentile
-from disagg.ports import RouterPort, WorkerPort
-from disagg.pulse import Beacon
+from disagg.control.ports import RouterPort, WorkerPort
+from disagg.control.pulse import Beacon
+from disagg.front import fleet
+from disagg.front import router as module
+from disagg.front.metrics import percentile
+from disagg.front.router import Answer, Router
+from disagg.front.source import Listed
+from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request, UserRequest
-from disagg.router import Answer, Router
-from disagg.source import Listed
-from disagg.tokenizer import load_tokenizer
 from tests.conftest import ROOT, eventually
 
 HOST = "127.0.0.1"

@@ -7,8 +7,8 @@ import torch
 
 from kernels.backend import Ops
 from model.moe import Gate
-from scripts.shapes import SHAPES
-from scripts.skew import MOST, fit, zipf
+from scripts.bench.lib.shapes import SHAPES
+from scripts.bench.ranks.skew import MOST, fit, zipf
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(32, 4), (256, 8)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from disagg.tokenizer import load_tokenizer
+from disagg.front.tokenizer import load_tokenizer
 from model.config import ModelConfig
 
 
@@ -53,6 +53,6 @@ def test_the_tokenizer_and_its_template(tiny: Path) -> None:
 
 def test_the_card_has_losses_and_samples(tiny: Path) -> None:
     card = (tiny / "README.md").read_text()
-    for word in ("King James", "WordNet", "Python", "public domain", "PSF", "scripts/train_tiny.py", "H100"):
+    for word in ("King James", "WordNet", "Python", "public domain", "PSF", "scripts/tools/train_tiny.py", "H100"):
         assert word in card
     json.loads((tiny / "training.json").read_text())

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from disagg import tokenizer as module
-from disagg.tokenizer import PromptEncoder, load_tokenizer
+from disagg.front import tokenizer as module
+from disagg.front.tokenizer import PromptEncoder, load_tokenizer
 from tests.test_text import TOKENIZER, byte_fallback, make_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}]

@@ -3,56 +3,14 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, eventually
+from tests.commands import TORCHRUN, descendants, finish, listed, processes, run, start
+from tests.conftest import eventually
 from tests.deployment import Deployment, answers_alone, read, timeless, write_lines
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-
-
-def start(*command: str) -> subprocess.Popen:
-    """A session of its own. So has each rank that torchrun starts: a signal to torchrun does not reach them."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for pid in [process.pid, *descendants(process.pid)]:  # its ranks too: they hold the pipes open
-            os.kill(pid, signal.SIGKILL)
-        out, err = process.communicate(timeout=10)
-        raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
-    return process.returncode, out, err
-
-
-def listed(columns: str) -> list[str]:
-    """A line for each process that runs."""
-    return subprocess.run(["ps", "-axwwo", columns], capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def processes(*words: str) -> list[int]:
-    """Everything running whose command line holds all these words."""
-    return [int(line.split()[0]) for line in listed("pid=,args=") if all(word in line for word in words)]
-
-
-def descendants(ancestor: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for line in listed("pid=,ppid="):
-        pid, parent = map(int, line.split())
-        children.setdefault(parent, []).append(pid)
-    found = [ancestor]
-    for pid in found:
-        found += children.get(pid, [])
-    return found[1:]
 
 
 def test_what_takes_too_long_is_ended_alone() -> None:
@@ -73,7 +31,7 @@ def test_what_takes_too_long_is_ended_alone() -> None:
 
 def test_prompt_prints_its_continuation(tiny: Path) -> None:
     flags = ("--model", str(tiny), "--prompt", "In the beginning", "--max-tokens", "12")
-    code, out, err = finish(start(sys.executable, "run.py", *flags))
+    code, out, err = run(*flags)
     assert code == 0 and len(out.strip()) > 10
     assert "1 length" in err and "TTFT" in err and "Traceback" not in err
 
@@ -81,7 +39,7 @@ def test_prompt_prints_its_continuation(tiny: Path) -> None:
 def test_torchrun_gives_the_same_answers(tiny: Path, tmp_path: Path) -> None:
     prompts, out = write_lines(tmp_path / "prompts.jsonl"), tmp_path / "out.jsonl"
     flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--attn-tp", "2")
-    code, _, err = finish(start(*TORCHRUN, "4", "--standalone", "run.py", *flags))
+    code, _, err = run(*flags, ranks=4)
     assert code == 0 and "Traceback" not in err, err
     assert "4 ranks in 2 attention replicas" in err
     assert timeless(read(out)) == timeless(answers_alone(tiny, prompts, tmp_path / "alone.jsonl"))
@@ -123,7 +81,7 @@ def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(tiny: Path, 
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
     flags = deployment.job_flags("prefill", "--max-tokens-per-step", "64")
-    killed = start(*TORCHRUN, "2", "--standalone", "run.py", *flags)
+    killed = start(*TORCHRUN, "2", "run.py", *flags)
     deployment.start_job("decode", 1)
     deployment.start_router()
     deployment.wait_for_answers(1)

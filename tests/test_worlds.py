@@ -10,14 +10,14 @@ from pathlib import Path
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
+from disagg.control.ports import RouterPort
 from disagg.engine import Engine, EngineConfig
+from disagg.front.router import Answer, Router
+from disagg.front.source import Listed
+from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
-from disagg.ports import RouterPort
+from disagg.loop import serve
 from disagg.request import Request, UserRequest
-from disagg.router import Answer, Router
-from disagg.source import Listed
-from disagg.tokenizer import load_tokenizer
-from disagg.worker import serve
 from kernels.backend import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig

@@ -55,7 +55,7 @@ class Town:
 
 @contextmanager
 def town(folder: Path, model: Path, **constants: Any) -> Iterator[Town]:
-    """constants: disagg__fleet__SILENT_S=2 sets that constant in every process."""
+    """constants: disagg__front__fleet__SILENT_S=2 sets that constant in every process."""
     place = Town(folder, model, {name.replace("__", "."): value for name, value in constants.items()})
     try:
         yield place

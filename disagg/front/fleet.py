@@ -1,0 +1,238 @@
+"""Fleet: the replicas that a router knows, whether they live, and whom of them requests may go to.
+
+A job's replicas come and go together, since none of them can end a step without the others. The job takes part once
+all have said Hello. It is given up when one of them leaves, or when a rank of it is frozen or stuck; the others hear
+that it is gone, and its requests are the router's again. A job that answers once more is taken back, in new sessions.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, ToWorker
+from disagg.control.ports import RouterPort
+from disagg.control.pulse import Pulses
+from model.kv_cache import PAGE
+
+SILENT_S = 10.0  # without a beat for so long, a rank counts as frozen
+STUCK_S = 60.0  # in one turn for so long, a rank counts as stuck
+PING_S = 1.0
+PAUSE_S = 3.0  # a router whose loop stood still for longer was itself stopped, and has missed what others said
+GRACE_S = 10.0  # how long it then believes that everybody lives
+FAREWELL_S = 15.0  # how long to wait for the replicas' last words
+LAST_BEAT_S = 3.0  # without a beat for so long, nobody waits for a replica's last words
+
+
+@dataclass(eq=False)
+class Replica:
+    """Some ranks that serve together, and what the router has given them."""
+
+    id: str
+    hello: Hello
+    requests: set[int] = field(default_factory=set)  # uids, where they decode
+    pages: int = 0  # of KV that these may come to hold
+    prompts: dict[int, int] = field(default_factory=dict)  # uid -> prompt tokens, of those without a first token yet
+
+    @property
+    def capacity(self) -> int:
+        return self.hello.kv_tokens // PAGE
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompts.values())
+
+
+class Fleet:
+    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0):
+        """`lost(replica, how)` hears of one that is given up, with its requests still on it. `expected`: replicas that
+        will surely come, and are waited for even if there is nothing to serve (those of the same process)."""
+        self.port, self.expected, self._lost = port, expected, lost
+        self.replicas: dict[str, Replica] = {}
+        self.stats: list[tuple[str, dict[str, float]]] = []  # (role, what it did) of those that said Bye
+        self._away: dict[str, tuple[Replica, int]] = {}  # given up, may come back; and the turn that it was in
+        self._broken: set[str] = set()  # jobs that have lost a replica
+        self._gone: set[str] = set()  # members that the others were told are gone
+        self._pulses = Pulses()
+        self._next_ping, self._checked_at, self._lenient_until = 0.0, time.monotonic(), 0.0
+        self.roles: set[str] = set()  # that there have been
+        self.leaving = False
+        self.changes = 0  # how often one came or went
+
+    def in_role(self, role: str) -> list[Replica]:
+        """Those of whole jobs."""
+        here = [replica for replica in self.replicas.values() if replica.hello.job not in self._broken]
+        jobs = [replica.hello.job for replica in here]
+        return [r for r in here if r.hello.role == role and jobs.count(r.hello.job) >= r.hello.replicas]
+
+    def able_to_serve(self) -> list[Replica]:
+        """Where a request can go: unified replicas, and decode ones as long as there is anybody to prefill."""
+        return self.in_role("unified") + (self.in_role("decode") if self.in_role("prefill") else [])
+
+    def tell(self, replicas: list[Replica], message: ToWorker) -> None:
+        for replica in replicas:
+            self.port.send(replica.id, message)
+
+    def hear(self, id: str, message: Hello | Beat | Bye) -> None:
+        match message:
+            case Beat():
+                self._pulses.beat(message)
+            case Hello():
+                self._welcome(Replica(id, message))
+            case Bye(stats):
+                replica = self.replicas.pop(id, None)
+                self.port.dismiss(id)
+                if replica is not None:
+                    self.stats.append((replica.hello.role, stats))
+                    self._broken.add(replica.hello.job)
+                    self._pulses.unwatch(replica.hello.members)
+                    self._give_up(replica, "was stopped")
+
+    def _welcome(self, new: Replica) -> None:
+        self.expected -= 1
+        if new.id in self.replicas:  # the session that it had was lost to it
+            self._lose(self.replicas[new.id], "it lost its session")
+        self.port.admit(new.id)
+        if wrong := self._objection(new):
+            error = f"refused: {wrong}"
+            _say(f"a {new.hello.role} replica was {error}")
+            self.port.send(new.id, Finish(error))
+            self.port.dismiss(new.id)
+            return
+        self.roles.add(new.hello.role)
+        self._pulses.watch(new.hello.members)
+        if new.hello.job in self._broken and not self.leaving:
+            self._away[new.id] = new, self._pulses.turn(new.hello.members[0])
+            return
+        self._take(new, "joined")
+
+    def _take(self, replica: Replica, how: str) -> None:
+        ids = [member.id for member in replica.hello.members]
+        if not self._gone.isdisjoint(ids):
+            self._gone -= set(ids)
+            self.tell(list(self.replicas.values()), Back(ids))
+        self.replicas[replica.id] = replica
+        if self._gone:  # it was not here when the others were told
+            self.tell([replica], Gone(sorted(self._gone)))
+        self.changes += 1
+        if replica.hello.role != "unified":
+            _say(f"a {replica.hello.role} replica {how}, ranks: {len(replica.hello.members)}")
+        if self.leaving:
+            self.port.send(replica.id, Finish())
+
+    def may_return(self, replica: Replica) -> bool:
+        """Is it lost, rather than stopped?"""
+        return replica.id in self._away
+
+    def _known(self) -> list[Replica]:
+        return [*self.replicas.values(), *(replica for replica, _ in self._away.values())]
+
+    def _objection(self, new: Replica) -> str:
+        """Why `new` cannot take part, if so. It must hand over what the others do; with nobody left, anything goes."""
+        others = [replica for replica in self._known() if replica.id != new.id]
+        ids = [member.id for member in new.hello.members]
+        if ids[0] != new.id or any(member.id in ids for replica in others for member in replica.hello.members):
+            return "its ranks are not its own"
+        if not others:
+            return ""
+        mine, theirs = new.hello.kv, others[0].hello.kv
+        wrong = [
+            f"{name} is {mine.get(name)}, the others have {theirs.get(name)}"
+            for name in theirs | mine
+            if mine.get(name) != theirs.get(name)
+        ]
+        return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
+
+    def check(self, listen: Callable[[], None]) -> None:
+        """To be called again and again: who has gone, who is frozen or stuck, who is back? `listen` reads what came."""
+        now = time.monotonic()
+        if now - self._checked_at > PAUSE_S:
+            self._pulses.forgive()
+            self._lenient_until = now + GRACE_S
+        self._checked_at = now
+        if now >= self._next_ping:
+            self._next_ping = now + PING_S
+            self._ping(listen)
+            self._feel()
+
+    def ping_soon(self) -> None:
+        """Something failed: has anybody died?"""
+        self._next_ping = 0.0
+
+    def _ping(self, listen: Callable[[], None]) -> None:
+        """Sending is how the router learns that a replica has died."""
+        for replica in self._known():
+            if self.port.ping(replica.id) or time.monotonic() < self._lenient_until:
+                continue
+            listen()  # what it said before it left is still to be read: its Bye, perhaps
+            if self.port.ping(replica.id):  # it has reconnected meanwhile
+                continue
+            if self.replicas.get(replica.id) is replica:
+                self._lose(replica, f"{_names(replica.hello.members[:1])} died or is frozen")
+            if self._away.pop(replica.id, None) is not None:
+                self._pulses.unwatch(replica.hello.members)
+                self.port.dismiss(replica.id)
+
+    def _feel(self) -> None:
+        """Give up whose ranks are frozen or stuck, and take back who answers again."""
+        for replica in list(self.replicas.values()):
+            if self.replicas.get(replica.id) is not replica:
+                continue  # it has gone with another one of its job
+            members = replica.hello.members
+            if silent := self._pulses.silent(members, SILENT_S):
+                self._lose(replica, f"nothing heard of {_names(silent)} for {SILENT_S:g} s")
+            elif stuck := self._pulses.stuck(members, STUCK_S):
+                self._lose(replica, f"{_names(stuck)} did not end a step in {STUCK_S:g} s")
+        for replica, then in list(self._away.values()):
+            members, turn = replica.hello.members, self._pulses.turn(replica.hello.members[0])
+            if then < 0:  # it has reconnected, and this may be its first beat
+                self._away[replica.id] = replica, turn
+            elif turn > then + 1 and not self._pulses.silent(members, 2 * PING_S):
+                self._return(replica)  # no rank comes so far without all others of its job
+
+    def _lose(self, lost: Replica, why: str) -> None:
+        """Give its whole job up; what still lives of it may come back."""
+        self._broken.add(lost.hello.job)
+        for replica in [r for r in self.replicas.values() if r.hello.job == lost.hello.job]:
+            del self.replicas[replica.id]
+            self.port.dismiss(replica.id)
+            self._away[replica.id] = Replica(replica.id, replica.hello), self._pulses.turn(replica.hello.members[0])
+            self._give_up(replica, f"is lost{'' if replica is lost else ' with its job'}: {why}")
+
+    def _give_up(self, replica: Replica, how: str) -> None:
+        self.changes += 1
+        if not self.leaving:
+            ids = [member.id for member in replica.hello.members]
+            self._gone |= set(ids)
+            self.tell(list(self.replicas.values()), Gone(ids))
+        self._lost(replica, how)
+
+    def _return(self, replica: Replica) -> None:
+        del self._away[replica.id]
+        self._broken.discard(replica.hello.job)
+        self._pulses.watch(replica.hello.members)
+        self.port.admit(replica.id)
+        self._take(replica, "is back")
+
+    def farewell(self, listen: Callable[[int], None]) -> None:
+        """Send everybody home. `listen(ms)` reads what came."""
+        self.leaving = True
+        self.tell(list(self.replicas.values()), Finish())
+        for replica, _ in self._away.values():
+            self.port.admit(replica.id)
+            self.port.send(replica.id, Finish())
+        deadline = time.monotonic() + FAREWELL_S
+        while time.monotonic() < deadline and (self.expected > 0 or self._expects_last_words()):
+            listen(50)
+            self.check(lambda: listen(0))
+
+    def _expects_last_words(self) -> bool:
+        return any(not self._pulses.silent(r.hello.members, LAST_BEAT_S) for r in self.replicas.values())
+
+
+def _names(members: list[Member]) -> str:
+    return " and ".join(f"rank {member.rank} on {member.host} (process {member.pid})" for member in members)
+
+
+def _say(text: str) -> None:
+    print(f"router: {text}", file=sys.stderr, flush=True)

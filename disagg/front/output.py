@@ -1,0 +1,106 @@
+"""Output: the file of the answers, a line each. What an earlier run wrote there is not lost by accident."""
+
+import fcntl
+import io
+import json
+import os
+import stat
+from collections import deque
+
+from disagg.front.router import INTERRUPTED, Answer
+
+
+class Output:
+    """Writes answers in the input's order, each as soon as those before it are there. What the file holds stays as it
+    is until the first answer is written: a run that cannot start changes nothing.
+
+    overwrite: the answers take the place of what is there.
+    resume: they go on behind the answers that are there. A last line that was not written to its end is cut off. So is
+    all from the first answer on that Ctrl-C interrupted: the order of the lines allows no gap. `kept` are the ids of
+    the answers that stay.
+    """
+
+    def __init__(self, path: str, source: os.stat_result, overwrite: bool = False, resume: bool = False):
+        """`source` is the input. ValueError if `path` cannot be written, or holds what must stay."""
+        self.path = path
+        self.kept: deque[str | int] = deque()
+        self._size = 0  # bytes of what stays
+        self._lines: dict[int, str] = {}  # by place among the answers, those that wait for one before them
+        self._written = 0
+        self._begun = False
+        try:
+            self._file = io.FileIO(path, "a+" if resume else "a")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        status = os.fstat(self._file.fileno())
+        self._regular = stat.S_ISREG(status.st_mode)
+        try:
+            if self._regular:
+                self._claim(source)
+            if resume:
+                self._read_answers()
+            elif self._regular and status.st_size and not overwrite:
+                raise self._refusal("it exists; --overwrite replaces it, --resume goes on behind its answers")
+        except ValueError:
+            self._file.close()  # and give up the claim
+            raise
+
+    def put(self, place: int, answer: Answer) -> None:
+        """ValueError if the disk refuses."""
+        self._lines[place] = json.dumps(answer.as_dict()) + "\n"
+        ready = []
+        while self._written in self._lines:
+            ready.append(self._lines.pop(self._written))
+            self._written += 1
+        if ready:
+            self._write("".join(ready).encode())
+
+    def close(self) -> None:
+        """The run is over."""
+        if not self.kept:  # else it ended before it was sure that these are answers to this input
+            self._write(b"")
+        self._file.close()
+
+    def _claim(self, source: os.stat_result) -> None:
+        if os.path.samestat(os.fstat(self._file.fileno()), source):
+            raise self._refusal("it is the --input file")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal("another process writes it") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _read_answers(self) -> None:
+        if not self._regular:
+            raise self._refusal("--resume needs a file that can be read again")
+        self._file.seek(0)
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    answer = json.loads(line)
+                    error, own_id = answer.get("error"), answer["id"]
+                except (ValueError, AttributeError, LookupError, RecursionError):
+                    raise self._refusal(f"line {number} is no answer, and --resume goes on behind answers") from None
+                if error == INTERRUPTED:
+                    break
+                self.kept.append(own_id)
+                self._size += len(line)
+
+    def _write(self, text: bytes) -> None:
+        try:
+            if self._regular and not self._begun:
+                self._file.truncate(self._size)
+            self._begun = True
+            while text:
+                text = text[self._file.write(text) :]
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> ValueError:
+        return self._refusal(f"cannot be written ({error.strerror})")
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(f"--output {self.path}: {why}")

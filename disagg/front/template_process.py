@@ -1,0 +1,89 @@
+"""The process that renders a chat template for `chat_template.py`: run, never imported. It knows only jinja.
+
+Its standard input and output are one socket. A line is a JSON object. The first one that comes is the template, each
+later one is what it is rendered with. Each is answered by a line: `{"text": ...}`, `{"error": ...}`, or `{"overrun":
+...}` if it took too much memory.
+
+The environment is the one of transformers' `apply_chat_template`, for which people write their templates.
+"""
+
+import contextlib
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST_MEMORY = 2**30  # bytes of this process
+MOST_TEXT = 2**25  # characters
+MOST_REASON = 500
+
+
+class Generation(Extension):
+    """{% generation %} marks what the assistant said, for training. Here its contents are text like any other."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def compile_template(source: str, words: dict[str, str]) -> Template:
+    """`words`: the names that are always there, the special tokens."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now, **words}
+    return environment.from_string(source)
+
+
+def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own is for HTML: it would escape < > & and quotes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def strftime_now(how: str) -> str:
+    return datetime.now().strftime(how)
+
+
+def refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def answer(asked: dict, template: Template | None) -> tuple[dict, Template]:
+    if template is None:
+        return {"text": ""}, compile_template(**asked)
+    text = template.render(asked)
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it makes {len(text):,} characters of them; at most {MOST_TEXT:,} are taken")
+    return {"text": text}, template
+
+
+def main() -> None:
+    most_seconds, template = float(sys.argv[1]), None
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    print("{}", flush=True)  # I am ready
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, most_seconds)  # ends this process, whatever it is in
+        try:
+            said, template = answer(json.loads(line), template)
+            said = json.dumps(said)
+        except MemoryError:
+            said = json.dumps({"overrun": f"it takes over {MOST_MEMORY:,} bytes of memory"})
+        except Exception as error:  # a template may raise anything about its input
+            said = json.dumps({"error": f"{error or type(error).__name__}"[:MOST_REASON]})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(said, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The work of run.py through another engine, with random weights of the same distribution.
+
+python peer.py vllm --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
+python peer.py transformers --model FOLDER --batch 1,4 --prompt 32 --output 8 --step-tokens 128
+
+FOLDER holds a config.json and no weights; `scripts.bench.engine --peer` writes one and runs this. Prints one line of
+JSON, the last: prefill and decode tokens per second by batch, null for what does not fit the memory. `auto` takes vLLM
+where it is installed. Prefill lasts until the last request's first token is on the host. Decode is the window in which
+all requests decode.
+
+It is a script, not a module of the project, and imports nothing of it. So the peer may live in another environment
+(--peer-python), and finds its own package `kernels` instead of ours. Environment variables reach the peer, for example
+VLLM_TUNED_CONFIG_FOLDER.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import time
+from statistics import median
+
+import torch
+from random_weights import randomize  # beside this file: what Python puts on the path of a script
+
+
+class VLLM:
+    """Its engine in this process; every batch of tokens is marked as it reaches the host."""
+
+    def __init__(self, folder: str, args: argparse.Namespace):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS"):
+            os.environ.setdefault(name, "1")
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        self.name = f"vLLM {vllm.__version__}"
+        self.args, self.uid = args, 0
+        self.sampling = {
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,  # as its offline entrance has it
+        }
+        self.make_params = vllm.SamplingParams
+        llm = vllm.LLM(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            seed=0,
+            enable_prefix_caching=False,
+            max_model_len=args.prompt + self.tokens(max(args.batch)),
+            max_num_seqs=max(*args.batch, args.prefill_batch),
+            max_num_batched_tokens=max(args.step_tokens, *args.batch, args.prefill_batch),
+            compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batch})},
+        )
+        llm.apply_model(randomize)  # its own dummy weights send every token to the same experts
+        self.engine = llm.llm_engine
+        self.vocab = self.engine.vllm_config.model_config.get_vocab_size()
+
+    def tokens(self, batch: int) -> int:
+        """That a request generates so that all decode together for the steps that were asked for."""
+        return self.args.output + -(-batch * self.args.prompt // self.args.step_tokens) + 3
+
+    def drive(self, batch: int, max_tokens: int) -> tuple[float, list[tuple[float, int, int]]]:
+        """Run `batch` requests to their end. When it began; a mark for each step that gave tokens: the time, how many
+        tokens, and how many requests had one by then."""
+        params = self.make_params(max_tokens=max_tokens, **self.sampling)
+        for _ in range(batch):
+            ids = [random.randrange(self.vocab) for _ in range(self.args.prompt)]
+            self.engine.add_request(str(self.uid), {"prompt_token_ids": ids}, params)
+            self.uid += 1
+        marks, seen, core = [], set(), self.engine.engine_core
+        fetch = type(core).get_output
+
+        def marked():
+            fetched = fetch(core)
+            gave = [one for one in fetched.outputs if one.new_token_ids]
+            seen.update(one.request_id for one in gave)
+            if gave:
+                marks.append((time.perf_counter(), sum(len(one.new_token_ids) for one in gave), len(seen)))
+            return fetched
+
+        core.get_output = marked
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        if getattr(core.engine_core, "batch_queue", None):
+            self.engine.step()  # scheduled ahead, with nothing in it
+        assert sum(tokens for _, tokens, _ in marks) == batch * max_tokens, "not every token was seen"
+        return start, marks
+
+    def prefill(self, batch: int) -> float:
+        start, marks = self.drive(batch, 1)
+        return batch * self.args.prompt / (marks[-1][0] - start)
+
+    def decode(self, batch: int) -> float:
+        _, marks = self.drive(batch, self.tokens(batch))
+        window = [now for now, tokens, seen in marks if tokens == seen == batch][1:]  # after the last prompt
+        return batch * (len(window) - 1) / (window[-1] - window[0])
+
+
+class Transformers:
+    """A generation loop over its model, with a cache of fixed size."""
+
+    def __init__(self, folder: str, args: argparse.Namespace):
+        import transformers
+
+        self.name = f"transformers {transformers.__version__}"
+        self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
+        self.make_cache = transformers.StaticCache
+        config = transformers.DeepseekV3Config.from_pretrained(folder)
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(self.device):
+            self.model = transformers.DeepseekV3ForCausalLM(config).eval()
+        randomize(self.model)
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @torch.inference_mode()
+    def step(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        """The next token of each row [B, 1]."""
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits.argmax(-1)
+
+    def fill(self, batch: int, room: int) -> tuple[torch.Tensor, object]:
+        """Prompts worked through, in steps of as many tokens as allowed. Their next tokens, and the cache."""
+        cache = self.make_cache(config=self.model.config, max_cache_len=self.args.prompt + room)
+        ids = torch.randint(self.model.config.vocab_size, (batch, self.args.prompt), device=self.device)
+        for part in ids.split(max(1, self.args.step_tokens // batch), dim=1):
+            tokens = self.step(part, cache)
+        return tokens, cache
+
+    def prefill(self, batch: int) -> float:
+        at_once, start = max(1, self.args.step_tokens // self.args.prompt), self.now()
+        for first in range(0, batch, at_once):
+            self.fill(min(at_once, batch - first), 0)
+        return batch * self.args.prompt / (self.now() - start)
+
+    def decode(self, batch: int) -> float:
+        tokens, cache = self.fill(batch, self.args.output + 1)
+        tokens = self.step(tokens, cache)
+        start = self.now()
+        for _ in range(self.args.output):
+            tokens = self.step(tokens, cache)
+        return batch * self.args.output / (self.now() - start)
+
+
+PEERS = {"vllm": VLLM, "transformers": Transformers}
+
+
+def rate(measure, batch: int, repeat: int) -> float | None:
+    """The median of some runs after one to warm up; None if the memory does not suffice."""
+    try:
+        return median([measure(batch) for _ in range(repeat + 1)][1:])
+    except torch.OutOfMemoryError:
+        return None
+
+
+def number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    return [number(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("peer", choices=["auto", *PEERS])
+    add("--model", required=True, metavar="FOLDER", help="where its config.json is")
+    add("--batch", type=numbers, default=[1, 32, 64, 128], help="decode batch sizes (1,32,64,128)")
+    add("--prompt", type=number, default=1024, help="tokens of each prompt (1024)")
+    add("--output", type=number, default=128, help="decode steps (128)")
+    add("--prefill-batch", type=number, default=64, help="(64)")
+    add("--step-tokens", type=number, default=16384, help="prompt tokens per step (16384)")
+    add("--repeat", type=number, default=3, help="(3)")
+    args = parser.parse_args()
+    kind = args.peer if args.peer != "auto" else "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    random.seed(0)
+    torch.manual_seed(0)
+    peer = PEERS[kind](args.model, args)
+    found = {
+        "peer": peer.name,
+        "prefill": {b: rate(peer.prefill, b, args.repeat) for b in (args.prefill_batch, 1)},
+        "decode": {b: rate(peer.decode, b, args.repeat) for b in args.batch},
+    }
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # a peer's teardown can take long
+
+
+if __name__ == "__main__":
+    main()

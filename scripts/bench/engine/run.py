@@ -1,0 +1,318 @@
+"""Offline throughput of the engine on a model of given shape with random weights: prefill, and decode by batch size.
+
+python -m scripts.bench.engine --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
+python -m scripts.bench.engine --peer                                        # beside vLLM, else transformers
+python -m scripts.bench.engine --peer vllm --peer-python "source peer/env.sh && python3"
+torchrun --nproc-per-node 2 -m scripts.bench.engine --shape v3 --layers 6 --batch 128 --prefill-batch 16 --overlap on
+
+On a GPU each figure stands beside the roofline of lib/roofline.py, which is modelled from the ceilings that this
+GPU shows in the same run; with --peer the same work goes through another engine first (peer.py), whose
+environment should not inherit ours: "unset PYTHONPATH LD_PRELOAD; source ..." in --peer-python sees to that.
+
+Under torchrun each rank has a batch of its own (sizes are for each), and they share the experts; rates are of all ranks
+together, beside as many rooflines, which count no communication. A shape in fp8 (v3) runs in fp8 where a checkpoint of
+it would.
+
+Times are the host's: prefill from the first step to the moment the last request's first token is known, decode over the
+steps in which all requests decode. Requests go through the scheduler and the step loop as in a job, without a router.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from disagg.control.messages import Submit
+from disagg.engine import Engine, EngineConfig, Step, Work
+from disagg.loop import Pipeline
+from disagg.request import Request
+from disagg.unified import Unified
+from kernels.backend import choose
+from model.config import ModelConfig
+from model.precision import decide
+from model.transformer import Transformer, op_shape
+from parallel.dispatchers import CHOICES
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from scripts.bench.engine.peer_config import write_config
+from scripts.bench.engine.random_weights import randomize
+from scripts.bench.lib import roofline
+from scripts.bench.lib.flags import new_file, positive, positives, refusals
+from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.shapes import SHAPES, check_size
+
+
+class Mark(NamedTuple):  # quick to make: it counts as the host's
+    """The moment at which a step's tokens were known to the host."""
+
+    now: float
+    waited: float  # seconds that the host stood still for them
+    launching: float  # seconds so far in which the host launched steps, or waited until it could
+    tokens: int
+    mixed: bool
+
+
+class Timed(Unified):
+    """The unified role, with a mark for each step."""
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine)
+        self.marks: list[Mark] = []
+        self.launching, self.run, engine.run = 0.0, engine.run, self.timed_run
+
+    def timed_run(self, work: Work) -> Step:
+        start = time.perf_counter()
+        step = self.run(work)
+        self.launching += time.perf_counter() - start
+        return step
+
+    def after(self, step: Step) -> int:
+        start = time.perf_counter()
+        if step.done is not None:
+            step.done.synchronize()
+        now = time.perf_counter()
+        self.marks.append(Mark(now, now - start, self.launching, len(step.work.sequences), step.work.mixed))
+        return super().after(step)
+
+
+class Bench:
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.role = Timed(engine)
+        self.pipeline = Pipeline(self.role, engine, engine.mesh)
+        self.uid = 0
+
+    def drive(self, batch: int, length: int, max_tokens: int) -> float:
+        """Run `batch` requests with prompts of `length` tokens to their end. When it began."""
+        vocab = self.engine.config.vocab_size
+        for _ in range(batch):
+            prompt = torch.randint(vocab, (length,)).tolist()
+            self.role.handle(Submit(Request(self.uid, prompt, max_tokens, ignore_eos=True), None))
+            self.uid += 1
+        self.role.marks.clear()
+        start = time.perf_counter()
+        while self.pipeline.turn():
+            self.role.updates.clear()
+        return start
+
+    def prefill(self, batch: int, length: int) -> float:
+        """Prompt tokens a second, of all replicas."""
+        start = self.drive(batch, length, 1)
+        return self.engine.mesh.num_replicas * batch * length / (self.role.marks[-1].now - start)
+
+    def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float, float]:
+        """While all requests decode: tokens a second of all replicas, and of a step the milliseconds that the host did
+        not wait for its tokens, and those of them in its launch."""
+        self.drive(batch, length, max_tokens)
+        all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
+        window = all_decode[1:]  # after the last prompt
+        seconds = window[-1].now - window[0].now
+        host = seconds - sum(mark.waited for mark in window[1:])
+        launching, steps = window[-1].launching - window[0].launching, len(window) - 1
+        return self.engine.mesh.num_replicas * batch * steps / seconds, 1e3 * host / steps, 1e3 * launching / steps
+
+    def experts_hit(self, batch: int) -> float:
+        """Distinct experts of a layer in a decode step, on average over some steps. Before graphs are captured."""
+        rows, found = self.engine.decode.bucket(batch), []
+        gates = [layer.mlp.gate for layer in self.engine.model.layers if layer.is_moe]
+        hooks = [gate.register_forward_hook(lambda _, __, chosen: found.append(chosen[0])) for gate in gates]
+        self.drive(batch, 4, 6)
+        for hook in hooks:
+            hook.remove()
+        counts = [ids[:batch].unique().numel() for ids in found if ids.shape[0] == rows]
+        return sum(counts) / max(1, len(counts))
+
+
+def random_model(
+    config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str], placement: Placement | None = None
+) -> Transformer:
+    """`placement`: of its experts, if not each in the slot of its number."""
+    ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device, backend)
+    fp8 = decide(config, mesh.attn.size, torch.bfloat16, mesh.device).fp8
+    if placement is None:
+        placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size, mesh.device)
+    model = Transformer(config, mesh, placement, ops, torch.bfloat16, max_model_len, fp8)
+    randomize(model)
+    return model
+
+
+def run_peer(args: argparse.Namespace, config: ModelConfig) -> dict:
+    """What peer.py prints of the same work, in a process of its own: its memory is free again afterwards."""
+    options = {"batch": ",".join(map(str, args.batch)), "prompt": args.prompt, "output": args.output}
+    options |= {"prefill-batch": args.prefill_batch, "step-tokens": args.step_tokens, "repeat": args.repeat}
+    words = [str(Path(__file__).with_name("peer.py")), args.peer, *(f"--{name}={v}" for name, v in options.items())]
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(config, folder)
+        command = f"{args.peer_python} {shlex.join(words)} --model={folder}"
+        run = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise SystemExit(f"{run.stdout[-4000:]}\nthe peer failed (status {run.returncode}): {shlex.join(words)}")
+    return json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
+
+
+class Report:
+    """The figures, printed as they are measured and kept as records, by the first of `ranks` ranks."""
+
+    def __init__(self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int):
+        self.shape, self.ceilings, self.peer, self.records = shape, ceilings, peer, []
+        self.ranks, self.rank = ranks, rank
+        if ceilings is not None:
+            self.add("bf16 GEMM 8192^3, a ceiling of the roofline", ceilings.bf16 / 1e12, "TFLOP/s")
+            if ceilings.fp8 is not None:
+                self.add("fp8 GEMM 8192^3, a ceiling of the roofline", ceilings.fp8 / 1e12, "TFLOP/s")
+            self.add("copy, a ceiling of the roofline", ceilings.bandwidth / 1e12, "TB/s")
+
+    def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
+        better, reference = "lower" if unit == "ms" else "higher", reference and round(reference, 3)
+        record = Record(f"{self.shape}, {name}", round(value, 3), unit, better, reference, source)
+        beside = f"= {record.ratio:.3f} of {reference:,.1f}, {source}" if reference else ""
+        self.say(f"{record.name:60} {value:12,.3f} {unit} {beside}".rstrip())
+        self.records.append(record)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Work) -> None:
+        """Tokens a second, beside the roofline and the peer's."""
+        if self.ceilings is None:
+            self.add(name, value, "tok/s")
+        else:
+            modelled = self.ranks * work.rate(self.ceilings)
+            self.add(name, value, "tok/s", modelled, "roofline, same run (modelled)")
+        theirs = self.peer and self.peer[phase][str(batch)]
+        if theirs:
+            peer = self.peer["peer"]
+            self.add(f"{name}, against {peer.split()[0]}", value, "tok/s", theirs, f"{peer}, same run")
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="moonlight")
+    add("--batch", type=positives, default=[1, 32, 64, 128], help="decode batch sizes (1,32,64,128)")
+    add("--prompt", type=positive, default=1024, help="tokens of each prompt (1024)")
+    add("--output", type=positive, default=128, help="decode steps (128)")
+    add("--prefill-batch", type=positive, default=64, help="(64)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens a step (16384)")
+    add("--repeat", type=positive, default=3, help="(3)")
+    add("--layers", type=positive, help="fewer layers than the shape has")
+    add("--peer", nargs="?", const="auto", choices=("auto", "vllm", "transformers"), help="the same work through it")
+    add("--peer-python", default=shlex.quote(sys.executable), metavar="CMD", help="its Python, as a shell command")
+    add("--backend", action="append", metavar="[OP=]LIB")
+    add("--no-graphs", action="store_true")
+    add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap, between ranks")
+    add("--dispatch", choices=CHOICES, default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    if (args.layers or 0) > config.num_hidden_layers:
+        parser.error(f"argument --layers: {args.shape} has {config.num_hidden_layers}, not {args.layers}")
+    longest = args.prompt + max(outputs(args).values())
+    if longest > config.max_position_embeddings:
+        parser.error(f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
+                     f"{config.max_position_embeddings}")  # fmt: skip
+    return parser, args
+
+
+def outputs(args: argparse.Namespace) -> dict[int, int]:
+    """`generated`, by decode batch."""
+    return {batch: generated(args, args.prompt, batch) for batch in args.batch}
+
+
+def generated(args: argparse.Namespace, prompt: int, batch: int) -> int:
+    """Tokens of a request: the first requests decode while the last prompts are computed; then all do, for as many
+    steps as were asked for."""
+    return args.output + -(-batch * prompt // args.step_tokens) + 3
+
+
+def measure(bench: Bench, report: Report, args: argparse.Namespace) -> None:
+    model = bench.engine.model
+    config, ranks = replace(model.config, fp8=model.fp8), bench.engine.mesh.size
+    bench.prefill(args.prefill_batch, args.prompt)
+    for batch in dict.fromkeys((args.prefill_batch, 1)):
+        rates = [bench.prefill(batch, args.prompt) for _ in range(args.repeat)]
+        work = roofline.prefill(config, min(batch * args.prompt, args.step_tokens), args.prompt, ranks)
+        report.rate("prefill", batch, f"prefill {batch} x {args.prompt}", median(rates), work)
+    for batch, tokens in outputs(args).items():
+        runs = [bench.decode(batch, args.prompt, tokens) for _ in range(args.repeat)]
+        rates, host, launching = zip(*runs, strict=True)
+        work = roofline.decode(config, batch, args.prompt + tokens / 2, ranks)
+        report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
+        report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
+        report.add(f"of that, in the step's launch, batch {batch}", median(launching), "ms")
+
+
+def named(args: argparse.Namespace, config: ModelConfig, ranks: int) -> str:
+    """What the figures' names begin with."""
+    if ranks == 1:
+        return args.shape
+    return f"{args.shape} with {config.num_hidden_layers} layers, EP{ranks}, overlap {args.overlap}"
+
+
+def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
+    """The first rank's GPU's, while the others wait; None on a CPU."""
+    mine = roofline.measure_ceilings() if mesh.device.type == "cuda" and mesh.rank == 0 else None
+    return mesh.ep.exchange(mine)[0]
+
+
+def run(args: argparse.Namespace, mesh: Mesh) -> None:
+    """ValueError for flags that cannot be."""
+    torch.manual_seed(mesh.rank)
+    check_size(args.shape, mesh.device)
+    if args.peer and mesh.size > 1:
+        raise ValueError(f"--peer: it runs beside one rank, not {mesh.size}")
+    config = SHAPES[args.shape]
+    if args.layers:
+        config = replace(config, num_hidden_layers=args.layers)
+    peer = run_peer(args, config) if args.peer else None
+    report = Report(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
+    most, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())
+    settings = EngineConfig(
+        max_batch=most,
+        max_tokens_per_step=max(args.step_tokens, most),
+        kv_tokens=most * (length + 64),
+        max_model_len=length,
+        dtype="bfloat16",
+        graphs=not args.no_graphs,
+        overlap=args.overlap,
+        dispatch=args.dispatch,
+    )
+    start = time.perf_counter()
+    model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"])
+    bench = Bench(Engine(settings, model, mesh, report.say))
+    report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
+    for batch in args.batch if config.num_moe_layers and mesh.size == 1 else ():
+        uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
+        print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
+    quiet = True if mesh.rank else None
+    bench.engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=quiet))
+    report.say(f"ready after {time.perf_counter() - start:.1f} s")
+
+    try:
+        measure(bench, report, args)
+    finally:
+        if args.out is not None and mesh.rank == 0:
+            save(report.records, args.out)
+    if mesh.device.type == "cuda":
+        report.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    bench.engine.close()
+
+
+def main() -> None:
+    parser, args = parse()
+    with refusals(parser):
+        mesh = Mesh.create(device=args.device)
+        run(args, mesh)
+        mesh.close()

@@ -1,0 +1,313 @@
+"""Both ends of the handoff's links in bare processes, without engines: parts wire, pages, steps.
+
+    rank r < N   the prefill end of pair r        rank N + r   the decode end
+
+Each rank has a GPU of its own where there are as many. The links are the jobs' own (`disagg/handoff/link.py`), with pages
+of DeepSeek-V3's KV; what is missing around them is the scheduler and the router. Times compare clocks of two processes of
+one machine (time.perf_counter, which they share).
+"""
+
+import math
+import os
+import queue
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from disagg.control.messages import Member
+from disagg.handoff.connect import Door, dial, link_key, listen
+from disagg.handoff.credits import Credits
+from disagg.handoff.link import Link, ReceiveLink, SendLink
+from disagg.handoff.transports.torch_dist import TIMEOUT
+from kernels.backend import Ops, choose
+from model.kv_cache import make_pool, pages_for
+from model.transformer import op_shape
+from parallel.mesh import Group, pick_device
+from scripts.bench.handoff.traffic import AHEAD, Sink, Source
+from scripts.bench.lib.shapes import SHAPES
+from scripts.bench.one_rank.rank import Rank
+
+HOST = "127.0.0.1"
+COPIES = 8  # of the large tensor, in one measurement
+WARM = 2 * AHEAD  # prompts before a measurement: the first transfers allocate their buffers
+STREAM = 10  # prompts one after the other for each --repeat: a few alone would be over in 10 ms
+
+
+def run_ends(args: Namespace, parts: list[str], limit_s: float, tell: Callable[[str, Any], None]) -> None:
+    """`tell(part, what was found)` as each part ends. RuntimeError if all take too long; or what a rank raised."""
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    found = mp.get_context("spawn").SimpleQueue()
+    ranks = mp.spawn(_rank, (args, parts, store.port, found), nprocs=2 * args.pairs, join=False)
+    deadline = time.monotonic() + limit_s
+    try:
+        while not ranks.join(timeout=0.5):
+            while not found.empty():
+                tell(*found.get())
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the links' ranks were still busy after {limit_s:.0f} s")
+    finally:
+        for process in ranks.processes:
+            process.kill()
+        while not found.empty():
+            tell(*found.get())
+
+
+def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -> None:
+    device = pick_device(args.device, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    size = 2 * args.pairs
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.TCPStore(HOST, port, is_master=False), rank=rank, world_size=size, timeout=2 * TIMEOUT,
+    )  # fmt: skip
+    end = End(args, rank, Group(size, rank, dist.group.WORLD), device)
+
+    def tell(part: str, value: Any) -> None:
+        if rank == 0:
+            found.put((part, value))
+
+    if "wire" in parts:
+        tell("wire", (copy_bandwidth(args) if rank == 0 else None, wire_bandwidth(end)))
+    if "steps" in parts:
+        with torch.inference_mode():
+            step = make_step(end)  # before there are links, whose threads might disturb a capture
+    if "pages" in parts or "steps" in parts:
+        end.connect()
+    for tokens in args.prompts if "pages" in parts else ():
+        tell("pages", (tokens, pages_bandwidth(end, tokens)))
+    if "steps" in parts:
+        tell("steps", steps_beside_transfers(end, step))
+    end.meet()
+    os._exit(0)  # without unwinding: a link's thread may still wait for its peer's
+
+
+@dataclass
+class End:
+    """One rank's own: its link, and the pool that this copies from or to."""
+
+    args: Namespace
+    rank: int
+    world: Group
+    device: torch.device
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    @property
+    def sends(self) -> bool:
+        return self.rank < self.args.pairs
+
+    @property
+    def peer(self) -> int:
+        return (self.rank + self.args.pairs) % self.world.size
+
+    def meet(self) -> None:
+        """All ranks wait for one another, and for their GPUs."""
+        self.sync()
+        self.world.exchange(None)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def connect(self) -> None:
+        config = replace(SHAPES["v3"], num_hidden_layers=self.args.kv_layers)
+        ops, _ = choose(op_shape(config), torch.bfloat16, self.device)
+        pages = 1 + AHEAD * pages_for(max(self.args.prompts))
+        self.pool = make_pool(config, pages, torch.bfloat16, self.device)
+        self.page_bytes = self.pool[:, 0].nbytes
+        door = Door(HOST)  # the decode ends' stays shut
+        me = Member(f"rank{self.rank}", HOST, door.port, door.store.port)
+        members = self.world.exchange(me)
+        self.link = self._link(me, members[self.peer], door, ops)
+        self.worker = Source(self.link, self.events) if self.sends else Sink(self.link, self.events, me)
+        self.meet()  # the sources' pools are full
+
+    def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
+        mine = self.pool, self.events, Credits()
+        if self.sends:
+            (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
+            connect = listen(door.store, HOST, self.device)
+            return SendLink(link_key(me, knock.decode), connect, *mine, pack_pages=ops.pack_pages)
+        connect = dial(peer, me, self.device)
+        return ReceiveLink(link_key(peer, me), connect, *mine, unpack_pages=ops.unpack_pages)
+
+
+# ---- the wire
+
+
+def copy_bandwidth(args: Namespace) -> list[float]:
+    """Bytes/s of plain copies from each prefill GPU to its decode GPU, all in this process, all at once."""
+    devices = [pick_device(args.device, rank) for rank in range(2 * args.pairs)]
+    buffers = [torch.zeros(args.wire_bytes, dtype=torch.uint8, device=device) for device in devices]
+    pairs = list(zip(buffers[: args.pairs], buffers[args.pairs :], strict=True))
+
+    def sync() -> None:
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    rates = []
+    for _ in range(args.repeat + 1):
+        sync()
+        start = time.perf_counter()
+        for _ in range(COPIES):
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        sync()
+        rates.append(COPIES * args.pairs * args.wire_bytes / (time.perf_counter() - start))
+    return rates[1:]
+
+
+def wire_bandwidth(end: End) -> list[float]:
+    """Bytes/s of one large tensor sent from process to process by torch.distributed, all pairs at once."""
+    x = torch.zeros(end.args.wire_bytes, dtype=torch.uint8, device=end.device)
+    seconds = []
+    for _ in range(end.args.repeat + 1):
+        end.meet()
+        start = time.perf_counter()
+        for _ in range(COPIES):
+            if end.sends:
+                dist.send(x, end.peer)
+            else:
+                dist.recv(x, end.peer)
+        end.sync()
+        seconds.append(time.perf_counter() - start)
+    slowest = [max(ranks) for ranks in zip(*end.world.exchange(seconds), strict=True)]
+    return [COPIES * end.args.pairs * end.args.wire_bytes / one for one in slowest[1:]]
+
+
+# ---- the handoff's own path
+
+
+def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
+    """Prompts of so many tokens: seconds of one alone, bytes/s of one after the other, and of receiving by itself."""
+    repeat, mine = end.args.repeat, {}
+    end.meet()
+    if not end.sends:
+        end.worker.take(tokens, 1, lambda rooms: rooms >= WARM)
+        alone = end.worker.take(tokens, 1, lambda rooms: rooms >= repeat)
+        moved, seconds = end.link.bytes_moved, end.link.seconds_moving
+        end.meet()
+        stream = end.worker.take(tokens, AHEAD, lambda rooms: rooms >= WARM + STREAM * repeat)[WARM - 1 :]
+        full_at = end.worker.full_at
+        bytes_each = pages_for(tokens) * end.page_bytes
+        mine = {
+            "alone": {uid: full_at[uid] for uid in alone},
+            "stream": bytes_each * (len(stream) - 1) / (full_at[stream[-1]] - full_at[stream[0]]),
+            "receiving": (end.link.bytes_moved - moved) / (end.link.seconds_moving - seconds),
+        }
+        end.worker.check()
+    else:
+        end.meet()
+    end.meet()
+    shared = end.world.exchange((mine, end.worker.put_at if end.sends else {}))
+    n = end.args.pairs
+    pairs = [(shared[n + i][0], shared[i][1]) for i in range(n)]
+    return {
+        "alone": median(full - put_at[uid] for got, put_at in pairs for uid, full in got["alone"].items()),
+        "stream": sum(got["stream"] for got, _ in pairs),
+        "receiving": sum(got["receiving"] for got, _ in pairs),
+        "bytes": pages_for(tokens) * end.page_bytes,
+    }
+
+
+# ---- steps beside transfers
+
+
+def make_step(end: End) -> Callable[[], object]:
+    """This rank's prefill step, or its captured decode step."""
+    args = end.args
+    how = Namespace(ep=args.ep, redundant=0, skew=1.0, backend=None)
+    config = replace(SHAPES[args.shape], num_hidden_layers=args.layers)
+    sequences = args.tokens // args.kv if end.sends else args.batch
+    rank = Rank(how, config, end.device, args.kv, sequences * pages_for(args.kv))
+    return (rank.prefill(args.tokens, args.kv) if end.sends else rank.decode(args.batch, args.kv)).run
+
+
+def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, float]:
+    """Mean milliseconds of a prefill step and of a captured decode step, the worst of the pairs: "idle"; "paced", while
+    the prompts of each prefill step are handed over when it ends; "flooded", while prompts are, one after the other.
+    And the transfers' bytes/s meanwhile. A prompt has args.kv tokens."""
+    with torch.inference_mode():
+        if not end.sends:
+            end.worker.take(end.args.kv, AHEAD, lambda rooms: rooms >= WARM)
+        mean_ms(end, step, 2)
+        idle = end.world.exchange(mean_ms(end, step, end.args.repeat))
+        n = end.args.pairs
+        prefill, decode = max(idle[:n]), max(idle[n:])
+        repeat = end.args.repeat if end.sends else math.ceil(end.args.repeat * prefill / decode)  # as long as the other
+        idle = mean_ms(end, step, repeat)
+        paced, paced_rate = with_transfers(end, step, repeat, True)
+        flooded, flooded_rate = with_transfers(end, step, repeat, False)
+    rows = end.world.exchange((idle, paced, flooded, paced_rate, flooded_rate))
+    found = {"paced GB/s": sum(row[3] for row in rows) / 1e9, "flooded GB/s": sum(row[4] for row in rows) / 1e9}
+    for phase, of_phase in (("prefill", rows[:n]), ("decode", rows[n:])):
+        for i, name in enumerate(("idle", "paced", "flooded")):
+            found[f"{phase} {name}"] = max(row[i] for row in of_phase)
+    return found
+
+
+def mean_ms(
+    end: End, step: Callable[[], object], count: int, after: Callable[[Any], None] = lambda event: None
+) -> float:
+    """Of steps one after the other, from a moment that all ranks share; `after` gets an event of each (None on a CPU)
+    when it has been launched. As in the step loop one is launched while another runs, no more: what a link starts must
+    not wait behind a queue of steps."""
+    on_gpu = end.device.type == "cuda"
+    end.meet()
+    start, before = time.perf_counter(), None
+    for _ in range(count):
+        step()
+        launched = torch.cuda.current_stream().record_event() if on_gpu else None
+        after(launched)
+        if before is not None:
+            before.synchronize()
+        before = launched
+    end.sync()
+    return 1e3 * (time.perf_counter() - start) / count
+
+
+def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool) -> tuple[float, float]:
+    """`mean_ms` with transfers all the while, and their bytes/s, counted where they arrive."""
+    args, stop = end.args, threading.Event()
+    if end.sends:
+        source = end.worker
+        source.paced = paced
+
+        def computed(event: Any) -> None:
+            """The prompts of a step may go when it is through."""
+            for _ in range(args.tokens // args.kv if paced else 0):
+                source.computed.put(event)
+
+        end.meet()
+        took = mean_ms(end, step, count, computed)
+        end.world.exchange(None)  # until the slower of the two has done its steps
+        end.meet()  # no more are asked for than are under way
+        source.paced = False
+        for _ in range(AHEAD):
+            source.computed.put(None)
+        end.meet()
+        while not source.computed.empty():
+            source.computed.get()
+        return took, 0.0
+    end.meet()
+    taking = ThreadPoolExecutor(1).submit(end.worker.take, args.kv, AHEAD, lambda _: stop.is_set())
+    before, start = end.link.bytes_moved, time.perf_counter()
+    took = mean_ms(end, step, count)
+    rate = (end.link.bytes_moved - before) / (time.perf_counter() - start)
+    end.world.exchange(None)
+    stop.set()
+    end.meet()
+    taking.result()
+    end.worker.check()
+    end.meet()
+    return took, rate

@@ -1,0 +1,5 @@
+"""python -m scripts.bench.kernels"""
+
+from scripts.bench.kernels.run import main
+
+main()

@@ -1,0 +1,221 @@
+"""One rank of a large deployment on one GPU, for benchmarks: its model with random weights, what arrives at it
+(SIMULATED, `loopback.py`), and the steps that it takes, whole or as two micro-batches that overlap.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disagg.steps import DecodeStep
+from kernels.backend import Ops, choose
+from model.batch import Batch, Chunk, Decodes, split
+from model.config import ModelConfig
+from model.kv_cache import make_pool, pages_for
+from model.transformer import Transformer, op_shape
+from parallel.mesh import Mesh, pick_device
+from parallel.placement import Placement
+from scripts.bench.engine.random_weights import randomize
+from scripts.bench.lib.flags import natural, new_file, positive
+from scripts.bench.lib.shapes import SHAPES, check_size
+from scripts.bench.one_rank.loopback import Arrivals, Arriving, LoopbackContiguous, LoopbackMasked, share_of_tokens
+from scripts.bench.one_rank.simulated_link import SimulatedLink
+
+
+def add_flags(add: Callable[..., object], ep: int, redundant: int = 32) -> None:
+    """Those of every benchmark of a rank."""
+    add("--ep", type=positive, default=ep, help=f"ranks of the deployment ({ep})")
+    add("--redundant", type=natural, default=redundant, help=f"slots beyond the experts ({redundant})")
+    add("--skew", type=float, default=1.0, help="the fullest expert's rows over the mean (1)")
+    add("--shape", choices=SHAPES, default="v3")
+    add("--layers", type=int, help="fewer layers than the shape has")
+    add("--backend", action="append", metavar="[OP=]LIB")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def add_measuring_flags(add: Callable[..., object]) -> None:
+    add("--repeat", type=positive, default=20, help="steps that a median is of (20)")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+
+
+def check_flags(args: argparse.Namespace, **other: int) -> tuple[ModelConfig, torch.device]:
+    """The shape that the flags of `add_flags` name, with `other` fields, and where. ValueError for what cannot be."""
+    config = replace(SHAPES[args.shape], **other)
+    if not 1 <= args.skew <= 2:
+        raise ValueError(f"--skew {args.skew:g}: it must be in [1, 2]")
+    slots = config.n_routed_experts + args.redundant
+    if slots % args.ep:
+        raise ValueError(
+            f"--ep {args.ep}, --redundant {args.redundant}: (experts + redundant) % ep must be 0, "
+            f"not {slots} % {args.ep} = {slots % args.ep}"
+        )
+    if config.num_experts_per_tok * args.skew > slots:
+        raise ValueError(
+            f"--skew {args.skew:g}: skew * experts a token <= experts + redundant must hold, "
+            f"not {args.skew:g} * {config.num_experts_per_tok} <= {slots}"
+        )
+    least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
+    if args.layers is not None and not least <= args.layers <= most:
+        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
+    device = pick_device(args.device)
+    check_size(args.shape, device)
+    return replace(config, num_hidden_layers=args.layers or most), device
+
+
+def check_decode(config: ModelConfig, batches: Sequence[int], kv: int, halves: bool = False) -> None:
+    """ValueError for sizes that cannot be; `halves`: steps are cut in two micro-batches."""
+    _check_length(config, "kv", kv)
+    for batch in batches:
+        if halves and batch % 2:
+            raise ValueError(f"--batch {batch}: batch % 2 must be 0, not {batch} % 2 = 1: it is cut in halves")
+
+
+def check_prefill(config: ModelConfig, tokens: Sequence[int], prompt: int, halves: bool = False) -> None:
+    """As `check_decode`; a prompt that lies across the cut is cut, too."""
+    _check_length(config, "prompt", prompt)
+    for count in tokens:
+        if halves and count < 2:
+            raise ValueError(f"--tokens {count}: it must be at least 2: it is cut in halves")
+        if count % prompt:
+            raise ValueError(f"--tokens {count}: tokens % prompt must be 0, not {count} % {prompt} = {count % prompt}")
+
+
+def _check_length(config: ModelConfig, name: str, tokens: int) -> None:
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"--{name} {tokens}: the shape's longest sequence is {config.max_position_embeddings}")
+
+
+@dataclass(frozen=True)
+class Step:
+    run: Callable[[], object]  # of decode on a GPU: a CUDA graph's replay
+    eager: Callable[[], object]
+    close: Callable[[], None] = lambda: None  # let go of the graph
+
+
+class Rank:
+    """The model, with a KV pool of `pages` pages and the null page. ValueError for what does not fit together."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: ModelConfig,
+        device: torch.device,
+        length: int,
+        pages: int,
+        of_ops: Callable[[Ops], Ops] = lambda ops: ops,
+    ):
+        """`args`: the flags of `add_flags`; `length`: of the longest sequence; `of_ops`: what to make of the ops."""
+        self.config, self.device, self.ep, self.skew = config, device, args.ep, args.skew
+        self.dtype = torch.bfloat16
+        self.slots = config.n_routed_experts + args.redundant
+        table = torch.arange(self.slots, device=device) % config.n_routed_experts
+        first, layers = torch.arange(config.n_routed_experts, device=device), config.num_moe_layers
+        placement = Placement(first.repeat(layers, 1), table.repeat(layers, 1), args.ep)
+        ops, self.choices = choose(op_shape(config), self.dtype, device, args.backend or ())
+        self.ops = of_ops(ops)
+        self.mesh = Mesh(device=device)
+        self.model = Transformer(config, self.mesh, placement, self.ops, self.dtype, length + 1, config.fp8)
+        randomize(self.model)
+        self.pool = make_pool(config, pages + 1, self.dtype, device)
+        for layer in self.pool:
+            layer.normal_()
+
+    @property
+    def local(self) -> int:
+        """Slots on this rank."""
+        return self.slots // self.ep
+
+    def even(self, tokens: int) -> tuple[Arrivals]:
+        """Uniform routing, skewed as the flag says: the same in every layer."""
+        c = self.config
+        hit = share_of_tokens(c.n_routed_experts, self.ep, c.num_experts_per_tok, c.n_group, c.topk_group)
+        return (Arrivals.even(tokens, self.ep, c.num_experts_per_tok, self.slots, self.skew, hit),)
+
+    def decode(
+        self,
+        batch: int,
+        kv: int,
+        link: SimulatedLink | None = None,
+        overlap: bool = False,
+        arriving: Arriving | None = None,
+    ) -> Step:
+        """A token of each of `batch` sequences, which attend `kv` tokens. Overlapping: as the engine's steps do, in
+        halves of the rows, so `batch` must be even."""
+        config, each = self.config, pages_for(kv)
+        masked = LoopbackMasked(
+            arriving or self.even, batch, self.ep * batch, config.hidden_size, self.ops, self.device, config.fp8,
+            self.dtype, link,
+        )  # fmt: skip
+        tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+
+        def forward(rows: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
+            return self.model(rows, self.pool, masked, halves)
+
+        eager, captured = (DecodeStep(forward, tokens, [batch], each, lambda rows: overlap) for _ in range(2))
+        pages = [range(1 + i * each, 1 + (i + 1) * each) for i in range(batch)]
+        decodes = Decodes(np.arange(batch), np.full(batch, kv - 1), pages)
+        eager.run(decodes, batch)
+        if self.device.type != "cuda":
+            return Step(lambda: eager.run(decodes, batch), lambda: eager.run(decodes, batch))
+        captured.run(decodes, batch)
+        captured.capture(list)
+        torch.cuda.empty_cache()  # of the eager steps: the graph has its own, and little is left
+        return Step(lambda: captured.run(decodes, batch), lambda: eager.run(decodes, batch), captured.reset)
+
+    def prefill(
+        self,
+        tokens: int,
+        prompt: int,
+        link: SimulatedLink | None = None,
+        overlap: bool = False,
+        arriving: Arriving | None = None,
+    ) -> Step:
+        """`tokens` of prompts of `prompt` tokens; overlapping, cut where the engine cuts."""
+        config, each = self.config, pages_for(prompt)
+        like = torch.zeros(1, config.hidden_size, dtype=self.dtype, device=self.device)
+        contiguous = LoopbackContiguous(
+            arriving or self.even, tokens, config.hidden_size, config.num_experts_per_tok, self.ops,
+            self.ops.quantize_1x128(like) if config.fp8 else like, link,
+        )  # fmt: skip
+        ids = [i * 7919 % config.vocab_size for i in range(prompt)]
+        prompts = [Chunk(ids, 0, range(1 + i * each, 1 + (i + 1) * each)) for i in range(tokens // prompt)]
+        batch = Batch.build([], prompts, self.device)
+        halves = tuple(Batch.build(*part, self.device) for part in split([], prompts)) if overlap else None
+        run = lambda: self.model(batch, self.pool, contiguous, halves)  # noqa: E731
+        run()
+        return Step(run, run)
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def times(runs: dict[str, Callable[[], object]], device: torch.device, repeat: int) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns, so that a GPU's changing clocks touch all alike."""
+    taken: dict[str, list] = {name: [] for name in runs}
+    for _ in range(repeat + 1):
+        for name, run in runs.items():
+            if device.type == "cuda":
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                marks[0].record()
+                run()
+                marks[1].record()
+            else:
+                marks = [time.perf_counter()]
+                run()
+                marks.append(time.perf_counter())
+            taken[name].append(marks)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return {name: median(a.elapsed_time(b) for a, b in pairs[1:]) for name, pairs in taken.items()}
+    return {name: 1e3 * median(b - a for a, b in pairs[1:]) for name, pairs in taken.items()}

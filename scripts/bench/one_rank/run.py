@@ -1,0 +1,364 @@
+"""One rank of a large deployment on one GPU: its own work in a step, with SIMULATED arrivals from the other ranks.
+
+python -m scripts.bench.one_rank decode --ep 72 --batch 256 --kv 2048
+python -m scripts.bench.one_rank prefill --ep 32 --tokens 16384 --prompt 4096 --trace step.json --chart parts.png
+
+All layers with weights of their own (random), the engine's decode step in a CUDA graph, the experts' rows as many as
+the whole deployment would send (`loopback.py`). No communication is timed: rates are of computation alone.
+The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps, and
+what a GPU's clock loses under steady load. What a kernel does in its own pass counts with it (the cast of what is
+attended, for o_proj), though the floors have it among what is elementwise.
+
+What a cluster of such ranks would do is MODELLED at the end, from the measured steps, whole and as two micro-batches,
+and the communication of deepep_times.py:
+
+    plain        the step + all transfers
+    overlapped   dense layers and head + the longer of (MoE layers of two halves, flights of all transfers)
+                 + the time that send and receive kernels hold the SMs
+
+In prefill the halves' MoE layers are taken to slow down as the SMs that the transfers hold. With SGLang's published
+kernel times this comes to about 6 % more than SGLang measured without overlap, 15 to 20 % more with it: no imbalance
+and no waiting for the slowest rank are in it.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from disagg.memory import GIB, page_bytes, weight_bytes
+from kernels.backend import Ops
+from model.config import ModelConfig
+from model.kv_cache import pages_for
+from model.transformer import Transformer
+from parallel.deepep import NUM_SMS
+from scripts.bench.lib import roofline
+from scripts.bench.lib.charts import figure, save_bars
+from scripts.bench.lib.flags import new_file, new_png, positive, refusals
+from scripts.bench.lib.measurements import Record, save
+from scripts.bench.one_rank import deepep_times
+from scripts.bench.one_rank.kernel_ranges import export, launched_in, mark_ranges
+from scripts.bench.one_rank.rank import (
+    Rank,
+    add_flags,
+    add_measuring_flags,
+    check_decode,
+    check_flags,
+    check_prefill,
+    times,
+)
+from scripts.bench.one_rank.simulated_link import Transfer
+
+# ms a MoE layer without communication: SGLang's kernels on H100, read off the figures of its report of 2025-05-05. Its
+# decode figure has 0.235 for the experts, under the imbalance that it met (about 1.3); 0.181 is DeepGEMM's published
+# speed on balanced rows.
+ANCHORS = {
+    "decode": {"MLA core": 0.282, "routed experts": 0.235, "projections and shared expert": 0.182, "other": 0.122},
+    "prefill": {"MLA core": 4.53, "routed experts": 9.70, "projections and shared expert": 5.91, "other": 5.63},
+}
+BALANCED_EXPERTS = 0.181
+COARSE = {  # the anchors' parts; all else is "other"
+    "MLA core": "MLA core", "routed experts": "routed experts", "MLA projections": "projections and shared expert",
+    "shared experts": "projections and shared expert", "router": "projections and shared expert",
+}  # fmt: skip
+PAPER = {  # tok/s a node of 8 GPUs: SGLang's report, with overlap
+    "decode": ("EP72, batch 256, KV 2,000", 22_282), "prefill": ("EP32, 16,384 tokens, prompts of 4,096", 50_302),
+}  # fmt: skip
+ELEMENTWISE = (
+    "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "norm_rope_write",
+    "silu_mul", "silu_mul_masked", "quantize_1x128", "silu_mul_quant", "silu_mul_quant_masked",
+)  # fmt: skip
+OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")
+OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP permute")
+OF_OP |= dict.fromkeys(("mla_decode", "prefill_attention"), "MLA core")
+OF_KERNEL = {"_rope_kernel": "elementwise"}  # whatever op launches it: absorb_query does, beside its product
+
+
+MARK = "rank/"  # before the names of our ranges in a profile
+
+
+class Ranges:
+    """Names the kernels of a step by part: a range in the profile for every call of an op or of a module. A range
+    within another has a name of its own, so that the outer one's own share can be told."""
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+
+    def wrap(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def ranged(*args: Any, **kwargs: Any) -> Any:
+            self.stack.append(part)
+            with record_function(MARK + "/".join(self.stack)):
+                out = call(*args, **kwargs)
+            self.stack.pop()
+            return out
+
+        return ranged
+
+    def of_ops(self, ops: Ops) -> Ops:
+        return replace(ops, **{name: self.wrap(part, getattr(ops, name)) for name, part in OF_OP.items()})
+
+    def of_model(self, model: Transformer) -> None:
+        def put(owner: Any, name: str, part: str) -> None:
+            setattr(owner, name, self.wrap(part, getattr(owner, name)))
+
+        for layer in model.layers:
+            kind = "moe" if layer.is_moe else "dense"
+            for owner, name in ((layer.self_attn, "project"), (layer.self_attn, "attend")):
+                put(owner, name, f"{kind}:MLA projections")
+            put(layer.input_layernorm, "add", f"{kind}:elementwise")
+            put(layer.post_attention_layernorm, "add", f"{kind}:elementwise")
+            if layer.is_moe:
+                for name in ("logits", "forward"):
+                    put(layer.mlp.gate, name, "moe:router")
+                put(layer.mlp.experts, "forward", "moe:routed experts")
+                if layer.mlp.shared_experts is not None:
+                    put(layer.mlp.shared_experts, "forward", "moe:shared experts")
+            else:
+                put(layer.mlp, "forward", "dense:dense FFN")
+        put(model.head, "forward", "head:LM head")
+
+    def times(self, step: Callable[[], object], device: torch.device, trace: Path | None) -> dict[str, float]:
+        """Milliseconds of kernels (of a CPU: of calls) by kind of layer and part, "moe:MLA core" and so on. `trace`:
+        where to write the step's Chrome trace."""
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        with profile(activities=activities) as profiler:
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        events = export(profiler, trace)
+        parts: dict[str, float] = defaultdict(float)
+        if device.type == "cuda":
+            for event, path in launched_in(events, MARK):
+                kind, part = part_of(path).split(":")
+                parts[f"{kind}:{OF_KERNEL.get(event['name'], part)}"] += event["dur"] / 1e3
+            return dict(parts)
+        for start, end, path in (ranges := mark_ranges(events, MARK)):
+            inner = sum(e - s for s, e, name in ranges if start <= s and e <= end and name.startswith(f"{path}/")
+                        and name.count("/") == path.count("/") + 1)  # fmt: skip
+            parts[part_of(path)] += (end - start - inner) / 1e3
+        return dict(parts)
+
+
+def part_of(path: str) -> str:
+    """ "moe:MLA projections/MLA core" -> "moe:MLA core"; an op outside any module is a dispatcher's."""
+    pieces = path.split("/")
+    kind = pieces[0].split(":")[0] if ":" in pieces[0] else "moe"
+    return f"{kind}:{pieces[-1].split(':')[-1]}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Milliseconds."""
+
+    step: float
+    halves: float | None  # the step as two micro-batches, one after the other; None: it cannot be cut
+    outside: float  # of the step, the dense layers and the head
+    layer: float  # a MoE layer: what the step takes beyond those
+    parts: dict[str, float]  # of a MoE layer, by name, with its gaps
+    floors: dict[str, float]  # modelled; empty without a GPU to measure ceilings of
+
+
+def evaluate(config: ModelConfig, step: float, halves: float | None, parts: Mapping[str, float], work: roofline.Work,
+             ceilings: roofline.Ceilings | None) -> Figures:  # fmt: skip
+    """`parts`: of `Ranges.times`."""
+    layers = config.num_moe_layers
+    outside = sum(ms for name, ms in parts.items() if not name.startswith("moe:"))
+    layer = (step - outside) / layers
+    mine = {name.split(":")[1]: ms / layers for name, ms in parts.items() if name.startswith("moe:")}
+    mine = dict(sorted(mine.items(), key=lambda item: -item[1]))
+    floors: dict[str, float] = defaultdict(float)
+    for part in work.kinds["MoE layer"][1] if ceilings is not None else ():
+        floors[part.group] += 1e3 * part.seconds(ceilings)
+    return Figures(step, halves, outside, layer, mine | {"gaps": layer - sum(mine.values())}, floors)
+
+
+def anchors_of(args: argparse.Namespace) -> dict[str, float]:
+    """Of that model; none for another."""
+    if args.shape != "v3":
+        return {}
+    balanced = {"routed experts": BALANCED_EXPERTS} if args.phase == "decode" and args.skew == 1 else {}
+    return ANCHORS[args.phase] | balanced
+
+
+def coarse(parts: Mapping[str, float]) -> dict[str, float]:
+    """Summed to the anchors' parts, and the whole."""
+    sums: dict[str, float] = dict.fromkeys(ANCHORS["decode"], 0.0)
+    for name, ms in parts.items():
+        sums[name if name in sums else COARSE.get(name, "other")] += ms
+    return sums | {"a MoE layer": sum(parts.values())}
+
+
+def show(args: argparse.Namespace, figures: Figures) -> list[Record]:
+    """The table, and its records."""
+    print(f"\n{'a MoE layer, ms':32} {'measured':>9} {'floor':>9}  (the floor is modelled)")
+    for name, ms in figures.parts.items():
+        note = "  (less than 0: parts ran side by side, or the profile slowed them)" if name == "gaps" else ""
+        print(f"{name:32} {ms:9.4f} {figures.floors.get(name, 0):9.4f}{note}")
+    print(f"{'together':32} {figures.layer:9.4f} {sum(figures.floors.values()):9.4f}")
+    tokens = args.batch if args.phase == "decode" else args.tokens
+    step = figures.step
+    print(f"the step: {step:.2f} ms, {tokens / step * 1e3:,.0f} tok/s of computation alone (arrivals simulated)")
+    if figures.halves is not None:
+        print(f"the same as two micro-batches: {figures.halves:.2f} ms")
+    anchors, anchor, source = anchors_of(args), None, ""
+    if anchors:
+        anchor = round(sum(anchors.values()), 3)
+        by_part = ", ".join(f"{name} {ms}" for name, ms in anchors.items())
+        print(f"SGLang's kernels on H100, a MoE layer: {anchor:.3f} ms ({by_part})")
+        source = "SGLang's kernels without communication, digitised from its figures"
+        if args.phase == "decode" and args.skew == 1:
+            source += ", the experts at DeepGEMM's published speed for balanced rows"
+    what = name_of(args)
+    records = [Record(f"{what}: a MoE layer", round(figures.layer, 4), "ms", "lower", anchor, source)]
+    records += [
+        Record(f"{what}: {name}, a MoE layer", round(ms, 4), "ms", "lower") for name, ms in figures.parts.items()
+    ]
+    records.append(Record(f"{what}: the step, computation alone", round(step, 3), "ms", "lower"))
+    if figures.halves is not None:
+        name = f"{what}: the step as two micro-batches, computation alone"
+        records.append(Record(name, round(figures.halves, 3), "ms", "lower"))
+    return records
+
+
+def name_of(args: argparse.Namespace) -> str:
+    sizes = f"{args.batch} x {args.kv}" if args.phase == "decode" else f"{args.tokens} in {args.prompt}s"
+    forced = f", --backend {' '.join(args.backend)}" if args.backend else ""
+    of = f"one rank of {args.shape} at EP{args.ep}"
+    return f"{of}, {args.phase} {sizes}, simulated arrivals (skew {args.skew:g}){forced}"
+
+
+def cluster_steps(
+    figures: Figures, layers: int, whole: list[Transfer], half: list[Transfer], slowdown: float = 1.0
+) -> dict[str, float]:
+    """Milliseconds of a step in the cluster, MODELLED as the script's docstring says. `whole`, `half`: a MoE layer's
+    dispatch and combine; `slowdown`: of what is computed beside them."""
+    steps = {"plain": figures.step + 1e3 * layers * sum(t.total for t in whole)}
+    if figures.halves is not None:
+        flight, busy = (1e3 * 2 * layers * sum(getattr(t, part) for t in half) for part in ("flight", "busy"))
+        computing = (figures.halves - figures.outside) * slowdown
+        steps["overlapped"] = figures.outside + max(computing, flight) + busy
+    return steps
+
+
+def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures) -> list[Record]:
+    tokens = args.batch if args.phase == "decode" else args.tokens
+    model = (deepep_times.low_latency if args.phase == "decode" else deepep_times.normal)(config, args.ep)
+    whole, half = ([model(what, count) for what in ("dispatch", "combine")] for count in (tokens, tokens // 2))
+    slowdown = 1.0
+    if args.phase == "prefill" and torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(0).multi_processor_count
+        slowdown = there / (there - NUM_SMS)
+    setting, paper = PAPER[args.phase]
+    shown = ", ".join(f"{name} {1e3 * t.total:.3g}" for name, t in zip(("dispatch", "combine"), whole, strict=True))
+    print(f"\nthe cluster, MODELLED: ms of a MoE layer's communication, from DeepEP's published tables: {shown}")
+    records = []
+    for name, ms in cluster_steps(figures, config.num_moe_layers, whole, half, slowdown).items():
+        of_gpu = tokens / ms * 1e3
+        rate = deepep_times.NODE * of_gpu
+        print(f"{name:>10}: {ms:9.2f} ms a step, {of_gpu:9,.0f} tok/s a GPU, {rate:10,.0f} a node (modelled)")
+        reference = paper if name == "overlapped" and args.shape == "v3" else None
+        source = f"SGLang on H100, measured: {setting}" if reference else ""
+        record = Record(f"{name_of(args)}: tok/s a node, {name}", round(rate), "tok/s", "higher", reference, source,
+                        kind="modelled")  # fmt: skip
+        records.append(record)
+    if args.shape == "v3":
+        print(f"    SGLang: {paper:,} tok/s a node, measured on H100 ({setting})")
+    return records
+
+
+def show_memory(rank: Rank, what: str) -> list[Record]:
+    """What `disagg/memory.py` counts, beside what torch says (nothing, on a CPU)."""
+    parts = weight_bytes(rank.model)
+    parts["KV"] = rank.pool.shape[1] * page_bytes(rank.config, rank.dtype.itemsize)
+    counted = sum(parts.values())
+    print("memory by the table, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()))
+    print(f"    together {counted / GIB:.2f}")
+    if rank.device.type != "cuda":
+        return []
+    now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    print(f"    torch has {now / GIB:.2f} allocated ({now / counted - 1:+.1%}), had at most {most / GIB:.2f}")
+    source, counted, now, most = "what torch has allocated", *(round(size / GIB, 2) for size in (counted, now, most))
+    return [
+        Record(f"{what}: weights and KV by the table", counted, "GiB", "lower", now, source),
+        Record(f"{what}: the most that torch had allocated", most, "GiB", "lower"),
+    ]
+
+
+def save_chart(path: Path, args: argparse.Namespace, figures: Figures) -> None:
+    series = {"measured": coarse(figures.parts)}
+    if figures.floors:
+        series["floor (modelled)"] = coarse(figures.floors)
+    if anchors := anchors_of(args):
+        series["SGLang's kernels (from its figures)"] = coarse(anchors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_bars(path, f"{name_of(args)}: a MoE layer", "ms", series)
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    phases = parser.add_subparsers(dest="phase", required=True)
+    sizes = {"decode": {"ep": 72, "batch": 256, "kv": 2048}, "prefill": {"ep": 32, "tokens": 16384, "prompt": 4096}}
+    for phase, defaults in sizes.items():
+        add = phases.add_parser(phase).add_argument
+        add_flags(add, defaults.pop("ep"))
+        add_measuring_flags(add)
+        for name, default in defaults.items():
+            add(f"--{name}", type=positive, default=default, help=f"({default})")
+        add("--trace", type=new_file, metavar="JSON", help="write a step's Chrome trace there")
+        add("--chart", type=new_png, metavar="PNG", help="draw the parts there, beside floor and anchors")
+    return parser, parser.parse_args()
+
+
+def prepare(args: argparse.Namespace, ranges: Ranges) -> tuple[roofline.Ceilings | None, Rank]:
+    """The GPU's ceilings, measured before anything else is on it, and the rank. ValueError for flags that cannot be."""
+    config, device = check_flags(args)
+    if args.chart is not None:
+        figure()  # is there matplotlib?
+    if args.phase == "decode":
+        check_decode(config, [args.batch], args.kv)
+        length, sequences = args.kv, args.batch
+    else:
+        check_prefill(config, [args.tokens], args.prompt)
+        length, sequences = args.prompt, args.tokens // args.prompt
+    ceilings = None
+    if device.type == "cuda":
+        ceilings = roofline.measure_ceilings()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return ceilings, Rank(args, config, device, length, sequences * pages_for(length), ranges.of_ops)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser, args = parse()
+    start, ranges = time.perf_counter(), Ranges()
+    with refusals(parser):
+        ceilings, rank = prepare(args, ranges)
+    ranges.of_model(rank.model)
+    config, device, decodes = rank.config, rank.device, args.phase == "decode"
+    sizes = (args.batch, args.kv) if decodes else (args.tokens, args.prompt)
+    make = rank.decode if decodes else rank.prefill
+    step = make(*sizes)
+    halves = make(*sizes, overlap=True) if sizes[0] % 2 == 0 else None
+    print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
+    memory = show_memory(rank, name_of(args))
+    runs = {"plain": step.run} | ({"halves": halves.run} if halves is not None else {})
+    took = times(runs, device, args.repeat)
+    for layer in rank.model.layers:
+        if layer.is_moe:
+            layer.mlp.beside.stream = None  # side by side they slow each other: their times are taken one by one
+    step.eager()
+    parts = ranges.times(step.eager, device, args.trace)
+    work = (roofline.decode if decodes else roofline.prefill)(config, *sizes, args.ep, rank.local)
+    figures = evaluate(config, took["plain"], took.get("halves"), parts, work, ceilings)
+    records = memory + show(args, figures) + show_cluster(args, config, figures)
+    if args.chart is not None:
+        save_chart(args.chart, args, figures)
+    if args.out is not None:
+        save(records, args.out)

@@ -1,0 +1,244 @@
+"""A model over all GPUs of a job, random weights: expert parallelism with and without two-batch overlap, beside plain
+tensor parallelism of the same ranks, and what balancing the experts gains when routing is skewed.
+
+    torchrun --nproc-per-node 8 -m scripts.bench.ranks --shape v3 --layers 12 --out records.json
+    torchrun --nproc-per-node 2 -m scripts.bench.ranks --shape v3 --layers 8 --only skewed,static,live
+
+ep        DP attention, EP experts, no overlap
+overlap   the same with two-batch overlap
+tp        plain tensor parallelism (plain_tp.py); its one replica has the requests of all
+skewed    as `ep`, while experts are wanted by Zipf's law (skew.py)
+static    so, too, with --redundant more slots and the map that is best for what `skewed` counted
+live      so, too, from an even map on, looking every --interval steps and moving experts (stand-ins: the same few from
+          host memory again and again); measured after the first move, while it goes on looking
+
+Figures are tokens a second a GPU: of prefill by prompt length, of decode by batch a GPU and prompt length. They are
+measured as in scripts.bench.engine, one variant after the other, each with its own engine.
+"""
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from disagg.engine import Engine, EngineConfig
+from disagg.experts import balanced, make_placement
+from model.batch import PAGE
+from model.config import ModelConfig
+from model.kv_cache import pages_for
+from parallel.dispatchers import CHOICES
+from parallel.eplb import balancedness
+from parallel.mesh import Mesh
+from parallel.recorder import Recorder
+from scripts.bench.engine.run import Bench, generated, random_model
+from scripts.bench.lib.flags import fraction, natural, new_file, positive, positives, refusals
+from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.shapes import SHAPES, check_size
+from scripts.bench.one_rank.rebalance import StandIns
+from scripts.bench.ranks.plain_tp import plain_tp, sliced_experts
+from scripts.bench.ranks.skew import skew_gates
+
+VARIANTS = ("ep", "overlap", "tp", "skewed", "static", "live")
+BESIDE = {"overlap": "ep", "tp": "ep", "static": "skewed", "live": "static"}  # what each is held against
+SKEWED = ("skewed", "static", "live")
+STAND_INS = 16  # experts in host memory
+LOOKS = 10  # until the experts must have moved
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="v3", help="(v3)")
+    add("--layers", type=positive, help="fewer layers than the shape has")
+    add("--only", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}")
+    add("--prompt", type=positives, default=[1024, 2048, 4096], help="prompt lengths (1024,2048,4096)")
+    add("--batch", type=positives, default=[32, 64, 128, 256], help="decode, requests a GPU (32,64,128,256)")
+    add("--output", type=positive, default=64, help="decode steps (64)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens a GPU a step (16384)")
+    add("--kv-tokens", type=positive, help="of a GPU's requests (default: all that fit); work for more is left out")
+    add("--repeat", type=positive, default=3, help="(3)")
+    add("--zipf", type=fraction, default=0.5, help="exponent of the experts' popularity (0.5)")
+    add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
+    add("--interval", type=positive, default=50, help="live: steps between looks (50)")
+    add("--dispatch", choices=CHOICES, default="auto")
+    add("--backend", action="append", metavar="[OP=]LIB")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+    args = parser.parse_args()
+    wanted = set(args.only.split(","))
+    if unknown := wanted - set(VARIANTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
+    args.only = [variant for variant in VARIANTS if variant in wanted]
+    if "static" in args.only and "skewed" not in args.only:
+        parser.error("--only static: it needs what skewed counts: --only skewed,static")
+    return parser, args
+
+
+def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
+    """The model, all that can be wrong with the flags being so before the first variant takes its time. ValueError."""
+    config, ranks = SHAPES[args.shape], mesh.size
+    check_size(args.shape, mesh.device)
+    least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
+    if args.layers is not None and not least <= args.layers <= most:
+        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
+    slots, experts = config.n_routed_experts + args.redundant, config.n_routed_experts
+    if {"static", "live"} & set(args.only) and (slots % ranks or args.redundant > experts * ranks):
+        raise ValueError(
+            f"--redundant {args.redundant}: ({experts} + redundant) % {ranks} ranks must be 0, and it must be at most "
+            f"{experts} x {ranks} = {experts * ranks}"
+        )
+    longest = max(args.prompt) + generated(args, max(args.prompt), max(args.batch))
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
+            f"{config.max_position_embeddings}"
+        )
+    return replace(config, num_hidden_layers=args.layers or most)
+
+
+class Comparison:
+    """The variants' figures, printed as they are measured and kept as records, by the first rank."""
+
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, mesh: Mesh):
+        self.args, self.config, self.mesh = args, config, mesh
+        self.records: list[Record] = []
+        self.found: dict[tuple[str, str], float] = {}  # by variant and work
+        self.counts: Tensor | None = None  # [layers, E] tokens of each expert, in `skewed`
+
+    def say(self, text: str) -> None:
+        if self.mesh.rank == 0:
+            print(text, flush=True)
+
+    def add(self, variant: str, work: str, value: float, unit: str = "tok/s") -> None:
+        self.found[variant, work] = value = round(value, 3)
+        beside = BESIDE.get(variant)
+        reference = self.found.get((beside, work))
+        source = f"{beside}, same run" if reference else ""
+        name = f"{self.args.shape} with {self.config.num_hidden_layers} layers on {self.mesh.size} ranks, {variant}"
+        if variant in SKEWED:
+            name += f" (Zipf {self.args.zipf:g})"
+        name += "".join(f", --backend {one}" for one in self.args.backend or [])
+        record = Record(f"{name}: {work}", value, unit, "higher", reference, source)
+        self.say(f"{record.name:100} {value:12,.3f} {unit}" + (f" = {record.ratio:.3f} of {source}" if source else ""))
+        self.records.append(record)
+
+    def run(self, variant: str) -> None:
+        """One variant, from its model to its last figure. Nothing of it stays on the GPU."""
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            engine = self.engine(variant, Path(folder))
+            built = time.perf_counter() - start
+            engine.warm_up(lambda sizes: sizes)
+            self.say(f"{variant}: built in {built:.1f} s, ready after {time.perf_counter() - start:.1f} s")
+            bench = Bench(engine)
+            if variant == "live":
+                self.settle(bench)
+            self.measure(variant, bench)
+            if variant in SKEWED:
+                self.look(variant, engine)
+            engine.close()
+        del engine, bench
+        gc.collect()
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def engine(self, variant: str, folder: Path) -> Engine:
+        args, mesh, config = self.args, self.mesh, self.config
+        if variant == "tp":
+            mesh, config = plain_tp(mesh, config)
+        together, longest = mesh.attn.size, max(args.prompt)
+        settings = EngineConfig(
+            max_batch=together * max(args.batch),
+            max_tokens_per_step=together * max(args.step_tokens, *args.batch),
+            kv_tokens=args.kv_tokens and together * args.kv_tokens,
+            max_model_len=longest + generated(args, longest, max(args.batch)),
+            dtype="bfloat16",
+            overlap="on" if variant == "overlap" else "off",
+            dispatch="auto" if variant == "tp" else args.dispatch,
+            rebalance_interval=args.interval if variant == "live" else 0,
+        )
+        placement = None
+        if variant == "static":
+            placement = balanced(self.counts, config.n_routed_experts + args.redundant, config.n_group, mesh)
+        elif variant == "live":
+            placement = make_placement(config, mesh, args.redundant, None)
+        model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"], placement)
+        if variant in SKEWED:
+            skew_gates(model, args.zipf)
+            model.recorder = Recorder(model.placement, config.n_routed_experts)
+        reader = StandIns(folder, config, min(STAND_INS, config.n_routed_experts)) if variant == "live" else None
+        engine = Engine(settings, model, mesh, self.say, reader)
+        if variant == "tp":
+            engine.dispatchers = sliced_experts(engine.dispatchers, mesh)
+        self.say(f"{variant}: dispatch: {engine.dispatchers.why}; overlap: {engine.rule.why}; fp8: {model.fp8}")
+        return engine
+
+    def measure(self, variant: str, bench: Bench) -> None:
+        args, gpus, together = self.args, self.mesh.size, bench.engine.mesh.attn.size
+        for length in args.prompt:
+            batch = together * min(max(args.batch), max(1, args.step_tokens // length))
+
+            def prefill(length: int = length, batch: int = batch) -> float:
+                return bench.prefill(batch, length)
+
+            self.add(variant, f"prefill of prompts of {length}, a GPU", self.often(prefill) / gpus)
+        for length in args.prompt:
+            for batch in args.batch:
+                steps = generated(args, length, batch)
+                work = f"decode, batch {batch} a GPU after {length}, a GPU"
+                wanted = together * batch * pages_for(length + steps) * PAGE
+                if wanted > bench.engine.kv_tokens:
+                    self.say(f"{variant}: {work}: left out, {wanted:,} tokens of KV do not fit")
+                    continue
+
+                def decode(length: int = length, batch: int = batch, steps: int = steps) -> float:
+                    return bench.decode(together * batch, length, steps)[0]
+
+                self.add(variant, work, self.often(decode) / gpus)
+
+    def often(self, rate: Callable[[], float]) -> float:
+        """The median of --repeat, after one that does not count."""
+        rate()
+        return median(rate() for _ in range(self.args.repeat))
+
+    def settle(self, bench: Bench) -> None:
+        """Decode until the experts have moved."""
+        rebalancer, args = bench.engine.rebalancer, self.args
+        for _ in range(-(-LOOKS * args.interval // args.output)):
+            bench.drive(max(args.batch), min(args.prompt), args.output)
+            if all(self.mesh.ep.exchange(rebalancer.stats["rebalances_total"] > 0)):
+                return
+        raise RuntimeError(f"the experts did not move: {dict(rebalancer.stats)}")
+
+    def look(self, variant: str, engine: Engine) -> None:
+        """How even the ranks' loads were, under the map of the end."""
+        counts = self.mesh.ep.all_reduce(engine.model.recorder.total()).cpu()
+        if variant == "skewed":
+            self.counts = counts.float()
+        of_slot = engine.model.placement.expert_of_slot.cpu().numpy()
+        self.add(variant, "balancedness", float(balancedness(counts.numpy(), of_slot, self.mesh.size).mean()), "")
+        if engine.rebalancer is not None:
+            stats = engine.rebalancer.stats
+            self.say(f"live: {stats['rebalances_total']:.0f} moves, {stats['rebalance_failures']:.0f} failed")
+
+
+def main() -> None:
+    parser, args = parse()
+    with refusals(parser):
+        mesh = Mesh.create(device=args.device)
+        comparison = Comparison(args, check(args, mesh), mesh)
+        try:
+            for variant in args.only:
+                torch.manual_seed(0 if variant == "tp" else mesh.rank)  # a replica's ranks have the same requests
+                comparison.run(variant)
+        finally:
+            if args.out is not None and mesh.rank == 0:
+                save(comparison.records, args.out)
+        mesh.close()
