@@ -2,9 +2,9 @@
 
     rank r < N   the prefill end of pair r        rank N + r   the decode end
 
-Each rank has a GPU of its own where there are as many. The links are the jobs' own (`disagg/handoff/link.py`), with pages
-of DeepSeek-V3's KV; what is missing around them is the scheduler and the router. Times compare clocks of two processes of
-one machine (time.perf_counter, which they share).
+Each rank has a GPU of its own where there are as many. The links are the jobs' own (`disagg/handoff/link.py`), with
+pages of DeepSeek-V3's KV. What is missing around them is the scheduler and the router. Times compare clocks of two
+processes of one machine (time.perf_counter, which they share).
 """
 
 import math
