@@ -6,7 +6,6 @@ queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 from disagg.control.messages import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
 from disagg.engine import Engine
@@ -14,7 +13,8 @@ from disagg.handoff.connect import dial, link_key
 from disagg.handoff.link import ReceiveLink
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Cancel, Join, Open, Room, RoomEnded, RoomState
-from disagg.scheduler import Plan, Sequence
+from disagg.role import Event
+from disagg.scheduler import Sequence
 from disagg.unified import Unified
 
 
@@ -43,10 +43,10 @@ class Decode(Unified):
         self.links = Links(self.make_link)
         self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
 
-    def collect(self) -> list[Any]:
+    def collect(self) -> list[Event]:
         return self.links.drain()
 
-    def handle(self, event: Any) -> None:
+    def handle(self, event: Event) -> None:
         match event:
             case Submit(request, prefill) if not self.has(request.uid):
                 if prefill is None:
@@ -85,10 +85,10 @@ class Decode(Unified):
         arrival.wanted = False
         arrival.link.put(Cancel(arrival.sequence.uid))
 
-    def plan(self) -> Plan:
+    def admit(self) -> None:
+        """Open rooms, in order, for as long as there are pages."""
         while self.queue and self.open(self.queue[0]):
             self.queue.popleft()
-        return super().plan()
 
     def open(self, arrival: Arrival) -> bool:
         """Give the request its pages, then ask for its KV; False if the pages have to wait."""
@@ -157,7 +157,7 @@ class Decode(Unified):
             self.generations[leader] = self.generations.get(leader, 0) + 1
 
     @property
-    def in_flight(self) -> bool:
+    def is_waiting(self) -> bool:
         return bool(self.arrivals)
 
     def stats(self) -> dict[str, float]:

@@ -3,17 +3,18 @@
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import zmq
 
 from disagg.control.messages import Back, Forget, Gone, Member, Updates
-from disagg.engine import Engine, Step
+from disagg.engine import Engine
 from disagg.handoff.connect import Door, link_key, listen
 from disagg.handoff.link import SendLink
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
+from disagg.role import Event, Role
 from disagg.scheduler import Plan, Sequence
+from disagg.step import Step
 from model.batch import PAGE
 
 MOST_LINKS = 256  # alive at once; each has two threads, and whoever reaches the door can ask for one
@@ -31,10 +32,11 @@ class Departure:
     began: float = 0.0  # its first step, of time.perf_counter
 
 
-class Prefill:
+class Prefill(Role):
     def __init__(self, engine: Engine, members: list[Member], door: Door):
         """`members`: the ranks of this replica, in order; `door` is this rank's."""
-        self.engine, self.scheduler, self.door = engine, engine.scheduler, door
+        super().__init__(engine)
+        self.door = door
         self.rank, self.members = engine.mesh.attn.rank, members
         self.departures: dict[int, Departure] = {}
         self.links = Links(self.make_link)
@@ -42,7 +44,7 @@ class Prefill:
     def news(self) -> Updates | None:
         """None: the decode side speaks to the router."""
 
-    def collect(self) -> list[Any]:
+    def collect(self) -> list[Event]:
         for knock in self.door.poll():
             try:
                 self.answer(knock)
@@ -56,7 +58,7 @@ class Prefill:
             raise ValueError(f"{MOST_LINKS} are open")
         self.links.get(knock.decode, knock.generation)
 
-    def handle(self, event: Any) -> None:
+    def handle(self, event: Event) -> None:
         match event:
             case Open() if event.request.uid not in self.departures:
                 self.open(event)
@@ -105,17 +107,14 @@ class Prefill:
         pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
         return SendLink(key, connect, pool, self.links.events, self.links.credits, pack_pages=pack_pages)
 
-    def plan(self) -> Plan:
-        plan, now = self.scheduler.schedule(reserve_output=False), time.perf_counter()
-        for sequence, _ in plan.prefills:
-            departure = self.departures[sequence.uid]
-            departure.began = departure.began or now
-        return plan
+    def schedule(self) -> Plan:
+        return self.scheduler.schedule(reserve_output=False)
 
     def launched(self, step: Step) -> None:
         """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
         for sequence, _ in step.work.plan.prefills:
             departure = self.departures[sequence.uid]
+            departure.began = departure.began or step.started
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
             upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # a page is sent once, full
@@ -127,7 +126,7 @@ class Prefill:
             if whole:
                 self.scheduler.remove(sequence)
 
-    def after(self, step: Step) -> int:
+    def take_up(self, step: Step) -> int:
         sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
@@ -139,11 +138,8 @@ class Prefill:
         return len(tokens)
 
     @property
-    def in_flight(self) -> bool:
+    def is_waiting(self) -> bool:
         return bool(self.departures)
-
-    def stats(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None:
         self.links.close()

@@ -1,16 +1,12 @@
-"""Request: what a user asks for. Parsing and every rule about it live here; errors name field, value and rule."""
+"""Request: what the engine is asked for. It travels between the router and the ranks, and is checked when it arrives.
 
-import json
-import secrets
-from typing import Annotated, Any
+`disagg/front/parse.py` has the rules that a user's request is held to.
+"""
+
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
-
-from disagg.front.tokenizer import PromptEncoder
-
-MAX_LOGPROBS = 20
-PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -35,99 +31,3 @@ class Request(msgspec.Struct, frozen=True):
         """ValueError if the prompt has a token that a model with so many has not."""
         if (most := max(self.prompt)) >= size:
             raise ValueError(f"token {most} is not in the vocabulary of {size} of the model that serves it")
-
-
-class UserRequest(msgspec.Struct, frozen=True):
-    """One parsed input line: the request, and what only the router needs to answer it."""
-
-    id: str | int
-    request: Request
-    stop: list[str]
-
-
-def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
-    """One JSON object -> a request that the engine can run. ValueError otherwise."""
-    raw = {name: value for name, value in read_object(line).items() if value is not None}  # null = not given
-    known = {"id", *PROMPTS, *_RULES, "stop"}
-    if unknown := sorted(raw.keys() - known):
-        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    if not is_id(raw.get("id", uid)):
-        raise ValueError(f"id is {raw['id']!r:.60}; it must be a string of Unicode or an integer")
-    given = [name for name in PROMPTS if name in raw]
-    if len(given) != 1:
-        raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
-    fields = {name: _check(name, raw[name], *_RULES[name]) for name in _RULES if name in raw}
-    fields.setdefault("seed", secrets.randbits(31))
-    stop = raw.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-        raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
-    prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
-    if max(prompt) >= vocab_size:
-        raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
-    request = Request(uid, prompt, **fields)
-    if request.most_tokens > max_model_len:
-        raise ValueError(
-            f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
-            f"max_model_len ({max_model_len})"
-        )
-    return UserRequest(raw.get("id", uid), request, stop)
-
-
-def is_id(value: Any) -> bool:
-    """JSON can spell half a surrogate pair, which nobody can print."""
-    return type(value) is int or type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def read_object(line: str) -> dict:
-    """ValueError for what is none; `line` has bytes that are not UTF-8 as surrogates (PEP 383)."""
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not UTF-8: byte {ord(line[error.start]) - 0xDC00:#x}, character {error.start + 1}") from None
-    try:
-        raw = json.loads(line)
-    except ValueError as error:  # also integers of thousands of digits
-        raise ValueError(f"not JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: it is nested too deeply") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"a line must be a JSON object, not {type(raw).__name__}")
-    return raw
-
-
-def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> list[int]:
-    if name == "prompt":
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"prompt is {value!r:.60}; it must be a non-empty string")
-        return encoder.text(value)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} is {value!r:.60}; it must be a non-empty list")
-    if name == "messages":
-        for message in value:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise ValueError(f"messages holds {message!r:.60}; each must have a string role and a string content")
-        return encoder.chat(value)
-    for token in value:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(f"prompt_token_ids holds {token!r:.60}; each must be an integer in 0..{vocab_size - 1}")
-    return value
-
-
-# name -> type, is it allowed, the rule in words
-_RULES = {
-    "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
-    "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
-    "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
-    "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
-    "seed": (int, lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1"),
-    "ignore_eos": (bool, lambda v: True, "true or false"),
-    "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
-}
-
-
-def _check(name: str, value: Any, kind: type, allowed: Any, rule: str) -> Any:
-    exact = type(value) is kind or (kind is float and type(value) is int)
-    if not exact or not allowed(value):
-        raise ValueError(f"{name} is {value!r:.60}; it must be {rule}")
-    return value

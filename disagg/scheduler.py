@@ -39,7 +39,7 @@ class Sequence:
         return self.computed < self.prompt_len
 
     @property
-    def in_flight(self) -> int:
+    def unseen(self) -> int:
         """Sampled tokens, of steps that were launched, that the host has not seen yet: a step that computes the KV of
         the latest token samples the next."""
         return max(0, self.computed + 1 - len(self.tokens))

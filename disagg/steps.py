@@ -9,12 +9,13 @@ page and route nowhere. Without graphs (on a CPU, or switched off) the same forw
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import NO_DECODES, Batch, Decodes, page_rows
+from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
 
 
 def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> list[int]:
@@ -30,10 +31,36 @@ def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
     return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
 
 
+Forward = Callable[[Batch, tuple[Batch, Batch] | None], Tensor]  # a batch, its halves if they overlap -> logits
+
+
+class PromptStep:
+    """A step with prompt tokens, and one token of each sequence that decodes. No two are alike, so none is captured."""
+
+    def __init__(self, forward: Forward, tokens: Tensor, multiple: int):
+        """forward: gives logits of the rows that want them [N, V]. tokens: [rows], the latest step's, written in place.
+        multiple: T is padded to a multiple of it (the attention TP size)."""
+        self.forward, self.tokens, self.multiple = forward, tokens, multiple
+
+    @torch.inference_mode()
+    def run(self, decodes: Decodes, prompts: list[Chunk], overlapped: bool = False) -> Tensor:
+        """Logits [N, V] of the rows that want them, decodes first; their greedy choices are then in `tokens`."""
+        device = self.tokens.device
+        chunks = pad(decodes.chunks(), prompts, self.multiple)
+        halves = None
+        if overlapped:
+            halves = tuple(Batch.build(*part, device) for part in split(chunks, prompts, self.multiple))
+        batch = Batch.build(chunks, prompts, device)
+        batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
+        logits = self.forward(batch, halves)
+        self.tokens[: logits.shape[0]] = logits.argmax(-1)
+        return logits
+
+
 class DecodeStep:
     def __init__(
         self,
-        forward: Callable[[Batch, tuple[Batch, Batch] | None], Tensor],
+        forward: Forward,
         tokens: Tensor,
         buckets: list[int],
         max_pages: int,

@@ -1,30 +1,23 @@
 """The unified role: prompts and tokens in one job. What decode has in common with it is here too."""
 
-from typing import Any
-
 from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw
-from disagg.engine import Engine, Step
+from disagg.engine import Engine
 from disagg.request import Request
-from disagg.scheduler import Plan, Sequence
+from disagg.role import Event, Role
+from disagg.scheduler import Sequence
+from disagg.step import Step
 
 
-class Unified:
-    """One replica's requests. `handle` and `after` see the same on every rank of the replica, in the same order, so
-    their scheduler and page allocator stay equal without further talk."""
-
+class Unified(Role):
     def __init__(self, engine: Engine):
-        self.engine, self.scheduler = engine, engine.scheduler
+        super().__init__(engine)
         self.stop_tokens = frozenset(engine.config.eos_token_ids)
         self.sequences: dict[int, Sequence] = {}  # by uid, all that are queued or running
         self.updates: list[Update | Tokens] = []  # for the router, as are the next two
         self.begun: list[int] = []
         self.returned: list[int] = []
 
-    def collect(self) -> list[Any]:
-        """What happened to this rank alone since the last step; the loop tells the rest of the replica."""
-        return []
-
-    def handle(self, event: Any) -> None:
+    def handle(self, event: Event) -> None:
         match event:
             case Submit(request, _) if request.uid not in self.sequences:
                 if self.fits(request):
@@ -42,7 +35,6 @@ class Unified:
                     self.finish(sequence)
 
     def news(self) -> Updates | None:
-        """What the router should hear, once."""
         if not (self.updates or self.begun or self.returned):
             return None
         news = Updates(self.updates, self.begun, self.returned)
@@ -59,14 +51,7 @@ class Unified:
             return False
         return True
 
-    def plan(self) -> Plan:
-        return self.scheduler.schedule()
-
-    def launched(self, step: Step) -> None:
-        """A step of mine has just been launched."""
-
-    def after(self, step: Step) -> int:
-        """Take up the tokens of a step; the next one may have been launched already. How many were wanted."""
+    def take_up(self, step: Step) -> int:
         eos, plan, tokens = self.engine.config.eos_token_ids, step.work.plan, step.sampled()
         nothing_else = not plan.may_end and step.logprobs is None and self.stop_tokens.isdisjoint(tokens)
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: all have a token and go on
@@ -79,7 +64,7 @@ class Unified:
             reason, uid = sequence.append(token, eos), sequence.uid
             if uid not in self.sequences:  # it ended while this token was on its way, which nobody wants now
                 unwanted += 1
-                if not sequence.in_flight:
+                if not sequence.unseen:
                     self.scheduler.release(sequence)
             elif reason or logprobs:
                 self.emit(sequence, token, logprobs, reason)
@@ -101,18 +86,14 @@ class Unified:
     def finish(self, sequence: Sequence) -> None:
         del self.sequences[sequence.uid]
         self.scheduler.remove(sequence)
-        # While a token is in flight, a step still writes to the pages, and `after` releases them. A prompt's chunk in
-        # flight has no token: the pages' next owner writes after it, on the same stream.
-        if sequence.pages and not sequence.in_flight:
+        # While a token is unseen, a step still writes to the pages, and `take_up` releases them. A prompt's chunk has
+        # no token: the pages' next owner writes after it, on the same stream.
+        if sequence.pages and not sequence.unseen:
             self.scheduler.release(sequence)
 
     @property
-    def in_flight(self) -> bool:
-        """Is something under way outside the scheduler, that will soon make work?"""
+    def is_waiting(self) -> bool:
         return False
-
-    def stats(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None:
         pass

@@ -54,12 +54,12 @@ def make_dispatchers(
 ) -> Dispatchers:
     """Every rank must call this: they agree on it.
 
-    choice: `auto`, or what --dispatch forces. capacity: the most tokens a rank dispatches in a decode step. fp8: tokens
-    travel quantised. most_copies: that a rank's experts take at once in prefill (None: all). ValueError if DeepEP is
-    forced and cannot serve.
+    choice: `auto`, or what `--backend dispatch=...` forces. capacity: the most tokens a rank dispatches in a decode
+    step. fp8: tokens travel quantised. most_copies: that a rank's experts take at once in prefill (None: all).
+    ValueError if DeepEP is forced and cannot serve.
     """
     if choice not in CHOICES:
-        raise ValueError(f"--dispatch {choice}: it is one of {', '.join(CHOICES)}")
+        raise ValueError(f"--backend dispatch={choice}: it is one of {', '.join(CHOICES)}")
     why_not = "forced"
     if choice != "all_to_all":
         mine = obstacle(mesh.ep.size, num_slots, hidden, top_k, capacity, dtype, mesh.device)
@@ -72,7 +72,7 @@ def make_dispatchers(
             contiguous = ContiguousDeepEP(buffer, ops, most_copies)
             return Dispatchers(contiguous, MaskedDeepEP(buffer, fp8), "DeepEP", buffer)
         if choice == "deepep":
-            raise ValueError(f"--dispatch deepep: {why_not}")
+            raise ValueError(f"--backend dispatch=deepep: {why_not}")
         why_not = f"DeepEP: {why_not}"
     if mesh.ep.size == 1:
         return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops), "none: one rank holds every expert")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,20 @@ def read_tokens(path: Path) -> dict[str, list[int]]:
     return {answer["id"]: answer["token_ids"] for answer in map(json.loads, path.read_text().splitlines())}
 
 
+def show_texts(path: Path, router: subprocess.Popen) -> None:
+    """Print each answer as the router writes it, until the router has ended."""
+    shown = 0
+    while True:
+        ended = router.poll() is not None
+        lines = path.read_text().splitlines() if path.exists() else []
+        for answer in map(json.loads, lines[shown:]):
+            print(f"--- {answer['id']}: {answer['text']}\n", flush=True)
+        if ended:
+            return
+        shown = len(lines)
+        time.sleep(0.1)
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         apart, together = Path(scratch, "disaggregated.jsonl"), Path(scratch, "unified.jsonl")
@@ -48,9 +63,10 @@ def main() -> int:
             start(*torchrun, "--role", role, "--router", address, "--model", MODEL, quiet=True)
             for role in ("prefill", "decode")
         ]
-        router = ("run.py", "--role", "router", "--listen", address, "--model", MODEL)
-        jobs.append(start(*router, "--input", PROMPTS, "--output", str(apart), "--show"))
+        router = ("run.py", "--role", "router", "--router", address, "--model", MODEL)
+        jobs.append(start(*router, "--input", PROMPTS, "--output", str(apart)))
         try:
+            show_texts(apart, jobs[-1])
             failed = [job.args for job in jobs if job.wait(timeout=300)]
         except KeyboardInterrupt:  # the router has had it too, and sends everybody home
             for job in jobs:

@@ -7,13 +7,14 @@ import sys
 
 from tests.conftest import ROOT
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def start(*command: str) -> subprocess.Popen:
+def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """A session of its own. So has each rank that torchrun starts: a signal to torchrun does not reach them."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -51,7 +52,7 @@ def descendants(ancestor: int) -> list[int]:
     return found[1:]
 
 
-def run(*flags: str, ranks: int = 0, timeout: float = 90) -> tuple[int, str, str]:
+def run(*flags: str, ranks: int = 0, timeout: float = 90, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """run.py with these flags, through torchrun if `ranks` is over 0: its exit status, stdout and stderr."""
     launcher = (*TORCHRUN, str(ranks)) if ranks else PYTHON
-    return finish(start(*launcher, "run.py", *flags), timeout)
+    return finish(start(*launcher, "run.py", *flags, env=env), timeout)

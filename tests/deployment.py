@@ -52,7 +52,7 @@ class Deployment:
         self.jobs[role] = Job(self.job_flags(role, *more), ranks)
 
     def start_router(self) -> None:
-        flags = ["--role", "router", "--listen", self.address, "--model", self.router_model, "--show"]
+        flags = ["--role", "router", "--router", self.address, "--model", self.router_model]
         self.jobs["router"] = Process([*flags, "--input", self.source, "--output", str(self.out)])
 
     def kill(self, role: str) -> None:

@@ -65,8 +65,8 @@ def test_colons_in_a_host_need_brackets(address: str) -> None:
 
 @pytest.mark.parametrize("port", ["65536", "99999", "9" * 5000])
 def test_a_port_out_of_range_is_told_the_range(port: str) -> None:
-    with pytest.raises(ValueError, match=r"^--listen is 'h:9*6*5*3*6*'; its port must be in 0\.\.65535$"):
-        parse_address("--listen", f"h:{port}")
+    with pytest.raises(ValueError, match=r"^--router is 'h:9*6*5*3*6*'; its port must be in 0\.\.65535$"):
+        parse_address("--router", f"h:{port}")
 
 
 @pytest.mark.parametrize("host", HOSTS)

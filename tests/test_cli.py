@@ -204,7 +204,7 @@ def test_a_batch_in_which_all_failed_says_so_by_its_status(tiny: Path, tmp_path:
     assert code == 1 and "3 error" in err and "Traceback" not in err, err
     assert [answer["id"] for answer in read(out)] == [1, 2, 3]
     source.write_text("\n \n")
-    assert run(*flags, "--overwrite")[0] == 0  # nothing failed
+    assert run(*flags, "--existing", "overwrite")[0] == 0  # nothing failed
     assert read(out) == []
 
 
@@ -221,7 +221,7 @@ def test_a_failed_batch_is_the_routers_status(tiny: Path, tmp_path: Path) -> Non
 def test_a_run_that_cannot_start_leaves_the_old_output(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("an earlier run's\n")
-    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--overwrite")
+    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--existing", "overwrite")
     code, _, err = run(*flags, "--kv-tokens", "640000000000")
     assert code == 2 and "--kv-tokens 640000000000: a KV pool of " in err, err
     assert out.read_text() == "an earlier run's\n"
@@ -290,13 +290,13 @@ def test_a_bad_line_ruins_only_itself(tiny: Path, tmp_path: Path) -> None:
 
 
 BAD_COMMANDS = {
-    "no router": (("--role", "decode"), "--role decode needs --router HOST:PORT"),
-    "no listen": (("--role", "router", "--prompt", "x"), "--role router needs --listen HOST:PORT"),
+    "no router": (("--role", "decode"), "the following arguments are required: --router"),
+    "no address": (("--role", "router", "--prompt", "x"), "the following arguments are required: --router"),
     "no work": ((), "--role unified needs exactly one of --prompt and --input"),
-    "work for prefill": (("--role", "prefill", "--router", "a:1", "--prompt", "x"), "takes its work from the router"),
-    "listening": (("--prompt", "x", "--listen", "a:1"), "--role unified does not take --listen"),
+    "work for prefill": (("--role", "prefill", "--router", "a:1", "--prompt", "x"), "prefill does not take --prompt"),
+    "an address of nobody": (("--prompt", "x", "--router", "a:1"), "--role unified does not take --router"),
     "a router's sizes": (
-        ("--role", "router", "--listen", "a:1", "--prompt", "x", "--max-batch", "8"),
+        ("--role", "router", "--router", "a:1", "--prompt", "x", "--max-batch", "8"),
         "--role router does not take --max-batch",
     ),
     "a worker's limit": (("--role", "decode", "--router", "a:1", "--max-tokens", "8"), "decode does not take --max-to"),
@@ -304,17 +304,19 @@ BAD_COMMANDS = {
         ("--input", "{tmp}/in", "--output", "{tmp}/o", "--max-tokens", "8"),
         "--max-tokens 8 is for --prompt; a line of --input has its own max_tokens",
     ),
-    "show of a prompt": (("--prompt", "x", "--show"), "--show is for --input; a --prompt is shown anyway"),
-    "graphs of prefill": (("--role", "prefill", "--router", "a:1", "--no-graphs"), "prefill does not take --no-graphs"),
+    "graphs of prefill": (
+        ("--role", "prefill", "--router", "a:1", "--graphs", "off"),
+        "prefill does not take --graphs",
+    ),
     "input alone": (("--input", "x.jsonl"), "--input and --output go together"),
     "output of a prompt": (("--prompt", "x", "--output", "{tmp}/o"), "--input and --output go together"),
-    "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for --listen"),
-    "no such host": (("--role", "router", "--listen", "999.1.1.1:1", "--prompt", "x"), "999.1.1.1:1: no such host"),
+    "router at port 0": (("--role", "decode", "--router", "127.0.0.1:0"), "port 0 is only for the router itself"),
+    "no such host": (("--role", "router", "--router", "999.1.1.1:1", "--prompt", "x"), "999.1.1.1:1: no such host"),
     "no such router": (("--role", "decode", "--router", "no-such.invalid:1"), "'no-such.invalid:1': no way to reach "),
     "backend": (("--prompt", "x", "--backend", "mla_decode=flash_mla"), "--backend mla_decode=flash_mla: flash_mla: "),
     "backend for all": (("--prompt", "x", "--backend", "triton"), "--backend triton: triton: no GPU"),
     "backend of no op": (("--prompt", "x", "--backend", "=torch"), "--backend =torch: '' is none of rms_norm, "),
-    "port": (("--role", "router", "--listen", "a:70000", "--prompt", "x"), "its port must be in 0..65535"),
+    "port": (("--role", "router", "--router", "a:70000", "--prompt", "x"), "its port must be in 0..65535"),
     "kv over memory": (("--prompt", "x", "--kv-tokens", "640000000000"), "--kv-tokens 640000000000: a KV pool of "),
     "missing input": (("--input", "no/such.jsonl", "--output", "{tmp}/o"), "--input no/such.jsonl: cannot be read"),
     "bad address": (("--role", "prefill", "--router", "nowhere"), "--router is 'nowhere'; it must be HOST:PORT"),
@@ -323,17 +325,17 @@ BAD_COMMANDS = {
     "kv below a page": (("--prompt", "x", "--kv-tokens", "63"), "--kv-tokens is 63; it must be at least a page of 64"),
     "memory": (("--prompt", "x", "--gpu-memory-fraction", "1.5"), "--gpu-memory-fraction is 1.5; it must be in (0, 1]"),
     "redundant": (("--prompt", "x", "--redundant-experts", "-1"), "--redundant-experts is -1; it must be at least 0"),
-    "interval": (("--prompt", "x", "--rebalance-interval", "-1"), "--rebalance-interval is -1; it must be at least 0"),
+    "interval": (("--prompt", "x", "--rebalance=-1"), "--rebalance: the interval is -1; it must be at least 0"),
     "threshold": (
-        ("--prompt", "x", "--rebalance-interval", "1", "--rebalance-threshold", "2"),
-        "--rebalance-threshold is 2.0; it must be in (0, 1]",
+        ("--prompt", "x", "--rebalance", "1,2"),
+        "--rebalance: the balancedness is 2.0; it must be in (0, 1]",
     ),
-    "threshold alone": (("--prompt", "x", "--rebalance-threshold", "0.9"), "0.9 needs --rebalance-interval: no expert"),
-    "layers alone": (("--prompt", "x", "--rebalance-layers-per-step", "2"), "2 needs --rebalance-interval: no expert"),
+    "no interval": (("--prompt", "x", "--rebalance", ",0.9"), "--rebalance is ',0.9'; it must be N, N,B or N,B,L, all"),
+    "much to rebalance": (("--prompt", "x", "--rebalance", "1,1,1,1"), "'1,1,1,1'; it must be N, N,B or N,B,L, all of"),
     "empty recording": (("--prompt", "x", "--expert-map", "{tmp}/empty"), "/empty: no tokens were recorded"),
     "layers": (
-        ("--prompt", "x", "--rebalance-interval", "1", "--rebalance-layers-per-step", "5"),
-        "--rebalance-layers-per-step is 5; it must be at most the model's layers with experts (4)",
+        ("--prompt", "x", "--rebalance", "1,1,5"),
+        "--rebalance: the layers at once are 5; they must be at most the model's layers with experts (4)",
     ),
     "expert map": (("--prompt", "x", "--expert-map", "no/such"), "--expert-map no/such: not a recording"),
     "recording": (("--prompt", "x", "--record-experts", "no/such"), "--record-experts no/such: no such folder"),
@@ -373,7 +375,7 @@ def test_a_port_in_use_is_one_clear_line(tiny: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        code, _, err = run("--model", str(tiny), "--role", "router", "--listen", address, "--prompt", "x")
+        code, _, err = run("--model", str(tiny), "--role", "router", "--router", address, "--prompt", "x")
     assert (code, err) == (2, f"run.py: error: cannot listen on {address}: Address already in use\n")
 
 

@@ -15,7 +15,7 @@ from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstac
 from parallel.dispatch import ContiguousAllToAll, LocalContiguous, LocalMasked, MaskedAllToAll, Sliced
 from parallel.dispatchers import Dispatchers, make_dispatchers
 from parallel.mesh import Group, Mesh
-from tests.test_cli import run
+from tests.deployment import run
 from tests.test_dispatch import MOST, TOP_K, apply_experts, expert, routing
 
 GPU = torch.device("cuda", 0)  # only named, never used
@@ -162,9 +162,9 @@ def test_a_cpu_gets_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(dispatchers.contiguous, ContiguousAllToAll) and isinstance(dispatchers.masked, MaskedAllToAll)
     assert dispatchers.why == "all-to-all over gloo (DeepEP: no GPU)"
     assert choose("all_to_all", mesh).why == "all-to-all over gloo (forced)"
-    with pytest.raises(ValueError, match="^--dispatch deepep: no GPU$"):
+    with pytest.raises(ValueError, match="^--backend dispatch=deepep: no GPU$"):
         choose("deepep", mesh)
-    with pytest.raises(ValueError, match="^--dispatch nccl: it is one of auto, deepep, all_to_all$"):
+    with pytest.raises(ValueError, match="^--backend dispatch=nccl: it is one of auto, deepep, all_to_all$"):
         choose("nccl", mesh)
 
 
@@ -178,7 +178,7 @@ def test_deepep_is_chosen_by_all_ranks_or_none(library: list[Library], monkeypat
     assert library[0].log == ["destroy"]
     assert choose("all_to_all", mesh_of(monkeypatch, None)).why == "all-to-all over NCCL (forced)"
     assert choose(mesh=mesh_of(monkeypatch, ("needs Hopper", "b"))).why == "all-to-all over NCCL (DeepEP: needs Hopper)"
-    with pytest.raises(ValueError, match="^--dispatch deepep: all ranks must be on one machine, not 2$"):
+    with pytest.raises(ValueError, match="^--backend dispatch=deepep: all ranks must be on one machine, not 2$"):
         choose("deepep", mesh_of(monkeypatch, (None, "another")))
     assert len(library) == 1
 
@@ -277,8 +277,8 @@ def test_low_latency_takes_no_quantised_rows(library: list[Library]) -> None:
 
 
 def test_the_flag() -> None:
-    flags = ("--model", "model/tiny", "--prompt", "x", "--max-tokens", "1", "--device", "cpu")
-    code, _, err = run(*flags, "--dispatch", "deepep")
+    flags = ("--model", "model/tiny", "--prompt", "x", "--max-tokens", "1")
+    code, _, err = run(*flags, "--backend", "dispatch=deepep")
     assert code == 2 and "run.py: error: --dispatch deepep: no GPU" in err
     code, _, err = run(*flags)
     assert code == 0 and "dispatch: none: one rank holds every expert" in err

@@ -25,7 +25,7 @@ from parallel.dispatch import ContiguousAllToAll
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from scripts.tools.quantize import quantize_folder
-from tests.test_cli import run
+from tests.deployment import run
 
 TEXT = """Genesis 1
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(fp8: Pat
 
 
 def test_the_start_up_says_what_becomes_of_fp8(tiny: Path, fp8: Path) -> None:
-    flags = ("--prompt", "In the beginning", "--max-tokens", "1", "--device", "cpu")
+    flags = ("--prompt", "In the beginning", "--max-tokens", "1")
     code, _, err = run("--model", str(fp8), *flags)
     assert code == 0, err
     assert "fp8: dequantised to float32 (no GPU)\n" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run
+from tests.commands import NO_GPU, run
 from tests.deployment import Deployment, read
 
 pytestmark = pytest.mark.gpu
@@ -19,8 +19,8 @@ TIMEOUT_S = 240  # ranks that share a GPU take turns on it, and the first ones c
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     out = tmp_path_factory.mktemp("cpu") / "out.jsonl"
-    flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out), "--device", "cpu")
-    code, _, err = run(*flags)
+    flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out))
+    code, _, err = run(*flags, env=NO_GPU)
     assert code == 0, err
     return tokens(out)
 
@@ -37,7 +37,7 @@ def test_unified(
     out = tmp_path / "out.jsonl"
     flags = ("--model", "model/tiny", "--input", PROMPTS, "--output", str(out), "--attn-tp", str(attn_tp))
     flags += ("--overlap", overlap, "--kv-tokens", "65536")
-    code, _, err = run(*flags, "--device", "cuda", "--dtype", "float32", "--backend", backend, ranks=ranks,
+    code, _, err = run(*flags, "--dtype", "float32", "--backend", backend, ranks=ranks,
                        timeout=TIMEOUT_S)  # fmt: skip
     assert code == 0, err
     assert tokens(out) == expected
@@ -48,7 +48,7 @@ def test_disaggregated(prefill: int, decode: int, expected: list[list[int]], tmp
     deployment = Deployment(Path("model/tiny"), Path(PROMPTS), tmp_path / "out.jsonl")
     for role, ranks in (("prefill", prefill), ("decode", decode)):
         # Two jobs on one GPU: left to itself, each would take all that is free.
-        deployment.start_job(role, ranks, "--device", "cuda", "--dtype", "float32", "--kv-tokens", "65536")
+        deployment.start_job(role, ranks, "--dtype", "float32", "--kv-tokens", "65536")
     deployment.start_router()
     ended = deployment.finish(TIMEOUT_S)
     for role, (code, _, err) in ended.items():
@@ -62,7 +62,7 @@ def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(tmp_path: Path) -
     source, alone = tmp_path / "in.jsonl", tmp_path / "alone.jsonl"
     rows = [{"prompt_token_ids": [7 + i], "max_tokens": n, "ignore_eos": True} for i, n in enumerate([1, 1900, 1900])]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--device", "cuda", "--dtype", "float32", "--kv-tokens", "65536")
+    flags = ("--dtype", "float32", "--kv-tokens", "65536")
     deployment = Deployment(Path("model/tiny"), source, tmp_path / "out.jsonl")
     for role in ("prefill", "decode"):
         deployment.start_job(role, 1, *flags)

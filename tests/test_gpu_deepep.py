@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from disagg.engine import Engine, EngineConfig
+from disagg.config import EngineConfig
+from disagg.engine import Engine
 from kernels import ref
 from kernels.backend import Ops, choose
 from model.batch import Batch, Chunk

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from disagg.config import EngineConfig
 from disagg.control.messages import Submit, singly
-from disagg.engine import Engine, EngineConfig
-from disagg.loop import Pipeline
+from disagg.engine import Engine
+from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
 from kernels.backend import choose
@@ -39,7 +40,7 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
     while True:
         if waiting and turns % 3 == 0:
             role.handle(Submit(waiting.pop(0), None))
-        busy, turns = pipeline.turn(), turns + 1
+        busy, turns = pipeline.turn() == Turn.WORKED, turns + 1
         for update in singly(role.updates):
             assert update.error is None, update.error
             answers[update.uid][0].extend(update.tokens)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from disagg.config import EngineConfig
 from disagg.control.messages import Submit, singly
-from disagg.engine import Engine, EngineConfig
-from disagg.loop import Pipeline
+from disagg.engine import Engine
 from disagg.memory import GIB
+from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
 from parallel.mesh import Mesh
@@ -43,7 +44,7 @@ def test_the_table_is_what_the_gpu_reports() -> None:
     for uid in range(BATCH):
         prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
         role.handle(Submit(Request(uid, prompt, OUTPUT, ignore_eos=True), None))
-    while pipeline.turn():
+    while pipeline.turn() == Turn.WORKED:
         assert not any(update.error for update in singly(role.updates))
     assert (pipeline.stats["prefill_steps"], pipeline.stats["decode_steps"]) == (1, OUTPUT - 1)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from disagg.engine import Engine, EngineConfig
-from disagg.loop import Pipeline
+from disagg.config import EngineConfig, Rebalance
+from disagg.engine import Engine
+from disagg.pipeline import Pipeline
 from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
 from kernels.backend import Ops, choose
@@ -24,7 +25,8 @@ from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.recorder import Recorder
 from scripts.tools.quantize import quantize_tensors
-from tests.test_cli import read, run
+from tests.commands import NO_GPU, run
+from tests.deployment import read
 from tests.test_gpu_engine import differences, requests, serve
 from tests.test_gpu_model import V3_LIKE
 
@@ -105,8 +107,8 @@ def test_moving_changes_nothing(checkpoint: tuple[Path, ModelConfig], backend: s
     work = requests(rng)
     ops, _ = choose(op_shape(config), torch.bfloat16, MESH.device, [backend])
     settings = EngineConfig(
-        6, 100, 2000, 512, overlap=overlap, redundant_experts=EXTRA, rebalance_interval=10**9,
-        rebalance_layers_per_step=1 + (overlap == "on"),
+        6, 100, 2000, 512, overlap=overlap, redundant_experts=EXTRA, 
+        rebalance=Rebalance(10**9, layers_per_step=1 + (overlap == "on")),
     )  # fmt: skip
     engine = Engine.from_pretrained(settings, config, folder, MESH, ops)
     assert engine.model.fp8 == config.fp8
@@ -136,10 +138,10 @@ def tokens(path: Path) -> list[list[int]]:
 )
 def test_ranks_over_nccl(ranks: int, redundant: str, overlap: str, tmp_path: Path) -> None:
     common = ("--model", "model/tiny", "--input", "scripts/prompts.jsonl", "--dtype", "float32", "--output")
-    code, _, err = run(*common, str(tmp_path / "cpu"), "--device", "cpu")
+    code, _, err = run(*common, str(tmp_path / "cpu"), env=NO_GPU)
     assert code == 0, err
-    moving = ("--rebalance-interval", "5", "--redundant-experts", redundant, "--rebalance-layers-per-step", "2")
-    where = ("--device", "cuda", "--backend", "triton", "--overlap", overlap, "--kv-tokens", "65536")
+    moving = ("--rebalance", "5,1,2", "--redundant-experts", redundant)
+    where = ("--backend", "triton", "--overlap", overlap, "--kv-tokens", "65536")
     code, _, err = run(*common, str(tmp_path / "gpu"), *where, *moving, ranks=ranks, timeout=240)
     assert code == 0, err
     assert re.search(

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
 from disagg.front import jsonl as module
+from disagg.front.answer import INTERRUPTED, Answer, refusal
 from disagg.front.jsonl import JsonLines
 from disagg.front.lines import Lines
 from disagg.front.output import Output
-from disagg.front.router import INTERRUPTED, Answer, refusal
-from disagg.request import PromptEncoder, UserRequest
+from disagg.front.parse import UserRequest
+from disagg.front.tokenizer import PromptEncoder
 from tests.conftest import eventually
 
 VOCAB_SIZE, LIMIT = 256, 64
@@ -242,13 +243,13 @@ def test_a_run_that_is_broken_and_resumed_ends_like_one_that_is_not(
     assert [line["id"] for line in written(path)] == ["a", 3, 4, "a", "e", 7, "a"]
     path.unlink()
     for _ in range(4):
-        serve(batch(LINES, resume=True), rng, answers=rng.randrange(5))
+        serve(batch(LINES, existing="resume"), rng, answers=rng.randrange(5))
         if rng.random() < 0.5:
             path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size + 1)])
-    last = batch(LINES, resume=True)
+    last = batch(LINES, existing="resume")
     serve(last, rng)
     assert path.read_text() == unbroken and last.total == 7
-    serve(batch(LINES, resume=True), rng)
+    serve(batch(LINES, existing="resume"), rng)
     assert path.read_text() == unbroken, "there was nothing left to do"
 
 
@@ -267,7 +268,7 @@ def test_answers_to_another_input_are_left_alone(
     old = "".join(json.dumps(refusal(id, "an error").as_dict()) + "\n" for id in ids) + "torn"
     files[1].write_text(old)
     with pytest.raises(ValueError, match=problem):
-        take_all(batch(LINES, resume=True))
+        take_all(batch(LINES, existing="resume"))
     assert files[1].read_text() == old
 
 

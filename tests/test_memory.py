@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from disagg.engine import Engine, EngineConfig
+from disagg.config import EngineConfig, Rebalance
+from disagg.engine import Engine
 from disagg.memory import (
     GIB,
     WORKSPACES,
@@ -267,7 +268,7 @@ def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
     """Of two layers of slots; of V3 in fp8 an expert is 44 MB."""
     config = ModelConfig.from_pretrained(tiny)
     settings = EngineConfig(
-        kv_tokens=1024, max_model_len=64, redundant_experts=4, rebalance_interval=1, rebalance_layers_per_step=2
+        kv_tokens=1024, max_model_len=64, redundant_experts=4, rebalance=Rebalance(1, layers_per_step=2)
     )
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
     spare = engine.rebalancer.spare

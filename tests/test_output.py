@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from disagg.front.answer import INTERRUPTED, Answer, refusal
 from disagg.front.output import Output
-from disagg.front.router import INTERRUPTED, Answer, refusal
 from tests.conftest import ROOT
 
 NOBODY = os.stat_result([0] * 10)  # an input that is no file here
@@ -58,11 +58,9 @@ def test_an_output_that_cannot_be_written_is_refused_by_name(name: str, tmp_path
     assert str(tmp_path / name) in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", (None, "overwrite", "resume"))
+@pytest.mark.parametrize("flag", ("refuse", "overwrite", "resume"))
 @pytest.mark.parametrize("link", (None, "symlink_to", "hardlink_to"))
-def test_the_input_is_never_overwritten_by_whatever_name_it_goes(
-    flag: str | None, link: str | None, tmp_path: Path
-) -> None:
+def test_the_input_is_never_overwritten_by_whatever_name_it_goes(flag: str, link: str | None, tmp_path: Path) -> None:
     source, path = tmp_path / "in", tmp_path / "other"
     source.write_text(line("a"))
     if link is None:
@@ -70,14 +68,14 @@ def test_the_input_is_never_overwritten_by_whatever_name_it_goes(
     else:
         getattr(path, link)(source)
     with pytest.raises(ValueError, match="it is the --input file"):
-        Output(str(path), source.stat(), **{flag: True} if flag else {})
+        Output(str(path), source.stat(), flag)
     assert source.read_text() == line("a")
 
 
 def test_an_output_that_exists_is_refused_unless_it_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("an earlier run's\n")
-    with pytest.raises(ValueError, match=f"--output {path}: it exists; --overwrite replaces it, --resume goes on"):
+    with pytest.raises(ValueError, match=f"--output {path}: it exists; --existing overwrite replaces"):
         Output(str(path), NOBODY)
     assert path.read_text() == "an earlier run's\n"
     path.write_text("")  # as mktemp makes it
@@ -92,7 +90,7 @@ def test_overwriting_begins_with_the_first_answer_or_the_end(answers: int, tmp_p
     """A run that cannot start has changed nothing."""
     path, old = tmp_path / "out", "an earlier run's\n" * 100
     path.write_text(old)
-    output = Output(str(path), NOBODY, overwrite=True)
+    output = Output(str(path), NOBODY, existing="overwrite")
     output.put(1, answer("b"))
     assert path.read_text() == old
     for place in range(answers):
@@ -116,7 +114,7 @@ TAILS = {
 def test_resuming_goes_on_behind_the_answers_that_stay(tail: str, tmp_path: Path) -> None:
     path, kept = tmp_path / "out", line("a") + line(2, "line 2: not JSON")
     path.write_text(kept + TAILS[tail])
-    output = Output(str(path), NOBODY, resume=True)
+    output = Output(str(path), NOBODY, existing="resume")
     assert list(output.kept) == ["a", 2] and path.read_text() == kept + TAILS[tail]
     output.kept.clear()  # as when the input has been compared
     output.put(0, answer("c"))
@@ -125,7 +123,7 @@ def test_resuming_goes_on_behind_the_answers_that_stay(tail: str, tmp_path: Path
 
 
 def test_resuming_what_is_not_there_begins(tmp_path: Path) -> None:
-    output = Output(str(tmp_path / "out"), NOBODY, resume=True)
+    output = Output(str(tmp_path / "out"), NOBODY, existing="resume")
     output.put(0, answer("a"))
     output.close()
     assert (tmp_path / "out").read_text() == line("a")
@@ -135,20 +133,20 @@ def test_resuming_what_is_not_there_begins(tmp_path: Path) -> None:
 def test_what_holds_no_answers_is_not_resumed(bad: str, tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text(line("a") + bad + line("b"))
-    with pytest.raises(ValueError, match=f"{path}: line 2 is no answer, and --resume goes on behind answers"):
-        Output(str(path), NOBODY, resume=True)
+    with pytest.raises(ValueError, match=f"{path}: line 2 is no answer, which --existing resume needs"):
+        Output(str(path), NOBODY, existing="resume")
     assert path.read_text() == line("a") + bad + line("b")
 
 
 def test_an_output_that_was_never_compared_with_its_input_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text(line("a") + "torn")
-    Output(str(path), NOBODY, resume=True).close()
+    Output(str(path), NOBODY, existing="resume").close()
     assert path.read_text() == line("a") + "torn"
 
 
-@pytest.mark.parametrize("flag", (None, "overwrite", "resume"))
-def test_an_output_that_another_process_writes_is_refused(flag: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ("refuse", "overwrite", "resume"))
+def test_an_output_that_another_process_writes_is_refused(flag: str, tmp_path: Path) -> None:
     path = tmp_path / "out"
     code = (
         "import os, sys; from disagg.front.output import Output\n"
@@ -157,28 +155,27 @@ def test_an_output_that_another_process_writes_is_refused(flag: str | None, tmp_
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout.readline() == "ready\n"
         with pytest.raises(ValueError, match=f"--output {path}: another process writes it"):
-            Output(str(path), NOBODY, **{flag: True} if flag else {})
+            Output(str(path), NOBODY, flag)
     Output(str(path), NOBODY).close()  # the lock ends with its process, however that ends
 
 
-@pytest.mark.parametrize("flag", (None, "overwrite"))
-def test_what_is_no_file_is_written_as_it_is(flag: str | None, tmp_path: Path) -> None:
-    flags = {flag: True} if flag else {}
-    null = Output(os.devnull, os.stat(os.devnull), **flags)  # from there, too
+@pytest.mark.parametrize("flag", ("refuse", "overwrite"))
+def test_what_is_no_file_is_written_as_it_is(flag: str, tmp_path: Path) -> None:
+    null = Output(os.devnull, os.stat(os.devnull), flag)  # from there, too
     null.put(0, answer("a"))
     null.close()
     with pytest.raises(ValueError, match="--output /dev/full: cannot be written .No space left on device"):
-        Output("/dev/full", NOBODY, **flags).put(0, answer("a"))
+        Output("/dev/full", NOBODY, flag).put(0, answer("a"))
     os.mkfifo(tmp_path / "fifo")
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    fifo = Output(str(tmp_path / "fifo"), NOBODY, **flags)
+    fifo = Output(str(tmp_path / "fifo"), NOBODY, flag)
     fifo.put(0, answer("a"))
     assert os.read(reader, 1000).decode() == line("a")
     os.close(reader)
     with pytest.raises(ValueError, match="fifo: cannot be written .Broken pipe"):
         fifo.put(1, answer("b"))
-    with pytest.raises(ValueError, match="--resume needs a file that can be read again"):
-        Output(os.devnull, NOBODY, resume=True)
+    with pytest.raises(ValueError, match="--existing resume needs a file that can be read again"):
+        Output(os.devnull, NOBODY, existing="resume")
 
 
 def test_a_full_disk_leaves_what_resuming_mends(tmp_path: Path) -> None:
@@ -195,7 +192,7 @@ def test_a_full_disk_leaves_what_resuming_mends(tmp_path: Path) -> None:
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert out.stdout == f"--output {path}: cannot be written (File too large)\n", out.stderr
     assert path.read_text() == line("a") + line("b")[:20]
-    output = Output(str(path), NOBODY, resume=True)
+    output = Output(str(path), NOBODY, existing="resume")
     assert output.kept.popleft() == "a" and not output.kept
     output.put(0, answer("b"))
     output.close()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit, singly
-from disagg.engine import Engine, EngineConfig
-from disagg.loop import LEAVING, Pipeline
+from disagg.engine import Engine
+from disagg.pipeline import LEAVING, Pipeline, Turn
 from disagg.request import Request
 from disagg.steps import DecodeStep, resolve
 from disagg.unified import Unified
@@ -38,9 +39,9 @@ def submit(role: Unified, uid: int, max_tokens: int, ignore_eos: bool = True) ->
 
 def watch(engine: Engine, role: Unified, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
-    run, after = engine.run, role.after
+    run, take_up = engine.run, role.take_up
     monkeypatch.setattr(engine, "run", lambda work: (log.append("run"), run(work))[1])
-    monkeypatch.setattr(role, "after", lambda step: (log.append("take up"), after(step))[1])
+    monkeypatch.setattr(role, "take_up", lambda step: (log.append("take up"), take_up(step))[1])
     return log
 
 
@@ -48,7 +49,7 @@ def test_tokens_do_not_wait_for_a_step_that_holds_the_host(engine: Engine, monke
     role = Unified(engine)
     pipeline, log = Pipeline(role, engine, engine.mesh), watch(engine, role, monkeypatch)
     submit(role, 0, 3)
-    while pipeline.turn():
+    while pipeline.turn() == Turn.WORKED:
         pass
     assert log == ["run", "take up", "run", "take up", "run", "take up"]
 
@@ -60,7 +61,7 @@ def test_a_step_that_runs_ahead_is_started_before_the_tokens_are_seen(
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     pipeline, log = Pipeline(role, engine, engine.mesh), watch(engine, role, monkeypatch)
     submit(role, 0, 4)
-    while pipeline.turn():
+    while pipeline.turn() == Turn.WORKED:
         pass
     assert log == ["run", "run", "take up", "run", "take up", "run", "take up", "take up"]
     assert sum(len(update.tokens) for update in singly(role.updates)) == 4
@@ -73,14 +74,14 @@ def test_a_request_that_has_ended_counts_no_more(engine: Engine, ahead: bool, mo
     role = Unified(engine)
     submit(role, 0, 1)
     pipeline = Pipeline(role, engine, engine.mesh)
-    while pipeline.turn():
+    while pipeline.turn() == Turn.WORKED:
         pass
     (token,) = role.updates[0].tokens
     engine.config = replace(engine.config, eos_token_ids=(token,))
     role.updates.clear()
     pipeline = Pipeline(role, engine, engine.mesh)
     submit(role, 1, 50, ignore_eos=False)
-    while pipeline.turn():
+    while pipeline.turn() == Turn.WORKED:
         pass
     assert [(u.tokens, u.finish) for u in role.updates] == [([token], "stop")]
     assert pipeline.stats["decode_step_tokens"] == 0 and pipeline.stats["prefill_step_tokens"] == 1
@@ -91,16 +92,16 @@ def test_a_step_in_flight_when_all_stop_is_still_taken_up(engine: Engine) -> Non
     role = Unified(engine)
     pipeline = Pipeline(role, engine, engine.mesh)
     submit(role, 0, 1)
-    assert pipeline.turn()
+    assert pipeline.turn() == Turn.WORKED
     assert not role.updates
-    assert pipeline.turn(LEAVING) is None
+    assert pipeline.turn(LEAVING) == Turn.OVER
     assert [update.finish for update in role.updates] == ["length"]
     assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
     assert pipeline.stats["prefill_seconds"] > 0
 
 
 def test_a_graphless_cpu_never_runs_ahead(engine: Engine) -> None:
-    work = engine.prepare(Unified(engine).plan(), engine.decode.bucket(1), 0)
+    work = engine.lay_out(Unified(engine).schedule(), engine.decode.bucket(1), 0)
     assert not engine.runs_ahead(work) and not work.mixed
     assert not engine.run(work).sampled()
 
@@ -120,7 +121,7 @@ def live(engine: Engine, seed: int) -> dict[int, list]:
             aborts[turn + rng.randrange(40)] = uid if uid % 4 == 3 else -1
         if turn in aborts:
             role.handle(Abort(aborts[turn]))
-        busy = pipeline.turn()
+        busy = pipeline.turn() == Turn.WORKED
         for update in singly(role.updates):
             answers.setdefault(update.uid, []).append((update.tokens, update.logprobs, update.finish))
         role.updates.clear()

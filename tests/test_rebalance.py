@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from disagg.config import EngineConfig, Rebalance
 from disagg.control.messages import Submit, singly
-from disagg.engine import Engine, EngineConfig
+from disagg.engine import Engine
 from disagg.front.metrics import Metrics
-from disagg.loop import Pipeline
+from disagg.pipeline import Pipeline, Turn
 from disagg.rebalance import Rebalancer
 from disagg.request import Request
 from disagg.unified import Unified
@@ -34,7 +35,7 @@ from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
 from parallel.recorder import Recorder, load_recording
 from scripts.tools.quantize import quantize_folder
-from tests.test_cli import read, run
+from tests.deployment import read, run
 from tests.test_gpu_rebalance import check_what_arrives
 from tests.test_precision import fp8, load  # noqa: F401 - a fixture
 from tests.worlds import run_world, sub_mesh
@@ -169,7 +170,7 @@ def generate(
         if waiting and turn % 3 == 0:
             role.handle(Submit(waiting.pop(0), None))
         each_turn(turn)
-        busy, turn = pipeline.turn(), turn + 1
+        busy, turn = pipeline.turn() == Turn.WORKED, turn + 1
         for update in singly(role.updates):
             assert update.error is None, update.error
             tokens[update.uid].extend(update.tokens)
@@ -182,13 +183,20 @@ def settle(engine: Engine) -> None:
     """Turns without work, until the move that is under way on all ranks has come to its end."""
     pipeline = Pipeline(Unified(engine), engine, engine.mesh)
     while any(moving for (moving,) in engine.mesh.agree(not engine.rebalancer.idle or engine.rebalancer.vote())):
-        assert pipeline.turn() is False
+        assert pipeline.turn() == Turn.IDLE
 
 
 def make(
-    folder: Path, mesh: Mesh | None = None, redundant: int = 0, interval: int = NEVER, **changes: object
+    folder: Path,
+    mesh: Mesh | None = None,
+    redundant: int = 0,
+    interval: int = NEVER,
+    threshold: float = 1.0,
+    layers_at_once: int = 1,
+    **changes: object,
 ) -> Engine:
-    changes |= {"redundant_experts": redundant, "rebalance_interval": interval}
+    how = Rebalance(interval, threshold, layers_at_once)
+    changes |= {"redundant_experts": redundant, "rebalance": how}
     config = ModelConfig.from_pretrained(folder)
     return Engine.from_pretrained(replace(SETTINGS, **changes), config, folder, mesh or Mesh(), Ops())
 
@@ -300,15 +308,15 @@ def test_bad_requests_are_refused(alone: tuple[Engine, list[list[int]]]) -> None
 
 
 def test_flags_are_checked(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="--rebalance-interval is -1; it must be at least 0"):
-        EngineConfig(rebalance_interval=-1)
+    with pytest.raises(ValueError, match="--rebalance: the interval is -1; it must be at least 0"):
+        Rebalance(-1)
     for threshold in (0.0, 1.01, float("nan")):
-        with pytest.raises(ValueError, match=r"--rebalance-threshold is .*; it must be in \(0, 1\]"):
-            EngineConfig(rebalance_threshold=threshold)
-    with pytest.raises(ValueError, match="--rebalance-layers-per-step is 0; it must be at least 1"):
-        EngineConfig(rebalance_layers_per_step=0)
-    with pytest.raises(ValueError, match=r"--rebalance-layers-per-step is 5; it must be at most .* \(4\)"):
-        make(tiny, interval=1, rebalance_layers_per_step=5)
+        with pytest.raises(ValueError, match=r"--rebalance: the balancedness is .*; it must be in \(0, 1\]"):
+            Rebalance(threshold=threshold)
+    with pytest.raises(ValueError, match="--rebalance: the layers at once are 0; they must be at least 1"):
+        Rebalance(layers_per_step=0)
+    with pytest.raises(ValueError, match=r"--rebalance: the layers at once are 5; they must be at most .* \(4\)"):
+        make(tiny, interval=1, layers_at_once=5)
 
 
 # A world of ranks.
@@ -333,7 +341,7 @@ def mine(rank: int) -> list[Request]:
 def check_tokens(r: Rank, mesh: Mesh, redundant: int, overlap: str, maps: list[tuple[int, int]]) -> None:
     """The policy on the load as it is, then maps as they come."""
     layers_at_once = 1 + (redundant > 0)
-    engine = make(r.tiny, mesh, redundant, 4, overlap=overlap, rebalance_layers_per_step=layers_at_once)
+    engine = make(r.tiny, mesh, redundant, 4, overlap=overlap, layers_at_once=layers_at_once)
     rebalancer = engine.rebalancer
     assert generate(engine, mine(r.rank)) == r.expected[r.rank], (mesh, redundant, overlap)
     settle(engine)
@@ -400,7 +408,7 @@ def check_failure(r: Rank, mesh: Mesh) -> None:
 
 
 def check_threshold(r: Rank, mesh: Mesh) -> None:
-    engine = make(r.tiny, mesh, interval=4, rebalance_threshold=0.05)
+    engine = make(r.tiny, mesh, interval=4, threshold=0.05)
     assert generate(engine, mine(r.rank)) == r.expected[r.rank]
     settle(engine)
     assert 0.05 < engine.rebalancer.stats["balancedness"] < 1
@@ -475,9 +483,10 @@ def test_a_job_that_does_not_move_says_nothing() -> None:
 
 def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
     tokens = []
-    for flags in ((), ("--rebalance-interval", "4", "--redundant-experts", "4", "--rebalance-layers-per-step", "2")):
+    for flags in ((), ("--rebalance", "4,1,2", "--redundant-experts", "4")):
         out = tmp_path / "out.jsonl"
-        work = ("--model", str(tiny), "--input", "scripts/prompts.jsonl", "--output", str(out), "--overwrite")
+        work = ("--model", str(tiny), "--input", "scripts/prompts.jsonl", "--output", str(out))
+        work += ("--existing", "overwrite")
         code, _, err = run(*work, *flags, ranks=2)
         assert code == 0, err
         says = (

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from disagg.request import PromptEncoder, UserRequest, parse_request
+from disagg.front.parse import UserRequest, parse_request
+from disagg.front.tokenizer import PromptEncoder
 
 VOCAB_SIZE = 257
 BOS = 256

@@ -7,9 +7,10 @@ import pytest
 import zmq
 
 from disagg import prefill as prefill_module
+from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Back, Forget, Gone, Member, Submit, Update, Withdraw, encode
 from disagg.decode import Decode
-from disagg.engine import Engine, EngineConfig
+from disagg.engine import Engine
 from disagg.handoff.connect import Door
 from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded
 from disagg.prefill import Prefill
@@ -65,7 +66,7 @@ def test_a_request_begins_when_it_has_its_pages(decode: Decode) -> None:
     """Two of 120 tokens fit into four pages."""
     for uid in range(3):
         submit(decode, uid)
-    decode.plan()
+    decode.admit()
     assert decode.news().begun == [0, 1] and decode.news() is None
     assert [type(command) for command in links(decode)[0].told] == [Join, Join]
 
@@ -73,13 +74,13 @@ def test_a_request_begins_when_it_has_its_pages(decode: Decode) -> None:
 def test_what_has_not_begun_is_given_back(decode: Decode) -> None:
     for uid in range(4):
         submit(decode, uid)
-    decode.plan()
+    decode.admit()
     decode.news()
     decode.handle(Withdraw([0, 2, 99]))
     assert decode.news().returned == [2]
     for uid in (0, 1):
         decode.handle(RoomEnded(uid, "cut"))
-    decode.plan()
+    decode.admit()
     assert decode.news().begun == [3], "the one that was given back must not begin"
 
 
@@ -87,7 +88,7 @@ def test_a_request_that_is_here_is_not_taken_twice(decode: Decode) -> None:
     for _ in range(2):
         for uid in range(3):
             submit(decode, uid)
-        decode.plan()
+        decode.admit()
     assert len(decode.queue) == 1 and list(decode.arrivals) == [0, 1]
     assert decode.news().begun == [0, 1]
 
@@ -102,7 +103,7 @@ def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_h
     allocator = decode.scheduler.allocator
     for uid in range(3):
         submit(decode, uid)
-    decode.plan()
+    decode.admit()
     decode.news()
     decode.handle(Forget())
     (link,) = links(decode)
@@ -112,25 +113,25 @@ def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_h
         decode.handle(RoomEnded(uid, "cancelled"))
     assert allocator.num_free == allocator.capacity and decode.news() is None, "nobody wants to hear of them"
     submit(decode, 0)
-    decode.plan()
+    decode.admit()
     assert decode.news().begun == [0], "the same number may come again, of another router"
 
 
 def test_a_peer_that_was_gone_and_is_back_gets_new_links(decode: Decode) -> None:
     submit(decode, 0)
-    decode.plan()
+    decode.admit()
     decode.news()
     decode.handle(Gone(["peer"]))
     (old,) = links(decode)
     assert old.is_down
     decode.handle(RoomEnded(0, "link down", link_down=True))
     submit(decode, 1)
-    decode.plan()
+    decode.admit()
     news = decode.news()
     assert [update.retry for update in news.updates] == [True, True] and not news.begun
     decode.handle(Back(["peer"]))
     submit(decode, 2)
-    decode.plan()
+    decode.admit()
     assert decode.news().begun == [2]
     new = links(decode)[-1]
     assert new is not old and new.generation > old.generation and not new.is_down
@@ -143,14 +144,14 @@ def test_a_new_session_knows_nobody_who_is_gone(decode: Decode, prefill: Prefill
         role.handle(Forget())
         assert not role.links.gone
     submit(decode, 0)
-    decode.plan()
+    decode.admit()
     assert decode.news().begun == [0]
 
 
 def test_an_abort_reaches_a_request_wherever_it_is(decode: Decode) -> None:
     for uid in range(3):
         submit(decode, uid)
-    decode.plan()
+    decode.admit()
     for uid in (0, 2, 5):
         decode.handle(Abort(uid))
     assert not decode.queue and not decode.arrivals[0].wanted and decode.arrivals[1].wanted

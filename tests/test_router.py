@@ -31,11 +31,13 @@ from disagg.control.ports import RouterPort, WorkerPort
 from disagg.control.pulse import Beacon
 from disagg.front import fleet
 from disagg.front import router as module
+from disagg.front.answer import Answer
 from disagg.front.metrics import percentile
-from disagg.front.router import Answer, Router
+from disagg.front.parse import UserRequest
+from disagg.front.router import Router
 from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
-from disagg.request import Request, UserRequest
+from disagg.request import Request
 from tests.conftest import ROOT, eventually
 
 HOST = "127.0.0.1"

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from disagg.engine import NO_WORK, Work
 from disagg.request import Request
 from disagg.scheduler import Plan, Scheduler, Sequence
+from disagg.step import NO_WORK, Work
 from model.batch import NULL_PAGE, PAGE
 from model.kv_cache import PageAllocator
 
@@ -117,7 +117,7 @@ class Life(RuleBasedStateMachine):
                     self.sampled(twin, sequence, EOS if end else OTHER)
                 elif sequence in twin.over:
                     sequence.append(OTHER, (EOS,))
-                    assert not sequence.in_flight
+                    assert not sequence.unseen
                     twin.over.remove(sequence)
                     twin.scheduler.release(sequence)
 
@@ -138,7 +138,7 @@ class Life(RuleBasedStateMachine):
             written = chunk.start + len(chunk.token_ids)
             assert chunk.token_ids, "a chunk of nothing"
             assert chunk.start == sequence.computed and chunk.pages is sequence.pages
-            if sequence.in_flight:
+            if sequence.unseen:
                 row = self.one.latest.rows[self.one.flying.index(sequence)]
                 assert list(chunk.token_ids) == [-1 - row]
             else:
@@ -170,7 +170,7 @@ class Life(RuleBasedStateMachine):
     def drop(self, twin: Replica, uid: int) -> None:
         sequence = twin.sequences.pop(uid)
         twin.scheduler.remove(sequence)
-        if sequence.in_flight and self.waits_for_flight:
+        if sequence.unseen and self.waits_for_flight:
             twin.over.append(sequence)
         else:
             twin.scheduler.release(sequence)

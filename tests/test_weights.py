@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from disagg.engine import Engine, EngineConfig
+from disagg.config import EngineConfig
+from disagg.engine import Engine
 from kernels.backend import Ops
 from model.checkpoint import Entry, checkpoint_table
 from model.config import ModelConfig

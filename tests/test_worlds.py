@@ -10,14 +10,17 @@ from pathlib import Path
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
+from disagg.config import EngineConfig
 from disagg.control.ports import RouterPort
-from disagg.engine import Engine, EngineConfig
-from disagg.front.router import Answer, Router
+from disagg.engine import Engine
+from disagg.front.answer import Answer
+from disagg.front.parse import UserRequest
+from disagg.front.router import Router
 from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
-from disagg.request import Request, UserRequest
+from disagg.request import Request
 from kernels.backend import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig

@@ -24,13 +24,13 @@ class Town:
         return self.jobs[-1]
 
     def worker(self, role: str, ranks: int = 1, *flags: str) -> Job:
-        return self.start(role, ranks, "--router", f"127.0.0.1:{self.port}", "--device", "cpu", *flags)
+        return self.start(role, ranks, "--router", f"127.0.0.1:{self.port}", *flags)
 
     def router(self, requests: list[dict], name: str) -> Job:
         """Answers go to `answers(name)`."""
         source = self.folder / f"{name}.jsonl"
         source.write_text("".join(json.dumps(request) + "\n" for request in requests))
-        where = "--listen", f"127.0.0.1:{self.port}"
+        where = "--router", f"127.0.0.1:{self.port}"
         return self.start("router", 1, *where, "--input", str(source), "--output", str(self.folder / f"{name}.out"))
 
     def answers(self, name: str) -> list[dict]:

@@ -8,39 +8,39 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from disagg.config import EngineConfig
 from disagg.control.address import format_address, is_wildcard
 from disagg.control.ports import RouterPort
-from disagg.engine import EngineConfig
+from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.jsonl import JsonLines
 from disagg.front.lines import Lines
 from disagg.front.output import Output
-from disagg.front.router import INTERRUPTED, Answer, Router
+from disagg.front.parse import parse_request
+from disagg.front.router import Router
 from disagg.front.source import Listed
-from disagg.front.streams import discard_stdout
 from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
-from disagg.request import parse_request
 from model.config import ModelConfig
 
 
 class FrontDoor:
     """The router serves it; the unified job runs it in a thread."""
 
-    def __init__(self, args: Namespace, settings: EngineConfig, config: ModelConfig, listen: tuple[str, int]):
+    def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]):
         """Looks at everything that can be refused, and then listens. Lines are read when it runs."""
-        encoder, self.output = load_tokenizer(args.model, settings.model_len(config)), None
-        self.args, self.tokenizer, self.vocab_size = args, encoder.tokenizer, config.vocab_size
-        limits = config.vocab_size, settings.model_len(config)
+        longest = EngineConfig(max_model_len=args.max_model_len).model_len(config)
+        encoder, self.output = load_tokenizer(args.model, longest), None
+        self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
+        limits = config.vocab_size, longest
         if args.prompt is not None:
             line = json.dumps({"prompt": args.prompt, "max_tokens": args.max_tokens})
             self.source = Listed([parse_request(line, 1, encoder, *limits)])
         else:
             lines = Lines(args.input)
-            self.output = Output(args.output, lines.stat, args.overwrite, args.resume)
+            self.output = Output(args.output, lines.stat, args.existing)
             self.source = JsonLines(lines, self.output, encoder, *limits, self._refused)
         self.port = RouterPort(*listen)
         self._answers = self._failures = 0
-        self._printing = True
 
     def announce(self, host: str) -> None:
         print(f"router: listening on {format_address(host, self.port.port)}", file=sys.stderr, flush=True)
@@ -76,8 +76,6 @@ class FrontDoor:
     def _deliver(self, position: int, answer: Answer) -> None:
         if self.output is not None:
             self.source.deliver(position, answer)
-            if self.args.show:
-                self._print(f"--- {answer.id}: {answer.error or answer.text}\n")
         else:
             self._print("\n")
             if answer.error is not None:
@@ -96,18 +94,9 @@ class FrontDoor:
             self._print(piece)
 
     def _print(self, text: str) -> None:
-        """BrokenPipeError if nobody reads it and there is no file that has it, too."""
-        if not self._printing:
-            return
-        try:
-            tqdm.write(text, file=sys.stdout, end="")
-            sys.stdout.flush()
-        except OSError as error:
-            if self.output is None:
-                raise
-            self._printing = False
-            discard_stdout()
-            print(f"--show: stdout cannot be written ({error.strerror}); the batch goes on", file=sys.stderr)
+        """BrokenPipeError if nobody reads it."""
+        tqdm.write(text, file=sys.stdout, end="")
+        sys.stdout.flush()
 
 
 class RouterThread(threading.Thread):

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from disagg.front.answer import Answer, refusal
 from disagg.front.lines import LONGEST, Lines
 from disagg.front.output import Output
-from disagg.front.router import Answer, refusal
+from disagg.front.parse import UserRequest, is_id, parse_request, read_object
 from disagg.front.tokenizer import PromptEncoder
-from disagg.request import UserRequest, is_id, parse_request, read_object
 
 TAKE_S = 0.02  # how long the router may be kept from its other work
 
@@ -63,7 +63,9 @@ class JsonLines:
         if self._lines.ended:
             if self._output.kept:
                 count = self._skipped + len(self._output.kept)
-                raise ValueError(f"--resume: {self._output.path} has {count} answers, the input {self._skipped} lines")
+                raise ValueError(
+                    f"--existing resume: {self._output.path} has {count} answers, the input {self._skipped} lines"
+                )
             self.exhausted = True
         return taken
 
@@ -81,8 +83,8 @@ class JsonLines:
         self._skipped += 1
         if there != own:
             raise ValueError(
-                f"--resume: answer {self._skipped} in {self._output.path} has the id {there!r:.60}, but that line of "
-                f"the input has {own!r:.60}; the answers must be to the input's first lines"
+                f"--existing resume: answer {self._skipped} in {self._output.path} has the id {there!r:.60}, but that line "
+                f"of the input has {own!r:.60}; the answers must be to the input's first lines"
             )
 
 

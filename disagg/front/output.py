@@ -7,7 +7,7 @@ import os
 import stat
 from collections import deque
 
-from disagg.front.router import INTERRUPTED, Answer
+from disagg.front.answer import INTERRUPTED, Answer
 
 
 class Output:
@@ -20,14 +20,16 @@ class Output:
     the answers that stay.
     """
 
-    def __init__(self, path: str, source: os.stat_result, overwrite: bool = False, resume: bool = False):
-        """`source` is the input. ValueError if `path` cannot be written, or holds what must stay."""
+    def __init__(self, path: str, source: os.stat_result, existing: str = "refuse"):
+        """`source` is the input; `existing` is refuse, overwrite or resume. ValueError if `path` cannot be written, or
+        holds what must stay."""
         self.path = path
         self.kept: deque[str | int] = deque()
         self._size = 0  # bytes of what stays
         self._lines: dict[int, str] = {}  # by place among the answers, those that wait for one before them
         self._written = 0
         self._begun = False
+        resume = existing == "resume"
         try:
             self._file = io.FileIO(path, "a+" if resume else "a")
         except OSError as error:
@@ -39,8 +41,8 @@ class Output:
                 self._claim(source)
             if resume:
                 self._read_answers()
-            elif self._regular and status.st_size and not overwrite:
-                raise self._refusal("it exists; --overwrite replaces it, --resume goes on behind its answers")
+            elif self._regular and status.st_size and existing != "overwrite":
+                raise self._refusal("it exists; --existing overwrite replaces it, --existing resume goes on behind it")
         except ValueError:
             self._file.close()  # and give up the claim
             raise
@@ -73,7 +75,7 @@ class Output:
 
     def _read_answers(self) -> None:
         if not self._regular:
-            raise self._refusal("--resume needs a file that can be read again")
+            raise self._refusal("--existing resume needs a file that can be read again")
         self._file.seek(0)
         with open(self._file.fileno(), "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
@@ -83,7 +85,7 @@ class Output:
                     answer = json.loads(line)
                     error, own_id = answer.get("error"), answer["id"]
                 except (ValueError, AttributeError, LookupError, RecursionError):
-                    raise self._refusal(f"line {number} is no answer, and --resume goes on behind answers") from None
+                    raise self._refusal(f"line {number} is no answer, which --existing resume needs") from None
                 if error == INTERRUPTED:
                     break
                 self.kept.append(own_id)

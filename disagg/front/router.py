@@ -13,25 +13,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
 
 from disagg.control.messages import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
 from disagg.control.ports import RouterPort
+from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.fleet import Fleet, Replica
 from disagg.front.metrics import Metrics
+from disagg.front.parse import UserRequest
 from disagg.front.source import Source
 from disagg.front.tokenizer import TextStream
-from disagg.request import Request, UserRequest
+from disagg.request import Request
 from model.kv_cache import pages_for
 
 SUSPECT_S = 3.0  # how long a request keeps away from a job where it has failed, unless that is lost
 REPLACEMENT_S = 30.0  # how long requests wait for a role that has been lost to come back
 NOTICE_S = 10.0  # how long requests wait for a role that is missing before a line says so
 NOTICE_FACTOR = 3  # the next line comes after so many times as long
-INTERRUPTED = "interrupted"  # the error of a request that the user's Ctrl-C ended
 ATTEMPTS = 3  # how often a request may begin
 BATCHES = 2  # requests at a decode replica, in multiples of its batch: what joins next should have its KV there
 STEPS_AHEAD = 2  # prompt tokens at a prefill replica, in multiples of what a step computes,
@@ -61,31 +61,6 @@ class Tracked:
         request, done = self.user.request, self.stream.token_ids
         left = request.max_tokens - len(done)
         return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=left)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One line of output."""
-
-    id: Any
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    ttft_s: float | None
-    latency_s: float | None
-    logprobs: list | None = None
-    error: str | None = None
-
-    def as_dict(self) -> dict:
-        optional = {k: v for k in ("logprobs", "error") if (v := getattr(self, k)) is not None}
-        return {k: v for k, v in vars(self).items() if k not in ("logprobs", "error")} | optional
-
-
-def refusal(id: Any, error: str) -> Answer:
-    """The answer to a line that never became a request."""
-    return Answer(id, "", [], "error", 0, 0, None, None, error=error)
 
 
 class Router:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
-from disagg.request import UserRequest
+from disagg.front.parse import UserRequest
 
 
 class Source(Protocol):

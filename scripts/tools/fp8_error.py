@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from disagg.engine import Engine, EngineConfig
+from disagg.config import EngineConfig
+from disagg.engine import Engine
 from disagg.front.tokenizer import load_tokenizer
 from kernels.backend import Ops
 from model.batch import PAGE, Batch, Chunk

@@ -32,10 +32,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from disagg.config import EngineConfig
 from disagg.control.messages import Submit
-from disagg.engine import Engine, EngineConfig, Step, Work
-from disagg.loop import Pipeline
+from disagg.engine import Engine
+from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
+from disagg.step import Step, Work
 from disagg.unified import Unified
 from kernels.backend import choose
 from model.config import ModelConfig
@@ -76,13 +78,13 @@ class Timed(Unified):
         self.launching += time.perf_counter() - start
         return step
 
-    def after(self, step: Step) -> int:
+    def take_up(self, step: Step) -> int:
         start = time.perf_counter()
         if step.done is not None:
             step.done.synchronize()
         now = time.perf_counter()
         self.marks.append(Mark(now, now - start, self.launching, len(step.work.sequences), step.work.mixed))
-        return super().after(step)
+        return super().take_up(step)
 
 
 class Bench:
@@ -101,7 +103,7 @@ class Bench:
             self.uid += 1
         self.role.marks.clear()
         start = time.perf_counter()
-        while self.pipeline.turn():
+        while self.pipeline.turn() == Turn.WORKED:
             self.role.updates.clear()
         return start
 
@@ -285,7 +287,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
         kv_tokens=most * (length + 64),
         max_model_len=length,
         dtype="bfloat16",
-        graphs=not args.no_graphs,
+        graphs="off" if args.no_graphs else "auto",
         overlap=args.overlap,
         dispatch=args.dispatch,
     )

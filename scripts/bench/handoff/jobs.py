@@ -26,11 +26,13 @@ from torch import Tensor
 
 from disagg.control.messages import Parts, Update
 from disagg.control.ports import RouterPort
+from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.fleet import Replica
-from disagg.front.router import INTERRUPTED, Answer, Router, Tracked
+from disagg.front.parse import UserRequest
+from disagg.front.router import Router, Tracked
 from disagg.front.source import Listed
 from disagg.front.tokenizer import TextStream, load_tokenizer
-from disagg.request import Request, UserRequest
+from disagg.request import Request
 from model.batch import PAGE
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
@@ -76,12 +78,13 @@ class Jobs:
         """`first_gpu`: the first of the job's own; it sees all the others behind them."""
         env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": HOST, "MASTER_PORT": str(free_port())}
         env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks: they share the cores
-        if torch.cuda.is_available():
+        if self.args.device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        elif torch.cuda.is_available():
             count = torch.cuda.device_count()
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(first_gpu + i) % count] for i in range(count))
         command = [sys.executable, "run.py", "--role", role, *flags]
-        command += ["--device", self.args.device] if role != "router" else []
         self.processes[name] = []
         for rank in range(ranks):
             with self.log(name, rank).open("wb") as log:
@@ -142,7 +145,7 @@ def same_tokens(args: Namespace, limit_s: float) -> int:
         jobs.start("prefill", "prefill", args.pairs, 0, *engine, "--router", address, *tp)
         jobs.start("decode", "decode", args.pairs, args.pairs, *engine, "--router", address)
         work = ("--input", PROMPTS, "--output")
-        jobs.start("router", "router", 1, 0, "--model", MODEL, "--listen", address, *work, str(apart))
+        jobs.start("router", "router", 1, 0, "--model", MODEL, "--router", address, *work, str(apart))
         jobs.start("unified", "unified", 1, 0, *engine, *work, str(together))
         jobs.finish(limit_s)
         expected, tokens = read_tokens(together), read_tokens(apart)

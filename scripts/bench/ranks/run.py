@@ -28,7 +28,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from disagg.engine import Engine, EngineConfig
+from disagg.config import EngineConfig, Rebalance
+from disagg.engine import Engine
 from disagg.experts import balanced, make_placement
 from model.batch import PAGE
 from model.config import ModelConfig
@@ -162,7 +163,7 @@ class Comparison:
             dtype="bfloat16",
             overlap="on" if variant == "overlap" else "off",
             dispatch="auto" if variant == "tp" else args.dispatch,
-            rebalance_interval=args.interval if variant == "live" else 0,
+            rebalance=Rebalance(args.interval if variant == "live" else 0),
         )
         placement = None
         if variant == "static":

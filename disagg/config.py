@@ -1,0 +1,104 @@
+"""EngineConfig: what the command line says of an engine, and the rules that its values are held to."""
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from model.batch import PAGE
+from model.config import ModelConfig
+
+DISPATCH = "dispatch="  # among the values of --backend
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """When experts move while serving. ValueError names the flag."""
+
+    interval: int = 0  # steps between looks at the balance; 0: the experts stay where they are
+    threshold: float = 1.0  # balancedness above which nothing moves
+    layers_per_step: int = 1  # whose experts move at once
+
+    def __post_init__(self) -> None:
+        if self.interval < 0:
+            raise ValueError(f"--rebalance: the interval is {self.interval}; it must be at least 0")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"--rebalance: the balancedness is {self.threshold}; it must be in (0, 1]")
+        if self.layers_per_step < 1:
+            raise ValueError(f"--rebalance: the layers at once are {self.layers_per_step}; they must be at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> "Rebalance":
+        """`INTERVAL[,THRESHOLD[,LAYERS]]`."""
+        parts = text.split(",")
+        try:
+            return cls(*(kind(part) for kind, part in zip((int, float, int)[: len(parts)], parts, strict=True)))
+        except ValueError as error:
+            if str(error).startswith("--"):
+                raise
+            raise ValueError(f"--rebalance is {text!r}; it must be N, N,B or N,B,L, all of them numbers") from None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the command line says of an engine; sizes are of an attention replica. ValueError names the flag."""
+
+    max_batch: int = 64
+    max_tokens_per_step: int = 1024
+    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU 65,536
+    max_model_len: int | None = None  # None: the model's own
+    dtype: str = "auto"
+    dispatch: str = "auto"
+    decodes: bool = True  # a prefill job does not
+    graphs: str = "auto"  # decode in CUDA graphs where there is CUDA; or "off"
+    overlap: str = "auto"
+    redundant_experts: int = 0  # slots of the job beyond one for each expert
+    expert_map: str | None = None  # a recording to balance for
+    record_experts: str | None = None  # where to write one
+    rebalance: Rebalance = field(default_factory=Rebalance)
+    gpu_memory_fraction: float = 0.9  # of a GPU, for all ranks of this job on it
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_tokens_per_step", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.kv_tokens is not None and self.kv_tokens < PAGE:
+            raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
+        if self.redundant_experts < 0:
+            raise ValueError(f"--redundant-experts is {self.redundant_experts}; it must be at least 0")
+        if self.record_experts is not None:
+            path = Path(self.record_experts).absolute()
+            if path.is_dir():
+                raise ValueError(f"--record-experts {self.record_experts!r}: it is a folder")
+            if not path.parent.is_dir():
+                raise ValueError(f"--record-experts {self.record_experts}: no such folder")
+            if not os.access(path.parent, os.W_OK):
+                raise ValueError(f"--record-experts {self.record_experts}: its folder cannot be written to")
+        if not 0 < self.gpu_memory_fraction <= 1:
+            raise ValueError(f"--gpu-memory-fraction is {self.gpu_memory_fraction}; it must be in (0, 1]")
+
+    @classmethod
+    def from_flags(cls, args: Namespace) -> "EngineConfig":
+        """Of run.py. Each flag that has a field's name is that field; `--backend dispatch=X` is `dispatch`."""
+        given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+        chosen = [text.removeprefix(DISPATCH) for text in args.backend if text.startswith(DISPATCH)]
+        given |= {"decodes": args.role != "prefill", "rebalance": Rebalance.parse(args.rebalance)}
+        return cls(**given, dispatch=chosen[-1] if chosen else "auto")
+
+    def model_len(self, model: ModelConfig) -> int:
+        limit = self.max_model_len or model.max_position_embeddings
+        if limit > model.max_position_embeddings:
+            raise ValueError(
+                f"--max-model-len ({limit}) is over the model's max_position_embeddings "
+                f"({model.max_position_embeddings})"
+            )
+        return limit
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return DTYPES[self.dtype]

@@ -1,0 +1,115 @@
+"""What run.py does once its flags are read: start the router, or a job's rank with its engine and its loop."""
+
+import os
+import sys
+from argparse import Namespace
+
+import torch
+from tqdm import tqdm
+
+from disagg.config import DISPATCH, EngineConfig
+from disagg.control.address import answers, local_host, parse_address
+from disagg.engine import Engine
+from disagg.front.front_door import FrontDoor, RouterThread
+from disagg.handoff.credits import buffer_bytes
+from disagg.interrupt import Interrupt
+from disagg.loop import serve
+from disagg.memory import page_bytes
+from kernels.backend import choose, table
+from model.config import ModelConfig
+from model.precision import decide
+from model.transformer import op_shape
+from parallel.mesh import Mesh
+
+
+def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> int:
+    """The process's exit status."""
+    host, port = parse_address("--router", args.router)
+    front = FrontDoor(args, config, (host, port))
+    front.announce(host)
+    interrupt.hold()
+    front.run(lambda: interrupt.seen)
+    return 1 if front.failed else 0
+
+
+def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, interrupt: Interrupt) -> int:
+    """The process's exit status. ValueError for flags that the model or the machine does not allow."""
+    mesh = Mesh.create(args.attn_tp)
+    choose_threads(mesh.device)
+
+    def say(text: str) -> None:
+        if mesh.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    front, router = None, None
+    if args.role == "unified":
+        front, router = open_front_door(args, config, mesh)
+    else:
+        router = find_router(args.router)
+        if not answers(*router):
+            say(f"{args.role}: nobody listens at {args.router} yet; this job will wait for a router there")
+    dtype = settings.torch_dtype(mesh.device)
+    forced = [text for text in args.backend if not text.startswith(DISPATCH)]
+    ops, choices = choose(op_shape(config), dtype, mesh.device, forced)
+    handoff_bytes = buffer_bytes(page_bytes(config, dtype.itemsize)) if args.role != "unified" else 0
+    engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say, handoff_bytes)
+    fp8 = decide(config, args.attn_tp, dtype, mesh.device).why if config.fp8 else ""
+    where = f"cpu, threads: {torch.get_num_threads()}" if mesh.device.type == "cpu" else mesh.device.type
+    say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {where}")
+    say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
+    if engine.why_graphs:
+        say(f"{'decode':>10}: {engine.why_graphs}")
+    if engine.rebalancer is not None:
+        say(f"{'rebalance':>10}: {engine.rebalancer.why}")
+    if fp8:
+        say(f"{'fp8':>10}: {fp8}")
+    engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
+    mesh.ep.exchange(None)  # until all ranks are here, Ctrl-C ends each by itself
+    interrupt.hold()
+    thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
+    problem = serve(args.role, engine, mesh, router, interrupt)
+    if thread is not None:
+        thread.join()
+    engine.close()
+    mesh.close()
+    if problem is not None:
+        print(f"{args.role}: {problem}", file=sys.stderr)
+    return 1 if problem is not None or (front is not None and front.failed) else 0
+
+
+def find_router(text: str) -> tuple[str, int]:
+    """Its address. ValueError if there is no way there: the weights would be read in vain."""
+    host, port = parse_address("--router", text)
+    if port == 0:
+        raise ValueError(f"--router is {text!r}; port 0 is only for the router itself, which says what it got")
+    try:
+        local_host(host)
+    except ValueError as error:
+        raise ValueError(f"--router is {text!r}: {error}") from None
+    return host, port
+
+
+def choose_threads(device: torch.device) -> None:
+    """As torchrun does: one, unless the user says otherwise.
+
+    On two idle cores the shipped model decodes as fast with one thread as with two, at 29 ms per step. Beside another
+    busy process a step takes 29 to 60 ms with one, and 330 to 510 with two: they spin while they wait for one another.
+    """
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def open_front_door(args: Namespace, config: ModelConfig, mesh: Mesh) -> tuple[FrontDoor | None, tuple[str, int]]:
+    """Collective. On rank 0, the front door; on every rank, where its router listens. An error there is one on all."""
+    front, error, address = None, None, None
+    if mesh.rank == 0:
+        host = local_host(mesh.first_host)
+        try:
+            front = FrontDoor(args, config, (host, 0))
+            address = (host, front.port.port)
+        except ValueError as problem:
+            error = str(problem)
+    error, address = mesh.ep.exchange((error, address))[0]
+    if error is not None:
+        raise ValueError(error)
+    return front, address
