@@ -45,7 +45,8 @@ def show_texts(path: Path, router: subprocess.Popen) -> None:
     shown = 0
     while True:
         ended = router.poll() is not None
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
         for answer in map(json.loads, lines[shown:]):
             print(f"--- {answer['id']}: {answer['text']}\n", flush=True)
         if ended:

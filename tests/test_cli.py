@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from disagg.launch import choose_threads
 from parallel.recorder import save_recording
-from run import choose_threads
 from tests.conftest import eventually, has_ipv6
 from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines
 from tests.processes import Process, free_port

@@ -83,8 +83,8 @@ class JsonLines:
         self._skipped += 1
         if there != own:
             raise ValueError(
-                f"--existing resume: answer {self._skipped} in {self._output.path} has the id {there!r:.60}, but that line "
-                f"of the input has {own!r:.60}; the answers must be to the input's first lines"
+                f"--existing resume: answer {self._skipped} in {self._output.path} has the id {there!r:.60}, but "
+                f"that line of the input has {own!r:.60}; the answers must be to the input's first lines"
             )
 
 
