@@ -15,7 +15,7 @@ from torch import Tensor
 
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
-from disagg.memory import Budget, Job, claim_memory, lift_limit, page_bytes, pages_on_host, plan_parts
+from disagg.memory import Budget, claim_memory, lift_limit, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Step, Work
@@ -24,6 +24,7 @@ from kernels.backend import Ops
 from model.batch import NO_DECODES, PAGE, Batch, Chunk, to_host
 from model.checkpoint import check_checkpoint
 from model.config import ModelConfig
+from model.footprint import StepShape, page_bytes
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, sample, top_logprobs
@@ -133,14 +134,14 @@ class Engine:
         settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
         capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
-        job = Job(
+        shape = StepShape(
             self.config, model.dtype.itemsize, model.fp8, mesh.attn.size, mesh.ep.size,
             model.placement.slots_per_rank, model.ops.alignment, capacity, model.ops.whole_keys,
         )  # fmt: skip
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         page = page_bytes(self.config, model.dtype.itemsize)
         parts = plan_parts(
-            model, job, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
+            model, shape, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
             self.graphs,
             settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
             handoff_bytes,

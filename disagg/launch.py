@@ -14,9 +14,9 @@ from disagg.front.front_door import FrontDoor, RouterThread
 from disagg.handoff.credits import buffer_bytes
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
-from disagg.memory import page_bytes
 from kernels.backend import choose, table
 from model.config import ModelConfig
+from model.footprint import page_bytes
 from model.precision import decide
 from model.transformer import op_shape
 from parallel.mesh import Mesh

@@ -1,6 +1,8 @@
 """What all tests share: the shipped checkpoint, and one seed."""
 
+import json
 import random
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -37,6 +39,16 @@ def has_ipv6() -> bool:
 def tiny() -> Path:
     """The checkpoint that the project ships."""
     return ROOT / "model" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first layers, one dense and two with experts: what a world of many ranks computes in time."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    return folder
 
 
 @pytest.fixture(autouse=True)

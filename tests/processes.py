@@ -1,6 +1,7 @@
-"""run.py in processes of its own that are up in under a second: a fork server has imported torch already.
+"""run.py, and modules with a `__main__`, in processes of their own that are up in under a second.
 
-Each process is a fork that executes run.py as `__main__`, in a session of its own.
+A fork server has imported torch already. Each process is a fork of it, in a session of its own, that executes run.py
+(or what `python -m MODULE` executes) as `__main__`.
 """
 
 import multiprocessing
@@ -9,6 +10,7 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from tests.conftest import ROOT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server, and so every process, takes over the environment
 fork_server = multiprocessing.get_context("forkserver")
-fork_server.set_forkserver_preload(["run"])
+fork_server.set_forkserver_preload(["run", "pytest", "hypothesis"])
 _folder = tempfile.TemporaryDirectory(prefix="moesaic-processes-")
 
 
@@ -43,7 +45,7 @@ def world(ranks: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _child(argv: list[str], out: Path, err: Path, env: dict[str, str], constants: dict[str, Any]) -> None:
+def _child(module: str, argv: list[str], out: Path, err: Path, env: dict[str, str], constants: dict[str, Any]) -> None:
     os.setsid()
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -52,14 +54,21 @@ def _child(argv: list[str], out: Path, err: Path, env: dict[str, str], constants
     os.environ.update(env)
     os.chdir(ROOT)
     for name, value in constants.items():
-        module, _, constant = name.rpartition(".")
-        assert hasattr(import_module(module), constant), name
-        setattr(import_module(module), constant, value)
-    sys.argv = ["run.py", *argv]
+        owner, _, constant = name.rpartition(".")
+        assert hasattr(import_module(owner), constant), name
+        setattr(import_module(owner), constant, value)
+    sys.argv = [f"{module}.py", *argv]
+    status = 0
     try:
-        runpy.run_path("run.py", run_name="__main__")  # leaves by os._exit, unless something is not caught
+        if module == "run":
+            runpy.run_path("run.py", run_name="__main__")  # leaves by os._exit, unless something is not caught
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -79,13 +88,14 @@ class Process:
         err: Path | None = None,
         env: dict[str, str] | None = None,
         constants: dict[str, Any] | None = None,
+        module: str = "run",
     ):
         """`out`, `err`: files that its streams are appended to; new ones if None."""
         Process._count += 1
         self._out = out or Path(_folder.name, f"{Process._count}.out")
         self._err = err or Path(_folder.name, f"{Process._count}.err")
         self._argv = argv
-        args = argv, self._out, self._err, env or {}, constants or {}
+        args = module, argv, self._out, self._err, env or {}, constants or {}
         self._process = fork_server.Process(target=_child, args=args, daemon=True)
         self._process.start()
 
@@ -141,9 +151,10 @@ class Job:
         ranks: int = 1,
         log: Path | None = None,
         constants: dict[str, Any] | None = None,
+        module: str = "run",
     ):
         """`log`: where all of them print to; files of their own if None."""
-        self.ranks = [Process(argv, log, log, env, constants) for env in world(ranks)]
+        self.ranks = [Process(argv, log, log, env, constants, module) for env in world(ranks)]
 
     def signal(self, number: signal.Signals) -> None:
         for rank in self.ranks:
@@ -167,3 +178,9 @@ class Job:
     def end(self) -> None:
         for rank in self.ranks:
             rank.end()
+
+
+def run_module(module: str, *flags: str, ranks: int = 1, timeout: float = 200) -> subprocess.CompletedProcess:
+    """What `python -m MODULE` printed, and how it ended."""
+    status, out, err = Job(list(flags), ranks, module=module).finish(timeout)
+    return subprocess.CompletedProcess([module, *flags], status, out, err)

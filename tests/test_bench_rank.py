@@ -20,7 +20,7 @@ from scripts.bench.one_rank import timeline as overlap_timeline
 from scripts.bench.one_rank.run import Figures, cluster_steps, coarse
 from scripts.bench.one_rank.simulated_link import Transfer
 from scripts.bench.one_rank.timeline import kernel_spans, lanes_of, overlapped_share, without
-from tests.conftest import ROOT
+from tests.processes import run_module
 
 SIZES = {
     "decode": ("--ep", "4", "--batch", "4", "--kv", "100", "--skew", "1.5"),
@@ -30,8 +30,7 @@ TINY = ("--shape", "tiny", "--redundant", "4", "--device", "cpu")
 
 
 def run(module: str, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"scripts.bench.{module}", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_module(f"scripts.bench.{module}", *words, timeout=120)
 
 
 def run_well(module: str, *words: str) -> str:

@@ -1,17 +1,13 @@
-"""The benchmarks that torchrun starts, with two ranks on a CPU: what their figures must satisfy."""
+"""The benchmarks of several ranks, with two of them on a CPU: what their figures must satisfy."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from scripts.bench.lib.measurements import Record, load
-from tests.conftest import ROOT
+from tests.processes import run_module
 
 
 def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", f"scripts.bench.{module}", "--device", "cpu", *flags.split(), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = run_module(f"scripts.bench.{module}", "--device", "cpu", *flags.split(), "--out", str(out), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, {record.name: record for record in load(out)}
 

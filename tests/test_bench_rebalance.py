@@ -1,22 +1,15 @@
 """The benchmark of moving experts, on a CPU with the tiny shape: all slots are filled anew, and it says what it is."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import run_module
 
 
 def test_every_slot_is_filled_anew(tmp_path: Path) -> None:
     flags = "--shape tiny --ep 4 --redundant 4 --batch 4 --kv 100 --experts 3 --repeat 3 --device cpu"
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.bench.one_rank.rebalance",
-        *flags.split(),
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    module = "scripts.bench.one_rank.rebalance"
+    done = run_module(module, *flags.split(), "--out", str(tmp_path / "r.json"), timeout=120)
     assert done.returncode == 0, done.stderr
     assert "every slot anew: " in done.stdout and " 36 experts, " in done.stdout  # 4 layers of 9 slots
     records = json.loads((tmp_path / "r.json").read_text())

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.handoff.credits import IN_FLIGHT, MOST_BYTES, OF_A_LINK, Credits, Share, buffer_bytes, most_pages
-from disagg.memory import page_bytes
+from model.footprint import page_bytes
 from scripts.bench.lib.shapes import SHAPES
 
 SOON = 10

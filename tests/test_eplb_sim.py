@@ -1,7 +1,6 @@
 """The balancing simulator, on recordings whose outcome is known."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from parallel.recorder import load_recording, save_recording
 from scripts.bench.lib.measurements import load
 from scripts.tools.eplb_sim import Deployment, Outcome, replay, unbalanced
 from tests.conftest import ROOT
+from tests.processes import run_module
 
 TWO_RANKS = Deployment(2, 4)
 
@@ -66,8 +66,7 @@ def recording(tmp_path: Path) -> str:
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "scripts.tools.eplb_sim", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return run_module("scripts.tools.eplb_sim", *words, timeout=60)
 
 
 def test_the_command(recording: str, tmp_path: Path) -> None:

@@ -178,8 +178,8 @@ def check_recordings(scratch: Path, config: ModelConfig) -> None:
         assert (counts - one).abs().sum() <= 0.05 * one.sum(), "other experts than one rank's"  # and a step too many
 
 
-def test_any_map_gives_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
-    run_world(12, body, tiny, tmp_path, timeout_s=280)
+def test_any_map_gives_the_same_tokens(small: Path, tmp_path: Path) -> None:
+    run_world(12, body, small, tmp_path, timeout_s=280)
 
 
 def test_a_map_is_better_balanced_than_none(tiny: Path) -> None:

@@ -10,27 +10,20 @@ import torch
 
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
-from disagg.memory import (
-    GIB,
-    WORKSPACES,
-    Budget,
-    Job,
-    contiguous_step,
-    graphs,
-    grouped_rows,
-    host_memory,
-    masked_step,
-    page_bytes,
-    pages_on_host,
-    plan_parts,
-    sampling,
-    share_of_gpu,
-    share_of_torch,
-    weight_bytes,
-)
+from disagg.memory import GIB, WORKSPACES, Budget, host_memory, pages_on_host, plan_parts, share_of_gpu, share_of_torch
 from kernels.backend import Ops
 from model.batch import PAGE, Batch, Chunk, split
 from model.config import ModelConfig
+from model.footprint import (
+    StepShape,
+    contiguous_step,
+    graphs,
+    grouped_rows,
+    masked_step,
+    page_bytes,
+    sampling,
+    weight_bytes,
+)
 from model.kv_cache import make_pool
 from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
@@ -100,7 +93,7 @@ def test_padding_at_its_worst(copies: int, groups: int, alignment: int, want: in
     assert grouped_rows(copies, groups, alignment) == want
 
 
-HAND = Job(  # D 512, H 8, I 256, K 4, dense 1,024
+HAND = StepShape(  # D 512, H 8, I 256, K 4, dense 1,024
     SMALL, itemsize=2, slots=16, alignment=128
 )
 
@@ -156,7 +149,7 @@ def test_deepseek_v3s_prefill_fits() -> None:
     """16,384 tokens on each of 32 ranks of 9 experts, whatever the routing; nearly 130 GiB if all were grouped at once.
     A rank's weights take under 40 GiB of the 72 GiB that it may use of an 80 GB GPU."""
     config = replace(V3, num_hidden_layers=61, first_k_dense_replace=3)
-    job = Job(config, 2, fp8=True, ranks=32, slots=9, alignment=128)
+    job = StepShape(config, 2, fp8=True, ranks=32, slots=9, alignment=128)
     assert 15 * GIB < contiguous_step(job, 16384, 16384 + 4096, 256) < 20 * GIB
 
 
@@ -203,7 +196,7 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
             Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops,
             most_copies(tokens // attn_tp, config.num_experts_per_tok),
         )  # fmt: skip
-        job = Job(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
+        job = StepShape(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
         ids, rows = torch.zeros(tokens).long(), torch.zeros(context).long()
         bounds = torch.zeros(2)
         # One decode among the prompts: then what prefill attention gives stays in bf16, and is the larger.
@@ -272,13 +265,15 @@ def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
     )
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
     spare = engine.rebalancer.spare
-    job = Job(config, 4, slots=36)
+    job = StepShape(config, 4, slots=36)
     parts = plan_parts(engine.model, job, 0, [1], 64, 64, 64, captures=False, spare_layers=2)
     identities = 2 * 36 * 8
     assert parts["spare experts"] + identities == sum(tensor.nbytes for tensor in spare.tensors.values())
     engine.close()
     v3 = make(V3, ranks=64, fp8=True, device="meta")
-    parts = plan_parts(v3, Job(V3, 2, True, ranks=64, slots=4), 0, [1], 64, 64, 64, captures=False, spare_layers=1)
+    parts = plan_parts(
+        v3, StepShape(V3, 2, True, ranks=64, slots=4), 0, [1], 64, 64, 64, captures=False, spare_layers=1
+    )
     assert parts["spare experts"] == 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
 
 

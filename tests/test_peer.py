@@ -1,18 +1,14 @@
 """The engine's benchmark and the same work through transformers, on the shipped shape."""
 
-import subprocess
-import sys
-
 from scripts.bench.lib.measurements import load
-from tests.conftest import ROOT
+from tests.processes import run_module
 
 WORK = "--shape tiny --layers 2 --batch 1,3 --prompt 20 --output 4 --prefill-batch 2 --step-tokens 40 --repeat 1"
 
 
 def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path) -> None:
     out = tmp_path / "records.json"
-    command = [sys.executable, "-m", "scripts.bench.engine", *WORK.split(), "--peer", "transformers", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = run_module("scripts.bench.engine", *WORK.split(), "--peer", "transformers", "--out", str(out))
     assert run.returncode == 0, run.stdout + run.stderr
     records = {record.name: record for record in load(out)}
     for work in ("prefill 2 x 20", "prefill 1 x 20", "decode, batch 1 after 20", "decode, batch 3 after 20"):
@@ -22,6 +18,5 @@ def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path) -> None:
 
 
 def test_a_peer_that_fails_ends_the_benchmark() -> None:
-    command = [sys.executable, "-m", "scripts.bench.engine", *WORK.split(), "--peer", "--peer-python", "false"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = run_module("scripts.bench.engine", *WORK.split(), "--peer", "--peer-python", "false")
     assert run.returncode == 1 and "the peer failed (status 1)" in run.stderr

@@ -46,20 +46,20 @@ def requests(vocab_size: int) -> list[UserRequest]:
 
 
 @functools.cache
-def tokenizer_of(tiny: Path) -> Tokenizer:
-    return load_tokenizer(tiny).tokenizer
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder).tokenizer
 
 
 def collect(answers: dict[int, Answer]) -> list[tuple]:
     return [(answers[i].token_ids, answers[i].finish_reason, answers[i].error) for i in sorted(answers)]
 
 
-def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, interrupt: Interrupt) -> list[tuple]:
+def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], folder: Path, interrupt: Interrupt) -> list[tuple]:
     """Serve the requests with these jobs. Every rank of the world calls this; rank 0 gets what came out."""
     rank, answers, thread = dist.get_rank(), {}, None
     port = [0]
     if rank == 0:
-        tokenizer = tokenizer_of(tiny)
+        tokenizer = tokenizer_of(folder)
         vocab_size = tokenizer.get_vocab_size()
         router = Router(RouterPort("127.0.0.1", 0), tokenizer, vocab_size, lambda: False)
         work = Listed(requests(vocab_size))
@@ -80,38 +80,38 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], tiny: Path, inte
     return collect(answers)
 
 
-def body(rank: int, tiny: Path) -> None:
-    config, interrupt = ModelConfig.from_pretrained(tiny), Interrupt()
+def body(rank: int, folder: Path) -> None:
+    config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
 
     def engines(first: int) -> dict[tuple[int, int], tuple[Engine | None, Mesh | None]]:
         made = {}
         for shape in SHAPES:
             mesh = sub_mesh(first, *shape)
-            engine = Engine.from_pretrained(SETTINGS, config, tiny, mesh, Ops()) if mesh is not None else None
+            engine = Engine.from_pretrained(SETTINGS, config, folder, mesh, Ops()) if mesh is not None else None
             made[shape] = (engine, mesh)
         return made
 
     left, right = engines(0), engines(SIDE)
-    expected = one_run([("unified", *left[(1, 1)])], tiny, interrupt)
+    expected = one_run([("unified", *left[(1, 1)])], folder, interrupt)
     if rank == 0:
         assert [len(tokens) for tokens, *_ in expected] == [6, 3, 1, 5, 4]
         assert len({tuple(tokens) for tokens, *_ in expected}) == 5
     for shape in SHAPES[1:]:
-        got = one_run([("unified", *left[shape])], tiny, interrupt)
+        got = one_run([("unified", *left[shape])], folder, interrupt)
         assert got == expected or rank, f"unified {shape}: {got} instead of {expected}"
     for shape in SHAPES:
         for other in SHAPES:
-            got = one_run([("prefill", *left[shape]), ("decode", *right[other])], tiny, interrupt)
+            got = one_run([("prefill", *left[shape]), ("decode", *right[other])], folder, interrupt)
             assert got == expected or rank, f"prefill {shape}, decode {other}: {got} instead of {expected}"
     for shape in ((1, 1), (4, 2)):  # every step in two halves
         mesh = sub_mesh(0, *shape)
         settings = replace(SETTINGS, overlap="on")
-        engine = Engine.from_pretrained(settings, config, tiny, mesh, Ops()) if mesh is not None else None
-        got = one_run([("unified", engine, mesh)], tiny, interrupt)
+        engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
+        got = one_run([("unified", engine, mesh)], folder, interrupt)
         assert got == expected or rank, f"overlapped {shape}: {got} instead of {expected}"
     for engine, _ in (*left.values(), *right.values()):
         assert engine is None or engine.pool[:, NULL_PAGE + 1 :].isfinite().all()
 
 
-def test_every_arrangement_gives_the_same_tokens(tiny: Path) -> None:
-    run_world(2 * SIDE, body, tiny, timeout_s=280)
+def test_every_arrangement_gives_the_same_tokens(small: Path) -> None:
+    run_world(2 * SIDE, body, small, timeout_s=280)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from disagg.memory import SPLIT_ROWS, SPLITS, grouped_rows
 from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from model.footprint import SPLIT_ROWS, SPLITS, grouped_rows
 from parallel.mesh import Group, Transfer
 
 

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from disagg.memory import GIB, page_bytes, weight_bytes
+from disagg.memory import GIB
 from kernels.backend import Ops
 from model.config import ModelConfig
+from model.footprint import page_bytes, weight_bytes
 from model.kv_cache import pages_for
 from model.transformer import Transformer
 from parallel.deepep import NUM_SMS
