@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from disagg.control.messages import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
-from disagg.handoff.link import ReceiveLink
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Cancel, Join, Open, Room, RoomEnded, RoomState
+from disagg.handoff.receive_link import ReceiveLink
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified

@@ -20,7 +20,7 @@ from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Step, Work
 from disagg.steps import DecodeStep, PromptStep, make_buckets
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import NO_DECODES, PAGE, Batch, Chunk, to_host
 from model.checkpoint import check_checkpoint
 from model.config import ModelConfig

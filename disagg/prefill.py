@@ -9,9 +9,9 @@ import zmq
 from disagg.control.messages import Back, Forget, Gone, Member, Updates
 from disagg.engine import Engine
 from disagg.handoff.connect import Door, link_key, listen
-from disagg.handoff.link import SendLink
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
+from disagg.handoff.send_link import SendLink
 from disagg.role import Event, Role
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step

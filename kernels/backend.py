@@ -13,47 +13,7 @@ from typing import Any
 import torch
 
 from kernels import ref
-
-
-@dataclass(frozen=True)
-class Ops:
-    """Every op the model and the handoff call. The contract of each is its twin's docstring in `kernels/ref.py`."""
-
-    rms_norm: Callable = ref.rms_norm
-    add_rms_norm: Callable = ref.add_rms_norm
-    rms_norm_quant: Callable = ref.rms_norm_quant
-    add_rms_norm_quant: Callable = ref.add_rms_norm_quant
-    rope_query: Callable = ref.rope_query
-    absorb_query: Callable = ref.absorb_query
-    project_values: Callable = ref.project_values
-    norm_rope_write: Callable = ref.norm_rope_write
-    silu_mul: Callable = ref.silu_mul
-    silu_mul_masked: Callable = ref.silu_mul_masked
-    prefill_attention: Callable = ref.prefill_attention
-    mla_decode: Callable = ref.mla_decode
-    decode_plan: Callable = ref.decode_plan  # of the library that serves mla_decode
-    linear: Callable = ref.linear
-    linear_float32: Callable = ref.linear_float32
-    gate_topk: Callable = ref.gate_topk
-    ep_scatter: Callable = ref.ep_scatter
-    ep_scatter_masked: Callable = ref.ep_scatter_masked
-    ep_gather: Callable = ref.ep_gather
-    grouped_gemm_contiguous: Callable = ref.grouped_gemm_contiguous
-    grouped_gemm_masked: Callable = ref.grouped_gemm_masked
-    gemm_of_copies: Callable = ref.gemm_of_copies
-    swiglu_of_copies: Callable = ref.swiglu_of_copies
-    quantize_1x128: Callable = ref.quantize_1x128
-    silu_mul_quant: Callable = ref.silu_mul_quant
-    silu_mul_quant_masked: Callable = ref.silu_mul_quant_masked
-    gemm_fp8: Callable = ref.gemm_fp8
-    grouped_gemm_contiguous_fp8: Callable = ref.grouped_gemm_contiguous_fp8
-    grouped_gemm_masked_fp8: Callable = ref.grouped_gemm_masked_fp8
-    pack_pages: Callable = ref.pack_pages
-    unpack_pages: Callable = ref.unpack_pages
-    leave_sms: Callable = nullcontext  # with leave_sms(n): products leave n SMs free; of the library of gemm_fp8
-    capturable: bool = False  # can a decode step be captured into a CUDA graph?
-    whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
-    alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
+from kernels.ops import Ops
 
 
 @dataclass(frozen=True)

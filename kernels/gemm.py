@@ -246,10 +246,12 @@ def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:
     return Tile(rows, 64, 1, 4, 5, parts) if parts > 1 else Tile(rows, 64, 1, 4, 4, unroll=2)
 
 
-def gemm_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """out = (x * its 1x128 scales) @ (w * its 128x128 scales).T in bf16, each 128 columns' sum scaled in float32.
+def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """out = (x * its 1x128 scales) @ (weight * its 128x128 scales).T in bf16, each 128 columns' sum scaled in float32.
 
-    x [M, D] float8_e4m3fn, x_scale [M, ceil(D / 128)] float32 (best column by column); w [N, D] float8_e4m3fn,
-    w_scale [ceil(N / 128), ceil(D / 128)] float32 -> [M, N] bf16. D must be a multiple of 16.
+    x [M, D] float8_e4m3fn, x_scale [M, ceil(D / 128)] float32 (best column by column); weight [N, D] float8_e4m3fn,
+    weight_scale [ceil(N / 128), ceil(D / 128)] float32 -> [M, N] bf16. D must be a multiple of 16.
     """
-    return launch_tiles(x, x_scale, w, w_scale, None, dense_tile(x.shape[0], *w.shape, num_sms(x.device)))
+    return launch_tiles(
+        x, x_scale, weight, weight_scale, None, dense_tile(x.shape[0], *weight.shape, num_sms(x.device))
+    )

@@ -103,13 +103,16 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
     return launch_tiles(x, None, weight, None, row_expert, plain_tile(x))
 
 
-def grouped_gemm_contiguous_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, row_expert: Tensor) -> Tensor:
+def grouped_gemm_contiguous_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
+) -> Tensor:
     """`grouped_gemm_contiguous` on fp8 e4m3 operands; bf16 out.
 
-    x [M, D], x_scale [M, ceil(D / 128)] float32; w [L, N, D], w_scale [L, ceil(N / 128), ceil(D / 128)] float32.
+    x [M, D], x_scale [M, ceil(D / 128)] float32; weight [L, N, D], weight_scale
+    [L, ceil(N / 128), ceil(D / 128)] float32.
     """
     _check_contiguous(x, row_expert)
-    return launch_tiles(x, x_scale, w, w_scale, row_expert, TWO_SLABS)
+    return launch_tiles(x, x_scale, weight, weight_scale, row_expert, TWO_SLABS)
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -121,11 +124,11 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return launch_masked(x, None, weight, None, counts, Tile(64, 128, 1, 4, 6) if few else plain_tile(x))
 
 
-def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor) -> Tensor:
+def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
     """`grouped_gemm_masked` on fp8 e4m3 operands; bf16 out.
 
-    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (best column by column, as DeepEP's are); w, w_scale as
+    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (best column by column, as DeepEP's are); weight, weight_scale as
     `grouped_gemm_contiguous_fp8`.
     """
     tile = TWO_SLABS if x.shape[1] > FEW_ROWS else Tile(64, 128, 1, 4, 4)
-    return launch_masked(x, x_scale, w, w_scale, counts, tile)
+    return launch_masked(x, x_scale, weight, weight_scale, counts, tile)

@@ -1,0 +1,10 @@
+"""Model: the mathematics of DeepSeek-V3. Nothing here knows requests.
+
+config.py, weights.py         what a checkpoint says, and its tensors; checkpoint.py compares the two first
+batch.py, kv_cache.py         one step's tokens and pages
+transformer.py                the whole model; mla.py, moe.py, ffn.py, head.py and layers.py are its parts
+sampling.py                   logits to tokens; a token depends on its request alone
+footprint.py                  the bytes of a step's tensors, by shape
+
+May import kernels/ and parallel/.
+"""

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from kernels.ops import Ops
 from model.layers import FP8, Linear
 
 

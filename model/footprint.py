@@ -159,9 +159,7 @@ def _attention(shape: StepShape, tokens: int, inside: int) -> int:
     c, normed = shape.config, shape.operand(shape.config.hidden_size) if shape.fp8 else 0
     q = shape.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
     latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
-    widths = (
-        3 if shape.fp8 else 4
-    )  # x, what is added, their sum; and its norm, unless only the fp8 form is wanted
+    widths = 3 if shape.fp8 else 4  # x, what is added, their sum; and its norm, unless only the fp8 form is wanted
     before = max(
         shape.row(widths * c.hidden_size) + normed,
         shape.row(c.hidden_size + latent + q) + shape.operand(c.hidden_size),

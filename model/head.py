@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import Batch
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm

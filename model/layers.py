@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import Ops
 from kernels.fp8 import BLOCK, Quantized
+from kernels.ops import Ops
 from model.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn

@@ -12,8 +12,8 @@ kv_b_proj still is of the activations' dtype: it is a part of the attention itse
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from kernels.ops import Ops
 from model.batch import Batch
 from model.config import ModelConfig
 from model.layers import FP8, Linear, RMSNorm, softmax_scale

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from kernels.ops import Ops
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import block_scales, weight

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import Ops, Shape
+from kernels.backend import Shape
+from kernels.ops import Ops
 from model.batch import Batch
 from model.config import ModelConfig
 from model.ffn import FFN

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from parallel.dispatch import Contiguous, Masked, Pending, Sliced, group_by_expert, once, sum_of_copies
 from parallel.mesh import Group
 

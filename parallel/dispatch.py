@@ -24,8 +24,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from kernels.ops import Ops
 from parallel.mesh import Group
 
 FEW_COPIES = 16  # of a step on one rank: it reads whole weights for each, but starts few kernels

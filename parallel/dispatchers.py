@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
 from parallel.dispatch import ContiguousAllToAll, LocalContiguous, LocalMasked, MaskedAllToAll
 from parallel.mesh import Group, Mesh

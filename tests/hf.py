@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for

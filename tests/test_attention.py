@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import NULL_PAGE, PAGE, Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import make_pool

@@ -1,13 +1,17 @@
 """Which library serves which op: decided by what is there, forced by name, refused with the reason."""
 
+import ast
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import ref
-from kernels.backend import OURS, PREFERENCE, Ops, Shape, choose, table
+from kernels.backend import OURS, PREFERENCE, Shape, choose, table
+from kernels.ops import Ops
+from tests.conftest import ROOT
 
 V3 = Shape(kv_lora_rank=512, rope_dim=64, qk_head_dim=192, v_head_dim=128, hidden=7168, expert_width=2048)
 CPU = torch.device("cpu")
@@ -33,6 +37,37 @@ def test_every_op_has_a_twin_a_kernel_and_a_row() -> None:
     assert names == set(PREFERENCE) == set(OURS)
     assert all(callable(getattr(ref, name)) for name in names)
     assert all(order[-1] == "torch" and "triton" in order for order in PREFERENCE.values())
+
+
+def signatures(path: Path) -> dict[str, list[tuple[str, str | None]]]:
+    """(name, default) of each argument of each function in a file; read, because Triton is not there on a CPU."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            given = node.args
+            arguments = [*given.posonlyargs, *given.args]
+            defaults = [None] * (len(arguments) - len(given.defaults)) + [ast.unparse(d) for d in given.defaults]
+            arguments, defaults = (
+                arguments + given.kwonlyargs,
+                defaults + [d and ast.unparse(d) for d in given.kw_defaults],
+            )
+            found[node.name] = [(a.arg, d) for a, d in zip(arguments, defaults, strict=True)]
+    return found
+
+
+def test_every_implementation_takes_its_twins_arguments() -> None:
+    """Names and defaults: what is called by keyword on one library must be so on all."""
+    twins = signatures(ROOT / "kernels" / "ref.py") | signatures(ROOT / "kernels" / "fp8.py")
+    compared = set()
+    for op, order in PREFERENCE.items():
+        homes = {"triton": OURS[op]} | {
+            library: f"kernels.{library}_ops" for library in order[:-1] if library != "triton"
+        }
+        for library, module in homes.items():
+            theirs = signatures(ROOT / (module.replace(".", "/") + ".py"))[op]
+            assert theirs == twins[op], f"{op} of {library}: {theirs}, its twin has {twins[op]}"
+            compared.add((op, library))
+    assert len(compared) == 30 + 7  # a Triton kernel for each, and the vendors'
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from scripts.bench.one_rank import overlap as bench_overlap
 from scripts.bench.one_rank import run as bench_rank
 from scripts.bench.one_rank import timeline as overlap_timeline
 from scripts.bench.one_rank.run import Figures, cluster_steps, coarse
-from scripts.bench.one_rank.simulated_link import Transfer
+from scripts.bench.one_rank.simulated_link import Delay
 from scripts.bench.one_rank.timeline import kernel_spans, lanes_of, overlapped_share, without
 from tests.processes import run_module
 
@@ -147,7 +147,7 @@ def test_normal_is_bytes_over_bandwidth() -> None:
     nodes = 4 * (40 / 70 * (1 - 0.0926316) + 15 / 70 * (1 - 0.0030970))
     assert nodes == pytest.approx(2.9285, abs=1e-4)
     model = deepep_times.normal(SHAPES["v3"], 32)
-    assert model("dispatch", 16384) == Transfer(pytest.approx(16384 * nodes * 7392 / 58e9, rel=1e-4))
+    assert model("dispatch", 16384) == Delay(pytest.approx(16384 * nodes * 7392 / 58e9, rel=1e-4))
     assert model("combine", 16384).flight == pytest.approx(16384 * nodes * 14336 / 57e9, rel=1e-4)
     assert model("combine", 8192).flight == pytest.approx(model("combine", 16384).flight / 2)
     within = deepep_times.normal(replace(SHAPES["v3"], n_group=1, topk_group=1), 2)  # below the table: a node's NVLink
@@ -158,8 +158,8 @@ def test_normal_is_bytes_over_bandwidth() -> None:
 def test_the_modelled_cluster_by_hand() -> None:
     """10 MoE layers. Whole: 2 + 3 ms a layer. Halves: 1.0 + 1.5 in flight and 0.2 + 0.3 of kernels, twice a layer."""
     figures = Figures(step=100.0, halves=120.0, outside=10.0, layer=9.0, parts={}, floors={})
-    whole = [Transfer(1.6e-3, 0.2e-3, 0.2e-3), Transfer(2.4e-3, 0.3e-3, 0.3e-3)]
-    half = [Transfer(1.0e-3, 0.1e-3, 0.1e-3), Transfer(1.5e-3, 0.15e-3, 0.15e-3)]
+    whole = [Delay(1.6e-3, 0.2e-3, 0.2e-3), Delay(2.4e-3, 0.3e-3, 0.3e-3)]
+    half = [Delay(1.0e-3, 0.1e-3, 0.1e-3), Delay(1.5e-3, 0.15e-3, 0.15e-3)]
     assert cluster_steps(figures, 10, whole, half) == pytest.approx({"plain": 150, "overlapped": 10 + 110 + 10})
     slow = cluster_steps(figures, 10, whole, half, slowdown=1.2)
     assert slow == pytest.approx({"plain": 150, "overlapped": 10 + 132 + 10})

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from disagg.launch import choose_threads
 from parallel.recorder import save_recording
+from run import parse_args
 from tests.conftest import eventually, has_ipv6
 from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines
 from tests.processes import Process, free_port
@@ -383,6 +384,29 @@ def test_experts_that_do_not_divide_spell_the_equation(tiny: Path) -> None:
     code, _, err = run("--model", str(tiny), "--prompt", "x", ranks=3)
     assert code != 0
     assert err.count("run.py: error:") == 1 and "n_routed_experts % ranks must be 0, not 32 % 3 = 2" in err
+
+
+REQUESTS = {"--prompt", "--max-tokens", "--input", "--output", "--existing"}
+ENGINE = {"--attn-tp", "--dtype", "--backend", "--overlap", "--graphs", "--redundant-experts", "--expert-map"}
+ENGINE |= {"--record-experts", "--rebalance", "--max-batch", "--max-tokens-per-step", "--kv-tokens"}
+ENGINE |= {"--gpu-memory-fraction"}
+COMMON = {"--model", "--role", "--max-model-len"}
+FLAGS = {
+    "unified": COMMON | REQUESTS | ENGINE,
+    "router": COMMON | REQUESTS | {"--router"},
+    "prefill": COMMON | {"--router"} | ENGINE - {"--graphs"},
+    "decode": COMMON | {"--router"} | ENGINE,
+}
+
+
+@pytest.mark.parametrize("role", FLAGS)
+def test_the_flags_are_these_and_each_role_shows_its_own(role: str, capsys: pytest.CaptureFixture) -> None:
+    """A flag more is a decision: it needs a user who cannot do without."""
+    with pytest.raises(SystemExit):
+        parse_args(["--role", role, "--help"])
+    listed = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(listed) == FLAGS[role] and len(listed) == len(set(listed))
+    assert len(set().union(*FLAGS.values())) <= 22
 
 
 def test_help_is_worth_reading() -> None:

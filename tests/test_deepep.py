@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import ref
-from kernels.backend import Ops
+from kernels.ops import Ops
 from parallel import deepep
 from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
 from parallel.dispatch import ContiguousAllToAll, LocalContiguous, LocalMasked, MaskedAllToAll, Sliced

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized, dequantize_1x128, quantize_1x128
+from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Copies, Masked, MaskedAllToAll, Pending, Sliced

@@ -15,7 +15,7 @@ from disagg.engine import Engine
 from disagg.experts import balance_stats, make_placement
 from disagg.front.metrics import Metrics
 from disagg.interrupt import Interrupt
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel.eplb import balance, balancedness
 from parallel.mesh import Mesh

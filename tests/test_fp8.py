@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from disagg.front.tokenizer import load_tokenizer
 from kernels import ref
-from kernels.backend import Ops
 from kernels.fp8 import dequantize_128x128, quantize_128x128
+from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import make_pool

@@ -17,7 +17,8 @@ from torch import Tensor
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from kernels import ref
-from kernels.backend import Ops, choose
+from kernels.backend import choose
+from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.kv_cache import make_pool
 from model.moe import Experts

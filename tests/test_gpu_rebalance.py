@@ -16,7 +16,8 @@ from disagg.engine import Engine
 from disagg.pipeline import Pipeline
 from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
-from kernels.backend import Ops, choose
+from kernels.backend import choose
+from kernels.ops import Ops
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
 from model.transformer import Transformer, op_shape

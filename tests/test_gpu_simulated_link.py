@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from scripts.bench.one_rank.rank import captured
-from scripts.bench.one_rank.simulated_link import SimulatedLink, Transfer
+from scripts.bench.one_rank.simulated_link import Delay, SimulatedLink
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
-TIMES = {"dispatch": Transfer(150e-6, 15e-6, 15e-6), "combine": Transfer(1e-3)}
+TIMES = {"dispatch": Delay(150e-6, 15e-6, 15e-6), "combine": Delay(1e-3)}
 
 
-def model(what: str, tokens: int) -> Transfer:
+def model(what: str, tokens: int) -> Delay:
     return TIMES[what]
 
 

@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, TCPStore
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.credits import OF_A_LINK, Credits
-from disagg.handoff.link import Link, ReceiveLink, SendLink
+from disagg.handoff.link import Link
 from disagg.handoff.links import Links
 from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import (
@@ -43,7 +43,9 @@ from disagg.handoff.protocol import (
     SendLast,
     SendPages,
 )
-from disagg.handoff.transports.torch_dist import Passage, TorchTransport
+from disagg.handoff.receive_link import ReceiveLink
+from disagg.handoff.send_link import SendLink
+from disagg.handoff.transports.torch_dist import TorchTransfer, TorchTransport
 from disagg.request import Request
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
@@ -235,13 +237,13 @@ class Gate:
         for name in ("send", "recv"):
             setattr(link.transport, name, self.held(getattr(link.transport, name)))
 
-    def held(self, start: Callable[[Tensor], Passage]) -> Callable[[Tensor], Passage]:
-        def held(x: Tensor) -> Passage:
+    def held(self, start: Callable[[Tensor], TorchTransfer]) -> Callable[[Tensor], TorchTransfer]:
+        def held(x: Tensor) -> TorchTransfer:
             self.started.append(x.shape[1])
-            passage = start(x)
-            wait = passage.wait
-            passage.wait = lambda: self.opened.wait(SOON) and wait()
-            return passage
+            transfer = start(x)
+            wait = transfer.wait
+            transfer.wait = lambda: self.opened.wait(SOON) and wait()
+            return transfer
 
         return held
 

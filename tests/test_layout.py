@@ -1,6 +1,8 @@
 """The structure that the README promises: imports run one way, files stay small, optional libraries stay optional."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,8 @@ OPTIONAL = {  # library -> the only files that may import it, and there inside f
     "flash_mla": "kernels/",
     "flash_attn": "kernels/",
     "deep_ep": "parallel/deepep.py",
-    "nixl": "disagg/transport/",
-    "mooncake": "disagg/transport/",
 }
+LONGEST_SENTENCE = 30  # words
 PRODUCT = sorted(p for name in ORDER for p in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")])
 
 
@@ -50,6 +51,26 @@ def test_imports_run_one_way(path: Path) -> None:
     assert "TYPE_CHECKING" not in path.read_text()
 
 
+ENGINE = ("config", "request", "scheduler", "step", "steps", "engine", "memory", "experts", "rebalance")
+WINGS = {  # within disagg/: what may not be imported from there
+    "control": ("front", "handoff", *ENGINE[2:]),
+    "handoff": ("front", *ENGINE[2:]),
+    "front": ("handoff", *ENGINE[2:]),
+    **dict.fromkeys(ENGINE, ("control", "front", "handoff")),
+    **dict.fromkeys(("role", "unified", "prefill", "decode", "pipeline", "connection", "loop"), ("front",)),
+}
+
+
+@pytest.mark.parametrize("path", [p for p in PRODUCT if p.is_relative_to(ROOT / "disagg")], ids=str)
+def test_the_wings_of_disagg_are_apart(path: Path) -> None:
+    """The engine knows no router and no link; the front door and the handoff know no engine, and not one another."""
+    wing = path.relative_to(ROOT / "disagg").parts[0].removesuffix(".py")
+    for module, _ in imports(path):
+        if module.startswith("disagg."):
+            other = module.split(".")[1]
+            assert other not in WINGS.get(wing, ()), f"disagg/{wing} must not import {module} ({path.name})"
+
+
 def test_no_module_cycles() -> None:
     graph = {}
     for path in PRODUCT:
@@ -78,9 +99,32 @@ def test_files_stay_small() -> None:
 
 
 def test_every_package_has_a_docstring() -> None:
-    assert [
-        p.name for p in PRODUCT if p.name != "__init__.py" and not ast.get_docstring(ast.parse(p.read_text()))
-    ] == []
+    """So does every module."""
+    assert [str(p) for p in PRODUCT if not ast.get_docstring(ast.parse(p.read_text()))] == []
+
+
+def sentences(text: str) -> list[str]:
+    """Of a docstring's prose: indented drawings, tables and code are none."""
+    found, paragraph = [], ""
+    for line in [*inspect.cleandoc(text).splitlines(), ""]:
+        if line.strip() and not line.startswith((" ", "|", ">")):
+            paragraph += f" {line.strip()}"
+            continue
+        found += re.split(r"(?<=[.!?])\s+", paragraph.strip())
+        paragraph = ""
+    return [sentence for sentence in found if sentence]
+
+
+def test_sentences_stay_short() -> None:
+    """What takes a breath more than that is read twice."""
+    long = []
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for sentence in sentences(ast.get_docstring(node) or ""):
+                    if len(re.findall(r"[A-Za-z][\w'/-]*", sentence)) > LONGEST_SENTENCE:
+                        long.append(f"{path.relative_to(ROOT)}: {sentence}")
+    assert long == []
 
 
 def test_the_cpu_path_imports_no_gpu_library() -> None:

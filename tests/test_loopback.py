@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from kernels import ref
-from kernels.backend import Ops
 from kernels.fp8 import quantize_128x128
+from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, Masked
 from scripts.bench.one_rank.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
-from scripts.bench.one_rank.simulated_link import SimulatedLink, Transfer
+from scripts.bench.one_rank.simulated_link import Delay, SimulatedLink
 
 CPU, D, K = torch.device("cpu"), 256, 8
 CONFIG = ModelConfig(
@@ -167,9 +167,9 @@ def test_a_link_changes_nothing_but_the_time(layout: int) -> None:
     """Each transfer is done no sooner than the model says, by its name and tokens, after the one before it."""
     asked = []
 
-    def model(what: str, tokens: int) -> Transfer:
+    def model(what: str, tokens: int) -> Delay:
         asked.append((what, tokens))
-        return Transfer({"dispatch": 0.02, "combine": 0.03}[what], 0.004, 0.006)
+        return Delay({"dispatch": 0.02, "combine": 0.03}[what], 0.004, 0.006)
 
     link = SimulatedLink(model, CPU, num_sms=20)
     plain, slow = both_layouts(6)[layout], both_layouts(6, link)[layout]
@@ -192,4 +192,4 @@ def test_a_link_changes_nothing_but_the_time(layout: int) -> None:
     first.wait()
     second.wait()
     assert started < 0.03 and time.perf_counter() - start >= 0.06, "two at once"
-    assert Transfer(0.02, 0.004, 0.006).busy == 0.01 and Transfer(0.02, 0.004, 0.006).total == pytest.approx(0.03)
+    assert Delay(0.02, 0.004, 0.006).busy == 0.01 and Delay(0.02, 0.004, 0.006).total == pytest.approx(0.03)

@@ -11,7 +11,7 @@ import torch
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
 from disagg.memory import GIB, WORKSPACES, Budget, host_memory, pages_on_host, plan_parts, share_of_gpu, share_of_torch
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import PAGE, Batch, Chunk, split
 from model.config import ModelConfig
 from model.footprint import (

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import Batch, Chunk, Chunks, pad, split
 from model.kv_cache import make_pool
 from model.transformer import Residual, Transformer

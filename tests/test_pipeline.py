@@ -15,7 +15,7 @@ from disagg.pipeline import LEAVING, Pipeline, Turn
 from disagg.request import Request
 from disagg.steps import DecodeStep, resolve
 from disagg.unified import Unified
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import Decodes, page_rows
 from model.config import ModelConfig
 from parallel.mesh import Mesh

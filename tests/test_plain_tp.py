@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatchers import Dispatchers, plain_dispatchers

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels import ref
-from kernels.backend import Ops
 from kernels.fp8 import quantize_128x128
+from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig

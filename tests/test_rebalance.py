@@ -26,7 +26,7 @@ from disagg.pipeline import Pipeline, Turn
 from disagg.rebalance import Rebalancer
 from disagg.request import Request
 from disagg.unified import Unified
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.config import ModelConfig
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer

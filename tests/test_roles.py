@@ -15,7 +15,7 @@ from disagg.handoff.connect import Door
 from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded
 from disagg.prefill import Prefill
 from disagg.request import Request
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel.mesh import Mesh
 from tests.conftest import eventually

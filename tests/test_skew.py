@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.moe import Gate
 from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.ranks.skew import MOST, fit, zipf

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from disagg.config import EngineConfig
 from disagg.engine import Engine
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.checkpoint import Entry, checkpoint_table
 from model.config import ModelConfig
 from parallel.mesh import Group, Mesh

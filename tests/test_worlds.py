@@ -21,7 +21,7 @@ from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.request import Request
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh

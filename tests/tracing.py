@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from kernels.ops import Ops
 from model.footprint import SPLIT_ROWS, SPLITS, grouped_rows
 from parallel.mesh import Group, Transfer
 

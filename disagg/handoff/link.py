@@ -30,12 +30,10 @@ import zmq
 from torch import Tensor
 
 from disagg.control.ports import new_socket
-from disagg.handoff.credits import Credits, Share, most_pages
+from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Cancel, Closed, Join, Last, Open, RoomEnded, Sending, SendLast, SendPages
-from disagg.handoff.transports.torch_dist import TIMEOUT, Passage, TorchTransport
-from kernels import ref
-from model.kv_cache import pages_for
+from disagg.handoff.protocol import Join, RoomEnded
+from disagg.handoff.transport import Transfer, Transport
 
 
 @functools.cache
@@ -51,7 +49,7 @@ class Link(threading.Thread, ABC):
     def __init__(
         self,
         key: str,
-        connect: Callable[[str], tuple[Pipe, TorchTransport]],
+        connect: Callable[[str], tuple[Pipe, Transport]],
         pool: Tensor,
         events: Any,
         credits: Credits,
@@ -72,7 +70,7 @@ class Link(threading.Thread, ABC):
         self._wake.bind(address)
         self._woken.connect(address)
         self.pipe: Pipe | None = None
-        self.transport: TorchTransport | None = None
+        self.transport: Transport | None = None
         self._aborted = threading.Event()  # whoever took this down has done with the transport
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
         self._credits = Share(credits)
@@ -143,9 +141,9 @@ class Link(threading.Thread, ABC):
                 self._wake.close()
             self._woken.close()
 
-    def after(self, then: Callable[[], None], passage: Passage | None = None) -> None:
-        """Have the mover call this, once `passage` is through, and all that came before."""
-        self._under_way.put((passage, then))
+    def after(self, then: Callable[[], None], transfer: Transfer | None = None) -> None:
+        """Have the mover call this, once `transfer` is through, and all that came before."""
+        self._under_way.put((transfer, then))
 
     def _see_through(self) -> None:
         if self._stream is not None:
@@ -153,18 +151,18 @@ class Link(threading.Thread, ABC):
             torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # never one of those that may wait for a peer
         ended = 0.0
         while (started := self._under_way.get()) is not None:
-            passage, then = started
-            moved = passage is not None
+            transfer, then = started
+            moved = transfer is not None
             try:
                 if moved:
-                    passage.wait()
-                    began, ended = max(passage.began, ended), time.perf_counter()
+                    transfer.wait()
+                    began, ended = max(transfer.began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
-                    self.bytes_moved += passage.x.nbytes
+                    self.bytes_moved += transfer.x.nbytes
                 then()
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")
-            passage = started = then = None  # and with them the buffer, before there is another
+            transfer = started = then = None  # and with them the buffer, before there is another
             if moved:
                 self._credits.give_back()
         self._aborted.wait()
@@ -217,162 +215,3 @@ class Link(threading.Thread, ABC):
             if ended.uid in self._rooms:
                 self._rooms.remove(ended.uid)
                 self._events.put(ended)
-
-
-class SendLink(Link):
-    """The prefill rank's end."""
-
-    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
-        self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
-        self._sending: set[int] = set()  # rooms of which neither Last nor Closed has been said
-        self._pack_pages = pack_pages
-        super().__init__(*args)
-
-    def meet(self) -> None:
-        """It may come later to the pipe than to the transport, and this end be the first to speak."""
-        poller, deadline = zmq.Poller(), time.monotonic() + TIMEOUT.total_seconds()
-        poller.register(self.pipe.sock, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
-        while self._down is None:
-            came = dict(poller.poll(1000 * max(0, deadline - time.monotonic())))
-            if self.pipe.sock in came:
-                for message in self.pipe.poll():
-                    self.handle(message)
-                if self.pipe.is_met:
-                    return
-            if self._woken in came:
-                self._woken.recv()
-            if time.monotonic() >= deadline:
-                raise TimeoutError("nobody came to the pipe")
-        raise RuntimeError(self._down)
-
-    def look(self) -> None:
-        """The credits may be held by transfers to this very peer, which its leaving alone does not end."""
-        super().look()
-        if self.pipe.has_gone:
-            raise ConnectionError("the other end has gone")
-
-    def handle(self, item: Any) -> None:
-        match item:
-            case Open(request, pages):
-                if len(pages) < pages_for(len(request.prompt)):
-                    raise ValueError(
-                        f"the other end opened a room of {len(pages)} pages for {len(request.prompt)} tokens"
-                    )
-                self._events.put(item)
-            case Join(uid):
-                self._sending.add(uid)
-                if uid in self._cancelled:
-                    self._cancelled.remove(uid)
-                    self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
-            case Cancel(uid) if uid not in self._sending:
-                self._cancelled.add(uid)
-            case Cancel(uid):
-                self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
-            case SendPages(uid) if uid in self._sending:
-                self._send(item)
-            case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
-                waited = time.perf_counter() - sampled
-                self._conclude(Last(uid, token, logprobs, prefill, waited), RoomEnded(uid))
-            case Closed(uid, error) if uid in self._sending:
-                self._conclude(item, RoomEnded(uid, error))
-
-    def _send(self, first: SendPages) -> None:
-        """Start the next transfer: of these pages, and of what is ready behind them."""
-        if first.ready is not None:
-            first.ready.synchronize()
-        self._credits.take(self.look)
-        self._commands.appendleft(first)
-        uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
-        packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        # Behind the packing, and so where that had room on this GPU. The receive, which occupies the peer's until it
-        # has the bytes, is asked for after both.
-        passage = self.transport.send(packed)
-        if packed.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        self.pipe.send(Sending(uids, theirs))
-        self.after(lambda: None, passage)
-        for word in last_words:
-            self.handle(word)
-
-    def _gather(self, most: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
-        """At most so many pages from the commands that wait: their rooms, and where they are here and go there. With
-        them what ends one of these rooms, which is to be handled behind its pages."""
-        uids, mine, theirs, last_words = [], [], [], []
-        while self._commands and len(mine) < most:
-            match self._commands.popleft():
-                case SendPages(uid, here, there, ready) as item if uid in self._sending:
-                    if ready is not None and not ready.query():
-                        self._commands.appendleft(item)
-                        break
-                    space = most - len(mine)
-                    uids.append(uid)
-                    mine += here[:space]
-                    theirs += there[:space]
-                    if len(here) > space:
-                        self._commands.appendleft(SendPages(uid, here[space:], there[space:]))
-                case SendLast(uid) | Closed(uid) as word if uid in uids:
-                    last_words.append(word)
-                case item:
-                    self.handle(item)
-        return uids, mine, theirs, last_words
-
-    def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
-        """Say the last word of a room, which the peer takes behind the bytes; here it ends when they have left."""
-        self._sending.remove(word.uid)
-        self.pipe.send(word)
-        self.after(lambda: self.end(ended))
-
-
-class ReceiveLink(Link):
-    """The decode rank's end. It does not `meet`: its side of the pipe can be written to at once. And it greets even if
-    it was stopped before, for the peer may be in its own greeting already, which nothing else ends."""
-
-    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages):
-        self._unpack_pages = unpack_pages
-        super().__init__(*args)
-
-    def handle(self, item: Any) -> None:
-        match item:
-            case Join(_, Open() as opening):
-                self.pipe.send(opening)
-            case Cancel(uid) if self.is_open(uid):
-                self.pipe.send(item)
-            case Sending(uids, pages):
-                self._receive(uids, pages)
-            case Last(uid):
-                self._await(uid)
-                came = time.perf_counter()
-                self.after(lambda: self._done(item, came))
-            case Closed(uid, error):
-                self._await(uid)
-                self.after(lambda: self.end(RoomEnded(uid, error)))
-
-    def _receive(self, uids: list[int], pages: list[int]) -> None:
-        for uid in uids:
-            self._await(uid)
-        self._credits.take(self.look)
-        layers, _, *page = self.pool.shape
-        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
-        self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
-
-    def _unpack(self, packed: Tensor, ids: Tensor) -> None:
-        with self._writing:
-            if self._down is None:  # else the room has ended, and the pages may be somebody else's
-                self._unpack_pages(packed, self.pool, ids)
-                if packed.is_cuda:
-                    torch.cuda.current_stream().synchronize()  # the room's end must not overtake the copy
-
-    def _done(self, last: Last, came: float) -> None:
-        now = time.perf_counter()
-        transfer = last.waited + now - came
-        self.end(RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now))
-
-    def _await(self, uid: int) -> None:
-        """Until this rank's own loop has joined the room: another rank of the replica may have opened it earlier."""
-        with self._changed:
-            joined = self._changed.wait_for(
-                lambda: self.is_open(uid) or self._down is not None, timeout=TIMEOUT.total_seconds()
-            )
-        if not joined:
-            raise TimeoutError(f"this rank never joined room {uid}")

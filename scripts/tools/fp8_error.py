@@ -19,7 +19,7 @@ from torch import Tensor
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.front.tokenizer import load_tokenizer
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.batch import PAGE, Batch, Chunk
 from model.config import ModelConfig
 from model.precision import decide

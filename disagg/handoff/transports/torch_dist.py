@@ -15,7 +15,7 @@ from torch import Tensor
 TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, for one tensor to pass
 
 
-class Passage:
+class TorchTransfer:
     """A tensor on its way since `began` (of time.perf_counter), which is kept until it is through."""
 
     def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None):
@@ -55,16 +55,16 @@ class TorchTransport:
             first = torch.zeros(1, device=self.device)
             (self.recv if self.me else self.send)(first).wait()
 
-    def send(self, x: Tensor) -> Passage:
+    def send(self, x: Tensor) -> TorchTransfer:
         """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through."""
         began = time.perf_counter()
-        return Passage(x, self.group.send([x], self.peer, 0), began, self._stream)
+        return TorchTransfer(x, self.group.send([x], self.peer, 0), began, self._stream)
 
-    def recv(self, x: Tensor) -> Passage:
+    def recv(self, x: Tensor) -> TorchTransfer:
         """Starts to fill `x`, in the order of the peer's sends. Call only when the peer has announced the send: a NCCL
         receive that nobody matches occupies the GPU, and one whose peer has died never ends by itself (see `abort`)."""
         began = time.perf_counter()
-        return Passage(x, self.group.recv([x], self.peer, 0), began, self._stream)
+        return TorchTransfer(x, self.group.recv([x], self.peer, 0), began, self._stream)
 
     def abort(self) -> None:
         """From any thread, more than once, but not at once: end what is in flight, with NCCL. The CUDA context

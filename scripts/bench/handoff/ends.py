@@ -26,9 +26,12 @@ import torch.multiprocessing as mp
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.credits import Credits
-from disagg.handoff.link import Link, ReceiveLink, SendLink
+from disagg.handoff.link import Link
+from disagg.handoff.receive_link import ReceiveLink
+from disagg.handoff.send_link import SendLink
 from disagg.handoff.transports.torch_dist import TIMEOUT
-from kernels.backend import Ops, choose
+from kernels.backend import choose
+from kernels.ops import Ops
 from model.kv_cache import make_pool, pages_for
 from model.transformer import op_shape
 from parallel.mesh import Group, pick_device

@@ -19,7 +19,7 @@ from math import log2
 
 from model.config import ModelConfig
 from scripts.bench.one_rank.loopback import share_of_tokens
-from scripts.bench.one_rank.simulated_link import Transfer, TransferModel
+from scripts.bench.one_rank.simulated_link import Delay, DelayModel
 
 LOW_LATENCY = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
 LOW_LATENCY_BYTES = 128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168  # of 128 tokens
@@ -38,22 +38,22 @@ def between(table: dict[int, tuple[float, float]], ranks: int) -> tuple[float, f
     return dispatch, combine
 
 
-def low_latency(config: ModelConfig, ranks: int) -> TransferModel:
+def low_latency(config: ModelConfig, ranks: int) -> DelayModel:
     """Of a decode rank among so many."""
     times, sizes, hidden = between(LOW_LATENCY, ranks), LOW_LATENCY_BYTES, config.hidden_size
     per_byte = (times[1] - times[0]) / (sizes[1] - sizes[0])
     fixed = times[0] - per_byte * sizes[0]
     rows = {"dispatch": hidden + hidden // 32 + 16 if config.fp8 else 2 * hidden, "combine": 2 * hidden}
 
-    def transfer(what: str, tokens: int) -> Transfer:
+    def transfer(what: str, tokens: int) -> Delay:
         total = (fixed + per_byte * tokens * config.num_experts_per_tok * rows[what]) * 1e-6
         busy = min(total, SM_TIME[what] * tokens / SM_TIME_TOKENS)
-        return Transfer(total - busy, busy / 2, busy / 2)
+        return Delay(total - busy, busy / 2, busy / 2)
 
     return transfer
 
 
-def normal(config: ModelConfig, ranks: int) -> TransferModel:
+def normal(config: ModelConfig, ranks: int) -> DelayModel:
     """Of a prefill rank among so many."""
     rates, hidden = dict(zip(("dispatch", "combine"), between(NORMAL, ranks), strict=True)), config.hidden_size
     places = ranks if ranks <= NODE else -(-ranks // NODE)
@@ -62,7 +62,7 @@ def normal(config: ModelConfig, ranks: int) -> TransferModel:
     )
     rows = {"dispatch": hidden + hidden // 32 if config.fp8 else 2 * hidden, "combine": 2 * hidden}
 
-    def transfer(what: str, tokens: int) -> Transfer:
-        return Transfer(tokens * places * share * rows[what] / (rates[what] * 1e9))
+    def transfer(what: str, tokens: int) -> Delay:
+        return Delay(tokens * places * share * rows[what] / (rates[what] * 1e9))
 
     return transfer

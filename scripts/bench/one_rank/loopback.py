@@ -14,8 +14,8 @@ from math import comb, prod
 import torch
 from torch import Tensor
 
-from kernels.backend import Ops
 from kernels.fp8 import Quantized
+from kernels.ops import Ops
 from parallel.dispatch import Contiguous, Masked, Pending
 from scripts.bench.one_rank.simulated_link import SimulatedLink
 

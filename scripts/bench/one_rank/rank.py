@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from disagg.steps import DecodeStep
-from kernels.backend import Ops, choose
+from kernels.backend import choose
+from kernels.ops import Ops
 from model.batch import Batch, Chunk, Decodes, split
 from model.config import ModelConfig
 from model.kv_cache import make_pool, pages_for

@@ -33,7 +33,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from disagg.memory import GIB
-from kernels.backend import Ops
+from kernels.ops import Ops
 from model.config import ModelConfig
 from model.footprint import page_bytes, weight_bytes
 from model.kv_cache import pages_for
@@ -54,7 +54,7 @@ from scripts.bench.one_rank.rank import (
     check_prefill,
     times,
 )
-from scripts.bench.one_rank.simulated_link import Transfer
+from scripts.bench.one_rank.simulated_link import Delay
 
 # ms a MoE layer without communication: SGLang's kernels on H100, read off the figures of its report of 2025-05-05. Its
 # decode figure has 0.235 for the experts, under the imbalance that it met (about 1.3); 0.181 is DeepGEMM's published
@@ -235,7 +235,7 @@ def name_of(args: argparse.Namespace) -> str:
 
 
 def cluster_steps(
-    figures: Figures, layers: int, whole: list[Transfer], half: list[Transfer], slowdown: float = 1.0
+    figures: Figures, layers: int, whole: list[Delay], half: list[Delay], slowdown: float = 1.0
 ) -> dict[str, float]:
     """Milliseconds of a step in the cluster, MODELLED as the script's docstring says. `whole`, `half`: a MoE layer's
     dispatch and combine; `slowdown`: of what is computed beside them."""

@@ -31,7 +31,7 @@ IN_A_ROW = 10  # transfers that are timed together: the start of a graph is hard
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Delay:
     """Seconds that one dispatch or combine takes, simulated: `send` and `receive` on all SMs, `flight` between them."""
 
     flight: float
@@ -48,11 +48,11 @@ class Transfer:
         return self.flight + self.busy
 
 
-TransferModel = Callable[[str, int], Transfer]  # by "dispatch" or "combine", and the tokens that a rank sends
+DelayModel = Callable[[str, int], Delay]  # by "dispatch" or "combine", and the tokens that a rank sends
 
 
 class SimulatedLink:
-    def __init__(self, model: TransferModel, device: torch.device, num_sms: int = 0):
+    def __init__(self, model: DelayModel, device: torch.device, num_sms: int = 0):
         """`num_sms`: that are held in flight; 0 is low latency, whose flight is a copy."""
         self.model, self.device, self.num_sms = model, device, num_sms
         self.free_at = 0.0  # CPU: by time.perf_counter, when the latest transfer is done
@@ -72,7 +72,7 @@ class SimulatedLink:
         transfer = self.model(what, tokens)
         return self._start_on_cpu(transfer) if self.device.type != "cuda" else self._start_on_gpu(transfer)
 
-    def _start_on_gpu(self, transfer: Transfer) -> Callable[[], None]:
+    def _start_on_gpu(self, transfer: Delay) -> Callable[[], None]:
         if transfer.send:
             self.scripts.bench.one_rank.hold(self.all_sms, transfer.send)
         landed = self._beside(lambda: self._fly(transfer.flight))
@@ -135,7 +135,7 @@ class SimulatedLink:
                 self._beside(lambda: self._copy(count))()
         return graph
 
-    def _start_on_cpu(self, transfer: Transfer) -> Callable[[], None]:
+    def _start_on_cpu(self, transfer: Delay) -> Callable[[], None]:
         self.free_at = done = max(time.perf_counter(), self.free_at) + transfer.total
 
         def wait() -> None:

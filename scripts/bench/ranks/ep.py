@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from kernels import ref
-from kernels.backend import Ops, choose
+from kernels.backend import choose
+from kernels.ops import Ops
 from model.transformer import op_shape
 from parallel.deepep import NUM_SMS, ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
 from parallel.dispatch import Contiguous, Masked

@@ -1,0 +1,67 @@
+"""The decode rank's end of a link: receives what is announced, unpacks it into the pool, says when a room is done."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disagg.handoff.link import Link
+from disagg.handoff.protocol import Cancel, Closed, Join, Last, Open, RoomEnded, Sending
+from disagg.handoff.transports.torch_dist import TIMEOUT
+from kernels import ref
+
+
+class ReceiveLink(Link):
+    """The decode rank's end. It does not `meet`: its side of the pipe can be written to at once. And it greets even if
+    it was stopped before, for the peer may be in its own greeting already, which nothing else ends."""
+
+    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages):
+        self._unpack_pages = unpack_pages
+        super().__init__(*args)
+
+    def handle(self, item: Any) -> None:
+        match item:
+            case Join(_, Open() as opening):
+                self.pipe.send(opening)
+            case Cancel(uid) if self.is_open(uid):
+                self.pipe.send(item)
+            case Sending(uids, pages):
+                self._receive(uids, pages)
+            case Last(uid):
+                self._await(uid)
+                came = time.perf_counter()
+                self.after(lambda: self._done(item, came))
+            case Closed(uid, error):
+                self._await(uid)
+                self.after(lambda: self.end(RoomEnded(uid, error)))
+
+    def _receive(self, uids: list[int], pages: list[int]) -> None:
+        for uid in uids:
+            self._await(uid)
+        self._credits.take(self.look)
+        layers, _, *page = self.pool.shape
+        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
+        self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
+
+    def _unpack(self, packed: Tensor, ids: Tensor) -> None:
+        with self._writing:
+            if self._down is None:  # else the room has ended, and the pages may be somebody else's
+                self._unpack_pages(packed, self.pool, ids)
+                if packed.is_cuda:
+                    torch.cuda.current_stream().synchronize()  # the room's end must not overtake the copy
+
+    def _done(self, last: Last, came: float) -> None:
+        now = time.perf_counter()
+        transfer = last.waited + now - came
+        self.end(RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now))
+
+    def _await(self, uid: int) -> None:
+        """Until this rank's own loop has joined the room: another rank of the replica may have opened it earlier."""
+        with self._changed:
+            joined = self._changed.wait_for(
+                lambda: self.is_open(uid) or self._down is not None, timeout=TIMEOUT.total_seconds()
+            )
+        if not joined:
+            raise TimeoutError(f"this rank never joined room {uid}")

@@ -1,0 +1,156 @@
+"""Ops: every op that the model and the handoff call, typed. The twin in `kernels/ref.py` is each one's contract.
+
+A job makes one Ops (`kernels/backend.py` chooses the libraries) and hands it to the model's constructors.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kernels import ref
+from kernels.fp8 import Quantized
+
+# Ops whose arguments are all given by position. The others, whose arguments have names or defaults, are below.
+T = Tensor
+Norm = Callable[[T, T, float], T]
+AddNorm = Callable[[T, T, T, float], tuple[T, T]]
+Product = Callable[[T, T], T]
+GroupedProduct = Callable[[T, T, T], T]
+Fp8Product = Callable[[T, T, T, T], T]
+Fp8GroupedProduct = Callable[[T, T, T, T, T], T]
+NormRopeWrite = Callable[[T, T, float, T, T, T, T, T], None]
+
+
+class RmsNormQuant(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, bare: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]: ...
+
+
+class AddRmsNormQuant(Protocol):
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]: ...
+
+
+class ProjectValues(Protocol):
+    def __call__(self, attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized: ...
+
+
+class SiluMul(Protocol):
+    def __call__(self, x: Tensor, row_expert: Tensor | None = None) -> Tensor: ...
+
+
+class SiluMulQuant(Protocol):
+    def __call__(self, x: Tensor, row_expert: Tensor | None = None) -> Quantized: ...
+
+
+class PrefillAttention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k_nope: Tensor,
+        k_rope: Tensor,
+        v: Tensor,
+        q_starts: Tensor,
+        kv_starts: Tensor,
+        max_q: int,
+        max_kv: int,
+        scale: float,
+        quantize: bool = False,
+    ) -> Tensor | Quantized: ...
+
+
+class MlaDecode(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        kv_lens: Tensor,
+        scale: float,
+        v_dim: int | None = None,
+        plan: Any = None,
+    ) -> Tensor: ...
+
+
+class GateTopk(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        bias: Tensor,
+        n_group: int,
+        topk_group: int,
+        top_k: int,
+        normalize: bool,
+        scale: float,
+        slot_of_expert: Tensor | None = None,
+        is_token: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class EpScatter(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        num_local: int,
+        alignment: int,
+        counts: Sequence[int] | None = None,
+        scales: Tensor | None = None,
+    ) -> tuple[Tensor, ...]: ...
+
+
+class EpScatterMasked(Protocol):
+    def __call__(
+        self, x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
+    ) -> tuple[Tensor, ...]: ...
+
+
+class EpGather(Protocol):
+    def __call__(
+        self, rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ops:
+    rms_norm: Norm = ref.rms_norm
+    add_rms_norm: AddNorm = ref.add_rms_norm
+    rms_norm_quant: RmsNormQuant = ref.rms_norm_quant
+    add_rms_norm_quant: AddRmsNormQuant = ref.add_rms_norm_quant
+    rope_query: Callable[[T, T, T, T, int], None] = ref.rope_query
+    absorb_query: Callable[[T, T, T, T, T], T] = ref.absorb_query
+    project_values: ProjectValues = ref.project_values
+    norm_rope_write: NormRopeWrite = ref.norm_rope_write
+    silu_mul: SiluMul = ref.silu_mul
+    silu_mul_masked: Product = ref.silu_mul_masked
+    prefill_attention: PrefillAttention = ref.prefill_attention
+    mla_decode: MlaDecode = ref.mla_decode
+    decode_plan: Callable[[T], Any] = ref.decode_plan  # of the library that serves mla_decode
+    linear: Product = ref.linear
+    linear_float32: Product = ref.linear_float32
+    gate_topk: GateTopk = ref.gate_topk
+    ep_scatter: EpScatter = ref.ep_scatter
+    ep_scatter_masked: EpScatterMasked = ref.ep_scatter_masked
+    ep_gather: EpGather = ref.ep_gather
+    grouped_gemm_contiguous: GroupedProduct = ref.grouped_gemm_contiguous
+    grouped_gemm_masked: GroupedProduct = ref.grouped_gemm_masked
+    gemm_of_copies: GroupedProduct = ref.gemm_of_copies
+    swiglu_of_copies: GroupedProduct = ref.swiglu_of_copies
+    quantize_1x128: Callable[[T], Quantized] = ref.quantize_1x128
+    silu_mul_quant: SiluMulQuant = ref.silu_mul_quant
+    silu_mul_quant_masked: Callable[[T, T], Quantized] = ref.silu_mul_quant_masked
+    gemm_fp8: Fp8Product = ref.gemm_fp8
+    grouped_gemm_contiguous_fp8: Fp8GroupedProduct = ref.grouped_gemm_contiguous_fp8
+    grouped_gemm_masked_fp8: Fp8GroupedProduct = ref.grouped_gemm_masked_fp8
+    pack_pages: Product = ref.pack_pages
+    unpack_pages: Callable[[T, T, T], None] = ref.unpack_pages
+    # with leave_sms(n): products leave n SMs free. Of the library that serves gemm_fp8.
+    leave_sms: Callable[[int], AbstractContextManager] = nullcontext
+    capturable: bool = False  # can a decode step be captured into a CUDA graph?
+    whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
+    alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
