@@ -19,7 +19,7 @@ from disagg.unified import Unified
 
 
 @dataclass(eq=False)
-class Arrival:
+class Incoming:
     """A request on its way here."""
 
     sequence: Sequence
@@ -38,8 +38,8 @@ class Decode(Unified):
         super().__init__(engine)
         self.members = members
         self.rank = engine.mesh.attn.rank
-        self.queue: deque[Arrival] = deque()  # no pages yet
-        self.arrivals: dict[int, Arrival] = {}  # pages, KV on its way
+        self.queue: deque[Incoming] = deque()  # no pages yet
+        self.incoming: dict[int, Incoming] = {}  # pages, KV on its way
         self.links = Links(self.make_link)
         self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
 
@@ -52,11 +52,11 @@ class Decode(Unified):
                 if prefill is None:
                     self.updates.append(Update(request.uid, error="a decode replica needs a prefill replica"))
                 elif self.fits(request):
-                    self.queue.append(Arrival(Sequence(request), prefill, Room(len(self.members))))
+                    self.queue.append(Incoming(Sequence(request), prefill, Room(len(self.members))))
             case RoomEnded(uid):
                 self.room_ended(uid, event)
-            case Abort(uid) if uid in self.arrivals:
-                self.cancel(self.arrivals[uid])
+            case Abort(uid) if uid in self.incoming:
+                self.cancel(self.incoming[uid])
             case Abort(uid):
                 self.queue = deque(a for a in self.queue if a.sequence.uid != uid)
                 super().handle(event)
@@ -65,7 +65,7 @@ class Decode(Unified):
                 self.queue = deque(a for a in self.queue if a.sequence.uid not in uids)
             case Forget():
                 self.queue.clear()
-                for arrival in self.arrivals.values():
+                for arrival in self.incoming.values():
                     self.cancel(arrival)
                 self.renew_links(list(self.generations))
                 self.links.gone.clear()  # the next session says anew who is
@@ -77,10 +77,10 @@ class Decode(Unified):
                 self.links.find(ids)
 
     def has(self, uid: int) -> bool:
-        here = (self.sequences, self.arrivals, {arrival.sequence.uid for arrival in self.queue})
+        here = (self.sequences, self.incoming, {arrival.sequence.uid for arrival in self.queue})
         return any(uid in some for some in here)
 
-    def cancel(self, arrival: Arrival) -> None:
+    def cancel(self, arrival: Incoming) -> None:
         """Nobody wants it. Its pages stay its own until the room has ended on every link."""
         arrival.wanted = False
         arrival.link.put(Cancel(arrival.sequence.uid))
@@ -90,7 +90,7 @@ class Decode(Unified):
         while self.queue and self.open(self.queue[0]):
             self.queue.popleft()
 
-    def open(self, arrival: Arrival) -> bool:
+    def open(self, arrival: Incoming) -> bool:
         """Give the request its pages, then ask for its KV; False if the pages have to wait."""
         sequence, request = arrival.sequence, arrival.sequence.request
         if any(member.id in self.links.gone for member in arrival.prefill):
@@ -98,7 +98,7 @@ class Decode(Unified):
             return True
         if not self.scheduler.reserve(sequence, request.most_tokens):
             return False
-        self.arrivals[request.uid] = arrival
+        self.incoming[request.uid] = arrival
         arrival.room.rise(RoomState.WAITING)
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
@@ -114,7 +114,7 @@ class Decode(Unified):
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 
     def room_ended(self, uid: int, ended: RoomEnded) -> None:
-        arrival = self.arrivals[uid]
+        arrival = self.incoming[uid]
         arrival.room.end_link(ended.error)
         if ended.link_down:
             self.give_up_links(arrival)
@@ -122,7 +122,7 @@ class Decode(Unified):
             arrival.first = (ended.token, ended.logprobs)
         if not arrival.room.may_release:
             return
-        del self.arrivals[uid]
+        del self.incoming[uid]
         sequence = arrival.sequence
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
@@ -137,13 +137,13 @@ class Decode(Unified):
         if arrival.wanted:
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
 
-    def parts(self, arrival: Arrival, ended: RoomEnded) -> Parts:
+    def parts(self, arrival: Incoming, ended: RoomEnded) -> Parts:
         """Where the time to its first token went. Only durations cross from the prefill side: its clock is another. The
         last link to end may be another rank's of this replica, which is taken to be on this machine."""
         queue = ended.at - arrival.submitted - ended.prefill - ended.transfer
         return Parts(queue, ended.prefill, ended.transfer, time.perf_counter() - ended.at)
 
-    def give_up_links(self, arrival: Arrival) -> None:
+    def give_up_links(self, arrival: Incoming) -> None:
         """One link of the replica went down: all of them to that prefill replica go, or the room would wait for the
         others for ever. The next request makes new ones."""
         leader = arrival.prefill[0].id
@@ -158,7 +158,7 @@ class Decode(Unified):
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self.arrivals)
+        return bool(self.incoming)
 
     def stats(self) -> dict[str, float]:
         return self.links.stats()

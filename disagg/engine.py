@@ -32,9 +32,9 @@ from model.transformer import Transformer
 from model.weights import ExpertReader, load_weights
 from parallel.dispatch import most_copies
 from parallel.dispatchers import Dispatcher, make_dispatchers
+from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from parallel.overlap import Rule
-from parallel.recorder import Recorder
 
 
 class Engine:
@@ -86,8 +86,10 @@ class Engine:
         self.decode = DecodeStep(masked, self.tokens, buckets, max_pages, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
         if settings.record_experts or reader is not None:
-            model.recorder = Recorder(model.placement, self.config.n_routed_experts)
-        self.recording = Recording(model.recorder, mesh, settings.record_experts) if settings.record_experts else None
+            model.load_counter = LoadCounter(model.placement, self.config.n_routed_experts)
+        self.recording = (
+            Recording(model.load_counter, mesh, settings.record_experts) if settings.record_experts else None
+        )
         self.rebalancer = None
         if reader is not None:
             how = settings.rebalance
@@ -129,7 +131,7 @@ class Engine:
             return False, "no CUDA graphs: torch serves ops that wait for the host"
         return True, "in CUDA graphs"
 
-    def _claim_memory(self, buckets: list[int], handoff_bytes: int) -> Budget:
+    def _claim_memory(self, buckets: list[int], handoff_bytes: int = 0) -> Budget:
         """Each rank's share, told by the rank that has the least left for KV: all ranks agree on it."""
         settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
         capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
@@ -179,8 +181,8 @@ class Engine:
             for rows in progress(self.decode.buckets[::-1]):
                 self.decode.run(NO_DECODES, rows)
         torch.cuda.synchronize()
-        if self.model.recorder is not None:
-            self.model.recorder.forget()
+        if self.model.load_counter is not None:
+            self.model.load_counter.forget()
         gc.collect()
         gc.freeze()  # what lives now lives on: a later collection need not look at it
 

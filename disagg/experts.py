@@ -8,9 +8,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from parallel.eplb import balance, balancedness
+from parallel.load_counter import LoadCounter, load_recording, save_recording
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from parallel.recorder import Recorder, load_recording, save_recording
 
 WINDOW = 100  # steps
 
@@ -57,10 +57,10 @@ class Recording:
     """Counts of a job's experts in windows of WINDOW steps, into a file. Every rank steps every time, so that all end
     their windows together."""
 
-    def __init__(self, recorder: Recorder, mesh: Mesh, path: str | Path):
-        self.recorder, self.mesh, self.path = recorder, mesh, path
+    def __init__(self, load_counter: LoadCounter, mesh: Mesh, path: str | Path):
+        self.load_counter, self.mesh, self.path = load_counter, mesh, path
         self.steps = 0
-        self.before = torch.zeros_like(recorder.by_expert)
+        self.before = torch.zeros_like(load_counter.by_expert)
         self.windows: list[Tensor] = []
 
     def step(self) -> None:
@@ -69,13 +69,13 @@ class Recording:
             self._end_window()
 
     def _end_window(self) -> None:
-        total = self.recorder.total()
+        total = self.load_counter.total()
         self.windows.append(self.mesh.ep.all_reduce(total - self.before).cpu())
         self.before = total
 
     def stats(self) -> dict[str, float]:
         """How even the load of the ranks is, by all that was counted and the map as it is. All ranks together."""
-        counts, of_slot = self.mesh.ep.all_reduce(self.recorder.total()), self.recorder.placement.expert_of_slot
+        counts, of_slot = self.mesh.ep.all_reduce(self.load_counter.total()), self.load_counter.placement.expert_of_slot
         return balance_stats(balancedness(counts.cpu().numpy(), of_slot.cpu().numpy(), self.mesh.ep.size))
 
     def save(self) -> None:

@@ -21,7 +21,7 @@ MOST_LINKS = 256  # alive at once; each has two threads, and whoever reaches the
 
 
 @dataclass(eq=False)
-class Departure:
+class Outgoing:
     """A prompt at work, and where its KV goes."""
 
     sequence: Sequence
@@ -38,7 +38,7 @@ class Prefill(Role):
         super().__init__(engine)
         self.door = door
         self.rank, self.members = engine.mesh.attn.rank, members
-        self.departures: dict[int, Departure] = {}
+        self.outgoing: dict[int, Outgoing] = {}
         self.links = Links(self.make_link)
 
     def news(self) -> Updates | None:
@@ -60,15 +60,15 @@ class Prefill(Role):
 
     def handle(self, event: Event) -> None:
         match event:
-            case Open() if event.request.uid not in self.departures:
+            case Open() if event.request.uid not in self.outgoing:
                 self.open(event)
             case RoomEnded(uid, error):
-                departure = self.departures[uid]
+                departure = self.outgoing[uid]
                 departure.room.end_link(error)
                 if error is not None:
                     self.fail(departure, error)
                 if departure.room.may_release:
-                    del self.departures[uid]
+                    del self.outgoing[uid]
                     if departure.sequence.pages:
                         self.scheduler.release(departure.sequence)
             case Gone(ids):
@@ -81,9 +81,9 @@ class Prefill(Role):
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
         links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
-        departure = Departure(Sequence(request), event.pages, links, Room(len(event.decode)))
+        departure = Outgoing(Sequence(request), event.pages, links, Room(len(event.decode)))
         departure.room.rise(RoomState.WAITING)
-        self.departures[request.uid] = departure
+        self.outgoing[request.uid] = departure
         for link in links:
             link.put(Join(request.uid))
         try:
@@ -94,7 +94,7 @@ class Prefill(Role):
         else:
             self.scheduler.add(departure.sequence)
 
-    def fail(self, departure: Departure, error: str) -> None:
+    def fail(self, departure: Outgoing, error: str) -> None:
         """Compute it no further and close it on every link; its pages wait until all of them have let go."""
         departure.room.fail(error)
         self.scheduler.remove(departure.sequence)
@@ -113,7 +113,7 @@ class Prefill(Role):
     def launched(self, step: Step) -> None:
         """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
         for sequence, _ in step.work.plan.prefills:
-            departure = self.departures[sequence.uid]
+            departure = self.outgoing[sequence.uid]
             departure.began = departure.began or step.started
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
@@ -131,15 +131,15 @@ class Prefill(Role):
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.uid
-            if uid in self.departures:  # else its links ended while the token was on its way
-                departure = self.departures[uid]
+            if uid in self.outgoing:  # else its links ended while the token was on its way
+                departure = self.outgoing[uid]
                 for link in departure.links:
                     link.put(SendLast(uid, token, logprobs, now - departure.began, now))
         return len(tokens)
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self.departures)
+        return bool(self.outgoing)
 
     def close(self) -> None:
         self.links.close()

@@ -56,9 +56,9 @@ class Rebalancer:
         layers_per_step: int = 1,
     ):
         """interval: steps between looks. threshold: nothing moves while the balancedness is above it, neither of a
-        layer nor, on average, of all. layers_per_step: of a chunk. The model has its weights and its recorder. All
+        layer nor, on average, of all. layers_per_step: of a chunk. The model has its weights and its load_counter. All
         ranks of the job together."""
-        self.mesh, self.reader, self.recorder, self.placement = mesh, reader, model.recorder, model.placement
+        self.mesh, self.reader, self.load_counter, self.placement = mesh, reader, model.load_counter, model.placement
         self.interval, self.threshold, self.chunk = interval, threshold, layers_per_step
         self.groups, self.nodes = model.config.n_group, mesh.nodes()
         self.map = self.placement.expert_of_slot.cpu()  # [layers, P] as it is on the device
@@ -83,7 +83,7 @@ class Rebalancer:
         self._thread = ThreadPoolExecutor(1, "rebalance")
         sys.setswitchinterval(SWITCH_S)
         self._checks: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._counted = torch.zeros_like(self.recorder.by_expert)
+        self._counted = torch.zeros_like(self.load_counter.by_expert)
         self._steps, self._requested, self._reason = 0, None, ""
         self.stats: Counter = Counter(rebalances_total=0, rebalance_failures=0, rebalance_seconds=0.0)
         self._rounds = self._run()
@@ -109,7 +109,7 @@ class Rebalancer:
     def request(self, expert_of_slot: Tensor) -> None:
         """Move to this map [layers, P] next, whatever the load; an expert that stays on its rank stays in its slot. All
         ranks together, between the same two turns. ValueError if a layer lacks an expert."""
-        experts = self.recorder.by_expert.shape[1]
+        experts = self.load_counter.by_expert.shape[1]
         if expert_of_slot.shape != self.map.shape:
             raise ValueError(f"the map is {list(expert_of_slot.shape)}, must be {list(self.map.shape)}")
         for layer, row in enumerate(expert_of_slot.tolist()):
@@ -152,7 +152,7 @@ class Rebalancer:
 
     def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """The job's tokens of each expert [layers, E] since the last look: on the host once the event is done."""
-        total = self.recorder.total()
+        total = self.load_counter.total()
         window, self._counted = total - self._counted, total
         return to_host(self.mesh.ep.all_reduce(window)), self._record()
 
@@ -229,7 +229,7 @@ class Rebalancer:
 
     def _flip(self, layers: list[int], wanted: Tensor, moves: list[Move]) -> None:
         """On the stream of the steps: those launched so far see the old map, whole, those after them the new one."""
-        self.recorder.fold()
+        self.load_counter.fold()
         for layer, slot, spare in moves:
             self.layers[layer].put(slot, self.spare, spare)
         for row, layer in enumerate(layers):

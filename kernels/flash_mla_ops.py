@@ -6,13 +6,13 @@ import flash_mla
 from torch import Tensor
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     lens: Tensor  # [B] int32, at least 1: the library reads a row of every sequence
     metadata: Any  # how the library cuts the sequences; filled in at a step's first call
 
 
-def decode_plan(kv_lens: Tensor) -> Plan:
-    return Plan(kv_lens.clamp(min=1), flash_mla.get_mla_metadata()[0])
+def decode_plan(kv_lens: Tensor) -> TilePlan:
+    return TilePlan(kv_lens.clamp(min=1), flash_mla.get_mla_metadata()[0])
 
 
 def mla_decode(
@@ -22,7 +22,7 @@ def mla_decode(
     kv_lens: Tensor,
     scale: float,
     v_dim: int | None = None,
-    plan: Plan | None = None,
+    plan: TilePlan | None = None,
 ) -> Tensor:
     """`ref.mla_decode` for v_dim 512. A sequence of length 0 gives the first row of its first page."""
     assert v_dim == 512, f"{v_dim=}"

@@ -21,9 +21,9 @@ from model.ffn import FFN
 from model.layers import block_scales, weight
 from parallel.dispatch import Arrived, Contiguous, Copies, Masked, Sliced
 from parallel.dispatchers import Dispatcher
+from parallel.load_counter import LoadCounter
 from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
-from parallel.recorder import Recorder
 
 FEW = 512  # tokens, up to which the shared expert runs on the second stream
 
@@ -146,7 +146,7 @@ class MoE(nn.Module):
         operand: Tensor | Quantized,
         is_token: Tensor,
         dispatcher: Dispatcher,
-        recorder: Recorder | None = None,
+        load_counter: LoadCounter | None = None,
     ) -> Steps[Tensor]:
         """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
         routed expert."""
@@ -154,8 +154,8 @@ class MoE(nn.Module):
         logits = self.gate.logits(x)
         shared = self.beside.start(partial(self.shared, operand)) if few else None
         slots, weights = self.gate(logits, self.placement.slot_of_expert[self.layer], is_token)
-        if recorder is not None:
-            recorder.add(self.layer, slots)
+        if load_counter is not None:
+            load_counter.add(self.layer, slots)
         yield "attention"
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)

@@ -24,10 +24,10 @@ from model.mla import MLA
 from model.moe import MoE
 from model.precision import misfit
 from parallel.dispatchers import Dispatcher
+from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from parallel.overlap import Beside, Steps, run, run_two
 from parallel.placement import Placement
-from parallel.recorder import Recorder
 
 
 class Residual:
@@ -96,14 +96,19 @@ class Block(nn.Module):
         return x, self.self_attn.attend(q, batch, kv_pages)
 
     def steps(
-        self, residual: Residual, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher, recorder: Recorder | None
+        self,
+        residual: Residual,
+        batch: Batch,
+        kv_pages: Tensor,
+        dispatcher: Dispatcher,
+        load_counter: LoadCounter | None,
     ) -> Steps[None]:
         """A layer with experts. What it no longer needs it lets go at once: while one micro-batch waits for its turn,
         the other wants the memory."""
         x, attended = self.attended(residual, batch, kv_pages)
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         del attended
-        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, recorder)
+        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, load_counter)
         del normed, operand
         delta = yield from experts
         if self.attn.size > 1:
@@ -134,7 +139,7 @@ class Transformer(nn.Module):
         if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
-        self.recorder: Recorder | None = None
+        self.load_counter: LoadCounter | None = None
         self.first = config.first_k_dense_replace  # layer with experts
         rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
@@ -178,7 +183,7 @@ class Transformer(nn.Module):
     def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
         """All layers with experts, one after the other -> [T, D]."""
         for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first :], strict=True):
-            yield from layer.steps(residual, batch, kv_pages, dispatcher, self.recorder)
+            yield from layer.steps(residual, batch, kv_pages, dispatcher, self.load_counter)
         return residual.sum()
 
     def planned(self, batch: Batch) -> Batch:

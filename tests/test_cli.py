@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from disagg.launch import choose_threads
-from parallel.recorder import save_recording
+from parallel.load_counter import save_recording
 from run import parse_args
 from tests.conftest import eventually, has_ipv6
 from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines

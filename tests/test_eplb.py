@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from parallel.eplb import balance, balancedness, pack, rank_loads, replicate, swap
-from parallel.recorder import load_recording
+from parallel.load_counter import load_recording
 from tests.conftest import ROOT
 
 LAYERS = 58

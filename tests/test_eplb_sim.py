@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from parallel.recorder import load_recording, save_recording
+from parallel.load_counter import load_recording, save_recording
 from scripts.bench.lib.measurements import load
 from scripts.tools.eplb_sim import Deployment, Outcome, replay, unbalanced
 from tests.conftest import ROOT

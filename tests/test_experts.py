@@ -18,9 +18,9 @@ from disagg.interrupt import Interrupt
 from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel.eplb import balance, balancedness
+from parallel.load_counter import LoadCounter, load_recording, save_recording
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from parallel.recorder import Recorder, load_recording, save_recording
 from tests.test_worlds import SETTINGS, one_run
 from tests.worlds import run_world, sub_mesh
 
@@ -57,15 +57,15 @@ def test_the_nearest_replica_is_chosen_and_equal_ones_take_turns(
 
 def test_the_recorder_counts_tokens_of_experts() -> None:
     of_slot = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
-    recorder = Recorder(Placement(torch.zeros(2, 3), of_slot, 2), 3)
-    recorder.add(0, torch.tensor([[0, 1], [3, -1], [3, 2]]))
-    recorder.add(1, torch.tensor([[1, 0], [-1, -1]]))
-    recorder.add(1, torch.tensor([[2, 3]]))
-    assert recorder.total().tolist() == [[3, 1, 1], [1, 1, 2]]
-    recorder.add(1, torch.tensor([[0, 1]]))
-    assert recorder.total().tolist() == [[3, 1, 1], [1, 1, 4]]
-    recorder.forget()
-    assert recorder.total().tolist() == [[0, 0, 0], [0, 0, 0]]
+    load_counter = LoadCounter(Placement(torch.zeros(2, 3), of_slot, 2), 3)
+    load_counter.add(0, torch.tensor([[0, 1], [3, -1], [3, 2]]))
+    load_counter.add(1, torch.tensor([[1, 0], [-1, -1]]))
+    load_counter.add(1, torch.tensor([[2, 3]]))
+    assert load_counter.total().tolist() == [[3, 1, 1], [1, 1, 2]]
+    load_counter.add(1, torch.tensor([[0, 1]]))
+    assert load_counter.total().tolist() == [[3, 1, 1], [1, 1, 4]]
+    load_counter.forget()
+    assert load_counter.total().tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_a_recording_survives_the_file(tmp_path: Path) -> None:

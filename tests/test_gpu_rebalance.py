@@ -22,9 +22,9 @@ from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
 from model.transformer import Transformer, op_shape
 from model.weights import ExpertReader, load_weights
+from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from parallel.recorder import Recorder
 from scripts.tools.quantize import quantize_tensors
 from tests.commands import NO_GPU, run
 from tests.deployment import read
@@ -71,7 +71,7 @@ def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: tor
     layers, experts = config.num_moe_layers, config.n_routed_experts
     model = Transformer(config, mesh, Placement.identity(layers, experts, 2, mesh.device), ops, dtype, 64, fp8)
     load_weights(model, folder, config, mesh)
-    model.recorder = Recorder(model.placement, experts)
+    model.load_counter = LoadCounter(model.placement, experts)
     rebalancer = Rebalancer(model, mesh, ExpertReader(folder, config), 10**9, layers_per_step=2)
     rebalancer.request(torch.stack([torch.randperm(experts) for _ in range(layers)]))
     while not rebalancer.idle or rebalancer.vote():
@@ -116,11 +116,11 @@ def test_moving_changes_nothing(checkpoint: tuple[Path, ModelConfig], backend: s
     engine.warm_up(list)
     still = serve(engine, work)
     rebalancer = engine.rebalancer
-    counted = rebalancer.recorder.total()
+    counted = rebalancer.load_counter.total()
     ask(engine, rng)
     assert not differences(serve(engine, work), still)
     assert rebalancer.stats["rebalances_total"] > 1 and not rebalancer.stats["rebalance_failures"]
-    assert torch.equal(rebalancer.recorder.total(), 2 * counted)
+    assert torch.equal(rebalancer.load_counter.total(), 2 * counted)
     pipeline = Pipeline(Unified(engine), engine, MESH)
     while not rebalancer.idle or rebalancer.vote():
         pipeline.turn()

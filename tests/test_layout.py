@@ -104,10 +104,10 @@ def test_every_package_has_a_docstring() -> None:
 
 
 def sentences(text: str) -> list[str]:
-    """Of a docstring's prose: indented drawings, tables and code are none."""
+    """Of a docstring's prose: drawings, tables and code, which are indented or in columns, are none."""
     found, paragraph = [], ""
     for line in [*inspect.cleandoc(text).splitlines(), ""]:
-        if line.strip() and not line.startswith((" ", "|", ">")):
+        if line.strip() and not re.search(r"^[ |>]|\S {2,}\S", line):
             paragraph += f" {line.strip()}"
             continue
         found += re.split(r"(?<=[.!?])\s+", paragraph.strip())

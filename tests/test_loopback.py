@@ -14,7 +14,7 @@ from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, Masked
-from scripts.bench.one_rank.loopback import Arrivals, LoopbackContiguous, LoopbackMasked, share_of_tokens
+from scripts.bench.one_rank.loopback import LoopbackContiguous, LoopbackMasked, SimulatedLoad, share_of_tokens
 from scripts.bench.one_rank.simulated_link import Delay, SimulatedLink
 
 CPU, D, K = torch.device("cpu"), 256, 8
@@ -27,10 +27,10 @@ CONFIG = ModelConfig(
 
 def test_the_deployments_rows() -> None:
     """EP72 decode: 256 tokens a rank, 288 slots: 512 rows for each of 4. EP32 prefill: 16,384 tokens, 9 slots."""
-    assert Arrivals.even(256, 72, 8, 288) == Arrivals((512,) * 4, 512)
-    skewed = Arrivals.even(256, 72, 8, 288, skew=1.3)
+    assert SimulatedLoad.even(256, 72, 8, 288) == SimulatedLoad((512,) * 4, 512)
+    skewed = SimulatedLoad.even(256, 72, 8, 288, skew=1.3)
     assert skewed.counts == (666, 563, 461, 358)
-    prefill = Arrivals.even(16384, 32, 8, 288, distinct=share_of_tokens(256, 32, 8, 8, 4))
+    prefill = SimulatedLoad.even(16384, 32, 8, 288, distinct=share_of_tokens(256, 32, 8, 8, 4))
     assert sum(prefill.counts) == 16384 * 8 and max(prefill.counts) - min(prefill.counts) <= 1
     assert prefill.tokens / 16384 == pytest.approx(6.6, abs=0.01)  # ranks that a token goes to, of 32
 
@@ -48,21 +48,21 @@ def test_the_share_of_tokens_is_what_sampling_gives() -> None:
 
 @pytest.mark.parametrize(("skew", "counts"), [(1.0, (10, 10, 10)), (1.5, (15, 10, 5)), (2.0, (20, 10, 0))])
 def test_skew_keeps_the_mean(skew: float, counts: tuple[int, ...]) -> None:
-    assert Arrivals.even(15, 4, 2, 12, skew).counts == counts
+    assert SimulatedLoad.even(15, 4, 2, 12, skew).counts == counts
 
 
 def test_shares_of_the_choices() -> None:
     """16 tokens of 4 ranks choose 2 slots each: 128 choices, a quarter and an eighth of them here. Of all tokens half
     want the one and a quarter the other: 1 - 1/2 x 3/4 want any."""
-    assert Arrivals.of_shares((0.25, 0.125), 16, 4, 2) == Arrivals((32, 16), 40)
-    assert Arrivals.of_shares((0.5,), 16, 4, 2) == Arrivals((64,), 64)
+    assert SimulatedLoad.of_shares((0.25, 0.125), 16, 4, 2) == SimulatedLoad((32, 16), 40)
+    assert SimulatedLoad.of_shares((0.5,), 16, 4, 2) == SimulatedLoad((64,), 64)
     with pytest.raises(ValueError, match=r"shares \* top_k must be at most 1, not 0.6000 \* 2"):
-        Arrivals.of_shares((0.6, 0.1), 16, 4, 2)
+        SimulatedLoad.of_shares((0.6, 0.1), 16, 4, 2)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
 def test_arrivals_come_in_turn(layout: int) -> None:
-    two, like = (Arrivals((5, 0), 5), Arrivals((2, 7), 7)), torch.zeros(1, D)
+    two, like = (SimulatedLoad((5, 0), 5), SimulatedLoad((2, 7), 7)), torch.zeros(1, D)
     contiguous = LoopbackContiguous(lambda tokens: two, 4, D, K, Ops(), like)
     loopback = (contiguous, LoopbackMasked(lambda tokens: two, 4, 8, D, Ops(), CPU))[layout]
     seen = []
@@ -75,11 +75,11 @@ def test_arrivals_come_in_turn(layout: int) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="slots % ranks must be 0, not 10 % 4 = 2"):
-        Arrivals.even(1, 4, 1, 10)
+        SimulatedLoad.even(1, 4, 1, 10)
     with pytest.raises(ValueError, match=r"skew is 2.5; it must be in \[1, 2\]"):
-        Arrivals.even(1, 4, 1, 12, skew=2.5)
+        SimulatedLoad.even(1, 4, 1, 12, skew=2.5)
     with pytest.raises(ValueError, match="rows of an expert <= capacity must hold, not 20 <= 16"):
-        LoopbackMasked(lambda tokens: (Arrivals((20, 1), 20),), 1, 16, D, Ops(), CPU)
+        LoopbackMasked(lambda tokens: (SimulatedLoad((20, 1), 20),), 1, 16, D, Ops(), CPU)
 
 
 def sent(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +88,10 @@ def sent(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("alignment", [1, 128])
-@pytest.mark.parametrize("arrivals", [Arrivals((5, 0, 9), 9), Arrivals((40, 40, 40), 15), Arrivals((3,), 3)])
-def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
+@pytest.mark.parametrize(
+    "arrivals", [SimulatedLoad((5, 0, 9), 9), SimulatedLoad((40, 40, 40), 15), SimulatedLoad((3,), 3)]
+)
+def test_contiguous(arrivals: SimulatedLoad, alignment: int, fp8: bool) -> None:
     local, ops = len(arrivals.counts), replace(Ops(), alignment=alignment)
     if max(arrivals.counts) > arrivals.tokens:  # more copies of an expert than tokens: no such arrival is made
         arrivals = replace(arrivals, tokens=max(arrivals.counts))
@@ -119,7 +121,7 @@ def test_contiguous(arrivals: Arrivals, alignment: int, fp8: bool) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_masked(fp8: bool) -> None:
-    loopback = LoopbackMasked(lambda tokens: (Arrivals((5, 0, 128), 128),), 3, 256, D, Ops(), CPU, fp8)
+    loopback = LoopbackMasked(lambda tokens: (SimulatedLoad((5, 0, 128), 128),), 3, 256, D, Ops(), CPU, fp8)
     arrived = loopback.dispatch(*sent(3)).wait()
     match arrived:
         case Masked(rows, counts, scale=scale):
@@ -144,8 +146,8 @@ def run(experts: Experts, arrived: Contiguous | Masked) -> Tensor:
     return experts(lambda: arrived)[0]
 
 
-def arriving(tokens: int) -> tuple[Arrivals]:
-    return (Arrivals.even(tokens, 4, K, 12),)
+def arriving(tokens: int) -> tuple[SimulatedLoad]:
+    return (SimulatedLoad.even(tokens, 4, K, 12),)
 
 
 def both_layouts(most: int, link: SimulatedLink | None = None) -> tuple[LoopbackContiguous, LoopbackMasked]:

@@ -31,7 +31,7 @@ from parallel.dispatch import most_copies
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
-from scripts.bench.one_rank.loopback import Arrivals, LoopbackContiguous
+from scripts.bench.one_rank.loopback import LoopbackContiguous, SimulatedLoad
 from tests.tracing import FakeGroup, Peak, allocating_ops
 
 V3 = ModelConfig(  # DeepSeek-V3's widths, of each kind of layer two
@@ -221,7 +221,7 @@ def test_two_micro_batches_take_little_over_half() -> None:
         num_attention_heads=18, kv_lora_rank=128,
     )  # fmt: skip
     net, tokens = make(config, fp8=True), 1024
-    arriving = lambda count: (Arrivals.even(count, 32, 8, 288, distinct=0.2),)  # noqa: E731
+    arriving = lambda count: (SimulatedLoad.even(count, 32, 8, 288, distinct=0.2),)  # noqa: E731
     like = net.ops.quantize_1x128(torch.zeros(1, 1024, dtype=torch.bfloat16))
     loopback = LoopbackContiguous(arriving, tokens, 1024, 8, net.ops, like)
     prompt = Chunk([1] * tokens, 0, range(1, 1 + tokens // PAGE))

@@ -31,9 +31,9 @@ from model.config import ModelConfig
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
 from model.weights import ExpertReader, load_weights
+from parallel.load_counter import LoadCounter, load_recording
 from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
-from parallel.recorder import Recorder, load_recording
 from scripts.tools.quantize import quantize_folder
 from tests.deployment import read, run
 from tests.test_gpu_rebalance import check_what_arrives
@@ -70,18 +70,18 @@ def test_counts_do_not_depend_on_the_map(seed: int, flips: int) -> None:
     layers, experts, slots = 2, 5, 8
     generator = torch.Generator().manual_seed(seed)
     placement = Placement.of_map(random_map(layers, experts, slots, seed), experts, 2)
-    recorder, counted = Recorder(placement, experts), torch.zeros(layers, experts, dtype=torch.int64)
+    load_counter, counted = LoadCounter(placement, experts), torch.zeros(layers, experts, dtype=torch.int64)
     for flip in range(flips):
         other = Placement.of_map(random_map(layers, experts, slots, seed + flip), experts, 2)
         layer = flip % layers
-        recorder.fold()
+        load_counter.fold()
         placement.replace(layer, other, layer)
         for of_layer in range(layers):
             chosen = torch.randint(experts, (7, 3), generator=generator)
-            recorder.add(of_layer, placement.slot_of_expert[of_layer][chosen])
-            recorder.add(of_layer, torch.full((2, 3), -1))
+            load_counter.add(of_layer, placement.slot_of_expert[of_layer][chosen])
+            load_counter.add(of_layer, torch.full((2, 3), -1))
             counted[of_layer] += chosen.flatten().bincount(minlength=experts)
-    assert torch.equal(recorder.total(), counted)
+    assert torch.equal(load_counter.total(), counted)
 
 
 # The reader gives what the loader gave.
@@ -242,7 +242,7 @@ def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: fl
     config = ModelConfig.from_pretrained(tiny)
     model = Transformer(config, Mesh(), Placement.identity(4, 32, 2), Ops(), torch.float32, 256)
     load_weights(model, tiny, config, Mesh())
-    model.recorder = Recorder(model.placement, 32)
+    model.load_counter = LoadCounter(model.placement, 32)
     return Rebalancer(model, Mesh(), reader(tiny, config), *how or (NEVER,))
 
 
@@ -265,7 +265,7 @@ def test_what_is_above_the_threshold_stays(tiny: Path, threshold: float, moved: 
     loads = torch.ones(4, 32, dtype=torch.int64)
     loads[[0, 2], :8] += 2  # 32 on the first rank, 16 on the second
     loads[[1, 3], :4] += 1  # 20, 16
-    rebalancer.recorder.by_expert += loads
+    rebalancer.load_counter.by_expert += loads
     rebalancer.step()
     drive(rebalancer)
     assert rebalancer.stats["balancedness"] == pytest.approx(0.825)

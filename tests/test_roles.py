@@ -89,7 +89,7 @@ def test_a_request_that_is_here_is_not_taken_twice(decode: Decode) -> None:
         for uid in range(3):
             submit(decode, uid)
         decode.admit()
-    assert len(decode.queue) == 1 and list(decode.arrivals) == [0, 1]
+    assert len(decode.queue) == 1 and list(decode.incoming) == [0, 1]
     assert decode.news().begun == [0, 1]
 
 
@@ -154,7 +154,7 @@ def test_an_abort_reaches_a_request_wherever_it_is(decode: Decode) -> None:
     decode.admit()
     for uid in (0, 2, 5):
         decode.handle(Abort(uid))
-    assert not decode.queue and not decode.arrivals[0].wanted and decode.arrivals[1].wanted
+    assert not decode.queue and not decode.incoming[0].wanted and decode.incoming[1].wanted
 
 
 # ---- prefill
@@ -183,7 +183,7 @@ def test_a_token_that_the_model_does_not_have_closes_the_room(prefill: Prefill) 
     )
     assert not prefill.scheduler.has_work
     prefill.handle(RoomEnded(3, "closed"))
-    assert not prefill.departures
+    assert not prefill.outgoing
 
 
 def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypatch: Any, capsys: Any) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from model.config import ModelConfig
-from scripts.bench.lib.roofline import Ceilings, Part, Work, decode, prefill, total
+from scripts.bench.lib.roofline import Ceilings, Cost, Part, decode, prefill, total
 from scripts.bench.lib.shapes import SHAPES
 
 H100 = Ceilings(798e12, 1400e12, 3.0e12)
@@ -27,7 +27,7 @@ EASY = ModelConfig(
 )
 
 
-def numbers(work: Work, kind: str) -> dict[str, tuple[float, float]]:
+def numbers(work: Cost, kind: str) -> dict[str, tuple[float, float]]:
     """FLOP and bytes of each part of a kind of layer."""
     return {f"{part.group}: {part.name}": (part.flop, part.nbytes) for part in work.kinds[kind][1]}
 
@@ -115,7 +115,7 @@ def test_the_real_prefill_rank() -> None:
 
 
 @pytest.mark.parametrize("work", [decode(EASY, 2, 10), prefill(EASY, 6, 3), decode(SHAPES["v3"], 64, 4096, 72, 4)])
-def test_the_step_is_the_sum_of_its_parts(work: Work) -> None:
+def test_the_step_is_the_sum_of_its_parts(work: Cost) -> None:
     parts = [part for count, layer in work.kinds.values() for part in count * layer]
     assert work.seconds(H100) == pytest.approx(sum(part.seconds(H100) for part in parts))
     assert work.rate(H100) == pytest.approx(work.tokens / work.seconds(H100))

@@ -141,7 +141,7 @@ class Link(threading.Thread, ABC):
                 self._wake.close()
             self._woken.close()
 
-    def after(self, then: Callable[[], None], transfer: Transfer | None = None) -> None:
+    def then(self, then: Callable[[], None], transfer: Transfer | None = None) -> None:
         """Have the mover call this, once `transfer` is through, and all that came before."""
         self._under_way.put((transfer, then))
 

@@ -32,10 +32,10 @@ class ReceiveLink(Link):
             case Last(uid):
                 self._await(uid)
                 came = time.perf_counter()
-                self.after(lambda: self._done(item, came))
+                self.then(lambda: self._done(item, came))
             case Closed(uid, error):
                 self._await(uid)
-                self.after(lambda: self.end(RoomEnded(uid, error)))
+                self.then(lambda: self.end(RoomEnded(uid, error)))
 
     def _receive(self, uids: list[int], pages: list[int]) -> None:
         for uid in uids:
@@ -43,7 +43,7 @@ class ReceiveLink(Link):
         self._credits.take(self.look)
         layers, _, *page = self.pool.shape
         packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
-        self.after(lambda: self._unpack(packed, ids), self.transport.recv(packed))
+        self.then(lambda: self._unpack(packed, ids), self.transport.recv(packed))
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:
         with self._writing:

@@ -86,7 +86,7 @@ class SendLink(Link):
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
         self.pipe.send(Sending(uids, theirs))
-        self.after(lambda: None, transfer)
+        self.then(lambda: None, transfer)
         for word in last_words:
             self.handle(word)
 
@@ -116,4 +116,4 @@ class SendLink(Link):
         """Say the last word of a room, which the peer takes behind the bytes; here it ends when they have left."""
         self._sending.remove(word.uid)
         self.pipe.send(word)
-        self.after(lambda: self.end(ended))
+        self.then(lambda: self.end(ended))

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.eplb import balance, balancedness
-from parallel.recorder import load_recording
+from parallel.load_counter import load_recording
 from scripts.bench.lib.charts import save_lines
 from scripts.bench.lib.flags import naturals, new_file, new_png, positive, positives, refusals
 from scripts.bench.lib.measurements import Record, save

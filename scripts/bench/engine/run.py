@@ -185,7 +185,7 @@ class Report:
         if self.rank == 0:
             print(text, flush=True)
 
-    def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Work) -> None:
+    def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Cost) -> None:
         """Tokens a second, beside the roofline and the peer's."""
         if self.ceilings is None:
             self.add(name, value, "tok/s")

@@ -59,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """A step: `tokens` that it computes, and per kind of layer how many there are and the parts of one."""
 
     tokens: int
@@ -77,13 +77,13 @@ def total(parts: list[Part], ceilings: Ceilings) -> float:
     return sum(part.seconds(ceilings) for part in parts)
 
 
-def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None) -> Work:
+def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None) -> Cost:
     """One token of each of `batch` sequences, which attend `kv` tokens on average."""
     spread = _Spread(config, batch, ep, local)
     return _work(config, batch, batch, _absorbed(config, batch, kv), spread, permutes=ep == 1)
 
 
-def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None) -> Work:
+def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None) -> Cost:
     """All of the prompts of `prompt` tokens that make `tokens`; each gets its first token."""
     sequences = tokens / prompt
     attention = _expanded(config, tokens, sequences * prompt * (prompt + 1) / 2)
@@ -108,7 +108,7 @@ class _Spread:
 
 def _work(
     config: ModelConfig, tokens: int, sequences: float, attention: list[Part], spread: _Spread, permutes: bool
-) -> Work:
+) -> Cost:
     around = [*attention, *_norms(config, tokens)]
     dense = [*around, *_ffn(config, "dense FFN", tokens, config.intermediate_size)]
     kinds = {
@@ -116,7 +116,7 @@ def _work(
         "MoE layer": (config.num_moe_layers, [*around, *_moe(config, tokens, spread, permutes)]),
         "head": (1, _head(config, sequences)),
     }
-    return Work(tokens, {kind: (count, parts) for kind, (count, parts) in kinds.items() if count})
+    return Cost(tokens, {kind: (count, parts) for kind, (count, parts) in kinds.items() if count})
 
 
 def _head(config: ModelConfig, rows: float) -> list[Part]:
@@ -245,7 +245,7 @@ def _median_seconds(call: Callable[[], object]) -> float:
     return median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
 
 
-def show(work: Work, ceilings: Ceilings) -> None:
+def show(work: Cost, ceilings: Ceilings) -> None:
     fp8 = "no" if ceilings.fp8 is None else f"{ceilings.fp8 / 1e12:,.0f} TFLOP/s"
     print(f"ceilings: bf16 {ceilings.bf16 / 1e12:,.0f} TFLOP/s, fp8 {fp8}, {ceilings.bandwidth / 1e12:.2f} TB/s")
     groups: dict[str, float] = {}

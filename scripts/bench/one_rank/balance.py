@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.kv_cache import pages_for
-from parallel.recorder import load_recording
+from parallel.load_counter import load_recording
 from scripts.bench.lib.flags import positive, refusals
 from scripts.bench.lib.measurements import Record, save
-from scripts.bench.one_rank.loopback import Arrivals
+from scripts.bench.one_rank.loopback import SimulatedLoad
 from scripts.bench.one_rank.rank import (
     Rank,
     add_flags,
@@ -126,8 +126,8 @@ def main() -> None:
         save(records, args.out)
 
 
-def arrivals_of(shares: list[list[float]], ranks: int, top_k: int, tokens: int) -> list[Arrivals]:
-    return [Arrivals.of_shares(row, tokens, ranks, top_k) for row in shares]
+def arrivals_of(shares: list[list[float]], ranks: int, top_k: int, tokens: int) -> list[SimulatedLoad]:
+    return [SimulatedLoad.of_shares(row, tokens, ranks, top_k) for row in shares]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from scripts.bench.one_rank.simulated_link import SimulatedLink
 
 
 @dataclass(frozen=True)
-class Arrivals:
+class SimulatedLoad:
     """What reaches this rank in one dispatch."""
 
     counts: tuple[int, ...]  # rows of each of its experts
@@ -30,7 +30,7 @@ class Arrivals:
     @classmethod
     def even(
         cls, tokens: int, ranks: int, top_k: int, slots: int, skew: float = 1.0, distinct: float | None = None
-    ) -> "Arrivals":
+    ) -> "SimulatedLoad":
         """Of `ranks` ranks with `tokens` tokens each, that choose `top_k` of `slots` slots, slots / ranks of them here.
 
         `skew`: the fullest expert's rows over the mean, at most 2; the others fall evenly below it, around the same
@@ -49,7 +49,7 @@ class Arrivals:
         return cls(counts, max(least, round((distinct or 0.0) * tokens * ranks)))
 
     @classmethod
-    def of_shares(cls, shares: Sequence[float], tokens: int, ranks: int, top_k: int) -> "Arrivals":
+    def of_shares(cls, shares: Sequence[float], tokens: int, ranks: int, top_k: int) -> "SimulatedLoad":
         """Of `ranks` ranks with `tokens` tokens each, that choose `top_k` slots; `shares`: of all those choices, that
         fall on each of this rank's experts. Which tokens choose one is taken not to depend on which choose another.
         ValueError for a share that needs more tokens than there are."""
@@ -83,7 +83,7 @@ def share_of_tokens(experts: int, places: int, top_k: int, groups: int = 1, grou
 
 
 # When every rank sends so many tokens: what arrives in one dispatch, in the next, and so on, and then again.
-Arriving = Callable[[int], Sequence[Arrivals]]
+Arriving = Callable[[int], Sequence[SimulatedLoad]]
 
 
 class LoopbackContiguous:
@@ -135,7 +135,7 @@ class LoopbackContiguous:
 
         return Pending(receive)
 
-    def _made(self, arrivals: Arrivals) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    def _made(self, arrivals: SimulatedLoad) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Of the tokens that arrive, the experts and weights; the experts' counts."""
         ids = _assign(arrivals, self.top_k, self.device)
         return ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
@@ -223,7 +223,7 @@ def _returned(
     return Pending(receive)
 
 
-def _assign(arrivals: Arrivals, top_k: int, device: torch.device) -> Tensor:
+def _assign(arrivals: SimulatedLoad, top_k: int, device: torch.device) -> Tensor:
     """[tokens, K] local expert ids, -1 = elsewhere: each expert as often as promised, none twice for a token. Copies
     are dealt to the tokens in turn, expert after expert."""
     expert = torch.arange(len(arrivals.counts)).repeat_interleave(torch.tensor(arrivals.counts))

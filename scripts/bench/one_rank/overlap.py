@@ -5,7 +5,7 @@ python -m scripts.bench.one_rank.overlap prefill --ep 32 --prompt 4096 --tokens 
 
 Plain steps against steps of two micro-batches, taken in turns on one model: first without any communication (what it
 costs to compute in halves), then with transfers that last as long as deepep_times.py says and take from the GPU
-what DeepEP's would (`simulated_link.py`). Arrivals are simulated, too, and balanced as --skew says. Of prefill
+what DeepEP's would (`simulated_link.py`). SimulatedLoad are simulated, too, and balanced as --skew says. Of prefill
 steps also the peak of what they allocate, which is measured; rows that arrive are there beforehand, and not in it.
 """
 
@@ -25,7 +25,7 @@ from scripts.bench.lib.measurements import Record, save
 from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank.rank import (
     Rank,
-    Step,
+    RankStep,
     add_flags,
     add_measuring_flags,
     captured,
@@ -96,7 +96,7 @@ def taken_over_modelled(link: SimulatedLink, tokens: int, repeat: int) -> list[f
     return found
 
 
-def peak(step: Step) -> int:
+def peak(step: RankStep) -> int:
     """The most bytes that a step has allocated at once."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ from parallel.placement import Placement
 from scripts.bench.engine.random_weights import randomize
 from scripts.bench.lib.flags import natural, new_file, positive
 from scripts.bench.lib.shapes import SHAPES, check_size
-from scripts.bench.one_rank.loopback import Arrivals, Arriving, LoopbackContiguous, LoopbackMasked, share_of_tokens
+from scripts.bench.one_rank.loopback import Arriving, LoopbackContiguous, LoopbackMasked, SimulatedLoad, share_of_tokens
 from scripts.bench.one_rank.simulated_link import SimulatedLink
 
 
@@ -92,7 +92,7 @@ def _check_length(config: ModelConfig, name: str, tokens: int) -> None:
 
 
 @dataclass(frozen=True)
-class Step:
+class RankStep:
     run: Callable[[], object]  # of decode on a GPU: a CUDA graph's replay
     eager: Callable[[], object]
     close: Callable[[], None] = lambda: None  # let go of the graph
@@ -131,11 +131,11 @@ class Rank:
         """Slots on this rank."""
         return self.slots // self.ep
 
-    def even(self, tokens: int) -> tuple[Arrivals]:
+    def even(self, tokens: int) -> tuple[SimulatedLoad]:
         """Uniform routing, skewed as the flag says: the same in every layer."""
         c = self.config
         hit = share_of_tokens(c.n_routed_experts, self.ep, c.num_experts_per_tok, c.n_group, c.topk_group)
-        return (Arrivals.even(tokens, self.ep, c.num_experts_per_tok, self.slots, self.skew, hit),)
+        return (SimulatedLoad.even(tokens, self.ep, c.num_experts_per_tok, self.slots, self.skew, hit),)
 
     def decode(
         self,
@@ -144,7 +144,7 @@ class Rank:
         link: SimulatedLink | None = None,
         overlap: bool = False,
         arriving: Arriving | None = None,
-    ) -> Step:
+    ) -> RankStep:
         """A token of each of `batch` sequences, which attend `kv` tokens. Overlapping: as the engine's steps do, in
         halves of the rows, so `batch` must be even."""
         config, each = self.config, pages_for(kv)
@@ -162,11 +162,11 @@ class Rank:
         decodes = Decodes(np.arange(batch), np.full(batch, kv - 1), pages)
         eager.run(decodes, batch)
         if self.device.type != "cuda":
-            return Step(lambda: eager.run(decodes, batch), lambda: eager.run(decodes, batch))
+            return RankStep(lambda: eager.run(decodes, batch), lambda: eager.run(decodes, batch))
         captured.run(decodes, batch)
         captured.capture(list)
         torch.cuda.empty_cache()  # of the eager steps: the graph has its own, and little is left
-        return Step(lambda: captured.run(decodes, batch), lambda: eager.run(decodes, batch), captured.reset)
+        return RankStep(lambda: captured.run(decodes, batch), lambda: eager.run(decodes, batch), captured.reset)
 
     def prefill(
         self,
@@ -175,7 +175,7 @@ class Rank:
         link: SimulatedLink | None = None,
         overlap: bool = False,
         arriving: Arriving | None = None,
-    ) -> Step:
+    ) -> RankStep:
         """`tokens` of prompts of `prompt` tokens; overlapping, cut where the engine cuts."""
         config, each = self.config, pages_for(prompt)
         like = torch.zeros(1, config.hidden_size, dtype=self.dtype, device=self.device)
@@ -189,7 +189,7 @@ class Rank:
         halves = tuple(Batch.build(*part, self.device) for part in split([], prompts)) if overlap else None
         run = lambda: self.model(batch, self.pool, contiguous, halves)  # noqa: E731
         run()
-        return Step(run, run)
+        return RankStep(run, run)
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -26,10 +26,10 @@ from model.config import ModelConfig
 from model.kv_cache import pages_for
 from model.slots import IDENTITY, Slots
 from model.weights import ExpertReader
-from parallel.recorder import Recorder
+from parallel.load_counter import LoadCounter
 from scripts.bench.lib.flags import positive, refusals
 from scripts.bench.lib.measurements import Record, save
-from scripts.bench.one_rank.rank import Rank, Step, add_flags, add_measuring_flags, check_decode, check_flags
+from scripts.bench.one_rank.rank import Rank, RankStep, add_flags, add_measuring_flags, check_decode, check_flags
 
 NEVER = 10**9  # steps
 MOST = 1.5  # times the median that a step may take while experts move
@@ -61,7 +61,7 @@ def write_experts(folder: Path, config: ModelConfig, count: int) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def timed(step: Step, rebalancer: Rebalancer, going: Callable[[int], bool], on_gpu: bool) -> list[float]:
+def timed(step: RankStep, rebalancer: Rebalancer, going: Callable[[int], bool], on_gpu: bool) -> list[float]:
     """Milliseconds of each step, from the end of the one before, while `going(steps)`. As in the engine, one step is
     launched while the one before it runs."""
 
@@ -111,7 +111,7 @@ def main() -> None:
             raise ValueError(f"--experts {args.experts}: of {args.shape} it must be at most {config.n_routed_experts}")
     on_gpu = device.type == "cuda"
     rank = Rank(args, config, device, args.kv, args.batch * pages_for(args.kv))
-    rank.model.recorder = Recorder(rank.model.placement, config.n_routed_experts)
+    rank.model.load_counter = LoadCounter(rank.model.placement, config.n_routed_experts)
     with tempfile.TemporaryDirectory() as folder:
         reader = StandIns(Path(folder), config, args.experts)
         rebalancer = Rebalancer(rank.model, rank.mesh, reader, NEVER, layers_per_step=args.layers_per_step)

@@ -165,7 +165,7 @@ class Figures:
     floors: dict[str, float]  # modelled; empty without a GPU to measure ceilings of
 
 
-def evaluate(config: ModelConfig, step: float, halves: float | None, parts: Mapping[str, float], work: roofline.Work,
+def evaluate(config: ModelConfig, step: float, halves: float | None, parts: Mapping[str, float], work: roofline.Cost,
              ceilings: roofline.Ceilings | None) -> Figures:  # fmt: skip
     """`parts`: of `Ranges.times`."""
     layers = config.num_moe_layers

@@ -36,8 +36,8 @@ from model.config import ModelConfig
 from model.kv_cache import pages_for
 from parallel.dispatchers import CHOICES
 from parallel.eplb import balancedness
+from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
-from parallel.recorder import Recorder
 from scripts.bench.engine.run import Bench, generated, random_model
 from scripts.bench.lib.flags import fraction, natural, new_file, positive, positives, refusals
 from scripts.bench.lib.measurements import Record, save
@@ -173,7 +173,7 @@ class Comparison:
         model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"], placement)
         if variant in SKEWED:
             skew_gates(model, args.zipf)
-            model.recorder = Recorder(model.placement, config.n_routed_experts)
+            model.load_counter = LoadCounter(model.placement, config.n_routed_experts)
         reader = StandIns(folder, config, min(STAND_INS, config.n_routed_experts)) if variant == "live" else None
         engine = Engine(settings, model, mesh, self.say, reader)
         if variant == "tp":
@@ -220,7 +220,7 @@ class Comparison:
 
     def look(self, variant: str, engine: Engine) -> None:
         """How even the ranks' loads were, under the map of the end."""
-        counts = self.mesh.ep.all_reduce(engine.model.recorder.total()).cpu()
+        counts = self.mesh.ep.all_reduce(engine.model.load_counter.total()).cpu()
         if variant == "skewed":
             self.counts = counts.float()
         of_slot = engine.model.placement.expert_of_slot.cpu().numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.placement import Placement
 
 
-class Recorder:
+class LoadCounter:
     """Counts by slot, which is what the gate gives, and sums them up by expert before the map changes."""
 
     def __init__(self, placement: Placement, num_experts: int):
