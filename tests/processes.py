@@ -50,8 +50,9 @@ def _child(module: str, argv: list[str], out: Path, err: Path, env: dict[str, st
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # run.py replaces it, and the file must stay open
+    # run.py replaces some of these objects: the files below them must stay open.
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(env)
     os.chdir(ROOT)
     for name, value in constants.items():
