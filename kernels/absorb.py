@@ -1,7 +1,7 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-Each head has its own weights. cuBLAS computes the first product, one matrix product per head. (A kernel of ours that
-also rotated the rope part was slower than cuBLAS and a separate rope kernel.) The second product also casts to fp8 for
+Each head has its own weights. cuBLAS computes the first product, one matrix product per head. A kernel of ours that
+also rotated the rope part was slower than cuBLAS and a separate rope kernel. The second product also casts to fp8 for
 o_proj, in the same pass.
 
 Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.

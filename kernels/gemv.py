@@ -1,7 +1,7 @@
 """Products for few tokens in Triton, for decode at the smallest batches.
 
-Speed then means two things: every byte of the weights is read once, with as many loads in flight as the GPU holds, and
-few kernels are launched. No tensor cores: a program multiplies a few rows of the weight with x, element by element.
+Two things count there. Every byte of the weights is read once, with as many loads in flight as the GPU holds. And few
+kernels are launched. No tensor cores: a program multiplies a few rows of the weight with x, element by element.
 """
 
 import torch
@@ -64,7 +64,7 @@ def _launch(x: Tensor, weight: Tensor, slots: Tensor, gated: bool) -> Tensor:
 def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
     """Return out[c] = x's row @ weight[slots[c]].T for every copy c = t * K + k; zeros where slots is -1.
 
-    x [T, D], or one row per copy [T * K, D], bf16 or float32; weight [L, N, D] of x's dtype; slots [T, K] int64
+    x [T, D], or one row per copy [T * K, D]; weight [L, N, D]; both bf16 or both float32. slots [T, K] int64
     -> [T * K, N].
     """
     return _launch(x, weight, slots, gated=False)

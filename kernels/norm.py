@@ -212,8 +212,8 @@ def norm_rope_write(
 ) -> None:
     """Write MLA's cache: flat row rows[t] of kv_pages = [rms_norm(kv[t, :C]), rope(kv[t, C:])].
 
-    kv [T, C + R] with unit last stride, norm_weight [C], kv_pages [pages, 64, C + R] contiguous, all of one dtype;
-    tables [length, R / 2] float32; positions, rows [T] int64. Tokens with equal rows race: these are padding, which
+    kv [T, C + R] with unit last stride, norm_weight [C], kv_pages [pages, 64, C + R] contiguous, all of one dtype.
+    Tables are [length, R / 2] float32; positions, rows [T] int64. Tokens with equal rows race: these are padding, which
     goes to the null page. Contract: `ref.norm_rope_write`.
     """
     tokens, latent = kv.shape[0], norm_weight.numel()

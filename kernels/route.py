@@ -278,8 +278,9 @@ def ep_scatter_masked(
 def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """Return out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], float32, in that order.
 
-    rows [M, D], index [T, K] int64, weights [T, K] float32 or None, plus [T, D] or None -> [T, D] in rows' dtype, the
-    same bits on every run. Index -1 adds nothing. `index` None: copy (t, k) is row t * K + k, and `weights` is given.
+    rows [M, D], index [T, K] int64, weights [T, K] float32 or None, plus [T, D] or None -> [T, D] in rows' dtype. The
+    bits are the same on every run. Index -1 adds nothing. `index` None: copy (t, k) is row t * K + k, and `weights`
+    must be given.
     """
     tokens, top_k = (weights if index is None else index).shape
     out = rows.new_empty(tokens, rows.shape[-1])

@@ -1,7 +1,7 @@
 """Footprint: the bytes that a step's tensors take on a GPU, from their shapes alone.
 
 The formulas follow the tensors that are alive at the same time in `transformer.py`, `mla.py`, `moe.py` and
-`parallel/dispatch.py`, with the GPU kernels of `kernels/`; their torch twins take more. tests/test_memory.py counts
+`parallel/dispatch.py`. They count the GPU kernels of `kernels/`; the torch twins take more. tests/test_memory.py counts
 live bytes and compares them with these formulas.
 
 A layer may peak at three moments. Sizes are [rows, columns] of the activations' dtype unless said otherwise. S is the

@@ -132,8 +132,8 @@ class ContiguousDeepEP:
     ) -> Pending[Contiguous | Sliced]:
         """Start sending tokens to their experts' ranks. Collective.
 
-        x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which travels and arrives as it is;
-        slots [T, K] int64 physical ids, -1 = nowhere; weights [T, K] float32.
+        x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which arrives unchanged. slots [T, K]
+        int64 physical ids, -1 = nowhere; weights [T, K] float32.
 
         The rows leave only when `receive` is called. It blocks the host until all ranks have got there, so enqueue
         other work first. Until then x must not change.
