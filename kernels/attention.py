@@ -307,9 +307,9 @@ def prefill_attention(
 ) -> Tensor | Quantized:
     """Attend causally over ragged sequences whose queries are the LAST tokens of their keys: `ref.prefill_attention`.
 
-    q [sum q, H, nope + R], k_nope [sum kv, H, nope], v [sum kv, H, dv]; k_rope [sum kv, R], shared by all heads;
-    q_starts, kv_starts [S + 1] -> [sum q, H, dv]. Tensors are all bf16 or all float32, and dims multiples of 8. Rows may
-    be strided: k_nope and v are parts of kv_b_proj's output. With `quantize`: values [sum q, H dv], and scales in the
+    q [sum q, H, nope + R], k_nope [sum kv, H, nope], v [sum kv, H, dv], q_starts, kv_starts [S + 1] -> [sum q, H, dv].
+    All heads share k_rope [sum kv, R]. Tensors are all bf16 or all float32; dims are multiples of 8. Rows may be
+    strided: k_nope and v are parts of kv_b_proj's output. With `quantize`: values [sum q, H dv], and scales in the
     layout of `quant.fp8_like`. On Hopper, if dv is the number of columns per scale, that happens in the same pass.
 
     One program attends 128 queries of one head. Blocks of keys that all of them see skip the mask, and blocks that none

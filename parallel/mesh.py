@@ -205,5 +205,5 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name}: this machine has no CUDA GPU that torch can use")
+        raise ValueError(f"--device {name}: this machine has no CUDA GPU that torch can use")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
