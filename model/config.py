@@ -17,7 +17,7 @@ ASKED_FOR = ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_re
 MOST_SIZE = 2**31 - 1  # kernels count in int32
 LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # a product of a few such numbers stays within float32
 LEAST_THETA = 2  # rope's frequencies must fall from pair to pair, and YaRN divides by log(theta)
-MOST_BYTES = 2**26  # for a file other than weights; DeepSeek-V3's largest, the index, has 9 million
+MOST_BYTES = 2**26  # for a file other than weights; DeepSeek-V3's largest, the index, has 9 million bytes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from kernels.ops import Ops
 from model.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn
-MOST_ROPE_BYTES = 2**30  # for the rope tables; DeepSeek-V3's take 42 million
+MOST_ROPE_BYTES = 2**30  # for the rope tables; DeepSeek-V3's take 42 million bytes
 
 
 def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

@@ -114,7 +114,7 @@ class Experts(nn.Module):
             out = part.new_empty(len(arrived.x), part.shape[1]) if out is None else out
             out[at : at + arrived.size] = part
             del part
-        assert out is not None  # tokens with too many copies are at least one
+        assert out is not None  # there is at least one slice
         return out
 
     def _slice(self, arrived: Sliced, at: int) -> tuple[Tensor, ...]:
@@ -173,7 +173,7 @@ class MoE(nn.Module):
         y, way_back = self.experts(group)
         yield "experts"
         pending = dispatcher.combine(y, way_back, plus if shared is None else shared())
-        del operand, group, y, way_back, shared, plus  # operand only now: the second stream may still have read it
+        del operand, group, y, way_back, shared, plus  # operand lives until here: the second stream reads it
         yield "combine"
         return pending.wait()
 

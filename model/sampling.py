@@ -48,7 +48,7 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     limit = top_k.where(top_k > 0, logits.shape[1])[:, None]
     ordered = ordered.masked_fill(rank >= limit, float("-inf"))
     probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability  # of the likelier tokens; 0 for the first, so one always stays
+    before = probability.cumsum(-1) - probability  # of likelier tokens; 0 for the first, so one always stays
     ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, ordered)
 

@@ -116,7 +116,7 @@ class Block(nn.Module):
         x, attended = self.attended(residual, batch, kv_pages)
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         del attended
-        assert isinstance(self.mlp, MoE) and normed is not None
+        assert isinstance(self.mlp, MoE) and normed is not None  # the norm is `bare`
         experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, load_counter)
         del normed, operand
         delta = yield from experts

@@ -26,7 +26,7 @@ All layers are worked on at once; loops run over slots and rounds, never over la
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-OFFSETS = (0, -1e-9, 0.3, 0.6, 0.8, -0.5)  # see `replicate`; -1e-9 is 0 but for ties
+OFFSETS = (0, -1e-9, 0.3, 0.6, 0.8, -0.5)  # see `replicate`; -1e-9 differs from 0 only in ties
 ROUNDS = 48  # the most rounds of swaps
 GOOD = 1.001  # fullest bin / mean, below which no swaps are tried
 
