@@ -1,8 +1,10 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-Each head has weights of its own. The first is cuBLAS's (one product a head; a kernel of ours that also turned the rope
-part took longer than both); the second casts to fp8 for o_proj in the same pass. Up to FEW_TOKENS tokens there is a
-kernel without the tensor core for each, because then most of the time is that of starting kernels.
+Each head has its own weights. cuBLAS computes the first product, one matrix product per head. A kernel of ours that
+also rotated the rope part was slower than cuBLAS and a separate rope kernel. The second product also casts to fp8 for
+o_proj, in the same pass.
+
+Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
 
 import torch
@@ -24,8 +26,8 @@ def _absorb_few_kernel(
     cos_stride, sin_stride, nope: tl.constexpr, latent: tl.constexpr, rope_dim: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one head's q' for every token; the first program of a head also turns its rope part."""
-    after_previous(PDL, LET_NEXT=False)  # attention comes next
+    """Compute some columns of one head's q' for every token. A head's first program also rotates its rope part."""
+    after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
     head, part = tl.program_id(0), tl.program_id(1)
     row, col = tl.arange(0, BLOCK_Q), part * BLOCK_C + tl.arange(0, BLOCK_C)
     here = (row < nope)[:, None] & (col < latent)[None, :]
@@ -47,7 +49,7 @@ def _absorb_few_kernel(
 
 
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
-    """q' = [W_UK^T q_nope, rope(q_rope)] of every head: `ref.absorb_query`.
+    """Return q' = [W_UK^T q_nope, rope(q_rope)] for every head. Contract: `ref.absorb_query`.
 
     q [B, H, nope + R] with unit last stride, w_uk [H, nope, C] with contiguous heads, tables [length, R / 2] float32,
     positions [B] int64 -> [B, H, C + R].
@@ -73,7 +75,7 @@ def _values_few_kernel(
     x_ptr, w_ptr, out_ptr, batch, heads, w_stride, latent: tl.constexpr, v_dim: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one head's W_UV times what each token attended."""
+    """Multiply some rows of one head's W_UV with every token's attended latent."""
     after_previous(PDL)
     head = tl.program_id(0)
     row, col = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_C)
@@ -90,11 +92,11 @@ def _values_kernel(
     x_ptr, w_ptr, out_ptr, scales_ptr, batch, heads, w_stride, scale_stride, latent: tl.constexpr, v_dim: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head's values for BLOCK_T tokens; scales_ptr: of each token's GROUP columns, which v_dim then is."""
+    """Compute one head's values for BLOCK_T tokens. With scales_ptr, v_dim is GROUP: one scale per token and head."""
     after_previous(PDL)
     head, token = tl.program_id(0), tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     live, row = token < batch, tl.arange(0, BLOCK_V)
-    at = token.to(tl.int64)[:, None] * heads + head  # of [B * H] rows
+    at = token.to(tl.int64)[:, None] * heads + head  # row of [B * H]
     acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for first in range(0, latent, BLOCK_C):
         col = (first + tl.arange(0, BLOCK_C))[None, :]
@@ -112,10 +114,10 @@ def _values_kernel(
 
 
 def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized:
-    """W_UV (attended latent) of every head: `ref.project_values`.
+    """Return W_UV (attended latent) for every head. Contract: `ref.project_values`.
 
-    attended [B, H, C], w_uv [H, v, C] with contiguous heads -> [B, H, v], or with `quantize` values [B, H v] and scales
-    as of `quant.fp8_like`: in the same pass where a head's columns are what shares a scale.
+    attended [B, H, C], w_uv [H, v, C] with contiguous heads -> [B, H, v]. With `quantize`: values [B, H v], and scales
+    in the layout of `quant.fp8_like`. If v is the number of columns per scale, that happens in the same pass.
     """
     (batch, heads, latent), v_dim = attended.shape, w_uv.shape[1]
     few = batch <= FEW_TOKENS

@@ -1,10 +1,12 @@
 """Attention in Triton: paged MLA decode (split-KV) and ragged causal prefill, for Hopper's TMA and wgmma.
 
-Both keep a running maximum and sum for each query row (FlashAttention-2, Dao 2023), work in powers of two, and read
-keys and values with TMA (one thread asks for a whole tile; the copy engine fills shared memory while the tensor
-cores work). Head dims need not be powers of two: columns come as a MAIN and a REST part, two dots into one
-accumulator. Decode cuts a cache row so (576 = 512 + 64); prefill's keys are of two parts anyway, a head's own 128 and
-the 64 that all heads share. TMA fills what lies past the edge with zeros.
+Both keep a running maximum and sum per query row (FlashAttention-2, Dao 2023), and use base-2 exponentials. They read
+keys and values with TMA: one thread asks for a whole tile, and the copy engine fills shared memory while the tensor
+cores work. TMA fills everything past the edge with zeros.
+
+Head dims need not be powers of two: columns come as a MAIN and a REST part, two dots into one accumulator. Decode cuts
+a cache row this way (576 = 512 + 64). Prefill's keys have two parts anyway: a head's own 128 columns, and the 64 that
+all heads share.
 """
 
 import torch
@@ -32,7 +34,7 @@ def _scores(q_main, q_rest, k_main, k_rest, HAS_REST: tl.constexpr):
 
 @triton.jit
 def _softmax_step(scores, top, scale):
-    """One block of the running softmax: its weights, the new maximum, and how much the past shrinks."""
+    """Do one block of the running softmax: return its weights, the new maximum, and the factor for earlier blocks."""
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     return tl.exp2(scores * scale - new_top[:, None]), new_top, tl.exp2(top - new_top)
 
@@ -47,9 +49,9 @@ def _load_kv(kv_main, kv_rest, page_table, n, PAGE: tl.constexpr, MAIN: tl.const
 
 @triton.jit
 def _split_plan(kv_lens, seq, batch, splits, most, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
-    """How a sequence is cut: blocks in a split, and splits in use (0 for an empty sequence).
+    """Return how a sequence is cut: blocks per split, and splits in use (0 for an empty sequence).
 
-    A sequence of average length gets `splits`, others more or fewer in proportion: all programs take about as long.
+    A sequence of average length gets `splits`, others more or fewer in proportion, so all programs take about as long.
     """
     index = tl.arange(0, BLOCK_B)
     all_blocks = tl.sum(tl.cdiv(tl.load(kv_lens + index, mask=index < batch, other=0), BLOCK_N), 0)
@@ -101,7 +103,7 @@ def _decode_kernel(
         acc = tl.dot(weights, main, acc * shrink[:, None], input_precision="ieee")
         if REST_VALUES:
             acc_rest = tl.dot(weights, rest, acc_rest * shrink[:, None], input_precision="ieee")
-    if whole < last:  # the last page's unused rows may hold anything, NaN too
+    if whole < last:  # the last page's unused rows may hold anything, even NaN
         here = whole + tl.arange(0, BLOCK_N) < last
         main, rest = _load_kv(kv_main, kv_rest, page_table, whole, PAGE, MAIN, has_rest)
         main = tl.where(here[:, None], main, 0.0)
@@ -138,7 +140,7 @@ def _combine_kernel(
     partial, lse_ptr, used_ptr, out, heads, most, v_dim, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence that was cut: its splits' outputs, weighted by their share of the softmax sum."""
+    """Merge the splits of one head of one sequence, weighted by their share of the softmax sum."""
     after_previous(PDL)
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     used = tl.load(used_ptr + seq)
@@ -162,20 +164,21 @@ def _combine_kernel(
 
 
 def _columns(dim: int) -> tuple[int, int]:
-    """dim -> MAIN, REST: the largest power of two in it, and the power of two that covers what is left."""
+    """Cut `dim` in two: MAIN, its largest power of two, and REST, the power of two that covers the remainder."""
     main = 1 << dim.bit_length() - 1
     return main, max(16, triton.next_power_of_2(dim - main))
 
 
 def _choose_splits(programs: int, pages: int, device: torch.device) -> int:
-    """Splits of a sequence of average length: the fewest turns of the GPU, if it holds 32 pages and a start costs 2.
+    """Return the number of splits, for a sequence of average length, that should finish first.
 
-    A program fills a whole SM, so 192 of them on 132 SMs take two turns at 73 % of the machine; split in two, 384
-    take three half turns at 97 %.
+    The estimate: a sequence holds at most 32 pages, and starting a program costs as much as 2 pages. A program fills a
+    whole SM, so 192 of them on 132 SMs take two waves at 73 % of the machine. Split in two, 384 take three half waves
+    at 97 %.
     """
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    most = max(1, min(64, pages // 2))
-    return min(range(1, most + 1), key=lambda s: -(-programs * s // sms) * (-(-min(pages, 32) // s) + 2))
+    max_splits = max(1, min(64, pages // 2))
+    return min(range(1, max_splits + 1), key=lambda s: -(-programs * s // sms) * (-(-min(pages, 32) // s) + 2))
 
 
 def mla_decode(
@@ -187,15 +190,15 @@ def mla_decode(
     v_dim: int | None = None,
     plan: None = None,
 ) -> Tensor:
-    """Absorbed MLA for one query token a sequence: `ref.mla_decode`, cut to the first `v_dim` columns (None: all).
+    """Attend one query token per sequence with absorbed MLA. Contract: `ref.mla_decode`; `v_dim` None: all columns.
 
-    q [B, H, C + R], kv_pages [pages, 64, C + R], page_table [B, P] int32, kv_lens [B] int32, all bf16 or all float32
+    q [B, H, C + R], kv_pages [pages, 64, C + R], both bf16 or both float32; page_table [B, P] int32, kv_lens [B] int32
     -> [B, H, v_dim]. Length 0 gives zeros. The grid depends on shapes alone, and the host reads no length: safe in a
     CUDA graph.
 
-    64 heads share a program, so a page is read into shared memory once and serves as keys and, its first columns, as
-    values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits of those that were
-    cut. On Hopper, bf16 with v_dim <= C takes `decode_hopper`: pass v_dim.
+    64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
+    as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
+    bf16 with v_dim <= C takes `decode_hopper`: pass v_dim.
     """
     batch, heads, kv_dim = q.shape
     v_dim = v_dim or kv_dim
@@ -209,26 +212,29 @@ def mla_decode(
     rows = kv_pages.view(-1, kv_dim)
     groups = triton.cdiv(heads, block_h)
     splits = _choose_splits(batch * groups, page_table.shape[1], q.device)
-    most = splits if batch == 1 else min(2 * splits, max(1, page_table.shape[1] // 2))  # a long sequence among short
-    partial = torch.empty(batch, most, heads, v_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, most, heads, dtype=torch.float32, device=q.device)
+    max_splits = splits
+    if batch > 1:  # a long sequence among short ones takes more than the average
+        max_splits = min(2 * splits, max(1, page_table.shape[1] // 2))
+    partial = torch.empty(batch, max_splits, heads, v_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
     if decode_hopper.can_decode(q, main, v_dim):
         decode_hopper.launch_decode(
             q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest
         )
     else:
-        _decode_kernel[groups, most, batch](
+        _decode_kernel[groups, max_splits, batch](
             q, TensorDescriptor.from_tensor(rows, [block_n, main]), TensorDescriptor.from_tensor(rows, [block_n, rest]),
             page_table, kv_lens, out, partial, lse, used, heads, splits, scale * LOG2_E, q.stride(0), q.stride(1),
             page_table.stride(0), kv_dim, v_dim, BLOCK_H=block_h, BLOCK_N=block_n, MAIN=main, REST=rest, PAGE=PAGE,
             REST_VALUES=v_dim > main, BLOCK_B=triton.next_power_of_2(batch), num_stages=2 if fast else 1,
             num_warps=8 if fast else 4, **pdl(q),
         )  # fmt: skip
-    if most > 1:
+    if max_splits > 1:
         _combine_kernel[heads, batch](
-            partial, lse, used, out, heads, most, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim), **pdl(q)
-        )
+            partial, lse, used, out, heads, max_splits, v_dim, BLOCK_S=8, BLOCK_V=triton.next_power_of_2(v_dim),
+            **pdl(q),
+        )  # fmt: skip
     return out
 
 
@@ -272,7 +278,7 @@ def _prefill_kernel(
         weights, top, shrink = _softmax_step(tl.where(key <= reach[:, None], scores, float("-inf")), top, scale)
         total = total * shrink + tl.sum(weights, 1)
         v = v_desc.load([kv_start + n, head, 0]).reshape(BLOCK_N, BLOCK_V)
-        v = tl.where(key[:, None] < num_kv, v, 0.0)  # past the end: the next sequence's, or NaN
+        v = tl.where(key[:, None] < num_kv, v, 0.0)  # past the end are the next sequence's values, or NaN
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     acc = acc / total[:, None]
@@ -282,7 +288,7 @@ def _prefill_kernel(
 
 
 def _for_tma(x: Tensor) -> Tensor:
-    """x itself, or a copy when TMA cannot address it: unit last stride, the others and the start 16-byte multiples."""
+    """Return x, or a copy if TMA cannot address it. Its last stride must be 1, all else a multiple of 16 bytes."""
     aligned = all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
@@ -299,15 +305,15 @@ def prefill_attention(
     scale: float,
     quantize: bool = False,
 ) -> Tensor | Quantized:
-    """Causal attention over ragged sequences whose queries are the LAST tokens of their keys: `ref.prefill_attention`.
+    """Attend causally over ragged sequences whose queries are the LAST tokens of their keys: `ref.prefill_attention`.
 
-    q [sum q, H, nope + R], k_nope [sum kv, H, nope], k_rope [sum kv, R] (all heads'), v [sum kv, H, dv], all bf16 or
-    all float32, dims multiples of 8, rows may be strided (k_nope and v as parts of kv_b_proj's output);
-    q_starts, kv_starts [S + 1] -> [sum q, H, dv], or with `quantize` values [sum q, H dv] and scales as of
-    `quant.fp8_like`: in the same pass where a head's columns are what shares a scale.
+    q [sum q, H, nope + R], k_nope [sum kv, H, nope], v [sum kv, H, dv], q_starts, kv_starts [S + 1] -> [sum q, H, dv].
+    All heads share k_rope [sum kv, R]. Tensors are all bf16 or all float32; dims are multiples of 8. Rows may be
+    strided: k_nope and v are parts of kv_b_proj's output. With `quantize`: values [sum q, H dv], and scales in the
+    layout of `quant.fp8_like`. On Hopper, if dv is the number of columns per scale, that happens in the same pass.
 
-    One program attends 128 queries of one head; blocks of keys that all of them see skip the mask, those that none
-    sees are skipped whole, and the programs with the most keys start first. Hopper and bf16: `prefill_hopper`.
+    One program attends 128 queries of one head. Blocks of keys that all of them see skip the mask, and blocks that none
+    sees are skipped whole. The programs with the most keys start first. Hopper and bf16: `prefill_hopper`.
     """
     (_, heads, nope), rope, dv = k_nope.shape, k_rope.shape[1], v.shape[2]
     q, k_nope, k_rope, v = _for_tma(q), _for_tma(k_nope), _for_tma(k_rope), _for_tma(v)

@@ -39,7 +39,7 @@ def _load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
 
 @gluon.jit
 def _decode_load(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
-    """The loader: page after page, into the buffer that is free."""
+    """Run the loader warp: page after page, into the buffer that is free."""
     for i in range(pages):
         row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
         at = i % 2
@@ -59,7 +59,7 @@ def _scores(q_left, q_right, q_rest, left, right, rest, zeros):
 
 @gluon.jit
 def _store(acc, out, partial, first_head, heads, first_col, whole, v_dim: gl.constexpr):
-    """64 heads' columns from first_col on, to `out` if the sequence is whole, else to `partial`."""
+    """Store 64 heads' columns from first_col on: to `out` if the sequence was not cut, else to `partial`."""
     BLOCK_H: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1]
     row = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -76,12 +76,14 @@ def _decode_attend(
     q_left, q_right, q_rest, q_full, left, right, rest, full, empty, last_page, pages, last, scale, out, partial, lse,
     first_head, heads, whole, v_dim: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps: 64 heads over the pages, then the split's output. Its columns are in two halves: the right one is
-    scaled while the tensor cores are at the left one."""
+    """Run eight warps: attend 64 heads to the pages, then store the split's output.
+
+    The output's columns come in two halves. The right half is scaled while the tensor cores compute the left one.
+    """
     BLOCK_H: gl.constexpr = q_left.shape[0]
     PAGE: gl.constexpr = left.shape[1]
     HALF: gl.constexpr = left.shape[2]
-    # the two warpgroups hold all 64 heads and half the columns each: 32 of the scores, 128 of each half of the output
+    # Each of the two warpgroups holds all 64 heads and half the columns: 32 of the scores, 128 of each output half.
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PAGE // 2, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF // 2, 16])
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, PAGE], gl.bfloat16)
@@ -100,8 +102,8 @@ def _decode_attend(
     top = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
     total = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)  # summed over columns once, at the end
     zeros = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)
-    # With 32 keys a warpgroup, 16 columns take 16 cycles to multiply and, at 128 bytes a cycle, 24 to read: 2 KB of
-    # queries, 1 KB of keys. So registers hold a part of the queries.
+    # With 32 keys per warpgroup, 16 columns take 16 cycles to multiply. They take 24 to read, at 128 bytes per cycle:
+    # 2 KB of queries, 1 KB of keys. So registers hold a part of the queries.
     q_rest = q_rest.load(gl.DotOperandLayout(0, score_layout, 2))
     acc_left = gl.zeros([BLOCK_H, HALF], gl.float32, out_layout)
     acc_right = gl.zeros([BLOCK_H, HALF], gl.float32, out_layout)
@@ -186,10 +188,10 @@ def launch_decode(
     q: Tensor, rows: Tensor, page_table: Tensor, kv_lens: Tensor, out: Tensor, partial: Tensor, lse: Tensor,
     used: Tensor, splits: int, scale: float, main: int, rest: int,
 ) -> None:  # fmt: skip
-    """As `attention._decode_kernel`: out [B, H, v], or partial [B, most, H, v] and lse for sequences with used > 1.
+    """Fill `out` [B, H, v], or `partial` [B, splits, H, v] and `lse` for sequences with used > 1.
 
-    q [B, H, d], rows [pages * 64, d]. 64 heads a program: 72 KB of queries and two 72 KB pages fill an SM's shared
-    memory, the output's 128 KB half its registers.
+    The results are those of `attention._decode_kernel`. q [B, H, d], rows [pages * 64, d]. A program takes 64 heads:
+    72 KB of queries and two 72 KB pages fill an SM's shared memory, and the output's 128 KB fill half its registers.
     """
     batch, heads, kv_dim = q.shape
     half = main // 2

@@ -1,4 +1,4 @@
-"""Dense products in bf16: cuBLAS's, but for few tokens."""
+"""Dense products in bf16: cuBLAS, except for few tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,15 @@ def _linear_float32_kernel(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T -> [T, N], in their dtype: `ref.linear`. Up to FEW_TOKENS in a kernel of ours."""
+    """Return x [T, D] @ weight [N, D].T -> [T, N] in their dtype. Contract: `ref.linear`."""
     return linear_of_few(x, weight) if 0 < x.shape[0] <= FEW_TOKENS else F.linear(x, weight)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32): `ref.linear_float32`.
+    """Return x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32). Contract: `ref.linear_float32`.
 
-    Up to 4 tokens, and up to 64 if there are few outputs (a gate's), take kernels of ours, which are quicker to start;
-    all else is cuBLAS's.
+    Kernels of ours, which start faster, serve up to 4 tokens, or up to 64 with few outputs (a gate). cuBLAS serves the
+    others.
     """
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:

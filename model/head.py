@@ -1,4 +1,4 @@
-"""Final norm, gather of the rows whose logits are wanted, LM head split over mesh.attn."""
+"""The final norm of the rows whose logits are wanted, and the LM head, split over mesh.attn."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class Head(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size // attn.size, ops, dtype, device)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""
+        """Return logits [N, V] float32 of x [T, D] at batch.logit_rows, equal on all ranks of mesh.attn."""
         rows = x if batch.logit_rows is None else x[batch.logit_rows]
         logits = self.linear_float32(self.norm(rows), self.lm_head.weight)
         if self.attn.size == 1:
