@@ -59,7 +59,7 @@ def balance_stats(by_layer: NDArray) -> dict[str, float]:
 class Recording:
     """Records tokens per expert, in windows of WINDOW steps, and saves them to a file.
 
-    Every rank calls `step` in every step of the job, so all ranks end a window, which is a collective, in the same step.
+    Every rank calls `step` in every step of the job, so all ranks end a window (a collective) in the same step.
     """
 
     def __init__(self, load_counter: LoadCounter, mesh: Mesh, path: str | Path):

@@ -96,7 +96,7 @@ class Prefill(Role):
             self.scheduler.add(departure.sequence)
 
     def fail(self, departure: Outgoing, error: str) -> None:
-        """Stop computing a prompt, and close it on every link. It keeps its pages until every link has ended its room."""
+        """Stop computing a prompt, and close its room. It keeps its pages until every link has ended the room."""
         departure.room.fail(error)
         self.scheduler.remove(departure.sequence)
         for link in departure.links:
@@ -118,7 +118,7 @@ class Prefill(Role):
             departure.began = departure.began or step.started
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
-            upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # only full pages, but the last
+            upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # full pages, except the last
             if upto > departure.sent:
                 new = slice(departure.sent, upto)
                 for link in departure.links:

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Request(msgspec.Struct, frozen=True):
-    """`uid` is the router's number for the request, also used by the KV handoff. The user's `id` stays at the router."""
+    """`uid` is the router's number for the request, also used in the KV handoff. The user's `id` is never sent."""
 
     uid: int
     prompt: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]

@@ -43,7 +43,7 @@ class Role(ABC):
 
     @abstractmethod
     def take_up(self, step: Step) -> int:
-        """Use the tokens of a step; the next one may have been launched already. Returns the number of useful tokens."""
+        """Use the tokens of a step; the next step may have been launched already. Returns how many were useful."""
 
     @abstractmethod
     def news(self) -> Updates | None:

@@ -42,7 +42,7 @@ class Unified(Role):
         return news
 
     def fits(self, request: Request) -> bool:
-        """Can the request ever run here? Otherwise tell the router why. (The router may have been given another model.)"""
+        """Can the request ever run here? If not, tell the router why. (The router may have another model.)"""
         try:
             request.check_vocabulary(self.engine.config.vocab_size)
             self.scheduler.check_fits(request.most_tokens)

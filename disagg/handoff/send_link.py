@@ -128,7 +128,7 @@ class SendLink(Link):
         return uids, mine, theirs, last_words
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
-        """Send a room's last message, which the peer handles after all bytes. Here the room ends when they have left."""
+        """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""
         self._sending.remove(word.uid)
         self.pipe.send(word)
         self.then(lambda: self.end(ended))
