@@ -77,17 +77,26 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate for --prompt (64)")
     add("--input", metavar="FILE", help="requests, one JSON object per line (-: from stdin)")
     add("--output", metavar="FILE", help="answers, one JSON object per line, in input order")
-    add("--existing", choices=("refuse", "overwrite", "resume"), default="refuse",
-        help="if the --output file exists: refuse it, replace it, or append the missing answers (refuse)")  # fmt: skip
+    add(
+        "--existing",
+        choices=("refuse", "overwrite", "resume"),
+        default="refuse",
+        help="if the --output file exists: refuse it, replace it, or append the missing answers (refuse)",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
     add = parser.add_argument_group("engine").add_argument
     add("--attn-tp", type=int, default=1, metavar="T", help="ranks per attention replica (1)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA, float32 on a CPU")
-    add("--backend", action="append", default=[], metavar="[OP=]LIB",
+    add(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="[OP=]LIB",
         help="use flash_attn, flash_mla, deep_gemm, triton or torch for one op, or for every op that the library has; "
-             "dispatch=deepep or dispatch=all_to_all")  # fmt: skip
+        "dispatch=deepep or dispatch=all_to_all",
+    )
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
     if role != "prefill":
         add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for decode steps (auto)")
@@ -98,9 +107,12 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     add("--redundant-experts", type=int, default=0, metavar="N", help="extra slots in the job, for expert replicas (0)")
     add("--expert-map", metavar="FILE", help="balance the experts over the ranks for this recording")
     add("--record-experts", metavar="FILE", help="write a recording: tokens per expert, in windows of steps")
-    add("--rebalance", default="0", metavar="N[,B[,L]]",
+    add(
+        "--rebalance",
+        default="0",
+        metavar="N[,B[,L]]",
         help="every N steps, if the balancedness is at most B (1), move experts while serving, L layers at once (1)",
-    )  # fmt: skip
+    )
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -108,8 +120,13 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     add("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
     add("--max-tokens-per-step", type=int, default=1024, metavar="N", help="longer prompts run in chunks (1024)")
     add("--kv-tokens", type=int, metavar="N", help="size of the KV pool in tokens (all that fit; 65536 on a CPU)")
-    add("--gpu-memory-fraction", type=float, default=0.9, metavar="F",
-        help="fraction of each GPU's memory, for all ranks of this job on it (0.9)")  # fmt: skip
+    add(
+        "--gpu-memory-fraction",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="fraction of each GPU's memory, for all ranks of this job on it (0.9)",
+    )
 
 
 def check_requests(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

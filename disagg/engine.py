@@ -60,11 +60,17 @@ class Engine:
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
         max_tokens = -(-settings.max_tokens_per_step // mesh.attn.size)  # that this rank dispatches in the largest step
         self.dispatchers = make_dispatchers(
-            settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
-            hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
-            capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
+            settings.dispatch,
+            mesh,
+            model.ops,
+            model.dtype,
+            num_slots=model.placement.num_slots,
+            hidden=self.config.hidden_size,
+            top_k=self.config.num_experts_per_tok,
+            capacity=buckets[-1] // mesh.attn.size,
+            fp8=model.fp8,
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
-        )  # fmt: skip
+        )
         self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._claim_memory(buckets, handoff_bytes) if mesh.device.type == "cuda" else None
         if self.budget is not None:
@@ -78,8 +84,10 @@ class Engine:
         )
         say(memory)
         if self.kv_tokens < self.max_model_len:
-            say(f"warning: the longest request is {self.kv_tokens} tokens, all that the KV pool holds, "
-                f"under max_model_len ({self.max_model_len})")  # fmt: skip
+            say(
+                f"warning: the longest request is {self.kv_tokens} tokens, all that the KV pool holds, "
+                f"under max_model_len ({self.max_model_len})"
+            )
         self.pool = make_pool(self.config, pages + 1, model.dtype, mesh.device)
         # [rows]: the tokens that the latest step sampled
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)
@@ -143,17 +151,30 @@ class Engine:
         capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
         shape = StepShape(
-            self.config, model.dtype.itemsize, model.fp8, mesh.attn.size, mesh.ep.size,
-            model.placement.slots_per_rank, model.ops.alignment, capacity, model.ops.whole_keys,
-        )  # fmt: skip
+            self.config,
+            model.dtype.itemsize,
+            model.fp8,
+            mesh.attn.size,
+            mesh.ep.size,
+            model.placement.slots_per_rank,
+            model.ops.alignment,
+            capacity,
+            model.ops.whole_keys,
+        )
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         page = page_bytes(self.config, model.dtype.itemsize)
         parts = plan_parts(
-            model, shape, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
+            model,
+            shape,
+            dispatchers.num_bytes,
+            buckets,
+            settings.max_tokens_per_step,
+            self.max_model_len,
+            longest,
             self.graphs,
             settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
             handoff_bytes,
-        )  # fmt: skip
+        )
         own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
         return min(mesh.ep.exchange(own), key=lambda budget: budget.left)
 
@@ -201,9 +222,9 @@ class Engine:
         `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica.
 
-        `meanwhile()` is called once. For a decode step on a GPU that is after the launch, because the GPU then works by
-        itself. For any other step it is before, because the launch takes about as long as the step: the host must learn
-        how many rows the experts get.
+        `meanwhile()` is called once. For a decode step on a GPU that is after the launch, while the GPU works by itself.
+        For any other step it is before the launch, which takes about as long as the step: the host must learn how many
+        rows the experts get.
         """
         work = self.lay_out(plan, decode_rows, most_tokens)
         ahead = self.runs_ahead(work)

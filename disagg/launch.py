@@ -96,7 +96,7 @@ def choose_threads(device: torch.device) -> None:
     """Use one thread, as torchrun does, unless OMP_NUM_THREADS is set.
 
     On two idle cores the shipped model decodes as fast with one thread as with two, at 29 ms per step. Beside another
-    busy process a step takes 29 to 60 ms with one thread, and 330 to 510 ms with two, because they spin while they wait
+    busy process a step takes 29 to 60 ms with one thread, and 330 to 510 ms with two. Two threads spin while they wait
     for one another.
     """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

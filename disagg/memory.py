@@ -74,8 +74,8 @@ def _gib(size: int) -> str:
 def share_of_gpu(total: int, free: int, held: int, fraction: float, sharers: int) -> tuple[int, str]:
     """Return the bytes that one of `sharers` ranks on a GPU may use, and the equation for the log.
 
-    The smaller of two limits: the rank's share of `fraction` of the `total`, and its share of the `free` bytes plus the
-    `held` bytes that it has taken already.
+    It is the smaller of two limits. One is the rank's share of `fraction` of the `total` bytes. The other is its share
+    of the `free` bytes, plus the `held` bytes that it has taken already.
     """
     allowed, obtainable = int(fraction * total) // sharers, free // sharers + held
     among = f" / {sharers} ranks" if sharers > 1 else ""
@@ -88,8 +88,8 @@ def share_of_torch(total: int, buffers: int, fraction: float, sharers: int) -> f
     """Return the fraction of the GPU that torch may hold for one of `sharers` ranks.
 
     This is the rank's share of `fraction` plus half of the rest, without the `buffers` that torch does not allocate.
-    The other half is for later users of memory, above all NCCL: groups and links connect at their first use, when
-    torch's cache could already have grown over all the memory.
+    The other half is for later users of memory, above all NCCL. Groups and links connect at their first use. By then
+    torch's cache could have grown over all the memory.
     """
     return max(0.0, (1 + fraction) / 2 / sharers - buffers / total)
 
@@ -148,8 +148,10 @@ def plan_parts(
     tokens = -(-max_tokens_per_step // shape.attn_tp) * shape.attn_tp
     most = max(buckets)
     steps = (
-        contiguous_step(shape, tokens, tokens + longest, most), masked_step(shape, most), sampling(shape.config, most)
-    )  # fmt: skip
+        contiguous_step(shape, tokens, tokens + longest, most),
+        masked_step(shape, most),
+        sampling(shape.config, most),
+    )
     weights, placement = weight_bytes(model), model.placement
     maps = placement.slot_of_expert.nbytes + placement.expert_of_slot.nbytes
     return weights | {

@@ -10,9 +10,9 @@ No weights travel between ranks. The ranks coordinate by one number each, a vote
 
     look (count, sum over ranks) -> decide (thread) -> [ stage (thread) -> agreed -> flip ] for each chunk -> wait
 
-Every rank votes in every step. The job enters the next stage only when all ranks have voted, and all votes are equal.
-If any rank votes FAILED, or the votes differ, all stop: layers that have flipped keep their new experts, the others
-keep the old ones, and the next look starts over.
+Every rank votes in every step, BUSY until it is ready. The job enters the next stage only when no rank is BUSY and all
+votes are equal. If any rank votes FAILED, or the votes differ, all stop. Layers that have flipped keep their new
+experts, the others keep the old ones, and the next look starts over.
 """
 
 import sys
@@ -249,9 +249,13 @@ class Rebalancer:
                         staged[expert], used = used, used + 1
                     moves.append((layer, slot, staged[expert]))
             rows = Placement.of_map(
-                wanted[layers], self._counted.shape[1], self.placement.ep_size, self.mesh.ep.rank,
-                self.placement.ep_size // self.nodes, self.mesh.device,
-            )  # fmt: skip
+                wanted[layers],
+                self._counted.shape[1],
+                self.placement.ep_size,
+                self.mesh.ep.rank,
+                self.placement.ep_size // self.nodes,
+                self.mesh.device,
+            )
             for row in range(len(layers)):
                 self.spare_rows.replace(row, rows, row)
             if self._stream is not None:

@@ -1,7 +1,7 @@
 """The chat template of a model folder: turns messages into the prompt's text.
 
 A template is an untrusted program, and jinja's sandbox limits neither its time nor its memory. So it runs in its own
-process, which the kernel limits whatever the program does; a list of forbidden operations would never be complete. A
+process, which the kernel limits whatever the program does. A list of forbidden operations would never be complete. A
 round trip takes 0.2 ms. If a template exceeds a limit, that request fails, and the next one gets a new process.
 
 The process runs `disagg/front/template_process.py`.

@@ -62,10 +62,9 @@ class FrontDoor:
             self.port.close()
         if self.output is not None:
             self.output.close()
-        if self.batch is not None:
-            if not self.batch.exhausted:
-                unread = f"what the input has after line {self.batch.read} was not read and has no answer"
-                print(f"router: interrupted; {unread}", file=sys.stderr)
+        if self.batch is not None and not self.batch.exhausted:
+            unread = f"what the input has after line {self.batch.read} was not read and has no answer"
+            print(f"router: interrupted; {unread}", file=sys.stderr)
         print(self.router.metrics.table(), file=sys.stderr, flush=True)
 
     @property

@@ -9,7 +9,7 @@ so decode never posts a receive without a matching send. On each link a room end
 after all bytes sent before, or with the link itself. Its pages may be freed only when it has ended on every link,
 because until then a transfer may still write them. An abort therefore only ASKS (`Cancel`) and waits for `Closed`.
 
-With attention TP on either side, decode rank j is linked to prefill rank j % t: KV is the same on all ranks of a
+With attention TP on either side, decode rank j is linked to prefill rank j % t. KV is the same on all ranks of a
 replica, so each decode rank takes a copy from one of them.
 """
 

@@ -9,7 +9,7 @@ Only then does the decode end call `recv` with a tensor of the same shape. So no
 comes.
 
 One-sided transports (NIXL, Mooncake; not implemented yet): the decode end reads from a buffer that the prefill end has
-registered, because neither library can cancel a remote write. `send` registers the packed pages. Its transfer
+registered. It reads because neither library can cancel a remote write. `send` registers the packed pages. Its transfer
 completes when the peer reports that it has read them. `Sending` then carries their location, and `recv` reads. As with
 two-sided transports, only the decode rank writes to its own pages.
 """
