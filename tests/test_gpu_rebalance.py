@@ -75,7 +75,7 @@ def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: tor
     rebalancer = Rebalancer(model, mesh, ExpertReader(folder, config), 10**9, layers_per_step=2)
     rebalancer.request(torch.stack([torch.randperm(experts) for _ in range(layers)]))
     while not rebalancer.idle or rebalancer.vote():
-        rebalancer.act((rebalancer.vote(),))
+        rebalancer.advance((rebalancer.vote(),))
     rebalancer.close()
     assert rebalancer.stats["experts_staged"] >= layers
     expected = Transformer(

@@ -248,7 +248,7 @@ def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: fl
 
 def drive(rebalancer: Rebalancer) -> None:
     while not rebalancer.idle or rebalancer.vote():
-        rebalancer.act((rebalancer.vote(),))
+        rebalancer.advance((rebalancer.vote(),))
     rebalancer.close()
 
 

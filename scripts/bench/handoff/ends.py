@@ -138,7 +138,7 @@ class End:
         mine = self.pool, self.events, Credits()
         if self.sends:
             (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
-            connect = listen(door.store, HOST, self.device)
+            connect = listen(door.store.port, HOST, self.device)
             return SendLink(link_key(me, knock.decode), connect, *mine, pack_pages=ops.pack_pages)
         connect = dial(peer, me, self.device)
         return ReceiveLink(link_key(peer, me), connect, *mine, unpack_pages=ops.unpack_pages)

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-from disagg.rebalance import Rebalancer
+from disagg.rebalance import Rebalancer, short_switches
 from kernels.fp8 import BLOCK
 from model.config import ModelConfig
 from model.kv_cache import pages_for
@@ -74,7 +74,7 @@ def timed(step: RankStep, rebalancer: Rebalancer, going: Callable[[int], bool], 
 
     marks = [mark()]
     while going(len(marks) - 1):
-        rebalancer.act((rebalancer.vote(),))
+        rebalancer.advance((rebalancer.vote(),))
         step.run()
         rebalancer.step()
         marks.append(mark())
@@ -112,7 +112,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     rank = Rank(args, config, device, args.kv, args.batch * pages_for(args.kv))
     rank.model.load_counter = LoadCounter(rank.model.placement, config.n_routed_experts)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, short_switches():
         reader = StandIns(Path(folder), config, args.experts)
         rebalancer = Rebalancer(rank.model, rank.mesh, reader, NEVER, layers_per_step=args.layers_per_step)
         size, local = rebalancer.spare.slot_bytes, rebalancer.placement.slots_per_rank
