@@ -74,13 +74,13 @@ class SimulatedLink:
 
     def _start_on_gpu(self, transfer: Delay) -> Callable[[], None]:
         if transfer.send:
-            self.scripts.bench.one_rank.hold(self.all_sms, transfer.send)
+            self.kernels.hold(self.all_sms, transfer.send)
         landed = self._beside(lambda: self._fly(transfer.flight))
 
         def wait() -> None:
             landed()
             if transfer.receive:
-                self.scripts.bench.one_rank.hold(self.all_sms, transfer.receive)
+                self.kernels.hold(self.all_sms, transfer.receive)
 
         return wait
 
@@ -94,7 +94,7 @@ class SimulatedLink:
 
     def _fly(self, seconds: float) -> None:
         if not self.copies:
-            self.scripts.bench.one_rank.hold(self.num_sms, seconds)
+            self.kernels.hold(self.num_sms, seconds)
             return
         left = max(1, round((seconds - self.latency) * self.bandwidth))
         while left > 0:
@@ -131,7 +131,7 @@ class SimulatedLink:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(IN_A_ROW):
-                self.scripts.bench.one_rank.hold(self.all_sms, CALIBRATION_HOLD)
+                self.kernels.hold(self.all_sms, CALIBRATION_HOLD)
                 self._beside(lambda: self._copy(count))()
         return graph
 

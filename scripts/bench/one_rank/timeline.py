@@ -88,7 +88,7 @@ class Watch:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities) as profiler:
             if on_gpu:
-                self.link.scripts.bench.one_rank.hold(1, 0.1)
+                self.link.kernels.hold(1, 0.1)
             with record_function(f"{MARK}step"):
                 began = time.perf_counter()
                 step()
