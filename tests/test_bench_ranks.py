@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from scripts.bench.lib.measurements import Record, load
+from scripts.bench.lib.measurements import Measurement, load
 from tests.processes import run_module
 
 
-def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
+def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Measurement]]:
     done = run_module(f"scripts.bench.{module}", "--device", "cpu", *flags.split(), "--out", str(out), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, {record.name: record for record in load(out)}

@@ -279,6 +279,6 @@ def test_low_latency_takes_no_quantised_rows(library: list[Library]) -> None:
 def test_the_flag() -> None:
     flags = ("--model", "model/tiny", "--prompt", "x", "--max-tokens", "1")
     code, _, err = run(*flags, "--backend", "dispatch=deepep")
-    assert code == 2 and "run.py: error: --dispatch deepep: no GPU" in err
+    assert code == 2 and "run.py: error: --backend dispatch=deepep: no GPU" in err
     code, _, err = run(*flags)
     assert code == 0 and "dispatch: none: one rank holds every expert" in err

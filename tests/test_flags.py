@@ -63,9 +63,8 @@ BAD = [
     f"{PREFILL} --prompt 5: --prompt must be at most --tokens (4), not 5",
     *(f"{DECODE} --ceilings {given}: argument --ceilings: '{given}'"
       for given in ("1,2", "1,2,3,4", "a,2,3", "0,2,3", "1,0,3", "1,-,nan", "inf,-,1", "1,2,-", "")),
-    *(f"{script}.py {phase} --out {out}: argument --out: '{out}' is not a file that can be written"
-      for script, phase in (("bench_engine", ""), ("bench_ep", ""), ("bench_handoff", ""), ("bench_rank", "decode"),
-                            ("bench_rebalance", ""))
+    *(f"{command} --out {out}: argument --out: '{out}' is not a file that can be written"
+      for command in ("engine", "ranks.ep", "handoff", "one_rank decode", "one_rank.rebalance")
       for out in ("docs", "README.md/x.json", "")),
     "one_rank decode --trace docs: argument --trace: 'docs' is not a file that can be written",
     "one_rank.timeline decode --chart x.pgn: argument --chart: 'x.pgn' does not end in .png",
