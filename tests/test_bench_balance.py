@@ -1,4 +1,4 @@
-"""The fullest rank of a recorded load, worked out on paper; the benchmark of it on a CPU."""
+"""The benchmark of balanced experts: a recorded load's fullest rank against numbers by hand, and a run on a CPU."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,8 @@
-"""The one-rank benchmarks on a CPU, with the tiny shape: parts and gaps sum to the layer, modelled clusters are worked
-out on paper, figures say simulated or modelled, and flags that cannot be are refused with their rule."""
+"""The one-rank benchmarks on a CPU, with the tiny shape.
+
+Parts and gaps add up to the layer. The modelled cluster equals numbers by hand. Figures say simulated or modelled.
+Impossible flags are refused with the rule that they break.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmarks of several ranks, with two of them on a CPU: what their figures must satisfy."""
+"""The benchmarks of several ranks, with two of them on a CPU: the relations that their figures must satisfy."""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
-"""DeepEP without a GPU: when it is chosen and why not, one low-latency operation at a time, and what is asked of the
-library, of which a stand-in for one rank plays the part. tests/test_gpu_deepep.py runs the real one."""
+"""DeepEP without a GPU: when it is chosen, why it is refused, and one low-latency operation at a time.
+
+A stand-in plays the library for one rank and records our calls. tests/test_gpu_deepep.py runs the real library.
+"""
 
 import sys
 from types import SimpleNamespace

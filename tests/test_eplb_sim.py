@@ -1,4 +1,4 @@
-"""The balancing simulator, on recordings whose outcome is known."""
+"""The balancing simulator, on recordings with known results."""
 
 import subprocess
 from pathlib import Path

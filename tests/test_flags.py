@@ -1,4 +1,4 @@
-"""Scripts refuse numbers that make no sense as argparse does: a line that names the flag, status 2, no traceback."""
+"""Benchmarks refuse senseless numbers like argparse: one line that names the flag, status 2, no traceback."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ COMMANDS = (
 
 
 def main_of(command: str) -> Callable[[], None]:
-    """What `python -m scripts.bench.COMMAND` calls."""
+    """Return the function that `python -m scripts.bench.COMMAND` calls."""
     assert command in COMMANDS
     try:
         return import_module(f"scripts.bench.{command}.run").main
@@ -92,7 +92,7 @@ def test_a_bad_number_is_one_clear_line(
 
 
 def test_a_peer_refuses_too() -> None:
-    """It is a script, which imports nothing of the project."""
+    """peer.py is a script that imports nothing of the project."""
     command = [sys.executable, "scripts/bench/engine/peer.py", "transformers", "--model", ".", "--batch", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "error: argument --batch: '0' is not" in done.stderr.splitlines()[-1]

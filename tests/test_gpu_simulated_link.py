@@ -1,4 +1,4 @@
-"""Simulated communication on a GPU: it takes as long as it should, alone and in a CUDA graph, beside computation."""
+"""Simulated communication on a GPU takes the modelled time: alone, in a CUDA graph, and beside computation."""
 
 from collections.abc import Callable
 from statistics import median

@@ -1,4 +1,4 @@
-"""The committed figures are complete, and their page is what the script renders from them."""
+"""The committed figures are complete, and docs/measurements.md is rendered from them."""
 
 import math
 import sys

@@ -116,8 +116,8 @@ class Bench:
     def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float, float]:
         """Measure the steps in which all requests decode.
 
-        Returns tokens per second of all replicas together, the host's milliseconds per step, and its milliseconds in
-        the step's launch, which are a part of those. The time in which the host waits for tokens does not count.
+        Returns the tokens per second of all replicas, the host's milliseconds per step, and those of them in the step's
+        launch. The time in which the host waits for tokens does not count.
         """
         self.drive(batch, length, max_tokens)
         all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
