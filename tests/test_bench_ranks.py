@@ -13,7 +13,7 @@ def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Measurement]
 
 
 def test_dispatch_and_combine_of_both_layouts(tmp_path: Path) -> None:
-    """With one expert a rank and as many a token, every copy and every row goes to each rank: bytes are known."""
+    """With one expert per rank, and all experts per token, every token goes to each rank: the bytes are known."""
     sizes = "--hidden 256 --experts 2 --top-k 2 --decode-tokens 8 --prefill-tokens 64 --repeat 5"
     printed, records = run("ranks.ep", sizes, tmp_path / "r.json")
     assert "DeepEP cannot serve: no GPU" in printed and "low latency 77 / 114 us" in printed
