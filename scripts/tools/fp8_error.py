@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=new_file, metavar="FILE", help="write the figure to FILE as JSON")
     args = parser.parse_args()
     encoder = load_tokenizer(TINY)
-    held_out = [text for text, held in python_documents(Path(sysconfig.get_path("stdlib"))) if held]
+    held_out = [text for text, is_held_out in python_documents(Path(sysconfig.get_path("stdlib"))) if is_held_out]
     texts = [encoder.text(text)[:LENGTH] for text in held_out]
     with tempfile.TemporaryDirectory() as scratch:
         fp8 = Path(scratch) / "tiny-fp8"

@@ -299,7 +299,7 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
         jobs.finish(LINGER_S)
     ended = [router.answers[talker].error for talker in range(TALKERS)]
     if early := [error for error in ended if error != INTERRUPTED]:
-        raise RuntimeError(f"a request that decodes throughout ended early: {early[0] or 'more --talk'}")
+        raise RuntimeError(f"a request that decodes all the while ended early: {early[0] or 'more --talk'}")
     bad = [p for p in stream if router.answers[p].error]
     if bad:
         raise RuntimeError(f"{len(bad)} requests of the stream failed: {router.answers[bad[0]].error}")
