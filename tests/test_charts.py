@@ -1,4 +1,4 @@
-"""Charts are PNG files with something in them."""
+"""Charts are PNG files, and not blank."""
 
 from matplotlib.image import imread
 

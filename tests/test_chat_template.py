@@ -1,4 +1,4 @@
-"""A chat template gives the text that transformers gives, and whatever it does costs a bounded time and memory."""
+"""A chat template gives the same text as in transformers, and its time and memory are bounded."""
 
 import os
 import re

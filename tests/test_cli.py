@@ -1,5 +1,7 @@
-"""run.py as a user meets it: its output, its exit status, its one-line errors. `test_torchrun.py` has what needs the
-launcher, or a process that no fork server has made."""
+"""run.py as a user meets it: its output, its exit status, its errors of one line.
+
+`test_torchrun.py` has the tests that need torchrun, or processes outside the fork server.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Dispatch, experts, combine over real ranks equals the local computation, in both layouts, whatever the routing."""
+"""Dispatch, experts and combine over real ranks equal the local computation, in both layouts, for any routing."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The balancing policy: complete maps, at least as balanced as the published algorithm's, and quick."""
+"""The balancing policy: its maps are complete, at least as balanced as the published algorithm's, and fast."""
 
 import time
 from collections.abc import Callable

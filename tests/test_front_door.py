@@ -1,4 +1,4 @@
-"""The front door over its real port, with a replica that gives every request one token at once."""
+"""The front door over its real port, with a replica that answers every request with one token at once."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The attention kernels against their twins in float32, both paths (Triton, and Gluon on Hopper), poisoned with NaN."""
+"""The attention kernels (Triton, and Gluon on Hopper) against their twins in float32. Foreign memory is NaN."""
 
 import random
 

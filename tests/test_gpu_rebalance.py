@@ -1,5 +1,7 @@
-"""Experts move on a GPU while steps run in CUDA graphs: on one rank the very tokens and log probabilities, over NCCL
-between two ranks the tokens of the CPU."""
+"""Experts move on a GPU while steps run in CUDA graphs.
+
+On one rank the tokens and log probabilities stay exactly the same. Over NCCL, two ranks give the tokens of a CPU.
+"""
 
 import random
 import re

@@ -1,5 +1,8 @@
-"""The KV handoff, over real links: pages arrive bit by bit where they belong, every room ends exactly once on either
-side whatever crosses on the way, and once it has ended nothing writes its pages any more."""
+"""The KV handoff over real links.
+
+Pages arrive at their places bit for bit. Every room ends exactly once on either side, whichever messages cross. After
+the end nothing writes its pages.
+"""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""A batch of lines: an answer for each, in the input's order however they finish, and a bad line ruins only itself."""
+"""A batch of lines: one answer per line, in input order, however requests finish. A bad line spoils only itself."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The structure that the README promises: imports run one way, files stay small, optional libraries stay optional."""
+"""The repository's structure: imports run one way, files and sentences stay short, optional libraries stay optional."""
 
 import ast
 import inspect
@@ -116,7 +116,7 @@ def sentences(text: str) -> list[str]:
 
 
 def test_sentences_stay_short() -> None:
-    """What takes a breath more than that is read twice."""
+    """A longer sentence needs a second reading."""
     long = []
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The engine's benchmark and the same work through transformers, on the shipped shape."""
+"""The engine's benchmark with transformers as its peer, on the shipped model's shape."""
 
 from scripts.bench.lib.measurements import load
 from tests.processes import run_module

@@ -1,4 +1,4 @@
-"""Which slot holds which expert, and which ranks stand together: the arithmetic, without a job."""
+"""Which slot holds which expert, and which ranks form a group: the arithmetic, without a job."""
 
 from collections import Counter
 

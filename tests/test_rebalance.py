@@ -1,5 +1,7 @@
-"""Experts move while the job serves: the same tokens, whatever moves when, and the same counts; a rank that cannot read
-stops the move on all of them; an expert in the wrong slot is found."""
+"""Experts move while a job serves: tokens and counts stay the same, whichever experts move and when.
+
+A rank that cannot read stops the move on all ranks. An expert in the wrong slot is detected.
+"""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What the prefill and decode roles make of what they are told: in any order, twice, too late, or of no sense."""
+"""The prefill and decode roles handle messages in any order: repeated, late or senseless ones too."""
 
 from pathlib import Path
 from typing import Any

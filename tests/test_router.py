@@ -1,4 +1,4 @@
-"""The router over its real port: what it says while nobody comes, and whom a retry goes to."""
+"""The router over its real port: what it reports while it waits, whom it believes, where requests and retries go."""
 
 import math
 import threading

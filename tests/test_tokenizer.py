@@ -1,4 +1,4 @@
-"""What becomes a prompt: all that fits, whole; and a folder or a text that takes too much is refused by name, early."""
+"""Prompts are tokenised whole if they fit. A folder or a text that takes too much is refused early, by name."""
 
 import json
 import random
