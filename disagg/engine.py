@@ -222,9 +222,9 @@ class Engine:
         `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica.
 
-        `meanwhile()` is called once. For a decode step on a GPU that is after the launch, while the GPU works by itself.
-        For any other step it is before the launch, which takes about as long as the step: the host must learn how many
-        rows the experts get.
+        `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
+        Any other step calls it before the launch, which takes about as long as the step itself. The host takes part
+        there, because it must learn how many rows the experts get.
         """
         work = self.lay_out(plan, decode_rows, most_tokens)
         ahead = self.runs_ahead(work)
