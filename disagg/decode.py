@@ -33,7 +33,7 @@ class Incoming:
 
 
 class Decode(Unified):
-    def __init__(self, engine: Engine, members: list[Member]):
+    def __init__(self, engine: Engine, members: list[Member]) -> None:
         """`members`: the ranks of this replica, in order."""
         super().__init__(engine)
         self.members = members

@@ -62,7 +62,7 @@ class Recording:
     Every rank calls `step` in every step of the job, so all ranks end a window (a collective) in the same step.
     """
 
-    def __init__(self, load_counter: LoadCounter, mesh: Mesh, path: str | Path):
+    def __init__(self, load_counter: LoadCounter, mesh: Mesh, path: str | Path) -> None:
         self.load_counter, self.mesh, self.path = load_counter, mesh, path
         self.steps = 0
         self.before = torch.zeros_like(load_counter.by_expert)

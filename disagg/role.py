@@ -20,7 +20,7 @@ class Role(ABC):
     each event, `admit`, `schedule`, `launched` with the new step, `take_up` with the previous one, `news`.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         self.engine, self.scheduler = engine, engine.scheduler
 
     def collect(self) -> abc.Sequence[Event]:

@@ -9,7 +9,7 @@ from disagg.step import Step
 
 
 class Unified(Role):
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.stop_tokens = frozenset(engine.config.eos_token_ids)
         self.sequences: dict[int, Sequence] = {}  # by uid: queued or running

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
     """Let the next kernel start now, and wait for the end of the kernel before. A kernel's first line."""
     if PDL:
-        if LET_NEXT:  # noqa: SIM102
+        if LET_NEXT:
             gdc_launch_dependents()
         gdc_wait()
 

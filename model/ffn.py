@@ -14,7 +14,7 @@ class FFN(nn.Module):
     `dtype` is the weights'. If it is fp8, the values between the two products are fp8 too.
     """
 
-    def __init__(self, hidden: int, width: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, hidden: int, width: int, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden, 2 * width, ops, dtype, device)  # gate's rows, then up's
         self.down_proj = Linear(width, hidden, ops, dtype, device)

@@ -11,7 +11,9 @@ from parallel.mesh import Group
 
 
 class Head(nn.Module):
-    def __init__(self, config: ModelConfig, attn: Group, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, config: ModelConfig, attn: Group, ops: Ops, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         super().__init__()
         self.attn, self.linear_float32 = attn, ops.linear_float32
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, dtype, device)

@@ -23,7 +23,7 @@ def make_pool(config: ModelConfig, num_pages: int, dtype: torch.dtype, device: t
 class PageAllocator:
     """Hands out pages 1 .. num_pages - 1. Deterministic: ranks that make the same calls get the same pages."""
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int) -> None:
         assert num_pages >= 2, f"{num_pages=}: one null page and at least one real page"
         self.capacity = num_pages - 1
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: the lowest page on top

@@ -35,7 +35,7 @@ class Linear(nn.Module):
     In fp8 (DeepSeek-V3, section 3.3) the weight has one scale per 128x128 block, x is quantised 1x128 and y is bf16.
     """
 
-    def __init__(self, num_in: int, num_out: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, num_in: int, num_out: int, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.ops = ops
         self.weight = weight(num_out, num_in, dtype=dtype, device=device)
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         device: torch.device | str,
         quantize: bool = False,
         bare: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.weight = weight(size, dtype=dtype, device=device)
         self.eps, self.ops, self.quantize, self.bare = eps, ops, quantize, bare
@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, vocab_size: int, hidden: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, vocab_size: int, hidden: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.weight = weight(vocab_size, hidden, dtype=dtype, device=device)
 

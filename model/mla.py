@@ -29,7 +29,7 @@ class MLA(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         fp8: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.config, self.ops, self.rope = config, ops, rope
         self.heads = config.num_attention_heads // attn_tp  # on this rank

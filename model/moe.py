@@ -31,7 +31,7 @@ FEW = 512  # the shared expert runs on the second stream up to this many tokens
 class Gate(nn.Module):
     """Scores every expert for every token, in float32 as DeepSeek does. Its weights have the activations' dtype."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=dtype, device=device)
@@ -63,7 +63,9 @@ class Experts(nn.Module):
     In fp8, each has scales, `*_scale_inv` [L, ceil(rows / 128), ceil(columns / 128)], and x must be in fp8 too.
     """
 
-    def __init__(self, config: ModelConfig, num_local: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, config: ModelConfig, num_local: int, ops: Ops, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         super().__init__()
         width, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = weight(num_local, 2 * width, hidden, dtype=dtype, device=device)

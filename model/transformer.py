@@ -38,7 +38,7 @@ class Residual:
     It passes from layer to layer by `take` and `put`, so that no reference keeps a replaced tensor alive.
     """
 
-    def __init__(self, x: Tensor, delta: Tensor | None = None):
+    def __init__(self, x: Tensor, delta: Tensor | None = None) -> None:
         self.held: tuple[Tensor, Tensor | None] | None = (x, delta)
 
     def take(self) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +72,7 @@ class Block(nn.Module):
         beside: Beside,
         dtype: torch.dtype,
         fp8: bool,
-    ):
+    ) -> None:
         super().__init__()
         self.attn, device = mesh.attn, mesh.device
         hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}

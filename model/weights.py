@@ -97,7 +97,7 @@ class _File:
 
     DTYPES = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path, self.number = path, os.open(path, os.O_RDONLY)
         length = int.from_bytes(os.pread(self.number, 8, 0), "little")
         self.header, self.begin = json.loads(os.pread(self.number, length, 8)), 8 + length

@@ -171,7 +171,7 @@ class MaskedAllToAll:
     casts = False
     num_sms = 0
 
-    def __init__(self, group: Group, num_slots: int, ops: Ops):
+    def __init__(self, group: Group, num_slots: int, ops: Ops) -> None:
         self.group, self.ops = group, ops
         self.num_local = num_slots // group.size
 
@@ -226,7 +226,7 @@ class LocalContiguous:
 
     casts, num_sms = False, 0
 
-    def __init__(self, num_slots: int, ops: Ops):
+    def __init__(self, num_slots: int, ops: Ops) -> None:
         self.num_local, self.ops = num_slots, ops
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:

@@ -17,7 +17,7 @@ from parallel.placement import Placement
 class LoadCounter:
     """Counts tokens by slot, as the gate names them, and sums them by expert before the map changes."""
 
-    def __init__(self, placement: Placement, num_experts: int):
+    def __init__(self, placement: Placement, num_experts: int) -> None:
         layers, slots = placement.expert_of_slot.shape
         self.placement, device = placement, placement.expert_of_slot.device
         self.by_slot = torch.zeros(layers, slots + 1, dtype=torch.int64, device=device)  # last: padding

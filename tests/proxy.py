@@ -8,7 +8,7 @@ from contextlib import suppress
 class Proxy:
     """Listens at `port` and forwards all data to the port `towards`, which a test may change."""
 
-    def __init__(self, towards: int):
+    def __init__(self, towards: int) -> None:
         self.towards = towards
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]

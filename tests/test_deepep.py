@@ -30,7 +30,7 @@ class Library:
 
     made: list["Library"] = []
 
-    def __init__(self, group: object, normal: int, low_latency: int, **options: object):
+    def __init__(self, group: object, normal: int, low_latency: int, **options: object) -> None:
         self.sizes, self.options, self.log = (normal, low_latency), options, []
         Library.made.append(self)
 

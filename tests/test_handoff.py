@@ -235,7 +235,7 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
 class Gate:
     """Until it is opened no transfer that a link has started is through."""
 
-    def __init__(self, link: Link):
+    def __init__(self, link: Link) -> None:
         self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
         for name in ("send", "recv"):
             setattr(link.transport, name, self.held(getattr(link.transport, name)))
@@ -475,7 +475,7 @@ class Storm:
     """The two loops of a prefill and a decode rank, in one thread and in a random order; rooms share few pages, so a
     page that one has let go is soon another's. Whoever gets pages that a room let go paints them at once."""
 
-    def __init__(self, pair: Pair, seed: int):
+    def __init__(self, pair: Pair, seed: int) -> None:
         self.pair, self.rng = pair, random.Random(seed)
         self.allocator = PageAllocator(NUM_PAGES)
         self.opened = 0
@@ -713,7 +713,7 @@ def test_a_link_that_was_dropped_stays_so() -> None:
     made: list[int] = []
 
     class Fake:
-        def __init__(self, generation: int):
+        def __init__(self, generation: int) -> None:
             made.append(generation)
             self.stopped = False
 

@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 class Given:
     """Lines in a list; of `None` there is none yet."""
 
-    def __init__(self, lines: list[str | None]):
+    def __init__(self, lines: list[str | None]) -> None:
         self._left = deque(lines)
 
     def next(self) -> str | None:

@@ -3,6 +3,7 @@
 import math
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 
@@ -37,14 +38,14 @@ def test_a_figure_of_zero_has_no_ratio() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# Words", '{"a": 1}', '[{"name": "x"}]', "[1]"])
-def test_what_is_no_record_is_refused(tmp_path, text: str) -> None:
+def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "file.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{path}: not a benchmark's records"):
         load(path)
 
 
-def test_records_survive_the_file_and_newer_ones_win(tmp_path) -> None:
+def test_records_survive_the_file_and_newer_ones_win(tmp_path: Path) -> None:
     path = tmp_path / "some" / "file.json"
     old = [Measurement("a", 1, "s", **ENVIRONMENT), Measurement("b", 2, "s", "lower", 4, "them", **ENVIRONMENT)]
     save(old, path)
@@ -52,7 +53,7 @@ def test_records_survive_the_file_and_newer_ones_win(tmp_path) -> None:
     assert [r.value for r in merge([Measurement("a", 3, "s", **ENVIRONMENT)], old)] == [3, 2]
 
 
-def test_a_command_does_not_say_where_things_lie(monkeypatch) -> None:
+def test_a_command_does_not_say_where_things_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "/x/b/__main__.py --out /x/y.json --shape tiny --peer-python=/x/python --peer vllm"
     monkeypatch.setattr("sys.argv", words.split())
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("b.__main__", None))

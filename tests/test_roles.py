@@ -28,7 +28,7 @@ ME, PEER, OTHER = Member("me", HOST), Member("peer", HOST), Member("other", HOST
 class FakeLink:
     """Keeps what it is told. The test says what becomes of it."""
 
-    def __init__(self, peer: Member, generation: int):
+    def __init__(self, peer: Member, generation: int) -> None:
         self.peer, self.generation, self.told, self.is_down = peer, generation, [], False
         self.bytes_moved = self.seconds_moving = 0
 

@@ -13,7 +13,7 @@ from tests.processes import Job, free_port
 class Town:
     """A router's address, and the jobs that were started for it."""
 
-    def __init__(self, folder: Path, model: Path, constants: dict[str, Any]):
+    def __init__(self, folder: Path, model: Path, constants: dict[str, Any]) -> None:
         self.folder, self.model, self.constants = folder, str(model), constants
         self.port = free_port()
         self.jobs: list[Job] = []

@@ -21,7 +21,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
 class Session:
     """One end of a session."""
 
-    def __init__(self, id: str):
+    def __init__(self, id: str) -> None:
         self.id = id
         self._sent = self._heard = 0
         self._unheard: deque[tuple[int, bytes]] = deque()  # (number, body), not acknowledged yet

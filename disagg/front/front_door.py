@@ -106,7 +106,7 @@ class FrontDoor:
 class RouterThread(threading.Thread):
     """The router in the process of a unified job's rank 0. An error in it also ends the job, and `join` raises it."""
 
-    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int):
+    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int) -> None:
         super().__init__(name="router")
         self.front, self.interrupt, self.expected = front, interrupt, expected
         self.error: Exception | None = None

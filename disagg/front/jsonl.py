@@ -27,7 +27,7 @@ class JsonLines:
         vocab_size: int,
         max_model_len: int,
         refused: Callable[[Answer], None] = lambda answer: None,
-    ):
+    ) -> None:
         self._lines, self._output, self._refused = lines, output, refused
         self._parse = encoder, vocab_size, max_model_len
         self.read = 0  # lines

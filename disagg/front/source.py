@@ -23,7 +23,7 @@ class Source(Protocol):
 class Listed:
     """A source with all its requests known from the start."""
 
-    def __init__(self, requests: Iterable[UserRequest]):
+    def __init__(self, requests: Iterable[UserRequest]) -> None:
         self._left = deque(requests)
 
     def take(self, most: int) -> list[UserRequest]:

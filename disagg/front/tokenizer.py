@@ -197,7 +197,7 @@ def _chat_template(folder: Path, settings: dict) -> ChatTemplate | None:
 class TextStream:
     """One request's text as its tokens arrive, cut at its stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
         self._unshown: list[int] = []  # tokens since the text last grew

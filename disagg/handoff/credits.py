@@ -33,7 +33,7 @@ class Credits:
 class Share:
     """The credits that one link holds."""
 
-    def __init__(self, credits: Credits):
+    def __init__(self, credits: Credits) -> None:
         self._credits, self._lock = credits, threading.Lock()
         self._mine = threading.Semaphore(OF_A_LINK)
         self._held, self._closed = 0, False

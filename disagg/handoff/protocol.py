@@ -36,7 +36,7 @@ class RoomState(IntEnum):
 class Room:
     """A state that only rises or fails, and the number of links that may still touch the pages."""
 
-    def __init__(self, links: int):
+    def __init__(self, links: int) -> None:
         self.state = RoomState.BOOTSTRAPPING
         self.open_links = links
         self.error: str | None = None

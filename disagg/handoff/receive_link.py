@@ -20,7 +20,7 @@ class ReceiveLink(Link):
     before: the peer may already be in its own `greet`, which nothing else ends.
     """
 
-    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages):
+    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:
         self._unpack_pages = unpack_pages
         super().__init__(*args)
 

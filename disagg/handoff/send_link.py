@@ -29,7 +29,7 @@ from model.kv_cache import pages_for
 
 
 class SendLink(Link):
-    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
+    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages) -> None:
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
         self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
         self._pack_pages = pack_pages

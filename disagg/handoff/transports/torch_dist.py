@@ -19,7 +19,7 @@ TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo
 class TorchTransfer:
     """A tensor in flight since `began` (time.perf_counter()), kept alive until the transfer has completed."""
 
-    def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None):
+    def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None) -> None:
         self.x, self.began, self._work, self._stream = x, began, work, stream
 
     def wait(self) -> None:

@@ -20,7 +20,9 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from random_weights import randomize  # Python puts a script's own folder on the path
@@ -29,7 +31,7 @@ from random_weights import randomize  # Python puts a script's own folder on the
 class VLLM:
     """vLLM's engine in this process, with a time stamp for every batch of tokens that reaches the host."""
 
-    def __init__(self, folder: str, args: argparse.Namespace):
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS"):
             os.environ.setdefault(name, "1")
@@ -78,7 +80,7 @@ class VLLM:
         marks, seen, core = [], set(), self.engine.engine_core
         fetch = type(core).get_output
 
-        def marked():
+        def marked() -> Any:
             fetched = fetch(core)
             gave = [one for one in fetched.outputs if one.new_token_ids]
             seen.update(one.request_id for one in gave)
@@ -109,7 +111,7 @@ class VLLM:
 class Transformers:
     """A generation loop over transformers' model, with a cache of fixed size."""
 
-    def __init__(self, folder: str, args: argparse.Namespace):
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
         import transformers
 
         self.name = f"transformers {transformers.__version__}"

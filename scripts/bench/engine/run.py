@@ -68,7 +68,7 @@ class Mark(NamedTuple):  # because it is cheap: making one counts as the host's 
 class Timed(Unified):
     """The unified role, with a mark for each step."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.marks: list[Mark] = []
         self.launching, self.run, engine.run = 0.0, engine.run, self.timed_run
@@ -89,7 +89,7 @@ class Timed(Unified):
 
 
 class Bench:
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.role = Timed(engine)
         self.pipeline = Pipeline(self.role, engine, engine.mesh)

@@ -69,7 +69,7 @@ LONGEST = THIN["max_position_embeddings"] - SHORT  # tokens that a talker genera
 class Jobs:
     """Processes of run.py: one per rank, with the environment that torchrun would give it."""
 
-    def __init__(self, args: Namespace, folder: Path):
+    def __init__(self, args: Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
         self.processes: dict[str, list[subprocess.Popen]] = {}
         self.killed: list[subprocess.Popen] = []
@@ -184,7 +184,7 @@ class Watched(Router):
     The requests come from `script`, a generator that advances each time the router has listened.
     """
 
-    def __init__(self, jobs: Jobs, port: RouterPort, folder: Path, expected: int, deadline: float):
+    def __init__(self, jobs: Jobs, port: RouterPort, folder: Path, expected: int, deadline: float) -> None:
         tokenizer = load_tokenizer(folder).tokenizer
         super().__init__(port, tokenizer, tokenizer.get_vocab_size(), self._over)
         self.jobs, self.expected_replicas, self.deadline = jobs, expected, deadline

@@ -68,7 +68,7 @@ class Source(threading.Thread):
 class Sink:
     """Opens rooms, and notes the time at which each is full."""
 
-    def __init__(self, link: Link, events: queue.SimpleQueue, me: Member):
+    def __init__(self, link: Link, events: queue.SimpleQueue, me: Member) -> None:
         self.link, self.events, self.me = link, events, me
         self.uid, self.full_at = 0, {}
         pages = shuffled(link.pool.shape[1])

@@ -97,7 +97,7 @@ def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: i
 class _Spread:
     """The experts' load on one rank. There are `ep` ranks with `local` slots each (E / ep if None)."""
 
-    def __init__(self, config: ModelConfig, tokens: int, ep: int, local: int | None):
+    def __init__(self, config: ModelConfig, tokens: int, ep: int, local: int | None) -> None:
         experts, top = config.n_routed_experts, config.num_experts_per_tok
         self.ep, self.local = ep, local or -(-experts // ep)
         slots = self.ep * self.local

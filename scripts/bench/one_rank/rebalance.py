@@ -41,7 +41,7 @@ MOST = 1.5  # the longest step while experts move, over the median of the others
 class StandIns(ExpertReader):
     """A reader of a folder with `count` experts of the first MoE layer, which stand in for all experts."""
 
-    def __init__(self, folder: Path, config: ModelConfig, count: int):
+    def __init__(self, folder: Path, config: ModelConfig, count: int) -> None:
         self.count = count
         write_experts(folder, config, count)
         super().__init__(folder, config)

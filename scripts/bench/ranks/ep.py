@@ -50,7 +50,7 @@ WARM = 3  # rounds before the timed ones
 class Spans:
     """Pairs of marks on the GPU's timeline (on a CPU: the host's), and the milliseconds between them."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.on_gpu, self.pairs = device.type == "cuda", defaultdict(list)
 
     def mark(self) -> Any:

@@ -45,7 +45,7 @@ class SlicedExperts:
 
     casts, num_sms = False, 0
 
-    def __init__(self, group: Group, local: LocalContiguous):
+    def __init__(self, group: Group, local: LocalContiguous) -> None:
         self.group, self.local = group, local
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous | Masked | Copies]:
