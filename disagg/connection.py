@@ -22,7 +22,9 @@ SAYING = {
 class Connection:
     """A rank's connection to the router: its beacon and, on the first rank of a replica, the port."""
 
-    def __init__(self, name: RoleName, engine: Engine, mesh: Mesh, members: list[Member], router: tuple[str, int]):
+    def __init__(
+        self, name: RoleName, engine: Engine, mesh: Mesh, members: list[Member], router: tuple[str, int]
+    ) -> None:
         """Collective."""
         self._name, self._where = name, format_address(*router)
         self._says = mesh.rank == 0 and name != "unified"  # print lines?

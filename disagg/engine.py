@@ -48,7 +48,7 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
         reader: ExpertReader | None = None,
         handoff_bytes: int = 0,
-    ):
+    ) -> None:
         """Collective. `model` has its weights. `say` is called with the memory table, before the KV pool is made.
 
         `reader` reads experts from the checkpoint; None: they never move. `handoff_bytes`: GPU memory that the KV

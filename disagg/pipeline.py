@@ -62,7 +62,7 @@ class Pipeline:
 
     def __init__(
         self, role: Role, engine: Engine, mesh: Mesh, waiting: Callable[[], AbstractContextManager] = nullcontext
-    ):
+    ) -> None:
         """`waiting()` is a context that is entered around the turn's collective."""
         self.role, self.engine, self.mesh, self.waiting = role, engine, mesh, waiting
         self.stats: defaultdict[str, float] = defaultdict(int)

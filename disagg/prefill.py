@@ -34,7 +34,7 @@ class Outgoing:
 
 
 class Prefill(Role):
-    def __init__(self, engine: Engine, members: list[Member], door: Door):
+    def __init__(self, engine: Engine, members: list[Member], door: Door) -> None:
         """`members`: the ranks of this replica, in order. `door`: this rank's."""
         super().__init__(engine)
         self.door = door

@@ -72,7 +72,7 @@ class Rebalancer:
         interval: int,
         threshold: float = 1.0,
         layers_per_step: int = 1,
-    ):
+    ) -> None:
         """Collective. `model` has its weights and its load_counter.
 
         `interval`: steps between looks. `threshold`: a layer moves only if its balancedness is at most this, and only

@@ -97,7 +97,7 @@ class Plan:
 
 
 class Scheduler:
-    def __init__(self, allocator: PageAllocator, max_batch: int, max_tokens_per_step: int, max_model_len: int):
+    def __init__(self, allocator: PageAllocator, max_batch: int, max_tokens_per_step: int, max_model_len: int) -> None:
         """At most `max_batch` sequences run at once. A step computes at most `max_tokens_per_step` tokens.
 
         Raises ValueError if a step could not hold one token of every running sequence.

@@ -41,7 +41,7 @@ Forward = Callable[[Batch, tuple[Batch, Batch] | None], Tensor]  # a batch, and 
 class PromptStep:
     """A step with prompt tokens, and one token per decoding sequence. Shapes vary too much to capture them."""
 
-    def __init__(self, forward: Forward, tokens: Tensor, multiple: int):
+    def __init__(self, forward: Forward, tokens: Tensor, multiple: int) -> None:
         """`forward` returns the logits [N, V] of the rows that want them. `tokens` [rows]: the sampled tokens of the
         latest step, written in place. `multiple`: T is padded to a multiple of it (the attention TP size)."""
         self.forward, self.tokens, self.multiple = forward, tokens, multiple
@@ -72,7 +72,7 @@ class DecodeStep:
         buckets: list[int],
         max_pages: int,
         overlaps: Callable[[int], bool] = lambda rows: False,
-    ):
+    ) -> None:
         """`forward(batch, halves)` returns logits [rows, V]. `tokens` [rows]: the sampled tokens of the latest step,
         written in place. `overlaps(rows)`: do steps of this size run as two halves?"""
         self.forward, self.tokens, self.buckets, self.overlaps = forward, tokens, buckets, overlaps

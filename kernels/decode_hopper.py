@@ -73,9 +73,27 @@ def _store(acc, out, partial, first_head, heads, first_col, whole, v_dim: gl.con
 
 @gluon.jit
 def _decode_attend(
-    q_left, q_right, q_rest, q_full, left, right, rest, full, empty, last_page, pages, last, scale, out, partial, lse,
-    first_head, heads, whole, v_dim: gl.constexpr,
-):  # fmt: skip
+    q_left,
+    q_right,
+    q_rest,
+    q_full,
+    left,
+    right,
+    rest,
+    full,
+    empty,
+    last_page,
+    pages,
+    last,
+    scale,
+    out,
+    partial,
+    lse,
+    first_head,
+    heads,
+    whole,
+    v_dim: gl.constexpr,
+):
     """Run eight warps: attend 64 heads to the pages, then store the split's output.
 
     The output's columns come in two halves. The right half is scaled while the tensor cores compute the left one.
@@ -140,9 +158,25 @@ def _decode_attend(
 
 @gluon.jit
 def decode_kernel(
-    q_left_desc, q_right_desc, q_rest_desc, left_desc, right_desc, rest_desc, page_table, kv_lens, out_ptr, partial_ptr,
-    lse_ptr, used_ptr, heads, splits, scale, table_stride, v_dim: gl.constexpr, BLOCK_B: gl.constexpr,
-):  # fmt: skip
+    q_left_desc,
+    q_right_desc,
+    q_rest_desc,
+    left_desc,
+    right_desc,
+    rest_desc,
+    page_table,
+    kv_lens,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    used_ptr,
+    heads,
+    splits,
+    scale,
+    table_stride,
+    v_dim: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+):
     BLOCK_H: gl.constexpr = q_left_desc.block_type.shape[0]
     PAGE: gl.constexpr = left_desc.block_type.shape[0]
     HALF: gl.constexpr = left_desc.block_type.shape[1]
@@ -171,10 +205,27 @@ def decode_kernel(
     seq64 = seq.to(gl.int64)
     out_row, partial_row = seq64 * heads, (seq64 * most + split) * heads
     attend = (
-        q_left, q_right, q_rest, q_full.index(0), left, right, rest, full, empty, last_page, pages, last, scale,
-        out_ptr + out_row * v_dim, partial_ptr + partial_row * v_dim, lse_ptr + partial_row, first_head, heads,
-        used <= 1, v_dim,
-    )  # fmt: skip
+        q_left,
+        q_right,
+        q_rest,
+        q_full.index(0),
+        left,
+        right,
+        rest,
+        full,
+        empty,
+        last_page,
+        pages,
+        last,
+        scale,
+        out_ptr + out_row * v_dim,
+        partial_ptr + partial_row * v_dim,
+        lse_ptr + partial_row,
+        first_head,
+        heads,
+        used <= 1,
+        v_dim,
+    )
     table = page_table + seq64 * table_stride
     load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
     gl.warp_specialize([(_decode_attend, attend), (_decode_load, load)], [1], [24])
@@ -185,9 +236,19 @@ def can_decode(q: Tensor, main: int, v_dim: int) -> bool:
 
 
 def launch_decode(
-    q: Tensor, rows: Tensor, page_table: Tensor, kv_lens: Tensor, out: Tensor, partial: Tensor, lse: Tensor,
-    used: Tensor, splits: int, scale: float, main: int, rest: int,
-) -> None:  # fmt: skip
+    q: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    partial: Tensor,
+    lse: Tensor,
+    used: Tensor,
+    splits: int,
+    scale: float,
+    main: int,
+    rest: int,
+) -> None:
     """Fill `out` [B, H, v], or `partial` [B, splits, H, v] and `lse` for sequences with used > 1.
 
     The results are those of `attention._decode_kernel`. q [B, H, d], rows [pages * 64, d]. A program takes 64 heads:
@@ -200,6 +261,19 @@ def launch_decode(
         for x in (q.reshape(-1, kv_dim), rows)
     )
     decode_kernel[triton.cdiv(heads, 64), partial.shape[1], batch](
-        *q_tiles, *kv_tiles, page_table, kv_lens, out, partial, lse, used, heads, splits, scale, page_table.stride(0),
-        out.shape[-1], BLOCK_B=max(256, triton.next_power_of_2(batch)), num_warps=8,
-    )  # fmt: skip
+        *q_tiles,
+        *kv_tiles,
+        page_table,
+        kv_lens,
+        out,
+        partial,
+        lse,
+        used,
+        heads,
+        splits,
+        scale,
+        page_table.stride(0),
+        out.shape[-1],
+        BLOCK_B=max(256, triton.next_power_of_2(batch)),
+        num_warps=8,
+    )

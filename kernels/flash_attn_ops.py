@@ -14,9 +14,17 @@ WHOLE_KEYS = True  # see `Ops.whole_keys`
 
 @triton.jit
 def _keys_kernel(
-    k_nope, k_rope, out, token_stride, head_stride, rope_stride, nope: tl.constexpr, rope: tl.constexpr,
-    HEADS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    k_nope,
+    k_rope,
+    out,
+    token_stride,
+    head_stride,
+    rope_stride,
+    nope: tl.constexpr,
+    rope: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     col, rope_col = tl.arange(0, nope)[None, :], tl.arange(0, rope)[None, :]
@@ -52,8 +60,15 @@ def prefill_attention(
 ) -> Tensor | Quantized:
     """Serve `ref.prefill_attention`. The library aligns queries to the last keys as we do, and wants whole keys."""
     out = flash_attn_varlen_func(
-        q, whole_keys(k_nope, k_rope), v, cu_seqlens_q=q_starts, cu_seqlens_k=kv_starts, max_seqlen_q=max_q,
-        max_seqlen_k=max_kv, softmax_scale=scale, causal=True,
-    )  # fmt: skip
+        q,
+        whole_keys(k_nope, k_rope),
+        v,
+        cu_seqlens_q=q_starts,
+        cu_seqlens_k=kv_starts,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_kv,
+        softmax_scale=scale,
+        causal=True,
+    )
     out = out[0] if isinstance(out, tuple) else out
     return quantize_1x128(out.flatten(1)) if quantize else out

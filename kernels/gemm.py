@@ -74,10 +74,24 @@ def pin(x):
 
 @triton.jit
 def dot_slabs(
-    x_desc, w_desc, x_scale, x_scale_stride, w_scale, row, scale_row, w_row, rows_end, k_start, k_end,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    x_desc,
+    w_desc,
+    x_scale,
+    x_scale_stride,
+    w_scale,
+    row,
+    scale_row,
+    w_row,
+    rows_end,
+    k_start,
+    k_end,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLABS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     UNROLL: tl.constexpr = 1,
-):  # fmt: skip
+):
     """Compute x[row.. : BLOCK_M rows] @ w[w_row.. : BLOCK_N rows].T over steps k_start..k_end of D, for SLABS slabs.
 
     x_scale points to row 0 of [rows, D / 128], whose columns are x_scale_stride apart. Its rows scale_row.. are read,
@@ -135,10 +149,28 @@ def store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def one_tile(
-    tile, x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, num_k, k_start, k_end,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    STAGES: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    tile,
+    x_desc,
+    w_desc,
+    x_scale,
+    x_scale_stride,
+    w_scale,
+    row_expert,
+    out,
+    M,
+    N,
+    num_k,
+    k_start,
+    k_end,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLABS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Compute and store output block number `tile`, summed over steps k_start..k_end of D.
 
     The next kernel may start once the sum is complete.
@@ -153,19 +185,50 @@ def one_tile(
         if w_scale is not None:
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
         slabs = dot_slabs(
-            x_desc, w_desc, x_scale, x_scale_stride, scale, row, row, expert * N + col, M, k_start, k_end,
-            BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES, UNROLL,
-        )  # fmt: skip
+            x_desc,
+            w_desc,
+            x_scale,
+            x_scale_stride,
+            scale,
+            row,
+            row,
+            expert * N + col,
+            M,
+            k_start,
+            k_end,
+            BLOCK_M,
+            BLOCK_N,
+            SLABS,
+            BLOCK_K,
+            STAGES,
+            UNROLL,
+        )
         let_next(PDL)
         store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
 
 
 @triton.jit
 def tiles_kernel(
-    x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, D,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    w_desc,
+    x_scale,
+    x_scale_stride,
+    w_scale,
+    row_expert,
+    out,
+    M,
+    N,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLABS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Compute all tiles. row_expert [M] names each row block's weight; None: there is one weight.
 
     Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile. With two slabs
@@ -180,15 +243,53 @@ def tiles_kernel(
         out += part.to(tl.int64) * M * N
     if SLABS == 1:
         one_tile(
-            tl.program_id(0), x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, num_k, k_start,
-            k_end, BLOCK_M, BLOCK_N, SLABS, BLOCK_K, GROUP_M, STAGES, UNROLL, PDL,
-        )  # fmt: skip
+            tl.program_id(0),
+            x_desc,
+            w_desc,
+            x_scale,
+            x_scale_stride,
+            w_scale,
+            row_expert,
+            out,
+            M,
+            N,
+            num_k,
+            k_start,
+            k_end,
+            BLOCK_M,
+            BLOCK_N,
+            SLABS,
+            BLOCK_K,
+            GROUP_M,
+            STAGES,
+            UNROLL,
+            PDL,
+        )
     else:
         for tile in range(tl.program_id(0), tl.num_programs(0), tl.num_programs(0)):
             one_tile(
-                tile, x_desc, w_desc, x_scale, x_scale_stride, w_scale, row_expert, out, M, N, num_k, k_start, k_end,
-                BLOCK_M, BLOCK_N, SLABS, BLOCK_K, GROUP_M, STAGES, UNROLL, PDL,
-            )  # fmt: skip
+                tile,
+                x_desc,
+                w_desc,
+                x_scale,
+                x_scale_stride,
+                w_scale,
+                row_expert,
+                out,
+                M,
+                N,
+                num_k,
+                k_start,
+                k_end,
+                BLOCK_M,
+                BLOCK_N,
+                SLABS,
+                BLOCK_K,
+                GROUP_M,
+                STAGES,
+                UNROLL,
+                PDL,
+            )
 
 
 @triton.jit
@@ -213,11 +314,28 @@ def launch_tiles(
     check_scales(x, x_scale, w, w_scale)
     parts = out if tile.parts == 1 else x.new_empty(tile.parts, m, n, dtype=torch.float32)
     tiles_kernel[triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.block_n), tile.parts](
-        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
-        0 if x_scale is None else x_scale.stride(1), w_scale, row_expert, parts, m, n, d, tile.block_m, tile.block_n,
-        tile.slabs, 128 // x.itemsize, tile.parts, GROUP_M=16, STAGES=tile.num_stages, UNROLL=tile.unroll,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
-    )  # fmt: skip
+        block_descriptor(x, tile.block_m),
+        block_descriptor(w, tile.block_n),
+        x_scale,
+        0 if x_scale is None else x_scale.stride(1),
+        w_scale,
+        row_expert,
+        parts,
+        m,
+        n,
+        d,
+        tile.block_m,
+        tile.block_n,
+        tile.slabs,
+        128 // x.itemsize,
+        tile.parts,
+        GROUP_M=16,
+        STAGES=tile.num_stages,
+        UNROLL=tile.unroll,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **pdl(x),
+    )
     if tile.parts > 1:
         sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024, **pdl(x))
     return out

@@ -17,9 +17,18 @@ ROWS = 4  # weight rows per program; in `linear_of_few` rows x tokens, so it tak
 
 @triton.jit
 def _copies_kernel(
-    x, weight, slots, out, N, D, share, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x,
+    weight,
+    slots,
+    out,
+    N,
+    D,
+    share,
+    GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Multiply row c // share of x with BLOCK_N rows of slot slots[c]'s weight [N, D], or [2N, D] if GATED."""
     after_previous(PDL)
     copy = tl.program_id(1)
@@ -55,9 +64,19 @@ def _launch(x: Tensor, weight: Tensor, slots: Tensor, gated: bool) -> Tensor:
     if copies:
         columns = 1024 if x.shape[1] % 1024 == 0 else 512
         _copies_kernel[triton.cdiv(width, ROWS), copies](
-            x.contiguous(), weight, slots.contiguous(), out, width, x.shape[1], copies // x.shape[0], gated,
-            ROWS, columns, num_warps=4, **pdl(x),
-        )  # fmt: skip
+            x.contiguous(),
+            weight,
+            slots.contiguous(),
+            out,
+            width,
+            x.shape[1],
+            copies // x.shape[0],
+            gated,
+            ROWS,
+            columns,
+            num_warps=4,
+            **pdl(x),
+        )
     return out
 
 
@@ -77,9 +96,18 @@ def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
 
 @triton.jit
 def _few_kernel(
-    x, weight, out, T, N, D, x_stride, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x,
+    weight,
+    out,
+    T,
+    N,
+    D,
+    x_stride,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Multiply all tokens with BLOCK_N rows of the weight [N, D]."""
     after_previous(PDL)
     token, col = tl.arange(0, TOKENS)[:, None, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
@@ -102,7 +130,17 @@ def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
     block = triton.next_power_of_2(tokens)
     rows = ROWS // block
     _few_kernel[triton.cdiv(outputs, rows),](
-        x, weight, out, tokens, outputs, width, x.stride(0), block, rows, 2048 if tokens == 1 else 1024,
-        num_warps=4, **pdl(x),
-    )  # fmt: skip
+        x,
+        weight,
+        out,
+        tokens,
+        outputs,
+        width,
+        x.stride(0),
+        block,
+        rows,
+        2048 if tokens == 1 else 1024,
+        num_warps=4,
+        **pdl(x),
+    )
     return out

@@ -30,10 +30,27 @@ ALIGNMENT = 128  # rows of a contiguous segment
 
 @triton.jit
 def masked_kernel(
-    x_desc, w_desc, x_scale, x_scale_stride, expert_stride, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    w_desc,
+    x_scale,
+    x_scale_stride,
+    expert_stride,
+    w_scale,
+    counts_ptr,
+    out,
+    L,
+    R,
+    N,
+    D,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLABS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Deal the real tiles, expert by expert, among a fixed number of programs. Each finds its tiles from the counts."""
     after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
@@ -53,9 +70,23 @@ def masked_kernel(
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             x_scale_here += expert * expert_stride
         slabs = dot_slabs(
-            x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, 0,
-            num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES,
-        )  # fmt: skip
+            x_desc,
+            w_desc,
+            x_scale_here,
+            x_scale_stride,
+            scale,
+            row,
+            m * BLOCK_M * SLABS,
+            expert * N + col,
+            count,
+            0,
+            num_k,
+            BLOCK_M,
+            BLOCK_N,
+            SLABS,
+            BLOCK_K,
+            STAGES,
+        )
         store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M, BLOCK_N, SLABS)
 
 
@@ -72,12 +103,29 @@ def launch_masked(
     shared = tile.num_stages * (tile.rows + tile.block_n) * 128  # bytes per program; an SM has 227 KiB
     programs = min(max_tiles, num_sms(x.device) * min(8 // tile.num_warps, 227 * 1024 // shared))
     masked_kernel[programs,](
-        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
-        0 if x_scale is None else x_scale.stride(2), 0 if x_scale is None else x_scale.stride(0), w_scale, counts, out,
-        num_local, room, n, d, triton.next_power_of_2(num_local),
-        tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
-    )  # fmt: skip
+        block_descriptor(x, tile.block_m),
+        block_descriptor(w, tile.block_n),
+        x_scale,
+        0 if x_scale is None else x_scale.stride(2),
+        0 if x_scale is None else x_scale.stride(0),
+        w_scale,
+        counts,
+        out,
+        num_local,
+        room,
+        n,
+        d,
+        triton.next_power_of_2(num_local),
+        tile.block_m,
+        tile.block_n,
+        tile.slabs,
+        128 // x.itemsize,
+        GROUP_M=16,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **pdl(x),
+    )
     return out
 
 

@@ -12,9 +12,18 @@ from kernels.pdl import after_previous, pdl
 
 @triton.jit
 def _linear_float32_kernel(
-    x, weight, out, T, N, x_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    out,
+    T,
+    N,
+    x_stride,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     after_previous(PDL)
     rows, cols = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
@@ -47,7 +56,18 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(tokens, outputs, dtype=torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
     _linear_float32_kernel[triton.cdiv(tokens, 16), triton.cdiv(outputs, 16)](
-        x, weight, out, tokens, outputs, x.stride(0), width, BLOCK_T=16, BLOCK_N=16, BLOCK_K=256, num_warps=4,
-        num_stages=4, **pdl(x),
-    )  # fmt: skip
+        x,
+        weight,
+        out,
+        tokens,
+        outputs,
+        x.stride(0),
+        width,
+        BLOCK_T=16,
+        BLOCK_N=16,
+        BLOCK_K=256,
+        num_warps=4,
+        num_stages=4,
+        **pdl(x),
+    )
     return out

@@ -29,10 +29,25 @@ def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
-    scale_stride, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    sum_ptr,
+    values_ptr,
+    scales_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    eps,
+    scale_stride,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
@@ -84,10 +99,26 @@ def _norm(
         block = triton.next_power_of_2(dim)
         per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
-            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps,
-            0 if scales is None else scales.stride(1), dim, ROWS=per_program, BLOCK_D=block, ADD=residual is not None,
-            QUANT=quant, num_warps=4 if block <= 2048 else 8, **pdl(x),
-        )  # fmt: skip
+            x,
+            other,
+            weight,
+            out,
+            total,
+            values,
+            scales,
+            x.shape[0],
+            x.stride(0),
+            other.stride(0),
+            eps,
+            0 if scales is None else scales.stride(1),
+            dim,
+            ROWS=per_program,
+            BLOCK_D=block,
+            ADD=residual is not None,
+            QUANT=quant,
+            num_warps=4 if block <= 2048 else 8,
+            **pdl(x),
+        )
     if not quant:
         return out, total
     return out, values.view(shape), scales.unflatten(0, shape[:-1]), total
@@ -128,10 +159,24 @@ def add_rms_norm_quant(
 
 @triton.jit
 def _rope_kernel(
-    source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
-    target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    source_ptr,
+    target_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    rows,
+    heads,
+    source_stride,
+    source_head_stride,
+    target_stride,
+    target_head_stride,
+    cos_stride,
+    sin_stride,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Rotate rows of source into target, which may be source: a program loads whole pairs before it stores them."""
     after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # row of [T * H]
@@ -167,18 +212,48 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
     block = max(2, triton.next_power_of_2(rope_dim))
     per_program = max(1, 2048 // block)
     _rope_kernel[triton.cdiv(rows, per_program),](
-        source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
-        target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
-        ROWS=per_program, BLOCK_D=block, num_warps=4, **pdl(q),
-    )  # fmt: skip
+        source,
+        target,
+        cos_table,
+        sin_table,
+        positions,
+        rows,
+        q.shape[1],
+        source.stride(0),
+        source.stride(1),
+        target.stride(0),
+        target.stride(1),
+        cos_table.stride(0),
+        sin_table.stride(0),
+        rope_dim,
+        ROWS=per_program,
+        BLOCK_D=block,
+        num_warps=4,
+        **pdl(q),
+    )
 
 
 @triton.jit
 def _norm_rope_write_kernel(
-    kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, pages_ptr, tokens, kv_stride, cos_stride, sin_stride,
-    eps, latent: tl.constexpr, rope_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    kv_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    rows_ptr,
+    pages_ptr,
+    tokens,
+    kv_stride,
+    cos_stride,
+    sin_stride,
+    eps,
+    latent: tl.constexpr,
+    rope_dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     live = token < tokens
@@ -223,8 +298,23 @@ def norm_rope_write(
     block = triton.next_power_of_2(latent)
     per_program = max(1, 2048 // block)
     _norm_rope_write_kernel[triton.cdiv(tokens, per_program),](
-        kv, norm_weight, cos_table, sin_table, positions, rows, pool, tokens, kv.stride(0), cos_table.stride(0),
-        sin_table.stride(0), eps, latent, rope_dim,
-        ROWS=per_program, BLOCK_C=block, BLOCK_R=max(2, triton.next_power_of_2(rope_dim)), num_warps=4,
+        kv,
+        norm_weight,
+        cos_table,
+        sin_table,
+        positions,
+        rows,
+        pool,
+        tokens,
+        kv.stride(0),
+        cos_table.stride(0),
+        sin_table.stride(0),
+        eps,
+        latent,
+        rope_dim,
+        ROWS=per_program,
+        BLOCK_C=block,
+        BLOCK_R=max(2, triton.next_power_of_2(rope_dim)),
+        num_warps=4,
         **pdl(kv),
-    )  # fmt: skip
+    )

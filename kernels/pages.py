@@ -9,9 +9,7 @@ CHUNK = 2048  # words of 8 bytes per program: 16 KiB, in pieces of 16 bytes per 
 
 
 @triton.jit
-def _copy_kernel(
-    pool, packed, pages, words, layer_stride, page_stride, UNPACK: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def _copy_kernel(pool, packed, pages, words, layer_stride, page_stride, UNPACK: tl.constexpr, CHUNK: tl.constexpr):
     """Copy one chunk of one page of one layer. Grid (page, layer, chunk); strides in words."""
     place, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)

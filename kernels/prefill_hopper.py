@@ -46,7 +46,7 @@ def _softmax(scores, top, total, scale, first_key, reach, MASK: gl.constexpr, p_
 @gluon.jit
 def _prefill_load(
     k_main_desc, k_rest_desc, v_desc, row, k_col, v_col, count, k_main, k_rest, v, k_full, k_empty, v_full, v_empty
-):  # fmt: skip
+):
     """Run the loader warp: blocks of keys and values, the last one first."""
     for j in range(count):
         here, free = j % 2, (j // 2 & 1) ^ 1
@@ -60,9 +60,25 @@ def _prefill_load(
 
 @gluon.jit
 def _prefill_step(
-    j, count, acc, p, top, total, q_main, q_rest, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, scale, reach,
+    j,
+    count,
+    acc,
+    p,
+    top,
+    total,
+    q_main,
+    q_rest,
+    k_main,
+    k_rest,
+    v,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    scale,
+    reach,
     MASK: gl.constexpr,
-):  # fmt: skip
+):
     """Multiply block j's weights and values; beside that, compute scores and softmax of block j + 1."""
     ROWS: gl.constexpr = q_main.shape[0]
     BLOCK_N: gl.constexpr = v.shape[1]
@@ -88,9 +104,25 @@ def _prefill_step(
 
 @gluon.jit
 def _prefill_rows(
-    q_main, q_rest, q_full, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, count, first_row, num_q, num_kv, scale,
-    out_ptr, out_stride, scales_ptr,
-):  # fmt: skip
+    q_main,
+    q_rest,
+    q_full,
+    k_main,
+    k_rest,
+    v,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    count,
+    first_row,
+    num_q,
+    num_kv,
+    scale,
+    out_ptr,
+    out_stride,
+    scales_ptr,
+):
     """Run four warps: 64 queries over all blocks. Block j is the j-th from the end, its tiles in buffers j % 2."""
     ROWS: gl.constexpr = q_main.shape[0]
     BLOCK_N: gl.constexpr = v.shape[1]
@@ -120,14 +152,46 @@ def _prefill_rows(
         gl.thread_barrier()
     for j in range(masked - 1):
         acc, p, top, total = _prefill_step(
-            j, count, acc, p, top, total, q_main, q_rest, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, scale,
-            reach, True,
-        )  # fmt: skip
+            j,
+            count,
+            acc,
+            p,
+            top,
+            total,
+            q_main,
+            q_rest,
+            k_main,
+            k_rest,
+            v,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            scale,
+            reach,
+            True,
+        )
     for j in range(masked - 1, count - 1):
         acc, p, top, total = _prefill_step(
-            j, count, acc, p, top, total, q_main, q_rest, k_main, k_rest, v, k_full, k_empty, v_full, v_empty, scale,
-            reach, False,
-        )  # fmt: skip
+            j,
+            count,
+            acc,
+            p,
+            top,
+            total,
+            q_main,
+            q_rest,
+            k_main,
+            k_rest,
+            v,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            scale,
+            reach,
+            False,
+        )
     mbarrier.wait(v_full.index((count - 1) % 2), (count - 1) // 2 & 1)
     acc = warpgroup_mma(p, v.index((count - 1) % 2), acc)
 
@@ -148,9 +212,22 @@ def _prefill_rows(
 
 @gluon.jit
 def prefill_kernel(
-    q_main_desc, q_rest_desc, k_main_desc, k_rest_desc, v_desc, q_starts, kv_starts, out_ptr, scales_ptr, heads, scale,
-    q_head_stride, k_head_stride, v_head_stride, scale_stride,
-):  # fmt: skip
+    q_main_desc,
+    q_rest_desc,
+    k_main_desc,
+    k_rest_desc,
+    v_desc,
+    q_starts,
+    kv_starts,
+    out_ptr,
+    scales_ptr,
+    heads,
+    scale,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    scale_stride,
+):
     """Attend 128 queries of one head, 64 per warpgroup. All heads share k_rest.
 
     An fp8 output has one scale per row and head, in scales_ptr [H, rows].
@@ -179,23 +256,73 @@ def prefill_kernel(
     fence_async_shared()
     for i in gl.static_range(2):
         _load_pair(
-            q_main_desc, q_rest_desc, q_start + first_row + i * ROWS, head * q_head_stride, head * q_head_stride,
-            q_full.index(i), q_main.index(i), q_rest.index(i),
-        )  # fmt: skip
+            q_main_desc,
+            q_rest_desc,
+            q_start + first_row + i * ROWS,
+            head * q_head_stride,
+            head * q_head_stride,
+            q_full.index(i),
+            q_main.index(i),
+            q_rest.index(i),
+        )
     out_ptr += (q_start.to(gl.int64) * heads + head) * V_DIM
     scales_ptr += head.to(gl.int64) * scale_stride + q_start
     first = (
-        q_main.index(0), q_rest.index(0), q_full.index(0), k_main, k_rest, v, k_full, k_empty, v_full, v_empty, count,
-        first_row, num_q, num_kv, scale, out_ptr, heads * V_DIM, scales_ptr,
-    )  # fmt: skip
+        q_main.index(0),
+        q_rest.index(0),
+        q_full.index(0),
+        k_main,
+        k_rest,
+        v,
+        k_full,
+        k_empty,
+        v_full,
+        v_empty,
+        count,
+        first_row,
+        num_q,
+        num_kv,
+        scale,
+        out_ptr,
+        heads * V_DIM,
+        scales_ptr,
+    )
     second = (
-        q_main.index(1), q_rest.index(1), q_full.index(1), k_main, k_rest, v, k_full, k_empty, v_full, v_empty, count,
-        first_row + ROWS, num_q, num_kv, scale, out_ptr, heads * V_DIM, scales_ptr,
-    )  # fmt: skip
+        q_main.index(1),
+        q_rest.index(1),
+        q_full.index(1),
+        k_main,
+        k_rest,
+        v,
+        k_full,
+        k_empty,
+        v_full,
+        v_empty,
+        count,
+        first_row + ROWS,
+        num_q,
+        num_kv,
+        scale,
+        out_ptr,
+        heads * V_DIM,
+        scales_ptr,
+    )
     load = (
-        k_main_desc, k_rest_desc, v_desc, kv_start + (count - 1) * BLOCK_N, head * k_head_stride, head * v_head_stride,
-        count, k_main, k_rest, v, k_full, k_empty, v_full, v_empty,
-    )  # fmt: skip
+        k_main_desc,
+        k_rest_desc,
+        v_desc,
+        kv_start + (count - 1) * BLOCK_N,
+        head * k_head_stride,
+        head * v_head_stride,
+        count,
+        k_main,
+        k_rest,
+        v,
+        k_full,
+        k_empty,
+        v_full,
+        v_empty,
+    )
     gl.warp_specialize([(_prefill_rows, first), (_prefill_rows, second), (_prefill_load, load)], [4, 1], [240, 24])
 
 
@@ -205,17 +332,37 @@ def can_prefill(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor) -> bool:
 
 
 def launch_prefill(
-    q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, out: Tensor,
-    scales: Tensor | None, max_q: int, scale: float,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    out: Tensor,
+    scales: Tensor | None,
+    max_q: int,
+    scale: float,
+) -> None:
     """Fill out [sum q, H, dv], and if it is in fp8 also scales [sum q, H], stored column by column.
 
     A program takes 128 queries, 64 per warpgroup, with two buffers of 128 keys and two of 128 values.
     """
     nope, rope, dv = k_nope.shape[2], k_rope.shape[1], v.shape[2]
     prefill_kernel[triton.cdiv(max_q, 128), q.shape[1], len(q_starts) - 1](
-        tile(flat(q), 64, nope), tile(flat(q[..., nope:]), 64, rope), tile(flat(k_nope), 128, nope),
-        tile(k_rope, 128, rope), tile(flat(v), 128, dv), q_starts, kv_starts, out, out if scales is None else scales,
-        q.shape[1], scale, q.stride(1), k_nope.stride(1), v.stride(1), 0 if scales is None else scales.stride(1),
+        tile(flat(q), 64, nope),
+        tile(flat(q[..., nope:]), 64, rope),
+        tile(flat(k_nope), 128, nope),
+        tile(k_rope, 128, rope),
+        tile(flat(v), 128, dv),
+        q_starts,
+        kv_starts,
+        out,
+        out if scales is None else scales,
+        q.shape[1],
+        scale,
+        q.stride(1),
+        k_nope.stride(1),
+        v.stride(1),
+        0 if scales is None else scales.stride(1),
         num_warps=4,
-    )  # fmt: skip
+    )

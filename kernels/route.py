@@ -17,9 +17,23 @@ from kernels.pdl import after_previous, pdl
 
 @triton.jit
 def _gate_kernel(
-    logits, bias, slot_of_expert, is_token, ids_out, weights_out, num_experts, n_group, topk_group, top_k, scale,
-    NORMALIZE: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bias,
+    slot_of_expert,
+    is_token,
+    ids_out,
+    weights_out,
+    num_experts,
+    n_group,
+    topk_group,
+    top_k,
+    scale,
+    NORMALIZE: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Route one token per program. Its experts are [groups, experts per group], padded to powers of two [G, P]."""
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -87,9 +101,24 @@ def gate_topk(
     if tokens:
         g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
         _gate_kernel[tokens,](
-            logits.contiguous(), bias, slot_of_expert, is_token, ids, weights, num_experts, n_group, topk_group, top_k,
-            scale, normalize, g, p, triton.next_power_of_2(top_k), num_warps=1, **pdl(logits),
-        )  # fmt: skip
+            logits.contiguous(),
+            bias,
+            slot_of_expert,
+            is_token,
+            ids,
+            weights,
+            num_experts,
+            n_group,
+            topk_group,
+            top_k,
+            scale,
+            normalize,
+            g,
+            p,
+            triton.next_power_of_2(top_k),
+            num_warps=1,
+            **pdl(logits),
+        )
     return ids, weights
 
 
@@ -106,9 +135,17 @@ def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, C
 
 @triton.jit
 def _place_kernel(
-    experts, block_ends, starts, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr,
+    experts,
+    block_ends,
+    starts,
+    index,
+    row_expert,
+    num_copies,
+    L,
+    EXPERTS: tl.constexpr,
+    COPIES: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Store index[copy] = e's first row + copies to e in earlier blocks + earlier copies to e in its own block.
 
     A copy that goes nowhere gets -1.
@@ -146,9 +183,20 @@ def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.co
 
 @triton.jit
 def _move_kernel(
-    x, index, out, scales, scales_out, scale_row, scale_col, S, D, K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    out,
+    scales,
+    scales_out,
+    scale_row,
+    scale_col,
+    S,
+    D,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Store out[index[n, k]] = x[n] for every k: a token is read once. Its first program also moves its scales.
 
     Most copies may go nowhere. A branch, unlike a mask, skips their instructions.
@@ -182,9 +230,17 @@ def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _gather_kernel(
-    rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, SPARSE: tl.constexpr,
+    rows,
+    index,
+    weights,
+    plus,
+    out,
+    D,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPARSE: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Sum the weighted rows of one token's copies, and `plus`.
 
     SPARSE: most copies are elsewhere, so a branch per copy costs less than adding zeros. Otherwise there is no branch,
@@ -217,9 +273,18 @@ def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[T
         block = min(triton.next_power_of_2(x.shape[1]), 8192 // x.itemsize)
         strides = (0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])
         _move_kernel[x.shape[0], triton.cdiv(x.shape[1], block)](
-            source, index, target, scales, None if scales is None else moved[1], *strides, x.shape[1], index.shape[1],
-            block, 1 if scales is None else triton.next_power_of_2(scales.shape[1]), **pdl(x),
-        )  # fmt: skip
+            source,
+            index,
+            target,
+            scales,
+            None if scales is None else moved[1],
+            *strides,
+            x.shape[1],
+            index.shape[1],
+            block,
+            1 if scales is None else triton.next_power_of_2(scales.shape[1]),
+            **pdl(x),
+        )
     return moved
 
 

@@ -118,8 +118,13 @@ class MLA(nn.Module):
         ops, (w_uk, w_uv) = self.ops, self.up_projections()
         absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.num_decodes])
         attended = ops.mla_decode(
-            absorbed, kv_pages, batch.page_table, batch.kv_lens, self.scale,
-            v_dim=self.config.kv_lora_rank, plan=batch.decode_plan,
-        )  # fmt: skip
+            absorbed,
+            kv_pages,
+            batch.page_table,
+            batch.kv_lens,
+            self.scale,
+            v_dim=self.config.kv_lora_rank,
+            plan=batch.decode_plan,
+        )
         out = ops.project_values(attended, w_uv, quantize)
         return out if quantize else unquantized(out).flatten(1)

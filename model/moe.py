@@ -135,7 +135,7 @@ class MoE(nn.Module):
         dtype: torch.dtype,
         expert_dtype: torch.dtype,
         device: torch.device | str,
-    ):
+    ) -> None:
         """`layer`: the number among MoE layers, from 0, which is its row in the placement map. `dtype`: activations."""
         super().__init__()
         self.layer, self.placement, self.beside = layer, placement, beside

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         max_model_len: int,
         fp8: bool = False,
-    ):
+    ) -> None:
         """Allocate this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table.
 
         `fp8`: the projections stay in block fp8 (`model/precision.py` decides). Embeddings, norms, gates, kv_b_proj and

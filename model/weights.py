@@ -58,7 +58,7 @@ class ExpertReader:
     are opened once, so a file that is replaced by another is still read as it was.
     """
 
-    def __init__(self, folder: str | Path, config: ModelConfig):
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         """`folder`: a folder that `load_weights` has accepted."""
         self.folder = folder
         self.files = {name: stored.path for name, stored in read_headers(Path(folder)).items()}

@@ -39,7 +39,7 @@ NUM_SMS = 20  # SMs that the normal kernels hold: DeepEP's default
 class DeepEPBuffer:
     """The memory that both modes communicate through, one per process. Creating it is collective."""
 
-    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS):
+    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS) -> None:
         """Allocate the memory. Collective; all ranks must pass the same arguments.
 
         `capacity`: the most tokens that a rank dispatches at once in low latency, rounded up so that ranks * capacity
@@ -123,7 +123,7 @@ class ContiguousDeepEP:
 
     casts = False
 
-    def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None):
+    def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None) -> None:
         """`most_copies`: how many copies are grouped at once (None: all); see `dispatch.most_copies`."""
         self.buffer, self.ops, self.num_sms, self.most_copies = buffer, ops, buffer.num_sms, most_copies
 
@@ -164,9 +164,17 @@ class ContiguousDeepEP:
             done.current_stream_wait()
             rows, scales = (rows, None) if isinstance(rows, Tensor) else rows
             return once(
-                group_by_expert, self.ops, rows, scales, experts, row_weights, buffer.num_local, self.most_copies,
-                (handle,), counts,
-            )  # fmt: skip
+                group_by_expert,
+                self.ops,
+                rows,
+                scales,
+                experts,
+                row_weights,
+                buffer.num_local,
+                self.most_copies,
+                (handle,),
+                counts,
+            )
 
         return Pending(receive)
 
@@ -203,7 +211,7 @@ class MaskedDeepEP:
 
     casts, num_sms = True, 0
 
-    def __init__(self, buffer: DeepEPBuffer, fp8: bool = False):
+    def __init__(self, buffer: DeepEPBuffer, fp8: bool = False) -> None:
         """`fp8`: the kernel casts the rows that it sends. They arrive as e4m3 with their scales."""
         self.buffer, self.fp8 = buffer, fp8
 

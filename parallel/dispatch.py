@@ -119,7 +119,7 @@ class ContiguousAllToAll:
     casts = False  # whether dispatch itself quantises
     num_sms = 0  # SMs to leave free for it while another micro-batch computes
 
-    def __init__(self, group: Group, num_slots: int, ops: Ops, most_copies: int | None = None):
+    def __init__(self, group: Group, num_slots: int, ops: Ops, most_copies: int | None = None) -> None:
         """`num_slots`: P, over all ranks. `most_copies`: how many copies are grouped at once (None: all)."""
         self.group, self.ops, self.most_copies = group, ops, most_copies
         self.num_local = num_slots // group.size
@@ -149,9 +149,16 @@ class ContiguousAllToAll:
             transfer = None  # frees the bytes sent and received
             rows, scales = _rows(rows)
             return once(
-                group_by_expert, self.ops, rows, scales, experts.long(), row_weights, self.num_local, self.most_copies,
+                group_by_expert,
+                self.ops,
+                rows,
+                scales,
+                experts.long(),
+                row_weights,
+                self.num_local,
+                self.most_copies,
                 (returned, send, recv),
-            )  # fmt: skip
+            )
 
         return Pending(receive)
 

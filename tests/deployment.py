@@ -43,7 +43,7 @@ def timeless(answers: list[dict]) -> list[dict]:
 class Deployment:
     """The three jobs of a deployment, each of which a test can start and kill."""
 
-    def __init__(self, model: Path, source: Path, out: Path):
+    def __init__(self, model: Path, source: Path, out: Path) -> None:
         self.model, self.router_model, self.source, self.out = str(model), str(model), str(source), out
         self.address, self.jobs = f"127.0.0.1:{free_port()}", {}
 

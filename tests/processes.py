@@ -91,7 +91,7 @@ class Process:
         env: dict[str, str] | None = None,
         constants: dict[str, Any] | None = None,
         module: str = "run",
-    ):
+    ) -> None:
         """`argv`: the flags. `out`, `err`: files to which its streams are appended; new ones if None."""
         Process._count += 1
         self._out = out or Path(_folder.name, f"{Process._count}.out")
@@ -154,7 +154,7 @@ class Job:
         log: Path | None = None,
         constants: dict[str, Any] | None = None,
         module: str = "run",
-    ):
+    ) -> None:
         """`log`: one file for the output of all ranks; a file per rank and stream if None."""
         self.ranks = [Process(argv, log, log, env, constants, module) for env in world(ranks)]
 

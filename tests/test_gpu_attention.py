@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import hopper, ref
-from kernels.attention import mla_decode, prefill_attention
+from kernels.mla_decode import mla_decode
+from kernels.prefill_attention import prefill_attention
 from tests.test_gpu_gemm import quantized
 
 pytestmark = pytest.mark.gpu

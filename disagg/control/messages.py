@@ -163,7 +163,7 @@ encode = msgspec.msgpack.encode
 class Decoder(Generic[T]):
     """Decodes bytes to a message of the types T. Raises ValueError for all other input."""
 
-    def __init__(self, kind: Any):
+    def __init__(self, kind: Any) -> None:
         """`kind`: T as a value, which may be a union. (Python 3.11 has no annotation for that.)"""
         self._decoder = msgspec.msgpack.Decoder(kind)
 

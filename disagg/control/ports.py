@@ -43,7 +43,7 @@ def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
 class RouterPort:
     """The router's end. It addresses workers by their id. The router opens one session with each."""
 
-    def __init__(self, host: str, port: int):
+    def __init__(self, host: str, port: int) -> None:
         self._context = zmq.Context()  # its own, so that `close` can wait until its last messages have left
         self._sock = new_socket(zmq.ROUTER, self._context)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to an absent process is an error
@@ -125,7 +125,7 @@ class RouterPort:
 class WorkerPort:
     """A replica's end. It connects whenever a router listens at the address, and sends Hello each time."""
 
-    def __init__(self, hello: Hello, host: str, port: int):
+    def __init__(self, hello: Hello, host: str, port: int) -> None:
         """Raises ValueError if `host` cannot be resolved."""
         self._context = zmq.Context()  # its own, as in RouterPort
         self._sock = new_socket(zmq.DEALER, self._context)

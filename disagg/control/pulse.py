@@ -22,7 +22,7 @@ BEAT_S = 1.0
 class Beacon(threading.Thread):
     """Sends a Beat every second. The loop counts up `turn`, and sets `waits` while it is in a collective."""
 
-    def __init__(self, id: str, host: str, port: int):
+    def __init__(self, id: str, host: str, port: int) -> None:
         """Raises ValueError if `host` cannot be resolved."""
         super().__init__(name="beacon", daemon=True)
         self.turn, self.waits = 0, False

@@ -22,7 +22,7 @@ MOST_OVERRUNS = 3  # a template that has never worked is not tried again after t
 
 
 class ChatTemplate:
-    def __init__(self, source: str, words: dict[str, str], render_s: float = RENDER_S):
+    def __init__(self, source: str, words: dict[str, str], render_s: float = RENDER_S) -> None:
         """`words`: variables for the template, name -> special token. Raises ValueError if it cannot be compiled."""
         self._template = {"source": source, "words": words}
         self._render_s, self._overruns, self._works, self._ended = render_s, 0, False, True

@@ -45,7 +45,7 @@ class Replica:
 
 
 class Fleet:
-    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0):
+    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0) -> None:
         """`lost(replica, how)` is called when a replica is given up, while its requests are still listed on it.
 
         `expected`: replicas that will surely come (those of the same job), so the router waits for them even without

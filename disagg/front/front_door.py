@@ -26,7 +26,7 @@ from model.config import ModelConfig
 class FrontDoor:
     """Runs the router with the user's requests. The router job runs it, or rank 0 of a unified job in a thread."""
 
-    def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]):
+    def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]) -> None:
         """Check everything that can be refused, then listen. Lines are read in `run`."""
         longest = EngineConfig(max_model_len=args.max_model_len).model_len(config)
         encoder = load_tokenizer(args.model, longest)

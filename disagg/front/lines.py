@@ -34,7 +34,7 @@ class Lines:
     splitlines() is no alternative: it also splits at U+2028 and other separators, which JSON strings may contain.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         """`path` may be "-" for stdin. Raises ValueError if it cannot be read, or is a file of another format."""
         self.path = path
         try:

@@ -20,7 +20,7 @@ class Output:
     on, because the order of the lines allows no gap. `kept` has the ids of the answers that stay.
     """
 
-    def __init__(self, path: str, source: os.stat_result, existing: str = "refuse"):
+    def __init__(self, path: str, source: os.stat_result, existing: str = "refuse") -> None:
         """`source`: the input's status. `existing`: refuse, overwrite or resume.
 
         Raises ValueError if `path` cannot be written, or `existing` does not allow to change it.

@@ -66,7 +66,7 @@ class Tracked:
 class Router:
     def __init__(
         self, port: RouterPort, tokenizer: Tokenizer, vocab_size: int, stopped: Callable[[], bool], expected: int = 0
-    ):
+    ) -> None:
         """`vocab_size`: the model's. `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`."""
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)

@@ -45,7 +45,13 @@ def compile_template(source: str, words: dict[str, str]) -> Template:
     return environment.from_string(source)
 
 
-def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Replace jinja's own filter, which is for HTML: it would escape < > & and quotes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -46,7 +46,9 @@ def refusing(what: str) -> Iterator[None]:
 class PromptEncoder:
     """Turns text or messages into token ids, with a `tokenizers.Tokenizer` and a chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: Any, max_tokens: int | None = None, no_chat: str = NO_CHAT):
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: Any, max_tokens: int | None = None, no_chat: str = NO_CHAT
+    ) -> None:
         """`max_tokens`: limit per prompt (None: no limit). `no_chat`: why `chat_template` is None, for the error."""
         self.tokenizer, self.chat_template, self.no_chat = tokenizer, chat_template, no_chat
         self.max_tokens, self.longest = max_tokens, max(longest_token(tokenizer), CHARACTER_BYTES)

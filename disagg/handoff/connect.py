@@ -28,7 +28,7 @@ KNOCK_AGAIN = datetime.timedelta(seconds=3)
 class Door:
     """Where decode ranks knock: the two ports that they need to make a link with this prefill rank."""
 
-    def __init__(self, host: str):
+    def __init__(self, host: str) -> None:
         self.host = host
         self._decode = Decoder[Knock](Knock)
         number = resolve(host)

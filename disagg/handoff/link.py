@@ -55,7 +55,7 @@ class Link(threading.Thread, ABC):
         pool: Tensor,
         events: queue.SimpleQueue[LinkEvent],
         credits: Credits,
-    ):
+    ) -> None:
         """`connect(key)` runs in the thread, and may block or raise. `events`: the queue that the rank's loop drains.
         `credits`: shared by all links of the process."""
         super().__init__(name=f"link {key}", daemon=True)

@@ -16,7 +16,7 @@ L = TypeVar("L", bound=Link)
 class Links(Generic[L]):
     """A rank's links, by peer and generation: after a link went down, the next to the same peer is a new one."""
 
-    def __init__(self, make: Callable[[Member, int], L]):
+    def __init__(self, make: Callable[[Member, int], L]) -> None:
         self._make, self.credits = make, Credits()
         self.events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()  # from the links' threads
         self._links: dict[tuple[str, int], L] = {}

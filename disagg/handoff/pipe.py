@@ -23,7 +23,7 @@ PROBE = b""  # an empty message: sending it shows whether the other end is conne
 class Pipe:
     """Made by `listen` or `connect`, and used by one thread only."""
 
-    def __init__(self, sock: zmq.Socket, events: int, kind: type | UnionType, name: str, port: int = 0):
+    def __init__(self, sock: zmq.Socket, events: int, kind: type | UnionType, name: str, port: int = 0) -> None:
         self.sock, self.port = sock, port
         self._decode = Decoder[Message](kind)
         self.monitor = sock.get_monitor_socket(events)

@@ -34,7 +34,7 @@ class TorchTransfer:
 
 
 class TorchTransport:
-    def __init__(self, store: Store, me: int, device: torch.device):
+    def __init__(self, store: Store, me: int, device: torch.device) -> None:
         """`me` is 0 or 1. With gloo this blocks until the peer has connected. Raises RuntimeError if that fails."""
         self.me, self.peer, self.device, self._aborted = me, 1 - me, device, False
         if device.type == "cuda":

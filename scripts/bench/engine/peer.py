@@ -129,7 +129,7 @@ class Transformers:
         return time.perf_counter()
 
     @torch.inference_mode()
-    def step(self, ids: torch.Tensor, cache) -> torch.Tensor:
+    def step(self, ids: torch.Tensor, cache: object) -> torch.Tensor:
         """Run one step. Return the next token of each row [B, 1]."""
         logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits.argmax(-1)
@@ -160,7 +160,7 @@ class Transformers:
 PEERS = {"vllm": VLLM, "transformers": Transformers}
 
 
-def rate(measure, batch: int, repeat: int) -> float | None:
+def rate(measure: Callable[[int], float], batch: int, repeat: int) -> float | None:
     """Return the median rate of `repeat` runs, after one to warm up. None if the memory does not suffice."""
     try:
         return median([measure(batch) for _ in range(repeat + 1)][1:])

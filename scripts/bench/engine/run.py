@@ -169,7 +169,9 @@ def run_peer(args: argparse.Namespace, config: ModelConfig) -> dict:
 class EngineReport(Report):
     """The figures, with rooflines and a peer's rates as references."""
 
-    def __init__(self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int):
+    def __init__(
+        self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int
+    ) -> None:
         super().__init__(rank)
         self.shape, self.ceilings, self.peer, self.ranks = shape, ceilings, peer, ranks
         if ceilings is not None:

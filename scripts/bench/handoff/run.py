@@ -43,7 +43,7 @@ LIMIT_S = 120  # per group of parts
 class HandoffReport(Report):
     """The figures of all parts."""
 
-    def __init__(self, pairs: int, prefill_tp: int, device: str):
+    def __init__(self, pairs: int, prefill_tp: int, device: str) -> None:
         super().__init__()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         gpus = torch.cuda.device_count() if on_gpu else 0

@@ -41,7 +41,7 @@ def source_pages(pages: list[int], uid: int, count: int) -> list[int]:
 class Source(threading.Thread):
     """Sends scattered pages to every room that opens: at once or, if `paced`, when a prompt has been computed."""
 
-    def __init__(self, link: Link, events: queue.SimpleQueue):
+    def __init__(self, link: Link, events: queue.SimpleQueue) -> None:
         """Fill the link's pool. `events`: the link's."""
         super().__init__(name="source", daemon=True)
         self.link, self.events, self.put_at = link, events, {}

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from kernels import hopper, norm
-from kernels.attention import mla_decode, prefill_attention
+from kernels.mla_decode import mla_decode
+from kernels.prefill_attention import prefill_attention
 from scripts.bench.kernels.table import report
 
 try:

@@ -99,7 +99,7 @@ class Measurement:
 class Report:
     """A benchmark's figures: the first rank prints each when it is measured, and every rank keeps them."""
 
-    def __init__(self, rank: int = 0):
+    def __init__(self, rank: int = 0) -> None:
         self.rank = rank
         self.records: list[Measurement] = []
 

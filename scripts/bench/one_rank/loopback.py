@@ -108,7 +108,7 @@ class LoopbackContiguous:
         ops: Ops,
         like: Tensor | Quantized,
         link: SimulatedLink | None = None,
-    ):
+    ) -> None:
         """`most`: the most tokens that a rank dispatches at once.
 
         `like`: a row [1, D] as it travels, bare or quantised. Received rows get its dtype and device.
@@ -172,7 +172,7 @@ class LoopbackMasked:
         fp8: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         link: SimulatedLink | None = None,
-    ):
+    ) -> None:
         """`most`: the most tokens that a rank dispatches at once. `capacity`: rows per expert (ranks * most)."""
         self.arriving, self.link, at_most = arriving, link, arriving(most)
         local, rows = len(at_most[0].counts), max(max(arrivals.counts) for arrivals in at_most)

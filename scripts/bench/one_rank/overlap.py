@@ -123,7 +123,7 @@ class Found:
 
 
 class OverlapReport:
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.records = args, []
         self.what = f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
 

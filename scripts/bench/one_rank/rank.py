@@ -113,7 +113,7 @@ class Rank:
         length: int,
         pages: int,
         of_ops: Callable[[Ops], Ops] = lambda ops: ops,
-    ):
+    ) -> None:
         """`args`: the flags of `add_flags`. `length`: tokens of the longest sequence. `of_ops`: wraps the ops.
 
         Raises ValueError for values that do not fit together.

@@ -53,7 +53,7 @@ DelayModel = Callable[[str, int], Delay]  # ("dispatch" or "combine", tokens tha
 
 
 class SimulatedLink:
-    def __init__(self, model: DelayModel, device: torch.device, num_sms: int = 0):
+    def __init__(self, model: DelayModel, device: torch.device, num_sms: int = 0) -> None:
         """`num_sms`: SMs that a flight holds; 0 means low latency, whose flight is a copy."""
         self.model, self.device, self.num_sms = model, device, num_sms
         self.free_at = 0.0  # on a CPU: when the latest transfer is done, by time.perf_counter

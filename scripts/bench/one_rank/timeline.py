@@ -43,7 +43,7 @@ MARK = "turn "  # before the names of our ranges in a profile: "turn a 3 experts
 class Watch:
     """Marks the turns of a rank's micro-batches, and their transfers, in a profile. It wraps the model and the link."""
 
-    def __init__(self, rank: Rank, link: Any):
+    def __init__(self, rank: Rank, link: Any) -> None:
         self.stage = ""  # the current turn: "a 3 experts"
         self.flights: list[Span] = []  # on a CPU, by time.perf_counter
         self.waits: list[tuple[float, float]] = []

@@ -89,7 +89,7 @@ class Spans:
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace, mesh: Mesh):
+    def __init__(self, args: argparse.Namespace, mesh: Mesh) -> None:
         self.args, self.mesh, self.spans, self.report = args, mesh, Spans(mesh.device), Report(mesh.rank)
         config = replace(SHAPES["v3"], hidden_size=args.hidden)
         ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device)

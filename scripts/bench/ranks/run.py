@@ -109,7 +109,7 @@ def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
 class Comparison(Report):
     """Runs the variants and reports their figures."""
 
-    def __init__(self, args: argparse.Namespace, config: ModelConfig, mesh: Mesh):
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__(mesh.rank)
         self.args, self.config, self.mesh = args, config, mesh
         self.found: dict[tuple[str, str], float] = {}  # by variant and work
