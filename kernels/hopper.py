@@ -1,9 +1,9 @@
 """Shared parts of the attention kernels' fast paths. They are in Gluon, Triton's lower level: Hopper only, bf16.
 
 The loops are those of `mla_decode.py` and `prefill_attention.py`: read these first. Here, layouts, copies and waits are
-explicit; there the compiler decides them. One warp, the loader, only asks TMA for tiles, with two buffers for each. The loader and the
-computing warps meet at barriers in shared memory: `full` flips when a tile has arrived, `empty` when its readers are
-done. Blocks are visited from the last key to the first, so masks and half-filled pages come first in the loop.
+explicit; there the compiler decides them. One warp, the loader, only asks TMA for tiles, with two buffers for each. The
+loader and the computing warps meet at barriers in shared memory: `full` flips when a tile has arrived, `empty` when its
+readers are done. Blocks are visited from the last key to the first: masks and half-filled pages come first in the loop.
 """
 
 import functools
