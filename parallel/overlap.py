@@ -41,7 +41,7 @@ Steps = Generator[str, None, Result]
 # `auto` overlaps from this many tokens per rank on, in a decode step and in a step with prompts.
 FEW_ROWS, FEW_TOKENS = 128, 4096
 # It also wants this many rows per expert. In decode with fewer rows, an expert takes as long as reading its weights,
-# and two halves read them twice. The limit is an estimate: an H100 does about 1,400 TFLOP/s in fp8 and reads 3 TB/s,
+# which two halves do twice. The limit is an estimate: an H100 does about 1,400 TFLOP/s in fp8 and reads 3 TB/s,
 # which balance at 233 rows. Measured: a loss with 16 to 32 rows. Simulated: a loss with 144, a gain with 288.
 # In prefill, four H200s lost time with up to 512 rows, broke even with 1,024 and gained 1 % with 2,048.
 DECODE_ROWS, PREFILL_ROWS = 256, 2048

@@ -151,15 +151,3 @@ def test_functions_around_kernels_are_annotated() -> None:
                 typed = all(one.annotation or one.arg in ("self", "cls") for one in given) and node.returns
                 bare += [] if typed else [f"{path.name}: {node.name}"]
     assert bare == []
-
-
-def test_functions_around_kernels_are_annotated() -> None:
-    """Ruff looks away from kernels/ (pyproject.toml), because a Triton kernel's arguments have no Python types."""
-    bare = []
-    for path in ROOT.glob("kernels/*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and "jit" not in " ".join(map(ast.unparse, node.decorator_list)):
-                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                typed = all(one.annotation or one.arg in ("self", "cls") for one in given) and node.returns
-                bare += [] if typed else [f"{path.name}: {node.name}"]
-    assert bare == []
