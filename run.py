@@ -1,9 +1,9 @@
-"""Serve a DeepSeek-V3-architecture model. One command for every role; torchrun starts its ranks.
+"""Serve a model of the DeepSeek-V3 architecture. One command for every role; torchrun starts its ranks.
 
     python run.py --model model/tiny --prompt "In the beginning"
     torchrun --nproc-per-node 4 run.py --model model/tiny --input prompts.jsonl --output out.jsonl
 
-Prefill and decode in jobs of their own, started in any order. --router is where the router listens:
+Prefill and decode in separate jobs, started in any order. --router is the address where the router listens:
 
     python run.py --role router --router 127.0.0.1:7000 --model model/tiny --input prompts.jsonl --output out.jsonl
     torchrun --nproc-per-node 2 run.py --role prefill --router 127.0.0.1:7000 --model model/tiny
@@ -15,7 +15,7 @@ Each role has its own flags: --role ROLE --help lists them.
 from disagg.front.streams import discard_stdout, secure_streams
 from disagg.interrupt import Interrupt
 
-if __name__ == "__main__":  # before the other imports, which take seconds
+if __name__ == "__main__":  # before the slow imports
     secure_streams()
     Interrupt()
 
@@ -38,12 +38,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """ValueError for flags that the role does not take, or that do not go together."""
+    """Parse the flags. Raises ValueError for flags that the role does not take, or that contradict each other."""
     common = Parser(add_help=False, allow_abbrev=False)
     add = common.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder: config.json, safetensors, tokenizer.json")
-    add("--role", choices=ROLES, default="unified", help="the loop that this job runs (unified: all in one)")
-    add("--max-model-len", type=int, metavar="N", help="prompt and generated tokens together (the model's own)")
+    add("--role", choices=ROLES, default="unified", help="this job's role (unified: router, prefill and decode in one)")
+    add("--max-model-len", type=int, metavar="N", help="limit of prompt plus generated tokens (the model's own)")
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--role", choices=ROLES, default="unified")
     role = first.parse_known_args(argv)[0].role
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parents=[common],
     )
     if role != "unified":
-        text = "where it listens" if role == "router" else "where the router is"
+        text = "address to listen on" if role == "router" else "address of the router"
         parser.add_argument("--router", required=True, metavar="HOST:PORT", help=text)
     if role in ("unified", "router"):
         add_requests(parser)
@@ -73,43 +73,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_requests(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("requests").add_argument
-    add("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it comes")
+    add("--prompt", metavar="TEXT", help="one prompt; its continuation is printed while it is generated")
     add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate for --prompt (64)")
     add("--input", metavar="FILE", help="requests, one JSON object per line (-: from stdin)")
     add("--output", metavar="FILE", help="answers, one JSON object per line, in input order")
-    add("--existing", choices=("refuse", "overwrite", "resume"), default="refuse",
-        help="an --output that exists: refuse it, replace it, or go on behind its answers (refuse)")  # fmt: skip
+    add(
+        "--existing",
+        choices=("refuse", "overwrite", "resume"),
+        default="refuse",
+        help="if the --output file exists: refuse it, replace it, or append the missing answers (refuse)",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
     add = parser.add_argument_group("engine").add_argument
     add("--attn-tp", type=int, default=1, metavar="T", help="ranks per attention replica (1)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA, float32 on a CPU")
-    add("--backend", action="append", default=[], metavar="[OP=]LIB",
-        help="force flash_attn, flash_mla, deep_gemm, triton or torch for an op, or for all that the library serves; "
-             "dispatch=deepep or dispatch=all_to_all")  # fmt: skip
+    add(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="[OP=]LIB",
+        help="use flash_attn, flash_mla, deep_gemm, triton or torch for one op, or for every op that the library has; "
+        "dispatch=deepep or dispatch=all_to_all",
+    )
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
     if role != "prefill":
-        add("--graphs", choices=("auto", "off"), default="auto", help="decode in CUDA graphs (auto)")
+        add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for decode steps (auto)")
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("experts").add_argument
-    add("--redundant-experts", type=int, default=0, metavar="N", help="slots for replicas, of the whole job (0)")
+    add("--redundant-experts", type=int, default=0, metavar="N", help="extra slots in the job, for expert replicas (0)")
     add("--expert-map", metavar="FILE", help="balance the experts over the ranks for this recording")
-    add("--record-experts", metavar="FILE", help="write a recording: tokens per expert, by window")
-    add("--rebalance", default="0", metavar="N[,B[,L]]",
+    add("--record-experts", metavar="FILE", help="write a recording: tokens per expert, in windows of steps")
+    add(
+        "--rebalance",
+        default="0",
+        metavar="N[,B[,L]]",
         help="every N steps, if the balancedness is at most B (1), move experts while serving, L layers at once (1)",
-    )  # fmt: skip
+    )
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sizes, per attention replica").add_argument
     add("--max-batch", type=int, default=64, metavar="N", help="requests that run at once (64)")
-    add("--max-tokens-per-step", type=int, default=1024, metavar="N", help="prompts are cut to it (1024)")
-    add("--kv-tokens", type=int, metavar="N", help="tokens of KV in the pool (what fits; 65536 on a CPU)")
-    add("--gpu-memory-fraction", type=float, default=0.9, metavar="F",
-        help="of a GPU's memory, for all ranks of this job on it together (0.9)")  # fmt: skip
+    add("--max-tokens-per-step", type=int, default=1024, metavar="N", help="longer prompts run in chunks (1024)")
+    add("--kv-tokens", type=int, metavar="N", help="size of the KV pool in tokens (all that fit; 65536 on a CPU)")
+    add(
+        "--gpu-memory-fraction",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="fraction of each GPU's memory, for all ranks of this job on it (0.9)",
+    )
 
 
 def check_requests(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -136,7 +153,7 @@ def main() -> int:
         print("run.py: error: nobody reads what it prints", file=sys.stderr)
         return 1
     except ValueError as error:
-        if launched_local_rank() == 0:  # the others of this machine would only repeat it
+        if launched_local_rank() == 0:  # the other ranks of this machine would print the same
             print(f"run.py: error: {error}", file=sys.stderr)
         return 2
 
@@ -145,4 +162,4 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # without unwinding: a link's thread may still be inside a transfer whose peer has died
+    os._exit(status)  # without waiting for threads: a link's may be inside a transfer whose peer has died

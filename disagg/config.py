@@ -1,4 +1,4 @@
-"""EngineConfig: what the command line says of an engine, and the rules that its values are held to."""
+"""EngineConfig: an engine's settings from the command line, and the rules for their values."""
 
 import os
 from argparse import Namespace
@@ -16,11 +16,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Rebalance:
-    """When experts move while serving. ValueError names the flag."""
+    """When experts move while serving. Raises ValueError, which names the flag."""
 
-    interval: int = 0  # steps between looks at the balance; 0: the experts stay where they are
+    interval: int = 0  # steps between looks at the balance; 0: experts never move
     threshold: float = 1.0  # balancedness above which nothing moves
-    layers_per_step: int = 1  # whose experts move at once
+    layers_per_step: int = 1  # layers whose experts move at once
 
     def __post_init__(self) -> None:
         if self.interval < 0:
@@ -32,10 +32,16 @@ class Rebalance:
 
     @classmethod
     def parse(cls, text: str) -> "Rebalance":
-        """`INTERVAL[,THRESHOLD[,LAYERS]]`."""
-        parts = text.split(",")
+        """Parse `INTERVAL[,THRESHOLD[,LAYERS]]`. Raises ValueError."""
         try:
-            return cls(*(kind(part) for kind, part in zip((int, float, int)[: len(parts)], parts, strict=True)))
+            match text.split(","):
+                case [interval]:
+                    return cls(int(interval))
+                case [interval, threshold]:
+                    return cls(int(interval), float(threshold))
+                case [interval, threshold, layers]:
+                    return cls(int(interval), float(threshold), int(layers))
+            raise ValueError("too many numbers")
         except ValueError as error:
             if str(error).startswith("--"):
                 raise
@@ -44,22 +50,22 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the command line says of an engine; sizes are of an attention replica. ValueError names the flag."""
+    """An engine's settings. Sizes are per attention replica. Raises ValueError, which names the flag."""
 
     max_batch: int = 64
     max_tokens_per_step: int = 1024
-    kv_tokens: int | None = None  # None: on a GPU what is left of its memory, on a CPU 65,536
-    max_model_len: int | None = None  # None: the model's own
+    kv_tokens: int | None = None  # None: as many as fit on a GPU; 65,536 on a CPU
+    max_model_len: int | None = None  # None: the model's max_position_embeddings
     dtype: str = "auto"
     dispatch: str = "auto"
-    decodes: bool = True  # a prefill job does not
-    graphs: str = "auto"  # decode in CUDA graphs where there is CUDA; or "off"
+    decodes: bool = True  # False for a prefill job
+    graphs: str = "auto"  # decode in CUDA graphs if there is CUDA; or "off"
     overlap: str = "auto"
-    redundant_experts: int = 0  # slots of the job beyond one for each expert
-    expert_map: str | None = None  # a recording to balance for
-    record_experts: str | None = None  # where to write one
+    redundant_experts: int = 0  # slots of the job beyond one per expert
+    expert_map: str | None = None  # path of a recording to balance for
+    record_experts: str | None = None  # path of a recording to write
     rebalance: Rebalance = field(default_factory=Rebalance)
-    gpu_memory_fraction: float = 0.9  # of a GPU, for all ranks of this job on it
+    gpu_memory_fraction: float = 0.9  # per GPU, for all ranks of this job on it
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_tokens_per_step", "max_model_len"):
@@ -83,7 +89,7 @@ class EngineConfig:
 
     @classmethod
     def from_flags(cls, args: Namespace) -> "EngineConfig":
-        """Of run.py. Each flag that has a field's name is that field; `--backend dispatch=X` is `dispatch`."""
+        """Take run.py's flags. A flag sets the field of the same name; `--backend dispatch=X` sets `dispatch`."""
         given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
         chosen = [text.removeprefix(DISPATCH) for text in args.backend if text.startswith(DISPATCH)]
         given |= {"decodes": args.role != "prefill", "rebalance": Rebalance.parse(args.rebalance)}

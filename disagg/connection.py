@@ -1,17 +1,17 @@
-"""Connection: a rank's ties to the router, and what a user reads of them."""
+"""Connection: a rank's connection to the router, and the user's lines about it."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from disagg.control.address import format_address
-from disagg.control.messages import Bye, Forget, Hello, Member, ToWorker, Updates
+from disagg.control.messages import Bye, Forget, Hello, Member, RoleName, ToWorker, Updates
 from disagg.control.ports import WorkerPort
 from disagg.control.pulse import Beacon
 from disagg.engine import Engine
 from parallel.mesh import Mesh
 
-HOLD_S = 60.0  # how long a job keeps its requests while its router is away: stopped, or replaced
+HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
 SAYING = {
     "waiting": "waiting for the router",
     "joined": "joined the router",
@@ -20,48 +20,53 @@ SAYING = {
 
 
 class Connection:
-    """A rank's ties to the router: its beacon and, at the first rank of a replica, the port."""
+    """A rank's connection to the router: its beacon and, on the first rank of a replica, the port."""
 
-    def __init__(self, name: str, engine: Engine, mesh: Mesh, members: list[Member], router: tuple[str, int]):
-        self._name, self._where, self._says = name, format_address(*router), mesh.rank == 0 and name != "unified"
+    def __init__(
+        self, name: RoleName, engine: Engine, mesh: Mesh, members: list[Member], router: tuple[str, int]
+    ) -> None:
+        """Collective."""
+        self._name, self._where = name, format_address(*router)
+        self._says = mesh.rank == 0 and name != "unified"  # print lines?
         job = mesh.ep.exchange(members[0].id)[0]
-        self.beacon, self.port = Beacon(members[mesh.attn.rank].id, *router), None
+        self.beacon = Beacon(members[mesh.attn.rank].id, *router)
+        self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
             hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas)
             self.port = WorkerPort(hello, *router)
-        self._was = ""
-        self._look()
+        self._state = ""
+        self._update_state()
 
     def poll(self) -> list[ToWorker | Forget]:
-        """What the router said."""
+        """Return the router's messages since the last call."""
         if self.port is None:
             return []
         messages = self.port.poll()
-        self._look()
+        self._update_state()
         return messages
 
-    def _look(self) -> None:
-        """Say it, if something has changed."""
+    def _update_state(self) -> None:
+        """Print a line if the connection's state has changed."""
         now = "waiting" if self.port is None or not self.port.welcomed else "lost" if self.port.lost_s else "joined"
-        if now != self._was:
-            self._was = now
+        if now != self._state:
+            self._state = now
             self._say(SAYING[now])
 
     @property
     def stands(self) -> bool:
-        """Is a router at the other end of this rank's port?"""
+        """Is this rank's port connected to a router that has admitted it?"""
         return self.port is not None and self.port.welcomed and not self.port.lost_s
 
     @property
     def problem(self) -> str | None:
-        """Why there is nothing to hope for from the router."""
+        """The reason to end the job, if the router has been away for too long."""
         gone = self.port is not None and self.port.lost_s > HOLD_S
         return f"the router at {self._where} has been gone for {HOLD_S:.0f} s" if gone else None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In a collective, for other ranks."""
+        """Tell the beacon that this rank waits in a collective for other ranks."""
         self.beacon.waits = True
         yield
         self.beacon.waits = False

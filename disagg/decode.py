@@ -1,10 +1,10 @@
-"""The decode role: unified, except that a prompt's KV arrives from a prefill rank instead of being computed here.
+"""The decode role: like unified, but a prompt's KV arrives from a prefill rank instead of being computed here.
 
 queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 """
 
 import time
-from collections import deque
+from collections import abc, deque
 from dataclasses import dataclass, field
 
 from disagg.control.messages import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
@@ -20,12 +20,12 @@ from disagg.unified import Unified
 
 @dataclass(eq=False)
 class Incoming:
-    """A request on its way here."""
+    """A request whose KV has not arrived yet."""
 
     sequence: Sequence
     prefill: list[Member]
     room: Room
-    link: ReceiveLink | None = None  # once it has its pages
+    link: ReceiveLink | None = None  # from the moment it has its pages
     generation: int = 0  # of the link
     first: tuple[int, list[tuple[int, float]]] | None = None  # token, logprobs
     wanted: bool = True  # False once aborted
@@ -33,17 +33,17 @@ class Incoming:
 
 
 class Decode(Unified):
-    def __init__(self, engine: Engine, members: list[Member]):
+    def __init__(self, engine: Engine, members: list[Member]) -> None:
         """`members`: the ranks of this replica, in order."""
         super().__init__(engine)
         self.members = members
         self.rank = engine.mesh.attn.rank
-        self.queue: deque[Incoming] = deque()  # no pages yet
-        self.incoming: dict[int, Incoming] = {}  # pages, KV on its way
+        self.queue: deque[Incoming] = deque()  # waiting for pages
+        self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
         self.links = Links(self.make_link)
         self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
 
-    def collect(self) -> list[Event]:
+    def collect(self) -> abc.Sequence[Event]:
         return self.links.drain()
 
     def handle(self, event: Event) -> None:
@@ -53,8 +53,8 @@ class Decode(Unified):
                     self.updates.append(Update(request.uid, error="a decode replica needs a prefill replica"))
                 elif self.fits(request):
                     self.queue.append(Incoming(Sequence(request), prefill, Room(len(self.members))))
-            case RoomEnded(uid):
-                self.room_ended(uid, event)
+            case RoomEnded() as ended:
+                self.room_ended(ended)
             case Abort(uid) if uid in self.incoming:
                 self.cancel(self.incoming[uid])
             case Abort(uid):
@@ -68,7 +68,7 @@ class Decode(Unified):
                 for arrival in self.incoming.values():
                     self.cancel(arrival)
                 self.renew_links(list(self.generations))
-                self.links.gone.clear()  # the next session says anew who is
+                self.links.gone.clear()  # the next session repeats who is gone
                 super().handle(event)
             case Gone(ids):
                 self.renew_links(ids)
@@ -77,21 +77,22 @@ class Decode(Unified):
                 self.links.find(ids)
 
     def has(self, uid: int) -> bool:
-        here = (self.sequences, self.incoming, {arrival.sequence.uid for arrival in self.queue})
-        return any(uid in some for some in here)
+        known = (self.sequences, self.incoming, {arrival.sequence.uid for arrival in self.queue})
+        return any(uid in uids for uids in known)
 
     def cancel(self, arrival: Incoming) -> None:
-        """Nobody wants it. Its pages stay its own until the room has ended on every link."""
+        """Cancel a request that has its pages. It keeps them until its room has ended on every link."""
+        assert arrival.link is not None
         arrival.wanted = False
         arrival.link.put(Cancel(arrival.sequence.uid))
 
     def admit(self) -> None:
-        """Open rooms, in order, for as long as there are pages."""
+        """Open rooms, in order, as long as there are free pages."""
         while self.queue and self.open(self.queue[0]):
             self.queue.popleft()
 
     def open(self, arrival: Incoming) -> bool:
-        """Give the request its pages, then ask for its KV; False if the pages have to wait."""
+        """Give the request its pages, then request its KV. Returns False if there are not enough free pages yet."""
         sequence, request = arrival.sequence, arrival.sequence.request
         if any(member.id in self.links.gone for member in arrival.prefill):
             self.updates.append(Update(request.uid, error="its prefill replica has died", retry=True))
@@ -102,8 +103,9 @@ class Decode(Unified):
         arrival.room.rise(RoomState.WAITING)
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
-        arrival.link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
-        arrival.link.put(Join(request.uid, opening))
+        link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
+        link.put(Join(request.uid, opening))
+        arrival.link = link
         self.begun.append(request.uid)
         return True
 
@@ -113,8 +115,9 @@ class Decode(Unified):
         key = link_key(prefill, me, generation)
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 
-    def room_ended(self, uid: int, ended: RoomEnded) -> None:
-        arrival = self.incoming[uid]
+    def room_ended(self, ended: RoomEnded) -> None:
+        """Record that one link has ended a room. The last one starts the request, or releases its pages."""
+        uid, arrival = ended.uid, self.incoming[ended.uid]
         arrival.room.end_link(ended.error)
         if ended.link_down:
             self.give_up_links(arrival)
@@ -127,6 +130,7 @@ class Decode(Unified):
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
+            assert arrival.first is not None  # every link has ended the room without an error
             token, logprobs = arrival.first
             reason = sequence.append(token, self.engine.config.eos_token_ids)
             self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
@@ -138,21 +142,27 @@ class Decode(Unified):
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
 
     def parts(self, arrival: Incoming, ended: RoomEnded) -> Parts:
-        """Where the time to its first token went. Only durations cross from the prefill side: its clock is another. The
-        last link to end may be another rank's of this replica, which is taken to be on this machine."""
+        """Return the parts of its time to first token.
+
+        The prefill side sends only durations, because its clock differs. The last link to end may belong to another
+        rank of this replica, which is assumed to be on this machine.
+        """
         queue = ended.at - arrival.submitted - ended.prefill - ended.transfer
         return Parts(queue, ended.prefill, ended.transfer, time.perf_counter() - ended.at)
 
     def give_up_links(self, arrival: Incoming) -> None:
-        """One link of the replica went down: all of them to that prefill replica go, or the room would wait for the
-        others for ever. The next request makes new ones."""
+        """Stop this rank's link, because a link of the replica to the same prefill replica went down.
+
+        Otherwise the room would wait for the other links for ever. The next request makes new links.
+        """
+        assert arrival.link is not None
         leader = arrival.prefill[0].id
         if arrival.generation == self.generations[leader]:
             self.renew_links([leader])
         arrival.link.stop()
 
     def renew_links(self, leaders: list[str]) -> None:
-        """The next request that goes to one of these prefill replicas makes new links to it."""
+        """Make the next request to each of these prefill replicas use new links."""
         for leader in leaders:
             self.generations[leader] = self.generations.get(leader, 0) + 1
 

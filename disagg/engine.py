@@ -1,5 +1,7 @@
-"""Engine: one rank's model, KV pool and scheduler. It launches steps and hands back their tokens; it knows no router
-and no link, and is the same for every role."""
+"""Engine: one rank's model, KV pool and scheduler.
+
+It launches steps and returns their tokens. It knows nothing of routers and links, and is the same for every role.
+"""
 
 import gc
 import hashlib
@@ -46,21 +48,29 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
         reader: ExpertReader | None = None,
         handoff_bytes: int = 0,
-    ):
-        """Collective. `model` has its weights. `say` hears how the memory is used, before the KV pool is made. `reader`
-        has the experts, if they are to move. handoff_bytes: GPU memory that the KV handoff takes. ValueError for
-        whatever does not fit together."""
+    ) -> None:
+        """Collective. `model` has its weights. `say` is called with the memory table, before the KV pool is made.
+
+        `reader` reads experts from the checkpoint; None: they never move. `handoff_bytes`: GPU memory that the KV
+        handoff takes. Raises ValueError if the settings do not fit the model or the memory.
+        """
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
-        mine = -(-settings.max_tokens_per_step // mesh.attn.size)  # tokens that I dispatch in the largest step
+        max_tokens = -(-settings.max_tokens_per_step // mesh.attn.size)  # that this rank dispatches in the largest step
         self.dispatchers = make_dispatchers(
-            settings.dispatch, mesh, model.ops, model.dtype, num_slots=model.placement.num_slots,
-            hidden=self.config.hidden_size, top_k=self.config.num_experts_per_tok,
-            capacity=buckets[-1] // mesh.attn.size, fp8=model.fp8,
-            most_copies=most_copies(mine, self.config.num_experts_per_tok),
-        )  # fmt: skip
+            settings.dispatch,
+            mesh,
+            model.ops,
+            model.dtype,
+            num_slots=model.placement.num_slots,
+            hidden=self.config.hidden_size,
+            top_k=self.config.num_experts_per_tok,
+            capacity=buckets[-1] // mesh.attn.size,
+            fp8=model.fp8,
+            most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
+        )
         self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._claim_memory(buckets, handoff_bytes) if mesh.device.type == "cuda" else None
         if self.budget is not None:
@@ -74,23 +84,27 @@ class Engine:
         )
         say(memory)
         if self.kv_tokens < self.max_model_len:
-            say(f"warning: the longest request is {self.kv_tokens} tokens, all that the KV pool holds, "
-                f"under max_model_len ({self.max_model_len})")  # fmt: skip
+            say(
+                f"warning: the longest request is {self.kv_tokens} tokens, all that the KV pool holds, "
+                f"under max_model_len ({self.max_model_len})"
+            )
         self.pool = make_pool(self.config, pages + 1, model.dtype, mesh.device)
-        self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)  # that the latest step sampled
-        # Two, in turn: a step's tokens are read when the next one may have been launched, but not the one after.
+        # [rows]: the tokens that the latest step sampled
+        self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)
+        # Two host copies, used in turn: a step's tokens are read when the next step may have been launched, but not the
+        # one after.
         self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
         self._latest = NO_WORK
         max_pages = pages_for(self.max_model_len)
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
         self.decode = DecodeStep(masked, self.tokens, buckets, max_pages, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
+        self.recording: Recording | None = None
+        self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
             model.load_counter = LoadCounter(model.placement, self.config.n_routed_experts)
-        self.recording = (
-            Recording(model.load_counter, mesh, settings.record_experts) if settings.record_experts else None
-        )
-        self.rebalancer = None
+            if settings.record_experts:
+                self.recording = Recording(model.load_counter, mesh, settings.record_experts)
         if reader is not None:
             how = settings.rebalance
             self.rebalancer = Rebalancer(model, mesh, reader, how.interval, how.threshold, how.layers_per_step)
@@ -106,14 +120,14 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
         handoff_bytes: int = 0,
     ) -> "Engine":
-        """With this rank's share of the weights in `folder`."""
+        """Collective. Make an engine with this rank's share of the weights in `folder`."""
         moves, layers = settings.rebalance.interval > 0, settings.rebalance.layers_per_step
         if moves and layers > config.num_moe_layers:
             raise ValueError(
                 f"--rebalance: the layers at once are {layers}; they must be at most the model's layers with experts "
                 f"({config.num_moe_layers})"
             )
-        check_checkpoint(folder, config)  # before anything takes the memory that config.json alone asks for
+        check_checkpoint(folder, config)  # before anything allocates memory by config.json alone
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         dtype = settings.torch_dtype(mesh.device)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
@@ -122,7 +136,7 @@ class Engine:
         return cls(settings, model, mesh, say, ExpertReader(folder, config) if moves else None, handoff_bytes)
 
     def _decide_graphs(self) -> tuple[bool, str]:
-        """Whether the decode step is captured, and a line for the log (empty: there is nothing to say)."""
+        """Decide whether to capture the decode step. Returns that, and a line for the log, which may be empty."""
         if self.mesh.device.type != "cuda" or not self.settings.decodes:
             return False, ""
         if self.settings.graphs == "off":
@@ -132,38 +146,52 @@ class Engine:
         return True, "in CUDA graphs"
 
     def _claim_memory(self, buckets: list[int], handoff_bytes: int = 0) -> Budget:
-        """Each rank's share, told by the rank that has the least left for KV: all ranks agree on it."""
+        """Collective. Return the budget of the rank with the least memory left for KV, for all ranks to use."""
         settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
         capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
         shape = StepShape(
-            self.config, model.dtype.itemsize, model.fp8, mesh.attn.size, mesh.ep.size,
-            model.placement.slots_per_rank, model.ops.alignment, capacity, model.ops.whole_keys,
-        )  # fmt: skip
+            self.config,
+            model.dtype.itemsize,
+            model.fp8,
+            mesh.attn.size,
+            mesh.ep.size,
+            model.placement.slots_per_rank,
+            model.ops.alignment,
+            capacity,
+            model.ops.whole_keys,
+        )
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         page = page_bytes(self.config, model.dtype.itemsize)
         parts = plan_parts(
-            model, shape, dispatchers.num_bytes, buckets, settings.max_tokens_per_step, self.max_model_len, longest,
+            model,
+            shape,
+            dispatchers.num_bytes,
+            buckets,
+            settings.max_tokens_per_step,
+            self.max_model_len,
+            longest,
             self.graphs,
             settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
             handoff_bytes,
-        )  # fmt: skip
-        mine = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
-        return min(mesh.ep.exchange(mine), key=lambda budget: budget.left)
+        )
+        own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
+        return min(mesh.ep.exchange(own), key=lambda budget: budget.left)
 
     def _forward(self, dispatcher: Dispatcher, batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
         return self.model(batch, self.pool, dispatcher, halves)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
-        """Let every kernel compile before the first request, and capture the decode step. All ranks together.
+        """Collective. Compile every kernel before the first request, and capture the decode step. No-op on a CPU.
 
         `progress` wraps each list of sizes that is worked through.
         """
         if self.mesh.device.type != "cuda":
             return
         limit = min(self.max_model_len, self.kv_tokens)
-        most = min(self.settings.max_tokens_per_step, self.settings.max_batch * limit)
-        sizes = {2**i for i in range(most.bit_length())} | {most, max(1, most - 1)}  # an odd one is another kernel
+        largest = min(self.settings.max_tokens_per_step, self.settings.max_batch * limit)
+        # largest - 1, because odd sizes use other kernels
+        sizes = {2**i for i in range(largest.bit_length())} | {largest, max(1, largest - 1)}
         vocab = self.config.vocab_size
         for size in progress(sorted(sizes, reverse=True)):
             prompts = [
@@ -184,17 +212,19 @@ class Engine:
         if self.model.load_counter is not None:
             self.model.load_counter.forget()
         gc.collect()
-        gc.freeze()  # what lives now lives on: a later collection need not look at it
+        gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
     def launch(
         self, plan: Plan, decode_rows: int | None, most_tokens: int, meanwhile: Callable[[], None] = lambda: None
     ) -> Step:
-        """Start this rank's part of an agreed step, which may be empty: every rank steps every time.
+        """Start this rank's part of an agreed step. It may be empty: every rank takes part in every step.
 
-        decode_rows: the bucket, if no rank has prompt tokens in this step; then all ranks use the fixed-capacity
-        layout. most_tokens: of the fullest replica. `meanwhile()` is called once: after the launch of a decode step,
-        which the GPU computes by itself, and before any other step, which would keep it waiting. A step with prompts
-        takes the host about as long as the GPU, because the host must learn how many rows the experts get.
+        `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
+        fixed-capacity layout. `most_tokens`: tokens of the fullest replica.
+
+        `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
+        Any other step calls it before the launch, which takes about as long as the step itself. The host takes part
+        there, because it must learn how many rows the experts get.
         """
         work = self.lay_out(plan, decode_rows, most_tokens)
         ahead = self.runs_ahead(work)
@@ -206,12 +236,17 @@ class Engine:
         return step
 
     def lay_out(self, plan: Plan, decode_rows: int | None, most_tokens: int) -> Work:
-        """The tokens of the step before may still be unseen. Everything that reads the sequences comes before
-        `advance`, from which on the step counts as launched: pages of a sequence that ends now stay its own."""
+        """Collect a step's inputs. The previous step's tokens may still be unseen.
+
+        Everything that reads the sequences comes before `Plan.advance`. From then on the step counts as launched: a
+        sequence that ends now keeps its pages.
+        """
         decodes, prompts = self._latest.next_decodes(plan.decodes), plan.prompt_chunks()
-        sequences, mixed = plan.advance(), decode_rows is None
-        rows = np.arange(len(sequences)) if mixed else self.decode.places(len(sequences), decode_rows)
-        overlapped = self.rule.in_prefill(most_tokens) if mixed else self.rule.in_decode(decode_rows)
+        sequences = plan.advance()
+        if decode_rows is None:
+            rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
+        else:
+            rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
         self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows)
         return self._latest
 
@@ -220,8 +255,9 @@ class Engine:
         return self.tokens.is_cuda and not work.mixed
 
     def run(self, work: Work) -> Step:
+        """Launch a step."""
         started = time.perf_counter()
-        if work.mixed:
+        if work.decode_rows is None:
             logits = self.prompt.run(work.decodes, work.prompts, work.overlapped)
         else:
             self.dispatchers.prepare_masked()
@@ -229,30 +265,36 @@ class Engine:
         logprobs = None if work.plan.is_plain else self._sample(logits, work.sequences, work.rows)
         tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
         self._seen.reverse()
-        done = torch.cuda.current_stream().record_event() if self.tokens.is_cuda else None
+        done = None
+        if self.tokens.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
         for observer in (self.recording, self.rebalancer):
             if observer is not None:
                 observer.step()
         return Step(work, started, tokens, logprobs, done)
 
     def vote(self) -> int:
-        """What this rank has to say to `rebalance`, for the step's agreement."""
+        """Return this rank's vote on moving experts, for the step's agreement."""
         return self.rebalancer.vote() if self.rebalancer is not None else BUSY
 
     def rebalance(self, votes: tuple[int, ...]) -> None:
-        """Before the step of this turn: experts may move now, on all ranks that gave these votes."""
+        """Move experts if all ranks agree. `votes`: those of all ranks. Call it before the step of this turn."""
         if self.rebalancer is not None:
-            self.rebalancer.act(votes)
+            self.rebalancer.advance(votes)
 
     def stats(self) -> dict[str, float]:
-        """All ranks of the job together."""
+        """Collective. Return the statistics of the job's experts."""
         if self.rebalancer is not None:
             return dict(self.rebalancer.stats)
         return self.recording.stats() if self.recording is not None else {}
 
     def _sample(self, logits: Tensor, sequences: list[Sequence], rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """What greedy choice alone does not give: other tokens, into `tokens`, and log probabilities."""
-        most = max((s.request.logprobs for s in sequences), default=0)
+        """Sample from `logits` into `self.tokens`, unless all requests are greedy.
+
+        Returns the ids and log probabilities that were requested, on the host once the step is done, or None.
+        """
+        max_logprobs = max((s.request.logprobs for s in sequences), default=0)
         warm = any(s.request.temperature > COLDEST for s in sequences)
         index = torch.from_numpy(rows).to(logits.device)
         logits, tokens = logits[index], self.tokens[index]
@@ -260,14 +302,18 @@ class Engine:
             how = [
                 (s.request.temperature, s.request.top_p, s.request.top_k, s.request.seed, s.computed) for s in sequences
             ]
-            # One rank's choice is all ranks': a sum over many probabilities need not give them the same bits.
+            # All ranks of the replica take the first one's choice: their sums over many probabilities may differ in the
+            # last bits.
             tokens = self.mesh.attn.broadcast(sample(logits, SamplingRows.build(how, logits.device)))
             self.tokens[index] = tokens
-        return tuple(to_host(part) for part in top_logprobs(logits, tokens, most)) if most else None
+        if not max_logprobs:
+            return None
+        ids, values = top_logprobs(logits, tokens, max_logprobs)
+        return to_host(ids), to_host(values)
 
     def close(self) -> None:
-        """All ranks together, before their process groups end."""
-        gc.unfreeze()  # warm_up's, or this engine would never be collected
+        """Collective. Call it before the process groups end."""
+        gc.unfreeze()  # undoes warm_up's freeze, or this engine would never be collected
         if self.rebalancer is not None:
             self.rebalancer.close()
         if self.recording is not None:
@@ -277,16 +323,18 @@ class Engine:
         lift_limit(self.mesh.device)
 
     def kv_layout(self) -> dict[str, str]:
-        """What two sides must have in common to hand KV over: the pool's rows, and the model that wrote them, told by
-        its configuration and its norms, which every rank has as they are in the checkpoint."""
-        told = hashlib.sha256(repr(replace(self.config, fp8=False, eos_token_ids=())).encode())
+        """Return the properties in which both sides of a KV handoff must agree: the pool's rows, and the model.
+
+        The model is identified by a hash of its configuration and its norms, which every rank holds unsplit.
+        """
+        model_hash = hashlib.sha256(repr(replace(self.config, fp8=False, eos_token_ids=())).encode())
         for name, weight in self.model.named_parameters():
             if "norm" in name:
-                norm = weight.detach().cpu().bfloat16()  # the same whatever --dtype is
-                told.update(norm.view(torch.uint8).numpy().tobytes())
+                norm = weight.detach().cpu().bfloat16()  # the same for every --dtype
+                model_hash.update(norm.view(torch.uint8).numpy().tobytes())
         layers, _, page, width = self.pool.shape
         dtype = str(self.pool.dtype).removeprefix("torch.")
-        shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": told.hexdigest()[:8]}
+        shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": model_hash.hexdigest()[:8]}
         return {name: str(value) for name, value in shape.items()}
 
     @property

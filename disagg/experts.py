@@ -1,4 +1,4 @@
-"""Which experts the ranks of a job hold, and the recording of how many tokens each gets."""
+"""Which experts the ranks of a job hold, and the recording of tokens per expert."""
 
 from pathlib import Path
 
@@ -16,7 +16,10 @@ WINDOW = 100  # steps
 
 
 def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: str | None) -> Placement:
-    """Which experts this job's slots hold: balanced for a recording, or for equal loads. All ranks together."""
+    """Collective. Decide which expert each slot of the job holds: balanced for a recording, or for equal loads.
+
+    Raises ValueError if the slots cannot be shared evenly, or the recording cannot be used.
+    """
     layers, experts, extra = config.num_moe_layers, config.n_routed_experts, redundant
     if not extra and recording is None:
         return Placement.identity(layers, experts, mesh.ep.size, mesh.device)
@@ -38,14 +41,14 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
 
 
 def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:
-    """For loads [layers, E] on the CPU, the same on all ranks. All ranks together."""
+    """Collective. Return a placement balanced for `loads` [layers, E], on the CPU and equal on all ranks."""
     nodes = mesh.nodes()
     of_slot = torch.from_numpy(balance(loads.numpy(), num_slots, mesh.ep.size, groups, nodes))
     return Placement.of_map(of_slot, loads.shape[1], mesh.ep.size, mesh.ep.rank, mesh.ep.size // nodes, mesh.device)
 
 
 def balance_stats(by_layer: NDArray) -> dict[str, float]:
-    """The metric: `balancedness`, on average over the layers with experts and of each, counted from 0."""
+    """Return the metrics: `balancedness`, averaged over the layers with experts, and one per such layer, from 0."""
     if not len(by_layer):
         return {}
     return {"balancedness": float(by_layer.mean())} | {
@@ -54,10 +57,12 @@ def balance_stats(by_layer: NDArray) -> dict[str, float]:
 
 
 class Recording:
-    """Counts of a job's experts in windows of WINDOW steps, into a file. Every rank steps every time, so that all end
-    their windows together."""
+    """Records tokens per expert, in windows of WINDOW steps, and saves them to a file.
 
-    def __init__(self, load_counter: LoadCounter, mesh: Mesh, path: str | Path):
+    Every rank calls `step` in every step of the job, so all ranks end a window (a collective) in the same step.
+    """
+
+    def __init__(self, load_counter: LoadCounter, mesh: Mesh, path: str | Path) -> None:
         self.load_counter, self.mesh, self.path = load_counter, mesh, path
         self.steps = 0
         self.before = torch.zeros_like(load_counter.by_expert)
@@ -74,12 +79,12 @@ class Recording:
         self.before = total
 
     def stats(self) -> dict[str, float]:
-        """How even the load of the ranks is, by all that was counted and the map as it is. All ranks together."""
+        """Collective. Return the balancedness of the ranks' load, from all counts so far and the current map."""
         counts, of_slot = self.mesh.ep.all_reduce(self.load_counter.total()), self.load_counter.placement.expert_of_slot
         return balance_stats(balancedness(counts.cpu().numpy(), of_slot.cpu().numpy(), self.mesh.ep.size))
 
     def save(self) -> None:
-        """All ranks together; the first writes."""
+        """Collective. Rank 0 writes the file."""
         if self.steps % WINDOW:
             self._end_window()
         if self.mesh.rank == 0:

@@ -1,4 +1,4 @@
-"""Interrupt: what Ctrl-C does, before a process serves and after. Imports nothing that takes time."""
+"""Interrupt: what Ctrl-C does, before and while a process serves. Imports only modules that load fast."""
 
 import os
 import signal
@@ -7,8 +7,11 @@ import threading
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM. Before `hold` it ends the process at once, with status 0. After `hold` it is remembered: the
-    loop ends at its next step on every rank, and the process with status 0. A second one kills."""
+    """Handles Ctrl-C and SIGTERM.
+
+    Before `hold`, a signal ends the process at once, with status 0. After `hold` it sets `seen`: the loop ends at its
+    next step on every rank, and the process exits with status 0. A second signal kills the process.
+    """
 
     def __init__(self) -> None:
         self.seen = self._held = False
@@ -16,7 +19,7 @@ class Interrupt:
             signal.signal(name, self._see)
 
     def hold(self) -> None:
-        """There are requests from here on, which want an answer first."""
+        """From now on, end only after all requests have an answer."""
         if not self._held:
             self._held = True
             heard, woken = os.pipe()
@@ -25,7 +28,7 @@ class Interrupt:
             threading.Thread(target=self._hear, args=(heard,), name="interrupt", daemon=True).start()
 
     def _hear(self, heard: int) -> None:
-        """In a thread: a handler has to wait while the main thread is in a collective, perhaps for a frozen rank."""
+        """Run in a thread: a Python handler cannot run while the main thread is in a collective, perhaps for ever."""
         for count in range(2):
             number = os.read(heard, 1)[0]
             self.seen = True
@@ -36,4 +39,4 @@ class Interrupt:
         if not self._held:
             if number == signal.SIGINT:  # SIGTERM is also what torchrun sends to the other ranks of one that failed
                 print("run.py: interrupted", file=sys.stderr, flush=True)
-            os._exit(0)  # an exception could be lost, or become a traceback, in whatever is being imported
+            os._exit(0)  # a module that is being imported could swallow an exception, or print a traceback

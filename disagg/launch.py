@@ -1,4 +1,4 @@
-"""What run.py does once its flags are read: start the router, or a job's rank with its engine and its loop."""
+"""Launch: start the router, or one rank of a job with its engine and its loop. Called by run.py with its flags."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ from parallel.mesh import Mesh
 
 
 def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> int:
-    """The process's exit status."""
+    """Run the router until all requests have an answer. Returns the process's exit status."""
     host, port = parse_address("--router", args.router)
     front = FrontDoor(args, config, (host, port))
     front.announce(host)
@@ -33,7 +33,10 @@ def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> in
 
 
 def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, interrupt: Interrupt) -> int:
-    """The process's exit status. ValueError for flags that the model or the machine does not allow."""
+    """Run one rank of a job. Returns the process's exit status.
+
+    Raises ValueError for flags that the model or the machine does not allow.
+    """
     mesh = Mesh.create(args.attn_tp)
     choose_threads(mesh.device)
 
@@ -64,7 +67,7 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, int
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
-    mesh.ep.exchange(None)  # until all ranks are here, Ctrl-C ends each by itself
+    mesh.ep.exchange(None)  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
     problem = serve(args.role, engine, mesh, router, interrupt)
@@ -78,7 +81,7 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, int
 
 
 def find_router(text: str) -> tuple[str, int]:
-    """Its address. ValueError if there is no way there: the weights would be read in vain."""
+    """Parse --router. Raises ValueError if its host cannot be reached, before the weights are read in vain."""
     host, port = parse_address("--router", text)
     if port == 0:
         raise ValueError(f"--router is {text!r}; port 0 is only for the router itself, which says what it got")
@@ -90,17 +93,21 @@ def find_router(text: str) -> tuple[str, int]:
 
 
 def choose_threads(device: torch.device) -> None:
-    """As torchrun does: one, unless the user says otherwise.
+    """Use one thread, as torchrun does, unless OMP_NUM_THREADS is set.
 
     On two idle cores the shipped model decodes as fast with one thread as with two, at 29 ms per step. Beside another
-    busy process a step takes 29 to 60 ms with one, and 330 to 510 with two: they spin while they wait for one another.
+    busy process a step takes 29 to 60 ms with one thread, and 330 to 510 ms with two. Two threads spin while they wait
+    for one another.
     """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 def open_front_door(args: Namespace, config: ModelConfig, mesh: Mesh) -> tuple[FrontDoor | None, tuple[str, int]]:
-    """Collective. On rank 0, the front door; on every rank, where its router listens. An error there is one on all."""
+    """Collective. Open the front door on rank 0. Returns it (None on other ranks), and the router's address.
+
+    An error on rank 0 is raised on all ranks, as a ValueError.
+    """
     front, error, address = None, None, None
     if mesh.rank == 0:
         host = local_host(mesh.first_host)

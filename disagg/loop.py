@@ -1,52 +1,58 @@
 """The loop that every rank of every role runs: events, a turn of the pipeline, a report to the router.
 
-The ranks of an attention replica share their events first, so that all of them take the same decisions. The router's
-messages reach the replica's first rank only, and a link's messages reach one rank.
+The ranks of an attention replica first share their events, so that all of them take the same decisions. The router's
+messages reach only the replica's first rank, and a link's messages reach only one rank.
 """
 
 import os
 import uuid
+from contextlib import nullcontext
 
 from disagg.connection import Connection
 from disagg.control.address import local_host
-from disagg.control.messages import Bye, Finish, Member
+from disagg.control.messages import Bye, Finish, Member, RoleName
 from disagg.decode import Decode
 from disagg.engine import Engine
 from disagg.handoff.connect import Door
 from disagg.interrupt import Interrupt
 from disagg.pipeline import CUT_OFF, FINISHED, GOING_ON, LEAVING, Pipeline, Turn
 from disagg.prefill import Prefill
+from disagg.rebalance import short_switches
 from disagg.role import Role
 from disagg.unified import Unified
 from parallel.mesh import Mesh
 
 LONGEST_NAP_MS = 20
-COLLECTIVE_S = 300.0  # a rank that waits longer for another one ends its job
+COLLECTIVE_S = 300.0  # a rank that waits longer than this in a collective ends its job
 
 
-def make_role(name: str, engine: Engine, mesh: Mesh, router_host: str) -> tuple[Role, list[Member]]:
-    """The role, and the ranks of this replica."""
+def make_role(name: RoleName, engine: Engine, mesh: Mesh, router_host: str) -> tuple[Role, list[Member]]:
+    """Collective. Return the role, and the members of this replica."""
     host = local_host(router_host)
     door = Door(host) if name == "prefill" else None
     ports = (door.port, door.store.port) if door else (0, 0)
     me = Member(uuid.uuid4().hex, host, *ports, mesh.rank, os.getpid())
     members = mesh.attn.exchange(me)
-    match name:
-        case "unified":
-            return Unified(engine), members
-        case "prefill":
-            return Prefill(engine, members, door), members
-        case "decode":
-            return Decode(engine, members), members
-    raise AssertionError(name)
+    if door is not None:
+        return Prefill(engine, members, door), members
+    return Unified(engine) if name == "unified" else Decode(engine, members), members
 
 
-def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
-    """Run until the router says Finish or somebody interrupts. What went wrong, if the end was not a good one."""
+def serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
+    """Collective. Run until the router sends Finish, or a signal interrupts.
+
+    Returns the problem, if that was not the reason for the end.
+    """
+    with short_switches() if engine.rebalancer is not None else nullcontext():
+        return _serve(name, engine, mesh, router, interrupt)
+
+
+def _serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
     role, members = make_role(name, engine, mesh, router[0])
     connection = Connection(name, engine, mesh, members, router)
     mesh.limit_waits(COLLECTIVE_S)
-    pipeline, nap_ms, finished, problem = Pipeline(role, engine, mesh, connection.waiting), 1, False, None
+    pipeline = Pipeline(role, engine, mesh, connection.waiting)
+    nap_ms, finished, problem = 1, False, None
     while True:
         connection.beacon.turn += 1
         inbox = [*connection.poll(), *role.collect()]
@@ -74,8 +80,8 @@ def serve(name: str, engine: Engine, mesh: Mesh, router: tuple[str, int], interr
     connection.report(role.news())  # of the step that was in flight at the end
     role.close()
     stats = pipeline.stats
-    for other in mesh.attn.exchange(role.stats()):
-        stats.update(other)
-    stats.update(engine.stats())
+    for part in (*mesh.attn.exchange(role.stats()), engine.stats()):  # of each rank of the replica, and of the job
+        for key, value in part.items():
+            stats[key] += value
     connection.close(Bye(dict(stats)))
     return problem

@@ -1,11 +1,11 @@
-"""What a rank's GPU memory goes to, before the KV pool is made: the pool gets what is left.
+"""The memory budget of a rank's GPU, computed before the KV pool is made: the pool gets the rest.
 
-`model/footprint.py` has the arithmetic on shapes. Here it becomes a table, a budget, and a limit that torch keeps to.
+`model/footprint.py` has the arithmetic on shapes. Here it becomes a table, a budget, and a limit for torch's allocator.
 """
 
 import os
 import socket
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,12 @@ WORKSPACES = 3 * 32 * 2**20  # cuBLAS takes 32 MiB (Hopper) per stream: the step
 
 @dataclass(frozen=True)
 class Budget:
-    """What one rank may take of its GPU, and what goes to everything but KV, in bytes."""
+    """The bytes that one rank may use of its GPU, and the parts that are not KV."""
 
     available: int
     why: str  # `available` as an equation
-    parts: dict[str, int]
-    page: int
+    parts: dict[str, int]  # name -> bytes
+    page: int  # bytes
 
     @property
     def left(self) -> int:
@@ -36,12 +36,14 @@ class Budget:
 
     @property
     def most_pages(self) -> int:
-        """That fit beside the null page."""
+        """Pages that fit in addition to the null page."""
         return max(0, self.left // self.page - 1)
 
     def pages(self, tokens: int | None) -> int:
-        """Pages of the pool without the null page: for so many tokens, rounded down, or (None) all that fit. ValueError
-        if they do not."""
+        """Return the size of the pool, without the null page: `tokens` in pages, rounded down, or (None) all that fit.
+
+        Raises ValueError if they do not fit.
+        """
         pages = max(1, self.most_pages) if tokens is None else tokens // PAGE
         if pages <= self.most_pages:
             return pages
@@ -56,7 +58,7 @@ class Budget:
         )
 
     def table(self, pages: int) -> str:
-        """Lines of part and GiB: what is taken, a pool of so many pages and the null page, and the limit."""
+        """Return lines of name and GiB: each part, a pool of `pages` pages plus the null page, and the limit."""
         pool = (pages + 1) * self.page
         sizes = {**self.parts, "KV": pool, "together": sum(self.parts.values()) + pool, "limit": self.available}
         notes = {"KV": f"  {pages:,} pages, {pages * PAGE:,} tokens", "limit": f"  {self.why}"}
@@ -70,30 +72,38 @@ def _gib(size: int) -> str:
 
 
 def share_of_gpu(total: int, free: int, held: int, fraction: float, sharers: int) -> tuple[int, str]:
-    """Bytes that one of `sharers` ranks on a GPU may use, and why: its share of `fraction` of all there is, or of what
-    is free beside the `held` bytes that it has taken already."""
-    allowed, there = int(fraction * total) // sharers, free // sharers + held
+    """Return the bytes that one of `sharers` ranks on a GPU may use, and the equation for the log.
+
+    It is the smaller of two limits. One is the rank's share of `fraction` of the `total` bytes. The other is its share
+    of the `free` bytes, plus the `held` bytes that it has taken already.
+    """
+    allowed, obtainable = int(fraction * total) // sharers, free // sharers + held
     among = f" / {sharers} ranks" if sharers > 1 else ""
-    if allowed <= there:
+    if allowed <= obtainable:
         return allowed, f"--gpu-memory-fraction {fraction:g} x {_gib(total)}{among}"
-    return there, f"free {_gib(free)}{among} + {_gib(held)} that this rank has taken"
+    return obtainable, f"free {_gib(free)}{among} + {_gib(held)} that this rank has taken"
 
 
 def share_of_torch(total: int, buffers: int, fraction: float, sharers: int) -> float:
-    """The fraction of the GPU that torch may hold for one of `sharers` ranks: its share, without the `buffers` that are
-    not torch's, and half of what `fraction` leaves. The other half is for what else takes memory later, above all NCCL:
-    groups and links connect when they are first used, and torch's cache could have grown over all there is by then."""
+    """Return the fraction of the GPU that torch may hold for one of `sharers` ranks.
+
+    This is the rank's share of `fraction` plus half of the rest, without the `buffers` that torch does not allocate.
+    The other half is for later users of memory, above all NCCL. Groups and links connect at their first use. By then
+    torch's cache could have grown over all the memory.
+    """
     return max(0.0, (1 + fraction) / 2 / sharers - buffers / total)
 
 
 def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
-    """Pages of a CPU rank's pool without the null page: for `tokens`, rounded down, or (None) KV_TOKENS_ON_CPU.
-    ValueError if the memory of a machine does not hold the pools of its ranks. All ranks together."""
+    """Collective. Return the size of a CPU rank's pool, without the null page: `tokens` in pages, rounded down.
+
+    None: KV_TOKENS_ON_CPU. Raises ValueError if a machine's memory cannot hold the pools of its ranks.
+    """
     pages = (tokens or KV_TOKENS_ON_CPU) // PAGE
     machines: dict[str, list[int]] = {}
     for host, available in mesh.ep.exchange((socket.gethostname(), host_memory())):
         machines.setdefault(host, []).append(available)
-    ranks = min(machines.values(), key=lambda seen: min(seen) // len(seen))  # of the machine with the least for each
+    ranks = min(machines.values(), key=lambda seen: min(seen) // len(seen))  # the machine with the least per rank
     share, size = min(ranks) // len(ranks), (pages + 1) * page
     if size > share:
         among = f" / {len(ranks)} ranks = {_gib(share)} GiB" if len(ranks) > 1 else ""
@@ -107,7 +117,7 @@ def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
 
 
 def host_memory() -> int:
-    """Bytes that this machine can still give; where it does not say, all that it has."""
+    """Return the bytes of available memory of this machine, or all its memory if /proc/meminfo does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -119,7 +129,7 @@ def plan_parts(
     model: Transformer,
     shape: StepShape,
     buffers: int,
-    buckets: Sequence[int],
+    buckets: abc.Sequence[int],
     max_tokens_per_step: int,
     max_model_len: int,
     longest: int,
@@ -127,15 +137,21 @@ def plan_parts(
     spare_layers: int = 0,
     handoff: int = 0,
 ) -> dict[str, int]:
-    """The table's rows without KV, in bytes. `buckets`: rows of decode steps; `longest`: tokens of KV that a request
-    can have, which is what the one prompt that does not begin in a step can see beside the step's own tokens;
-    `spare_layers`: whose experts may be on their way at once (`disagg/rebalance.py`); `handoff`: bytes of the buffers
-    of KV that is on its way (`disagg/handoff/credits.py`)."""
+    """Return the table's rows without KV: name -> bytes.
+
+    `buffers`: bytes of the dispatcher's buffers. `buckets`: row counts of decode steps.
+    `longest`: the most tokens of KV per request. At most one prompt in a step began earlier, and it can attend to that
+    many tokens in addition to the step's own.
+    `spare_layers`: layers whose experts may move at once (`disagg/rebalance.py`).
+    `handoff`: bytes of the KV handoff's buffers (`disagg/handoff/credits.py`).
+    """
     tokens = -(-max_tokens_per_step // shape.attn_tp) * shape.attn_tp
     most = max(buckets)
     steps = (
-        contiguous_step(shape, tokens, tokens + longest, most), masked_step(shape, most), sampling(shape.config, most)
-    )  # fmt: skip
+        contiguous_step(shape, tokens, tokens + longest, most),
+        masked_step(shape, most),
+        sampling(shape.config, most),
+    )
     weights, placement = weight_bytes(model), model.placement
     maps = placement.slot_of_expert.nbytes + placement.expert_of_slot.nbytes
     return weights | {
@@ -150,8 +166,10 @@ def plan_parts(
 
 
 def claim_memory(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fraction: float) -> Budget:
-    """This rank's share of what its GPU has free now, after the weights were made. From here on torch keeps to it
-    (until `lift_limit`). All ranks of the job together."""
+    """Collective. Return this rank's budget, and limit torch's allocator to it until `lift_limit`.
+
+    Call it after the weights were made: the budget depends on the GPU's free memory now.
+    """
     sharers = mesh.ranks_on_my_gpu()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(mesh.device)
@@ -161,6 +179,6 @@ def claim_memory(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fra
 
 
 def lift_limit(device: torch.device) -> None:
-    """Torch may have the whole GPU again."""
+    """Allow torch to use the whole GPU again."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0, device.index)

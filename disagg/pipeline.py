@@ -1,13 +1,13 @@
-"""Pipeline: one turn of the step loop: schedule, agree, launch a step, take up the one before.
+"""Pipeline: one turn of the step loop: schedule, agree, launch a step, take up the previous one.
 
-A step is scheduled before the tokens of the step before it have been looked at. A decode step is also launched then.
-While the GPU computes it, the CPU takes up those tokens, tells the router, and schedules the next step.
+A step is scheduled before the previous step's tokens have been read. A decode step is also launched before that. While
+the GPU computes it, the CPU takes up those tokens, reports to the router, and schedules the next step.
 
-The ranks of the job agree once per turn, in one collective, on what kind of step it is and on whether experts move
-before it. After that no rank returns early: a rank without work runs an empty batch.
+The ranks of the job agree once per turn, in one collective, on the kind of step and on whether experts move before it.
+After that no rank returns early: a rank without work runs an empty batch.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
@@ -21,27 +21,30 @@ from disagg.scheduler import Plan
 from disagg.step import Step
 from parallel.mesh import Mesh
 
-# What a rank says of its job's end: it serves; it cannot be told, or not by itself; it has its Finish; it leaves now.
-GOING_ON, CUT_OFF, FINISHED, LEAVING = range(4)
+# A rank's state, for deciding together when the job ends.
+GOING_ON = 0  # serves
+CUT_OFF = 1  # has no port to the router, or has lost it: it cannot receive a Finish
+FINISHED = 2  # has received its Finish
+LEAVING = 3  # must end now
 
 
 class Turn(Enum):
-    """What a turn came to."""
+    """The outcome of a turn."""
 
     WORKED, IDLE, OVER = range(3)
 
 
 class Agreement(NamedTuple):
-    """What all ranks of the job know of a turn; the same on each."""
+    """The state of all ranks of the job in a turn, by rank. Equal on all ranks."""
 
-    prefill_tokens: tuple[int, ...]  # by rank
+    prefill_tokens: tuple[int, ...]
     decodes: tuple[int, ...]
-    ends: tuple[int, ...]
-    votes: tuple[int, ...]
+    ends: tuple[int, ...]  # GOING_ON to LEAVING
+    votes: tuple[int, ...]  # on moving experts
 
     @property
     def is_over(self) -> bool:
-        """Any rank leaves, or every rank that can be told has its Finish."""
+        """Does any rank leave, or has every rank that can receive a Finish received it?"""
         return LEAVING in self.ends or (FINISHED in self.ends and GOING_ON not in self.ends)
 
     @property
@@ -50,30 +53,30 @@ class Agreement(NamedTuple):
 
     @property
     def most_tokens(self) -> int:
-        """Of the fullest replica."""
+        """Tokens of the fullest replica."""
         return max(map(sum, zip(self.prefill_tokens, self.decodes, strict=True)))
 
 
 class Pipeline:
-    """At most one step runs while the next is scheduled."""
+    """Runs turns. At most one step is in flight while the next is scheduled."""
 
     def __init__(
         self, role: Role, engine: Engine, mesh: Mesh, waiting: Callable[[], AbstractContextManager] = nullcontext
-    ):
-        """`waiting` is entered around the collective."""
+    ) -> None:
+        """`waiting()` is a context that is entered around the turn's collective."""
         self.role, self.engine, self.mesh, self.waiting = role, engine, mesh, waiting
-        self.stats: Counter = Counter()
+        self.stats: defaultdict[str, float] = defaultdict(int)
         self._running: Step | None = None
-        self._seen = 0.0  # when the tokens of the latest step that was taken up were there
+        self._seen = 0.0  # time.perf_counter() when the latest step had been taken up
 
     def turn(self, end: int = GOING_ON) -> Turn:
-        """Collective. `end`: what this rank says of its job's end."""
+        """Collective. `end`: this rank's state, GOING_ON to LEAVING."""
         self.role.admit()
         plan = self.role.schedule()
         agreed = self._agree(plan, end)
         before, self._running = self._running, None
         if agreed.is_over:
-            self._take_up(before)  # its pages are released only now
+            self._take_up(before)  # which releases its pages
             return Turn.OVER
         self.engine.rebalance(agreed.votes)
         if agreed.has_work:
@@ -96,7 +99,7 @@ class Pipeline:
     def _take_up(self, step: Step | None) -> None:
         if step is None:
             return
-        began = max(step.started, self._seen)  # a step that was launched ahead begins when the one before it ends
+        began = max(step.started, self._seen)  # a step that was launched ahead begins when the previous one ends
         tokens = self.role.take_up(step)
         self._seen = perf_counter()
         self._count(step, tokens, self._seen - began)

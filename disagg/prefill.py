@@ -1,7 +1,8 @@
-"""The prefill role: compute prompts, and push each chunk's KV to the decode rank while the next one is computed."""
+"""The prefill role: compute prompts, and send each chunk's KV to the decode rank while computing the next chunk."""
 
 import sys
 import time
+from collections import abc
 from dataclasses import dataclass
 
 import zmq
@@ -17,24 +18,24 @@ from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
 from model.batch import PAGE
 
-MOST_LINKS = 256  # alive at once; each has two threads, and whoever reaches the door can ask for one
+MOST_LINKS = 256  # alive at once; each has two threads, and any process that reaches the door can ask for one
 
 
 @dataclass(eq=False)
 class Outgoing:
-    """A prompt at work, and where its KV goes."""
+    """A prompt being computed, and the destination of its KV."""
 
     sequence: Sequence
     pages: list[int]  # the decode side's
-    links: list[SendLink]  # those that this rank serves
+    links: list[SendLink]  # this rank's, out of all that serve the request
     room: Room
     sent: int = 0  # pages
-    began: float = 0.0  # its first step, of time.perf_counter
+    began: float = 0.0  # time.perf_counter() at its first step
 
 
 class Prefill(Role):
-    def __init__(self, engine: Engine, members: list[Member], door: Door):
-        """`members`: the ranks of this replica, in order; `door` is this rank's."""
+    def __init__(self, engine: Engine, members: list[Member], door: Door) -> None:
+        """`members`: the ranks of this replica, in order. `door`: this rank's."""
         super().__init__(engine)
         self.door = door
         self.rank, self.members = engine.mesh.attn.rank, members
@@ -42,18 +43,18 @@ class Prefill(Role):
         self.links = Links(self.make_link)
 
     def news(self) -> Updates | None:
-        """None: the decode side speaks to the router."""
+        """Always None: the decode side reports to the router."""
 
-    def collect(self) -> list[Event]:
+    def collect(self) -> abc.Sequence[Event]:
         for knock in self.door.poll():
             try:
                 self.answer(knock)
-            except (ValueError, zmq.ZMQError) as error:  # the latter: the process may open no more files
+            except (ValueError, zmq.ZMQError) as error:  # ZMQError: the process has too many open files
                 print(f"prefill: a link was refused, {error}", file=sys.stderr)
         return self.links.drain()
 
     def answer(self, knock: Knock) -> None:
-        """Make the link that is asked for. ValueError if there are too many."""
+        """Make the requested link. Raises ValueError if there are too many."""
         if (knock.decode.id, knock.generation) not in self.links and self.links.num_alive >= MOST_LINKS:
             raise ValueError(f"{MOST_LINKS} are open")
         self.links.get(knock.decode, knock.generation)
@@ -75,7 +76,7 @@ class Prefill(Role):
                 self.links.lose(ids)
             case Back(ids):
                 self.links.find(ids)
-            case Forget():  # of its rooms the decode side tells; who is gone, the next session says anew
+            case Forget():  # the decode side cancels its rooms, and the next session repeats who is gone
                 self.links.gone.clear()
 
     def open(self, event: Open) -> None:
@@ -95,14 +96,14 @@ class Prefill(Role):
             self.scheduler.add(departure.sequence)
 
     def fail(self, departure: Outgoing, error: str) -> None:
-        """Compute it no further and close it on every link; its pages wait until all of them have let go."""
+        """Stop computing a prompt, and close its room. It keeps its pages until every link has ended the room."""
         departure.room.fail(error)
         self.scheduler.remove(departure.sequence)
         for link in departure.links:
-            link.put(Closed(departure.sequence.uid, error))  # ignored where the room has ended already
+            link.put(Closed(departure.sequence.uid, error))  # ignored by a link where the room has ended already
 
     def make_link(self, decode: Member, generation: int) -> SendLink:
-        connect = listen(self.door.store, self.door.host, self.engine.pool.device)
+        connect = listen(self.door.store.port, self.door.host, self.engine.pool.device)
         key = link_key(self.members[self.rank], decode, generation)
         pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
         return SendLink(key, connect, pool, self.links.events, self.links.credits, pack_pages=pack_pages)
@@ -111,13 +112,13 @@ class Prefill(Role):
         return self.scheduler.schedule(reserve_output=False)
 
     def launched(self, step: Step) -> None:
-        """Push the pages that are full, as soon as they are; a prompt that is now under way whole leaves the queues."""
+        """Send the pages that this step fills. A prompt with its last chunk launched leaves the queues."""
         for sequence, _ in step.work.plan.prefills:
             departure = self.outgoing[sequence.uid]
             departure.began = departure.began or step.started
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
-            upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # a page is sent once, full
+            upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # full pages, except the last
             if upto > departure.sent:
                 new = slice(departure.sent, upto)
                 for link in departure.links:
@@ -131,7 +132,7 @@ class Prefill(Role):
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.uid
-            if uid in self.outgoing:  # else its links ended while the token was on its way
+            if uid in self.outgoing:  # otherwise its links ended while the token was in flight
                 departure = self.outgoing[uid]
                 for link in departure.links:
                     link.put(SendLast(uid, token, logprobs, now - departure.began, now))

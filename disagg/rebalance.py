@@ -1,25 +1,27 @@
-"""Experts move while the job serves, and no step waits for them. Three stages, chunk by chunk of a few layers:
+"""Rebalancing: experts move while the job serves, and no step waits for them. It works in chunks of a few layers:
 
-    1  the checkpoint is there all the time: on disk, and in the page cache that a node's ranks share
-    2  what a rank lacks of the new map goes to spare slots: file -> pinned buffer -> GPU, in a thread, on a stream of
-       its own, while steps run
-    3  once EVERY rank has staged its part: between the same two steps on all ranks, the spare slots are copied into
-       place and the map's rows are overwritten, at addresses that CUDA graphs know
+    1  the checkpoint is always available: on disk, and in the page cache that a node's ranks share
+    2  experts that the new map adds to a rank are staged in spare slots: file -> pinned buffer -> GPU, in a thread, on
+       its own stream, while steps run
+    3  flip: when EVERY rank has staged its part, all ranks copy the spare slots into place and overwrite the map's rows
+       between the same two steps, in place, because CUDA graphs have captured the addresses
 
-No weights travel between ranks. What the ranks must know of each other is one number in the step's agreement anyway:
+No weights travel between ranks. The ranks coordinate by one number each, a vote, in the step's agreement:
 
     look (count, sum over ranks) -> decide (thread) -> [ stage (thread) -> agreed -> flip ] for each chunk -> wait
 
-An arrow is passed when all ranks have voted, and voted the same. If one has failed, all stop there: layers that have
-flipped stay so, the others serve as before, and the next look starts anew.
+Every rank votes in every step, BUSY until it is ready. The job enters the next stage only when no rank is BUSY and all
+votes are equal. If any rank votes FAILED, or the votes differ, all stop. Layers that have flipped keep their new
+experts, the others keep the old ones, and the next look starts over.
 """
 
 import sys
 import time
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from disagg.experts import balance_stats
 from model.batch import to_host
+from model.moe import MoE
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
 from model.weights import ExpertReader
@@ -34,17 +37,32 @@ from parallel.eplb import balance, balancedness
 from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
 
-BUFFERS = 2  # pinned, of an expert each: one is read into while the other is copied
-SWITCH_S = 5e-4  # how long the thread may keep the interpreter when a step wants it; Python's 5 ms are a decode step
-BUSY, FAILED, READY = 0, -1, 1  # votes; a map's is its fingerprint, above these
+BUFFERS = 2  # pinned, one expert each: one is filled while the other is copied
+SWITCH_S = 5e-4  # how long a thread may keep the interpreter from another; Python's default of 5 ms is a decode step
+BUSY, FAILED, READY = 0, -1, 1  # votes; a vote for a map is its fingerprint, which is larger
 DIFFER = "the ranks want different maps"
 
 Vote = Callable[[], int]
 Move = tuple[int, int, int]  # MoE layer, slot of this rank, spare slot
 
 
+@contextmanager
+def short_switches() -> Iterator[None]:
+    """Let a step get the interpreter back from the rebalancer's thread within SWITCH_S. For the whole process."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class Rebalancer:
-    """All ranks of the job make one, call `vote` and `act` once a turn of the step loop, and `step` once a step."""
+    """Moves the experts of one rank. Every rank of the job has one.
+
+    In each turn of the step loop, call `vote`, exchange the votes, and call `advance`. Call `step` after each step.
+    Steps should run within `short_switches`.
+    """
 
     def __init__(
         self,
@@ -54,18 +72,21 @@ class Rebalancer:
         interval: int,
         threshold: float = 1.0,
         layers_per_step: int = 1,
-    ):
-        """interval: steps between looks. threshold: nothing moves while the balancedness is above it, neither of a
-        layer nor, on average, of all. layers_per_step: of a chunk. The model has its weights and its load_counter. All
-        ranks of the job together."""
+    ) -> None:
+        """Collective. `model` has its weights and its load_counter.
+
+        `interval`: steps between looks. `threshold`: a layer moves only if its balancedness is at most this, and only
+        if the average over all layers is, too. `layers_per_step`: layers per chunk.
+        """
+        assert model.load_counter is not None
         self.mesh, self.reader, self.load_counter, self.placement = mesh, reader, model.load_counter, model.placement
         self.interval, self.threshold, self.chunk = interval, threshold, layers_per_step
         self.groups, self.nodes = model.config.n_group, mesh.nodes()
-        self.map = self.placement.expert_of_slot.cpu()  # [layers, P] as it is on the device
+        self.map = self.placement.expert_of_slot.cpu()  # [layers, P], a copy of the map on the device
         local = self.placement.slots_per_rank
         self.mine = slice(mesh.ep.rank * local, (mesh.ep.rank + 1) * local)
-        self.identity = self.placement.expert_of_slot[:, self.mine].clone()  # [layers, L]: what is in my slots
-        experts = [layer.mlp.experts for layer in model.layers if layer.is_moe]
+        self.identity = self.placement.expert_of_slot[:, self.mine].clone()  # [layers, L]: experts in this rank's slots
+        experts = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, MoE)]
         self.layers = [
             Slots(dict(e.named_parameters()) | {IDENTITY: row}) for e, row in zip(experts, self.identity, strict=True)
         ]
@@ -77,21 +98,29 @@ class Rebalancer:
             self.placement.ep_size,
         )
         self.buffers = self.layers[0].like(BUFFERS, torch.device("cpu"), pinned=self.on_gpu)
-        self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS  # out of each buffer
-        self._free = self._record()  # from here on the spare slots are, and the weights are there
+        self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS  # after the latest copy out of each buffer
+        self._free = self._record()  # after this the weights are complete and the spare slots may be overwritten
         self._stream = torch.cuda.Stream(device, priority=-1) if self.on_gpu else None
         self._thread = ThreadPoolExecutor(1, "rebalance")
-        sys.setswitchinterval(SWITCH_S)
         self._checks: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._counted = torch.zeros_like(self.load_counter.by_expert)
-        self._steps, self._requested, self._reason = 0, None, ""
-        self.stats: Counter = Counter(rebalances_total=0, rebalance_failures=0, rebalance_seconds=0.0)
+        self._counted = torch.zeros_like(self.load_counter.by_expert)  # [layers, E]: the counts at the last look
+        self._steps = 0  # since the last look
+        self._requested: Tensor | None = None
+        self._reason = ""  # of the last failure that was printed
+        self.stats: defaultdict[str, float] = defaultdict(
+            int, rebalances_total=0, rebalance_failures=0, rebalance_seconds=0.0
+        )
         self._rounds = self._run()
-        self.vote: Vote = next(self._rounds)  # what this rank has to say now
+        self._waits_for: Vote = next(self._rounds)
+
+    def vote(self) -> int:
+        """Return this rank's vote on entering the next stage."""
+        return self._waits_for()
 
     @property
     def idle(self) -> bool:
-        return self.vote == self._due
+        """Is no move in progress?"""
+        return self._waits_for == self._due
 
     @property
     def why(self) -> str:
@@ -103,12 +132,14 @@ class Rebalancer:
         )
 
     def step(self) -> None:
-        """A step was launched."""
+        """Count a launched step."""
         self._steps += 1
 
     def request(self, expert_of_slot: Tensor) -> None:
-        """Move to this map [layers, P] next, whatever the load; an expert that stays on its rank stays in its slot. All
-        ranks together, between the same two turns. ValueError if a layer lacks an expert."""
+        """Move to this map [layers, P] next, whatever the load. An expert that stays on its rank keeps its slot.
+
+        Every rank must call it, between the same two turns. Raises ValueError if a layer lacks an expert.
+        """
         experts = self.load_counter.by_expert.shape[1]
         if expert_of_slot.shape != self.map.shape:
             raise ValueError(f"the map is {list(expert_of_slot.shape)}, must be {list(self.map.shape)}")
@@ -117,15 +148,21 @@ class Rebalancer:
                 raise ValueError(f"layer {layer} of the map must hold every expert of {experts}, and no other")
         self._requested = expert_of_slot.cpu()
 
-    def act(self, votes: tuple[int, ...]) -> None:
-        """`votes`: every rank's, in this turn. Before the turn's step is launched; RuntimeError if an expert is not
-        where the map says."""
+    def advance(self, votes: tuple[int, ...]) -> None:
+        """Enter the next stage if no rank is BUSY. `votes`: those of all ranks in this turn.
+
+        Call it before the turn's step is launched. Raises RuntimeError if an expert is not where the map says.
+        """
         self._check()
         if all(votes):
-            self.vote = self._rounds.send("a rank failed" if FAILED in votes else DIFFER if len(set(votes)) > 1 else "")
+            problem = "a rank failed" if FAILED in votes else DIFFER if len(set(votes)) > 1 else ""
+            self._waits_for = self._rounds.send(problem)
 
     def _run(self) -> Generator[Vote, str, None]:
-        """Yields what to wait for, as a vote; is sent what went wrong on any rank, in the same turn on each."""
+        """Run look after look. Each yield waits for the ranks: it yields the function that votes.
+
+        All ranks resume it in the same turn, with the problem of any rank, or "".
+        """
         while True:
             problem = yield self._due
             began, wanted = time.perf_counter(), self._requested
@@ -151,30 +188,32 @@ class Rebalancer:
         return READY if self._steps >= self.interval else BUSY
 
     def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """The job's tokens of each expert [layers, E] since the last look: on the host once the event is done."""
+        """Return the job's tokens per expert since the last look, [layers, E]: on the host, valid after the event."""
         total = self.load_counter.total()
         window, self._counted = total - self._counted, total
         return to_host(self.mesh.ep.all_reduce(window)), self._record()
 
     def _decide(self, loads: Tensor, counted: torch.cuda.Event | None) -> Tensor | None:
-        """The map for these loads, in the layers that it makes better; None if nothing should move. In the thread; a
-        function of what all ranks have alike."""
+        """Return the map for these loads, changed only in layers where that helps, or None if nothing should move.
+
+        Runs in the thread. Its inputs are equal on all ranks, so the result is too.
+        """
         if counted is not None:
             counted.synchronize()
-        loads, ranks = loads.numpy(), self.placement.ep_size
-        now = balancedness(loads, self.map.numpy(), ranks)
-        for name, value in balance_stats(now).items():  # a Counter's `update` would add them up
-            self.stats[name] = value
+        counts, ranks = loads.numpy(), self.placement.ep_size
+        now = balancedness(counts, self.map.numpy(), ranks)
+        self.stats |= balance_stats(now)
         if now.mean() > self.threshold:
             return None
-        wanted = balance(loads, self.map.shape[1], ranks, self.groups, self.nodes)
-        better = torch.from_numpy((now <= self.threshold) & (balancedness(loads, wanted, ranks) > now))
+        wanted = balance(counts, self.map.shape[1], ranks, self.groups, self.nodes)
+        better = torch.from_numpy((now <= self.threshold) & (balancedness(counts, wanted, ranks) > now))
         return self._settle(torch.from_numpy(wanted).where(better[:, None], self.map)) if better.any() else None
 
     def _settle(self, wanted: Tensor) -> Tensor:
         return keep_in_place(self.map, wanted, self.placement.ep_size)
 
     def _move(self, wanted: Tensor) -> Generator[Vote, str, bool]:
+        """Stage and flip chunk after chunk. Returns False if a chunk failed."""
         changed = (wanted != self.map).any(1).nonzero()[:, 0].tolist()
         for first in range(0, len(changed), self.chunk):
             layers = changed[first : first + self.chunk]
@@ -187,13 +226,14 @@ class Rebalancer:
 
     @torch.inference_mode()
     def _stage(self, layers: list[int], wanted: Tensor) -> list[Move]:
-        """Fill spare slots and spare rows with what these layers will have. In the thread; nothing serves from there.
+        """Fill spare slots with the new experts of these layers, and spare rows with their maps. Runs in the thread.
 
-        An expert that a slot of this rank holds already is copied from it; one that several slots want is staged once.
+        No step reads the spare slots. An expert that a slot of this rank already holds is copied from there. One that
+        several slots get is staged once.
         """
         moves, used = [], 0
         with torch.cuda.stream(self._stream):
-            if self._stream is not None:
+            if self._stream is not None and self._free is not None:  # both or neither
                 self._stream.wait_event(self._free)
             for layer in layers:
                 before, after = self.map[layer, self.mine].tolist(), wanted[layer, self.mine].tolist()
@@ -209,9 +249,13 @@ class Rebalancer:
                         staged[expert], used = used, used + 1
                     moves.append((layer, slot, staged[expert]))
             rows = Placement.of_map(
-                wanted[layers], self._counted.shape[1], self.placement.ep_size, self.mesh.ep.rank,
-                self.placement.ep_size // self.nodes, self.mesh.device,
-            )  # fmt: skip
+                wanted[layers],
+                self._counted.shape[1],
+                self.placement.ep_size,
+                self.mesh.ep.rank,
+                self.placement.ep_size // self.nodes,
+                self.mesh.device,
+            )
             for row in range(len(layers)):
                 self.spare_rows.replace(row, rows, row)
             if self._stream is not None:
@@ -219,50 +263,65 @@ class Rebalancer:
         return moves
 
     def _fetch(self, layer: int, expert: int, spare: int) -> None:
-        buffer = self.stats["experts_staged"] % BUFFERS
-        if self._copied[buffer] is not None:
-            self._copied[buffer].synchronize()
+        """Copy an expert from the checkpoint to a spare slot."""
+        buffer = int(self.stats["experts_staged"]) % BUFFERS
+        copied = self._copied[buffer]
+        if copied is not None:
+            copied.synchronize()
         self.reader.read(layer, expert, self.buffers, buffer)
         self.spare.put(spare, self.buffers, buffer)
         self._copied[buffer] = self._record()
         self.stats["experts_staged"] += 1
 
     def _flip(self, layers: list[int], wanted: Tensor, moves: list[Move]) -> None:
-        """On the stream of the steps: those launched so far see the old map, whole, those after them the new one."""
+        """Put the staged experts and maps into place, on the steps' stream.
+
+        So every step launched before sees only the old map, and every later one only the new map.
+        """
         self.load_counter.fold()
         for layer, slot, spare in moves:
             self.layers[layer].put(slot, self.spare, spare)
         for row, layer in enumerate(layers):
             self.placement.replace(layer, self.spare_rows, row)
         self.map[layers] = wanted[layers]
-        held = torch.stack((self.identity, self.placement.expert_of_slot[:, self.mine]))
-        self._checks.append((to_host(held), self._record()))
+        both = torch.stack((self.identity, self.placement.expert_of_slot[:, self.mine]))
+        self._checks.append((to_host(both), self._record()))
         self._free = self._record()
 
     def _check(self, wait: bool = False) -> None:
-        """What the slots held after the flips that the device has done: what its map said they hold."""
+        """Compare slots and map after each flip that the device has completed. `wait`: after all flips.
+
+        Raises RuntimeError if a slot does not hold the expert that the map says.
+        """
         while self._checks:
-            held, done = self._checks[0]
+            both, done = self._checks[0]  # [2, layers, L]: experts in the slots, and by the map
             if done is not None and not wait and not done.query():
                 return
             if done is not None:
                 done.synchronize()
             self._checks.popleft()
-            for layer, slot in (held[0] != held[1]).nonzero().tolist():
-                found, expected = held[:, layer, slot].tolist()
+            for layer, slot in (both[0] != both[1]).nonzero().tolist():
+                found, expected = both[:, layer, slot].tolist()
                 raise RuntimeError(
                     f"rank {self.mesh.rank}: MoE layer {layer}, slot {self.mine.start + slot} holds expert {found}; "
                     f"the map says expert {expected}"
                 )
 
     def _record(self) -> torch.cuda.Event | None:
-        """On the current stream; None on a CPU, where everything is done at once."""
-        return torch.cuda.current_stream().record_event() if self.on_gpu else None
+        """Record an event on the current stream. Returns None on a CPU, where all work is synchronous."""
+        if not self.on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
-    def _fail(self, problem: str, mine: Future | None = None) -> None:
-        """Counted on every rank; said by the one where it happened, and again only if the reason is another."""
+    def _fail(self, problem: str, future: Future | None = None) -> None:
+        """Count a failure, on every rank. The rank where it happened prints it, unless it printed the same before.
+
+        `future`: this rank's part, which may have raised. If the votes differ, rank 0 prints that.
+        """
         self.stats["rebalance_failures"] += 1
-        error = mine.exception() if mine is not None else None
+        error = future.exception() if future is not None else None
         if error is not None:
             problem = f"{type(error).__name__}: {error}"
         elif problem != DIFFER or self.mesh.rank > 0:
@@ -273,13 +332,14 @@ class Rebalancer:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Wait for what the thread is at, and check the last flips."""
+        """Wait for the thread to end, and check the last flips."""
         self._thread.shutdown()
         self._check(wait=True)
         self.reader.close()
 
 
 def _vote(future: Future) -> int:
+    """Vote on a result of the thread. The vote for a map is its fingerprint: the ranks must have computed the same."""
     if not future.done():
         return BUSY
     if future.exception() is not None:
@@ -289,4 +349,4 @@ def _vote(future: Future) -> int:
 
 
 def _fingerprint(map: Tensor) -> int:
-    return READY + 1 + zlib.crc32(map.contiguous().numpy())
+    return READY + 1 + zlib.crc32(map.contiguous().numpy().tobytes())

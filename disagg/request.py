@@ -1,16 +1,18 @@
-"""Request: what the engine is asked for. It travels between the router and the ranks, and is checked when it arrives.
+"""Request: one prompt to continue, as the engine sees it. The router sends it to the ranks, which validate it.
 
-`disagg/front/parse.py` has the rules that a user's request is held to.
+`disagg/front/parse.py` has the rules for what a user may write.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+FinishReason = Literal["stop", "length"]
+
 
 class Request(msgspec.Struct, frozen=True):
-    """`uid` is the router's own number for it (and its room's in the KV handoff); the user's `id` never travels."""
+    """`uid` is the router's number for the request, also used in the KV handoff. The user's `id` is never sent."""
 
     uid: int
     prompt: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
@@ -24,10 +26,10 @@ class Request(msgspec.Struct, frozen=True):
 
     @property
     def most_tokens(self) -> int:
-        """Its prompt's and all that it may generate."""
+        """Tokens of the prompt plus the tokens that may be generated."""
         return len(self.prompt) + self.max_tokens
 
     def check_vocabulary(self, size: int) -> None:
-        """ValueError if the prompt has a token that a model with so many has not."""
-        if (most := max(self.prompt)) >= size:
-            raise ValueError(f"token {most} is not in the vocabulary of {size} of the model that serves it")
+        """Raise ValueError if the prompt has a token outside a vocabulary of `size` tokens."""
+        if (largest := max(self.prompt)) >= size:
+            raise ValueError(f"token {largest} is not in the vocabulary of {size} of the model that serves it")

@@ -2,8 +2,8 @@
 
     waiting --(a place in the batch, all its pages)--> running --> finished
 
-A request's pages are all reserved when it is admitted, so a running request never runs out and nothing is preempted.
-Deterministic: the ranks of an attention replica feed it the same events and it makes the same choices on each.
+A request gets all its pages when it is admitted, so a running request never runs out and nothing is preempted. The
+scheduler is deterministic: the ranks of an attention replica give it the same events, so it makes the same choices.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from disagg.request import Request
+from disagg.request import FinishReason, Request
 from model.batch import PAGE, Chunk
 from model.kv_cache import PageAllocator, pages_for
 from model.sampling import COLDEST
@@ -19,12 +19,11 @@ from model.sampling import COLDEST
 
 @dataclass(eq=False)
 class Sequence:
-    """A request at work: its tokens so far, and how many have their KV in `pages` once the steps that were launched are
-    done."""
+    """A request that is queued or running."""
 
     request: Request
-    tokens: list[int] = field(default_factory=list)
-    computed: int = 0
+    tokens: list[int] = field(default_factory=list)  # the prompt, then the generated tokens that the host has seen
+    computed: int = 0  # tokens with their KV in `pages`, once all launched steps are done
     pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -40,12 +39,14 @@ class Sequence:
 
     @property
     def unseen(self) -> int:
-        """Sampled tokens, of steps that were launched, that the host has not seen yet: a step that computes the KV of
-        the latest token samples the next."""
+        """Tokens sampled by launched steps that the host has not seen yet.
+
+        The step that computes the KV of the latest token also samples the next one.
+        """
         return max(0, self.computed + 1 - len(self.tokens))
 
-    def append(self, token: int, eos_token_ids: tuple[int, ...]) -> str | None:
-        """Add a sampled token; the reason if it is the last one."""
+    def append(self, token: int, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
+        """Add a sampled token. Returns the finish reason if it is the last one."""
         self.tokens.append(token)
         if token in eos_token_ids and not self.request.ignore_eos:
             return "stop"
@@ -58,21 +59,22 @@ class Plan:
 
     decodes: list[Sequence]
     prefills: list[tuple[Sequence, int]]  # (sequence, tokens to compute now)
-    may_end: bool = True  # one of them at its limit, with this step's token
+    may_end: bool = True  # with this step's token, a sequence may reach its limit
 
     @cached_property
     def is_plain(self) -> bool:
         return all(s.is_plain for s in self.decodes) and all(s.is_plain for s, _ in self.prefills)
 
-    # Of those that decode: what is the same while a plan is.
+    # Cached, because a plan is reused while its decodes stay the same.
 
     @cached_property
     def uids(self) -> dict[int, None]:
+        """The uids of the decoding sequences, in order."""
         return dict.fromkeys(s.uid for s in self.decodes)
 
     @cached_property
     def appends(self) -> list[Callable[[int], None]]:
-        """To each one's tokens."""
+        """Per decoding sequence, the function that appends a token to it."""
         return [s.tokens.append for s in self.decodes]
 
     @property
@@ -86,7 +88,7 @@ class Plan:
         ]
 
     def advance(self) -> list[Sequence]:
-        """The step was launched. Returns the sequences that get a token from it, in the order of its logits."""
+        """Count the step as launched. Returns the sequences that get a token from it, in the order of its logits."""
         for sequence in self.decodes:
             sequence.computed += 1
         for sequence, count in self.prefills:
@@ -95,8 +97,11 @@ class Plan:
 
 
 class Scheduler:
-    def __init__(self, allocator: PageAllocator, max_batch: int, max_tokens_per_step: int, max_model_len: int):
-        """`max_batch` sequences run at once; a step computes at most `max_tokens_per_step` tokens."""
+    def __init__(self, allocator: PageAllocator, max_batch: int, max_tokens_per_step: int, max_model_len: int) -> None:
+        """At most `max_batch` sequences run at once. A step computes at most `max_tokens_per_step` tokens.
+
+        Raises ValueError if a step could not hold one token of every running sequence.
+        """
         if max_batch > max_tokens_per_step:
             raise ValueError(
                 f"--max-batch ({max_batch}) is over --max-tokens-per-step ({max_tokens_per_step}): "
@@ -106,10 +111,11 @@ class Scheduler:
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._same, self._times = Plan([], []), 0  # the plan of so many more steps, if nobody comes or goes
+        # `_same` is the plan of the next `_times` steps, too, unless a sequence is added or removed.
+        self._same, self._times = Plan([], []), 0
 
     def check_fits(self, num_tokens: int) -> None:
-        """ValueError, with the numbers, if a request that fills this many tokens of KV can never run here."""
+        """Raise ValueError, with the numbers, if a request with `num_tokens` tokens of KV can never run here."""
         if num_tokens > self.max_model_len:
             raise ValueError(f"the request needs {num_tokens} tokens, over max_model_len ({self.max_model_len})")
         need, have = pages_for(num_tokens), self.allocator.capacity
@@ -120,22 +126,22 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that passed `check_fits`. It may bring its pages with it (KV that was handed over)."""
+        """Queue a sequence that passed `check_fits`. A handed-over sequence already has its pages."""
         self.waiting.append(sequence)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give a sequence its pages, all at once; False if there are not enough now."""
+        """Allocate all pages of a sequence. Returns False if there are not enough free pages now."""
         pages = self.allocator.alloc(pages_for(num_tokens))
         sequence.pages = pages or []
         return pages is not None
 
     def schedule(self, reserve_output: bool = True) -> Plan:
-        """The next step: every running request's next token, then prompt chunks, oldest first.
+        """Plan the next step: the next token of every running request, then prompt chunks, oldest first.
 
-        The tokens of the step before may still be in flight: a request that turns out to have ended with one of them
-        has then taken part in a step too many.
+        The previous step's tokens may still be in flight. If one of them ends its request, the request has taken part
+        in one step too many.
 
-        `reserve_output`: reserve room for the tokens to be generated, not the prompt alone (the prefill role).
+        `reserve_output`: allocate pages for the generated tokens too. (The prefill role needs the prompt's only.)
         """
         if self._times > 0 and not self.waiting:
             self._times -= 1
@@ -152,7 +158,7 @@ class Scheduler:
             sequence = self.waiting[0]
             wanted = sequence.limit if reserve_output else sequence.prompt_len
             if not sequence.pages and not self.reserve(sequence, wanted):
-                break  # in order: a large request is not overtaken for ever
+                break  # in order, so that smaller requests never starve a large one
             self.running.append(self.waiting.popleft())
             if not sequence.in_prompt:
                 decodes.append(sequence)
@@ -165,7 +171,7 @@ class Scheduler:
         return self._same
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of the queues. Its pages stay its own: see `release`."""
+        """Take a sequence out of the queues. It keeps its pages until `release`."""
         self._times = 0
         if sequence in self.running:
             self.running.remove(sequence)
@@ -173,7 +179,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give a sequence's pages back. Never while a transfer may still write them."""
+        """Free a sequence's pages. Never call it while a transfer may still write them."""
         self.allocator.free(sequence.pages)
         sequence.pages = []
 

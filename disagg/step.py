@@ -1,4 +1,4 @@
-"""One rank's part of a step: Work before it is launched, Step afterwards."""
+"""One rank's part of a step: Work before its launch, Step afterwards."""
 
 from dataclasses import dataclass
 
@@ -13,24 +13,27 @@ from model.sampling import logprob_pairs
 
 @dataclass(frozen=True)
 class Work:
-    """A step that is laid out."""
+    """A step that is laid out: everything that its launch needs."""
 
     plan: Plan
     decodes: Decodes
     prompts: list[Chunk]
     decode_rows: int | None  # None: some rank has prompt tokens
     overlapped: bool
-    sequences: list[Sequence]  # those that get a token, the decodes first
-    rows: np.ndarray  # of their tokens
+    sequences: list[Sequence]  # those that get a token, decodes first
+    rows: np.ndarray  # [sequences]: the row of each one's token
 
     @property
     def mixed(self) -> bool:
         return self.decode_rows is None
 
     def next_decodes(self, sequences: list[Sequence]) -> Decodes:
-        """What those that decode in the step after this one bring to it: the token that it samples for each, seen yet
-        or not, unless a sequence was handed over and has its first one with it."""
-        if sequences == self.plan.decodes:  # all of them are one token further
+        """Return the inputs of the sequences that decode in the next step.
+
+        Each one's token is the one sampled in this step, which the host may not have seen: -1 - row stands for it. A
+        sequence without one was handed over with its first token.
+        """
+        if sequences == self.plan.decodes:  # the same sequences, each one token further
             return Decodes(-1 - self.rows[: len(sequences)], self.decodes.positions + 1, self.decodes.pages)
         rows = dict(zip(self.sequences, self.rows.tolist(), strict=True))
         ids = [-1 - rows[s] if s in rows else s.tokens[-1] for s in sequences]
@@ -43,24 +46,28 @@ NO_WORK = Work(Plan([], []), NO_DECODES, [], None, False, [], np.arange(0))
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was launched: its tokens are on their way to the host, its KV to the pool."""
+    """A step that was launched. Its tokens and log probabilities are valid on the host after `done`."""
 
     work: Work
-    started: float  # when its launch began, of time.perf_counter
-    tokens: Tensor  # [most rows] on the host, from `done` to the second step after this: a sequence's is in its row
-    logprobs: tuple[Tensor, Tensor] | None  # [sequences, ...] on the host, once `done`
-    done: torch.cuda.Event | None  # None on a CPU, where it already is
+    started: float  # time.perf_counter() when its launch began
+    tokens: Tensor  # [max rows]; read it before the second step after this one, which overwrites it
+    logprobs: tuple[Tensor, Tensor] | None  # ids and values, both [sequences, ...]
+    done: torch.cuda.Event | None  # None on a CPU, where the step is done already
 
     def sampled(self) -> list[int]:
-        """The new token of each of work.sequences; waits for them."""
+        """Wait for the step. Returns the new token of each of work.sequences."""
         if self.done is not None:
             self.done.synchronize()
         return self.tokens.numpy()[self.work.rows].tolist()
 
     def pairs(self) -> list[list[tuple[int, float]]]:
-        """Of each, (token, log probability): empty unless asked for. After `sampled`."""
+        """Return (token, log probability) pairs per sequence: empty unless requested. Call it after `sampled`."""
         sequences = self.work.sequences
         if self.logprobs is None:
             return [[]] * len(sequences)
-        rows = zip(sequences, *(part.tolist() for part in self.logprobs), strict=True)
-        return [logprob_pairs(*row, n) if (n := s.request.logprobs) else [] for s, *row in rows]
+        ids, values = self.logprobs
+        rows = zip(sequences, ids.tolist(), values.tolist(), strict=True)
+        return [
+            logprob_pairs(row_ids, row_values, count) if (count := sequence.request.logprobs) else []
+            for sequence, row_ids, row_values in rows
+        ]

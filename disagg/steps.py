@@ -1,11 +1,13 @@
-"""The decode step on the GPU: fixed inputs, a few sizes ("buckets"), each captured once as a CUDA graph.
+"""The two kinds of forward step: with prompt tokens, or decode only.
+
+A decode step on the GPU has fixed inputs and one of a few sizes ("buckets"), each captured once as a CUDA graph:
 
     host:   token ids, positions, pages --copy--> inputs [2, rows], page_table [rows, P]
     graph:  ids of tokens in flight resolved -> model (attention, dispatch, experts, combine, head) -> argmax
 
-In a step that overlaps, the sequences are dealt to the two halves of its rows in turn. The ranks of a job agree on the
-bucket, so that all replay the same graph; rows beyond a rank's own sequences are padding: they read and write the null
-page and route nowhere. Without graphs (on a CPU, or switched off) the same forward runs as it is.
+In an overlapped step, sequences go to the two halves of the rows in turn. The ranks of a job agree on the bucket, so
+all replay the same graph. Rows beyond a rank's own sequences are padding: they read and write the null page and route
+nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs eagerly.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,37 +21,40 @@ from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
 
 
 def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> list[int]:
-    """Rows of a decode step, rising: 1, 2, 4, 8, then two a doubling, up to `most`; each rounded up to a multiple of
-    `multiple(rows)`."""
+    """Return the row counts of decode steps, ascending: 1, 2, 4, 8, then two per doubling, up to `most`.
+
+    Each is rounded up to a multiple of `multiple(rows)`.
+    """
     sizes = [2**i for i in range(most.bit_length())]
     sizes += [size * 3 // 2 for size in sizes if size >= 16]
     return sorted({-(-size // multiple(size)) * multiple(size) for size in [*(s for s in sizes if s < most), most]})
 
 
 def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
-    """Ids below 0 stand for the tokens of the step before, which only the GPU knows: -1 - r is tokens[r]."""
+    """Replace ids below 0: -1 - r stands for tokens[r], a token of the step before that only the GPU knows yet."""
     return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
 
 
-Forward = Callable[[Batch, tuple[Batch, Batch] | None], Tensor]  # a batch, its halves if they overlap -> logits
+Forward = Callable[[Batch, tuple[Batch, Batch] | None], Tensor]  # a batch, and its halves if they overlap -> logits
 
 
 class PromptStep:
-    """A step with prompt tokens, and one token of each sequence that decodes. No two are alike, so none is captured."""
+    """A step with prompt tokens, and one token per decoding sequence. Shapes vary too much to capture them."""
 
-    def __init__(self, forward: Forward, tokens: Tensor, multiple: int):
-        """forward: gives logits of the rows that want them [N, V]. tokens: [rows], the latest step's, written in place.
-        multiple: T is padded to a multiple of it (the attention TP size)."""
+    def __init__(self, forward: Forward, tokens: Tensor, multiple: int) -> None:
+        """`forward` returns the logits [N, V] of the rows that want them. `tokens` [rows]: the sampled tokens of the
+        latest step, written in place. `multiple`: T is padded to a multiple of it (the attention TP size)."""
         self.forward, self.tokens, self.multiple = forward, tokens, multiple
 
     @torch.inference_mode()
     def run(self, decodes: Decodes, prompts: list[Chunk], overlapped: bool = False) -> Tensor:
-        """Logits [N, V] of the rows that want them, decodes first; their greedy choices are then in `tokens`."""
+        """Return the logits [N, V] of the rows that want them, decodes first. Writes their argmax to `tokens`."""
         device = self.tokens.device
         chunks = pad(decodes.chunks(), prompts, self.multiple)
         halves = None
         if overlapped:
-            halves = tuple(Batch.build(*part, device) for part in split(chunks, prompts, self.multiple))
+            first, second = split(chunks, prompts, self.multiple)
+            halves = Batch.build(*first, device), Batch.build(*second, device)
         batch = Batch.build(chunks, prompts, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
         logits = self.forward(batch, halves)
@@ -58,6 +63,8 @@ class PromptStep:
 
 
 class DecodeStep:
+    """A step in which every sequence has one token, in a bucket of rows."""
+
     def __init__(
         self,
         forward: Forward,
@@ -65,30 +72,30 @@ class DecodeStep:
         buckets: list[int],
         max_pages: int,
         overlaps: Callable[[int], bool] = lambda rows: False,
-    ):
-        """`forward(batch, halves)` -> logits [rows, V]. `tokens` [rows]: the latest step's, written in place.
-        `overlaps(rows)`: do steps of this size run as two halves?"""
+    ) -> None:
+        """`forward(batch, halves)` returns logits [rows, V]. `tokens` [rows]: the sampled tokens of the latest step,
+        written in place. `overlaps(rows)`: do steps of this size run as two halves?"""
         self.forward, self.tokens, self.buckets, self.overlaps = forward, tokens, buckets, overlaps
-        device, most = tokens.device, buckets[-1]
+        device, max_rows = tokens.device, buckets[-1]
         on_gpu = device.type == "cuda"
-        self.inputs = torch.zeros(2, most, dtype=torch.int64, device=device)
-        self.page_table = torch.zeros(most, max_pages, dtype=torch.int32, device=device)
-        # Two, in turn: the copy out of one may not have begun when the next step is prepared.
-        self._staging = [torch.zeros(2, most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        self.inputs = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
+        self.page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
+        # Two buffers, used in turn: the copy out of one may not have begun when the next step is prepared.
+        self._staging = [torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
         self._staged: tuple | None = None  # the rows, and the pages in page_table
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def bucket(self, count: int) -> int:
-        """The rows that a step of `count` sequences takes."""
+        """Return the rows of a step with `count` sequences."""
         return next(rows for rows in self.buckets if rows >= count)
 
     def places(self, count: int, rows: int) -> np.ndarray:
-        """The rows of `count` sequences."""
+        """Return the row of each of `count` sequences, in a step of `rows` rows."""
         i = np.arange(count)
         return i % 2 * (rows // 2) + i // 2 if self.overlaps(rows) else i
 
     def run(self, decodes: Decodes, rows: int) -> Tensor:
-        """Logits [rows, V] of the next token of each sequence, at its place, its greedy choice already in `tokens`."""
+        """Return the logits [rows, V], each sequence's at its place. Writes their argmax to `tokens`."""
         self._stage(decodes, rows)
         if rows in self._graphs:
             graph, logits = self._graphs[rows]
@@ -102,7 +109,8 @@ class DecodeStep:
         columns = resolve(ids, self.tokens), positions, self.page_table[:rows]
         halves = None
         if self.overlaps(rows):
-            halves = tuple(Batch.decode(*(c.chunk(2)[half] for c in columns)) for half in range(2))
+            first, second = zip(*(column.chunk(2) for column in columns), strict=True)
+            halves = Batch.decode(*first), Batch.decode(*second)
         logits = self.forward(Batch.decode(*columns), halves)
         self.tokens[:rows] = logits.argmax(-1)
         return logits
@@ -126,8 +134,10 @@ class DecodeStep:
             self._staged = rows, decodes.pages
 
     def capture(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
-        """Run every bucket (kernels compile), then capture it: the largest first, so that the others fit its memory.
-        Every rank of the job must call this together."""
+        """Collective. Run every bucket, so that kernels compile, then capture it.
+
+        The largest comes first, so that the others fit into its memory pool.
+        """
         pool = None
         for rows in progress(self.buckets[::-1]):
             for _ in range(2):
@@ -140,7 +150,7 @@ class DecodeStep:
             self._graphs[rows] = graph, logits
 
     def reset(self) -> None:
-        """Let go of the graphs. Before the process groups end: destroying one that a graph uses hangs."""
+        """Free the graphs. Call it before the process groups end: destroying a group that a graph uses hangs."""
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()

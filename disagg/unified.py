@@ -1,19 +1,19 @@
-"""The unified role: prompts and tokens in one job. What decode has in common with it is here too."""
+"""The unified role: one job computes prompts and decodes. The decode role is a subclass."""
 
 from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw
 from disagg.engine import Engine
-from disagg.request import Request
+from disagg.request import FinishReason, Request
 from disagg.role import Event, Role
 from disagg.scheduler import Sequence
 from disagg.step import Step
 
 
 class Unified(Role):
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.stop_tokens = frozenset(engine.config.eos_token_ids)
-        self.sequences: dict[int, Sequence] = {}  # by uid, all that are queued or running
-        self.updates: list[Update | Tokens] = []  # for the router, as are the next two
+        self.sequences: dict[int, Sequence] = {}  # by uid: queued or running
+        self.updates: list[Update | Tokens] = []  # news for the router, as are the next two
         self.begun: list[int] = []
         self.returned: list[int] = []
 
@@ -42,7 +42,7 @@ class Unified(Role):
         return news
 
     def fits(self, request: Request) -> bool:
-        """Can it ever run here? If not, the router hears why. (Its own model may be another.)"""
+        """Can the request ever run here? If not, tell the router why. (The router may have another model.)"""
         try:
             request.check_vocabulary(self.engine.config.vocab_size)
             self.scheduler.check_fits(request.most_tokens)
@@ -54,16 +54,16 @@ class Unified(Role):
     def take_up(self, step: Step) -> int:
         eos, plan, tokens = self.engine.config.eos_token_ids, step.work.plan, step.sampled()
         nothing_else = not plan.may_end and step.logprobs is None and self.stop_tokens.isdisjoint(tokens)
-        if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: all have a token and go on
+        if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
                 append(token)
             self.updates.append(Tokens(dict(zip(plan.uids, tokens, strict=True))))
             return len(tokens)
-        going_on, unwanted = {}, 0
+        going_on, useless = {}, 0
         for sequence, token, logprobs in zip(step.work.sequences, tokens, step.pairs(), strict=True):
             reason, uid = sequence.append(token, eos), sequence.uid
-            if uid not in self.sequences:  # it ended while this token was on its way, which nobody wants now
-                unwanted += 1
+            if uid not in self.sequences:  # it ended while this token was in flight
+                useless += 1
                 if not sequence.unseen:
                     self.scheduler.release(sequence)
             elif reason or logprobs:
@@ -72,22 +72,27 @@ class Unified(Role):
                 going_on[uid] = token
         if going_on:
             self.updates.append(Tokens(going_on))
-        return len(tokens) - unwanted
+        return len(tokens) - useless
 
     def emit(
-        self, sequence: Sequence, token: int, logprobs: list, reason: str | None, parts: Parts | None = None
+        self,
+        sequence: Sequence,
+        token: int,
+        logprobs: list[tuple[int, float]],
+        reason: FinishReason | None,
+        parts: Parts | None = None,
     ) -> None:
-        """A request has a new token, with more to say of it than that; it is the last if there is a `reason`."""
-        uid, logprobs = sequence.uid, [logprobs] if logprobs else []
-        self.updates.append(Update(uid, [token], logprobs, reason, parts=parts))
+        """Report a token that needs an Update of its own. With a `reason` it is the request's last token."""
+        self.updates.append(Update(sequence.uid, [token], [logprobs] if logprobs else [], reason, parts=parts))
         if reason:
             self.finish(sequence)
 
     def finish(self, sequence: Sequence) -> None:
+        """End a request, and release its pages as soon as no step of its own writes to them."""
         del self.sequences[sequence.uid]
         self.scheduler.remove(sequence)
-        # While a token is unseen, a step still writes to the pages, and `take_up` releases them. A prompt's chunk has
-        # no token: the pages' next owner writes after it, on the same stream.
+        # While a token is unseen, a step still writes to the pages, and `take_up` releases them. A prompt chunk that
+        # samples no token needs no wait: the pages' next owner writes later on the same stream.
         if sequence.pages and not sequence.unseen:
             self.scheduler.release(sequence)
 

@@ -1,8 +1,10 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-Each head has weights of its own. The first is cuBLAS's (one product a head; a kernel of ours that also turned the rope
-part took longer than both); the second casts to fp8 for o_proj in the same pass. Up to FEW_TOKENS tokens there is a
-kernel without the tensor core for each, because then most of the time is that of starting kernels.
+Each head has its own weights. cuBLAS computes the first product, one matrix product per head. A kernel of ours that
+also rotated the rope part was slower than cuBLAS and a separate rope kernel. The second product also casts to fp8 for
+o_proj, in the same pass.
+
+Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
 
 import torch
@@ -20,12 +22,29 @@ from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
 @triton.jit
 def _absorb_few_kernel(
-    q_ptr, w_ptr, cos_ptr, sin_ptr, positions, out_ptr, batch, q_stride, q_head_stride, w_stride, out_stride,
-    cos_stride, sin_stride, nope: tl.constexpr, latent: tl.constexpr, rope_dim: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Some columns of one head's q' for every token; the first program of a head also turns its rope part."""
-    after_previous(PDL, LET_NEXT=False)  # attention comes next
+    q_ptr,
+    w_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions,
+    out_ptr,
+    batch,
+    q_stride,
+    q_head_stride,
+    w_stride,
+    out_stride,
+    cos_stride,
+    sin_stride,
+    nope: tl.constexpr,
+    latent: tl.constexpr,
+    rope_dim: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Compute some columns of one head's q' for every token. A head's first program also rotates its rope part."""
+    after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
     head, part = tl.program_id(0), tl.program_id(1)
     row, col = tl.arange(0, BLOCK_Q), part * BLOCK_C + tl.arange(0, BLOCK_C)
     here = (row < nope)[:, None] & (col < latent)[None, :]
@@ -47,7 +66,7 @@ def _absorb_few_kernel(
 
 
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
-    """q' = [W_UK^T q_nope, rope(q_rope)] of every head: `ref.absorb_query`.
+    """Return q' = [W_UK^T q_nope, rope(q_rope)] for every head. Contract: `ref.absorb_query`.
 
     q [B, H, nope + R] with unit last stride, w_uk [H, nope, C] with contiguous heads, tables [length, R / 2] float32,
     positions [B] int64 -> [B, H, C + R].
@@ -58,10 +77,28 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, 
     if 0 < batch <= FEW_TOKENS:
         block = min(64, triton.next_power_of_2(latent))
         _absorb_few_kernel[heads, triton.cdiv(latent, block)](
-            q, w_uk, cos_table, sin_table, positions, out, batch, q.stride(0), q.stride(1), w_uk.stride(0),
-            out.stride(0), cos_table.stride(0), sin_table.stride(0), nope, latent, rope_dim,
-            triton.next_power_of_2(nope), block, max(2, triton.next_power_of_2(rope_dim)), num_warps=4, **pdl(q),
-        )  # fmt: skip
+            q,
+            w_uk,
+            cos_table,
+            sin_table,
+            positions,
+            out,
+            batch,
+            q.stride(0),
+            q.stride(1),
+            w_uk.stride(0),
+            out.stride(0),
+            cos_table.stride(0),
+            sin_table.stride(0),
+            nope,
+            latent,
+            rope_dim,
+            triton.next_power_of_2(nope),
+            block,
+            max(2, triton.next_power_of_2(rope_dim)),
+            num_warps=4,
+            **pdl(q),
+        )
         return out
     torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=out[..., :latent].transpose(0, 1))
     rope_into(q, out, cos_table, sin_table, positions, rope_dim)
@@ -70,10 +107,19 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, 
 
 @triton.jit
 def _values_few_kernel(
-    x_ptr, w_ptr, out_ptr, batch, heads, w_stride, latent: tl.constexpr, v_dim: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Some rows of one head's W_UV times what each token attended."""
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    batch,
+    heads,
+    w_stride,
+    latent: tl.constexpr,
+    v_dim: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Multiply some rows of one head's W_UV with every token's attended latent."""
     after_previous(PDL)
     head = tl.program_id(0)
     row, col = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_C)
@@ -87,14 +133,26 @@ def _values_few_kernel(
 
 @triton.jit
 def _values_kernel(
-    x_ptr, w_ptr, out_ptr, scales_ptr, batch, heads, w_stride, scale_stride, latent: tl.constexpr, v_dim: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One head's values for BLOCK_T tokens; scales_ptr: of each token's GROUP columns, which v_dim then is."""
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    scales_ptr,
+    batch,
+    heads,
+    w_stride,
+    scale_stride,
+    latent: tl.constexpr,
+    v_dim: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Compute one head's values for BLOCK_T tokens. With scales_ptr, v_dim is GROUP: one scale per token and head."""
     after_previous(PDL)
     head, token = tl.program_id(0), tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     live, row = token < batch, tl.arange(0, BLOCK_V)
-    at = token.to(tl.int64)[:, None] * heads + head  # of [B * H] rows
+    at = token.to(tl.int64)[:, None] * heads + head  # row of [B * H]
     acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for first in range(0, latent, BLOCK_C):
         col = (first + tl.arange(0, BLOCK_C))[None, :]
@@ -112,10 +170,10 @@ def _values_kernel(
 
 
 def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized:
-    """W_UV (attended latent) of every head: `ref.project_values`.
+    """Return W_UV (attended latent) for every head. Contract: `ref.project_values`.
 
-    attended [B, H, C], w_uv [H, v, C] with contiguous heads -> [B, H, v], or with `quantize` values [B, H v] and scales
-    as of `quant.fp8_like`: in the same pass where a head's columns are what shares a scale.
+    attended [B, H, C], w_uv [H, v, C] with contiguous heads -> [B, H, v]. With `quantize`: values [B, H v], and scales
+    in the layout of `quant.fp8_like`. If v is the number of columns per scale, that happens in the same pass.
     """
     (batch, heads, latent), v_dim = attended.shape, w_uv.shape[1]
     few = batch <= FEW_TOKENS
@@ -132,17 +190,40 @@ def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Te
     if few:
         block = 16
         _values_few_kernel[heads, triton.cdiv(v_dim, block)](
-            attended, w_uv, out, batch, heads, w_uv.stride(0), latent, v_dim, block, triton.next_power_of_2(latent),
-            num_warps=4, **pdl(attended),
-        )  # fmt: skip
+            attended,
+            w_uv,
+            out,
+            batch,
+            heads,
+            w_uv.stride(0),
+            latent,
+            v_dim,
+            block,
+            triton.next_power_of_2(latent),
+            num_warps=4,
+            **pdl(attended),
+        )
         return out
     fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     block_t = min(128 if fast else 16, max(16, triton.next_power_of_2(batch)))
     while block_t > 16 and heads * triton.cdiv(batch, block_t) < num_sms(attended.device) // 2:
         block_t //= 2
     _values_kernel[heads, triton.cdiv(batch, block_t)](
-        attended, w_uv, out, scales, batch, heads, w_uv.stride(0), 0 if scales is None else scales.stride(1), latent,
-        v_dim, block_t, max(16, triton.next_power_of_2(v_dim)), 64 if fast else 32, **pdl(attended),
-        num_warps=8 if block_t == 128 else 4, num_stages=3 if fast else 1,
-    )  # fmt: skip
+        attended,
+        w_uv,
+        out,
+        scales,
+        batch,
+        heads,
+        w_uv.stride(0),
+        0 if scales is None else scales.stride(1),
+        latent,
+        v_dim,
+        block_t,
+        max(16, triton.next_power_of_2(v_dim)),
+        64 if fast else 32,
+        **pdl(attended),
+        num_warps=8 if block_t == 128 else 4,
+        num_stages=3 if fast else 1,
+    )
     return (out, scales) if quantize else out

@@ -1,7 +1,7 @@
 """Which library serves which op: decided once, handed to the model's constructors, printed once per job.
 
-For every op there is the torch twin (`kernels/ref.py`: the specification, and the CPU path), mostly a Triton kernel of
-ours, and for some a vendor library. The first of an op's row in PREFERENCE that can serve is chosen.
+Every op has a torch twin in `kernels/ref.py`: its specification, and the CPU path. Most also have a Triton kernel of
+ours, and some a vendor library. An op takes the first library in its row of PREFERENCE that can serve.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from kernels.ops import Ops
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides whether a library can serve it."""
+    """The sizes of a model that decide whether a library can serve it."""
 
     kv_lora_rank: int
     rope_dim: int
@@ -32,7 +32,7 @@ class Shape:
 class Choice:
     op: str
     library: str
-    why: str  # what was wrong with the libraries that come before it
+    why: str  # why the preferred libraries cannot serve
 
 
 OURS = {  # op -> the module with its Triton kernel
@@ -46,8 +46,8 @@ OURS = {  # op -> the module with its Triton kernel
     "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
     "silu_mul_masked": "kernels.quant",
-    "prefill_attention": "kernels.attention",
-    "mla_decode": "kernels.attention",
+    "prefill_attention": "kernels.prefill_attention",
+    "mla_decode": "kernels.mla_decode",
     "linear": "kernels.linear",
     "linear_float32": "kernels.linear",
     "gate_topk": "kernels.route",
@@ -71,21 +71,23 @@ PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "prefill_attention": ("flash_attn", "triton", "torch"),
     "mla_decode": ("flash_mla", "triton", "torch"),
     "grouped_gemm_contiguous": ("deep_gemm", "triton", "torch"),
-    "grouped_gemm_masked": ("triton", "deep_gemm", "torch"),  # of a decode step's few rows ours is the faster
+    "grouped_gemm_masked": ("triton", "deep_gemm", "torch"),  # ours is faster for a decode step's few rows
     "gemm_fp8": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_contiguous_fp8": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked_fp8": ("deep_gemm", "triton", "torch"),
 }
 LIBRARIES = ("flash_attn", "flash_mla", "deep_gemm", "triton", "torch")
 NO_GPU = "no GPU"
-MODULES = {"flash_attn": "flash_attn.cute"}  # where it is not the library's name
+MODULES = {"flash_attn": "flash_attn.cute"}  # library -> the module to import, where the names differ
 
 
 def choose(
     shape: Shape, dtype: torch.dtype, device: torch.device, forced: Iterable[str] = ()
 ) -> tuple[Ops, list[Choice]]:
-    """The ops for a model on a device. `forced` holds `op=library`, or `library` for every op that it serves, or
-    `auto`, which forces nothing; an op's own word goes before one for all. ValueError if a forced library cannot serve.
+    """Choose the ops for a model on a device.
+
+    `forced` holds words: `op=library`; `library`, for every op that it serves; `auto`, which forces nothing. A word for
+    one op overrides a word for all. Raises ValueError if a forced library cannot serve.
     """
     by_op = _parse_forced(forced)
     chosen, choices = {}, []
@@ -116,12 +118,12 @@ def choose(
 
 
 def _beside(op: Callable, name: str, default: Any) -> Any:
-    """What the module of an op has under that name."""
+    """Return the attribute `name` of the module that defines `op`, or `default`."""
     return getattr(importlib.import_module(op.__module__), name, default)
 
 
 def table(choices: list[Choice]) -> str:
-    """One line for each library and reason: its ops, and why no other serves them."""
+    """Return one line per library and reason: its ops, and why no preferred library serves them."""
     lines: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
         lines.setdefault((choice.library, choice.why), []).append(choice.op)
@@ -129,7 +131,7 @@ def table(choices: list[Choice]) -> str:
 
 
 def _parse_forced(forced: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Of each op that is forced: the library, and the word that says so."""
+    """Map each forced op to its library and the word that forces it."""
     for_all, for_one = {}, {}
     for word in forced:
         if word == "auto":
@@ -149,7 +151,7 @@ def _parse_forced(forced: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _obstacle(library: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a library cannot serve; None if it can."""
+    """Return why a library cannot serve, or None if it can."""
     if library == "torch":
         return None
     if device.type != "cuda":

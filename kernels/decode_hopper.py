@@ -39,7 +39,7 @@ def _load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
 
 @gluon.jit
 def _decode_load(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
-    """The loader: page after page, into the buffer that is free."""
+    """Run the loader warp: page after page, into the buffer that is free."""
     for i in range(pages):
         row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
         at = i % 2
@@ -59,7 +59,7 @@ def _scores(q_left, q_right, q_rest, left, right, rest, zeros):
 
 @gluon.jit
 def _store(acc, out, partial, first_head, heads, first_col, whole, v_dim: gl.constexpr):
-    """64 heads' columns from first_col on, to `out` if the sequence is whole, else to `partial`."""
+    """Store 64 heads' columns from first_col on: to `out` if the sequence was not cut, else to `partial`."""
     BLOCK_H: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1]
     row = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -73,15 +73,35 @@ def _store(acc, out, partial, first_head, heads, first_col, whole, v_dim: gl.con
 
 @gluon.jit
 def _decode_attend(
-    q_left, q_right, q_rest, q_full, left, right, rest, full, empty, last_page, pages, last, scale, out, partial, lse,
-    first_head, heads, whole, v_dim: gl.constexpr,
-):  # fmt: skip
-    """Eight warps: 64 heads over the pages, then the split's output. Its columns are in two halves: the right one is
-    scaled while the tensor cores are at the left one."""
+    q_left,
+    q_right,
+    q_rest,
+    q_full,
+    left,
+    right,
+    rest,
+    full,
+    empty,
+    last_page,
+    pages,
+    last,
+    scale,
+    out,
+    partial,
+    lse,
+    first_head,
+    heads,
+    whole,
+    v_dim: gl.constexpr,
+):
+    """Run eight warps: attend 64 heads to the pages, then store the split's output.
+
+    The output's columns come in two halves. The right half is scaled while the tensor cores compute the left one.
+    """
     BLOCK_H: gl.constexpr = q_left.shape[0]
     PAGE: gl.constexpr = left.shape[1]
     HALF: gl.constexpr = left.shape[2]
-    # the two warpgroups hold all 64 heads and half the columns each: 32 of the scores, 128 of each half of the output
+    # Each of the two warpgroups holds all 64 heads and half the columns: 32 of the scores, 128 of each output half.
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PAGE // 2, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF // 2, 16])
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, PAGE], gl.bfloat16)
@@ -100,8 +120,8 @@ def _decode_attend(
     top = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
     total = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)  # summed over columns once, at the end
     zeros = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)
-    # With 32 keys a warpgroup, 16 columns take 16 cycles to multiply and, at 128 bytes a cycle, 24 to read: 2 KB of
-    # queries, 1 KB of keys. So registers hold a part of the queries.
+    # With 32 keys per warpgroup, 16 columns take 16 cycles to multiply. They take 24 to read, at 128 bytes per cycle:
+    # 2 KB of queries, 1 KB of keys. So registers hold a part of the queries.
     q_rest = q_rest.load(gl.DotOperandLayout(0, score_layout, 2))
     acc_left = gl.zeros([BLOCK_H, HALF], gl.float32, out_layout)
     acc_right = gl.zeros([BLOCK_H, HALF], gl.float32, out_layout)
@@ -138,9 +158,25 @@ def _decode_attend(
 
 @gluon.jit
 def decode_kernel(
-    q_left_desc, q_right_desc, q_rest_desc, left_desc, right_desc, rest_desc, page_table, kv_lens, out_ptr, partial_ptr,
-    lse_ptr, used_ptr, heads, splits, scale, table_stride, v_dim: gl.constexpr, BLOCK_B: gl.constexpr,
-):  # fmt: skip
+    q_left_desc,
+    q_right_desc,
+    q_rest_desc,
+    left_desc,
+    right_desc,
+    rest_desc,
+    page_table,
+    kv_lens,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    used_ptr,
+    heads,
+    splits,
+    scale,
+    table_stride,
+    v_dim: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+):
     BLOCK_H: gl.constexpr = q_left_desc.block_type.shape[0]
     PAGE: gl.constexpr = left_desc.block_type.shape[0]
     HALF: gl.constexpr = left_desc.block_type.shape[1]
@@ -169,10 +205,27 @@ def decode_kernel(
     seq64 = seq.to(gl.int64)
     out_row, partial_row = seq64 * heads, (seq64 * most + split) * heads
     attend = (
-        q_left, q_right, q_rest, q_full.index(0), left, right, rest, full, empty, last_page, pages, last, scale,
-        out_ptr + out_row * v_dim, partial_ptr + partial_row * v_dim, lse_ptr + partial_row, first_head, heads,
-        used <= 1, v_dim,
-    )  # fmt: skip
+        q_left,
+        q_right,
+        q_rest,
+        q_full.index(0),
+        left,
+        right,
+        rest,
+        full,
+        empty,
+        last_page,
+        pages,
+        last,
+        scale,
+        out_ptr + out_row * v_dim,
+        partial_ptr + partial_row * v_dim,
+        lse_ptr + partial_row,
+        first_head,
+        heads,
+        used <= 1,
+        v_dim,
+    )
     table = page_table + seq64 * table_stride
     load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
     gl.warp_specialize([(_decode_attend, attend), (_decode_load, load)], [1], [24])
@@ -183,13 +236,23 @@ def can_decode(q: Tensor, main: int, v_dim: int) -> bool:
 
 
 def launch_decode(
-    q: Tensor, rows: Tensor, page_table: Tensor, kv_lens: Tensor, out: Tensor, partial: Tensor, lse: Tensor,
-    used: Tensor, splits: int, scale: float, main: int, rest: int,
-) -> None:  # fmt: skip
-    """As `attention._decode_kernel`: out [B, H, v], or partial [B, most, H, v] and lse for sequences with used > 1.
+    q: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    partial: Tensor,
+    lse: Tensor,
+    used: Tensor,
+    splits: int,
+    scale: float,
+    main: int,
+    rest: int,
+) -> None:
+    """Fill `out` [B, H, v], or `partial` [B, splits, H, v] and `lse` for sequences with used > 1.
 
-    q [B, H, d], rows [pages * 64, d]. 64 heads a program: 72 KB of queries and two 72 KB pages fill an SM's shared
-    memory, the output's 128 KB half its registers.
+    The results are those of `attention._decode_kernel`. q [B, H, d], rows [pages * 64, d]. A program takes 64 heads:
+    72 KB of queries and two 72 KB pages fill an SM's shared memory, and the output's 128 KB fill half its registers.
     """
     batch, heads, kv_dim = q.shape
     half = main // 2
@@ -198,6 +261,19 @@ def launch_decode(
         for x in (q.reshape(-1, kv_dim), rows)
     )
     decode_kernel[triton.cdiv(heads, 64), partial.shape[1], batch](
-        *q_tiles, *kv_tiles, page_table, kv_lens, out, partial, lse, used, heads, splits, scale, page_table.stride(0),
-        out.shape[-1], BLOCK_B=max(256, triton.next_power_of_2(batch)), num_warps=8,
-    )  # fmt: skip
+        *q_tiles,
+        *kv_tiles,
+        page_table,
+        kv_lens,
+        out,
+        partial,
+        lse,
+        used,
+        heads,
+        splits,
+        scale,
+        page_table.stride(0),
+        out.shape[-1],
+        BLOCK_B=max(256, triton.next_power_of_2(batch)),
+        num_warps=8,
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
-    """`ref.grouped_gemm_contiguous`, for groups padded to 128 rows."""
+    """Serve `ref.grouped_gemm_contiguous`. Groups must be padded to 128 rows."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     if x.shape[0]:
         deep_gemm.m_grouped_bf16_gemm_nt_contiguous(x, weight, out, row_expert)
@@ -17,7 +17,7 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`ref.grouped_gemm_masked`, for rooms of 128 rows each or a multiple."""
+    """Serve `ref.grouped_gemm_masked`. An expert's room must be a multiple of 128 rows."""
     _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     if x.shape[1]:
@@ -26,7 +26,7 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """`ref.gemm_fp8`, for D a multiple of 128 and N one of 64."""
+    """Serve `ref.gemm_fp8`. D must be a multiple of 128, N a multiple of 64."""
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
     if x.shape[0]:
         rows = (x, _column_major(x_scale))
@@ -37,7 +37,7 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
 def grouped_gemm_contiguous_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
 ) -> Tensor:
-    """`ref.grouped_gemm_contiguous_fp8`, for groups padded to 128 rows and widths as `gemm_fp8`."""
+    """Serve `ref.grouped_gemm_contiguous_fp8`. Groups must be padded to 128 rows; widths as for `gemm_fp8`."""
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[0]:
         rows = (x, _column_major(x_scale))
@@ -48,7 +48,7 @@ def grouped_gemm_contiguous_fp8(
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
-    """`ref.grouped_gemm_masked_fp8`, for rooms as `grouped_gemm_masked` and widths as `gemm_fp8`."""
+    """Serve `ref.grouped_gemm_masked_fp8`. Rooms as for `grouped_gemm_masked`, widths as for `gemm_fp8`."""
     _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[1]:
@@ -61,27 +61,29 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_s
 
 @contextmanager
 def leave_sms(count: int) -> Iterator[None]:
-    """Products enqueued inside take all SMs but `count` (even), which a communication kernel holds. A new count is a
-    new kernel, compiled on first use."""
-    there = deep_gemm.get_num_sms()
-    deep_gemm.set_num_sms(there - count)
+    """Keep `count` SMs (even) free of the products enqueued inside: a communication kernel holds them.
+
+    A new count means new kernels, compiled on first use.
+    """
+    all_sms = deep_gemm.get_num_sms()
+    deep_gemm.set_num_sms(all_sms - count)
     try:
         yield
     finally:
-        deep_gemm.set_num_sms(there)
+        deep_gemm.set_num_sms(all_sms)
 
 
 def _check_room(x: Tensor) -> None:
-    """The kernels store whole blocks of 64 or 128 rows: in a smaller room, over the next expert's rows."""
+    """Raise ValueError for a room in which the kernels' blocks (64 or 128 rows) would overwrite the next expert's."""
     if x.shape[1] % 128:
         raise ValueError(f"an expert's room must be a multiple of 128 rows: {x.shape[1]} % 128 = {x.shape[1] % 128}")
 
 
 def _expected_rows(x: Tensor) -> int:
-    """Of an expert; it only tunes: an even share of a quarter-full room."""
+    """Guess the rows per expert: a quarter of its room. It only tunes the kernel."""
     return max(1, x.shape[1] // 4)
 
 
 def _column_major(scale: Tensor) -> Tensor:
-    """The layout that TMA reads: columns contiguous, each padded to 16 bytes; a copy unless it is so already."""
+    """Return the scales as TMA reads them: columns contiguous, each padded to 16 bytes. Copies only where needed."""
     return deep_gemm.get_mn_major_tma_aligned_tensor(scale)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TilePlan(NamedTuple):
-    lens: Tensor  # [B] int32, at least 1: the library reads a row of every sequence
+    lens: Tensor  # [B] int32, at least 1 because the library reads a row of every sequence
     metadata: Any  # how the library cuts the sequences; filled in at a step's first call
 
 
@@ -24,7 +24,7 @@ def mla_decode(
     v_dim: int | None = None,
     plan: TilePlan | None = None,
 ) -> Tensor:
-    """`ref.mla_decode` for v_dim 512. A sequence of length 0 gives the first row of its first page."""
+    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 gives the first row of its first page."""
     assert v_dim == 512, f"{v_dim=}"
     plan = plan or decode_plan(kv_lens)
     out, _ = flash_mla.flash_mla_with_kvcache(

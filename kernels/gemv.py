@@ -1,7 +1,7 @@
-"""Products of few tokens in Triton, for decode at the smallest batches: what counts then is that every byte of the
-weights is read once, by as many loads in flight as the GPU holds, and that few kernels start.
+"""Products for few tokens in Triton, for decode at the smallest batches.
 
-No tensor cores: a program multiplies a few of the weight's rows with x element by element, and sums.
+Two things count there. Every byte of the weights is read once, with as many loads in flight as the GPU holds. And few
+kernels are launched. No tensor cores: a program multiplies a few rows of the weight with x, element by element.
 """
 
 import torch
@@ -11,16 +11,25 @@ from torch import Tensor
 
 from kernels.pdl import after_previous, pdl
 
-FEW_TOKENS = 2  # up to which `linear_of_few` beats cuBLAS
-ROWS = 4  # of a weight in a program; of `linear_of_few`: times tokens, so that is its limit
+FEW_TOKENS = 2  # `linear_of_few` beats cuBLAS up to this many
+ROWS = 4  # weight rows per program; in `linear_of_few` rows x tokens, so it takes at most 4 tokens
 
 
 @triton.jit
 def _copies_kernel(
-    x, weight, slots, out, N, D, share, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x,
+    weight,
+    slots,
+    out,
+    N,
+    D,
+    share,
+    GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
-    """Row c // share of x times BLOCK_N rows of slot slots[c]'s weight [N, D], or of [2N, D] if GATED."""
+):
+    """Multiply row c // share of x with BLOCK_N rows of slot slots[c]'s weight [N, D], or [2N, D] if GATED."""
     after_previous(PDL)
     copy = tl.program_id(1)
     slot = tl.load(slots + copy)
@@ -42,7 +51,7 @@ def _copies_kernel(
             if GATED:
                 acc_up += a * w_up.to(tl.float32)
         y = tl.sum(acc, 1)
-        if GATED:  # both rounded, as a GEMM's output is
+        if GATED:  # both rounded, as a GEMM's output would be
             gate = y.to(out.dtype.element_ty).to(tl.float32)
             up = tl.sum(acc_up, 1).to(out.dtype.element_ty).to(tl.float32)
             y = gate * tl.sigmoid(gate) * up
@@ -55,32 +64,51 @@ def _launch(x: Tensor, weight: Tensor, slots: Tensor, gated: bool) -> Tensor:
     if copies:
         columns = 1024 if x.shape[1] % 1024 == 0 else 512
         _copies_kernel[triton.cdiv(width, ROWS), copies](
-            x.contiguous(), weight, slots.contiguous(), out, width, x.shape[1], copies // x.shape[0], gated,
-            ROWS, columns, num_warps=4, **pdl(x),
-        )  # fmt: skip
+            x.contiguous(),
+            weight,
+            slots.contiguous(),
+            out,
+            width,
+            x.shape[1],
+            copies // x.shape[0],
+            gated,
+            ROWS,
+            columns,
+            num_warps=4,
+            **pdl(x),
+        )
     return out
 
 
 def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
-    """out[c] = x's row @ weight[slots[c]].T for every copy c = t * K + k; zeros where slots is -1.
+    """Return out[c] = x's row @ weight[slots[c]].T for every copy c = t * K + k; zeros where slots is -1.
 
-    x [T, D] or a row for each copy [T * K, D], bf16 or float32; weight [L, N, D] of its dtype, slots [T, K] int64
+    x [T, D], or one row per copy [T * K, D]; weight [L, N, D]; both bf16 or both float32. slots [T, K] int64
     -> [T * K, N].
     """
     return _launch(x, weight, slots, gated=False)
 
 
 def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
-    """`gemm_of_copies` and silu_mul of what it gives: weight [L, 2I, D] -> [T * K, I]."""
+    """Return silu_mul of `gemm_of_copies`, in one kernel: weight [L, 2I, D] -> [T * K, I]."""
     return _launch(x, weight, slots, gated=True)
 
 
 @triton.jit
 def _few_kernel(
-    x, weight, out, T, N, D, x_stride, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x,
+    weight,
+    out,
+    T,
+    N,
+    D,
+    x_stride,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
-    """All tokens times BLOCK_N rows of the weight [N, D]."""
+):
+    """Multiply all tokens with BLOCK_N rows of the weight [N, D]."""
     after_previous(PDL)
     token, col = tl.arange(0, TOKENS)[:, None, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     acc = tl.zeros((TOKENS, BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -94,7 +122,7 @@ def _few_kernel(
 
 
 def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x [T, D] @ weight [N, D].T -> [T, N] of `dtype` (None: x's), summed in float32. For 1 to 4 tokens."""
+    """Return x [T, D] @ weight [N, D].T -> [T, N] in `dtype` (None: x's), summed in float32. For 1 to 4 tokens."""
     (tokens, width), outputs = x.shape, weight.shape[0]
     assert 1 <= tokens <= ROWS, f"{tokens=}"
     out = x.new_empty(tokens, outputs, dtype=dtype)
@@ -102,7 +130,17 @@ def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
     block = triton.next_power_of_2(tokens)
     rows = ROWS // block
     _few_kernel[triton.cdiv(outputs, rows),](
-        x, weight, out, tokens, outputs, width, x.stride(0), block, rows, 2048 if tokens == 1 else 1024,
-        num_warps=4, **pdl(x),
-    )  # fmt: skip
+        x,
+        weight,
+        out,
+        tokens,
+        outputs,
+        width,
+        x.stride(0),
+        block,
+        rows,
+        2048 if tokens == 1 else 1024,
+        num_warps=4,
+        **pdl(x),
+    )
     return out

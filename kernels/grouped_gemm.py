@@ -1,8 +1,9 @@
-"""One GEMM over all of a rank's experts, in Triton, for the two layouts that dispatch delivers (`kernels/gemm.py`
-has the tile, and what fp8 scales mean):
+"""One GEMM over all experts of a rank, in Triton, for the two layouts that dispatch delivers:
 
-    contiguous   rows [M, D] in per-expert segments of whole 128-row blocks; each row says whose it is
-    masked       rows [L, R, D], the first counts[e] of them real; only the GPU knows the counts
+    contiguous   rows [M, D] in per-expert segments of whole 128-row blocks; each row has its expert's id
+    masked       rows [L, R, D], the first counts[e] of expert e real; only the GPU knows the counts
+
+`kernels/gemm.py` has the tile, and explains the fp8 scales.
 """
 
 import torch
@@ -29,11 +30,28 @@ ALIGNMENT = 128  # rows of a contiguous segment
 
 @triton.jit
 def masked_kernel(
-    x_desc, w_desc, x_scale, x_scale_stride, expert_stride, w_scale, counts_ptr, out, L, R, N, D, EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLABS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A fixed number of programs deal the real tiles among themselves: expert by expert, found by counting blocks."""
+    x_desc,
+    w_desc,
+    x_scale,
+    x_scale_stride,
+    expert_stride,
+    w_scale,
+    counts_ptr,
+    out,
+    L,
+    R,
+    N,
+    D,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLABS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Deal the real tiles, expert by expert, among a fixed number of programs. Each finds its tiles from the counts."""
     after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + ids, mask=ids < L, other=0)
@@ -52,9 +70,23 @@ def masked_kernel(
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
             x_scale_here += expert * expert_stride
         slabs = dot_slabs(
-            x_desc, w_desc, x_scale_here, x_scale_stride, scale, row, m * BLOCK_M * SLABS, expert * N + col, count, 0,
-            num_k, BLOCK_M, BLOCK_N, SLABS, BLOCK_K, STAGES,
-        )  # fmt: skip
+            x_desc,
+            w_desc,
+            x_scale_here,
+            x_scale_stride,
+            scale,
+            row,
+            m * BLOCK_M * SLABS,
+            expert * N + col,
+            count,
+            0,
+            num_k,
+            BLOCK_M,
+            BLOCK_N,
+            SLABS,
+            BLOCK_K,
+            STAGES,
+        )
         store_slabs(out, slabs, row, col, rows_end, N, BLOCK_M, BLOCK_N, SLABS)
 
 
@@ -67,24 +99,41 @@ def launch_masked(
         return out
     x_scale = column_major(x_scale)
     check_scales(x, x_scale, w, w_scale)
-    most = num_local * triton.cdiv(room, tile.rows) * triton.cdiv(n, tile.block_n)
-    shared = tile.num_stages * (tile.rows + tile.block_n) * 128  # bytes, of an SM's 227 KiB
-    programs = min(most, num_sms(x.device) * min(8 // tile.num_warps, 227 * 1024 // shared))
+    max_tiles = num_local * triton.cdiv(room, tile.rows) * triton.cdiv(n, tile.block_n)
+    shared = tile.num_stages * (tile.rows + tile.block_n) * 128  # bytes per program; an SM has 227 KiB
+    programs = min(max_tiles, num_sms(x.device) * min(8 // tile.num_warps, 227 * 1024 // shared))
     masked_kernel[programs,](
-        block_descriptor(x, tile.block_m), block_descriptor(w, tile.block_n), x_scale,
-        0 if x_scale is None else x_scale.stride(2), 0 if x_scale is None else x_scale.stride(0), w_scale, counts, out,
-        num_local, room, n, d, triton.next_power_of_2(num_local),
-        tile.block_m, tile.block_n, tile.slabs, 128 // x.itemsize, GROUP_M=16,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
-    )  # fmt: skip
+        block_descriptor(x, tile.block_m),
+        block_descriptor(w, tile.block_n),
+        x_scale,
+        0 if x_scale is None else x_scale.stride(2),
+        0 if x_scale is None else x_scale.stride(0),
+        w_scale,
+        counts,
+        out,
+        num_local,
+        room,
+        n,
+        d,
+        triton.next_power_of_2(num_local),
+        tile.block_m,
+        tile.block_n,
+        tile.slabs,
+        128 // x.itemsize,
+        GROUP_M=16,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **pdl(x),
+    )
     return out
 
 
-FEW_ROWS = 128  # of an expert's room, up to which the time is that of reading weights
+FEW_ROWS = 128  # rows of an expert's room, up to which reading the weights takes most of the time
 
 
 def plain_tile(x: Tensor) -> Tile:
-    """float32 runs on the ordinary cores, whose sums fit the registers only in a small tile."""
+    """Return the tile without scales. float32 runs outside the tensor cores; its sums only fit a small tile."""
     return Tile(64, 64, 1, 8, 2) if x.dtype == torch.float32 else Tile(128, 128, 1, 8, 4)
 
 
@@ -94,7 +143,7 @@ def _check_contiguous(x: Tensor, row_expert: Tensor) -> None:
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
-    """out[m] = x[m] @ weight[row_expert[m]].T; rows with -1 are undefined, and blocks of them are skipped.
+    """Return out[m] = x[m] @ weight[row_expert[m]].T. Rows with -1 are undefined, and blocks of them are skipped.
 
     x [M, D] bf16 (or float16, float32), weight [L, N, D], row_expert [M] int32 -> [M, N]. Every expert's segment
     starts at a multiple of 128 rows and is filled from the front, so a block's first row names its expert.
@@ -106,7 +155,7 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
 def grouped_gemm_contiguous_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
 ) -> Tensor:
-    """`grouped_gemm_contiguous` on fp8 e4m3 operands; bf16 out.
+    """Do `grouped_gemm_contiguous` on fp8 e4m3 operands. Returns bf16.
 
     x [M, D], x_scale [M, ceil(D / 128)] float32; weight [L, N, D], weight_scale
     [L, ceil(N / 128), ceil(D / 128)] float32.
@@ -116,7 +165,7 @@ def grouped_gemm_contiguous_fp8(
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. No host sync: CUDA-graph safe.
+    """Return out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. No host sync: graph safe.
 
     x [L, R, D] bf16 (or float16, float32), weight [L, N, D], counts [L] int32 on the GPU -> [L, R, N].
     """
@@ -125,10 +174,10 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_gemm_masked` on fp8 e4m3 operands; bf16 out.
+    """Do `grouped_gemm_masked` on fp8 e4m3 operands. Returns bf16.
 
-    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32 (best column by column, as DeepEP's are); weight, weight_scale as
-    `grouped_gemm_contiguous_fp8`.
+    x [L, R, D], x_scale [L, R, ceil(D / 128)] float32, best stored column by column, as DeepEP's are. weight and
+    weight_scale as for `grouped_gemm_contiguous_fp8`.
     """
     tile = TWO_SLABS if x.shape[1] > FEW_ROWS else Tile(64, 128, 1, 4, 4)
     return launch_masked(x, x_scale, weight, weight_scale, counts, tile)

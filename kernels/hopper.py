@@ -1,9 +1,9 @@
-"""What the attention kernels' fast paths share. They are in Gluon, Triton's lower level: Hopper only, bf16.
+"""Shared parts of the attention kernels' fast paths. They are in Gluon, Triton's lower level: Hopper only, bf16.
 
-The same loops as `kernels/attention.py` (read that first), with what its compiler decides decided here. One warp, the
-loader, does nothing but ask TMA for tiles, two buffers of each; it and the warps that compute meet at barriers in
-shared memory: `full` flips when a tile has arrived, `empty` when its readers are done with it. Blocks are visited from
-the last key to the first, so that masks and half-filled pages are the loop's start.
+The loops are those of `mla_decode.py` and `prefill_attention.py`: read these first. Here, layouts, copies and waits are
+explicit; there the compiler decides them. One warp, the loader, only asks TMA for tiles, with two buffers for each. The loader and the
+computing warps meet at barriers in shared memory: `full` flips when a tile has arrived, `empty` when its readers are
+done. Blocks are visited from the last key to the first, so masks and half-filled pages come first in the loop.
 """
 
 import functools
@@ -26,7 +26,7 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
 
 @gluon.jit
 def clear_rows(tile, first):
-    """Zero the rows of a shared tile from `first` on: 0 * NaN would spoil the product of weights and values."""
+    """Zero the rows of a shared tile from `first` on, because 0 * NaN would spoil the product with the values."""
     COLS: gl.constexpr = tile.shape[1]
     WIDTH: gl.constexpr = 64 if COLS > 64 else COLS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -43,12 +43,12 @@ def _tile_layout(rows: int, cols: int) -> gl.NVMMASharedLayout:
 
 
 def tile(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """x [N, columns] for TMA tiles [rows, cols]."""
+    """Describe x [N, columns] for TMA tiles [rows, cols]."""
     return TensorDescriptor.from_tensor(x, [rows, cols], _tile_layout(rows, cols))
 
 
 def flat(x: Tensor) -> Tensor:
-    """[N, H, d] with any strides -> a view [N, columns], head h's at column h * x.stride(1)."""
+    """Return x [N, H, d] (unit last stride) as a view [N, columns]; head h begins at column h * x.stride(1)."""
     return x.as_strided((x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1))
 
 

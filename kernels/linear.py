@@ -1,4 +1,4 @@
-"""Dense products in bf16: cuBLAS's, but for few tokens."""
+"""Dense products in bf16: cuBLAS, except for few tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,18 @@ from kernels.pdl import after_previous, pdl
 
 @triton.jit
 def _linear_float32_kernel(
-    x, weight, out, T, N, x_stride, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    out,
+    T,
+    N,
+    x_stride,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
     after_previous(PDL)
     rows, cols = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
@@ -27,15 +36,15 @@ def _linear_float32_kernel(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T -> [T, N], in their dtype: `ref.linear`. Up to FEW_TOKENS in a kernel of ours."""
+    """Return x [T, D] @ weight [N, D].T -> [T, N] in their dtype. Contract: `ref.linear`."""
     return linear_of_few(x, weight) if 0 < x.shape[0] <= FEW_TOKENS else F.linear(x, weight)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32): `ref.linear_float32`.
+    """Return x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32). Contract: `ref.linear_float32`.
 
-    Up to 4 tokens, and up to 64 if there are few outputs (a gate's), take kernels of ours, which are quicker to start;
-    all else is cuBLAS's.
+    Kernels of ours, which start faster, serve up to 4 tokens, or up to 64 with few outputs (a gate). cuBLAS serves the
+    others.
     """
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:
@@ -47,7 +56,18 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(tokens, outputs, dtype=torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
     _linear_float32_kernel[triton.cdiv(tokens, 16), triton.cdiv(outputs, 16)](
-        x, weight, out, tokens, outputs, x.stride(0), width, BLOCK_T=16, BLOCK_N=16, BLOCK_K=256, num_warps=4,
-        num_stages=4, **pdl(x),
-    )  # fmt: skip
+        x,
+        weight,
+        out,
+        tokens,
+        outputs,
+        x.stride(0),
+        width,
+        BLOCK_T=16,
+        BLOCK_N=16,
+        BLOCK_K=256,
+        num_warps=4,
+        num_stages=4,
+        **pdl(x),
+    )
     return out

@@ -1,5 +1,6 @@
-"""RMSNorm (with or without the residual add, and quantised or not), rope, and MLA's cache write that needs both: one
-pass over memory each.
+"""RMSNorm, rope, and MLA's cache write, which needs both. Each is one pass over memory.
+
+RMSNorm comes with or without the residual add, and with or without quantising its result.
 """
 
 import torch
@@ -13,7 +14,7 @@ from kernels.quant import GROUP, fp8_like, store_quantized
 
 @triton.jit
 def _normed(x, weight, eps, dim):
-    """rms_norm of x [ROWS, BLOCK_D] (zero past `dim` columns) in float32, rounded to x's dtype before the weight."""
+    """Return rms_norm of x [ROWS, BLOCK_D] (zero past `dim` columns), rounded to x's dtype before the weight."""
     x32 = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x32 * x32, 1) / dim + eps)
     return (x32 * inverse[:, None]).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
@@ -21,17 +22,32 @@ def _normed(x, weight, eps, dim):
 
 @triton.jit
 def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """rope of x [ROWS, BLOCK_D] by cos, sin [ROWS, BLOCK_D / 2]."""
+    """Rotate the pairs of x [ROWS, BLOCK_D] by cos, sin [ROWS, BLOCK_D / 2]."""
     even, odd = tl.split(x.to(tl.float32).reshape(ROWS, BLOCK_D // 2, 2))
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, values_ptr, scales_ptr, rows, x_stride, residual_stride, eps,
-    scale_stride, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    sum_ptr,
+    values_ptr,
+    scales_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    eps,
+    scale_stride,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
@@ -46,7 +62,7 @@ def _rms_norm_kernel(
     else:
         normed = normed.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * dim + col, normed, mask=here)
-    if QUANT:  # as rows of one group each: dim is a multiple of GROUP
+    if QUANT:  # reshape to rows of one group each: dim is a multiple of GROUP
         groups: tl.constexpr = BLOCK_D // GROUP
         part = tl.arange(0, ROWS * groups)
         row, group = tl.program_id(0).to(tl.int64) * ROWS + part // groups, part % groups
@@ -58,7 +74,7 @@ def _rms_norm_kernel(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., D] -> [N, D] with unit last stride; a view where one exists (a slice of a projection stays in place)."""
+    """Return x [..., D] as [N, D] with unit last stride. A view where possible: a projection's slice is not copied."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -66,8 +82,10 @@ def _rows(x: Tensor) -> Tensor:
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False, bare: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """(normed, x + residual), or with `quant` (normed, values, scales, x + residual); x where there is no residual, and
-    no normed (None) without `bare`."""
+    """Return (normed, x + residual), or with `quant` (normed, values, scales, x + residual).
+
+    Without a residual, the sum is x itself. Without `bare`, normed is None.
+    """
     shape, dim, on = x.shape, x.shape[-1], x.device
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on) if bare else None
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=on)
@@ -79,38 +97,55 @@ def _norm(
         x = _rows(x)
         other = x if residual is None else _rows(residual)
         block = triton.next_power_of_2(dim)
-        per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements each, 8 for each thread
+        per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
-            x, other, weight, out, total, values, scales, x.shape[0], x.stride(0), other.stride(0), eps,
-            0 if scales is None else scales.stride(1), dim, ROWS=per_program, BLOCK_D=block, ADD=residual is not None,
-            QUANT=quant, num_warps=4 if block <= 2048 else 8, **pdl(x),
-        )  # fmt: skip
+            x,
+            other,
+            weight,
+            out,
+            total,
+            values,
+            scales,
+            x.shape[0],
+            x.stride(0),
+            other.stride(0),
+            eps,
+            0 if scales is None else scales.stride(1),
+            dim,
+            ROWS=per_program,
+            BLOCK_D=block,
+            ADD=residual is not None,
+            QUANT=quant,
+            num_warps=4 if block <= 2048 else 8,
+            **pdl(x),
+        )
     if not quant:
         return out, total
     return out, values.view(shape), scales.unflatten(0, shape[:-1]), total
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim, the mean square in float32: `ref.rms_norm`.
+    """Return x / rms(x) * weight over the last dim, the mean square in float32. Contract: `ref.rms_norm`.
 
     x [..., D] bf16 or float32, D <= 8192, any strides; weight [D] -> [..., D] contiguous. A program reads whole rows,
-    so x crosses memory once.
+    so x is read only once.
     """
     return _norm(x, None, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """residual = x + residual (rounded to x's dtype), then rms_norm of it: returns (normed, x + residual).
+    """Add, then normalise: return (rms_norm(x + residual), x + residual). The sum is rounded to x's dtype first.
 
-    x, residual [..., D] of one dtype. Neither is written; the sum never returns to memory before it is normed.
+    x, residual [..., D] of one dtype. Neither is written. The norm takes the sum from registers, not from memory.
     """
     return _norm(x, residual, weight, eps)
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
-    """rms_norm, and its rounded result as fp8 with 1x128 scales: returns (normed, values, scales), normed if `bare`.
+    """Return (normed, values, scales): rms_norm, and its rounded result in fp8. Contract: `ref.rms_norm_quant`.
 
-    D a multiple of 128; values e4m3 [..., D], scales float32 [..., D / 128] as of `fp8_like`: `ref.rms_norm_quant`.
+    D must be a multiple of 128. values e4m3 [..., D]; scales float32 [..., D / 128] in the layout of `fp8_like`.
+    normed is None without `bare`.
     """
     return _norm(x, None, weight, eps, True, bare)[:3]
 
@@ -118,19 +153,33 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> 
 def add_rms_norm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """add_rms_norm and rms_norm_quant at once: returns (normed, values, scales, x + residual), normed if `bare`."""
+    """Do add_rms_norm and rms_norm_quant in one pass: return (normed or None, values, scales, x + residual)."""
     return _norm(x, residual, weight, eps, True, bare)
 
 
 @triton.jit
 def _rope_kernel(
-    source_ptr, target_ptr, cos_ptr, sin_ptr, positions_ptr, rows, heads, source_stride, source_head_stride,
-    target_stride, target_head_stride, cos_stride, sin_stride, dim: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """target may be source: every element is loaded once, by the program that writes its pair, before it does."""
-    after_previous(PDL, LET_NEXT=False)  # attention comes next
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # of the T * H rows
+    source_ptr,
+    target_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    rows,
+    heads,
+    source_stride,
+    source_head_stride,
+    target_stride,
+    target_head_stride,
+    cos_stride,
+    sin_stride,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rotate rows of source into target, which may be source: a program loads whole pairs before it stores them."""
+    after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # row of [T * H]
     token, head = (row // heads).to(tl.int64), row % heads
     col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
     live = row < rows
@@ -144,7 +193,7 @@ def _rope_kernel(
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
-    """Rotate the last `rope_dim` columns of every head of q [T, H, nope + R], in place: `ref.rope_query`.
+    """Rotate the last `rope_dim` columns of every head of q [T, H, nope + R] in place: `ref.rope_query`.
 
     q bf16 or float32 with unit last stride; tables [length, R / 2] float32; positions [T] int64.
     """
@@ -152,9 +201,9 @@ def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tenso
 
 
 def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
-    """rope_query into the last `rope_dim` columns of out [T, H, C + R], of q's dtype and with unit last stride.
+    """Do rope_query, but write to the last `rope_dim` columns of out [T, H, C + R], of q's dtype, unit last stride.
 
-    q is left alone, and so are out's other columns. out may be q, but may not overlap it otherwise.
+    q and out's other columns stay as they are. out may be q itself, but must not overlap it in any other way.
     """
     rows = q.shape[0] * q.shape[1]
     if rows == 0:
@@ -163,18 +212,48 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
     block = max(2, triton.next_power_of_2(rope_dim))
     per_program = max(1, 2048 // block)
     _rope_kernel[triton.cdiv(rows, per_program),](
-        source, target, cos_table, sin_table, positions, rows, q.shape[1], source.stride(0), source.stride(1),
-        target.stride(0), target.stride(1), cos_table.stride(0), sin_table.stride(0), rope_dim,
-        ROWS=per_program, BLOCK_D=block, num_warps=4, **pdl(q),
-    )  # fmt: skip
+        source,
+        target,
+        cos_table,
+        sin_table,
+        positions,
+        rows,
+        q.shape[1],
+        source.stride(0),
+        source.stride(1),
+        target.stride(0),
+        target.stride(1),
+        cos_table.stride(0),
+        sin_table.stride(0),
+        rope_dim,
+        ROWS=per_program,
+        BLOCK_D=block,
+        num_warps=4,
+        **pdl(q),
+    )
 
 
 @triton.jit
 def _norm_rope_write_kernel(
-    kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, pages_ptr, tokens, kv_stride, cos_stride, sin_stride,
-    eps, latent: tl.constexpr, rope_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    kv_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    rows_ptr,
+    pages_ptr,
+    tokens,
+    kv_stride,
+    cos_stride,
+    sin_stride,
+    eps,
+    latent: tl.constexpr,
+    rope_dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     live = token < tokens
@@ -206,10 +285,11 @@ def norm_rope_write(
     rows: Tensor,
     kv_pages: Tensor,
 ) -> None:
-    """MLA's cache write: kv_pages' flat row rows[t] = [rms_norm(kv[t, :C]), rope(kv[t, C:])]: `ref.norm_rope_write`.
+    """Write MLA's cache: flat row rows[t] of kv_pages = [rms_norm(kv[t, :C]), rope(kv[t, C:])].
 
-    kv [T, C + R] with unit last stride, norm_weight [C], kv_pages [pages, 64, C + R] contiguous, of one dtype;
-    tables [length, R / 2] float32; positions, rows [T] int64. Tokens of one row (padding, in the null page) race.
+    kv [T, C + R] with unit last stride, norm_weight [C], kv_pages [pages, 64, C + R] contiguous, all of one dtype.
+    Tables are [length, R / 2] float32; positions, rows [T] int64. Tokens with equal rows race: these are padding, which
+    goes to the null page. Contract: `ref.norm_rope_write`.
     """
     tokens, latent = kv.shape[0], norm_weight.numel()
     if tokens == 0:
@@ -218,8 +298,23 @@ def norm_rope_write(
     block = triton.next_power_of_2(latent)
     per_program = max(1, 2048 // block)
     _norm_rope_write_kernel[triton.cdiv(tokens, per_program),](
-        kv, norm_weight, cos_table, sin_table, positions, rows, pool, tokens, kv.stride(0), cos_table.stride(0),
-        sin_table.stride(0), eps, latent, rope_dim,
-        ROWS=per_program, BLOCK_C=block, BLOCK_R=max(2, triton.next_power_of_2(rope_dim)), num_warps=4,
+        kv,
+        norm_weight,
+        cos_table,
+        sin_table,
+        positions,
+        rows,
+        pool,
+        tokens,
+        kv.stride(0),
+        cos_table.stride(0),
+        sin_table.stride(0),
+        eps,
+        latent,
+        rope_dim,
+        ROWS=per_program,
+        BLOCK_C=block,
+        BLOCK_R=max(2, triton.next_power_of_2(rope_dim)),
+        num_warps=4,
         **pdl(kv),
-    )  # fmt: skip
+    )

@@ -1,9 +1,10 @@
-"""Ops: every op that the model and the handoff call, typed. The twin in `kernels/ref.py` is each one's contract.
+"""Ops: every op that the model and the handoff call, typed. An op's twin in `kernels/ref.py` is its contract.
 
 A job makes one Ops (`kernels/backend.py` chooses the libraries) and hands it to the model's constructors.
 """
 
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from kernels import ref
 from kernels.fp8 import Quantized
 
-# Ops whose arguments are all given by position. The others, whose arguments have names or defaults, are below.
+# Ops whose arguments are all positional. Ops with named or default arguments are protocols, below.
 T = Tensor
 Norm = Callable[[T, T, float], T]
 AddNorm = Callable[[T, T, T, float], tuple[T, T]]
@@ -99,7 +100,7 @@ class EpScatter(Protocol):
         experts: Tensor,
         num_local: int,
         alignment: int,
-        counts: Sequence[int] | None = None,
+        counts: abc.Sequence[int] | None = None,
         scales: Tensor | None = None,
     ) -> tuple[Tensor, ...]: ...
 
@@ -118,6 +119,8 @@ class EpGather(Protocol):
 
 @dataclass(frozen=True)
 class Ops:
+    """The ops of one job. The defaults are the torch twins."""
+
     rms_norm: Norm = ref.rms_norm
     add_rms_norm: AddNorm = ref.add_rms_norm
     rms_norm_quant: RmsNormQuant = ref.rms_norm_quant
@@ -130,7 +133,7 @@ class Ops:
     silu_mul_masked: Product = ref.silu_mul_masked
     prefill_attention: PrefillAttention = ref.prefill_attention
     mla_decode: MlaDecode = ref.mla_decode
-    decode_plan: Callable[[T], Any] = ref.decode_plan  # of the library that serves mla_decode
+    decode_plan: Callable[[T], Any] = ref.decode_plan  # from the library that serves mla_decode
     linear: Product = ref.linear
     linear_float32: Product = ref.linear_float32
     gate_topk: GateTopk = ref.gate_topk
@@ -149,8 +152,8 @@ class Ops:
     grouped_gemm_masked_fp8: Fp8GroupedProduct = ref.grouped_gemm_masked_fp8
     pack_pages: Product = ref.pack_pages
     unpack_pages: Callable[[T, T, T], None] = ref.unpack_pages
-    # with leave_sms(n): products leave n SMs free. Of the library that serves gemm_fp8.
+    # Within `with leave_sms(n):`, products leave n SMs free. From the library that serves gemm_fp8.
     leave_sms: Callable[[int], AbstractContextManager] = nullcontext
-    capturable: bool = False  # can a decode step be captured into a CUDA graph?
-    whole_keys: bool = False  # does prefill_attention make a copy of the keys in one piece?
-    alignment: int = 1  # rows: what the grouped GEMMs want each expert's group, or room, padded to
+    capturable: bool = False  # a decode step can be captured into a CUDA graph
+    whole_keys: bool = False  # prefill_attention copies each key into one piece
+    alignment: int = 1  # the grouped GEMMs want each expert's group or room padded to this many rows

@@ -1,18 +1,16 @@
-"""KV pages to and from one contiguous piece of memory in Triton: the handoff sends them packed."""
+"""Pack KV pages into contiguous memory and back, in Triton: the handoff sends them packed."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 2048  # words of 8 bytes a program copies: 16 KiB, 16 bytes a thread at a time
+CHUNK = 2048  # words of 8 bytes per program: 16 KiB, in pieces of 16 bytes per thread
 
 
 @triton.jit
-def _copy_kernel(
-    pool, packed, pages, words, layer_stride, page_stride, UNPACK: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Grid (page, layer, chunk); strides in words."""
+def _copy_kernel(pool, packed, pages, words, layer_stride, page_stride, UNPACK: tl.constexpr, CHUNK: tl.constexpr):
+    """Copy one chunk of one page of one layer. Grid (page, layer, chunk); strides in words."""
     place, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     here = word < words
@@ -34,12 +32,12 @@ def _copy(pool: Tensor, packed: Tensor, pages: Tensor, unpack: bool) -> None:
 
 
 def pack_pages(pool: Tensor, pages: Tensor) -> Tensor:
-    """pool [layers, pages, 64, W] contiguous, pages [n] int64 -> those pages of every layer [layers, n, 64, W]."""
+    """Copy pages [n] int64 of every layer of pool [layers, pages, 64, W], contiguous -> [layers, n, 64, W]."""
     packed = pool.new_empty(pool.shape[0], pages.numel(), *pool.shape[2:])
     _copy(pool, packed, pages, unpack=False)
     return packed
 
 
 def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:
-    """The way back, in place: packed [layers, n, 64, W] contiguous -> pool's pages [n] int64, all different."""
+    """Undo `pack_pages`, in place: packed [layers, n, 64, W] contiguous -> pool's pages [n] int64, all different."""
     _copy(pool, packed, pages, unpack=True)

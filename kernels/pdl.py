@@ -1,11 +1,14 @@
-"""Programmatic dependent launch (the CUDA programming guide's name for it): from Hopper on, a kernel may take its place
-on the GPU while the one before it in the stream still runs, and waits inside for what that one writes. It hides the
-start of a kernel, which is most of a small one.
+"""Programmatic dependent launch (the CUDA programming guide's term), from Hopper on.
 
-Every program of such a kernel must wait, whatever it reads: only then does its end say that all before it has ended.
-And not every library's kernel can be trusted to wait: FlashMLA's is launched to take its place early, and tokens of a
-captured step were wrong until what comes before it let it in only at its own end: `after_previous(PDL, LET_NEXT=False)`
-(seen on an H100; `tests/test_gpu_engine.py`).
+A kernel may start on the GPU while the kernel before it in the stream still runs. It then waits, inside, for that
+kernel's results. This hides the launch, which takes most of a small kernel's time.
+
+Every program of such a kernel must wait, whatever it reads. Only then does its end imply that all kernels before it
+have ended.
+
+Hazard: not every library's kernel waits as it should. FlashMLA's is launched to start early, and a captured step gave
+wrong tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede attention lets the next
+kernel start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
 """
 
 from functools import cache
@@ -19,17 +22,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
-    """Wait for the end of the kernel before, and let the next one take its place now. A kernel's first line."""
+    """Let the next kernel start now, and wait for the end of the kernel before. A kernel's first line."""
     if PDL:
-        if LET_NEXT:  # noqa: SIM102
+        if LET_NEXT:
             gdc_launch_dependents()
         gdc_wait()
 
 
 @triton.jit
 def let_next(PDL: tl.constexpr):
-    """Let the next kernel take its place from here on, where it would only be in the way before: late in a kernel whose
-    programs fill the GPU, which began with after_previous(PDL, LET_NEXT=False)."""
+    """Let the next kernel start from here on. The kernel must have begun with after_previous(PDL, LET_NEXT=False).
+
+    For kernels whose programs fill the GPU: an earlier start of the next one would only take resources from them.
+    """
     if PDL:
         gdc_launch_dependents()
 
@@ -40,5 +45,5 @@ def _has_it(device: torch.device) -> bool:
 
 
 def pdl(x: Tensor) -> dict[str, bool]:
-    """Launch arguments of a kernel that begins with `after_previous(PDL)`, on x's device."""
+    """Return the launch arguments for a kernel that begins with `after_previous(PDL)`, on x's device."""
     return {"PDL": True, "launch_pdl": True} if _has_it(x.device) else {"PDL": False}

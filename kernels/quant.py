@@ -1,4 +1,4 @@
-"""Activations to fp8 (the 1x128 format of `kernels/fp8.py`), and silu(gate) * up, alone or quantised in the same pass.
+"""Cast activations to fp8 (the 1x128 format of `kernels/fp8.py`). silu(gate) * up, alone or with that cast.
 
 A scale is max(largest magnitude of a row's 128 columns, 1e-4) / 448, float32; the fp8 value is x / scale. The last
 group of a row may be shorter.
@@ -20,7 +20,7 @@ ROWS = 32  # rows of one program's tile
 
 @triton.jit
 def _silu_mul(x, rows, cols, mask, W):
-    """silu(gate) * up in float32 on a tile of x [.., 2W]."""
+    """Return silu(gate) * up in float32 for a tile of x [.., 2W]."""
     at = x + rows.to(tl.int64)[:, None] * 2 * W + cols[None, :]
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [rows, cols]
     up = tl.load(at + W, mask=mask, other=0.0).to(tl.float32)
@@ -29,7 +29,7 @@ def _silu_mul(x, rows, cols, mask, W):
 
 @triton.jit
 def store_quantized(y, values_at, scales_at, mask, live):
-    """Tile y [rows, 128] float32 -> fp8 at the pointers values_at [rows, 128], its scales at scales_at [rows]."""
+    """Quantise a tile y [rows, 128] float32: store fp8 at values_at [rows, 128] and scales at scales_at [rows]."""
     scale = tl.maximum(tl.max(tl.abs(y), 1), SMALLEST) / FP8_MAX  # [rows]
     y = tl.clamp(y / scale[:, None], -FP8_MAX, FP8_MAX)
     tl.store(values_at, y.to(values_at.dtype.element_ty), mask=mask)
@@ -51,7 +51,7 @@ def _quantize_kernel(x, out, scales, M, D, scale_stride, ROWS: tl.constexpr, PDL
 
 @triton.jit
 def _silu_mul_kernel(x, row_expert, out, scales, M, W, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
-    """scales None: a plain silu * mul. row_expert None: every row is real."""
+    """Do silu(gate) * up, and quantise it unless scales is None. row_expert None: every row is real."""
     after_previous(PDL)
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -70,9 +70,9 @@ def _silu_mul_kernel(x, row_expert, out, scales, M, W, scale_stride, ROWS: tl.co
 
 @triton.jit
 def _silu_mul_masked_kernel(x, counts, out, scales, R, W, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
-    """Grid (expert, group, P): P programs walk the expert's real row blocks, however many there are.
+    """Do silu(gate) * up, and quantise it unless scales is None.
 
-    scales None: a plain silu * mul.
+    Grid (expert, group, P): P programs share the expert's real row blocks, whose number only the GPU knows.
     """
     after_previous(PDL)
     expert, group = tl.program_id(0), tl.program_id(1)
@@ -93,15 +93,18 @@ def _silu_mul_masked_kernel(x, counts, out, scales, R, W, scale_stride, ROWS: tl
 
 
 def fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Room for `width` columns of x's rows [..., M]: values in fp8, row by row, and their scales in float32
-    [..., M, width / 128], column by column, each of whole 16 bytes: as TMA, and so DeepGEMM, reads them."""
+    """Allocate an fp8 tensor of `width` columns for x's rows, and its scales. x [..., M, any].
+
+    Returns values e4m3 [..., M, width] and scales float32 [..., M, ceil(width / 128)]. The scales are stored column by
+    column, each column padded to 16 bytes: TMA, and so DeepGEMM, reads them this way.
+    """
     *lead, rows = x.shape[:-1]
     columns = x.new_empty(*lead, triton.cdiv(width, GROUP.value), triton.cdiv(rows, 4) * 4, dtype=torch.float32)
     return x.new_empty(*lead, rows, width, dtype=torch.float8_e4m3fn), columns.transpose(-1, -2)[..., :rows, :]
 
 
 def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> fp8 e4m3 [..., D], scales [..., ceil(D / 128)] float32, one for each row and 128 columns."""
+    """Quantise x [..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], one per row and 128 columns."""
     shape, width = x.shape, x.shape[-1]
     x = x.reshape(-1, width)
     out, scales = fp8_like(x, width)
@@ -114,9 +117,9 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
-    """[..., 2I] -> [..., I]: silu(gate) * up, gate first, in float32 and rounded once.
+    """Return silu(gate) * up: x [..., 2I], gate first -> [..., I], in float32 and rounded once.
 
-    Rows of x [M, 2I] whose row_expert [M] is -1 are padding: neither read nor written.
+    With row_expert [M], rows of x [M, 2I] where it is -1 are padding: neither read nor written.
     """
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if out.numel():
@@ -127,9 +130,9 @@ def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
 
 
 def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
-    """x [L, R, 2I] -> silu_mul of each expert's first counts[e] rows [L, R, I]; the rest is neither read nor written.
+    """Do silu_mul for each expert's first counts[e] rows; the rest is neither read nor written.
 
-    counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
+    x [L, R, 2I] -> [L, R, I]. counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
     """
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if out.numel():
@@ -140,9 +143,10 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [M, 2I] -> quantize_1x128(silu(gate) * up), values [M, I], scales [M, ceil(I / 128)]; no bf16 between.
+    """Return quantize_1x128(silu(gate) * up), without rounding to bf16 in between.
 
-    Rows whose row_expert [M] is -1 are padding: neither read nor written.
+    x [M, 2I] -> values [M, I], scales [M, ceil(I / 128)]. Rows whose row_expert [M] is -1 are padding: neither read nor
+    written.
     """
     out, scales = fp8_like(x, x.shape[-1] // 2)
     if out.numel():
@@ -154,10 +158,10 @@ def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor,
 
 
 def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """silu_mul_quant of each expert's first counts[e] rows; the rest is neither read nor written. x [L, R, 2I] ->
-    values [L, R, I], scales [L, R, ceil(I / 128)].
+    """Do silu_mul_quant for each expert's first counts[e] rows; the rest is neither read nor written.
 
-    counts [L] int32 stays on the GPU (no host sync: CUDA-graph safe).
+    x [L, R, 2I] -> values [L, R, I], scales [L, R, ceil(I / 128)]. counts [L] int32 stays on the GPU (no host sync:
+    CUDA-graph safe).
     """
     out, scales = fp8_like(x, x.shape[-1] // 2)
     if out.numel():

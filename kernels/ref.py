@@ -1,11 +1,11 @@
 """The pure-torch twin of every op: the specification that the fast kernels are tested against, and the CPU path.
 
-WAITING names the twins, of a decode step's ops, that read numbers on the host: a CUDA graph cannot capture them.
+WAITING names the twins among a decode step's ops that read numbers on the host: a CUDA graph cannot capture them.
 
-T tokens, D hidden, H heads, C kv latent, R rope dims, K experts a token, L local experts, I expert width.
+T tokens, D hidden, H heads, C kv latent, R rope dims, K experts per token, L local experts, I expert width.
 """
 
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 import torch
@@ -18,19 +18,19 @@ WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] / rms(x) * weight [D] over the last dim; the mean square is taken in float32."""
+    """Return x [..., D] / rms(x) * weight [D] over the last dim. The mean square is taken in float32."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual add before a norm: returns (rms_norm(x + residual), x + residual)."""
+    """Do the residual add before a norm: return (rms_norm(x + residual), x + residual)."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[0], x[1]), (x[2], x[3]), ... x [T, ..., R]; cos, sin [T, R / 2] float32."""
+    """Rotate the pairs (x[0], x[1]), (x[2], x[3]), ... of x [T, ..., R]. cos, sin [T, R / 2] float32."""
     shape = (x.shape[0], *[1] * (x.dim() - 2), cos.shape[-1])
     cos, sin = cos.view(shape), sin.view(shape)
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
@@ -38,7 +38,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
-    """The query of absorbed MLA (DeepSeek-V2, section 2.1): q' = [W_UK^T q_nope, rope(q_rope)] of every head.
+    """Return absorbed MLA's query (DeepSeek-V2, section 2.1): q' = [W_UK^T q_nope, rope(q_rope)] for every head.
 
     q [B, H, nope + R], w_uk [H, nope, C], tables [length, R / 2] float32, indexed by positions [B] -> [B, H, C + R].
     """
@@ -48,14 +48,16 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, 
 
 
 def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized:
-    """attended [B, H, C] through w_uv [H, v, C] of its head -> [B, H, v], or with `quantize` quantize_1x128 of it as
-    [B, H v]."""
+    """Multiply attended [B, H, C] with its head's w_uv [H, v, C] -> [B, H, v].
+
+    With `quantize`: return quantize_1x128 of the result flattened to [B, H v].
+    """
     out = torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
     return quantize_1x128(out.flatten(1)) if quantize else out
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
-    """rope of the last `rope_dim` columns of every head of q [T, H, nope + R], in place.
+    """Rotate the last `rope_dim` columns of every head of q [T, H, nope + R], in place.
 
     cos_table, sin_table [length, R / 2] float32, indexed by positions [T] int64.
     """
@@ -72,11 +74,11 @@ def norm_rope_write(
     rows: Tensor,
     kv_pages: Tensor,
 ) -> None:
-    """MLA's cache write (DeepSeek-V2, section 2.1): [rms_norm(latent), rope(shared key)] of each token, in place.
+    """Write MLA's cache (DeepSeek-V2, section 2.1): [rms_norm(latent), rope(shared key)] of each token, in place.
 
     kv [T, C + R], norm_weight [C], kv_pages [pages, 64, C + R], contiguous, all of one dtype; cos_table, sin_table
-    [length, R / 2] float32, indexed by positions [T] int64. Token t goes to row rows[t] (int64) of the flat pages;
-    where several go to one row, any of them stays.
+    [length, R / 2] float32, indexed by positions [T] int64. Token t goes to row rows[t] (int64) of the flat pages. If
+    several tokens go to one row, any one of them stays.
     """
     latent, key = kv.tensor_split((norm_weight.numel(),), -1)
     roped = rope(key, cos_table[positions], sin_table[positions])
@@ -84,7 +86,7 @@ def norm_rope_write(
 
 
 def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
-    """[..., 2I] -> [..., I]: silu(gate) * up, gate first. Rows whose row_expert [M] is -1 are undefined."""
+    """Return silu(gate) * up: x [..., 2I], gate first -> [..., I]. Rows whose row_expert [M] is -1 are undefined."""
     if row_expert is not None:
         out, real = x.new_empty(x.shape[0], x.shape[1] // 2), row_expert >= 0
         out[real] = silu_mul(x[real])
@@ -94,7 +96,7 @@ def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
 
 
 def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
-    """out[e, :counts[e]] = silu_mul(x[e, :counts[e]]); the rest is undefined. x [L, R, 2I], counts [L] -> [L, R, I]."""
+    """Do silu_mul on x[e, :counts[e]]; the rest is undefined. x [L, R, 2I], counts [L] int32 -> [L, R, I]."""
     out = x.new_empty(*x.shape[:2], x.shape[2] // 2)
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = silu_mul(x[expert, :count])
@@ -102,7 +104,7 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
-    """rms_norm, and quantize_1x128 of what it gives: returns (normed, values, scales), normed None unless `bare`."""
+    """Return (normed, values, scales): rms_norm, and quantize_1x128 of it. normed is None unless `bare`."""
     normed = rms_norm(x, weight, eps)
     return normed if bare else None, *quantize_1x128(normed)
 
@@ -110,27 +112,29 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> 
 def add_rms_norm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """The residual add before rms_norm_quant: returns (normed, values, scales, x + residual)."""
+    """Do the residual add before rms_norm_quant: return (normed, values, scales, x + residual)."""
     total = x + residual
     return *rms_norm_quant(total, weight, eps, bare), total
 
 
 def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[..., 2I] -> quantize_1x128 of silu(gate) * up, with nothing rounded in between.
+    """Return quantize_1x128 of silu(gate) * up, x [..., 2I], with nothing rounded in between.
 
-    Rows [M] whose row_expert is -1 are padding: what comes out for them is undefined.
+    Rows whose row_expert [M] is -1 are padding: their results are undefined.
     """
     return quantize_1x128(silu_mul(x.float()))
 
 
 def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """silu_mul_quant of x[e, :counts[e]]; the rest is undefined. x [L, R, 2I], counts [L] int32 -> [L, R, I] and scales
-    [L, R, ceil(I / 128)]."""
+    """Do silu_mul_quant on x[e, :counts[e]]; the rest is undefined.
+
+    x [L, R, 2I], counts [L] int32 -> values [L, R, I] and scales [L, R, ceil(I / 128)].
+    """
     return silu_mul_quant(x)
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """x [M, D] in 1x128, weight [N, D] in 128x128 -> x @ weight.T [M, N], summed in float32 and rounded to bf16."""
+    """Return x [M, D] in 1x128 @ weight [N, D].T in 128x128 -> [M, N], summed in float32 and rounded to bf16."""
     return (dequantize_1x128(x, x_scale) @ dequantize_128x128(weight, weight_scale).T).bfloat16()
 
 
@@ -146,11 +150,11 @@ def prefill_attention(
     scale: float,
     quantize: bool = False,
 ) -> Tensor | Quantized:
-    """Causal attention over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
+    """Attend causally over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
 
-    q [sum q, H, nope + R]; a key is k_nope [sum kv, H, nope] of its head and k_rope [sum kv, R] of all heads;
-    v [sum kv, H, dv]; q_starts, kv_starts [S + 1]. Returns [sum q, H, dv], or with `quantize` quantize_1x128 of it
-    flattened: values [sum q, H dv] and their scales.
+    q [sum q, H, nope + R], v [sum kv, H, dv], q_starts, kv_starts [S + 1] -> [sum q, H, dv]. A key joins its head's
+    k_nope [sum kv, H, nope] and k_rope [sum kv, R], which all heads share. With `quantize`: return quantize_1x128 of
+    the result flattened, values [sum q, H dv] and their scales.
     """
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)), -1)
     out = v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
@@ -166,7 +170,7 @@ def prefill_attention(
 
 
 def decode_plan(kv_lens: Tensor) -> Any:
-    """What mla_decode of one step's layers may share, computed once: `plan`. Here nothing."""
+    """Return the `plan` that one step's calls of mla_decode share, computed once. Here it is empty."""
     return None
 
 
@@ -179,11 +183,12 @@ def mla_decode(
     v_dim: int | None = None,
     plan: Any = None,
 ) -> Tensor:
-    """Absorbed MLA for one query token a sequence: keys are whole cache rows, values their first `v_dim` columns.
+    """Attend one query token per sequence with absorbed MLA.
 
-    q [B, H, C + R], kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, v_dim] (None: all columns).
-    A sequence of length 0 is padding: zeros here, and finite anywhere if the pool is. `plan`: `decode_plan(kv_lens)`
-    of the same library, shared by calls of equal shapes and kv_lens; None: this call makes its own.
+    Keys are whole cache rows, values their first `v_dim` columns (None: all). q [B, H, C + R],
+    kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, v_dim]. A sequence of length 0 is padding: its
+    result is zero here, and finite in every library if the pool is finite. `plan` is `decode_plan(kv_lens)` of the same
+    library; calls with equal shapes and kv_lens share it. None: this call makes its own.
     """
     out = q.new_zeros(*q.shape[:2], v_dim or q.shape[2])
     for i, length in enumerate(kv_lens.tolist()):
@@ -195,12 +200,12 @@ def mla_decode(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T -> [T, N], in their dtype."""
+    """Return x [T, D] @ weight [N, D].T -> [T, N], in their dtype."""
     return F.linear(x, weight)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there: only their sums are rounded."""
+    """Return x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there; only sums are rounded."""
     return F.linear(x.float(), weight.float())
 
 
@@ -215,12 +220,13 @@ def gate_topk(
     slot_of_expert: Tensor | None = None,
     is_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's group-limited top-k (technical report, section 2.1.2; DeepSeek's `noaux_tc`).
+    """Do DeepSeek-V3's group-limited top-k (technical report, section 2.1.2; DeepSeek's `noaux_tc`).
 
-    Experts compete by sigmoid(logit) + bias; first the best `topk_group` groups by the sum of their two best, then
-    the best `top_k` experts within them. The weights are the scores WITHOUT the bias. logits [T, E] float32,
-    bias [E]. Returns ids [T, K] int64 and weights [T, K] float32: of slots, through slot_of_expert [E], if it is given;
-    -1 in the rows where is_token [T] is False.
+    Experts compete by sigmoid(logit) + bias. First the best `topk_group` groups win, by the sum of their two best
+    experts; then the best `top_k` experts within them. The weights are the scores WITHOUT the bias.
+
+    logits [T, E] float32, bias [E] -> ids [T, K] int64 and weights [T, K] float32. With slot_of_expert [E], ids are
+    slots. They are -1 in rows where is_token [T] is False.
     """
     scores = logits.sigmoid()
     choice = scores + bias
@@ -241,7 +247,7 @@ def gate_topk(
 
 
 def _movable(x: Tensor) -> Tensor:
-    """x with elements that every indexing op knows: fp8 as bytes."""
+    """Return x in a dtype that every indexing op supports: fp8 as bytes."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
@@ -250,22 +256,23 @@ def ep_scatter(
     experts: Tensor,
     num_local: int,
     alignment: int,
-    counts: Sequence[int] | None = None,
+    counts: abc.Sequence[int] | None = None,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Received tokens -> rows grouped by expert, each group padded to `alignment` rows.
+    """Group received tokens by expert, each group padded to `alignment` rows.
 
     x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
-    row_expert [M] int32 (-1 = padding) and index [N, K]: where token n's k-th copy went, -1 = nowhere; and with
-    `scales` [N, S], those moved alike [M, S]. counts: copies of each expert (rounded up to `alignment` or not) if the
-    host knows them, which spares a GPU telling it.
+    row_expert [M] int32 (-1 = padding) and index [N, K], the row of token n's k-th copy (-1 = nowhere). With `scales`
+    [N, S], also returns the scales of the rows [M, S].
+
+    `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. That spares a host sync.
     """
     flat = experts.flatten()
     copies = torch.bincount(flat[flat >= 0], minlength=num_local)
     sizes = (copies + alignment - 1) // alignment * alignment
     assert counts is None or [-(-c // alignment) * alignment for c in counts] == sizes.tolist(), f"{counts=} {copies=}"
     starts = sizes.cumsum(0) - sizes
-    order = torch.argsort(flat, stable=True)[(flat < 0).sum() :]  # copies by expert, in token order within one
+    order = torch.argsort(flat, stable=True)[(flat < 0).sum() :]  # copies by expert, each expert's in token order
     expert = flat[order]
     first = copies.cumsum(0) - copies
     rows = starts[expert] + torch.arange(len(order), device=x.device) - first[expert]
@@ -285,11 +292,11 @@ def ep_scatter(
 def ep_scatter_masked(
     x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Received tokens -> [L, R, D], expert e's rows in its first counts[e] places. Shapes are fixed: no host sync.
+    """Move received tokens to rooms [L, R, D], expert e's in its first counts[e] rows. Fixed shapes: no host sync.
 
-    x [N, D]; experts [N, K] local ids, -1 = not here, none twice in a row. R is N rounded up to `alignment`. Returns
-    rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] into the rows flattened to
-    [L * R], -1 = nowhere; and with `scales` [N, S], those moved alike [L, R, S].
+    x [N, D]; experts [N, K] local ids, -1 = not here, no expert twice per token. R is N rounded up to `alignment`.
+    Returns rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K], each copy's row in
+    [L * R] (-1 = nowhere). With `scales` [N, S], also returns the scales of the rows [L, R, S].
     """
     num_rows = x.shape[0]
     room = -(-num_rows // alignment) * alignment
@@ -311,11 +318,12 @@ def ep_scatter_masked(
 
 
 def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32; -1 adds nothing. [T, D].
+    """Return out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], in float32 -> [T, D].
 
-    index None: copy (t, k) is row t * K + k.
+    Index -1 adds nothing. `index` None: copy (t, k) is row t * K + k, and `weights` must be given.
     """
     if index is None:
+        assert weights is not None
         index = torch.arange(weights.numel(), device=rows.device).view_as(weights)
     out = torch.zeros(index.shape[0], rows.shape[-1], device=rows.device)
     if plus is not None:
@@ -331,7 +339,7 @@ def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None,
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
-    """out[m] = x[m] @ weight[row_expert[m]].T; rows with -1 are undefined. x [M, D], weight [L, N, D] -> [M, N]."""
+    """Return out[m] = x[m] @ weight[row_expert[m]].T, undefined for -1. x [M, D], weight [L, N, D] -> [M, N]."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert in row_expert.unique().tolist():
         if expert >= 0:
@@ -341,8 +349,10 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Te
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. x [L, R, D], weight [L, N, D]
-    -> [L, R, N]."""
+    """Return out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined.
+
+    x [L, R, D], weight [L, N, D], counts [L] int32 -> [L, R, N].
+    """
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = x[expert, :count] @ weight[expert].T
@@ -350,9 +360,9 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
-    """out[c] = x's row @ weight[slots[c]].T of every copy c = t * K + k; zeros where slots is -1.
+    """Return out[c] = x's row @ weight[slots[c]].T for every copy c = t * K + k; zeros where slots is -1.
 
-    x [T, D] or a row for each copy [T * K, D], weight [L, N, D], slots [T, K] -> [T * K, N]. For few tokens.
+    x [T, D] or one row per copy [T * K, D], weight [L, N, D], slots [T, K] -> [T * K, N]. For few tokens.
     """
     slot = slots.flatten()
     rows = x.repeat_interleave(len(slot) // max(1, len(x)), 0)
@@ -361,29 +371,29 @@ def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
 
 
 def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
-    """silu_mul of gemm_of_copies: weight [L, 2I, D] -> [T * K, I]."""
+    """Return silu_mul of gemm_of_copies: weight [L, 2I, D] -> [T * K, I]."""
     return silu_mul(gemm_of_copies(x, weight, slots))
 
 
 def grouped_gemm_contiguous_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
 ) -> Tensor:
-    """grouped_gemm_contiguous of x [M, D] in 1x128, weight [L, N, D] in 128x128: summed in float32, rounded to bf16."""
+    """Do grouped_gemm_contiguous on x [M, D] in 1x128 and weight [L, N, D] in 128x128 -> bf16, summed in float32."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
     return grouped_gemm_contiguous(x, weight, row_expert).bfloat16()
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
-    """grouped_gemm_masked of x [L, R, D] in 1x128, weight [L, N, D] in 128x128: summed in float32, rounded to bf16."""
+    """Do grouped_gemm_masked on x [L, R, D] in 1x128 and weight [L, N, D] in 128x128 -> bf16, summed in float32."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
     return grouped_gemm_masked(x, weight, counts).bfloat16()
 
 
 def pack_pages(pool: Tensor, pages: Tensor) -> Tensor:
-    """pool [layers, pages, 64, W], pages [n] int64 -> those pages of every layer [layers, n, 64, W], contiguous."""
+    """Copy pages [n] int64 of every layer of pool [layers, pages, 64, W] -> [layers, n, 64, W], contiguous."""
     return pool[:, pages]
 
 
 def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:
-    """The way back, in place: packed [layers, n, 64, W] -> pool's pages [n] int64, all different."""
+    """Undo `pack_pages`, in place: packed [layers, n, 64, W] -> pool's pages [n] int64, all different."""
     pool[:, pages] = packed

@@ -1,9 +1,10 @@
-"""Where tokens go, in Triton: the group-limited top-k gate, and the moves from token order to expert order and back.
+"""Routing in Triton: the group-limited top-k gate, and the moves from token order to expert order and back.
 
 A copy is one (token, k) pair. Its row is its expert's first row plus its rank among that expert's copies, counted in
-token order. Many copies (contiguous): blocks of them are counted, the counts summed over the blocks before, and ranks
-inside a block come from a cumulative sum. Few (masked): a program for each expert walks over all of them. No atomics,
-so the order is the same on every run.
+token order. There are no atomics, so the order is the same on every run.
+
+    contiguous   many copies: count per block, sum the counts of earlier blocks, rank within a block by cumulative sum
+    masked       few copies: one program per expert walks over all of them
 """
 
 import torch
@@ -16,10 +17,24 @@ from kernels.pdl import after_previous, pdl
 
 @triton.jit
 def _gate_kernel(
-    logits, bias, slot_of_expert, is_token, ids_out, weights_out, num_experts, n_group, topk_group, top_k, scale,
-    NORMALIZE: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token a program, its experts as [groups, experts a group] padded to powers of two [G, P]."""
+    logits,
+    bias,
+    slot_of_expert,
+    is_token,
+    ids_out,
+    weights_out,
+    num_experts,
+    n_group,
+    topk_group,
+    top_k,
+    scale,
+    NORMALIZE: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Route one token per program. Its experts are [groups, experts per group], padded to powers of two [G, P]."""
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     per_group = num_experts // n_group
@@ -28,7 +43,7 @@ def _gate_kernel(
     exists = (group < n_group)[:, None] & (place < per_group)[None, :]
     scores = tl.sigmoid(tl.load(logits + token * num_experts + expert, mask=exists, other=0.0).to(tl.float32))
     choice = scores + tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
-    choice = tl.where(choice == choice, choice, -1e30)  # of a NaN, argmax could find the same one twice, or none
+    choice = tl.where(choice == choice, choice, -1e30)  # with NaN, argmax could find one expert twice, or none
     choice = tl.where(exists, choice, float("-inf"))
 
     if G > 1:  # keep the topk_group groups whose two best experts sum highest
@@ -73,10 +88,10 @@ def gate_topk(
     slot_of_expert: Tensor | None = None,
     is_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's group-limited top-k, as `ref.gate_topk`, one launch; ties go to the lower id.
+    """Do DeepSeek-V3's group-limited top-k in one launch; ties go to the lower id. Contract: `ref.gate_topk`.
 
-    logits [T, E] float32, bias [E], slot_of_expert [E] int64, is_token [T] bool -> ids [T, K] int64 in falling order of
-    score + bias, weights [T, K] float32.
+    logits [T, E] float32, bias [E], slot_of_expert [E] int64, is_token [T] bool -> ids [T, K] int64, by falling
+    score + bias, and weights [T, K] float32. Raises ValueError if the experts do not divide into the groups.
     """
     tokens, num_experts = logits.shape
     if num_experts % n_group:
@@ -86,15 +101,30 @@ def gate_topk(
     if tokens:
         g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
         _gate_kernel[tokens,](
-            logits.contiguous(), bias, slot_of_expert, is_token, ids, weights, num_experts, n_group, topk_group, top_k,
-            scale, normalize, g, p, triton.next_power_of_2(top_k), num_warps=1, **pdl(logits),
-        )  # fmt: skip
+            logits.contiguous(),
+            bias,
+            slot_of_expert,
+            is_token,
+            ids,
+            weights,
+            num_experts,
+            n_group,
+            topk_group,
+            top_k,
+            scale,
+            normalize,
+            g,
+            p,
+            triton.next_power_of_2(top_k),
+            num_warps=1,
+            **pdl(logits),
+        )
     return ids, weights
 
 
 @triton.jit
 def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr):
-    """block_counts[e, block] = how many of the block's copies go to expert e."""
+    """Count, in block_counts[e, block], the block's copies that go to expert e."""
     after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
     copy = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
@@ -105,10 +135,21 @@ def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, C
 
 @triton.jit
 def _place_kernel(
-    experts, block_ends, starts, index, row_expert, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr,
+    experts,
+    block_ends,
+    starts,
+    index,
+    row_expert,
+    num_copies,
+    L,
+    EXPERTS: tl.constexpr,
+    COPIES: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
-    """index[copy] = e's first row + copies to e in the blocks before + those before it in its own; -1 = nowhere."""
+):
+    """Store index[copy] = e's first row + copies to e in earlier blocks + earlier copies to e in its own block.
+
+    A copy that goes nowhere gets -1.
+    """
     after_previous(PDL)
     block = tl.program_id(0)
     ids = tl.arange(0, EXPERTS)
@@ -126,7 +167,7 @@ def _place_kernel(
 
 @triton.jit
 def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.constexpr, PDL: tl.constexpr):
-    """One expert a program: numbers its copies in token order, and counts them. The first also writes the -1s."""
+    """Number and count one expert's copies, in token order. The first program also writes the -1s."""
     after_previous(PDL)
     mine = tl.program_id(0)
     row = mine.to(tl.int64) * room
@@ -142,12 +183,23 @@ def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.co
 
 @triton.jit
 def _move_kernel(
-    x, index, out, scales, scales_out, scale_row, scale_col, S, D, K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out[index[n, k]] = x[n] for every k: a token is read once. A row's first program also moves its scales.
+    x,
+    index,
+    out,
+    scales,
+    scales_out,
+    scale_row,
+    scale_col,
+    S,
+    D,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Store out[index[n, k]] = x[n] for every k: a token is read once. Its first program also moves its scales.
 
-    Most copies may go nowhere: a branch, and not a mask, spares their instructions.
+    Most copies may go nowhere. A branch, unlike a mask, skips their instructions.
     """
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -157,7 +209,7 @@ def _move_kernel(
         row = tl.load(index + token * K + k)
         if row >= 0:
             tl.store(out + row * D + cols, value, mask=cols < D)
-    if scales is not None:  # noqa: SIM102 (the compiler knows this, and not what follows)
+    if scales is not None:  # noqa: SIM102 (this is known at compile time, the next is not)
         if tl.program_id(1) == 0:
             col = tl.arange(0, BLOCK_S)
             scale = tl.load(scales + token * scale_row + col * scale_col, mask=col < S)
@@ -169,7 +221,7 @@ def _move_kernel(
 
 @triton.jit
 def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
-    """rows[row, cols] in float32, times its weight; zeros for row -1."""
+    """Return rows[row, cols] in float32, times its weight; zeros for row -1."""
     value = tl.load(rows + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
     if WEIGHTED:
         value *= tl.load(weight_at, mask=row >= 0, other=0.0)
@@ -178,11 +230,22 @@ def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _gather_kernel(
-    rows, index, weights, plus, out, D, K: tl.constexpr, BLOCK_D: tl.constexpr, SPARSE: tl.constexpr,
+    rows,
+    index,
+    weights,
+    plus,
+    out,
+    D,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPARSE: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
-    """SPARSE: most copies are elsewhere, and a branch for each costs less than adding zeros. It would have the copies
-    of a token wait for one another."""
+):
+    """Sum the weighted rows of one token's copies, and `plus`.
+
+    SPARSE: most copies are elsewhere, so a branch per copy costs less than adding zeros. Otherwise there is no branch,
+    because it would make the loads of a token's copies wait for one another.
+    """
     after_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -194,7 +257,7 @@ def _gather_kernel(
         if index is not None:
             row = tl.load(index + row)
         weight_at = weights if weights is None else weights + token * K + k
-        if not SPARSE:  # noqa: SIM114 (the compiler knows this, and not what follows)
+        if not SPARSE:  # noqa: SIM114 (this is known at compile time, the next is not)
             total += _weighted(rows, row, weight_at, cols, D, weights is not None)
         elif row >= 0:
             total += _weighted(rows, row, weight_at, cols, D, weights is not None)
@@ -202,7 +265,7 @@ def _gather_kernel(
 
 
 def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[Tensor]:
-    """The rows of x [N, D], and their scales [N, S], at their places in new tensors [*lead, D], [*lead, S]."""
+    """Move rows of x [N, D], and of scales [N, S], to their places in new tensors [*lead, D], [*lead, S]."""
     out = x.new_empty(*lead, x.shape[1])
     moved = [out] if scales is None else [out, scales.new_empty(*lead, scales.shape[1])]
     if x.shape[0] and out.numel():
@@ -210,9 +273,18 @@ def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[T
         block = min(triton.next_power_of_2(x.shape[1]), 8192 // x.itemsize)
         strides = (0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])
         _move_kernel[x.shape[0], triton.cdiv(x.shape[1], block)](
-            source, index, target, scales, None if scales is None else moved[1], *strides, x.shape[1], index.shape[1],
-            block, 1 if scales is None else triton.next_power_of_2(scales.shape[1]), **pdl(x),
-        )  # fmt: skip
+            source,
+            index,
+            target,
+            scales,
+            None if scales is None else moved[1],
+            *strides,
+            x.shape[1],
+            index.shape[1],
+            block,
+            1 if scales is None else triton.next_power_of_2(scales.shape[1]),
+            **pdl(x),
+        )
     return moved
 
 
@@ -224,12 +296,14 @@ def ep_scatter(
     counts: list[int] | None = None,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Received tokens -> rows grouped by expert in token order, each group padded to `alignment` rows.
+    """Group received tokens by expert, in token order, each group padded to `alignment` rows: `ref.ep_scatter`.
 
     x [N, D]; experts [N, K] int64 local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
-    row_expert [M] int32 (-1 = padding) and index [N, K] int64: where token n's k-th copy went, -1 = nowhere; and with
-    `scales` [N, S], those moved alike [M, S]. counts: copies of each expert if the host knows them (rounded up to
-    `alignment` or not); without, M costs one host sync.
+    row_expert [M] int32 (-1 = padding) and index [N, K] int64, the row of token n's k-th copy (-1 = nowhere). With
+    `scales` [N, S], also returns the scales of the rows [M, S].
+
+    `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. Without them, learning M
+    costs one host sync.
     """
     experts = experts.contiguous()
     width, num_copies = triton.next_power_of_2(num_local), experts.numel()
@@ -253,11 +327,11 @@ def ep_scatter(
 def ep_scatter_masked(
     x: Tensor, experts: Tensor, num_local: int, alignment: int = 1, scales: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Received tokens -> [L, R, D], expert e's rows in its first counts[e] places, in token order. No host sync.
+    """Move received tokens to rooms [L, R, D], expert e's in its first counts[e] rows, in token order. No host sync.
 
-    x [N, D]; experts [N, K] int64 local ids, -1 = not here, none twice in a row. R is N rounded up to `alignment`.
-    Returns rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] int64 into the rows
-    flattened to [L * R], -1 = nowhere; and with `scales` [N, S], those moved alike [L, R, S].
+    x [N, D]; experts [N, K] int64 local ids, -1 = not here, no expert twice per token. R is N rounded up to
+    `alignment`. Returns rows [L, R, D] (rows past the count are undefined), counts [L] int32 and index [N, K] int64,
+    each copy's row in [L * R] (-1 = nowhere). With `scales` [N, S], also returns the scales of the rows [L, R, S].
     """
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
@@ -267,10 +341,11 @@ def ep_scatter_masked(
 
 
 def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], float32, in that order; -1 adds nothing.
+    """Return out[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], float32, in that order.
 
-    rows [M, D], index [T, K] int64 (None: copy (t, k) is row t * K + k), weights [T, K] float32 or None, plus [T, D] or
-    None -> [T, D] in rows' dtype, the same bits every run.
+    rows [M, D], index [T, K] int64, weights [T, K] float32 or None, plus [T, D] or None -> [T, D] in rows' dtype. The
+    bits are the same on every run. Index -1 adds nothing. `index` None: copy (t, k) is row t * K + k, and `weights`
+    must be given.
     """
     tokens, top_k = (weights if index is None else index).shape
     out = rows.new_empty(tokens, rows.shape[-1])

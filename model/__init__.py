@@ -1,6 +1,6 @@
 """Model: the mathematics of DeepSeek-V3. Nothing here knows requests.
 
-config.py, weights.py         what a checkpoint says, and its tensors; checkpoint.py compares the two first
+config.py, weights.py         a checkpoint's configuration and its tensors; checkpoint.py first compares the two
 batch.py, kv_cache.py         one step's tokens and pages
 transformer.py                the whole model; mla.py, moe.py, ffn.py, head.py and layers.py are its parts
 sampling.py                   logits to tokens; a token depends on its request alone

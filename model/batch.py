@@ -1,6 +1,6 @@
 """Batch: the one object that crosses from the engine to the model. It knows tokens and pages, not requests.
 
-A step's tokens lie in one flat row, decode sequences first (one token each, attended in absorbed form), then prefill
+A step's tokens lie in one flat row: first decode sequences (one token each, attended in absorbed form), then prefill
 chunks (attended in expanded form):
 
     tokens     d0 d1 d2 | p0 p0 p0 p0 p1 p1       T = 3 decodes + 6 prefill tokens
@@ -8,10 +8,11 @@ chunks (attended in expanded form):
     q_starts            | 0           4     6     prefill: where each chunk's queries begin
     kv_starts           | 0                 9 12  and where its keys begin among context_rows
 
-A token that the step before sampled, and that only the GPU knows yet, has the id -1 - r: the r-th of that step's.
+A token that the previous step sampled may so far be known only to the GPU. Its id is then -1 - r, for that step's r-th
+sampled token.
 """
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,25 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = 64  # tokens a page
+PAGE = 64  # tokens per page
 NULL_PAGE = 0  # padding rows write here; the allocator never hands it out
 
 
 class Chunk(NamedTuple):
     """The next tokens of one sequence: `token_ids` stand at positions start, start + 1, ..."""
 
-    token_ids: Sequence[int]
+    token_ids: abc.Sequence[int]
     start: int
-    pages: Sequence[int]  # every page of the sequence, in order
+    pages: abc.Sequence[int]  # every page of the sequence, in order
     wants_logits: bool = True
 
 
 class Decodes(NamedTuple):
-    """The next token of each of B sequences, in columns: what would be B chunks of one token."""
+    """The next token of each of B sequences, in columns. Equivalent to B chunks of one token."""
 
     ids: np.ndarray  # [B] int64
     positions: np.ndarray  # [B] int64
-    pages: list[Sequence[int]]  # of each, every page in order
+    pages: list[abc.Sequence[int]]  # per sequence, all its pages in order
 
     def chunks(self) -> list[Chunk]:
         columns = zip(self.ids.tolist(), self.positions.tolist(), self.pages, strict=True)
@@ -52,16 +53,16 @@ NO_DECODES = Decodes(np.zeros(0, np.int64), np.zeros(0, np.int64), [])
 class Batch:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    kv_rows: Tensor  # [T] int64: the row of the flat pool where this token's latent goes; in NULL_PAGE for padding
+    kv_rows: Tensor  # [T] int64: row of the flat pool for each token's latent; in NULL_PAGE for padding
     page_table: Tensor  # [B, P] int32, the decode sequences' pages
     kv_lens: Tensor  # [B] int32, this step's token included; 0 for padding
     q_starts: Tensor  # [S + 1] int32
     kv_starts: Tensor  # [S + 1] int32
-    context_rows: Tensor  # [sum of prefill kv lengths] int64: pool rows of all their tokens so far, in order
-    logit_rows: Tensor | None  # [N] int64: rows of T whose logits are wanted, decodes first; None: all of them
+    context_rows: Tensor  # [sum of prefill kv lengths] int64: pool rows of their tokens so far, in order
+    logit_rows: Tensor | None  # [N] int64: rows whose logits are wanted, decodes first; None: all
     max_q: int = 0
     max_kv: int = 0
-    decode_plan: Any = None  # what the layers' mla_decode share
+    decode_plan: Any = None  # shared by all layers' mla_decode: `Ops.decode_plan`
 
     @property
     def num_tokens(self) -> int:
@@ -73,12 +74,12 @@ class Batch:
 
     @cached_property
     def is_token(self) -> Tensor:
-        """[T] bool: False for padding, which must route to no expert."""
+        """[T] bool: False for padding, which must not be routed to any expert."""
         return self.kv_rows >= (NULL_PAGE + 1) * PAGE
 
     @classmethod
     def decode(cls, token_ids: Tensor, positions: Tensor, page_table: Tensor) -> "Batch":
-        """One token of each sequence, from tensors alone: token_ids, positions [B] int64, page_table [B, P] int32.
+        """Make a batch of one token per sequence from tensors: token_ids, positions [B] int64, page_table [B, P] int32.
 
         A row whose pages are all NULL_PAGE is padding. Nothing waits for the host: safe in a CUDA graph.
         """
@@ -98,11 +99,11 @@ class Batch:
 
     @classmethod
     def build(
-        cls, decodes: Sequence[Chunk], prefills: Sequence[Chunk], device: torch.device | str, multiple: int = 1
+        cls, decodes: abc.Sequence[Chunk], prefills: abc.Sequence[Chunk], device: torch.device | str, multiple: int = 1
     ) -> "Batch":
-        """Lay out chunks; pad with empty decode rows until T is a multiple of `multiple` (the attention TP size).
+        """Lay out chunks. Pad with empty decode rows until T is a multiple of `multiple` (the attention TP size).
 
-        No chunks at all is what a rank with nothing to do runs, because every rank steps every time.
+        There may be no chunks at all: every rank runs every step, even with nothing to do.
         """
         assert all(len(c.token_ids) == 1 for c in decodes), "a decode chunk is one token"
         decodes = pad(decodes, prefills, multiple)
@@ -116,7 +117,7 @@ class Batch:
         def tensor(parts: list, dtype: torch.dtype) -> Tensor:
             host = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(dtype)
             if torch.device(device).type == "cuda":
-                host = host.pin_memory()  # or the copy would wait for the step that the GPU is at
+                host = host.pin_memory()  # else the copy would wait for the GPU's current step
             return host.to(device, non_blocking=True)
 
         return cls(
@@ -136,8 +137,8 @@ class Batch:
         )
 
 
-def pad(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int) -> list[Chunk]:
-    """The decodes, and empty ones behind them until the tokens of all chunks are a multiple of `multiple`."""
+def pad(decodes: abc.Sequence[Chunk], prefills: abc.Sequence[Chunk], multiple: int) -> list[Chunk]:
+    """Append empty decodes until the number of tokens in all chunks is a multiple of `multiple`."""
     real = len(decodes) + sum(len(c.token_ids) for c in prefills)
     return [*decodes, *[Chunk((0,), 0, (), wants_logits=False)] * (-real % multiple)]
 
@@ -145,48 +146,48 @@ def pad(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int) -> l
 Chunks = tuple[list[Chunk], list[Chunk]]  # decodes, prefills
 
 
-def split(decodes: Sequence[Chunk], prefills: Sequence[Chunk], multiple: int = 1) -> tuple[Chunks, Chunks]:
-    """The first and the last rows of a batch, cut at the multiple of `multiple` nearest to half of its tokens.
+def split(decodes: abc.Sequence[Chunk], prefills: abc.Sequence[Chunk], multiple: int = 1) -> tuple[Chunks, Chunks]:
+    """Cut a batch in two, at the multiple of `multiple` nearest to half of its tokens.
 
-    A prompt chunk that lies across the cut is cut too: its second part attends to the first part's KV. The tokens must
-    be a multiple of `multiple` (`pad`). Either half may be empty.
+    A prompt chunk that lies across the cut is cut too: its second part attends to the first part's KV. The number of
+    tokens must be a multiple of `multiple` (`pad`). Either half may be empty.
     """
     tokens = len(decodes) + sum(len(c.token_ids) for c in prefills)
     assert tokens % multiple == 0, f"{tokens=} {multiple=}"
-    room = round(tokens / 2 / multiple) * multiple - len(decodes)  # in the first half, for prompt tokens
+    room = round(tokens / 2 / multiple) * multiple - len(decodes)  # prompt tokens that fit into the first half
     if room <= 0:
         cut = len(decodes) + room
         return (list(decodes[:cut]), []), (list(decodes[cut:]), list(prefills))
     first, second = [], []
     for chunk in prefills:
-        here = min(room, len(chunk.token_ids))
-        room -= here
-        if here == len(chunk.token_ids):
+        taken = min(room, len(chunk.token_ids))
+        room -= taken
+        if taken == len(chunk.token_ids):
             first.append(chunk)
-        elif here == 0:
+        elif taken == 0:
             second.append(chunk)
         else:
-            first.append(chunk._replace(token_ids=chunk.token_ids[:here], wants_logits=False))
-            second.append(chunk._replace(token_ids=chunk.token_ids[here:], start=chunk.start + here))
+            first.append(chunk._replace(token_ids=chunk.token_ids[:taken], wants_logits=False))
+            second.append(chunk._replace(token_ids=chunk.token_ids[taken:], start=chunk.start + taken))
     return (list(decodes), first), ([], second)
 
 
-def page_rows(pages: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
-    """Lists of pages as a table [B, width], filled up with NULL_PAGE; as wide as the longest if None."""
+def page_rows(pages: abc.Sequence[abc.Sequence[int]], width: int | None = None) -> np.ndarray:
+    """Return lists of pages as a table [B, width], filled up with NULL_PAGE. `width` None: that of the longest list."""
     width = width or max(map(len, pages), default=0) or 1
     table = np.full((len(pages), width), NULL_PAGE, np.int64)
-    for row, mine in zip(table, pages, strict=True):
-        row[: len(mine)] = mine
+    for row, numbers in zip(table, pages, strict=True):
+        row[: len(numbers)] = numbers
     return table
 
 
-def _rows(pages: Sequence[int], positions: np.ndarray) -> np.ndarray:
-    """The pool rows of these positions; the null page's first for padding."""
+def _rows(pages: abc.Sequence[int], positions: np.ndarray) -> np.ndarray:
+    """Return the pool rows of these positions. Padding has no pages and gets the null page's first row."""
     return np.asarray(pages or [NULL_PAGE])[positions // PAGE] * PAGE + positions % PAGE
 
 
 def to_host(x: Tensor) -> Tensor:
-    """A copy on the host: of a CUDA tensor it is there once an event recorded after this call is done."""
+    """Copy x to the host. A copy from the GPU is complete once an event recorded after this call is done."""
     if not x.is_cuda:
         return x.clone()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -1,7 +1,7 @@
-"""A checkpoint on disk: what its tensors are called, the shapes they have, and which of our parameters they fill.
+"""A checkpoint on disk: its tensors' names and shapes, and the parameters of ours that they fill.
 
 `checkpoint_table` is the whole mapping. `check_checkpoint` compares the files with it, in both directions. It reads
-nothing but their headers, and it comes before the model is made: sizes that config.json alone claims cost no memory.
+only the files' headers. It runs before the model is made, so a size that config.json wrongly claims costs no memory.
 """
 
 import re
@@ -19,24 +19,24 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint, and what it fills."""
+    """One tensor of the checkpoint, and the part of a parameter that it fills."""
 
     name: str
     shape: tuple[int, ...]
-    parameter: str  # ours
+    parameter: str  # the name of ours
     split: int | None = None  # the dim divided over mesh.attn
-    rows: tuple[int, int | None] = (0, None)  # of the parameter on a rank: first, end
-    expert: int | None = None  # fills the slots that hold this logical expert...
-    moe_layer: int = 0  # ...of this MoE layer
+    rows: tuple[int, int | None] = (0, None)  # first and end row in a rank's parameter
+    expert: int | None = None  # the logical expert whose slots it fills...
+    moe_layer: int = 0  # ...in this MoE layer
 
     @property
     def scale_name(self) -> str:
-        """Of a tensor in fp8: its scales, one for each 128x128 block."""
+        """The name of an fp8 tensor's scales, one per 128x128 block."""
         return f"{self.name}_scale_inv"
 
 
 def checkpoint_table(config: ModelConfig, attn_tp: int = 1) -> Iterator[Entry]:
-    """Every tensor that a checkpoint of this configuration has. A tied embedding fills two parameters."""
+    """Yield every tensor that a checkpoint of this configuration has. A tied embedding fills two parameters."""
     vocab = (config.vocab_size, config.hidden_size)
     yield Entry("model.embed_tokens.weight", vocab, "embed_tokens.weight")
     yield Entry("model.norm.weight", (config.hidden_size,), "head.norm.weight")
@@ -55,15 +55,15 @@ def _block_table(c: ModelConfig, attn_tp: int, layer: int, theirs: str, ours: st
     }
     all_heads = heads * c.qk_head_dim
     if c.q_lora_rank is None:
-        name, rows, split, mine = "q_proj", all_heads, 0, all_heads // attn_tp
+        name, rows, split, local_rows = "q_proj", all_heads, 0, all_heads // attn_tp
     else:
-        name, rows, split, mine = "q_a_proj", c.q_lora_rank, None, c.q_lora_rank
+        name, rows, split, local_rows = "q_a_proj", c.q_lora_rank, None, c.q_lora_rank
         attention["q_a_layernorm"] = ((c.q_lora_rank,), None)
         attention["q_b_proj"] = ((all_heads, c.q_lora_rank), 0)
     qkv_a = f"{ours}.self_attn.qkv_a_proj.weight"
-    yield Entry(f"{theirs}.self_attn.{name}.weight", (rows, hidden), qkv_a, split, (0, mine))
-    name = "kv_a_proj_with_mqa"
-    yield Entry(f"{theirs}.self_attn.{name}.weight", (c.kv_dim, hidden), qkv_a, None, (mine, mine + c.kv_dim))
+    yield Entry(f"{theirs}.self_attn.{name}.weight", (rows, hidden), qkv_a, split, (0, local_rows))
+    name, kv_rows = "kv_a_proj_with_mqa", (local_rows, local_rows + c.kv_dim)
+    yield Entry(f"{theirs}.self_attn.{name}.weight", (c.kv_dim, hidden), qkv_a, None, kv_rows)
     for name, (shape, split) in attention.items():
         yield Entry(f"{theirs}.self_attn.{name}.weight", shape, f"{ours}.self_attn.{name}.weight", split)
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -89,26 +89,26 @@ def _block_table(c: ModelConfig, attn_tp: int, layer: int, theirs: str, ours: st
 
 
 def _ffn_table(theirs: str, ours: str, width: int, hidden: int, attn_tp: int = 1) -> Iterator[Entry]:
-    """Divided over `attn_tp` ranks, or whole on each."""
-    rows, columns, mine = (0, 1, width // attn_tp) if attn_tp > 1 else (None, None, width)
+    """Yield an FFN's tensors, divided over `attn_tp` ranks, or whole on each."""
+    rows, columns, local_width = (0, 1, width // attn_tp) if attn_tp > 1 else (None, None, width)
     gate_up = f"{ours}.gate_up_proj.weight"
-    yield Entry(f"{theirs}.gate_proj.weight", (width, hidden), gate_up, rows, (0, mine))
-    yield Entry(f"{theirs}.up_proj.weight", (width, hidden), gate_up, rows, (mine, 2 * mine))
+    yield Entry(f"{theirs}.gate_proj.weight", (width, hidden), gate_up, rows, (0, local_width))
+    yield Entry(f"{theirs}.up_proj.weight", (width, hidden), gate_up, rows, (local_width, 2 * local_width))
     yield Entry(f"{theirs}.down_proj.weight", (hidden, width), f"{ours}.down_proj.weight", columns)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and its shape there."""
+    """A stored tensor: its file and its shape."""
 
     path: Path
     shape: tuple[int, ...]
 
 
 def check_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Path]:
-    """Tensor name -> the file that holds it. ValueError names the tensors that are not as `config` says.
+    """Return the file of each tensor, by name. Raises ValueError with the tensors that are not as `config` says.
 
-    It stops early where config.json asks for more tensors than the files can hold.
+    It stops early if config.json asks for more tensors than the files hold.
     """
     stored = read_headers(Path(folder))
     wanted, missing, wrong = set(), {}, []
@@ -130,15 +130,23 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Path]
 
 
 def _is_known_extra(name: str, config: ModelConfig) -> bool:
-    """The multi-token-prediction layers, stored behind the last layer, and old checkpoints' rope frequencies."""
+    """Return whether the model ignores this tensor.
+
+    It ignores multi-token-prediction layers, which are stored after the last layer, and old checkpoints' rope
+    frequencies.
+    """
     match = re.match(r"model\.layers\.(\d+)\.", name)
     last = config.num_hidden_layers + config.num_nextn_predict_layers
-    return name.endswith("rotary_emb.inv_freq") or (match and config.num_hidden_layers <= int(match[1]) < last)
+    if match is not None and config.num_hidden_layers <= int(match[1]) < last:
+        return True
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """Where every tensor is that the index names, or that the single file holds. ValueError for files that are not
-    whole."""
+    """Locate every tensor that the index names, or that the single file holds.
+
+    Raises ValueError if a file is missing or not whole.
+    """
     if not (folder / INDEX).is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
@@ -153,7 +161,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    """Tensor name -> shard. Its name stays in the folder; it may be a link to elsewhere, as a download cache has it."""
+    """Return each tensor's shard. A shard's path must stay inside the folder, but may be a link to a download cache."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise ValueError(f"{index}: weight_map is {shown(files)}; it must be an object")

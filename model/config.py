@@ -12,12 +12,12 @@ MAY_BE_ZERO = (
     "num_nextn_predict_layers",
     "qk_nope_head_dim",
 )
-# What transformers would take from DeepSeek-V3 itself if config.json did not say it, whatever the model.
+# Required here: if config.json lacks them, transformers silently takes DeepSeek-V3's own values, whatever the model.
 ASKED_FOR = ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace")
 MOST_SIZE = 2**31 - 1  # kernels count in int32
-LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # so that no product of a few of them leaves float32
-LEAST_THETA = 2  # of the rope: the frequencies fall from pair to pair, and YaRN divides by the logarithm
-MOST_BYTES = 2**26  # of a file that is no weights; DeepSeek-V3's largest, the index, has 9 million
+LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # a product of a few such numbers stays within float32
+LEAST_THETA = 2  # rope's frequencies must fall from pair to pair, and YaRN divides by log(theta)
+MOST_BYTES = 2**26  # for a file other than weights; DeepSeek-V3's largest, the index, has 9 million bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0
-    fp8: bool = False  # weights in e4m3 with one scale for each 128x128 block
+    fp8: bool = False  # weights in e4m3 with one scale per 128x128 block
     eos_token_ids: tuple[int, ...] = ()
     rope: Rope = field(default_factory=Rope)
 
@@ -79,13 +79,15 @@ class ModelConfig:
 
     @property
     def expert_share(self) -> float:
-        """Of the tokens of all ranks, what an expert gets if they are spread evenly; 0 where there are no experts."""
+        """The fraction of all ranks' tokens that an expert gets under balanced routing; 0 without experts."""
         return self.num_experts_per_tok / self.n_routed_experts if self.num_moe_layers else 0.0
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ModelConfig":
-        """Read `folder/config.json`, and of `generation_config.json`, if there is one, the tokens that end a text.
-        ValueError names the field, its value and the rule it breaks."""
+        """Read `folder/config.json`, and the end-of-text tokens of `generation_config.json`, if there is one.
+
+        Raises ValueError with the field, its value and the rule that it breaks.
+        """
         path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
         if not Path(folder).is_dir():
             raise ValueError(f"--model {folder}: no such folder")
@@ -158,19 +160,19 @@ class ModelConfig:
 
 
 def _check_number(where: str, name: str, value: object, least: float = LEAST_NUMBER) -> None:
-    if type(value) not in (int, float) or not least <= value <= MOST_NUMBER:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= MOST_NUMBER:
         raise ValueError(f"{where}: {name} is {shown(value)}; it must be a number in {least:g}..{MOST_NUMBER:g}")
 
 
 def shown(value: object) -> str:
-    """A value out of somebody's file as an error message has it: short, whatever it is."""
-    short = reprlib.Repr()  # it also takes what is nested too deeply for `repr`
+    """Return a value from a file as text for an error message: short, whatever the value."""
+    short = reprlib.Repr()  # unlike `repr`, it accepts any depth of nesting
     short.maxstring = 80
     return f"{short.repr(value):.100}"
 
 
 def read_text(path: Path) -> str:
-    """One of a checkpoint's files that are no weights. ValueError names it."""
+    """Read a checkpoint's file other than weights. Raises ValueError with its path."""
     try:
         if (size := path.stat().st_size) <= MOST_BYTES:
             return path.read_text(encoding="utf-8")
@@ -182,7 +184,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The same. ValueError also if it holds anything but a JSON object."""
+    """Read a JSON object with `read_text`. Raises ValueError if the file holds anything else."""
     text = read_text(path)
     try:
         raw = json.loads(text)
@@ -196,7 +198,7 @@ def read_json(path: Path) -> dict:
 
 
 def _token_ids(raw: dict, where: str) -> tuple[int, ...]:
-    """The tokens that end a text: one id, several, or null."""
+    """Return the tokens that end a text. `eos_token_id` may be one id, several, or null."""
     eos = raw.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if any(type(token) is not int or token < 0 for token in ids):
@@ -219,8 +221,10 @@ def _read_quantization(given: dict | None, where: str) -> bool:
 
 
 def _read_rope(raw: dict, where: str) -> Rope:
-    """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's single `rope_parameters`. Of both, the first
-    counts, as in transformers: somebody added it to what transformers had saved."""
+    """Read either spelling: `rope_theta` + `rope_scaling`, or transformers 5's single `rope_parameters`.
+
+    If both are there, `rope_scaling` counts, as in transformers: it was added to a saved configuration.
+    """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise ValueError(f"{where}: rope_scaling is {shown(given)}; it must be an object")

@@ -9,12 +9,12 @@ from model.layers import FP8, Linear
 
 
 class FFN(nn.Module):
-    """down(silu(gate(x)) * up(x)); `width` is this rank's share, so with a split the result is a partial sum.
+    """down(silu(gate(x)) * up(x)). `width` is this rank's share, so with a split the result is a partial sum.
 
-    `dtype` is the weights': with fp8 ones, what lies between the two products is fp8 too.
+    `dtype` is the weights'. If it is fp8, the values between the two products are fp8 too.
     """
 
-    def __init__(self, hidden: int, width: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, hidden: int, width: int, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden, 2 * width, ops, dtype, device)  # gate's rows, then up's
         self.down_proj = Linear(width, hidden, ops, dtype, device)

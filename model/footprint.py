@@ -1,19 +1,20 @@
 """Footprint: the bytes that a step's tensors take on a GPU, from their shapes alone.
 
-The activations follow the tensors that are alive at the same time in `transformer.py`, `mla.py`, `moe.py` and
-`parallel/dispatch.py`, with the GPU kernels of `kernels/`; their torch twins take more. A test counts live bytes and
-holds these formulas against them (tests/test_memory.py). A layer has three moments at which it may be at its peak.
-Sizes are [rows, columns] of the activations' dtype unless said otherwise. S are the tokens of context, M the rows of
-the experts' groups:
+The formulas follow the tensors that are alive at the same time in `transformer.py`, `mla.py`, `moe.py` and
+`parallel/dispatch.py`. They count the GPU kernels of `kernels/`; the torch twins take more. tests/test_memory.py counts
+live bytes and compares them with these formulas.
+
+A layer may peak at three moments. Sizes are [rows, columns] of the activations' dtype unless said otherwise. S is the
+number of tokens of context, M the number of rows in the experts' groups:
 
     attention    x [T, D] | q [T, H (nope + R)], or what holds it and the latent | context [S, C + R] |
-                 k_nope, v [S, H (nope + v)] | out [T, H v]; and k [S, H (nope + R)] where it must be whole
-    experts      x, its operand, shared 3 [T / t, D] | arrived [M, D] | gate, up [M, 2 I] |
+                 k_nope, v [S, H (nope + v)] | out [T, H v]; and k [S, H (nope + R)] if attention needs it whole
+    experts      x, its operand, shared 3 [T / t, D] | received [M, D] | gate, up [M, 2 I] |
                  hidden [M, I], later with the output [M, D]
-    combine      the same without gate, up, hidden | output [M, D] | sums [R T / t, D] | what came back
+    combine      the same without gate, up, hidden | output [M, D] | sums [R T / t, D] | results received
 
-With the all-to-all, copies of what travels exist before that: as sent, as arrived, and cut into columns. The columns
-stay until they are grouped.
+With the all-to-all, the data that travels exists in three copies before that: as sent, as received, and cut into
+columns. The columns stay until they are grouped.
 
 Routing is assumed to be the worst possible: every token of every rank picks as many experts on this rank as it can. All
 these tokens and their sums are counted in full. Their rows M are capped at twice the balanced number, because beyond
@@ -21,7 +22,7 @@ that the experts work in slices (`parallel/dispatch.py`). Without the cap, DeepS
 tokens would reserve 130 GiB; with it, 17.
 """
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 
 from model.batch import PAGE
@@ -31,25 +32,25 @@ from parallel.dispatch import most_copies
 
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
-SAMPLING = 14  # copies of the logits: 9 in `sampling.py`, and an estimate of what sorting takes
+SAMPLING = 14  # copies of the logits: 9 in `sampling.py`, and an estimate of 5 for sorting
 # Split-KV partial sums of decode attention: SPLITS per sequence, for at least SPLIT_ROWS sequences (half the SMs).
 SPLITS, SPLIT_ROWS = 4, 66
-KERNELS, KERNEL_BYTES = 30, 2048  # per layer of a captured step; what a GPU keeps for each
+KERNELS, KERNEL_BYTES = 30, 2048  # kernels per layer of a captured step; bytes that a GPU keeps per kernel
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides the size of a step's tensors on one rank, beside its tokens."""
+    """Everything but the number of tokens that decides the size of a step's tensors on one rank."""
 
     config: ModelConfig
     itemsize: int  # bytes of an activation
-    fp8: bool = False  # projections, and rows that travel
+    fp8: bool = False  # projections and rows that travel are in fp8
     attn_tp: int = 1
-    ranks: int = 1  # R, of the shape
+    ranks: int = 1  # R
     slots: int = 1  # L, on this rank
-    alignment: int = 1  # of an expert's rows
+    alignment: int = 1  # an expert's rows are padded to a multiple of it
     capacity: int | None = None  # of DeepEP's low-latency mode; None: another dispatcher
-    whole_keys: bool = False  # does prefill attention take them in one piece?
+    whole_keys: bool = False  # prefill attention copies each key into one piece
 
     @property
     def heads(self) -> int:
@@ -57,15 +58,15 @@ class StepShape:
 
     @property
     def copies(self) -> int:
-        """The most experts of this rank that one token can want."""
+        """The most experts on this rank that one token can want."""
         return min(self.config.num_experts_per_tok, self.slots)
 
     def row(self, width: int) -> int:
-        """Bytes of `width` activations."""
+        """Return the bytes of `width` activations."""
         return width * self.itemsize
 
     def operand(self, width: int) -> int:
-        """Bytes of a row as a projection takes it: in fp8 with a float32 scale for each 128 columns."""
+        """Return the bytes of a row as a projection takes it. In fp8, it has a float32 scale per 128 columns."""
         return width + FLOAT * -(-width // 128) if self.fp8 else self.row(width)
 
     def align(self, rows: int) -> int:
@@ -73,9 +74,9 @@ class StepShape:
 
 
 def weight_bytes(model: Transformer) -> dict[str, int]:
-    """Bytes of the parameters on this rank, by part; scales count with their weights."""
-    parts = dict.fromkeys(("attention", "dense FFN", "shared experts", "routed experts"), 0)
-    parts |= dict.fromkeys(("gates and norms", "embedding", "LM head"), 0)
+    """Return the bytes of the parameters on this rank, by part. Scales count with their weights."""
+    names = ("attention", "dense FFN", "shared experts", "routed experts", "gates and norms", "embedding", "LM head")
+    parts: dict[str, int] = dict.fromkeys(names, 0)
     for name, weight in model.named_parameters():
         parts[_part(name)] += weight.nbytes
     return parts
@@ -91,33 +92,40 @@ def _part(name: str) -> str:
 
 
 def page_bytes(config: ModelConfig, itemsize: int) -> int:
-    """A page of KV over all layers."""
+    """Return the bytes of a KV page over all layers."""
     return config.num_hidden_layers * PAGE * config.kv_dim * itemsize
 
 
 def table_bytes(config: ModelConfig, maps: int, max_model_len: int, max_batch: int) -> int:
-    """Rope's cos and sin, float32, the decode step's page table, int32, and the placement's maps, of `maps` bytes."""
+    """Return the bytes of rope's cos and sin (float32), a decode step's page table (int32) and the placement's maps.
+
+    `maps`: the bytes of the maps.
+    """
     rope = max_model_len * config.qk_rope_head_dim * FLOAT
     pages = max_batch * -(-max_model_len // PAGE) * 4
     return rope + pages + maps
 
 
 def grouped_rows(copies: int, groups: int, alignment: int) -> int:
-    """The most rows that so many copies take in groups padded to `alignment`: all but one of each group's last block
-    may be padding."""
+    """Return the most rows that `copies` copies take in `groups` groups, each padded to `alignment`.
+
+    In each group's last block, all rows but one may be padding.
+    """
     groups = min(groups, copies)
     return (copies + groups * (alignment - 1)) // alignment * alignment
 
 
 def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int) -> int:
-    """Peak bytes of a step of `tokens` tokens, `max_batch` of them perhaps decodes, whose prompts see `context` tokens:
-    prefill, or mixed."""
-    mine = tokens // shape.attn_tp
-    received = shape.ranks * mine
-    copies, most = received * shape.copies, most_copies(mine, shape.config.num_experts_per_tok)
-    rows = grouped_rows(min(copies, most), shape.slots, shape.alignment)
-    sliced = max(1, most // shape.copies) if copies > most and shape.ranks > 1 else 0
-    sent = mine * (1 + min(shape.ranks - 1, shape.config.num_experts_per_tok - shape.copies))
+    """Return the peak bytes of a step in the contiguous layout: prefill, or mixed.
+
+    It has `tokens` tokens, of which up to `max_batch` are decodes. The prompts see `context` tokens.
+    """
+    local_tokens = tokens // shape.attn_tp
+    received = shape.ranks * local_tokens
+    copies, max_copies = received * shape.copies, most_copies(local_tokens, shape.config.num_experts_per_tok)
+    rows = grouped_rows(min(copies, max_copies), shape.slots, shape.alignment)
+    sliced = max(1, max_copies // shape.copies) if copies > max_copies and shape.ranks > 1 else 0
+    sent = local_tokens * (1 + min(shape.ranks - 1, shape.config.num_experts_per_tok - shape.copies))
     return max(
         _attention(shape, tokens, max(_expanded(shape, tokens, context), _absorbed(shape, max_batch))),
         _dense(shape, tokens),
@@ -127,39 +135,42 @@ def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int)
 
 
 def masked_step(shape: StepShape, tokens: int) -> int:
-    """Peak bytes of a decode step of `tokens` rows, with the fixed rooms of the masked layout."""
-    mine = tokens // shape.attn_tp
-    arriving = shape.ranks * mine
+    """Return the peak bytes of a decode step of `tokens` rows, with the fixed rooms of the masked layout."""
+    local_tokens = tokens // shape.attn_tp
+    arriving = shape.ranks * local_tokens
     room = shape.align(arriving) if shape.capacity is None else shape.ranks * shape.capacity
     return max(
         _attention(shape, tokens, _absorbed(shape, tokens)),
         _dense(shape, tokens),
-        _experts(shape, tokens, shape.slots * room, arriving, arriving if shape.capacity is None else mine),
+        _experts(shape, tokens, shape.slots * room, arriving, arriving if shape.capacity is None else local_tokens),
         _head(shape, tokens, tokens),
     )
 
 
 def sampling(config: ModelConfig, rows: int) -> int:
-    """Peak bytes of choosing a token for each row of logits [rows, V], the logits included."""
+    """Return the peak bytes of choosing a token per row of logits [rows, V], the logits included."""
     return SAMPLING * rows * config.vocab_size * FLOAT
 
 
-def graphs(shape: StepShape, buckets: Sequence[int]) -> int:
-    """An estimate of what the captured decode steps hold: one pool, as large as the most that a capture needed beside
-    the logits of those before it (the largest bucket is first), and 60 KiB for each layer of each."""
-    held, most = 0, 0
+def graphs(shape: StepShape, buckets: abc.Sequence[int]) -> int:
+    """Estimate the bytes that the captured decode steps hold: one shared pool, and 60 KiB per layer of each step.
+
+    Captures run from the largest bucket to the smallest. The pool holds the logits of earlier captures beside the
+    present one's step, so its size is the largest such sum.
+    """
+    logits, pool = 0, 0
     for rows in sorted(buckets, reverse=True):
-        most = max(most, held + masked_step(shape, rows))
-        held += rows * shape.config.vocab_size * FLOAT
-    return most + len(buckets) * shape.config.num_hidden_layers * KERNELS * KERNEL_BYTES
+        pool = max(pool, logits + masked_step(shape, rows))
+        logits += rows * shape.config.vocab_size * FLOAT
+    return pool + len(buckets) * shape.config.num_hidden_layers * KERNELS * KERNEL_BYTES
 
 
 def _attention(shape: StepShape, tokens: int, inside: int) -> int:
-    """`inside`: of the attention itself. Before it come the norm and the projections."""
+    """Return the peak of norm, projections and attention. `inside`: the bytes of the attention itself."""
     c, normed = shape.config, shape.operand(shape.config.hidden_size) if shape.fp8 else 0
     q = shape.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
     latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
-    widths = 3 if shape.fp8 else 4  # x, what is added, their sum; and its norm, unless only the fp8 form is wanted
+    widths = 3 if shape.fp8 else 4  # x, its addend, their sum; and the norm, unless only its fp8 form is wanted
     before = max(
         shape.row(widths * c.hidden_size) + normed,
         shape.row(c.hidden_size + latent + q) + shape.operand(c.hidden_size),
@@ -189,34 +200,38 @@ def _dense(shape: StepShape, tokens: int) -> int:
 
 
 def _experts(shape: StepShape, tokens: int, rows: int, sent: int, received: int, sliced: int = 0) -> int:
-    """`rows`: M. `sent`, `received`: tokens on the wire; with DeepEP's low latency what is received IS the groups.
-    `sliced`: tokens of a slice, if what is received does not fit into M rows."""
-    c, mine = shape.config, tokens // shape.attn_tp
+    """Return the peak of an MoE layer, from dispatch to combine.
+
+    `rows`: M. `sent`, `received`: tokens on the wire. (With DeepEP's low latency, tokens arrive in the groups
+    themselves.) `sliced`: tokens per slice, if the received tokens do not fit into M rows; else 0.
+    """
+    c, local_tokens = shape.config, tokens // shape.attn_tp
     if not c.num_moe_layers:
         return 0
     hidden, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
-    held = mine * (shape.row(2 * hidden) + shape.operand(hidden) + top_k * INDEX)
-    came_in, between, out = shape.operand(hidden), shape.operand(width), shape.row(hidden)
-    inside = rows * (FLOAT + max(came_in + shape.row(2 * width), shape.row(2 * width) + between, between + out))
+    outside = local_tokens * (shape.row(2 * hidden) + shape.operand(hidden) + top_k * INDEX)  # lives throughout
+    given, between, out = shape.operand(hidden), shape.operand(width), shape.row(hidden)
+    inside = rows * (FLOAT + max(given + shape.row(2 * width), shape.row(2 * width) + between, between + out))
     if shape.ranks == 1:
-        return held + mine * top_k * FLOAT + max(inside, rows * FLOAT + shape.row((rows + mine) * hidden))
+        gathering = rows * FLOAT + shape.row((rows + local_tokens) * hidden)
+        return outside + local_tokens * top_k * FLOAT + max(inside, gathering)
     routing = received * top_k * (INDEX + FLOAT)
-    columns = received * shape.operand(hidden)  # with ids and weights: what travels
+    columns = received * shape.operand(hidden)  # the received tokens, without ids and weights
     grouped = rows * (shape.operand(hidden) + FLOAT)
-    came = 0
+    arrival = 0
     if shape.capacity is None:
-        travels = shape.operand(hidden) + 2 * FLOAT * top_k
-        came = max((sent + 2 * received) * travels, received * (travels + 2 * INDEX * top_k) + grouped)
+        wire_row = shape.operand(hidden) + 2 * FLOAT * top_k
+        arrival = max((sent + 2 * received) * wire_row, received * (wire_row + 2 * INDEX * top_k) + grouped)
     if sliced:
         of_slice = sliced * top_k * INDEX + max(inside, rows * FLOAT + shape.row((rows + sliced) * hidden))
-        return held + max(came, routing + columns + shape.row(received * hidden) + of_slice)
-    back = shape.row((received + (sent if shape.capacity is None else mine)) * hidden)
-    return held + max(came, routing + max(inside, shape.row(rows * hidden) + back))
+        return outside + max(arrival, routing + columns + shape.row(received * hidden) + of_slice)
+    returning = shape.row((received + (sent if shape.capacity is None else local_tokens)) * hidden)
+    return outside + max(arrival, routing + max(inside, shape.row(rows * hidden) + returning))
 
 
 def _head(shape: StepShape, tokens: int, rows: int) -> int:
     c = shape.config
     logits = rows * c.vocab_size * FLOAT
-    if shape.attn_tp > 1:  # mine, all as they were gathered, and in order
+    if shape.attn_tp > 1:  # this rank's logits, all ranks' as gathered, and these in order
         logits = logits // shape.attn_tp + 2 * logits
     return shape.row((tokens + 2 * rows) * c.hidden_size) + logits

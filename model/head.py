@@ -1,4 +1,4 @@
-"""Final norm, gather of the rows whose logits are wanted, LM head split over mesh.attn."""
+"""The final norm of the rows whose logits are wanted, and the LM head, split over mesh.attn."""
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,16 @@ from parallel.mesh import Group
 
 
 class Head(nn.Module):
-    def __init__(self, config: ModelConfig, attn: Group, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, config: ModelConfig, attn: Group, ops: Ops, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         super().__init__()
         self.attn, self.linear_float32 = attn, ops.linear_float32
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, dtype, device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size // attn.size, ops, dtype, device)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, D] -> logits [N, V] float32 of batch.logit_rows, the same on every rank of mesh.attn."""
+        """Return logits [N, V] float32 of x [T, D] at batch.logit_rows, equal on all ranks of mesh.attn."""
         rows = x if batch.logit_rows is None else x[batch.logit_rows]
         logits = self.linear_float32(self.norm(rows), self.lm_head.weight)
         if self.attn.size == 1:

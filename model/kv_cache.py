@@ -1,7 +1,7 @@
-"""Paged latent KV: one pool of pages for all layers, and who owns which page.
+"""Paged latent KV: one pool of pages for all layers, and the allocator of pages.
 
-MLA caches, for each token and layer, only the normed latent and the roped shared key: C + R numbers instead of
-2 x heads x head_dim (DeepSeek-V2, section 2.1). Page NULL_PAGE belongs to nobody: padding rows write there.
+Per token and layer, MLA caches only the normed latent and the rotated shared key: C + R numbers instead of
+2 x heads x head_dim (DeepSeek-V2, section 2.1). No sequence owns page NULL_PAGE: padding rows write there.
 """
 
 import torch
@@ -16,14 +16,14 @@ def pages_for(tokens: int) -> int:
 
 
 def make_pool(config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """[layers, pages, PAGE, C + R], zeroed so that a stray read is finite."""
+    """Allocate [layers, pages, PAGE, C + R], zeroed so that a stray read is finite."""
     return torch.zeros(config.num_hidden_layers, num_pages, PAGE, config.kv_dim, dtype=dtype, device=device)
 
 
 class PageAllocator:
     """Hands out pages 1 .. num_pages - 1. Deterministic: ranks that make the same calls get the same pages."""
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int) -> None:
         assert num_pages >= 2, f"{num_pages=}: one null page and at least one real page"
         self.capacity = num_pages - 1
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: the lowest page on top
@@ -34,7 +34,7 @@ class PageAllocator:
         return len(self._free)
 
     def alloc(self, count: int) -> list[int] | None:
-        """`count` pages, or None if there are not enough."""
+        """Take `count` pages. Returns None if there are not enough."""
         if count > len(self._free):
             return None
         pages = [self._free.pop() for _ in range(count)]

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.fp8 import BLOCK, Quantized
+from kernels.fp8 import BLOCK, Quantized, unquantized
 from kernels.ops import Ops
 from model.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn
-MOST_ROPE_BYTES = 2**30  # of the rope tables; DeepSeek-V3's take 42 million
+MOST_ROPE_BYTES = 2**30  # for the rope tables; DeepSeek-V3's take 42 million bytes
 
 
 def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
@@ -19,7 +19,10 @@ def weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Pa
 
 
 def block_scales(values: nn.Parameter) -> nn.Parameter | None:
-    """Room for the scales of an fp8 weight [..., N, D]: float32 [..., ceil(N / 128), ceil(D / 128)], else None."""
+    """Allocate the scales of an fp8 weight [..., N, D]: float32 [..., ceil(N / 128), ceil(D / 128)].
+
+    Returns None if `values` is not fp8.
+    """
     if values.dtype != FP8:
         return None
     *stack, rows, columns = values.shape
@@ -29,25 +32,29 @@ def block_scales(values: nn.Parameter) -> nn.Parameter | None:
 class Linear(nn.Module):
     """y = x @ weight.T, no bias; weight [out, in] of `dtype`.
 
-    In fp8 (DeepSeek-V3, section 3.3) the weight has a scale for each 128x128 block, x is quantised 1x128 and y is bf16.
+    In fp8 (DeepSeek-V3, section 3.3) the weight has one scale per 128x128 block, x is quantised 1x128 and y is bf16.
     """
 
-    def __init__(self, num_in: int, num_out: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, num_in: int, num_out: int, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.ops = ops
         self.weight = weight(num_out, num_in, dtype=dtype, device=device)
         self.weight_scale_inv = block_scales(self.weight)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        """x [T, in], in fp8 perhaps quantised already (Linears that share an input share that) -> [T, out]."""
+        """x [T, in] -> [T, out]. In fp8, x may be quantised already: Linears that share an input quantise it once."""
         if self.weight_scale_inv is None:
-            return self.ops.linear(x, self.weight)
+            return self.ops.linear(unquantized(x), self.weight)
         values, scale = self.ops.quantize_1x128(x) if isinstance(x, Tensor) else x
         return self.ops.gemm_fp8(values, scale, self.weight, self.weight_scale_inv)
 
 
 class RMSNorm(nn.Module):
-    """`quantize`: what it gives to a Linear in fp8 is quantised in the same pass; `bare`: and wanted as it is, too."""
+    """RMSNorm, with the quantisation that an fp8 Linear wants of its input.
+
+    `quantize`: also return the output in fp8, from the same pass. `bare`: also return it unquantised (the gate needs
+    it).
+    """
 
     def __init__(
         self,
@@ -58,7 +65,7 @@ class RMSNorm(nn.Module):
         device: torch.device | str,
         quantize: bool = False,
         bare: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.weight = weight(size, dtype=dtype, device=device)
         self.eps, self.ops, self.quantize, self.bare = eps, ops, quantize, bare
@@ -67,18 +74,20 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def operand(self, x: Tensor) -> Tensor | Quantized:
-        """norm(x), as a Linear takes it."""
+        """Return norm(x), as a Linear takes it."""
         return self.ops.rms_norm_quant(x, self.weight, self.eps, bare=False)[1:] if self.quantize else self(x)
 
     def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor | None, Tensor | Quantized, Tensor]:
-        """norm(x + delta), the same as a Linear takes it, and x + delta; delta None is 0. The first may be None where
-        it is quantised and not wanted `bare`."""
+        """Return norm(x + delta), the same as a Linear takes it, and x + delta. `delta` None is 0.
+
+        With `quantize` but without `bare`, the first may be None.
+        """
         if self.quantize:
             if delta is None:
-                normed, *quantized = self.ops.rms_norm_quant(x, self.weight, self.eps, self.bare)
-                return normed, tuple(quantized), x
-            normed, *quantized, total = self.ops.add_rms_norm_quant(x, delta, self.weight, self.eps, self.bare)
-            return normed, tuple(quantized), total
+                normed, values, scale = self.ops.rms_norm_quant(x, self.weight, self.eps, self.bare)
+                return normed, (values, scale), x
+            normed, values, scale, total = self.ops.add_rms_norm_quant(x, delta, self.weight, self.eps, self.bare)
+            return normed, (values, scale), total
         if delta is None:
             return (normed := self(x)), normed, x
         normed, total = self.ops.add_rms_norm(x, delta, self.weight, self.eps)
@@ -86,7 +95,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, vocab_size: int, hidden: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, vocab_size: int, hidden: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.weight = weight(vocab_size, hidden, dtype=dtype, device=device)
 
@@ -95,11 +104,11 @@ class Embedding(nn.Module):
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos, sin [length, R / 2] float32.
+    """Return cos, sin [length, R / 2] float32. Raises ValueError with the equation if they would be too large.
 
-    YaRN (section 3.2): frequencies that turn often within the original context stay, those that turn less than once
-    are divided by `factor`, with a linear ramp between the pair indices of `beta_fast` and `beta_slow` turns.
-    ValueError with the equation if the tables would be too large.
+    YaRN (section 3.2): pairs that turn more than `beta_fast` times within the original context keep their frequency.
+    Pairs that turn less than `beta_slow` times have it divided by `factor`. A linear ramp over the pair indices lies
+    in between.
     """
     rope, dim = config.rope, config.qk_rope_head_dim
     if (size := length * dim * 4) > MOST_ROPE_BYTES:
@@ -111,7 +120,7 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
     if rope.factor != 1.0:
 
         def pair_turning(turns: float) -> float:
-            """The (real-valued) pair index that makes this many turns over the original context."""
+            """Return the (real-valued) index of the pair that turns this often over the original context."""
             return dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
         low = max(math.floor(pair_turning(rope.beta_fast)), 0)
@@ -119,7 +128,7 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
         ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 = keep, 1 = divide
         freqs = freqs * (1 - ramp) + freqs / rope.factor * ramp
     angles = torch.outer(torch.arange(length, dtype=torch.float32), freqs)
-    # transformers' reading: the ratio of the two mscales where both are given, else YaRN's own attention factor.
+    # As in transformers: the ratio of the two mscales if both are given, else YaRN's own attention factor.
     scale = mscale(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
         scale = mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
@@ -127,12 +136,12 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:
-    """YaRN's attention temperature (section 3.4), as DeepSeek generalises it."""
+    """Return YaRN's attention temperature (section 3.4), as DeepSeek generalises it."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """1 / sqrt(head dim), times mscale squared under YaRN (DeepSeek-V2, section 3.1.4)."""
+    """Return 1 / sqrt(head dim), times mscale squared under YaRN (DeepSeek-V2, section 3.1.4)."""
     scale = config.qk_head_dim**-0.5
     if config.rope.mscale_all_dim:
         scale *= mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2

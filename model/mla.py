@@ -1,18 +1,18 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1; DeepSeek-V3, section 2.1.1), in its two equal forms.
 
-The cache holds c [C] (the normed latent) and k_rope [R] for each token. Per head, with W_UK, W_UV from kv_b_proj:
+The cache holds c [C] (the normed latent) and k_rope [R] per token. Per head, with W_UK, W_UV from kv_b_proj:
 
     expanded (prefill):  k = [W_UK c, k_rope], v = W_UV c             many queries share the expansion of c
     absorbed (decode):   q' = [W_UK^T q_nope, q_rope] attends the cache rows themselves; out = W_UV (attended c)
 
-Heads are split over mesh.attn; o_proj's output is this rank's PARTIAL sum, which the block reduces. With fp8 weights
-kv_b_proj still is of the activations' dtype: it is a part of the attention itself, in both forms.
+Heads are split over mesh.attn. o_proj's output is this rank's PARTIAL sum, which the block reduces. kv_b_proj keeps the
+activations' dtype even with fp8 weights, because it is a part of the attention itself, in both forms.
 """
 
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8 import Quantized
+from kernels.fp8 import Quantized, unquantized
 from kernels.ops import Ops
 from model.batch import Batch
 from model.config import ModelConfig
@@ -29,7 +29,7 @@ class MLA(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         fp8: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.config, self.ops, self.rope = config, ops, rope
         self.heads = config.num_attention_heads // attn_tp  # on this rank
@@ -37,7 +37,7 @@ class MLA(nn.Module):
         hidden, on = config.hidden_size, {"dtype": dtype, "device": device}
         projection = {"ops": ops, "dtype": FP8 if fp8 else dtype, "device": device}
         all_heads = self.heads * config.qk_head_dim
-        # q_proj or q_a_proj, and below it kv_a_proj_with_mqa: one product, for they share their input.
+        # The rows of q_proj or q_a_proj, then those of kv_a_proj_with_mqa: one product, because they share their input.
         self.split = (config.q_lora_rank or all_heads, config.kv_dim)
         self.qkv_a_proj = Linear(hidden, sum(self.split), **projection)
         if config.q_lora_rank is not None:
@@ -49,46 +49,54 @@ class MLA(nn.Module):
         self.o_proj = Linear(self.heads * config.v_head_dim, hidden, **projection)
 
     def forward(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """x [T, D], kv_pages [pages, 64, C + R] (written in place) -> [T, D], to be summed over mesh.attn."""
+        """Do attention: x [T, D] -> [T, D], to be summed over mesh.attn. kv_pages is written in place."""
         return self.attend(self.project(x, batch, kv_pages), batch, kv_pages)
 
     def project(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """x [T, D] -> q [T, H, nope + R], not yet rotated; kv_pages [pages, 64, C + R] is written in place."""
+        """Project x [T, D] -> q [T, H, nope + R], not yet rotated. kv_pages [pages, 64, C + R] is written in place."""
         q, kv = self.qkv_a_proj(x).split(self.split, -1)
         self.write_kv(kv, batch, kv_pages)
         return self.queries(q)
 
     def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """q of `project` (may be rotated in place) -> [T, D], to be summed over mesh.attn."""
+        """Attend with q of `project`, which may be rotated in place -> [T, D], to be summed over mesh.attn."""
         split, quantize = batch.num_decodes, self.o_proj.weight_scale_inv is not None
         if split == 0:
             out = self.expanded(q, batch, kv_pages, quantize)
         elif split == batch.num_tokens:
             out = self.absorbed(q, batch, kv_pages, quantize)
         else:
-            out = torch.cat((self.absorbed(q[:split], batch, kv_pages), self.expanded(q[split:], batch, kv_pages)))
+            out = torch.cat(
+                (
+                    unquantized(self.absorbed(q[:split], batch, kv_pages)),
+                    unquantized(self.expanded(q[split:], batch, kv_pages)),
+                )
+            )
         return self.o_proj(out)
 
     def queries(self, q: Tensor) -> Tensor:
-        """q [T, q_lora or H (nope + R)], of qkv_a_proj -> [T, H, nope + R]."""
+        """Return q [T, H, nope + R] from qkv_a_proj's columns [T, q_lora or H (nope + R)]."""
         if self.config.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm.operand(q))
         return q.view(-1, self.heads, self.config.qk_head_dim)
 
     def write_kv(self, kv: Tensor, batch: Batch, kv_pages: Tensor) -> None:
-        """kv [T, C + R]. Padding rows all land in the null page."""
+        """Write kv [T, C + R] to the cache. Padding rows all go to the null page."""
         norm = self.kv_a_layernorm
         self.ops.norm_rope_write(kv, norm.weight, norm.eps, *self.rope, batch.positions, batch.kv_rows, kv_pages)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, nope, C], W_UV [H, v, C]."""
+        """Return views W_UK [H, nope, C], W_UV [H, v, C] of kv_b_proj."""
         config = self.config
-        return self.kv_b_proj.weight.view(self.heads, -1, config.kv_lora_rank).split(
-            (config.qk_nope_head_dim, config.v_head_dim), 1
-        )
+        per_head = self.kv_b_proj.weight.view(self.heads, -1, config.kv_lora_rank)
+        w_uk, w_uv = per_head.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+        return w_uk, w_uv
 
     def expanded(self, q: Tensor, batch: Batch, kv_pages: Tensor, quantize: bool = False) -> Tensor | Quantized:
-        """q [sum q, H, nope + R], rotated in place -> [sum q, H v], perhaps as an fp8 o_proj takes it."""
+        """Attend prompts: q [sum q, H, nope + R], rotated in place -> [sum q, H v].
+
+        `quantize`: return it quantised, as an fp8 o_proj takes it.
+        """
         config = self.config
         if q.shape[0] == 0:
             return q.new_empty(0, self.heads * config.v_head_dim)
@@ -103,15 +111,20 @@ class MLA(nn.Module):
         out = self.ops.prefill_attention(
             q, k_nope, k_rope, v, batch.q_starts, batch.kv_starts, batch.max_q, batch.max_kv, self.scale, quantize
         )
-        return out if quantize else out.flatten(1)
+        return out if quantize else unquantized(out).flatten(1)
 
     def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor, quantize: bool = False) -> Tensor | Quantized:
-        """q [B, H, nope + R] -> [B, H v], perhaps as an fp8 o_proj takes it."""
+        """Attend decodes: q [B, H, nope + R] -> [B, H v]. `quantize`: as in `expanded`."""
         ops, (w_uk, w_uv) = self.ops, self.up_projections()
         absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.num_decodes])
         attended = ops.mla_decode(
-            absorbed, kv_pages, batch.page_table, batch.kv_lens, self.scale,
-            v_dim=self.config.kv_lora_rank, plan=batch.decode_plan,
-        )  # fmt: skip
+            absorbed,
+            kv_pages,
+            batch.page_table,
+            batch.kv_lens,
+            self.scale,
+            v_dim=self.config.kv_lora_rank,
+            plan=batch.decode_plan,
+        )
         out = ops.project_values(attended, w_uv, quantize)
-        return out if quantize else out.flatten(1)
+        return out if quantize else unquantized(out).flatten(1)

@@ -4,8 +4,8 @@
 
     gate  yield  dispatch>, shared expert  yield  >arrival  yield  experts  yield  combine>  yield  >return
 
-The shared expert's part goes into combine, which adds it. With few tokens the shared expert does not fill the GPU, and
-neither do the gate and the moves around dispatch: then it runs beside them, on a second stream.
+Combine adds the shared expert's output. With few tokens, neither the shared expert nor the gate and the moves around
+dispatch fill the GPU. Then the shared expert runs beside them, on a second stream.
 """
 
 from collections.abc import Callable
@@ -25,24 +25,24 @@ from parallel.load_counter import LoadCounter
 from parallel.overlap import Beside, Steps
 from parallel.placement import Placement
 
-FEW = 512  # tokens, up to which the shared expert runs on the second stream
+FEW = 512  # the shared expert runs on the second stream up to this many tokens
 
 
 class Gate(nn.Module):
-    """Scores every expert for every token, in float32 as DeepSeek does; its weights are of the activations' dtype."""
+    """Scores every expert for every token, in float32 as DeepSeek does. Its weights have the activations' dtype."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=dtype, device=device)
         self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, E] float32."""
+        """Return logits [T, E] float32 of x [T, D]."""
         return self.ops.linear_float32(x, self.weight)
 
     def forward(self, logits: Tensor, slot_of_expert: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots of each token's experts [T, K] int64, -1 for padding, and weights [T, K] float32."""
+        """Return the slots of each token's experts [T, K] int64, -1 for padding, and weights [T, K] float32."""
         config = self.config
         return self.ops.gate_topk(
             logits,
@@ -60,10 +60,12 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """The experts in this rank's slots, stacked: gate_up_proj [L, 2I, D], down_proj [L, D, I] of `dtype`.
 
-    In fp8 each has its scales beside it, `*_scale_inv` [L, ceil(rows / 128), ceil(columns / 128)], and x comes in fp8.
+    In fp8, each has scales, `*_scale_inv` [L, ceil(rows / 128), ceil(columns / 128)], and x must be in fp8 too.
     """
 
-    def __init__(self, config: ModelConfig, num_local: int, ops: Ops, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, config: ModelConfig, num_local: int, ops: Ops, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         super().__init__()
         width, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = weight(num_local, 2 * width, hidden, dtype=dtype, device=device)
@@ -73,10 +75,11 @@ class Experts(nn.Module):
         self.ops = ops
 
     def forward(self, group: Callable[[], Arrived]) -> tuple[Tensor, tuple]:
-        """What arrived, in the layout that `group` makes of it, -> the experts' outputs, and what leads them back.
+        """Run the experts. `group()` builds the layout. Returns their outputs, and `way_back`, which combine needs.
 
-        The layout decides the GEMM. Contiguous, Masked: rows in the layout of `arrived.x`; Copies: a row for each copy
-        [T * K, D]; Sliced: the weighted sum for each token [N, D]. Rows are let go of once the next are there.
+        The layout decides the GEMM and the outputs. Contiguous, Masked: rows in the layout of `arrived.x`. Copies: one
+        row per copy [T * K, D]. Sliced: the weighted sums [N, D], one per token. Rows are freed as soon as the next
+        ones exist.
         """
         ops = self.ops
         gate_up, gate_up_scale = self.gate_up_proj, self.gate_up_proj_scale_inv
@@ -91,6 +94,7 @@ class Experts(nn.Module):
                 x = ops.silu_mul(x, row_expert)
                 return ops.grouped_gemm_contiguous(x, down, row_expert), way_back
             case Contiguous(x, row_expert, way_back, scale):
+                assert scale is not None and gate_up_scale is not None and down_scale is not None
                 x = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert)
                 x, scale = ops.silu_mul_quant(x, row_expert)
                 return ops.grouped_gemm_contiguous_fp8(x, scale, down, down_scale, row_expert), way_back
@@ -99,18 +103,20 @@ class Experts(nn.Module):
                 x = ops.silu_mul_masked(x, counts)
                 return ops.grouped_gemm_masked(x, down, counts), way_back
             case Masked(x, counts, way_back, scale):
+                assert scale is not None and gate_up_scale is not None and down_scale is not None
                 x = ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts)
                 x, scale = ops.silu_mul_quant_masked(x, counts)
                 return ops.grouped_gemm_masked_fp8(x, scale, down, down_scale, counts), way_back
 
     def _sums(self, arrived: Sliced) -> Tensor:
-        """Of one slice of tokens after the other. A slice's rows are gone before the next are there."""
+        """Return the weighted sums [N, D], slice by slice. A slice's rows are freed before the next slice's exist."""
         out = None
         for at in range(0, len(arrived.x), arrived.size):
             part = self.ops.ep_gather(*self._slice(arrived, at))
             out = part.new_empty(len(arrived.x), part.shape[1]) if out is None else out
             out[at : at + arrived.size] = part
             del part
+        assert out is not None  # there is at least one slice
         return out
 
     def _slice(self, arrived: Sliced, at: int) -> tuple[Tensor, ...]:
@@ -129,8 +135,8 @@ class MoE(nn.Module):
         dtype: torch.dtype,
         expert_dtype: torch.dtype,
         device: torch.device | str,
-    ):
-        """`layer` counts MoE layers from 0: the row of the placement map. `dtype` is the activations'."""
+    ) -> None:
+        """`layer`: the number among MoE layers, from 0, which is its row in the placement map. `dtype`: activations."""
         super().__init__()
         self.layer, self.placement, self.beside = layer, placement, beside
         self.gate = Gate(config, ops, dtype, device)
@@ -148,8 +154,10 @@ class MoE(nn.Module):
         dispatcher: Dispatcher,
         load_counter: LoadCounter | None = None,
     ) -> Steps[Tensor]:
-        """x [T, D], also as the experts take it -> [T, D]. Rows where `is_token` is False are padding and visit no
-        routed expert."""
+        """Run the layer's stages: x [T, D] -> [T, D]. `operand` is x as the experts take it.
+
+        Rows where `is_token` is False are padding and visit no routed expert.
+        """
         few = x.shape[0] <= FEW
         logits = self.gate.logits(x)
         shared = self.beside.start(partial(self.shared, operand)) if few else None
@@ -166,8 +174,8 @@ class MoE(nn.Module):
         yield "arrival"
         y, way_back = self.experts(group)
         yield "experts"
-        pending = dispatcher.combine(y, way_back, shared() if few else plus)
-        del operand, group, y, way_back, shared, plus  # operand only now: a second stream may have read it until here
+        pending = dispatcher.combine(y, way_back, plus if shared is None else shared())
+        del operand, group, y, way_back, shared, plus  # operand lives until here: the second stream reads it
         yield "combine"
         return pending.wait()
 

@@ -1,4 +1,4 @@
-"""Do a block-fp8 checkpoint's projections stay in fp8, or is the whole model run dequantised? Decided once, for all."""
+"""Whether a block-fp8 checkpoint's projections stay in fp8, or the whole model runs dequantised. Decided once."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from model.config import ModelConfig
 
 class Precision(NamedTuple):
     fp8: bool
-    why: str  # in words, for the start-up line
+    why: str  # for the start-up line
 
 
 def decide(config: ModelConfig, attn_tp: int, dtype: torch.dtype, device: torch.device) -> Precision:
-    """fp8 stays on Hopper and newer with bf16 activations, if every share is whole blocks (`misfit`)."""
+    """Decide. fp8 stays on Hopper and newer with bf16 activations, if every share is whole blocks (`misfit`)."""
     if not config.fp8:
         return Precision(False, "the checkpoint has none")
     obstacle = _no_hardware(device) or misfit(config, attn_tp, dtype)
@@ -24,7 +24,7 @@ def decide(config: ModelConfig, attn_tp: int, dtype: torch.dtype, device: torch.
 
 
 def misfit(config: ModelConfig, attn_tp: int, dtype: torch.dtype) -> str | None:
-    """Why this model cannot run in fp8 anywhere, as an equation; None if it can."""
+    """Return why this model cannot run in fp8 on any hardware, as an equation, or None if it can."""
     if dtype != torch.bfloat16:
         return f"activations must be bfloat16, not {_name(dtype)}"
     heads = config.num_attention_heads
@@ -38,7 +38,7 @@ def misfit(config: ModelConfig, attn_tp: int, dtype: torch.dtype) -> str | None:
     if config.num_moe_layers:
         widths["moe_intermediate_size"] = config.moe_intermediate_size
     steps = {name: (width, BLOCK) for name, width in widths.items()}
-    steps["kv_lora_rank + qk_rope_head_dim"] = (config.kv_dim, 64)  # never split, and only an output: whole tiles do
+    steps["kv_lora_rank + qk_rope_head_dim"] = (config.kv_dim, 64)  # only an output, never split: whole tiles suffice
     for name, (width, step) in steps.items():
         if width % step:
             return f"{name} % {step} must be 0, not {width} % {step} = {width % step}"

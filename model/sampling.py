@@ -1,5 +1,8 @@
-"""From logits to tokens. A row's choice depends on its logits, its own parameters, its seed and its position only:
-never on the batch around it, the device, or the number of ranks. So the same request gives the same tokens anywhere."""
+"""From logits to tokens.
+
+A row's token depends only on the row's logits, parameters, seed and position. It never depends on the other rows of the
+batch, the device or the number of ranks. So the same request gives the same tokens anywhere.
+"""
 
 from dataclasses import dataclass
 
@@ -11,13 +14,13 @@ COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greed
 
 @dataclass(frozen=True)
 class SamplingRows:
-    """One row of sampling parameters for each row of logits, all [N]."""
+    """Sampling parameters, one per row of logits, all [N]."""
 
     temperature: Tensor  # float32; 0 = greedy
     top_p: Tensor  # float32 in (0, 1]
     top_k: Tensor  # int64; 0 = off
     seed: Tensor  # int64
-    position: Tensor  # int64: how many tokens stand before the sampled one
+    position: Tensor  # int64: the number of tokens before the sampled one
 
     @classmethod
     def build(cls, rows: list[tuple[float, float, int, int, int]], device: torch.device | str) -> "SamplingRows":
@@ -27,9 +30,9 @@ class SamplingRows:
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """logits [N, V] float32 -> tokens [N] int64: the argmax where temperature is 0, else temperature, top-k, top-p.
+    """Return a token [N] int64 per row of logits [N, V] float32: the argmax if temperature is 0, else a sample.
 
-    Adding Gumbel noise and taking the argmax samples from the softmax.
+    Samples obey temperature, top-k and top-p. The argmax of logits plus Gumbel noise is a sample from their softmax.
     """
     greedy = logits.argmax(-1)
     warm = rows.temperature > COLDEST
@@ -39,19 +42,22 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """-inf outside the k likeliest tokens, then outside the smallest set of them with probability >= top_p."""
+    """Set logits to -inf outside the k likeliest tokens, then outside their smallest set with probability >= top_p."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     limit = top_k.where(top_k > 0, logits.shape[1])[:, None]
     ordered = ordered.masked_fill(rank >= limit, float("-inf"))
     probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability  # of the likelier tokens; 0 for the first, so one always stays
+    before = probability.cumsum(-1) - probability  # of likelier tokens; 0 for the first, so one always stays
     ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, ordered)
 
 
 def gumbel(seed: Tensor, position: Tensor, width: int) -> Tensor:
-    """[N, width] Gumbel noise, a pure function of (seed, position, column): a counter-based generator in integers."""
+    """Return Gumbel noise [N, width] from a counter-based integer generator: a pure function of seed, position, column.
+
+    seed, position [N] int64.
+    """
     row = _mix(_mix(seed ^ (seed >> 32)) ^ position)
     bits = _mix(row[:, None] ^ _mix(torch.arange(width, device=seed.device)))
     uniform = ((bits >> 9).float() + 0.5) / 2**23  # 24 bits: exact in float32, never 0 or 1
@@ -59,7 +65,7 @@ def gumbel(seed: Tensor, position: Tensor, width: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit finaliser (multiply and xor-shift, twice) in int64 arithmetic."""
+    """Hash the low 32 bits of x: a finaliser (multiply and xor-shift, twice) in int64 arithmetic."""
     x = x & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
@@ -67,9 +73,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and log probabilities, both [N, count + 1]: the `count` likeliest, highest first, then the chosen token.
+    """Return ids and log probabilities, both [N, count + 1]: the `count` likeliest tokens, then the chosen one.
 
-    Probabilities are the model's own: before temperature, top-k and top-p.
+    The likeliest token is first. Probabilities are the model's own: before temperature, top-k and top-p.
     """
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, logits.shape[1]), dim=-1)
@@ -78,6 +84,6 @@ def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Te
 
 
 def logprob_pairs(ids: list[int], values: list[float], count: int) -> list[tuple[int, float]]:
-    """One row of `top_logprobs` as (token, log probability): the `count` likeliest, and always the chosen token."""
+    """Return a row of `top_logprobs` as pairs (token, log probability): the `count` likeliest, and the chosen token."""
     pairs = list(zip(ids[:-1], values[:-1], strict=True))[:count]
     return pairs if ids[-1] in ids[:count] else [*pairs, (ids[-1], values[-1])]

@@ -1,8 +1,10 @@
-"""The whole model. Its layers with experts are a generator, which `parallel/overlap.py` drives: alone, or two halves of
-a batch in turns. The dense layers before them have nothing to overlap: a decode step runs them whole, for it is their
-weights that take time; halves of prompts go through them one after the other, for then each wants half the memory.
+"""The whole model.
 
-With attention TP t, a dense layer is the usual pair of all-reduces; an MoE layer scatters instead, so that each rank
+Its layers with experts are a generator. `parallel/overlap.py` drives it: alone, or two halves of a batch in turns. The
+dense layers before them have nothing to overlap. In a decode step, reading their weights takes the time, so they run
+once, on the whole batch. Halves of prompts go through them one after the other, because that halves the memory.
+
+With attention TP t, a dense layer has the usual two all-reduces. An MoE layer scatters instead, so that each rank
 dispatches 1/t of its replica's tokens:
 
     x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
@@ -31,15 +33,18 @@ from parallel.placement import Placement
 
 
 class Residual:
-    """The residual stream of some rows: x [T, D], and what is still to be added to it, which the next norm does on its
-    way. It is handed from layer to layer, so that nobody holds what a layer has replaced."""
+    """The residual stream of some rows: x [T, D], and a `delta` that the next norm adds to it.
 
-    def __init__(self, x: Tensor, delta: Tensor | None = None):
+    It passes from layer to layer by `take` and `put`, so that no reference keeps a replaced tensor alive.
+    """
+
+    def __init__(self, x: Tensor, delta: Tensor | None = None) -> None:
         self.held: tuple[Tensor, Tensor | None] | None = (x, delta)
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        held, self.held = self.held, None
-        return held
+        stream, self.held = self.held, None
+        assert stream is not None, "another layer has taken it"
+        return stream
 
     def put(self, x: Tensor, delta: Tensor | None) -> None:
         self.held = (x, delta)
@@ -49,7 +54,7 @@ class Residual:
         return x if delta is None else x + delta
 
     def cut(self, row: int) -> tuple["Residual", "Residual"]:
-        """The rows before `row`, and the others."""
+        """Split into the rows before `row`, and the others."""
         x, delta = self.take()
         first = Residual(x[:row], None if delta is None else delta[:row])
         return first, Residual(x[row:], None if delta is None else delta[row:])
@@ -67,7 +72,7 @@ class Block(nn.Module):
         beside: Beside,
         dtype: torch.dtype,
         fp8: bool,
-    ):
+    ) -> None:
         super().__init__()
         self.attn, device = mesh.attn, mesh.device
         hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}
@@ -83,13 +88,14 @@ class Block(nn.Module):
             self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, projection, device)
 
     def dense(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> None:
-        """A layer without experts."""
+        """Run a layer without experts."""
         x, attended = self.attended(residual, batch, kv_pages)
         operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))[1:]
         del attended
         residual.put(x, self.attn.all_reduce(self.mlp(operand)))
 
     def attended(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x, and the attention's output for it, not yet summed over mesh.attn."""
         operand, x = self.input_layernorm.add(*residual.take())[1:]
         q = self.self_attn.project(operand, batch, kv_pages)
         del operand
@@ -103,11 +109,14 @@ class Block(nn.Module):
         dispatcher: Dispatcher,
         load_counter: LoadCounter | None,
     ) -> Steps[None]:
-        """A layer with experts. What it no longer needs it lets go at once: while one micro-batch waits for its turn,
-        the other wants the memory."""
+        """Run a layer with experts, as stages.
+
+        It frees each tensor as soon as it can: while one micro-batch waits for its turn, the other needs the memory.
+        """
         x, attended = self.attended(residual, batch, kv_pages)
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         del attended
+        assert isinstance(self.mlp, MoE) and normed is not None  # the norm is `bare`
         experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, load_counter)
         del normed, operand
         delta = yield from experts
@@ -128,11 +137,11 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         max_model_len: int,
         fp8: bool = False,
-    ):
-        """Allocates this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table.
+    ) -> None:
+        """Allocate this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table.
 
-        `fp8`: the projections stay in block fp8 (`model/precision.py` decides); embeddings, norms, gates, kv_b_proj and
-        the LM head never do. ValueError spells the equation that does not hold.
+        `fp8`: the projections stay in block fp8 (`model/precision.py` decides). Embeddings, norms, gates, kv_b_proj and
+        the LM head never do. Raises ValueError with the equation that does not hold.
         """
         super().__init__()
         check_split(config, mesh)
@@ -140,7 +149,7 @@ class Transformer(nn.Module):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
         self.load_counter: LoadCounter | None = None
-        self.first = config.first_k_dense_replace  # layer with experts
+        self.first = config.first_k_dense_replace  # the first layer with experts
         rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(
@@ -156,10 +165,10 @@ class Transformer(nn.Module):
         dispatcher: Dispatcher,
         halves: tuple[Batch, Batch] | None = None,
     ) -> Tensor:
-        """kv_pool [layers, pages, 64, C + R], written in place -> logits [N, V] of batch.logit_rows.
+        """Run a step: return logits [N, V] of batch.logit_rows. kv_pool [layers, pages, 64, C + R] is written in place.
 
-        `halves`: the batch's first rows and its last, which overlap in all layers with experts, and leave the
-        dispatcher the SMs that it holds.
+        `halves`: the batch's first and last rows, which overlap in all layers with experts. Meanwhile the products
+        leave the dispatcher's SMs free.
         """
         batch = self.planned(batch)
         residual = Residual(self.embed_tokens(batch.token_ids))
@@ -175,23 +184,26 @@ class Transformer(nn.Module):
         return self.head(out, batch)
 
     def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:
-        """The layers without experts: of each, one part after the other."""
+        """Run the layers without experts, in each layer one part after the other."""
         for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):
+            assert isinstance(layer, Block)
             for residual, batch in parts:
                 layer.dense(residual, batch, kv_pages)
 
     def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
-        """All layers with experts, one after the other -> [T, D]."""
+        """Run all layers with experts, one after the other -> [T, D]."""
         for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first :], strict=True):
+            assert isinstance(layer, Block)
             yield from layer.steps(residual, batch, kv_pages, dispatcher, self.load_counter)
         return residual.sum()
 
     def planned(self, batch: Batch) -> Batch:
+        """Return the batch with the `decode_plan` that its layers share."""
         return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
 
 
 def op_shape(config: ModelConfig) -> Shape:
-    """What decides which kernels can serve this model."""
+    """Return the sizes that decide which kernels can serve this model."""
     return Shape(
         kv_lora_rank=config.kv_lora_rank,
         rope_dim=config.qk_rope_head_dim,
@@ -203,7 +215,7 @@ def op_shape(config: ModelConfig) -> Shape:
 
 
 def check_split(config: ModelConfig, mesh: Mesh) -> None:
-    """ValueError spells the equation for what does not divide over the attention group."""
+    """Raise ValueError, with the equation, for a size that does not divide over the attention group."""
     t = mesh.attn.size
     dense = config.intermediate_size if config.first_k_dense_replace else t
     for name, value in (

@@ -1,9 +1,9 @@
 """Weights from a Hugging Face folder, streamed: each rank reads only the bytes of its own tensors.
 
-Which tensor fills which parameter, and how it is split, is the table of `model/checkpoint.py`.
+The table in `model/checkpoint.py` says which tensor fills which parameter, and how it is split.
 
-A tensor in block fp8 has its scales beside it, `NAME_scale_inv`. Where the parameter is fp8 too, both are copied as
-they are, always together; elsewhere the tensor is dequantised on the way.
+The scales of a tensor NAME in block fp8 are the tensor `NAME_scale_inv`. If the parameter is fp8 too, both are copied
+as they are, always together. Otherwise the tensor is dequantised while loading.
 
 `ExpertReader` reads single experts again while the model serves.
 """
@@ -30,7 +30,7 @@ from parallel.placement import Placement
 
 
 def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, mesh: Mesh) -> None:
-    """Fill `model` from the safetensors files in `folder`. ValueError names every tensor that is wrong."""
+    """Fill `model` from the safetensors files in `folder`. Raises ValueError with the tensors that are wrong."""
     files = check_checkpoint(folder, config)
     parameters = dict(model.named_parameters())
     with ExitStack() as stack:
@@ -53,13 +53,13 @@ def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, me
 class ExpertReader:
     """Reads single experts of a checkpoint, again and again, while the model serves.
 
-    Not through a mapping but with `pread`: a node's ranks share the page cache either way, but a disk that fails and a
-    file that has become shorter are an OSError here, which one can survive, and a SIGBUS there. Files are opened once;
-    one that is replaced by another is still read as it was.
+    It reads with `pread`, not through a memory mapping. If a disk fails or a file is truncated, `pread` raises an
+    OSError, which the job survives; a mapping would raise SIGBUS. A node's ranks share the page cache either way. Files
+    are opened once, so a file that is replaced by another is still read as it was.
     """
 
-    def __init__(self, folder: str | Path, config: ModelConfig):
-        """`folder`: as `load_weights` has found it to be good."""
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        """`folder`: a folder that `load_weights` has accepted."""
         self.folder = folder
         self.files = {name: stored.path for name, stored in read_headers(Path(folder)).items()}
         self.entries: dict[tuple[int, int], list[Entry]] = defaultdict(list)  # by MoE layer and expert
@@ -69,15 +69,17 @@ class ExpertReader:
         self.opened = {path: _File(path) for path in sorted(set(self.files.values()))}
 
     def read(self, layer: int, expert: int, into: Slots, slot: int) -> None:
-        """All that belongs to an expert of a MoE layer, into a slot on the host. OSError, ValueError: the slot may then
-        hold anything."""
+        """Read an expert of an MoE layer into a slot on the host.
+
+        Raises OSError or ValueError if it cannot be read. The contents of the slot are then undefined.
+        """
         tensors = into[slot]
         for entry in self.entries[layer, expert]:
             parameter = entry.parameter.rsplit(".", 1)[1]
             target = tensors[parameter][slice(*entry.rows)]
             value = self._read(entry.name, target)
             value, scale = _fit(self.folder, entry, target.dtype, value, self._read, self.files)
-            target.copy_(value)  # nothing, if that is where it was read to
+            target.copy_(value)  # a no-op if it was read into `target`
             if scale is not None:
                 tensors[f"{parameter}_scale_inv"][slice(*_blocks(*entry.rows))].copy_(scale)
         tensors[IDENTITY].fill_(expert)
@@ -91,11 +93,11 @@ class ExpertReader:
 
 
 class _File:
-    """A safetensors file: the length of a JSON header (8 bytes), the header, the tensors' bytes."""
+    """An open safetensors file: the length of a JSON header (8 bytes), the header, the tensors' bytes."""
 
     DTYPES = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path, self.number = path, os.open(path, os.O_RDONLY)
         length = int.from_bytes(os.pread(self.number, 8, 0), "little")
         self.header, self.begin = json.loads(os.pread(self.number, length, 8)), 8 + length
@@ -106,14 +108,14 @@ class _File:
         return stat.st_size, stat.st_mtime_ns
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
-        """A tensor: `into`, if it is of the same shape and dtype, else one of its own. OSError if it cannot be read."""
+        """Read a tensor into `into` if shape and dtype match, else into a new one. Raises OSError if it cannot."""
         if self._stamp() != self.seen:
             raise OSError(f"{self.path}: it has changed since it was opened")
         about = self.header[name]
         dtype, shape, (first, end) = self.DTYPES[about["dtype"]], torch.Size(about["shape"]), about["data_offsets"]
         if into is None or (into.dtype, into.shape) != (dtype, shape):
             into = torch.empty(shape, dtype=dtype)
-        room = memoryview(into.view(torch.uint8).numpy()).cast("B")
+        room = into.view(torch.uint8).numpy().data.cast("B")
         done = 0
         while done < end - first:
             count = os.preadv(self.number, [room[done:]], self.begin + first + done)
@@ -124,7 +126,7 @@ class _File:
 
 
 def _blocks(first: int | None, end: int | None) -> tuple[int, int | None]:
-    """The blocks of a part that begins with a whole one."""
+    """Return the range of 128-row blocks for a range of rows that begins with a whole block."""
     return (first or 0) // BLOCK, None if end is None else -(-end // BLOCK)
 
 
@@ -137,8 +139,11 @@ def _fit(
     files: dict[str, Path],
     share: tuple[slice, ...] = (slice(None),),
 ) -> tuple[Tensor, Tensor | None]:
-    """`value`, the part `share` of a stored tensor, as a parameter of `dtype` takes it: in fp8 with its part of the
-    scales, else dequantised. `read(name)` gets another tensor whole."""
+    """Convert `value`, the part `share` of a stored tensor, for a parameter of `dtype`.
+
+    Returns the value and, for an fp8 parameter, its part of the scales, else None. `read(name)` reads another tensor
+    whole. Raises ValueError if dtypes or scales are not as expected.
+    """
     if value.dtype != FP8:
         if dtype == FP8:
             raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
@@ -157,7 +162,7 @@ def _fit(
 
 
 def _targets(parameter: Tensor, entry: Entry, placement: Placement, mesh: Mesh) -> Iterator[Tensor]:
-    """The views that this tensor fills on this rank: for an expert, one in each slot that holds it; often none."""
+    """Yield the views that a tensor fills on this rank. An expert has one per slot that holds it, often none."""
     if entry.expert is None:
         yield parameter[slice(*entry.rows)]
         return
@@ -170,5 +175,5 @@ def _my_share(entry: Entry, mesh: Mesh) -> tuple[slice, ...]:
     if entry.split is None:
         return (slice(None),)
     share = entry.shape[entry.split] // mesh.attn.size
-    mine = slice(mesh.attn.rank * share, (mesh.attn.rank + 1) * share)
-    return (slice(None),) * entry.split + (mine,)
+    local_part = slice(mesh.attn.rank * share, (mesh.attn.rank + 1) * share)
+    return (slice(None),) * entry.split + (local_part,)

@@ -1,9 +1,9 @@
-"""Parallel: who holds what, and who sends what. Nothing here knows layers or requests.
+"""Parallel: how work and data are split over ranks, and what they send each other. Nothing here knows requests.
 
 mesh.py                       the process groups, and the step's one agreement
 dispatch.py, deepep.py        tokens to experts and back; dispatchers.py chooses between them
-overlap.py                    two micro-batches in turns over one generator
-placement.py, eplb.py         which expert is where, and where it should be; load_counter.py counts
+overlap.py                    two micro-batches that take turns
+placement.py, eplb.py         where each expert is, and where it should be; load_counter.py counts tokens
 
 May import kernels/.
 """

@@ -1,18 +1,18 @@
-"""The calls of `parallel/dispatch.py` on DeepEP's kernels, for jobs that it can serve.
+"""The calls of `parallel/dispatch.py` on DeepEP's kernels, for jobs that DeepEP can serve.
 
-DeepEP (DeepSeek's expert-parallel library, its `Buffer`) has a mode for each layout:
+DeepEP (DeepSeek's expert-parallel library, its `Buffer`) has one mode per layout:
 
-    Contiguous   "normal": one kernel moves each token once to every rank that wants it, in as few SMs as it is told.
-                 The host must learn how much arrives, so the second half of a dispatch blocks it.
-    Masked       "low latency": fixed shapes, no host; a dispatch or combine is a send kernel and, when `receive` is
-                 called, a receive kernel, and holds no SM in between. It casts to fp8 on the way.
+    Contiguous   "normal": one kernel moves each token once to every rank that wants it, on a given number of SMs.
+                 The host must learn how many rows arrive, so the second half of a dispatch blocks it.
+    Masked       "low latency": fixed shapes, no host. A dispatch or combine is a send kernel and, when `receive` is
+                 called, a receive kernel. It holds no SM in between. It can cast to fp8 as it sends.
 
 Normal mode, for two micro-batches a and b (c = communication stream; the host blocks only where it says so):
 
     host   a.dispatch | b's experts enqueued | a.receive: blocks until the counts are there | b.combine | a's experts
     c      layout of a                         counts, rows of a (while the GPU computes b's experts)
 
-`deep_ep` is imported when a `DeepEPBuffer` is made, so this module loads without it.
+This module loads without `deep_ep`, which is imported only when a `DeepEPBuffer` is made.
 """
 
 import importlib
@@ -22,40 +22,46 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from parallel.dispatch import Contiguous, Masked, Pending, Sliced, group_by_expert, once, sum_of_copies
 from parallel.mesh import Group
 
-RANKS = (2, 4, 8)  # one machine; beyond it the normal kernels go over RDMA, which was never tried here
+RANKS = (2, 4, 8)  # one machine; on several, the normal kernels use RDMA, which was never tried here
 HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)  # the low-latency kernels are compiled for these
-MAX_TOP_K = 11  # of the low-latency kernels
-MAX_CAPACITY = 1024  # their count of tokens sent to one expert stops being unique above
-MAX_LOCAL = 1024  # slots a rank, of the normal kernels
+MAX_TOP_K = 11  # limit of the low-latency kernels
+MAX_CAPACITY = 1024  # above, the low-latency kernels' count of tokens sent to one expert is no longer unique
+MAX_LOCAL = 1024  # slots per rank, limit of the normal kernels
 QUEUE_DEPTH = 1024  # NVSHMEM_QP_DEPTH, unless it is set
-NUM_SMS = 20  # that the normal kernels hold: DeepEP's default
+NUM_SMS = 20  # SMs that the normal kernels hold: DeepEP's default
 
 
 class DeepEPBuffer:
-    """The memory that both modes communicate through: one for each process, made by all ranks together."""
+    """The memory that both modes communicate through, one per process. Creating it is collective."""
 
-    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS):
-        """`capacity`: the most tokens a rank dispatches at once in low latency (rounded up so that ranks * capacity is
-        a multiple of 4); `num_sms`: how many SMs the normal kernels take, even. The same on all ranks."""
-        import deep_ep
+    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS) -> None:
+        """Allocate the memory. Collective; all ranks must pass the same arguments.
+
+        `capacity`: the most tokens that a rank dispatches at once in low latency, rounded up so that ranks * capacity
+        is a multiple of 4. `num_sms`: SMs for the normal kernels, an even number.
+        """
+        import deep_ep  # pyright: ignore[reportMissingImports] (optional, and it has no stubs)
 
         if num_sms < 2 or num_sms % 2:
             raise ValueError(f"num_sms % 2 must be 0, not {num_sms} % 2 = {num_sms % 2}")
         ranks = group.size
-        self.num_slots, self.num_local, self.hidden, self.num_sms = num_slots, num_slots // ranks, hidden, num_sms
+        self.num_slots, self.num_local = num_slots, num_slots // ranks
+        self.hidden = hidden
+        self.num_sms = num_sms
         self.capacity = capacity + (-capacity) % max(1, 4 // ranks)
-        deep_ep.Buffer.set_num_sms(num_sms)  # of the class: the two configurations below keep what it was
+        deep_ep.Buffer.set_num_sms(num_sms)  # sets it for the class; the two configurations below copy it
         self.dispatch_config = deep_ep.Buffer.get_dispatch_config(ranks)
         self.combine_config = deep_ep.Buffer.get_combine_config(ranks)
         configs = (self.dispatch_config, self.combine_config)
         normal = max(config.get_nvl_buffer_size_hint(2 * hidden, ranks) for config in configs)
         low_latency = deep_ep.Buffer.get_low_latency_rdma_size_hint(self.capacity, hidden, ranks, num_slots)
         self.num_bytes = normal + low_latency  # of GPU memory
-        sends = 2 * (self.capacity + 1)  # in flight to a rank at most; the library wants them all to fit its queue
+        sends = 2 * (self.capacity + 1)  # in flight to one rank, at most; the library wants all of them in its queue
         if sends > int(os.environ.get("NVSHMEM_QP_DEPTH", QUEUE_DEPTH)):
             os.environ["NVSHMEM_QP_DEPTH"] = str(1 << (sends - 1).bit_length())
         self.library = deep_ep.Buffer(
@@ -67,29 +73,31 @@ class DeepEPBuffer:
             explicitly_destroy=True,
         )
         self.in_flight = InFlight()
-        self.dirty = False
+        self.dirty = False  # a normal step has used the memory since it was last cleaned
 
     def prepare_low_latency(self) -> None:
-        """Clean what a normal step may have left where low latency expects zeros. All ranks must call it together.
+        """Zero the memory that low latency expects to be zero, if a normal step has used it. Collective.
 
-        A low-latency dispatch does so itself. Call it before a CUDA graph with one in it is captured or replayed, for
-        a replay runs none of this.
+        A low-latency dispatch does so itself. But a replay of a CUDA graph does not, so call this before a graph with a
+        dispatch in it is captured or replayed.
         """
         if self.dirty:
             self.library.clean_low_latency_buffer(self.capacity, self.hidden, self.num_slots)
             self.dirty = False
 
     def close(self) -> None:
-        """Free the memory: all ranks together, after every CUDA graph with DeepEP in it was reset and before the
-        process group goes."""
+        """Free the memory. Collective.
+
+        Call it after every CUDA graph with DeepEP in it was reset, and before the process group is destroyed.
+        """
         self.library.destroy()
 
 
 class InFlight:
-    """Which low-latency operation was started and not yet received: at most one.
+    """The low-latency operation that was started and not yet received. There may be only one.
 
-    There are two regions, used in turn, and each operation zeroes the other's flags. A second one that starts before
-    the first was received wipes what has arrived for it, and all ranks would wait for that until a time-out.
+    DeepEP has two regions, used in turn, and each operation zeroes the other region's flags. A second operation that
+    starts before the first was received wipes the first one's flags. All ranks would then wait until a time-out.
     """
 
     def __init__(self) -> None:
@@ -97,7 +105,7 @@ class InFlight:
         self.count = 0
 
     def start(self, what: str) -> Callable[[], None]:
-        """`what` is "dispatch" or "combine". Returns what to call when it has been received."""
+        """Note that `what` ("dispatch" or "combine") starts. Returns a function to call when it is received."""
         name = f"{what} {self.count}"
         assert self.name is None, f"low-latency {name} started while {self.name} was not waited for"
         self.name = name
@@ -111,22 +119,24 @@ class InFlight:
 
 
 class ContiguousDeepEP:
-    """ContiguousAllToAll's contract in normal mode, for bf16 or quantised rows."""
+    """Serve ContiguousAllToAll's contract in normal mode, for bf16 or quantised rows."""
 
     casts = False
 
-    def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None):
-        """most_copies: that are grouped at once (None: all); see `dispatch.most_copies`."""
+    def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None) -> None:
+        """`most_copies`: how many copies are grouped at once (None: all); see `dispatch.most_copies`."""
         self.buffer, self.ops, self.num_sms, self.most_copies = buffer, ops, buffer.num_sms, most_copies
 
     def dispatch(
         self, x: Tensor | tuple[Tensor, Tensor], slots: Tensor, weights: Tensor
     ) -> Pending[Contiguous | Sliced]:
-        """x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which travels and arrives as it is;
-        slots [T, K] int64 physical ids, -1 = nowhere; weights [T, K] float32.
+        """Start sending tokens to their experts' ranks. Collective.
 
-        The rows leave when `receive` is called, which blocks the host until all ranks have come so far: enqueue what
-        else there is to compute before. They are read until then, and must not change.
+        x [T, D] bf16, or the pair (e4m3 [T, D], float32 scales [T, D / 128]), which arrives unchanged. slots [T, K]
+        int64 physical ids, -1 = nowhere; weights [T, K] float32.
+
+        The rows leave only when `receive` is called. It blocks the host until all ranks have got there, so enqueue
+        other work first. Until then x must not change.
         """
         buffer, library = self.buffer, self.buffer.library
         buffer.dirty = True
@@ -154,16 +164,26 @@ class ContiguousDeepEP:
             done.current_stream_wait()
             rows, scales = (rows, None) if isinstance(rows, Tensor) else rows
             return once(
-                group_by_expert, self.ops, rows, scales, experts, row_weights, buffer.num_local, self.most_copies,
-                (handle,), counts,
-            )  # fmt: skip
+                group_by_expert,
+                self.ops,
+                rows,
+                scales,
+                experts,
+                row_weights,
+                buffer.num_local,
+                self.most_copies,
+                (handle,),
+                counts,
+            )
 
         return Pending(receive)
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [M, D] bf16, the experts' outputs on the rows that arrived, and their way back -> [T, D] on the source
-        ranks, in dispatch's order, and `plus` [T, D] added there.
-        The sum over a rank's experts is rounded to bf16 before it travels."""
+        """Start returning the experts' outputs y [M, D] bf16, one per received row. Collective.
+
+        The result is [T, D] on the source ranks, in dispatch's order, with `plus` [T, D] added there. The sum over a
+        rank's experts is rounded to bf16 before it travels.
+        """
         library = self.buffer.library
         summed, handle = sum_of_copies(self.ops, y, *way_back)
         out, _, done = library.combine(
@@ -183,19 +203,23 @@ class ContiguousDeepEP:
 
 
 class MaskedDeepEP:
-    """MaskedAllToAll's contract in low-latency mode. In a CUDA graph there must be a combine for each dispatch, so
-    that a replay begins where the capture did: with the first of the two regions that operations use in turn."""
+    """Serve MaskedAllToAll's contract in low-latency mode.
+
+    A CUDA graph must have one combine per dispatch. Operations use two regions in turn, and a replay must begin with
+    the region that the capture began with.
+    """
 
     casts, num_sms = True, 0
 
-    def __init__(self, buffer: DeepEPBuffer, fp8: bool = False):
-        """fp8: the kernel casts the rows it sends; they arrive as e4m3 with their scales."""
+    def __init__(self, buffer: DeepEPBuffer, fp8: bool = False) -> None:
+        """`fp8`: the kernel casts the rows that it sends. They arrive as e4m3 with their scales."""
         self.buffer, self.fp8 = buffer, fp8
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
-        """x [T, D] bf16, with fp8 too; slots [T, K] int64, -1 = nowhere; weights [T, K] float32; T <= capacity.
+    def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked]:
+        """Start sending tokens to their experts' ranks. Collective.
 
-        AssertionError if another low-latency dispatch or combine was started and not waited for.
+        x [T, D] bf16, even if `fp8`; slots [T, K] int64, -1 = nowhere; weights [T, K] float32; T <= capacity. Raises
+        AssertionError if another low-latency dispatch or combine is in flight.
         """
         buffer = self.buffer
         assert isinstance(x, Tensor), "low latency casts to fp8 itself: it takes bf16"
@@ -207,14 +231,17 @@ class MaskedDeepEP:
             x, slots, buffer.capacity, buffer.num_slots, use_fp8=self.fp8, return_recv_hook=True
         )
 
-        # Scales [L, R * capacity, D / 128] stand column by column (their middle stride is 1), as DeepGEMM reads them; a
-        # kernel that wants rows makes its own copy.
+        # Scales [L, R * capacity, D / 128] are stored column by column (their middle stride is 1), as DeepGEMM reads
+        # them. A kernel that wants rows makes its own copy.
         values, scale = rows if self.fp8 else (rows, None)
         return Pending(_received(received, receive, once(Masked, values, counts, (handle, slots, weights), scale)))
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [L, R * capacity, D] bf16 -> [T, D], weighted and summed in float32 on the source rank, and `plus` [T, D]
-        added. AssertionError as in dispatch."""
+        """Start returning the experts' outputs y [L, R * capacity, D] bf16. Collective.
+
+        The result is [T, D], weighted and summed in float32 on the source rank, with `plus` [T, D] added. Raises
+        AssertionError as dispatch does.
+        """
         handle, slots, weights = way_back
         received = self.buffer.in_flight.start("combine")
         out, _, receive = self.buffer.library.low_latency_combine(y, slots, weights, handle, return_recv_hook=True)
@@ -227,7 +254,7 @@ def _added(out: Tensor, plus: Tensor | None) -> Tensor:
 
 
 def _received(received: Callable[[], None], receive: Callable[[], None], result: Callable) -> Callable[[], Callable]:
-    """A `Pending`'s: notes that nothing is in flight any more, and enqueues the kernel that waits for what is."""
+    """Return a `Pending`'s `receive`: it ends the operation in flight and enqueues its receive kernel."""
 
     def both() -> Callable:
         received()
@@ -240,8 +267,11 @@ def _received(received: Callable[[], None], receive: Callable[[], None], result:
 def obstacle(
     ranks: int, num_slots: int, hidden: int, top_k: int, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Why DeepEP cannot serve a job of so many ranks; None if it can. `num_slots`: P, over all ranks; `capacity`: the
-    most tokens a rank dispatches in a decode step. The limits are those of its 2.0 wheels for Hopper."""
+    """Return why DeepEP cannot serve a job, or None if it can.
+
+    `num_slots`: P, over all ranks. `capacity`: the most tokens that a rank dispatches in a decode step. The limits are
+    those of DeepEP's 2.0 wheels for Hopper.
+    """
     if device.type != "cuda":
         return "no GPU"
     if ranks not in RANKS:

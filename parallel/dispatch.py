@@ -1,20 +1,24 @@
 """Tokens to experts and back over one all-to-all each way. The same calls are served by NCCL and by gloo.
 
 A token travels once to each rank that holds any of its experts, with the ids and weights of the experts it wants
-there; that rank spreads it over its experts' rows, and sums the weighted results before they travel back:
+there. That rank copies it to its experts' rows, and sums the weighted results before they travel back:
 
     source rank                       expert rank                          source rank
     x [T, D], slots [T, K]  -- row -> scatter to experts, GEMMs, gather -- row -> sum over ranks [T, D]
 
-A row on the wire is bytes (gloo knows no fp8), with its scales if the tokens are in fp8; what comes back never is:
+A row on the wire is bytes, because gloo has no fp8. Tokens in fp8 travel with their scales; results are never in fp8:
 
     hidden | scales (float32) | K local expert ids (int32) | K weights (float32)
 
-Two layouts, as in DeepEP: `Contiguous` ("normal": as many rows as were routed, sizes known on the host) for prefill,
-`Masked` ("low latency": fixed shapes, counts only on the device, safe in a CUDA graph) for decode. One rank alone has a
-third for the smallest decode steps, `Copies`, which sorts nothing. And where far more arrives for prefill than evenly
-spread tokens would bring, `Sliced` has its experts take it a slice at a time: bad routing costs time, not memory.
-A dispatch and a combine are each split into start and `Pending`, so that other work can run in between.
+The experts take rows in one of four layouts. The first two are as in DeepEP:
+
+    Contiguous   "normal", for prefill: exactly the routed rows, sizes known on the host
+    Masked       "low latency", for decode: fixed shapes, counts only on the device, safe in a CUDA graph
+    Copies       for the smallest decode steps on a single rank: nothing is sorted
+    Sliced       for prefill with far more rows than balanced routing brings: the experts take one slice at a time,
+                 so that bad routing costs time, not memory
+
+A dispatch and a combine each have a start and a `Pending`, so that other work can run in between.
 """
 
 from collections.abc import Callable
@@ -28,8 +32,8 @@ from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from parallel.mesh import Group
 
-FEW_COPIES = 16  # of a step on one rank: it reads whole weights for each, but starts few kernels
-IMBALANCE = 2  # copies at a rank, over their mean, from which on its experts take slices
+FEW_COPIES = 16  # the most that use `Copies`, which reads an expert's weights once per copy but starts few kernels
+IMBALANCE = 2  # above this ratio of received copies to their mean, a rank's experts take slices
 Result = TypeVar("Result")
 
 
@@ -45,7 +49,7 @@ class Contiguous:
 
 @dataclass(frozen=True)
 class Masked:
-    """A fixed room for each local expert, filled from the front."""
+    """A fixed room per local expert, filled from the front."""
 
     x: Tensor  # [L, rows, D]; rows past the count are undefined
     counts: Tensor  # [L] int32, on the device
@@ -55,7 +59,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Copies:
-    """Few tokens, which are not sorted: a GEMM reads the weights of each copy's slot. Bare, never in fp8."""
+    """Few tokens, unsorted: for each copy, a GEMM reads the weights of its slot. Never quantised."""
 
     x: Tensor  # [T, D]
     slots: Tensor  # [T, K] int64 local ids, -1 = nowhere
@@ -64,8 +68,10 @@ class Copies:
 
 @dataclass(frozen=True)
 class Sliced:
-    """Tokens as they arrived, with too many copies to be grouped at once: `part` groups `size` tokens of them. Experts
-    give not rows but the tokens' weighted sums [N, D]."""
+    """Received tokens with too many copies to be grouped at once. `part` groups `size` tokens.
+
+    The experts return the tokens' weighted sums [N, D] instead of rows.
+    """
 
     x: Tensor  # [N, D]
     experts: Tensor  # [N, K] int64 local ids, -1 = not here
@@ -75,7 +81,7 @@ class Sliced:
     scale: Tensor | None = None  # [N, D / 128] float32 if x is in fp8
 
     def part(self, at: int, ops: Ops, num_local: int) -> Contiguous:
-        """The next `size` tokens from `at` on, grouped. Its way back is what `ep_gather` takes: index and weights."""
+        """Group `size` tokens from token `at` on. The way back is (index, weights), as `ep_gather` takes them."""
         end = at + self.size
         scales = None if self.scale is None else self.scale[at:end]
         rows, row_expert, index, *scale = ops.ep_scatter(
@@ -89,8 +95,11 @@ Arrived = Contiguous | Masked | Copies | Sliced
 
 @dataclass(frozen=True)
 class Pending(Generic[Result]):
-    """Started communication, to be received exactly once. What `receive()` gives makes the result of what came, once:
-    rows in the experts' layout are large, and should not be there before the experts take them."""
+    """A dispatch or combine in progress.
+
+    `receive()`, called once, waits for the data and returns a function. That function, called once, builds the result.
+    Two steps, because grouped rows are large and should exist only while the experts run.
+    """
 
     receive: Callable[[], Callable[[], Result]]
 
@@ -99,70 +108,82 @@ class Pending(Generic[Result]):
 
 
 def once(make: Callable[..., Result], *given: Any) -> Callable[[], Result]:
-    """`make(*given)`, which lets go of what it was given."""
-    held = [given]
-    return lambda: make(*held.pop())
+    """Return a function that calls `make(*given)` once and keeps no reference to `given` afterwards."""
+    arguments = [given]
+    return lambda: make(*arguments.pop())
 
 
 class ContiguousAllToAll:
     """Variable splits. The row counts go ahead, so dispatch blocks the host until every rank has routed."""
 
-    casts = False  # does it quantise by itself?
-    num_sms = 0  # to leave to it while another micro-batch computes
+    casts = False  # whether dispatch itself quantises
+    num_sms = 0  # SMs to leave free for it while another micro-batch computes
 
-    def __init__(self, group: Group, num_slots: int, ops: Ops, most_copies: int | None = None):
-        """num_slots: P, over all ranks. most_copies: that are grouped at once (None: all); see `most_copies`."""
+    def __init__(self, group: Group, num_slots: int, ops: Ops, most_copies: int | None = None) -> None:
+        """`num_slots`: P, over all ranks. `most_copies`: how many copies are grouped at once (None: all)."""
         self.group, self.ops, self.most_copies = group, ops, most_copies
         self.num_local = num_slots // group.size
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous | Sliced]:
-        """x [T, D], bare or quantised; slots [T, K] physical ids, -1 = nowhere, none twice in a row; weights [T, K]."""
+        """Start sending tokens to their experts' ranks. Collective.
+
+        x [T, D], bare or quantised; slots [T, K] physical ids, -1 = nowhere, no slot twice per token; weights [T, K].
+        """
         payload = _columns(x)
         rank_of = slots.div(self.num_local, rounding_mode="floor")  # [T, K]; -1 stays -1
         to_rank = _one_hot(rank_of, self.group.size)  # [T, R] bool
         rank, token = to_rank.T.nonzero(as_tuple=True)  # ordered by rank, then token
         send = to_rank.sum(0)
         recv = self.group.all_to_all(send).wait()
-        send, recv = torch.stack((send, recv)).tolist()  # the host needs both: one copy
+        send, recv = torch.stack((send, recv)).tolist()  # the host needs both: one copy, one wait
 
         local = (slots[token] - rank[:, None] * self.num_local).where(rank_of[token] == rank[:, None], -1)
         wire, layout = _pack(*(column[token] for column in payload), local.to(torch.int32), weights[token])
         transfer = self.group.all_to_all(wire, send, recv)
-        row = to_rank.T.flatten().cumsum(0).view(self.group.size, -1).T - 1  # [T, R] where (t, r) went on the wire
+        row = to_rank.T.flatten().cumsum(0).view(self.group.size, -1).T - 1  # [T, R] row of (t, r) on the wire
         returned = _distinct_rows(rank_of, row)
 
         def receive() -> Callable[[], Contiguous | Sliced]:
             nonlocal transfer
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
-            transfer = None  # and with it the bytes as they were sent and came
+            transfer = None  # frees the bytes sent and received
             rows, scales = _rows(rows)
             return once(
-                group_by_expert, self.ops, rows, scales, experts.long(), row_weights, self.num_local, self.most_copies,
+                group_by_expert,
+                self.ops,
+                rows,
+                scales,
+                experts.long(),
+                row_weights,
+                self.num_local,
+                self.most_copies,
                 (returned, send, recv),
-            )  # fmt: skip
+            )
 
         return Pending(receive)
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [M, D], the experts' outputs on the rows that arrived, and their way back -> [T, D] on the source ranks, in
-        dispatch's order, and `plus` [T, D] added there."""
+        """Start returning the experts' outputs y [M, D], one per received row. Collective.
+
+        The result is [T, D] on the source ranks, in dispatch's order, with `plus` [T, D] added there.
+        """
         summed, returned, send, recv = sum_of_copies(self.ops, y, *way_back)
         transfer = self.group.all_to_all(summed, recv, send)
         return Pending(lambda: once(self.ops.ep_gather, transfer.wait(), returned, None, plus))
 
 
 class MaskedAllToAll:
-    """Equal splits of T rows for each pair of ranks, whatever was routed; nothing waits for the host."""
+    """Equal splits: T rows per pair of ranks, whatever was routed. Nothing waits for the host."""
 
-    casts = False  # does it quantise by itself?
+    casts = False
     num_sms = 0
 
-    def __init__(self, group: Group, num_slots: int, ops: Ops):
+    def __init__(self, group: Group, num_slots: int, ops: Ops) -> None:
         self.group, self.ops = group, ops
         self.num_local = num_slots // group.size
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Masked]:
-        """As ContiguousAllToAll.dispatch; every rank must pass the same number T of tokens, padding included."""
+        """Start a dispatch, as ContiguousAllToAll does. Collective; T, padding included, must be equal on all ranks."""
         (num_tokens, top_k), ranks = slots.shape, self.group.size
         rank_of = slots.div(self.num_local, rounding_mode="floor")
         to_rank = _one_hot(rank_of, ranks)
@@ -174,7 +195,7 @@ class MaskedAllToAll:
         source.scatter_(0, place.where(to_rank, sentinel).flatten(), token.flatten())
         source = source[:-1]  # [R * T] the token in each row on the wire; num_tokens = none
 
-        # One more token, that wants no expert, fills the rows that nobody routed.
+        # One more token, which wants no expert, fills the unused rows.
         payload = [torch.cat((column, column.new_zeros(1, column.shape[1]))) for column in _columns(x)]
         slots = torch.cat((slots, slots.new_full((1, top_k), -1)))
         weights = torch.cat((weights, weights.new_zeros(1, top_k)))
@@ -188,7 +209,7 @@ class MaskedAllToAll:
         def receive() -> Callable[[], Masked]:
             nonlocal transfer
             *rows, experts, row_weights = _unpack(transfer.wait(), layout)
-            transfer = None  # and with it the bytes as they were sent and came
+            transfer = None  # frees the bytes sent and received
             rows, scales = _rows(rows)
             return once(group, rows, scales, experts.long(), row_weights)
 
@@ -201,18 +222,18 @@ class MaskedAllToAll:
         return Pending(receive)
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [L, rows, D] -> [T, D], as ContiguousAllToAll.combine."""
+        """Start returning y [L, rows, D] -> [T, D], as ContiguousAllToAll.combine does. Collective."""
         index, row_weights, returned = way_back
         transfer = self.group.all_to_all(self.ops.ep_gather(y.flatten(0, 1), index, row_weights))
         return Pending(lambda: once(self.ops.ep_gather, transfer.wait(), returned, None, plus))
 
 
 class LocalContiguous:
-    """What is left of a dispatch when one rank holds every expert: nothing travels."""
+    """The dispatch of a single rank, which holds every expert: nothing travels."""
 
     casts, num_sms = False, 0
 
-    def __init__(self, num_slots: int, ops: Ops):
+    def __init__(self, num_slots: int, ops: Ops) -> None:
         self.num_local, self.ops = num_slots, ops
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
@@ -226,13 +247,14 @@ class LocalContiguous:
         return Contiguous(rows, row_expert, (index, weights), *scale)
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """y [..., D]: a row for each copy, whatever the layout."""
-        out = self.ops.ep_gather(y.flatten(0, -2), *way_back, plus)
+        """Sum y [..., D], one row per copy in any layout -> [T, D]."""
+        index, weights = way_back
+        out = self.ops.ep_gather(y.flatten(0, -2), index, weights, plus)
         return Pending(lambda: lambda: out)
 
 
 class LocalMasked(LocalContiguous):
-    """The same in the masked layout. With few tokens there are not even rooms to sort them into."""
+    """The same in the masked layout. Up to FEW_COPIES are not even sorted into rooms."""
 
     def _group(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Masked | Copies:
         if isinstance(x, Tensor) and slots.numel() <= FEW_COPIES:
@@ -245,8 +267,10 @@ class LocalMasked(LocalContiguous):
 
 
 def most_copies(tokens: int, top_k: int) -> int:
-    """The most that a rank groups at once where each rank sends `tokens` tokens, which want `top_k` experts each:
-    IMBALANCE times what arrives on average."""
+    """Return how many copies a rank groups at once: IMBALANCE times the mean.
+
+    Each rank sends `tokens` tokens, which want `top_k` experts each. So a rank receives `tokens * top_k` on average.
+    """
     return IMBALANCE * tokens * top_k
 
 
@@ -261,8 +285,11 @@ def group_by_expert(
     way_back: tuple,
     counts: list[int] | None = None,
 ) -> Contiguous | Sliced:
-    """What arrived, grouped; in slices if it has over `most` copies. `counts`: of each expert, if the host knows them;
-    else it must ask, where so many are possible. Their sums go back with `sum_of_copies`."""
+    """Group the received tokens, in slices if they have more than `most` copies. See `sum_of_copies` for the way back.
+
+    `counts`: copies per expert, if the host knows them. Otherwise, if more than `most` are possible, this waits for the
+    GPU.
+    """
     of_token = min(experts.shape[1], num_local)
     if most is not None and experts.shape[0] * of_token > most:
         copies = int((experts >= 0).sum()) if counts is None else sum(counts)
@@ -273,29 +300,28 @@ def group_by_expert(
 
 
 def sum_of_copies(ops: Ops, y: Tensor, index: Tensor | None, weights: Tensor | None, *way_back: Any) -> tuple:
-    """Experts' outputs -> the weighted sum for each token that arrived [N, D] (slices give those), and what else the
-    way back needs."""
+    """Return the weighted sum [N, D] per received token, and the rest of the way back. Slices are summed already."""
     return y if index is None else ops.ep_gather(y, index, weights), *way_back
 
 
 def _one_hot(rank_of: Tensor, ranks: int) -> Tensor:
-    """[T, K] ranks (-1 = none) -> [T, R] bool: does token t go to rank r?"""
+    """Return [T, R] bool: does token t go to rank r? `rank_of` [T, K], -1 = none."""
     hot = torch.zeros(rank_of.shape[0], ranks + 1, dtype=torch.bool, device=rank_of.device)
     hot.scatter_(1, rank_of.where(rank_of >= 0, ranks), True)
     return hot[:, :ranks]
 
 
 def _distinct_rows(rank_of: Tensor, row: Tensor) -> Tensor:
-    """[T, K]: for the first of token t's experts on each rank, the row that comes back from there; -1 for the others.
+    """Return [T, K]: for the first of token t's experts on each rank, the row that returns from there; -1 for others.
 
-    It makes the final sum run in a fixed order, so that results do not depend on how rows were grouped.
+    So the final sum has a fixed order, and results do not depend on how rows were grouped.
     """
     earlier = (rank_of[:, :, None] == rank_of[:, None, :]).tril(-1).any(-1)
     return row.gather(1, rank_of.clamp(min=0)).where((rank_of >= 0) & ~earlier, -1)
 
 
 def _columns(x: Tensor | Quantized) -> tuple[Tensor, ...]:
-    """What travels for each token, in dtypes that every op knows: fp8 in words of four."""
+    """Return the columns that travel, in dtypes that every op supports: fp8 as words of four values."""
     if isinstance(x, Tensor):
         return (x,)
     values, scale = x
@@ -303,14 +329,14 @@ def _columns(x: Tensor | Quantized) -> tuple[Tensor, ...]:
 
 
 def _rows(columns: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """_columns undone: (x, None), or fp8 values and their scales."""
+    """Undo `_columns`: return (x, None), or fp8 values and their scales."""
     if len(columns) == 1:
         return columns[0], None
     return columns[0].view(torch.float8_e4m3fn), columns[1]
 
 
 def _pack(*columns: Tensor) -> tuple[Tensor, list[tuple[torch.dtype, int]]]:
-    """Rows of bytes, and what is in them: each column's dtype and width."""
+    """Join columns to rows of bytes. Returns the rows, and each column's dtype and width."""
     wire = torch.cat([column.contiguous().view(torch.uint8) for column in columns], 1)
     return wire, [(column.dtype, column.shape[1]) for column in columns]
 

@@ -1,4 +1,4 @@
-"""Which dispatchers a job uses: DeepEP where it can serve, else the all-to-all; one rank alone sends nothing."""
+"""The choice of a job's dispatchers: DeepEP where it can serve, else the all-to-all. A single rank sends nothing."""
 
 import socket
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ Dispatcher = ContiguousAllToAll | MaskedAllToAll | LocalContiguous | LocalMasked
 
 @dataclass(frozen=True)
 class Dispatchers:
-    """One for each layout, of the same kind."""
+    """One dispatcher per layout, both of the same kind."""
 
     contiguous: ContiguousAllToAll | LocalContiguous | ContiguousDeepEP
     masked: MaskedAllToAll | LocalMasked | MaskedDeepEP
-    why: str  # a line for the log: which, and why not another
+    why: str  # for the log: the kind, and why it is no other
     buffer: DeepEPBuffer | None = None
 
     @property
     def num_bytes(self) -> int:
-        """GPU memory that stays allocated for communication, beside NCCL's."""
+        """GPU memory that stays allocated for communication, not counting NCCL's."""
         return self.buffer.num_bytes if self.buffer is not None else 0
 
     def prepare_masked(self) -> None:
-        """All ranks together, before a captured masked step is replayed: another step may have left something."""
+        """Prepare for the replay of a captured masked step: earlier steps may have used its memory. Collective."""
         if self.buffer is not None:
             self.buffer.prepare_low_latency()
 
     def close(self) -> None:
-        """All ranks together; see `DeepEPBuffer.close`."""
+        """Free the memory; see `DeepEPBuffer.close`. Collective."""
         if self.buffer is not None:
             self.buffer.close()
 
@@ -52,18 +52,18 @@ def make_dispatchers(
     fp8: bool = False,
     most_copies: int | None = None,
 ) -> Dispatchers:
-    """Every rank must call this: they agree on it.
+    """Choose and create a job's dispatchers. Collective: all ranks make the same choice.
 
-    choice: `auto`, or what `--backend dispatch=...` forces. capacity: the most tokens a rank dispatches in a decode
-    step. fp8: tokens travel quantised. most_copies: that a rank's experts take at once in prefill (None: all).
-    ValueError if DeepEP is forced and cannot serve.
+    `choice`: `auto`, or the value of `--backend dispatch=...`. `capacity`: the most tokens that a rank dispatches in a
+    decode step. `fp8`: tokens travel quantised. `most_copies`: how many copies a rank's experts take at once in prefill
+    (None: all). Raises ValueError if DeepEP is forced and cannot serve.
     """
     if choice not in CHOICES:
         raise ValueError(f"--backend dispatch={choice}: it is one of {', '.join(CHOICES)}")
     why_not = "forced"
     if choice != "all_to_all":
-        mine = obstacle(mesh.ep.size, num_slots, hidden, top_k, capacity, dtype, mesh.device)
-        obstacles, hosts = zip(*mesh.ep.exchange((mine, socket.gethostname())), strict=True)
+        my_obstacle = obstacle(mesh.ep.size, num_slots, hidden, top_k, capacity, dtype, mesh.device)
+        obstacles, hosts = zip(*mesh.ep.exchange((my_obstacle, socket.gethostname())), strict=True)
         why_not = next((reason for reason in obstacles if reason), None)
         if why_not is None and len(set(hosts)) > 1:
             why_not = f"all ranks must be on one machine, not {len(set(hosts))}"
@@ -83,7 +83,7 @@ def make_dispatchers(
 def plain_dispatchers(
     group: Group, num_slots: int, ops: Ops, most_copies: int | None = None
 ) -> tuple[ContiguousAllToAll | LocalContiguous, MaskedAllToAll | LocalMasked]:
-    """The contiguous and the masked one, without a library."""
+    """Return the contiguous and the masked dispatcher that need no library."""
     if group.size == 1:
         return LocalContiguous(num_slots, ops), LocalMasked(num_slots, ops)
     return ContiguousAllToAll(group, num_slots, ops, most_copies), MaskedAllToAll(group, num_slots, ops)

@@ -1,7 +1,7 @@
-"""How many tokens each expert gets: counted on the device inside the forward, also in CUDA graphs, read in windows.
+"""Counts of tokens per expert, taken on the device inside the forward (in CUDA graphs too), and read in windows.
 
-A recording is a safetensors file with `counts` [windows, layers, E] int64, summed over all ranks of a job: what
-`parallel/eplb.py` balances.
+A recording is a safetensors file with `counts` [windows, layers, E] int64, summed over all ranks of a job.
+`parallel/eplb.py` balances these counts.
 """
 
 from pathlib import Path
@@ -15,38 +15,40 @@ from parallel.placement import Placement
 
 
 class LoadCounter:
-    """Counts by slot, which is what the gate gives, and sums them up by expert before the map changes."""
+    """Counts tokens by slot, as the gate names them, and sums them by expert before the map changes."""
 
-    def __init__(self, placement: Placement, num_experts: int):
+    def __init__(self, placement: Placement, num_experts: int) -> None:
         layers, slots = placement.expert_of_slot.shape
         self.placement, device = placement, placement.expert_of_slot.device
-        self.by_slot = torch.zeros(layers, slots + 1, dtype=torch.int64, device=device)  # the last: padding's
+        self.by_slot = torch.zeros(layers, slots + 1, dtype=torch.int64, device=device)  # last: padding
         self.by_expert = torch.zeros(layers, num_experts, dtype=torch.int64, device=device)
 
     def add(self, layer: int, slots: Tensor) -> None:
-        """slots [T, K], -1 = nowhere."""
+        """Count slots [T, K] of an MoE layer, -1 = nowhere."""
         index = slots.remainder(self.by_slot.shape[1]).flatten()  # -1 becomes the last
         self.by_slot[layer].scatter_add_(0, index, torch.ones_like(index))
 
     def fold(self) -> None:
-        """What was counted by slot so far is of the map as it is now: call this before it changes."""
+        """Add the counts by slot to those by expert, under the present map. Call it before the map changes."""
         self.by_expert.scatter_add_(1, self.placement.expert_of_slot, self.by_slot[:, :-1])
         self.by_slot.zero_()
 
     def total(self) -> Tensor:
-        """Tokens of each logical expert [layers, E] so far, an expert's replicas together. Whoever wants windows takes
-        differences."""
+        """Return the tokens per logical expert [layers, E] so far, summed over its replicas.
+
+        The difference of two totals is a window's count.
+        """
         self.fold()
         return self.by_expert.clone()
 
     def forget(self) -> None:
-        """What was counted so far was no request's."""
+        """Reset the counts: warm-up tokens belong to no request."""
         self.by_slot.zero_()
         self.by_expert.zero_()
 
 
 def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_experts: int) -> None:
-    """windows: counts [layers, E] each. ValueError if the file cannot be written."""
+    """Write a recording. Each window is counts [layers, E]. Raises ValueError if the file cannot be written."""
     empty = torch.zeros(0, layers, num_experts, dtype=torch.int64)
     try:
         save_file({"counts": torch.stack(windows) if windows else empty}, str(path))
@@ -55,7 +57,10 @@ def save_recording(path: str | Path, windows: list[Tensor], layers: int, num_exp
 
 
 def load_recording(path: str | Path, layers: int | None = None, num_experts: int | None = None) -> Tensor:
-    """counts [windows, layers, E] int64. ValueError if the file is none, is of another shape (None: any) or empty."""
+    """Read a recording's counts [windows, layers, E] int64.
+
+    Raises ValueError if the file is not a recording, is empty or has another shape (`layers`, `num_experts` None: any).
+    """
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
@@ -67,8 +72,8 @@ def load_recording(path: str | Path, layers: int | None = None, num_experts: int
         or any(w not in (None, n) for w, n in zip(wanted, counts.shape[1:], strict=True))
     ):
         found = "no tensor `counts`" if counts is None else f"counts {list(counts.shape)}"
-        layers, experts = ("any" if size is None else size for size in wanted)
-        raise ValueError(f"{path}: it has {found}, must be [windows, {layers}, {experts}]")
+        wanted_layers, wanted_experts = ("any" if size is None else size for size in wanted)
+        raise ValueError(f"{path}: it has {found}, must be [windows, {wanted_layers}, {wanted_experts}]")
     if counts.dtype != torch.int64 or (counts < 0).any() or counts.double().sum() >= 2**63:
         raise ValueError(f"{path}: counts must be int64, not negative, and less than 2^63 together")
     if not counts.any():

@@ -1,10 +1,10 @@
-"""Mesh: which ranks do what together. The only reader of torchrun's environment.
+"""Mesh: the groups of ranks in a job. This module alone reads torchrun's environment.
 
-Two groups explain the parallelism. Draw a job's ranks as a reshaped arange, one row a replica of the attention:
+Two groups explain the parallelism. Draw a job's ranks as a reshaped arange, with one row per replica of the attention:
 
     torchrun --nproc-per-node 8, --attn-tp 2:
 
-        arange(8).reshape(-1, 2) = [[0 1]     mesh.attn: my row. Attention heads, dense FFN and LM head are split
+        arange(8).reshape(-1, 2) = [[0 1]     mesh.attn: this rank's row. Heads, dense FFN and LM head are split
                                     [2 3]     over it; its ranks hold the same requests and the same KV.
                                     [4 5]     --attn-tp 1 makes every row one rank: that IS DP attention.
                                     [6 7]]    mesh.ep: every rank. The routed experts are split over it.
@@ -30,21 +30,21 @@ class Group:
     """Some ranks of the job. Every collective is a no-op in a group of one."""
 
     size: int = 1
-    rank: int = 0  # mine within the group
+    rank: int = 0  # this rank's number within the group
     handle: dist.ProcessGroup | None = None
 
     def share(self, num_rows: int) -> int:
-        """Rows a rank gets when `num_rows` are split evenly; the engine pads batches so that this divides."""
+        """Return the rows per rank when `num_rows` are split evenly. The engine pads batches so that this divides."""
         assert num_rows % self.size == 0, f"{num_rows=} {self.size=}"
         return num_rows // self.size
 
     def scatter(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [T / size, ...]: my rows of what every rank holds. No communication."""
+        """Return this rank's rows of x, which all ranks hold: [T, ...] -> [T / size, ...]. No communication."""
         share = self.share(x.shape[0])
         return x[self.rank * share : (self.rank + 1) * share]
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [T / size, ...]: my rows of the sum over ranks."""
+        """Return this rank's rows of the sum over ranks: [T, ...] -> [T / size, ...]."""
         if self.size == 1:
             return x
         out = x.new_empty(self.share(x.shape[0]), *x.shape[1:])
@@ -52,7 +52,7 @@ class Group:
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [T * size, ...], in rank order."""
+        """Concatenate all ranks' rows, in rank order: [T, ...] -> [T * size, ...]."""
         if self.size == 1:
             return x
         out = x.new_empty(x.shape[0] * self.size, *x.shape[1:])
@@ -60,26 +60,26 @@ class Group:
         return out
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+        """Sum over ranks, in place. Returns x."""
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The first rank's, in place."""
+        """Copy the first rank's x to all ranks, in place. Returns x."""
         if self.size > 1:
             dist.broadcast(x, group=self.handle, group_src=0)
         return x
 
     def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> "Transfer":
-        """Rows to every rank, started: `send[r]` rows to rank r (equal shares if None). `.wait()` for the result."""
+        """Start sending `send[r]` rows to every rank r; `recv[r]` rows arrive from it. None: equal shares."""
         if self.size == 1:
             return Transfer(x, None, x)
         out = x.new_empty(sum(recv) if recv is not None else x.shape[0], *x.shape[1:])
         return Transfer(out, dist.all_to_all_single(out, x, recv, send, group=self.handle, async_op=True), x)
 
     def exchange(self, item: Any) -> list[Any]:
-        """Every member's (small, picklable) item, in rank order."""
+        """Return every member's (small, picklable) item, in rank order."""
         if self.size == 1:
             return [item]
         items = [None] * self.size
@@ -89,7 +89,7 @@ class Group:
 
 @dataclass
 class Transfer:
-    """An all-to-all in flight. `source` is kept alive until the bytes have left it."""
+    """An all-to-all in flight. It keeps `source` alive until its bytes are sent. `wait` returns the result."""
 
     _out: Tensor
     _work: dist.Work | None
@@ -103,7 +103,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Mesh:
-    """My place in the job. Make it with `Mesh.create`; `Mesh()` is the mesh of one CPU process."""
+    """This rank's place in the job. Make it with `Mesh.create`; `Mesh()` is the mesh of a single CPU process."""
 
     rank: int = 0
     size: int = 1
@@ -114,7 +114,7 @@ class Mesh:
 
     @property
     def replica(self) -> int:
-        """Which attention replica I belong to: the row of the drawing."""
+        """The attention replica that this rank belongs to: its row of the drawing."""
         return self.rank // self.attn.size
 
     @property
@@ -122,7 +122,7 @@ class Mesh:
         return self.size // self.attn.size
 
     def nodes(self) -> int:
-        """Machines, if every one has as many ranks of this job as any other, in a row; else 1. All ranks together."""
+        """Return the number of machines if each has equally many ranks, numbered in a row; else 1. Collective."""
         hosts = self.ep.exchange(socket.gethostname())
         count = len(set(hosts))
         share = self.size // count
@@ -130,34 +130,38 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """The first rank of a replica talks to the router for it."""
+        """Whether this rank is its replica's first: it talks to the router for the replica."""
         return self.attn.rank == 0
 
     @classmethod
     def create(cls, attn_tp: int = 1, device: str = "auto") -> "Mesh":
-        """Read torchrun's environment, join the job, make the groups. ValueError spells the equation it fails."""
+        """Read torchrun's environment, join the job, make the groups. Collective.
+
+        `device`: auto, cpu or cuda. Raises ValueError with the equation that does not hold.
+        """
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local_rank = launched_local_rank()
         if attn_tp < 1:
             raise ValueError(f"--attn-tp is {attn_tp}; it must be at least 1")
         if size % attn_tp:
             raise ValueError(f"ranks % --attn-tp must be 0, not {size} % {attn_tp} = {size % attn_tp}")
-        device = pick_device(device, local_rank)
+        my_device = pick_device(device, local_rank)
         if size == 1:
-            return cls(device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            return cls(device=my_device)
+        if my_device.type == "cuda":
+            torch.cuda.set_device(my_device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if my_device.type == "cuda" else "gloo")
         grid = torch.arange(size).reshape(-1, attn_tp)
         attn = Group()
         for row in grid.tolist():  # every rank must call new_group for every row, in the same order
             handle = dist.new_group(row) if attn_tp > 1 else None
             if rank in row:
+                assert not isinstance(handle, int)  # new_group returns a number to ranks outside the group
                 attn = Group(attn_tp, row.index(rank), handle)
-        return cls(rank, size, device, attn, Group(size, rank, dist.group.WORLD), os.environ["MASTER_ADDR"])
+        return cls(rank, size, my_device, attn, Group(size, rank, dist.group.WORLD), os.environ["MASTER_ADDR"])
 
     def agree(self, *mine: int) -> list[list[int]]:
-        """The one small CPU collective of a step: every rank's numbers, a row a rank."""
+        """Exchange numbers: return every rank's, one row per rank. The one small CPU collective of a step."""
         if self.size == 1:
             return [list(mine)]
         out = torch.empty(self.size * len(mine), dtype=torch.int64)
@@ -165,16 +169,16 @@ class Mesh:
         return out.view(self.size, len(mine)).tolist()
 
     def limit_waits(self, seconds: float) -> None:
-        """From now on a collective on CPU tensors fails on a rank that has waited so long for another one in it."""
+        """From now on, make a collective on CPU tensors fail on a rank that has waited `seconds` for another rank."""
         for group in (self.attn, self.ep):
             if group.handle is not None:
                 backend = group.handle._get_backend(torch.device("cpu"))
                 backend._set_default_timeout(datetime.timedelta(seconds=seconds))
 
     def ranks_on_my_gpu(self) -> int:
-        """How many ranks of the job use the GPU that I use. All ranks together."""
-        mine = gpu_id(self.device)
-        return self.ep.exchange(mine).count(mine)
+        """Return the number of ranks in the job that use this rank's GPU. Collective."""
+        my_gpu = gpu_id(self.device)
+        return self.ep.exchange(my_gpu).count(my_gpu)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -182,17 +186,20 @@ class Mesh:
 
 
 def gpu_id(device: torch.device) -> str:
-    """Which GPU of all the machines', whatever number a process sees it under."""
+    """Return the GPU's identity over all machines, independent of the number that a process sees."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def launched_local_rank() -> int:
-    """My rank among those of this machine, before there is a mesh; 0 without torchrun."""
+    """Return this rank's number on its machine, known before there is a mesh; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is a GPU. Ranks beyond the number of GPUs share them."""
+    """Return the device named auto, cpu or cuda. `auto` is CUDA if there is a GPU. More ranks than GPUs share them.
+
+    Raises ValueError if there is no GPU for cuda.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

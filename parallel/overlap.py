@@ -1,6 +1,6 @@
-"""How layers run: one micro-batch alone, or two that take turns, so that one computes while the other communicates.
+"""How layers run: one micro-batch alone, or two in turns, so that one computes while the other communicates.
 
-The layers of a micro-batch are one generator (`Transformer.moe_steps`), which yields the name of each stage when done:
+The layers of a micro-batch are one generator (`Transformer.moe_steps`). It yields each stage's name when that is done:
 
     attention     norm, projections, KV written, attention itself, output projection, norm, gate
     dispatch      tokens sent to their experts' ranks; shared expert, if it does not run beside the gate
@@ -9,22 +9,24 @@ The layers of a micro-batch are one generator (`Transformer.moe_steps`), which y
     combine       their results sent back
     return        results received: the layer's end
 
-`run` exhausts one generator: the plain path. `run_two` lets two take turns, a stage each, with b four stages behind a.
-Then each of a layer's four transfers has one of its four computations to hide behind, and there is never a second one
-in flight, which DeepEP's low latency requires (each operation clears the other's buffer). a0, a1: a in layers 0, 1:
+`run` exhausts one generator: the plain path. `run_two` lets two take turns, one stage each, with b four stages behind
+a. In each layer, the two micro-batches have four transfers and four computations, so each transfer hides behind a
+computation. There is never a second transfer in flight. DeepEP's low latency requires that, because each operation
+clears the other's buffer. a0, a1: a in layers 0, 1:
 
     compute   a0 attention | a0 experts | b0 attention | a1 attention | b0 experts  | a1 experts | b1 attention | ...
     network                |            | a0 combine   | b0 dispatch  | a1 dispatch | b0 combine | a1 combine   | ...
 
-Turn by turn, from where both are at work (`>` is in flight from `dispatch>` to `>arrival`, `combine>` to `>return`):
+Turn by turn, once both are running (a transfer is in flight from `dispatch>` to `>arrival`, `combine>` to `>return`):
 
     a0 combine> b0 attention a0 >return | b0 dispatch> a1 attention b0 >arrival | a1 dispatch> b0 experts a1 >arrival |
     b0 combine> a1 experts b0 >return | a1 combine> b1 attention a1 >return
 
-(SGLang's five stages with b two behind hide transfers behind attention only: experts wait for them and they for it.)
-A dispatch of prefill makes the host wait, in `arrival`, until its tokens are there; by then the other micro-batch's
-next computation is enqueued, so that the GPU does not wait with it. And kernels that communicate in prefill hold SMs:
-while two micro-batches run, the large products leave those to them.
+(SGLang has five stages, with b two behind. There, transfers hide behind attention only, and experts wait for them.)
+
+A dispatch in prefill makes the host wait, in `arrival`, until its tokens are there. By then the other micro-batch's
+next computation is enqueued, so the GPU does not wait. Kernels that communicate in prefill hold SMs: while two
+micro-batches run, the large products leave those SMs free.
 """
 
 import math
@@ -33,43 +35,46 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 Result = TypeVar("Result")
 Steps = Generator[str, None, Result]
-FEW_ROWS, FEW_TOKENS = 128, 4096  # a rank's, from which on `auto` overlaps: of a decode step, of one with prompts
-# And the rows that an expert must get, for each. In decode, with fewer, it takes as long as reading its weights does,
-# which two halves do twice. That is an estimate: an H100 makes about 1,400 TFLOP/s of fp8 from 3 TB/s, 233 rows.
-# Measured: a loss with 16 to 32 rows; simulated: a loss with 144, a gain with 288. In prefill four H200s lost with up
-# to 512 rows, and broke even with 1,024; with 2,048 they gained 1 %.
+# `auto` overlaps from this many tokens per rank on, in a decode step and in a step with prompts.
+FEW_ROWS, FEW_TOKENS = 128, 4096
+# It also wants this many rows per expert. In decode with fewer rows, an expert takes as long as reading its weights,
+# and two halves read them twice. The limit is an estimate: an H100 does about 1,400 TFLOP/s in fp8 and reads 3 TB/s,
+# which balance at 233 rows. Measured: a loss with 16 to 32 rows. Simulated: a loss with 144, a gain with 288.
+# In prefill, four H200s lost time with up to 512 rows, broke even with 1,024 and gained 1 % with 2,048.
 DECODE_ROWS, PREFILL_ROWS = 256, 2048
 STAGES = ("attention", "dispatch", "arrival", "experts", "combine", "return")
-HEAD_START = 4  # stages that a is ahead
+HEAD_START = 4  # stages by which a is ahead of b
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which steps run as two halves (--overlap). A function of what the ranks agreed on, so that all decide alike.
+    """Decides which steps run as two halves (--overlap). All ranks decide alike, from numbers that they agreed on.
 
-    `auto` leaves it where it does not pay: with one rank, in small steps, and where experts get few rows. The
-    deployment's break-even in decode lay between 64 and 128 tokens a rank of 72: 144 to 288 rows an expert.
+    `auto` does not overlap where it does not pay: with one rank, in small steps, and where experts get few rows. In a
+    simulated deployment of 72 ranks, decode broke even between 64 and 128 tokens per rank: 144 to 288 rows per expert.
     """
 
     mode: str  # auto, on, off
     ep_size: int
     attn_tp: int
-    share: float  # of the job's tokens that an expert gets (ModelConfig.expert_share)
+    share: float  # the fraction of the job's tokens that an expert gets (ModelConfig.expert_share)
 
     def in_decode(self, rows: int) -> bool:
-        """`rows` of every replica, padding included; each half must divide over the attention group."""
+        """Return whether a decode step of `rows` per replica, padding included, runs as two halves.
+
+        Each half must divide over the attention group.
+        """
         return self._wanted(rows, self._decode_from) and rows % (2 * self.attn_tp) == 0
 
     def row_multiple(self, rows: int) -> int:
-        """What the rows of a decode step must be a multiple of, so that it can be divided as it should."""
+        """Return the number that a decode step's rows must be a multiple of, so that it can be divided."""
         return (2 if self._wanted(rows, self._decode_from) else 1) * self.attn_tp
 
     def in_prefill(self, tokens: int) -> bool:
-        """`tokens` of the fullest replica in a step with prompts."""
+        """Return whether a step with prompts runs as two halves. `tokens`: those of the fullest replica."""
         return self._wanted(tokens, self._prefill_from)
 
     def _wanted(self, tokens: int, least: int) -> bool:
@@ -79,7 +84,7 @@ class Rule:
 
     @property
     def _decode_from(self) -> int:
-        """A rank's tokens from which on `auto` overlaps."""
+        """Tokens per rank from which on `auto` overlaps a decode step."""
         return self._least(FEW_ROWS, DECODE_ROWS)
 
     @property
@@ -91,11 +96,12 @@ class Rule:
 
     @property
     def _never(self) -> str:
+        """Why `auto` never overlaps; empty if it may."""
         return "one rank" if self.ep_size == 1 else "" if self.share else "no experts"
 
     @property
     def why(self) -> str:
-        """A line for the log."""
+        """The rule in words, for the log."""
         if self.mode != "auto":
             return self.mode
         if self._never:
@@ -107,7 +113,7 @@ class Rule:
 
 
 def run(steps: Steps[Result]) -> Result:
-    """Exhaust one generator."""
+    """Exhaust one generator and return its result."""
     while True:
         try:
             next(steps)
@@ -116,7 +122,7 @@ def run(steps: Steps[Result]) -> Result:
 
 
 def run_two(a: Steps[Result], b: Steps[Result]) -> tuple[Result, Result]:
-    """Run both to their ends, in turns. Every rank must call this: collectives are in it."""
+    """Run both to their ends, in turns, and return their results. Collective."""
     results: dict[str, Result] = {}
 
     def turn(name: str, steps: Steps[Result]) -> None:
@@ -135,26 +141,28 @@ def run_two(a: Steps[Result], b: Steps[Result]) -> tuple[Result, Result]:
 
 
 class Beside:
-    """A second stream, for work that is not on the way to what follows it. On a CPU there is none."""
+    """A second stream, for work whose result is needed only later. On a CPU there is none."""
 
-    def __init__(self, device: torch.device):
-        # Of the default priority: at a higher one its kernels take SMs from the main stream's, and decode gets slower.
+    def __init__(self, device: torch.device) -> None:
+        # Default priority: at a higher one, its kernels take SMs from the main stream's and decode gets slower.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Do `work` beside what is enqueued from here on. Call what comes back to wait for its result.
+    def start(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Do `work` beside the work that is enqueued from here on. Returns a function that waits for its result.
 
-        What `work` reads must be kept until then: its memory belongs to the other stream's order.
+        Hazard: keep the tensors that `work` reads until then. The allocator could otherwise reuse their memory, because
+        it only knows the order of the main stream.
         """
-        if self.stream is None:
+        stream = self.stream
+        if stream is None:
             result = work()
             return lambda: result
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             result = work()
 
-        def join() -> Tensor:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        def join() -> Result:
+            torch.cuda.current_stream().wait_stream(stream)
             return result
 
         return join

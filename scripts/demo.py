@@ -1,7 +1,7 @@
-"""scripts/demo runs this: disaggregated serving on this machine, then the same requests in one process to compare.
+"""Serve prompts with separate prefill and decode jobs on this machine, then with one process, and compare the tokens.
 
-Starts what a user would start by hand (the commands are printed), shows each text as it is finished, then the
-router's table, and checks that the tokens equal those of one unified process.
+`scripts/demo` runs this. It starts the commands that a user would type, and prints them. It shows each text as soon as
+it is finished, then the router's table.
 """
 
 import json
@@ -26,7 +26,10 @@ def free_port() -> int:
 
 
 def start(*command: str, quiet: bool = False) -> subprocess.Popen:
-    """Start a process of run.py. Quiet ones get a session of their own: Ctrl-C is the router's, who sends all home."""
+    """Start a process of run.py. `quiet`: without output and in a session of its own, which Ctrl-C does not reach.
+
+    Ctrl-C reaches the router alone, and the router then ends the jobs.
+    """
     print("$ " + shlex.join(["torchrun" if "torch.distributed.run" in command else "python", *_visible(command)]))
     output = subprocess.DEVNULL if quiet else None
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=quiet)
@@ -46,7 +49,7 @@ def show_texts(path: Path, router: subprocess.Popen) -> None:
     while True:
         ended = router.poll() is not None
         text = path.read_text() if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last line may be half written
         for answer in map(json.loads, lines[shown:]):
             print(f"--- {answer['id']}: {answer['text']}\n", flush=True)
         if ended:
@@ -69,7 +72,7 @@ def main() -> int:
         try:
             show_texts(apart, jobs[-1])
             failed = [job.args for job in jobs if job.wait(timeout=300)]
-        except KeyboardInterrupt:  # the router has had it too, and sends everybody home
+        except KeyboardInterrupt:  # the router got it too, and ends the jobs
             for job in jobs:
                 job.wait(timeout=60)
             return 0

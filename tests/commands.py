@@ -1,4 +1,4 @@
-"""Commands as a user types them, in processes that begin with their own imports."""
+"""Run commands as a user types them, in new processes that import everything themselves."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """A session of its own. So has each rank that torchrun starts: a signal to torchrun does not reach them."""
+    """Start a command in a session of its own. Ranks of torchrun have their own too, which its signals do not reach."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -21,10 +21,11 @@ def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, str]:
+    """Return its exit status, stdout and stderr. If it runs longer, end it and raise AssertionError."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for pid in [process.pid, *descendants(process.pid)]:  # its ranks too: they hold the pipes open
+        for pid in [process.pid, *descendants(process.pid)]:  # its ranks too, because they hold the pipes open
             os.kill(pid, signal.SIGKILL)
         out, err = process.communicate(timeout=10)
         raise AssertionError(f"still running after {timeout} s: {process.args}\n{out}\n{err}") from None
@@ -32,16 +33,17 @@ def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, st
 
 
 def listed(columns: str) -> list[str]:
-    """A line for each process that runs."""
+    """Return these columns of `ps`, a line per running process."""
     return subprocess.run(["ps", "-axwwo", columns], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def processes(*words: str) -> list[int]:
-    """Everything running whose command line holds all these words."""
+    """Return the ids of running processes whose command line contains all these words."""
     return [int(line.split()[0]) for line in listed("pid=,args=") if all(word in line for word in words)]
 
 
 def descendants(ancestor: int) -> list[int]:
+    """Return the ids of its children, their children, and so on."""
     children: dict[int, list[int]] = {}
     for line in listed("pid=,ppid="):
         pid, parent = map(int, line.split())
@@ -53,6 +55,6 @@ def descendants(ancestor: int) -> list[int]:
 
 
 def run(*flags: str, ranks: int = 0, timeout: float = 90, env: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """run.py with these flags, through torchrun if `ranks` is over 0: its exit status, stdout and stderr."""
+    """Run run.py, with torchrun if `ranks` is over 0. Return the exit status, stdout and stderr."""
     launcher = (*TORCHRUN, str(ranks)) if ranks else PYTHON
     return finish(start(*launcher, "run.py", *flags, env=env), timeout)

@@ -1,4 +1,4 @@
-"""What all tests share: the shipped checkpoint, and one seed."""
+"""Fixtures of all tests: the shipped checkpoint, and a seed."""
 
 import json
 import random
@@ -13,11 +13,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(1)  # as run.py does on a CPU: threads that share busy cores wait for one another
+torch.set_num_threads(1)  # as in run.py on a CPU, because threads on busy cores wait for each other
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Does it come true in so many seconds?"""
+    """Wait for the condition. Return whether it became true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -43,7 +43,7 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its first layers, one dense and two with experts: what a world of many ranks computes in time."""
+    """The shipped checkpoint's first layers, one dense and two with experts: small enough for worlds of many ranks."""
     folder = tmp_path_factory.mktemp("small") / "model"
     shutil.copytree(tiny, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -53,7 +53,7 @@ def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """The same inputs every time; on a GPU fresh ones, whose seed a failure shows."""
+    """Seed torch: with 0 on a CPU, on a GPU with a random seed, which a failing test shows."""
     seed = random.SystemRandom().randrange(2**32) if request.node.get_closest_marker("gpu") else 0
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A router, a prefill job and a decode job, and one process that answers the same requests."""
+"""A router, a prefill job and a decode job; and one process that answers the same requests."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ LINES = [
 
 
 def run(*flags: str, ranks: int = 1, timeout: float = 90) -> tuple[int, str, str]:
-    """The exit status of run.py, and what it printed."""
+    """Run run.py. Return its exit status, stdout and stderr."""
     return Job(list(flags), ranks).finish(timeout)
 
 
@@ -30,7 +30,7 @@ def read(path: Path) -> list[dict]:
 
 
 def answers_alone(model: Path, source: Path, out: Path) -> list[dict]:
-    """The answers of one process."""
+    """Answer the requests with one unified process, and return the answers."""
     code, _, err = run("--model", str(model), "--input", str(source), "--output", str(out))
     assert code == 0, err
     return read(out)
@@ -41,7 +41,9 @@ def timeless(answers: list[dict]) -> list[dict]:
 
 
 class Deployment:
-    def __init__(self, model: Path, source: Path, out: Path):
+    """The three jobs of a deployment, each of which a test can start and kill."""
+
+    def __init__(self, model: Path, source: Path, out: Path) -> None:
         self.model, self.router_model, self.source, self.out = str(model), str(model), str(source), out
         self.address, self.jobs = f"127.0.0.1:{free_port()}", {}
 

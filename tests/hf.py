@@ -1,4 +1,4 @@
-"""Random DeepSeek-V3-like checkpoints made by transformers, transformers' own answers, and a small driver of ours."""
+"""Random DeepSeek-V3-like checkpoints made by transformers, its answers, and a small driver for our model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 1.0,
 }
-BASE: dict[str, Any] = {  # every width differs from every other where it can, so that a swap does not fit
+BASE: dict[str, Any] = {  # widths differ from each other where possible, so that swapped ones do not fit
     "vocab_size": 160,
     "hidden_size": 64,
     "intermediate_size": 88,
@@ -74,12 +74,12 @@ SHAPES: dict[str, dict[str, Any]] = {  # what each configuration changes in BASE
     },
     "all_dense": {"num_hidden_layers": 2, "first_k_dense_replace": 2},
 }
-# With these seeds the best and second-best token of test_model.py's texts are never closer than 1e-3.
+# With these seeds the logits of the two best tokens in test_model.py's texts always differ by more than 1e-3.
 SEEDS = {"v3": 0, "no_q_lora": 1, "one_group": 5, "top_8": 1, "one_dense": 4, "no_dense": 0, "all_dense": 1}
 
 
 def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes: Any) -> Path:
-    """A random checkpoint of SHAPES[shape] in float32, with well-spread logits and a gate bias that matters."""
+    """Write a random checkpoint of SHAPES[shape] in float32, with widely spread logits and a large gate bias."""
     config = DeepseekV3Config(**{**BASE, **SHAPES[shape], **changes})
     theirs = DeepseekV3ForCausalLM(config).float()
     generator = torch.Generator().manual_seed(SEEDS[shape])
@@ -99,7 +99,7 @@ def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes
 
 
 def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = None) -> Transformer:
-    """Our model of that folder, in float32; one rank's share of it if `mesh` says so."""
+    """Load a folder as our model, in float32. `mesh`: load one rank's share of it."""
     mesh, config = mesh or Mesh(), ModelConfig.from_pretrained(folder)
     placement = placement or Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size)
     model = Transformer(config, mesh, placement, Ops(), torch.float32, config.max_position_embeddings)
@@ -113,7 +113,7 @@ def dispatchers(model: Transformer) -> tuple[Dispatcher, Dispatcher]:
 
 @dataclass
 class Answer:
-    """What greedy decoding gave: for each prompt its new tokens, and the logprobs [new, V] they were chosen from."""
+    """The result of greedy decoding: each prompt's new tokens, and their distributions' log probabilities [new, V]."""
 
     tokens: list[list[int]]
     logprobs: list[Tensor]
@@ -122,7 +122,7 @@ class Answer:
 
 @torch.inference_mode()
 def their_answer(folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> Answer:
-    """transformers' greedy generation, and its logprobs of the generated texts read in one forward."""
+    """Generate greedily with transformers. Log probabilities come from one forward over the generated texts."""
     theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     longest = max(map(len, prompts))
@@ -143,9 +143,10 @@ def our_answer(
     chunk: int,
     arrivals: Sequence[int] | None = None,
 ) -> Answer:
-    """Greedy decoding of all prompts together, in prompt chunks of `chunk` tokens; prompt i joins at step arrivals[i].
+    """Decode all prompts greedily in one batch, with prompt chunks of `chunk` tokens.
 
-    Pages are allocated one by one as sequences grow, so that they lie interleaved in the pool.
+    Prompt i joins at step arrivals[i]. Pages are allocated one by one while sequences grow, so they are interleaved in
+    the pool.
     """
     arrivals = arrivals or [0] * len(prompts)
     allocator = PageAllocator(sum(pages_for(len(p) + new_tokens) for p in prompts) + 1)

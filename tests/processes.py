@@ -1,7 +1,7 @@
-"""run.py, and modules with a `__main__`, in processes of their own that are up in under a second.
+"""Run run.py, or `python -m MODULE`, in processes of their own that start in under a second.
 
-A fork server has imported torch already. Each process is a fork of it, in a session of its own, that executes run.py
-(or what `python -m MODULE` executes) as `__main__`.
+A fork server has already imported torch. Each process is a fork of it, in a session of its own, and executes run.py or
+the module as `__main__`.
 """
 
 import multiprocessing
@@ -22,14 +22,14 @@ from typing import Any
 
 from tests.conftest import ROOT
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server, and so every process, takes over the environment
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server inherits the environment, and every process from it
 fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["run", "pytest", "hypothesis"])
 _folder = tempfile.TemporaryDirectory(prefix="moesaic-processes-")
 
 
 def free_port() -> int:
-    """Below those that the system deals out, or another process might get it before it is used."""
+    """Return a free port below the ephemeral range, so that no other process gets it before it is used."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def world(ranks: int) -> list[dict[str, str]]:
-    """The environment that torchrun gives to each rank; of a single one, as without torchrun, none."""
+    """Return the environment that torchrun gives to each rank. A single rank gets none, as without torchrun."""
     if ranks == 1:
         return [{}]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
@@ -50,7 +50,9 @@ def _child(module: str, argv: list[str], out: Path, err: Path, env: dict[str, st
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    # run.py replaces some of these objects: the files below them must stay open.
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(env)
     os.chdir(ROOT)
     for name, value in constants.items():
@@ -61,7 +63,7 @@ def _child(module: str, argv: list[str], out: Path, err: Path, env: dict[str, st
     status = 0
     try:
         if module == "run":
-            runpy.run_path("run.py", run_name="__main__")  # leaves by os._exit, unless something is not caught
+            runpy.run_path("run.py", run_name="__main__")  # leaves by os._exit, unless it raises
         else:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -77,7 +79,7 @@ def _child(module: str, argv: list[str], out: Path, err: Path, env: dict[str, st
 
 
 class Process:
-    """run.py with these flags. constants: `{"disagg.front.fleet.SILENT_S": 2}` is set before it begins."""
+    """A process of run.py. constants: `{"disagg.front.fleet.SILENT_S": 2}` sets that constant before it starts."""
 
     _count = 0
 
@@ -89,8 +91,8 @@ class Process:
         env: dict[str, str] | None = None,
         constants: dict[str, Any] | None = None,
         module: str = "run",
-    ):
-        """`out`, `err`: files that its streams are appended to; new ones if None."""
+    ) -> None:
+        """`argv`: the flags. `out`, `err`: files to which its streams are appended; new ones if None."""
         Process._count += 1
         self._out = out or Path(_folder.name, f"{Process._count}.out")
         self._err = err or Path(_folder.name, f"{Process._count}.err")
@@ -113,21 +115,21 @@ class Process:
 
     @property
     def status(self) -> int | None:
-        """None while it runs; below 0 for the signal that ended it."""
+        """The exit status: None while it runs, -N if signal N ended it."""
         return self._process.exitcode
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     def until(self, text: str, seconds: float = 30) -> None:
-        """Until it has printed this to either stream."""
+        """Wait until it has printed `text` to either stream."""
         deadline = time.monotonic() + seconds
         while text not in self.err and text not in self.out:
             assert time.monotonic() < deadline and self.status is None, f"no {text!r}: {self}"
             time.sleep(0.01)
 
     def finish(self, seconds: float = 90) -> tuple[int, str, str]:
-        """Its exit status, stdout and stderr. AssertionError, and its end, if it is still running after so long."""
+        """Return its exit status, stdout and stderr. If it runs longer, end it and raise AssertionError."""
         self._process.join(seconds)
         if self.status is None:
             self.end()
@@ -143,7 +145,7 @@ class Process:
 
 
 class Job:
-    """The ranks of one job. Of torchrun's part one is left out: it ends the others when one has failed."""
+    """The ranks of one job. Unlike torchrun, it does not end the other ranks when one has failed."""
 
     def __init__(
         self,
@@ -152,8 +154,8 @@ class Job:
         log: Path | None = None,
         constants: dict[str, Any] | None = None,
         module: str = "run",
-    ):
-        """`log`: where all of them print to; files of their own if None."""
+    ) -> None:
+        """`log`: one file for the output of all ranks; a file per rank and stream if None."""
         self.ranks = [Process(argv, log, log, env, constants, module) for env in world(ranks)]
 
     def signal(self, number: signal.Signals) -> None:
@@ -166,11 +168,11 @@ class Job:
 
     @property
     def said(self) -> str:
-        """Each log once."""
+        """The text of all logs, each once."""
         return "".join({rank._err: rank.err for rank in self.ranks}.values())
 
     def finish(self, seconds: float = 90) -> tuple[int, str, str]:
-        """The worst status of its ranks, and all that they printed."""
+        """Return the worst status of the ranks, and everything that they printed to stdout and to stderr."""
         ended = [rank.finish(seconds) for rank in self.ranks]
         codes, outs, errs = zip(*ended, strict=True)
         return max(codes, key=abs), "".join(outs), "".join(errs)
@@ -181,6 +183,6 @@ class Job:
 
 
 def run_module(module: str, *flags: str, ranks: int = 1, timeout: float = 200) -> subprocess.CompletedProcess:
-    """What `python -m MODULE` printed, and how it ended."""
+    """Run `python -m MODULE`. Return its output and exit status."""
     status, out, err = Job(list(flags), ranks, module=module).finish(timeout)
     return subprocess.CompletedProcess([module, *flags], status, out, err)

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 
 class Proxy:
-    """Listens at `port` and passes everything on to the port `towards`, which may change."""
+    """Listens at `port` and forwards all data to the port `towards`, which a test may change."""
 
-    def __init__(self, towards: int):
+    def __init__(self, towards: int) -> None:
         self.towards = towards
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -37,7 +37,7 @@ class Proxy:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """End all connections there are. What was under way is lost."""
+        """End all connections. Data in flight is lost."""
         for pair in self._pairs:
             for sock in pair:
                 with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Addresses: what a user may write, and that sockets meet there, over IPv4, IPv6 and by name."""
+"""Addresses: the forms that a user may write, and that sockets connect through them over IPv4, IPv6 and by name."""
 
 import socket
 from collections.abc import Callable, Iterator

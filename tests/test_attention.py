@@ -1,4 +1,4 @@
-"""MLA's two forms are equal, and a step reads and writes exactly the pool rows of its own tokens."""
+"""The two forms of MLA are equal, and a step reads and writes only the pool rows of its own tokens."""
 
 from pathlib import Path
 

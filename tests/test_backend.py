@@ -1,4 +1,4 @@
-"""Which library serves which op: decided by what is there, forced by name, refused with the reason."""
+"""Which library serves which op: chosen by what is installed, forced by name, or refused with the reason."""
 
 import ast
 import re

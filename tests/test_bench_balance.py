@@ -1,4 +1,4 @@
-"""The fullest rank of a recorded load, worked out on paper; the benchmark of it on a CPU."""
+"""The benchmark of balanced experts: a recorded load's fullest rank against numbers by hand, and a run on a CPU."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_the_fullest_rank_by_hand() -> None:
 def test_a_recorded_load_is_measured_by_kind_of_map(phase: str, tmp_path: Path) -> None:
     sizes = {"decode": ("--batch", "4", "--kv", "70"), "prefill": ("--tokens", "128", "--prompt", "64")}[phase]
     out = tmp_path / "b.json"
-    said = run_well("bench_balance", phase, RECORDING, *TINY, *sizes, "--repeat", "2", "--out", str(out))
+    said = run_well("one_rank.balance", phase, RECORDING, *TINY, *sizes, "--repeat", "2", "--out", str(out))
     assert said.count("(simulated)") == 4 and "an even load: the fullest rank has 1.000 of the mean" in said
     records = {record["name"]: record for record in json.loads(out.read_text())}
     assert len(records) == 4 + 2 and {record["kind"] for record in records.values()} == {"simulated"}

@@ -1,4 +1,4 @@
-"""The handoff's benchmark on a CPU, over gloo: every part runs, and the figures fit together."""
+"""The benchmark of the handoff, on a CPU over gloo: every part runs, and its figures are consistent."""
 
 import subprocess
 import sys

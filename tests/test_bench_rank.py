@@ -1,5 +1,8 @@
-"""The one-rank benchmarks on a CPU, with the tiny shape: parts and gaps sum to the layer, modelled clusters are worked
-out on paper, figures say simulated or modelled, and flags that cannot be are refused with their rule."""
+"""The one-rank benchmarks on a CPU, with the tiny shape.
+
+Parts and gaps add up to the layer. The modelled cluster equals numbers by hand. Figures say simulated or modelled.
+Impossible flags are refused with the rule that they break.
+"""
 
 import json
 import subprocess
@@ -95,8 +98,10 @@ def test_a_timeline_shows_who_computes_and_who_communicates(phase: str, tmp_path
 
 
 def test_kernels_are_put_down_to_the_turn_that_launched_them() -> None:
-    """A trace by hand: kernels run long after their launches, and are found by correlation; a stream of its own makes a
-    flight; a wait of the CPU is no computing."""
+    """A trace by hand. Kernels run long after their launches, and are found by their correlation.
+
+    A stream of its own makes a flight. A wait of the CPU does not count as computing.
+    """
 
     def launch(number: int, at: float, cat: str = "cuda_runtime") -> dict:
         return {"cat": cat, "name": "launch", "ts": at, "dur": 1, "args": {"correlation": number}}
@@ -141,9 +146,12 @@ def test_low_latency_is_what_was_published() -> None:
 
 
 def test_normal_is_bytes_over_bandwidth() -> None:
-    """EP32 is 4 nodes of two groups. Of a node's groups a token chooses none with 15 / 70, one with 40 / 70, both with
-    15 / 70; then all 8 experts are elsewhere with C(96, 8) / C(128, 8) = 0.09263, or C(64, 8) / C(128, 8) = 0.003097:
-    2.9285 nodes a token. A row is 7,392 bytes, and 14,336 back."""
+    """EP32 is 4 nodes of two groups. A token chooses none of a node's groups with probability 15 / 70.
+
+    It chooses one with 40 / 70, and both with 15 / 70. Then all 8 experts are on other nodes with probability
+    C(96, 8) / C(128, 8) = 0.09263, or C(64, 8) / C(128, 8) = 0.003097. That makes 2.9285 nodes per token. A row has
+    7,392 bytes, and 14,336 on the way back.
+    """
     nodes = 4 * (40 / 70 * (1 - 0.0926316) + 15 / 70 * (1 - 0.0030970))
     assert nodes == pytest.approx(2.9285, abs=1e-4)
     model = deepep_times.normal(SHAPES["v3"], 32)

@@ -1,19 +1,19 @@
-"""The benchmarks of several ranks, with two of them on a CPU: what their figures must satisfy."""
+"""The benchmarks of several ranks, with two of them on a CPU: the relations that their figures must satisfy."""
 
 from pathlib import Path
 
-from scripts.bench.lib.measurements import Record, load
+from scripts.bench.lib.measurements import Measurement, load
 from tests.processes import run_module
 
 
-def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Record]]:
+def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Measurement]]:
     done = run_module(f"scripts.bench.{module}", "--device", "cpu", *flags.split(), "--out", str(out), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, {record.name: record for record in load(out)}
 
 
 def test_dispatch_and_combine_of_both_layouts(tmp_path: Path) -> None:
-    """With one expert a rank and as many a token, every copy and every row goes to each rank: bytes are known."""
+    """With one expert per rank, and all experts per token, every token goes to each rank: the bytes are known."""
     sizes = "--hidden 256 --experts 2 --top-k 2 --decode-tokens 8 --prefill-tokens 64 --repeat 5"
     printed, records = run("ranks.ep", sizes, tmp_path / "r.json")
     assert "DeepEP cannot serve: no GPU" in printed and "low latency 77 / 114 us" in printed

@@ -1,4 +1,4 @@
-"""The benchmark of moving experts, on a CPU with the tiny shape: all slots are filled anew, and it says what it is."""
+"""The benchmark of moving experts, on a CPU with the tiny shape: it fills all slots again, and labels its figures."""
 
 import json
 from pathlib import Path

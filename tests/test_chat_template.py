@@ -1,4 +1,4 @@
-"""A chat template gives the text that transformers gives, and whatever it does costs a bounded time and memory."""
+"""A chat template gives the same text as in transformers, and its time and memory are bounded."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -134,7 +135,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
     """Those that templates start in this test."""
     started, popen = [], subprocess.Popen
 
-    def noting(*args, **kwargs):
+    def noting(*args: Any, **kwargs: Any) -> subprocess.Popen:
         started.append(popen(*args, **kwargs))
         return started[-1]
 

@@ -1,5 +1,7 @@
-"""run.py as a user meets it: its output, its exit status, its one-line errors. `test_torchrun.py` has what needs the
-launcher, or a process that no fork server has made."""
+"""run.py as a user meets it: its output, its exit status, its errors of one line.
+
+`test_torchrun.py` has the tests that need torchrun, or processes outside the fork server.
+"""
 
 import json
 import os
@@ -110,7 +112,7 @@ def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path
     source = tmp_path / "many.jsonl"
     rows = [
         {"prompt_token_ids": [7 + i], "max_tokens": n, "ignore_eos": True, "seed": i, "temperature": 0.9 * (i % 2)}
-        for i, n in enumerate([1, 800, 800, 9])
+        for i, n in enumerate([1, 300, 300, 9])
     ]
     rows[2]["logprobs"] = 2
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,7 +130,7 @@ def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path
     code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(tmp_path / "alone.jsonl"))
     alone = read(tmp_path / "alone.jsonl")
     assert code == 0 and timeless(answers) == timeless(alone), err
-    assert all("error" not in answer for answer in answers) and len(answers[2]["logprobs"]) == 800
+    assert all("error" not in answer for answer in answers) and len(answers[2]["logprobs"]) == 300
 
 
 def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A configuration is read completely, or refused with the field, its value and the rule it breaks."""
+"""A configuration is read completely, or refused with the field, its value and the rule that it breaks."""
 
 import itertools
 import json

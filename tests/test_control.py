@@ -1,4 +1,4 @@
-"""Messages survive the wire as they were, and whatever else comes is refused with a ValueError."""
+"""Messages survive the wire unchanged, and any other bytes are refused with a ValueError."""
 
 import random
 from typing import Any

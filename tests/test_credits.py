@@ -1,4 +1,4 @@
-"""Credits for transfers under way: no more than there are, however links take, return and close."""
+"""Credits for transfers in flight: never more than exist, however links take them, return them and close."""
 
 import threading
 

@@ -1,5 +1,7 @@
-"""DeepEP without a GPU: when it is chosen and why not, one low-latency operation at a time, and what is asked of the
-library, of which a stand-in for one rank plays the part. tests/test_gpu_deepep.py runs the real one."""
+"""DeepEP without a GPU: when it is chosen, why it is refused, and one low-latency operation at a time.
+
+A stand-in plays the library for one rank and records our calls. tests/test_gpu_deepep.py runs the real library.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ class Library:
 
     made: list["Library"] = []
 
-    def __init__(self, group: object, normal: int, low_latency: int, **options: object):
+    def __init__(self, group: object, normal: int, low_latency: int, **options: object) -> None:
         self.sizes, self.options, self.log = (normal, low_latency), options, []
         Library.made.append(self)
 
@@ -279,6 +281,6 @@ def test_low_latency_takes_no_quantised_rows(library: list[Library]) -> None:
 def test_the_flag() -> None:
     flags = ("--model", "model/tiny", "--prompt", "x", "--max-tokens", "1")
     code, _, err = run(*flags, "--backend", "dispatch=deepep")
-    assert code == 2 and "run.py: error: --dispatch deepep: no GPU" in err
+    assert code == 2 and "run.py: error: --backend dispatch=deepep: no GPU" in err
     code, _, err = run(*flags)
     assert code == 0 and "dispatch: none: one rank holds every expert" in err

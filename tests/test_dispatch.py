@@ -1,4 +1,4 @@
-"""Dispatch, experts, combine over real ranks equals the local computation, in both layouts, whatever the routing."""
+"""Dispatch, experts and combine over real ranks equal the local computation, in both layouts, for any routing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, 
             assert isinstance(arrived, Sliced) == (sum(copies) > MOST)
         y = apply_experts(arrived, group.rank * experts_a_rank)
         out = dispatcher.combine(y, arrived.way_back).wait()[:tokens]
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {fp8=} {m}")  # noqa: B023
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {fp8=} {m}")
 
 
 def keys(x: Tensor, scale: Tensor | None) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""The balancing policy: complete maps, at least as balanced as the published algorithm's, and quick."""
+"""The balancing policy: its maps are complete, at least as balanced as the published algorithm's, and fast."""
 
 import time
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def published(load: NDArray, slots: int, ranks: int, groups: int, nodes: int) ->
         experts = [g * size + i for g in members for i in range(size)]
         copies = dict.fromkeys(experts, 1)
         for _ in range(slots // nodes - len(experts)):
-            copies[max(experts, key=lambda e: load[e] / copies[e])] += 1  # noqa: B023
+            copies[max(experts, key=lambda e: load[e] / copies[e])] += 1
         items = [e for e in experts for _ in range(copies[e])]
         for held in packed([load[e] / copies[e] for e in items], ranks // nodes):
             out.extend(items[i] for i in held)

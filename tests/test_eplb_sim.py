@@ -1,4 +1,4 @@
-"""The balancing simulator, on recordings whose outcome is known."""
+"""The balancing simulator, on recordings with known results."""
 
 import subprocess
 from pathlib import Path
@@ -29,8 +29,10 @@ def test_by_hand() -> None:
 
 
 def test_a_load_that_moves_is_followed_one_window_late() -> None:
-    """Of (0, 1) and (0, 2) each map levels its own pair. A map made of both, at the fourth window, levels neither: it
-    puts the hottest expert on one rank, the two others on the other."""
+    """Experts 0 and 1 are hot in two windows, experts 2 and 3 in the next two.
+
+    Each map is made from the window before it, so it fits only the second window of each pair.
+    """
     one, other, neither = [30, 10, 0, 0], [0, 0, 30, 10], [10, 10, 10, 10]
     got = replay(np.array([[one], [one], [other], [other], [neither]]), TWO_RANKS, 1, [1])
     assert got["unbalanced"].balancedness == pytest.approx((4 * 0.5 + 1) / 5)
@@ -39,7 +41,7 @@ def test_a_load_that_moves_is_followed_one_window_late() -> None:
 
 
 def test_throughput_by_hand() -> None:
-    """Half of a balanced step is the experts': 0.5 + 0.5 x 2 = 1.5 against 0.5 + 0.5 x 1.2 = 1.1."""
+    """The experts take half of a balanced step: 0.5 + 0.5 x 2 = 1.5 against 0.5 + 0.5 x 1.2 = 1.1."""
     before, after = Outcome(0.5, 2.0), Outcome(1 / 1.2, 1.2)
     assert after.over(before, 0.5) == pytest.approx(1.5 / 1.1)
     assert after.over(before, 1) == pytest.approx(2 / 1.2) and before.over(before, 0.3) == 1

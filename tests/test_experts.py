@@ -1,4 +1,4 @@
-"""Any map of experts, with any replicas, gives the same tokens; a recording says how many tokens each expert got."""
+"""Any map of experts, with any replicas, gives the same tokens; a recording has the number of tokens per expert."""
 
 from dataclasses import replace
 from pathlib import Path

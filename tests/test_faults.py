@@ -1,7 +1,7 @@
-"""What becomes of requests when processes are frozen, killed, replaced and prodded: nothing hangs over the stated time,
-and no answer has a token that it would not have had.
+"""Requests survive processes that are frozen, killed, replaced or probed by port scanners.
 
-Real processes (tests/town.py). Times are made short, and are checked in proportion.
+Nothing hangs longer than the documented time, and every answer has the tokens that an undisturbed run gives. Real
+processes (tests/town.py), with the timeouts made short and checked in proportion.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Scripts refuse numbers that make no sense as argparse does: a line that names the flag, status 2, no traceback."""
+"""Benchmarks refuse senseless numbers like argparse: one line that names the flag, status 2, no traceback."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ COMMANDS = (
 
 
 def main_of(command: str) -> Callable[[], None]:
-    """What `python -m scripts.bench.COMMAND` calls."""
+    """Return the function that `python -m scripts.bench.COMMAND` calls."""
     assert command in COMMANDS
     try:
         return import_module(f"scripts.bench.{command}.run").main
@@ -63,9 +63,8 @@ BAD = [
     f"{PREFILL} --prompt 5: --prompt must be at most --tokens (4), not 5",
     *(f"{DECODE} --ceilings {given}: argument --ceilings: '{given}'"
       for given in ("1,2", "1,2,3,4", "a,2,3", "0,2,3", "1,0,3", "1,-,nan", "inf,-,1", "1,2,-", "")),
-    *(f"{script}.py {phase} --out {out}: argument --out: '{out}' is not a file that can be written"
-      for script, phase in (("bench_engine", ""), ("bench_ep", ""), ("bench_handoff", ""), ("bench_rank", "decode"),
-                            ("bench_rebalance", ""))
+    *(f"{command} --out {out}: argument --out: '{out}' is not a file that can be written"
+      for command in ("engine", "ranks.ep", "handoff", "one_rank decode", "one_rank.rebalance")
       for out in ("docs", "README.md/x.json", "")),
     "one_rank decode --trace docs: argument --trace: 'docs' is not a file that can be written",
     "one_rank.timeline decode --chart x.pgn: argument --chart: 'x.pgn' does not end in .png",
@@ -93,7 +92,7 @@ def test_a_bad_number_is_one_clear_line(
 
 
 def test_a_peer_refuses_too() -> None:
-    """It is a script, which imports nothing of the project."""
+    """peer.py is a script that imports nothing of the project."""
     command = [sys.executable, "scripts/bench/engine/peer.py", "transformers", "--model", ".", "--batch", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "error: argument --batch: '0' is not" in done.stderr.splitlines()[-1]

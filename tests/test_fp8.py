@@ -1,6 +1,6 @@
-"""Block-fp8 checkpoints: the format's round trip, and the model run from one, dequantised, against its bf16 parent.
+"""Block-fp8 checkpoints: the format's round trip, and a dequantised model against its bf16 parent.
 
-tests/test_precision.py has the model that is not dequantised.
+tests/test_precision.py tests the model that stays in fp8.
 """
 
 import json

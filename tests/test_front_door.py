@@ -1,4 +1,4 @@
-"""The front door over its real port, with a replica that gives every request one token at once."""
+"""The front door over its real port, with a replica that answers every request with one token at once."""
 
 import io
 import json
@@ -27,7 +27,7 @@ SOON_S = 20
 class Replica(threading.Thread):
     """Answers as long as `holds` is not set, and then keeps what it gets."""
 
-    def __init__(self, port: int):
+    def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
         hello = Hello("unified", [Member("u", HOST)], 64, 1024, 2**20, {}, "u")
         self.worker, self.holds, self.got = WorkerPort(hello, HOST, port), threading.Event(), 0
@@ -49,7 +49,7 @@ class Replica(threading.Thread):
 class Serving:
     """A front door that runs in a thread, with its replica."""
 
-    def __init__(self, tiny: Path, *flags: str):
+    def __init__(self, tiny: Path, *flags: str) -> None:
         args = parse_args(["--model", str(tiny), *flags])
         self.front = FrontDoor(args, ModelConfig.from_pretrained(tiny), (HOST, 0))
         self.stop, self.error = threading.Event(), None

@@ -1,4 +1,4 @@
-"""The products around absorbed attention against their twins in float32, and the layout they must leave alone."""
+"""The products around absorbed attention against their twins in float32, and on strided inputs."""
 
 import pytest
 import torch

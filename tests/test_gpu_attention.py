@@ -1,4 +1,4 @@
-"""The attention kernels against their twins in float32, both paths (Triton, and Gluon on Hopper), poisoned with NaN."""
+"""The attention kernels (Triton, and Gluon on Hopper) against their twins in float32. Foreign memory is NaN."""
 
 import random
 
@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import hopper, ref
-from kernels.attention import mla_decode, prefill_attention
+from kernels.mla_decode import mla_decode
+from kernels.prefill_attention import prefill_attention
 from tests.test_gpu_gemm import quantized
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The command line on a GPU over NCCL: the tokens of the CPU, unified and with KV handed over between two jobs.
+"""run.py on a GPU over NCCL gives the tokens of a CPU, unified and with KV handed over between two jobs.
 
 Several ranks share the GPU; NCCL >= 2.30 allows that with NCCL_MULTI_RANK_GPU_ENABLE=1.
 """

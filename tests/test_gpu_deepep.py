@@ -1,7 +1,7 @@
-"""DeepEP's two modes on a GPU that several ranks share: what all-to-all gives, and a dense float32 MoE.
+"""DeepEP's two modes against the all-to-all and a dense float32 MoE, on a GPU that several ranks share.
 
 Needs deep_ep and an NCCL that lets ranks share a GPU (>= 2.30, NCCL_MULTI_RANK_GPU_ENABLE=1). A world starts slowly,
-and a process can set DeepEP up only once, so each world goes through all checks.
+and a process can set up DeepEP only once, so each world runs all checks.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The engine on a GPU: decode in CUDA graphs gives the very tokens and log probabilities that it gives without."""
+"""The engine on a GPU: decode in CUDA graphs gives exactly the tokens and log probabilities of decode without."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""GEMMs and quantizers, Triton's and deep_gemm's, against torch on the same inputs; what must not be read is NaN."""
+"""GEMMs and quantizers of Triton and deep_gemm against torch on the same inputs. Memory not to be read is NaN."""
 
 import importlib
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""The products of few tokens against their twins in float32; experts that nobody chose are NaN."""
+"""The products for few tokens against their twins in float32. Unchosen experts are NaN."""
 
 import pytest
 import torch

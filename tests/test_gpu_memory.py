@@ -1,5 +1,7 @@
-"""The memory table agrees with what the GPU reports: weights, KV, a full prefill step, full decode steps in graphs. And
-torch leaves memory to others."""
+"""The memory table agrees with the GPU's report: weights, KV, a full prefill step, full decode steps in graphs.
+
+And torch leaves memory for others.
+"""
 
 import gc
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The whole model on a GPU gives the same logits whichever library serves each op, in bf16 and with fp8 weights.
 
-A token whose best and next experts nearly tie may choose another one after any rounding, and its logits are then off by
-any amount. So a model is judged by the MEDIAN over rows of logits of each row's relative error.
+If a token's best and next experts nearly tie, any rounding may swap them, and its logits change by any amount. So the
+tests use the MEDIAN over rows of logits of each row's relative error.
 """
 
 import importlib

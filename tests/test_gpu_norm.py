@@ -1,4 +1,4 @@
-"""RMSNorm, its fused residual add, rope and the cache write in Triton against their twins."""
+"""RMSNorm, its fused residual addition, rope and the cache write in Triton against their twins."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""Two micro-batches in turns on a GPU that ranks share, over NCCL and over DeepEP: what they compute one after the
-other, bit for bit, and what an uncut batch does, as near as bf16 is.
+"""Two-batch overlap on a GPU that ranks share, over NCCL and over DeepEP.
 
-Every rank has other work: prompts, a prompt that is cut, one token, which leaves a half empty, nothing at all.
+Two micro-batches in turns equal the same two one after the other, bit for bit, and an uncut batch within bf16's
+rounding. Every rank has other work: prompts, a prompt that is cut, one token (so a half is empty), or nothing.
 """
 
 from dataclasses import replace

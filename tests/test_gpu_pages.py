@@ -1,4 +1,4 @@
-"""The Triton page copies are bitwise the twins', and touch no other page."""
+"""The Triton page copies equal their twins bit for bit, and touch no other page."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
-"""Experts move on a GPU while steps run in CUDA graphs: on one rank the very tokens and log probabilities, over NCCL
-between two ranks the tokens of the CPU."""
+"""Experts move on a GPU while steps run in CUDA graphs.
+
+On one rank the tokens and log probabilities stay exactly the same. Over NCCL, two ranks give the tokens of a CPU.
+"""
 
 import random
 import re
@@ -75,7 +77,7 @@ def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: tor
     rebalancer = Rebalancer(model, mesh, ExpertReader(folder, config), 10**9, layers_per_step=2)
     rebalancer.request(torch.stack([torch.randperm(experts) for _ in range(layers)]))
     while not rebalancer.idle or rebalancer.vote():
-        rebalancer.act((rebalancer.vote(),))
+        rebalancer.advance((rebalancer.vote(),))
     rebalancer.close()
     assert rebalancer.stats["experts_staged"] >= layers
     expected = Transformer(

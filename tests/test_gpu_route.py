@@ -1,4 +1,4 @@
-"""The Triton gate and the moves between token order and expert order: bitwise the twins' wherever they only move."""
+"""The Triton gate, and the moves between token order and expert order: pure moves equal their twins bit for bit."""
 
 import pytest
 import torch

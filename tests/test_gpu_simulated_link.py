@@ -1,4 +1,4 @@
-"""Simulated communication on a GPU: it takes as long as it should, alone and in a CUDA graph, beside computation."""
+"""Simulated communication on a GPU takes the modelled time: alone, in a CUDA graph, and beside computation."""
 
 from collections.abc import Callable
 from statistics import median
@@ -41,8 +41,10 @@ def test_sms_are_held_for_the_time(num_sms: int) -> None:
 
 @pytest.mark.parametrize("num_sms", [0, 20])
 def test_transfers_take_their_time(num_sms: int) -> None:
-    """Ten in a row. Without a graph their launches show, a few microseconds each, and only the long ones are held. The
-    median over several calibrations: on some machines copies are a fifth faster or slower a moment after one."""
+    """Ten transfers in a row. Without a graph each launch adds a few microseconds, so only long ones are checked.
+
+    The median over several calibrations counts: on some machines the speed of copies changes by a fifth afterwards.
+    """
     link = SimulatedLink(model, CUDA, num_sms)
 
     def ten(what: str) -> None:
@@ -65,8 +67,10 @@ def test_transfers_take_their_time(num_sms: int) -> None:
 
 @pytest.mark.parametrize("num_sms", [0, 20])
 def test_computation_runs_beside_a_flight(num_sms: int) -> None:
-    """In a graph: a flight of a millisecond and half a millisecond of products take a millisecond, not one and a half;
-    with 20 SMs held, products slow down accordingly, and not more."""
+    """In a graph, a flight of 1 ms and products of 0.5 ms take 1 ms together, not 1.5 ms.
+
+    With 20 SMs held, products slow down in proportion, and not more.
+    """
     link, side = SimulatedLink(model, CUDA, num_sms), 2048
     a, b, out = (torch.randn(side, side, device=CUDA, dtype=torch.bfloat16) for _ in range(3))
 

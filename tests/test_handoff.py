@@ -1,5 +1,8 @@
-"""The KV handoff, over real links: pages arrive bit by bit where they belong, every room ends exactly once on either
-side whatever crosses on the way, and once it has ended nothing writes its pages any more."""
+"""The KV handoff over real links.
+
+Pages arrive at their places bit for bit. Every room ends exactly once on either side, whichever messages cross. After
+the end nothing writes its pages.
+"""
 
 import multiprocessing
 import os
@@ -190,7 +193,7 @@ def make_pair() -> Iterator[Any]:
         (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
-        connect = listen(door.store, HOST, CPU)
+        connect = listen(door.store.port, HOST, CPU)
         send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, credits or Credits())
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
@@ -200,7 +203,7 @@ def make_pair() -> Iterator[Any]:
         for end in (pair.prefill, pair.decode):
             end.link.stop()
             end.link.join(1)
-            end.link.transport = None  # a peer that is still inside a transfer sees it end
+            end.link._transport = None  # a peer that is still inside a transfer sees it end
 
 
 def bits(x: Tensor) -> Tensor:
@@ -232,7 +235,7 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
 class Gate:
     """Until it is opened no transfer that a link has started is through."""
 
-    def __init__(self, link: Link):
+    def __init__(self, link: Link) -> None:
         self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
         for name in ("send", "recv"):
             setattr(link.transport, name, self.held(getattr(link.transport, name)))
@@ -472,7 +475,7 @@ class Storm:
     """The two loops of a prefill and a decode rank, in one thread and in a random order; rooms share few pages, so a
     page that one has let go is soon another's. Whoever gets pages that a room let go paints them at once."""
 
-    def __init__(self, pair: Pair, seed: int):
+    def __init__(self, pair: Pair, seed: int) -> None:
         self.pair, self.rng = pair, random.Random(seed)
         self.allocator = PageAllocator(NUM_PAGES)
         self.opened = 0
@@ -646,7 +649,7 @@ def test_links_that_are_over_keep_no_sockets() -> None:
         key, (source, sink) = link_key(prefill, decode, generation), ends
         sink.link = ReceiveLink(key, dial(prefill, decode, CPU, generation), sink.pool, sink.events, Credits())
         assert door.poll(SOON * 1000)
-        source.link = SendLink(key, listen(door.store, HOST, CPU), source.pool, source.events, Credits())
+        source.link = SendLink(key, listen(door.store.port, HOST, CPU), source.pool, source.events, Credits())
         pair = Pair(source, sink, decode)
         pair.open(1, [4])
         source.link.put(SendPages(1, [1], [4]))
@@ -695,7 +698,7 @@ def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monke
     monkeypatch.setattr(TorchTransport, "greet", lambda self: greeted.set())
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
-    link = SendLink(key, listen(door.store, HOST, CPU), make_pool(None), queue.SimpleQueue(), Credits())
+    link = SendLink(key, listen(door.store.port, HOST, CPU), make_pool(None), queue.SimpleQueue(), Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU)
     time.sleep(0.3)  # now it waits at the pipe
@@ -710,7 +713,7 @@ def test_a_link_that_was_dropped_stays_so() -> None:
     made: list[int] = []
 
     class Fake:
-        def __init__(self, generation: int):
+        def __init__(self, generation: int) -> None:
             made.append(generation)
             self.stopped = False
 
@@ -756,7 +759,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
         pair.open(uid, [uid])
     pair.prefill.link.pipe.send(Sending([1], [1]))  # announced, and then the sender's group goes down
     time.sleep(0.3)
-    pair.prefill.link.transport = None
+    pair.prefill.link._transport = None
     for _ in range(2):
         ended = pair.decode.hear()
         assert ended.uid in (1, 2) and "link p/d" in ended.error
@@ -811,7 +814,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
     end = End(make_pool(None), None, queue.SimpleQueue())
-    end.link = SendLink(key, listen(door.store, HOST, CPU), end.pool, end.events, Credits())
+    end.link = SendLink(key, listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU)
     end.link.put(Join(1))
@@ -834,7 +837,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
     door = Door(HOST)
     doing.put(Member(prefill.id, HOST, door.port, door.store.port))
     assert door.poll(SOON * 1000)
-    pipe, transport = listen(door.store, HOST, CPU)(link_key(prefill, decode))
+    pipe, transport = listen(door.store.port, HOST, CPU)(link_key(prefill, decode))
     (opening,) = pipe.poll(SOON * 1000)
     pipe.send(Sending([opening.request.uid], opening.pages))
     doing.put("sending")
@@ -893,7 +896,7 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
     process, doing = spawn(decode_that_dies, prefill, decode, takes_some)
     assert door.poll(60_000)
     end = End(torch.randn(HUGE), None, queue.SimpleQueue())
-    end.link = SendLink(link_key(prefill, decode), listen(door.store, HOST, CPU), end.pool, end.events, Credits())
+    end.link = SendLink(link_key(prefill, decode), listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
     end.hear_open(1)
     for uid in (1, 2):
         end.link.put(Join(uid))
@@ -921,7 +924,7 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     source, pool = make_pool(None), make_pool(CANARY)
     sending = Links(
         lambda peer, g: SendLink(
-            link_key(prefill, peer, g), listen(door.store, HOST, CPU), source, sending.events, sending.credits
+            link_key(prefill, peer, g), listen(door.store.port, HOST, CPU), source, sending.events, sending.credits
         )
     )
     receiving = Links(
@@ -985,7 +988,9 @@ def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
     assert door.poll(SOON * 1000)  # and nothing comes of it
     time.sleep(0.4)
     (knock, *_) = door.poll(SOON * 1000)
-    send = SendLink(link_key(prefill, knock.decode), listen(door.store, HOST, CPU), make_pool(None), events, Credits())
+    send = SendLink(
+        link_key(prefill, knock.decode), listen(door.store.port, HOST, CPU), make_pool(None), events, Credits()
+    )
     link.put(Join(1, Open(Request(1, [1]), [4], [decode])))
     assert isinstance(events.get(timeout=SOON), Open)
     for one in (link, send):

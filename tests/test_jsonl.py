@@ -1,4 +1,4 @@
-"""A batch of lines: an answer for each, in the input's order however they finish, and a bad line ruins only itself."""
+"""A batch of lines: one answer per line, in input order, however requests finish. A bad line spoils only itself."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 class Given:
     """Lines in a list; of `None` there is none yet."""
 
-    def __init__(self, lines: list[str | None]):
+    def __init__(self, lines: list[str | None]) -> None:
         self._left = deque(lines)
 
     def next(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The structure that the README promises: imports run one way, files stay small, optional libraries stay optional."""
+"""The repository's structure: imports run one way, files and sentences stay short, optional libraries stay optional."""
 
 import ast
 import inspect
@@ -116,7 +116,7 @@ def sentences(text: str) -> list[str]:
 
 
 def test_sentences_stay_short() -> None:
-    """What takes a breath more than that is read twice."""
+    """A longer sentence needs a second reading."""
     long = []
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -139,3 +139,15 @@ def test_the_repository_stays_small() -> None:
     files = [ROOT / name for name in listed.decode().split("\0") if name]
     sizes = [path.stat().st_size for path in files if path.exists() and path.suffix != ".safetensors"]
     assert sum(sizes) < 3_500_000
+
+
+def test_functions_around_kernels_are_annotated() -> None:
+    """Ruff looks away from kernels/ (pyproject.toml), because a Triton kernel's arguments have no Python types."""
+    bare = []
+    for path in ROOT.glob("kernels/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "jit" not in " ".join(map(ast.unparse, node.decorator_list)):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                typed = all(one.annotation or one.arg in ("self", "cls") for one in given) and node.returns
+                bare += [] if typed else [f"{path.name}: {node.name}"]
+    assert bare == []

@@ -1,4 +1,4 @@
-"""Lines come as they are written, whatever they hold and whoever writes them, and nobody waits for them."""
+"""Input lines are read as they are written, whatever they contain and whoever writes them, without blocking anyone."""
 
 import bz2
 import gzip

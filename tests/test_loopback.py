@@ -1,5 +1,7 @@
-"""What Loopback lets arrive: the promised rows for each expert, in both layouts, that the experts can work on; with a
-simulated link, when it arrives."""
+"""Loopback's simulated arrivals: each expert gets its promised rows, in both layouts, and can compute them.
+
+With a simulated link, they arrive at the modelled time.
+"""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The memory table: its parts are what the code allocates, its remainder is the KV pool, its refusals say why."""
+"""The memory table: its parts equal the code's allocations, the rest is the KV pool, and refusals give the reason."""
 
 import gc
 import weakref

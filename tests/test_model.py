@@ -1,4 +1,4 @@
-"""Greedy tokens and log probabilities equal transformers', however the tokens are cut into steps, pages and batches."""
+"""Greedy tokens and log probabilities equal transformers', however tokens are cut into steps, pages and batches."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every op of kernels/ref.py equals an independent formulation, and nothing undefined (NaN here) leaks out of it."""
+"""Every op of kernels/ref.py equals an independent formulation, and undefined memory (NaN here) reaches no result."""
 
 import math
 import random

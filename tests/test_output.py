@@ -1,4 +1,4 @@
-"""The answers' file: in order, as soon as can be; and what was there before is lost only to who asked for it."""
+"""The file of answers: in order, and written early. Existing answers are lost only if the user asks for it."""
 
 import itertools
 import json

@@ -1,5 +1,7 @@
-"""Two micro-batches in turns compute what they compute one after the other, bit for bit, and in the order that
-`parallel/overlap.py` draws."""
+"""Two micro-batches in turns compute the same as one after the other, bit for bit.
+
+Their stages run in the order that `parallel/overlap.py` draws.
+"""
 
 import re
 from collections.abc import Iterator

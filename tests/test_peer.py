@@ -1,4 +1,6 @@
-"""The engine's benchmark and the same work through transformers, on the shipped shape."""
+"""The engine's benchmark with transformers as its peer, on the shipped model's shape."""
+
+from pathlib import Path
 
 from scripts.bench.lib.measurements import load
 from tests.processes import run_module
@@ -6,7 +8,7 @@ from tests.processes import run_module
 WORK = "--shape tiny --layers 2 --batch 1,3 --prompt 20 --output 4 --prefill-batch 2 --step-tokens 40 --repeat 1"
 
 
-def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path) -> None:
+def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     run = run_module("scripts.bench.engine", *WORK.split(), "--peer", "transformers", "--out", str(out))
     assert run.returncode == 0, run.stdout + run.stderr

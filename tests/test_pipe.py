@@ -1,4 +1,4 @@
-"""A link's pipe carries its messages in order between its two ends, and between nobody else."""
+"""A link's pipe carries its messages in order between its two ends, and to no other process."""
 
 import socket
 import time

@@ -1,4 +1,6 @@
-"""Which slot holds which expert, and which ranks stand together: the arithmetic, without a job."""
+"""Which slot holds which expert, and which ranks form a group: the arithmetic, without a job."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -40,6 +42,31 @@ def test_slots_follow_the_map_of_their_own_layer() -> None:
         assert orders[layer][slots].equal(experts), "the slot does not hold the expert"
         for token, slot in zip(experts.flatten().tolist(), slots.flatten().tolist(), strict=True):
             assert placement.experts_on(slot // 4, layer)[slot % 4] == token
+
+
+@pytest.mark.parametrize("ranks_per_node", (None, 2, 3))
+def test_a_rank_uses_the_nearest_replica_and_ranks_that_are_as_near_take_turns(ranks_per_node: int | None) -> None:
+    """On itself, else on its node, else anywhere: worked out anew, slot by slot. Equal choices are used equally."""
+    ranks, local, experts, layers = 6, 3, 7, 20
+    rest = torch.randint(experts, (layers, ranks * local - experts))
+    of_slot = torch.cat((torch.arange(experts).expand(layers, -1), rest), 1)
+    of_slot = of_slot.gather(1, torch.rand(of_slot.shape).argsort(1))
+    per_node = ranks_per_node or ranks
+    used: dict[int, Counter] = {}  # by how many replicas are as near: how often each of them is chosen
+    for rank in range(ranks):
+        placement = Placement.of_map(of_slot, experts, ranks, rank, ranks_per_node)
+        for layer in range(layers):
+            for expert in range(experts):
+                slots = [slot for slot in range(ranks * local) if of_slot[layer, slot] == expert]
+                mine = [slot for slot in slots if slot // local == rank]
+                near = [slot for slot in slots if slot // local // per_node == rank // per_node]
+                choice = mine or near or slots
+                chosen = placement.slot_of_expert[layer, expert].item()
+                assert chosen in choice, (layer, expert, rank)
+                used.setdefault(len(choice), Counter())[choice.index(chosen)] += 1
+    assert {1, 2, 3} <= used.keys()
+    for count in (2, 3):
+        assert min(used[count][i] for i in range(count)) > 0.6 * used[count].total() / count, used[count]
 
 
 def test_the_two_tables_do_not_share_memory() -> None:

@@ -1,4 +1,4 @@
-"""Experts sliced over ranks give what one rank with whole experts does."""
+"""Experts sliced over ranks give the same result as whole experts on one rank."""
 
 from dataclasses import replace
 from pathlib import Path

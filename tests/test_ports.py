@@ -1,5 +1,7 @@
-"""What a router and a replica say to one another arrives once and in order, whatever becomes of their connection; and
-each end finds out that the other has gone."""
+"""Messages between a router and a replica arrive once and in order, whatever happens to their connection.
+
+And each end notices when the other has gone.
+"""
 
 import random
 import socket

@@ -1,4 +1,4 @@
-"""fp8 that stays fp8: where it may, what the layers then compute, and that weights and scales are the checkpoint's."""
+"""Weights that stay in fp8: where that is possible, what the layers compute, and that values are the checkpoint's."""
 
 import json
 import shutil

@@ -1,5 +1,7 @@
-"""Experts move while the job serves: the same tokens, whatever moves when, and the same counts; a rank that cannot read
-stops the move on all of them; an expert in the wrong slot is found."""
+"""Experts move while a job serves: tokens and counts stay the same, whichever experts move and when.
+
+A rank that cannot read stops the move on all ranks. An expert in the wrong slot is detected.
+"""
 
 import io
 import os
@@ -248,7 +250,7 @@ def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: fl
 
 def drive(rebalancer: Rebalancer) -> None:
     while not rebalancer.idle or rebalancer.vote():
-        rebalancer.act((rebalancer.vote(),))
+        rebalancer.advance((rebalancer.vote(),))
     rebalancer.close()
 
 

@@ -1,4 +1,4 @@
-"""Every line of input is either a request that the engine can run or one ValueError that says what is wrong with it."""
+"""Every line of input is either a request that the engine can run, or one ValueError that names the error."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the prefill and decode roles make of what they are told: in any order, twice, too late, or of no sense."""
+"""The prefill and decode roles handle messages in any order: repeated, late or senseless ones too."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from disagg.control.messages import Abort, Back, Forget, Gone, Member, Submit, U
 from disagg.decode import Decode
 from disagg.engine import Engine
 from disagg.handoff.connect import Door
-from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded
+from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded, SendPages
 from disagg.prefill import Prefill
 from disagg.request import Request
 from kernels.ops import Ops
+from model.batch import PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh
 from tests.conftest import eventually
@@ -27,7 +28,7 @@ ME, PEER, OTHER = Member("me", HOST), Member("peer", HOST), Member("other", HOST
 class FakeLink:
     """Keeps what it is told. The test says what becomes of it."""
 
-    def __init__(self, peer: Member, generation: int):
+    def __init__(self, peer: Member, generation: int) -> None:
         self.peer, self.generation, self.told, self.is_down = peer, generation, [], False
         self.bytes_moved = self.seconds_moving = 0
 
@@ -184,6 +185,27 @@ def test_a_token_that_the_model_does_not_have_closes_the_room(prefill: Prefill) 
     assert not prefill.scheduler.has_work
     prefill.handle(RoomEnded(3, "closed"))
     assert not prefill.outgoing
+
+
+def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(prefill: Prefill) -> None:
+    """Two prompts share steps of 64 tokens, so that chunks end within pages."""
+    engine, length = prefill.engine, 100
+    for uid in (3, 4):
+        prefill.handle(Open(Request(uid, [5] * length, 1), [10 * uid, 10 * uid + 1], [PEER]))
+    (link,) = links(prefill)
+    sent: dict[int, list[int]] = {3: [], 4: []}
+    for _ in range(4):  # 64 of the first, its last 36 and 28 of the second, 64, 8
+        step = engine.launch(prefill.schedule(), None, 64)
+        link.told.clear()
+        prefill.launched(step)
+        for command in link.told:
+            if isinstance(command, SendPages):
+                sent[command.uid] += command.theirs
+        for uid, pages in sent.items():
+            computed = prefill.outgoing[uid].sequence.computed
+            full = computed // PAGE if computed < length else 2
+            assert pages == [10 * uid, 10 * uid + 1][:full], (uid, computed)
+    assert not prefill.scheduler.has_work
 
 
 def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypatch: Any, capsys: Any) -> None:

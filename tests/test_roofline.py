@@ -1,4 +1,4 @@
-"""The roofline's arithmetic, against numbers worked out on paper, and against a count made in another way."""
+"""The roofline's arithmetic against numbers by hand, and against an independent count."""
 
 from dataclasses import replace
 

@@ -1,10 +1,11 @@
-"""The router over its real port: what it says while nobody comes, and whom a retry goes to."""
+"""The router over its real port: what it reports while it waits, whom it believes, where requests and retries go."""
 
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -48,7 +49,7 @@ VOCAB_SIZE = 4096
 class Worker:
     """A replica whose part the test plays, without a beacon: it must be done before its silence counts."""
 
-    def __init__(self, hello: Hello, port: int):
+    def __init__(self, hello: Hello, port: int) -> None:
         self.port = WorkerPort(hello, HOST, port)
         self._heard = self.port.poll(1000 * SOON_S)  # now it is connected, and Hello is on its way
 
@@ -155,7 +156,7 @@ def test_a_retry_goes_to_another_job() -> None:
     assert answers[0].error is None
 
 
-def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch) -> None:
+def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nobody else: a link may have broken between two replicas that live."""
     monkeypatch.setattr(module, "SUSPECT_S", 0.5)
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
@@ -167,7 +168,7 @@ def test_a_retry_waits_before_it_goes_where_it_failed(monkeypatch) -> None:
     assert answers[0].error is None
 
 
-def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
+def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5, 6, 7], 1)) as (router, answers):
         dying = {name: joining(name, "decode", router, "ab") for name in ("a", "b")}
         assert eventually(lambda: len(router.fleet.replicas) == 2)
@@ -185,7 +186,7 @@ def test_a_job_that_has_lost_a_replica_gets_nothing_more(capsys) -> None:
     )
 
 
-def test_the_requests_on_a_prefill_replica_are_counted(capsys) -> None:
+def test_the_requests_on_a_prefill_replica_are_counted(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5, 6, 7], 1)) as (router, _):
         decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
         submit = hear(decode, Submit)
@@ -217,7 +218,9 @@ def test_a_request_goes_where_it_fits(small_role: str, order: tuple[str, str]) -
 @pytest.mark.parametrize(
     ("joined", "missing"), [((), "prefill and a decode"), (("decode",), "prefill"), (("prefill",), "decode")]
 )
-def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -> None:
+def test_it_says_what_it_waits_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, joined: tuple[str, ...], missing: str
+) -> None:
     """At 0.2 s, at 0.6 s, and not again before 1.8 s."""
     monkeypatch.setattr(module, "NOTICE_S", 0.2)
     monkeypatch.setattr(fleet, "FAREWELL_S", 0.1)
@@ -233,7 +236,7 @@ def test_it_says_what_it_waits_for(tiny, monkeypatch, capsys, joined, missing) -
     assert [answer.error for answer in answers.values()] == ["interrupted"] * 3
 
 
-def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny) -> None:
+def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny: Path) -> None:
     """Its goodbye comes between a token and the router's own look at the interrupt."""
     port, answers, interrupt = RouterPort(HOST, 0), {}, threading.Event()
     worker = replica("u", "unified", port.port)
@@ -458,7 +461,7 @@ def test_a_job_takes_part_once_it_is_whole() -> None:
 # ---- moving on
 
 
-def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys) -> None:
+def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.CaptureFixture) -> None:
     """Its stop string is found across the move; an answer's log probabilities are those of all its tokens."""
     with serving(Request(0, [5, 6], 5, seed=7, logprobs=1)) as (router, answers):
         prefill, dying = joining("p", "prefill", router), joining("d", "decode", router)
@@ -493,7 +496,7 @@ def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys) -> None
 class Beating(Worker):
     """With a beacon whose turn the test counts up."""
 
-    def __init__(self, hello: Hello, port: int):
+    def __init__(self, hello: Hello, port: int) -> None:
         super().__init__(hello, port)
         self.beacon = Beacon(hello.members[0].id, HOST, port)
         self.ended = threading.Event()
@@ -512,7 +515,9 @@ class Beating(Worker):
 
 
 @pytest.mark.parametrize("how", ["silent", "stuck"])
-def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(how: str, monkeypatch, capsys) -> None:
+def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     for where, name, value in (
         (pulse, "BEAT_S", 0.05),
         (fleet, "SILENT_S", 0.5),
@@ -569,7 +574,7 @@ def test_who_comes_later_hears_who_is_gone_still() -> None:
     assert answers[0].error is None
 
 
-def test_a_router_that_was_stopped_itself_gives_nobody_up(monkeypatch) -> None:
+def test_a_router_that_was_stopped_itself_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loop stood still: whoever it has not heard meanwhile is forgiven."""
     for name, value in (("SILENT_S", 0.5), ("PAUSE_S", 0.3), ("PING_S", 0.05)):
         monkeypatch.setattr(fleet, name, value)
@@ -595,7 +600,7 @@ def test_a_router_that_was_stopped_itself_gives_nobody_up(monkeypatch) -> None:
 # ---- what a deployment hands over
 
 
-def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys) -> None:
+def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5], 1)) as (router, answers):
         wrong = joining("w", "decode", router, kv={"layers": "5", "dtype": "bfloat16"})
         right = joining("r", "prefill", router, kv={"layers": "5", "dtype": "float32"})
@@ -613,7 +618,7 @@ def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys) -> None
     assert answers[0].error is None
 
 
-def test_nobody_joins_in_anothers_name(capsys) -> None:
+def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5], 1)) as (router, answers):
         prefill = joining("p", "prefill", router)
         forged = Hello("decode", [Member("x", HOST), Member("p", HOST)], 4, 64, 640, {"layers": "5"}, "x")

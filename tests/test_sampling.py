@@ -1,4 +1,4 @@
-"""Samples follow the filtered softmax, and a row's token depends on its own logits, parameters, seed and position."""
+"""Samples follow the filtered softmax. A row's token depends only on its own logits, parameters, seed and position."""
 
 import math
 from fractions import Fraction

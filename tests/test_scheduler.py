@@ -1,6 +1,9 @@
-"""Whatever is asked, in whatever order: every page has one owner, a step stays within its bounds, requests start in
-the order they came, all of them end, and two schedulers that see the same events decide the same. Always one step is in
-flight: its tokens are seen after the next one was launched."""
+"""The scheduler, under any sequence of events.
+
+Every page has one owner, and a step stays within its limits. Requests start in the order of arrival, and all of them
+end. Two schedulers that see the same events decide the same. One step is always in flight: its tokens are seen after
+the next step was launched.
+"""
 
 from collections import deque
 from dataclasses import dataclass, field

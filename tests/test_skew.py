@@ -1,4 +1,4 @@
-"""Random models whose experts are as popular as was asked for."""
+"""Random models whose experts have the popularity that was asked for."""
 
 from dataclasses import replace
 

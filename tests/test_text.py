@@ -1,5 +1,7 @@
-"""Text as its tokens come: never half a character, never past a stop string, and at the end what the tokenizer makes
-of all tokens."""
+"""Text while its tokens arrive: never half a character, and never past a stop string.
+
+At the end it equals the tokenizer's text for all tokens.
+"""
 
 import random
 

@@ -1,14 +1,16 @@
-"""What becomes a prompt: all that fits, whole; and a folder or a text that takes too much is refused by name, early."""
+"""Prompts are tokenised whole if they fit. A folder or a text that takes too much is refused early, by name."""
 
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Never
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from disagg.front import tokenizer as module
@@ -143,14 +145,14 @@ def test_a_template_in_latin_1_is_named(folder: Path, capsys: pytest.CaptureFixt
 class Spy:
     """A tokenizer that says how many characters it was given."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.characters = tokenizer, 0
 
-    def encode(self, text: str, **how: object):
+    def encode(self, text: str, **how: object) -> Encoding:
         self.characters += len(text)
         return self.tokenizer.encode(text, **how)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
 
@@ -197,7 +199,7 @@ def unicode_forms() -> Tokenizer:
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, byte_fallback, unicode_forms])
-def test_no_text_that_fits_is_refused(make) -> None:
+def test_no_text_that_fits_is_refused(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
 
     @given(st.text(max_size=200) | st.text("ab the\u1112\u1161\u11ab\U0001d400\U0001d7d8é»", max_size=200))
@@ -243,7 +245,7 @@ def test_a_panic_in_the_library_costs_one_prompt(capfd: pytest.CaptureFixture) -
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_ctrl_c_is_no_refusal(kind: type[BaseException]) -> None:
     class Interrupted(Spy):
-        def encode(self, text: str, **how: object):
+        def encode(self, text: str, **how: object) -> Never:
             raise kind
 
     with pytest.raises(kind):

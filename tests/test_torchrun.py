@@ -1,4 +1,4 @@
-"""Commands as they are typed: torchrun with its ranks, and processes that begin with their own imports."""
+"""Commands as a user types them: torchrun with its ranks, and processes with their own imports."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A rank's parameters are its own shares of the checkpoint's tensors; what does not fit is refused by name."""
+"""A rank's parameters are its own shares of the checkpoint's tensors. A tensor that does not fit is refused by name."""
 
 import json
 import shutil

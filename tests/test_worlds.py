@@ -1,5 +1,7 @@
-"""The same request gives the same tokens in every arrangement: any world size, any attention TP, idle ranks, unified
-or disaggregated with any pairing of the two sides. And no page leaks on any rank."""
+"""The same request gives the same tokens in every arrangement, and no page leaks on any rank.
+
+Arrangements: any world size, any attention TP, idle ranks, unified, or disaggregated with any pairing of two sides.
+"""
 
 import functools
 import random

@@ -11,9 +11,9 @@ from tests.processes import Job, free_port
 
 
 class Town:
-    """A router's address, and all that was started for it."""
+    """A router's address, and the jobs that were started for it."""
 
-    def __init__(self, folder: Path, model: Path, constants: dict[str, Any]):
+    def __init__(self, folder: Path, model: Path, constants: dict[str, Any]) -> None:
         self.folder, self.model, self.constants = folder, str(model), constants
         self.port = free_port()
         self.jobs: list[Job] = []
@@ -27,7 +27,7 @@ class Town:
         return self.start(role, ranks, "--router", f"127.0.0.1:{self.port}", *flags)
 
     def router(self, requests: list[dict], name: str) -> Job:
-        """Answers go to `answers(name)`."""
+        """Start a router with these requests. `answers(name)` reads its answers."""
         source = self.folder / f"{name}.jsonl"
         source.write_text("".join(json.dumps(request) + "\n" for request in requests))
         where = "--router", f"127.0.0.1:{self.port}"
@@ -38,7 +38,7 @@ class Town:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def until(self, condition: Callable[[], bool], seconds: float) -> None:
-        """AssertionError, with all that was said, if it does not come true in time."""
+        """Wait until the condition is true. After `seconds`, raise AssertionError with all logs."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not in {seconds} s:\n{self.said}"
@@ -55,7 +55,7 @@ class Town:
 
 @contextmanager
 def town(folder: Path, model: Path, **constants: Any) -> Iterator[Town]:
-    """constants: disagg__front__fleet__SILENT_S=2 sets that constant in every process."""
+    """Yield a Town and end its jobs. `constants`: disagg__front__fleet__SILENT_S=2 sets that one in all processes."""
     place = Town(folder, model, {name.replace("__", "."): value for name, value in constants.items()})
     try:
         yield place

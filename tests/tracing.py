@@ -1,6 +1,7 @@
-"""The most memory that tensors take at once, counted on a CPU: what the formulas of `disagg/memory.py` are held to.
+"""Count the peak memory of tensors on a CPU, to test the formulas of `disagg/memory.py` against it.
 
-The ops here allocate what the GPU kernels do and compute nothing; a `FakeGroup` has ranks that all send alike.
+The ops here allocate the same tensors as the GPU kernels and compute nothing. A `FakeGroup` stands for ranks that all
+send the same rows.
 """
 
 import weakref
@@ -19,12 +20,12 @@ from parallel.mesh import Group, Transfer
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the tensors that are made inside it: `live` now, `most` at once."""
+    """Counts the bytes of tensors made inside it: `live` is the current number, `most` the peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.most = 0
-        self.sizes: dict[int, int] = {}  # of each storage that is alive
+        self.sizes: dict[int, int] = {}  # bytes of each live storage
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
@@ -45,7 +46,7 @@ class Peak(TorchDispatchMode):
 
 
 class FakeGroup(Group):
-    """Ranks without processes: the others route as I do."""
+    """A group without processes, whose other ranks route like this one."""
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return x.new_empty(self.share(x.shape[0]), *x.shape[1:])
@@ -57,9 +58,9 @@ class FakeGroup(Group):
         return x
 
     def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> Transfer:
-        if x.dim() == 1:  # how many rows each rank sends to me: as many as I send to myself
+        if x.dim() == 1:  # counts of rows: each rank sends as many to this one as it sends to itself
             return Transfer(torch.full_like(x, int(x[0])), None, x)
-        return Transfer(x.new_zeros(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)  # ids that count
+        return Transfer(x.new_zeros(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)  # zeros are valid ids
 
 
 def allocating_ops(alignment: int) -> Ops:
@@ -138,7 +139,7 @@ def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lens: Tensor, scale: fl
 
 
 def _first_experts(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, *_: Any) -> Any:
-    """Every token wants experts 0 .. K - 1: as many of rank 0's as it can."""
+    """Every token chooses experts 0 .. K - 1: as many of rank 0's as possible."""
     return torch.arange(top_k).repeat(logits.shape[0], 1), logits.new_empty(logits.shape[0], top_k)
 
 
@@ -150,7 +151,7 @@ def _scatter(
     counts: Sequence[int] | None = None,
     scales: Tensor | None = None,
 ) -> tuple:
-    """The most rows that it can give, unless it is told."""
+    """Allocate the rows for these counts; without counts, the largest possible number."""
     rows = grouped_rows(experts.shape[0] * min(experts.shape[1], groups), groups, alignment)
     if counts is not None:
         rows = sum(-(-count // alignment) * alignment for count in counts)

@@ -1,6 +1,6 @@
-"""Worlds of real processes for tests: gloo on this machine (and NCCL, on one GPU), bounded in time, a free port.
+"""Worlds of real processes on this machine, over gloo (and NCCL on a GPU), with a time limit and a free port.
 
-Start-up is slow (the processes connect to one another), so a test starts one world and checks many things in it.
+A world starts slowly, because its processes connect to each other. So a test starts one world and checks many things.
 """
 
 import multiprocessing
@@ -22,9 +22,9 @@ TIMEOUT = timedelta(seconds=120)
 
 
 def run_world(size: int, body: Callable[..., None], *args: Any, timeout_s: float = 240, device: str = "cpu") -> None:
-    """Call `body(rank, *args)` in `size` processes that form one world. Fails with the first rank's traceback.
+    """Call `body(rank, *args)` in `size` processes that form one world. Raises AssertionError if a rank fails.
 
-    device: "cuda" is a world of NCCL too, whose ranks share GPUs where there are fewer.
+    device: "cuda" adds NCCL. Ranks share GPUs if there are fewer GPUs than ranks.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn") if device == "cuda" else fork_server
@@ -67,14 +67,16 @@ def _rank(rank: int, size: int, port: int, errors: Any, device: str, body: Calla
         if device == "cpu":
             raise
         status = 1
-    if device == "cuda":  # no exit handlers: after a failure they would wait for kernels that never end
+    if device == "cuda":  # without exit handlers, which after a failure would wait for kernels that never end
         sys.stdout.flush()
         os._exit(status)
 
 
 def sub_mesh(first: int, size: int, attn_tp: int = 1) -> Mesh | None:
-    """A job of `size` ranks within the world, from rank `first` on. EVERY rank of the world must call this; None for
-    those outside it."""
+    """Return the mesh of a job within the world: `size` ranks from rank `first` on; None on ranks outside it.
+
+    EVERY rank of the world must call this, because it makes process groups.
+    """
     ranks = list(range(first, first + size))
     me, ep, attn = dist.get_rank(), Group(), Group()
     handle = dist.new_group(ranks) if size > 1 else None

@@ -1,8 +1,8 @@
 """Control: messages between the router and the ranks, and how they survive a broken connection.
 
-messages.py   the messages, typed; session.py numbers them and resends what was lost
-ports.py      their two ends over ZeroMQ; address.py parses and resolves addresses
-pulse.py      the beat of every rank
+messages.py   the message types; session.py numbers messages and resends lost ones
+ports.py      the two ends of a conversation over ZeroMQ; address.py parses and resolves addresses
+pulse.py      heartbeats: how the router notices frozen and stuck ranks
 
-May import disagg/request.py. Knows no engine.
+May import disagg/request.py. Knows nothing of the engine.
 """

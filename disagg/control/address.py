@@ -1,4 +1,4 @@
-"""HOST:PORT: how a user writes an address, and how ZeroMQ wants it. IPv4, IPv6 and names alike."""
+"""HOST:PORT: how a user writes an address, and how ZeroMQ expects it. IPv4, IPv6 and host names."""
 
 import os
 import socket
@@ -7,7 +7,10 @@ import zmq
 
 
 def parse_address(name: str, address: str) -> tuple[str, int]:
-    """The value of the flag `name`. An IPv6 host stands in brackets, which are taken off."""
+    """Parse the value of the flag `name` into (host, port). An IPv6 host must be in brackets, which are removed.
+
+    Raises ValueError, with the flag and the rule that its value breaks.
+    """
     host, _, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -25,33 +28,36 @@ def format_address(host: str, port: int | str) -> str:
 
 
 def resolve(host: str) -> str:
-    """The host's address as a number. A name may have several: an IPv4 one goes first. OSError if it has none."""
+    """Resolve a host to a numeric address. If a name has several, IPv4 is preferred. Raises OSError if it has none."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except UnicodeError:  # no name at all: a label of it is empty, or too long
+    except UnicodeError:  # not a valid name: a label is empty or too long
         raise OSError(socket.EAI_NONAME, "Name or service not known") from None
-    return min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
+    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
 
 
 def is_wildcard(host: str) -> bool:
-    """Does listening there mean to listen on all of this machine's addresses?"""
+    """Does listening on `host` mean listening on all of this machine's addresses?"""
     return resolve(host) in ("0.0.0.0", "::")
 
 
 def local_host(towards: str) -> str:
-    """My address as a machine at `towards` sees it: the one that a packet to it would leave from."""
+    """Return this machine's address as seen from `towards`: the source address of a packet sent there.
+
+    Raises ValueError if there is no route.
+    """
     try:
         number = resolve(towards)
         family = socket.AF_INET6 if ":" in number else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((number, 9))  # sends nothing
+            probe.connect((number, 9))  # a datagram socket: this sends nothing
             return probe.getsockname()[0]
     except OSError as error:
         raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
 
 
 def answers(host: str, port: int) -> bool:
-    """Does anybody listen there? At most a second is waited for it."""
+    """Does any process listen on host:port? Waits at most one second for an answer."""
     try:
         socket.create_connection((host, port), timeout=1).close()
     except OSError:
@@ -60,12 +66,13 @@ def answers(host: str, port: int) -> bool:
 
 
 def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
-    """Bind to host:port (0 = any free one); the port. ValueError if it cannot be had."""
+    """Bind to host:port (0: any free port). Returns the port. Raises ValueError if the address cannot be used."""
     try:
         number = resolve(host)
         sock.setsockopt(zmq.IPV6, ":" in number)
         sock.bind(f"tcp://{format_address(number, port or '*')}")
     except zmq.ZMQError as error:
+        assert error.errno is not None  # libzmq sets it for every error
         raise ValueError(f"cannot listen on {format_address(host, port)}: {os.strerror(error.errno)}") from None
     except OSError:
         raise ValueError(f"cannot listen on {format_address(host, port)}: no such host") from None
@@ -73,9 +80,12 @@ def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
 
 
 def connect_to(sock: zmq.Socket, host: str, port: int) -> None:
-    """Connect once somebody listens there, and again whenever the connection is lost. ValueError for no such host."""
+    """Connect as soon as a process listens there, and reconnect whenever the connection is lost.
+
+    Returns at once. Raises ValueError if the host cannot be resolved.
+    """
     try:
         sock.setsockopt(zmq.IPV6, ":" in resolve(host))
     except OSError as error:
         raise ValueError(f"no way to reach {host!r}: {error.strerror}") from None
-    sock.connect(f"tcp://{format_address(host, port)}")  # a name stays one: it may come to mean another machine
+    sock.connect(f"tcp://{format_address(host, port)}")  # the name itself: it may resolve to another machine later

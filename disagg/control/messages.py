@@ -1,75 +1,79 @@
-"""Small typed messages between the router and the ranks. `ports.py` carries them; msgspec encodes and checks them.
+"""Small typed messages between the router and the ranks. `ports.py` sends them; msgspec encodes and validates them.
 
 router  <-- Port (ROUTER) ... DEALER -->  the first rank of each attention replica
 router  <-- Port (ROUTER) ... DEALER ---  the beacon of every rank
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from disagg.request import Request
+from disagg.request import FinishReason, Request
 
+T = TypeVar("T")
+
+RoleName = Literal["unified", "prefill", "decode"]
 Name = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 class Member(msgspec.Struct, frozen=True):
-    """How to reach one rank. A fresh `id` for each process: a restarted one is somebody else."""
+    """How to reach one rank. Each process has a fresh `id`, so a restarted rank is a new member."""
 
     id: Name
     host: Name
     door: Count = 0  # port of a prefill rank's door
     store: Count = 0  # port of the TCPStore where its links meet
-    rank: Count = 0  # in its job
+    rank: Count = 0  # within its job
     pid: Count = 0
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """A replica to the router: I am here. `members` are its ranks, the sender first."""
+    """A replica to the router: I am ready. `members` are its ranks, the sender first."""
 
-    role: Literal["unified", "prefill", "decode"]
+    role: RoleName
     members: Annotated[list[Member], Meta(min_length=1, max_length=4096)]
     max_batch: Annotated[int, Meta(ge=1)]
-    step_tokens: Annotated[int, Meta(ge=1)]  # the most that one of its steps computes
+    step_tokens: Annotated[int, Meta(ge=1)]  # the most tokens that one step computes
     kv_tokens: Annotated[int, Meta(ge=1)]
-    kv: Annotated[
-        dict[Name, Name], Meta(max_length=16)
-    ]  # what is handed over: replicas that differ in it cannot serve together
-    job: Name  # the same for all replicas of a job, which cannot outlive one another
+    kv: Annotated[dict[Name, Name], Meta(max_length=16)]  # the KV layout; replicas that serve together have the same
+    job: Name  # the same for all replicas of a job; if one of them dies, the job ends
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """A rank's beacon to the router, every second: I live, and my loop has come to this turn."""
+    """A rank's beacon to the router, every second: I am alive, and my loop is in this turn."""
 
     id: Name  # the member's
     turn: Count
-    waits: bool  # for the other ranks of its job, in a collective
+    waits: bool  # in a collective, for other ranks of its job
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """The router: this is our session. A worker that was in another one drops what it held for that."""
+    """The router: this is our session. A worker drops everything that belongs to an earlier session."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """The router to a decode (or unified) replica: serve this, with the prefill done over there."""
+    """The router to a decode or unified replica: serve this request. `prefill`: the replica that computes the prompt.
+
+    `prefill` is None for a unified replica, which computes it itself.
+    """
 
     request: Request
     prefill: Annotated[list[Member], Meta(min_length=1)] | None
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
-    """The router: give back those of these requests that have not begun."""
+    """The router: return those of these requests that have not begun."""
 
     uids: list[int]
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """The router: nobody wants this any more."""
+    """The router: stop this request, its answer is no longer needed."""
 
     uid: int
 
@@ -81,36 +85,36 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Back(msgspec.Struct, frozen=True, tag=True):
-    """The router: these processes, which were said to be gone, answer again."""
+    """The router: these processes, earlier reported as Gone, answer again."""
 
     ids: list[Name]
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """The router: no more requests will come, or you are not wanted; stop."""
+    """The router: stop. No more requests will come or, with an `error`, this replica cannot take part."""
 
     error: str | None = None
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """The router: nothing, but sending it finds out whether you are still connected."""
+    """The router: no content. Sending it shows whether the worker is still connected."""
 
 
 class Forget(msgspec.Struct, frozen=True):
-    """A worker's port to its own loop: the session is over, so nobody wants what it held. It never travels."""
+    """A worker's port to its own loop: the session has ended, so drop its requests. Never sent over the network."""
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """Where the time to a handed-over request's first token went, in seconds."""
+    """The parts of a handed-over request's time to first token, in seconds, in order."""
 
-    queue: float  # until its first prefill step: for pages, for that step, and on the way there
+    queue: float  # until its first prefill step: waiting for pages and for that step, and network time
     prefill: float  # until its first token
-    transfer: float  # from there until its KV had arrived: what was not hidden behind the prefill
-    join: float  # until the decode side took it up, between two of its steps
+    transfer: float  # until all its KV has arrived: the part that the prefill did not hide
+    join: float  # until the decode side takes it up, between two steps
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """News of many requests: one more token each, and that is all."""
+    """News of many requests: one more token each, and nothing else."""
 
     by_uid: dict[int, TokenId]
 
@@ -121,22 +125,22 @@ class Update(msgspec.Struct, frozen=True, tag=True):
     uid: int
     tokens: list[TokenId] = []
     logprobs: list[list[tuple[int, float]]] = []
-    finish: Literal["stop", "length"] | None = None
+    finish: FinishReason | None = None
     error: str | None = None
-    retry: bool = False  # another prefill rank may do better
-    parts: Parts | None = None  # with the first token, where it was handed over
+    retry: bool = False  # another prefill rank may succeed
+    parts: Parts | None = None  # with the first token of a handed-over request
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router: all news of one step in one message."""
 
     updates: list[Update | Tokens] = []
-    begun: list[int] = []  # requests that have their pages, and whose prompts were asked for
+    begun: list[int] = []  # requests that have their pages, and whose prompts were requested from prefill
     returned: list[int] = []  # requests that were withdrawn before they began
 
 
 def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
-    """News of one request at a time, in order."""
+    """Yield one Update per request and message, in order."""
     for one in updates:
         if isinstance(one, Tokens):
             yield from (Update(uid, [token]) for uid, token in one.by_uid.items())
@@ -145,7 +149,7 @@ def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):
-    """A replica to the router, last of all: what it did."""
+    """A replica to the router, as its last message: its statistics."""
 
     stats: dict[str, float]
 
@@ -156,13 +160,14 @@ ToRouter = Hello | Beat | Updates | Bye
 encode = msgspec.msgpack.encode
 
 
-class Decoder:
-    """Bytes to one of the messages of `kind`. ValueError for anything else, whatever it is."""
+class Decoder(Generic[T]):
+    """Decodes bytes to a message of the types T. Raises ValueError for all other input."""
 
-    def __init__(self, kind: Any):
+    def __init__(self, kind: Any) -> None:
+        """`kind`: T as a value, which may be a union. (Python 3.11 has no annotation for that.)"""
         self._decoder = msgspec.msgpack.Decoder(kind)
 
-    def __call__(self, body: bytes) -> Any:
+    def __call__(self, body: bytes) -> T:
         try:
             return self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError) as error:

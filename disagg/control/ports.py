@@ -1,6 +1,6 @@
-"""Ports: the router's and a replica's ends of their conversation, over ZeroMQ. `session.py` says what survives.
+"""Ports: the router's and a replica's ends of their conversation, over ZeroMQ. `session.py` handles lost connections.
 
-A message is two frames, the header of its session and its body. What is neither is dropped with a line.
+A message has two frames: its session's header and its body. Anything else is dropped, with a line on stderr.
 """
 
 import secrets
@@ -14,20 +14,22 @@ from disagg.control.address import bind, connect_to
 from disagg.control.messages import Beat, Decoder, Forget, Hello, Ping, ToRouter, ToWorker, Welcome, encode
 from disagg.control.session import Header, Session
 
-HEARTBEAT_MS = 2_000  # ZeroMQ's own, answered by its I/O thread however long a step takes
+HEARTBEAT_MS = 2_000  # of ZeroMQ; its I/O thread answers, however long a step takes
 DEAD_AFTER_MS = 10_000
 LINGER_MS = 2_000
-MOST_SOCKETS = 4_096  # of a process; ZeroMQ's own limit is 1,023, which 200 links would reach
-MOST_BYTES = 16 * 2**20  # of a message; ZeroMQ ends a connection that announces more
-MOST_POLLED = 256  # messages that one poll returns, unless they have
-POLLED_BYTES = 4 * 2**20  # so many bytes
+MOST_SOCKETS = 4_096  # per process; ZeroMQ's default limit is 1,023, which 200 links would reach
+MOST_BYTES = 16 * 2**20  # per message; ZeroMQ ends a connection that announces more
+MOST_POLLED = 256  # messages that one poll returns; it also stops after
+POLLED_BYTES = 4 * 2**20  # bytes
 
-_to_worker, _to_router, _header = Decoder(ToWorker), Decoder(ToRouter), Decoder(Header)
+_to_worker = Decoder[ToWorker](ToWorker)
+_to_router = Decoder[ToRouter](ToRouter)
+_header = Decoder[Header](Header)
 
 
 def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
     context = context or zmq.Context.instance()
-    context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)  # counts before a context's first socket
+    context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)  # has an effect only before a context's first socket
     sock = context.socket(kind)
     sock.setsockopt(zmq.LINGER, LINGER_MS)
     sock.setsockopt(zmq.SNDHWM, 0)
@@ -39,27 +41,30 @@ def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
 
 
 class RouterPort:
-    """The router's end: talks to workers by their id, with each in a session that the router opens."""
+    """The router's end. It addresses workers by their id. The router opens one session with each."""
 
-    def __init__(self, host: str, port: int):
-        self._context = zmq.Context()  # of its own, so that `close` can see its last messages off
+    def __init__(self, host: str, port: int) -> None:
+        self._context = zmq.Context()  # its own, so that `close` can wait until its last messages have left
         self._sock = new_socket(zmq.ROUTER, self._context)
-        self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a process that is gone is an error
-        self._sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects is heard, though the old connection still stands
+        self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to an absent process is an error
+        self._sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker may reconnect while its old connection still exists
         self.port = bind(self._sock, host, port)
         self._sessions: dict[str, Session] = {}
 
     def admit(self, worker: str) -> bool:
-        """Open a new session with a worker. Whatever it holds of an older one, it drops."""
+        """Open a new session with a worker, which drops everything that belongs to an older one.
+
+        Returns False if the worker is not connected.
+        """
         self._sessions[worker] = Session(secrets.token_hex(8))
         return self._send(worker, self._sessions[worker].unnumbered, encode(Welcome()))
 
     def dismiss(self, worker: str) -> None:
-        """End the session: nothing that this worker says counts any more, but for a Hello and a Beat."""
+        """End the session. From now on only a Hello or a Beat of this worker is accepted."""
         self._sessions.pop(worker, None)
 
     def send(self, worker: str, message: ToWorker) -> bool:
-        """False if that worker is not connected; should it come back in this session, it hears the message then."""
+        """Send a message. Returns False if the worker is not connected; if it reconnects, it receives it then."""
         body = encode(message)
         return self._send(worker, self._sessions[worker].number(body), body)
 
@@ -78,20 +83,18 @@ class RouterPort:
         return True
 
     def poll(self, timeout_ms: int) -> list[tuple[str, ToRouter]]:
-        """What has come, waiting up to `timeout_ms` for the first message."""
+        """Return the received messages as (worker, message), after waiting up to `timeout_ms` for the first."""
         messages, num_bytes = [], 0
         while len(messages) < MOST_POLLED and num_bytes < POLLED_BYTES:
             if not self._sock.poll(0 if num_bytes else timeout_ms):
                 break
             name, *frames = self._sock.recv_multipart()
             num_bytes += 1 + sum(map(len, frames))
-            if name.startswith(
-                b"\0"
-            ):  # no worker's: a connection that ZeroMQ named, or one whose worker has another now
+            if name.startswith(b"\0"):  # ZeroMQ's own name: not a worker, or one that has reconnected meanwhile
                 continue
             try:
-                header, body = frames
-                worker, header, message = name.decode(), _header(header), _to_router(body)
+                head, body = frames
+                worker, header, message = name.decode(), _header(head), _to_router(body)
             except ValueError as error:
                 print(f"router: dropped a message that is not a worker's ({error!s:.200})", file=sys.stderr)
                 continue
@@ -100,12 +103,11 @@ class RouterPort:
         return messages
 
     def _counts(self, worker: str, header: Header, message: ToRouter) -> bool:
-        """Is it for the router to hear? It may be of another session, or have come before."""
+        """Should the router see this message? It may belong to another session, or be a repetition."""
         session = self._sessions.get(worker)
-        in_session = session is not None and header.session == session.id
         if isinstance(message, Beat):
             return True
-        if not in_session:
+        if session is None or header.session != session.id:
             return isinstance(message, Hello)
         is_next = session.hear(header)
         if isinstance(message, Hello):  # it has reconnected
@@ -121,16 +123,17 @@ class RouterPort:
 
 
 class WorkerPort:
-    """A replica's end. It connects by itself whenever a router comes up at the address, and says Hello each time."""
+    """A replica's end. It connects whenever a router listens at the address, and sends Hello each time."""
 
-    def __init__(self, hello: Hello, host: str, port: int):
-        """ValueError if `host` is none."""
-        self._context = zmq.Context()  # as the router's
+    def __init__(self, hello: Hello, host: str, port: int) -> None:
+        """Raises ValueError if `host` cannot be resolved."""
+        self._context = zmq.Context()  # its own, as in RouterPort
         self._sock = new_socket(zmq.DEALER, self._context)
         self._sock.setsockopt_string(zmq.IDENTITY, hello.members[0].id)
         self._monitor = self._sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         connect_to(self._sock, host, port)
-        self._hello, self._session = encode(hello), None
+        self._hello = encode(hello)
+        self._session: Session | None = None
         self._lost_at: float | None = None
         self._poller = zmq.Poller()
         for sock in (self._sock, self._monitor):
@@ -138,16 +141,16 @@ class WorkerPort:
 
     @property
     def welcomed(self) -> bool:
-        """Has a router ever taken this replica in?"""
+        """Has a router ever admitted this replica?"""
         return self._session is not None
 
     @property
     def lost_s(self) -> float:
-        """How long the router that had welcomed this replica has been away, in seconds; 0 while it is there."""
+        """Seconds since the connection to the router that admitted this replica broke; 0 while it is connected."""
         return 0.0 if self._lost_at is None else time.monotonic() - self._lost_at
 
     def send(self, message: ToRouter) -> None:
-        """In the session there is. Without one, nobody is there to whom it could matter."""
+        """Send a message in the current session. Without a session, drop it: no router has given this replica work."""
         if self._session is not None:
             body = encode(message)
             header = self._session.number(body)
@@ -158,14 +161,14 @@ class WorkerPort:
         self._sock.send_multipart((encode(header), body))
 
     def poll(self, timeout_ms: int = 0) -> list[ToWorker | Forget]:
-        """What has come, waiting up to `timeout_ms` for the first message."""
+        """Return the received messages, after waiting up to `timeout_ms` for the first."""
         if timeout_ms:
             self.wait(timeout_ms)
         messages: list[ToWorker | Forget] = []
         while len(messages) < MOST_POLLED and self._sock.poll(0):
             try:
-                header, body = self._sock.recv_multipart()
-                header, message = _header(header), _to_worker(body)
+                head, body = self._sock.recv_multipart()
+                header, message = _header(head), _to_worker(body)
             except ValueError as error:
                 print(f"dropped a message that is not the router's ({error!s:.200})", file=sys.stderr)
                 continue
@@ -173,7 +176,7 @@ class WorkerPort:
                 messages += self._welcomed(header)
             elif self._session is not None and header.session == self._session.id and self._session.hear(header):
                 messages.append(message)
-        self._watch()  # last: what was said before a connection ended is older than its end
+        self._watch()  # last, because messages come before the end of the connection that carried them
         return messages
 
     def _watch(self) -> None:
@@ -197,11 +200,11 @@ class WorkerPort:
         return forget
 
     def wait(self, timeout_ms: int) -> None:
-        """Until there is something to poll, at most `timeout_ms`."""
+        """Wait until there is something to poll, at most `timeout_ms`."""
         self._poller.poll(timeout_ms)
 
     def close(self) -> None:
-        """Returns when everything that was sent has left, or cannot (2 s)."""
+        """Close the port. Returns when all sent messages have left, or after LINGER_MS."""
         self._sock.disable_monitor()
         self._monitor.close()
         self._sock.close()

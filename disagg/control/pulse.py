@@ -1,7 +1,7 @@
-"""Pulse: how the router learns that a rank is frozen, or does not end a step.
+"""Pulse: how the router learns that a rank is frozen, or stuck in a step.
 
-Each rank has a beacon, a thread that tells the router every second which turn of its loop the rank has come to. A rank
-that is stopped sends nothing. A rank that hangs, or waits for one that does, stays in its turn.
+Each rank has a beacon: a thread that tells the router every second which turn the rank's loop is in. A stopped process
+sends nothing. A rank that hangs, or waits for one that hangs, stays in its turn.
 """
 
 import threading
@@ -20,17 +20,17 @@ BEAT_S = 1.0
 
 
 class Beacon(threading.Thread):
-    """The loop counts up `turn`, and sets `waits` while it is in a collective."""
+    """Sends a Beat every second. The loop counts up `turn`, and sets `waits` while it is in a collective."""
 
-    def __init__(self, id: str, host: str, port: int):
-        """ValueError if `host` is none."""
+    def __init__(self, id: str, host: str, port: int) -> None:
+        """Raises ValueError if `host` cannot be resolved."""
         super().__init__(name="beacon", daemon=True)
         self.turn, self.waits = 0, False
         self._id, self._ended = id, threading.Event()
         self._sock = new_socket(zmq.DEALER)
         self._sock.setsockopt_string(zmq.IDENTITY, f"beacon of {id}")
         self._sock.setsockopt(zmq.LINGER, 0)
-        self._sock.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a router that is not there
+        self._sock.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing while no router is connected
         connect_to(self._sock, host, port)
         self.start()
 
@@ -51,7 +51,7 @@ class Beacon(threading.Thread):
 
 @dataclass
 class Pulse:
-    """The latest of one rank. Times are of time.monotonic."""
+    """The latest beat of one rank. Times are time.monotonic()."""
 
     heard_at: float
     turned_at: float
@@ -60,13 +60,13 @@ class Pulse:
 
 
 class Pulses:
-    """Those of the ranks that are watched, by member id."""
+    """The pulses of the watched ranks, by member id."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Pulse] = {}
 
     def watch(self, members: Iterable[Member]) -> None:
-        """From now on, as if each had just come to a new turn."""
+        """Watch these ranks, as if each had just begun a new turn."""
         now = time.monotonic()
         for member in members:
             old = self._by_id.get(member.id, Pulse(now, now))
@@ -77,7 +77,7 @@ class Pulses:
             self._by_id.pop(member.id, None)
 
     def beat(self, beat: Beat) -> None:
-        """One that is not watched is a stranger."""
+        """Record a beat. Ignores ranks that are not watched."""
         pulse = self._by_id.get(beat.id)
         if pulse is not None:
             pulse.heard_at = now = time.monotonic()
@@ -89,18 +89,21 @@ class Pulses:
         return self._by_id[member.id].turn
 
     def forgive(self) -> None:
-        """It was the router that was away."""
+        """Restart all clocks, because the router itself was stopped."""
         now = time.monotonic()
         for pulse in self._by_id.values():
             pulse.heard_at = pulse.turned_at = now
 
     def silent(self, members: Iterable[Member], limit_s: float) -> list[Member]:
-        """Those that have not been heard for so long."""
+        """Return the members without a beat for `limit_s`."""
         now = time.monotonic()
         return [member for member in members if now - self._by_id[member.id].heard_at > limit_s]
 
     def stuck(self, members: Iterable[Member], limit_s: float) -> list[Member]:
-        """Those that have been in one turn for so long; if possible, those that do not wait there for another rank."""
+        """Return the members that have been in one turn for `limit_s`.
+
+        If possible, return only the culprits: members that do not wait in a collective.
+        """
         now = time.monotonic()
         late = [member for member in members if now - self._by_id[member.id].turned_at > limit_s]
         return [member for member in late if not self._by_id[member.id].waits] or late

@@ -1,10 +1,10 @@
-"""Front: from what a user gives to what a user gets.
+"""Front: from the user's input to the user's output.
 
-front_door.py                      a prompt or a batch of lines, and where the answers go
-parse.py, tokenizer.py             a line to a request; chat_template.py renders in a process of its own
-lines.py, source.py, jsonl.py      input, read as it is needed; output.py and answer.py are the other end
-router.py                          pairs requests with replicas; fleet.py knows who is there, metrics.py counts
+front_door.py                      serves a prompt or a batch of lines, and delivers the answers
+parse.py, tokenizer.py             a line to a request; chat_template.py renders in its own process
+lines.py, source.py, jsonl.py      input, read when needed; output.py and answer.py write the answers
+router.py                          pairs requests with replicas; fleet.py tracks the replicas, metrics.py counts
 streams.py                         the process's own stdout and stderr
 
-May import disagg/control/, disagg/request.py and disagg/config.py. Knows no engine and no link.
+May import disagg/control/, disagg/request.py and disagg/config.py. Knows nothing of the engine and of links.
 """

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-INTERRUPTED = "interrupted"  # the error of a request that the user's Ctrl-C ended
+INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class Answer:
 
 
 def refusal(id: Any, error: str) -> Answer:
-    """The answer to a line that never became a request."""
+    """Return the answer to a line that never became a request."""
     return Answer(id, "", [], "error", 0, 0, None, None, error=error)

@@ -1,10 +1,10 @@
-"""A chat template of a model folder: messages in, the prompt's text out.
+"""The chat template of a model folder: turns messages into the prompt's text.
 
-A template is a program by a stranger, and jinja's sandbox bounds neither its time nor its memory. So it runs in a
-process of its own, which the kernel bounds whatever the program does; a list of forbidden operations would always lack
-one. A round trip takes 0.2 ms. A template that overruns costs that request its answer; the next one gets a new process.
+A template is an untrusted program, and jinja's sandbox limits neither its time nor its memory. So it runs in its own
+process, which the kernel limits whatever the program does. A list of forbidden operations would never be complete. A
+round trip takes 0.2 ms. If a template exceeds a limit, that request fails, and the next one gets a new process.
 
-`disagg/front/template_process.py` is what runs there.
+The process runs `disagg/front/template_process.py`.
 """
 
 import json
@@ -16,20 +16,23 @@ import weakref
 from pathlib import Path
 
 PROGRAM = Path(__file__).with_name("template_process.py")
-START_S = 60.0  # for Python to start, on a busy machine
+START_S = 60.0  # limit for Python to start, on a busy machine
 RENDER_S = 5.0
-MOST_OVERRUNS = 3  # of a template that has never yet worked: then it is not tried any more
+MOST_OVERRUNS = 3  # a template that has never worked is not tried again after this many
 
 
 class ChatTemplate:
-    def __init__(self, source: str, words: dict[str, str], render_s: float = RENDER_S):
-        """`words`: what the template may use by name, the special tokens. ValueError if it cannot be compiled."""
+    def __init__(self, source: str, words: dict[str, str], render_s: float = RENDER_S) -> None:
+        """`words`: variables for the template, name -> special token. Raises ValueError if it cannot be compiled."""
         self._template = {"source": source, "words": words}
         self._render_s, self._overruns, self._works, self._ended = render_s, 0, False, True
         self._start()
 
     def render(self, **given: object) -> str:
-        """`given`: what JSON can hold. ValueError if the template refuses it, or takes too much time or memory."""
+        """Render the template with `given`, which must be JSON values.
+
+        Raises ValueError if the template refuses it, or takes too much time or memory.
+        """
         if self._overruns >= MOST_OVERRUNS and not self._works:
             raise ValueError(f"it has taken too much time or memory {self._overruns} times, and is not tried any more")
         if self._ended:
@@ -40,9 +43,12 @@ class ChatTemplate:
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-P", str(PROGRAM), str(2 * self._render_s)]  # its own limit, should we be gone
+        own_limit = str(2 * self._render_s)  # in case this process dies
+        command = [sys.executable, "-P", str(PROGRAM), own_limit]
         try:
-            process = subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True)  # without Ctrl-C
+            process = subprocess.Popen(  # in a new session, which Ctrl-C does not reach
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True
+            )
         except OSError as error:
             raise ValueError(f"its process cannot be started ({error.strerror})") from None
         theirs.close()
@@ -61,7 +67,7 @@ class ChatTemplate:
         return answer["text"]
 
     def _receive(self, most_s: float, asked: bytes = b"") -> dict:
-        """The process's next line. If there is none, it ends, and ValueError says why."""
+        """Return the process's next answer. If none comes within `most_s`, end the process and raise ValueError."""
         deadline, line = time.monotonic() + most_s, bytearray()
         try:
             self._socket.settimeout(most_s)

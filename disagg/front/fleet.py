@@ -1,8 +1,9 @@
-"""Fleet: the replicas that a router knows, whether they live, and whom of them requests may go to.
+"""Fleet: the replicas that a router knows, whether they are alive, and which of them may get requests.
 
-A job's replicas come and go together, since none of them can end a step without the others. The job takes part once
-all have said Hello. It is given up when one of them leaves, or when a rank of it is frozen or stuck; the others hear
-that it is gone, and its requests are the router's again. A job that answers once more is taken back, in new sessions.
+A job's replicas come and go together, because none of them can end a step without the others. A job takes part once
+all its replicas have sent Hello. The router gives it up when one of them leaves, or when one of its ranks is frozen or
+stuck. Then the other jobs hear that it is gone, and its requests return to the router. If a lost job answers again, it
+is taken back, in new sessions.
 """
 
 import sys
@@ -15,24 +16,24 @@ from disagg.control.ports import RouterPort
 from disagg.control.pulse import Pulses
 from model.kv_cache import PAGE
 
-SILENT_S = 10.0  # without a beat for so long, a rank counts as frozen
-STUCK_S = 60.0  # in one turn for so long, a rank counts as stuck
+SILENT_S = 10.0  # a rank without a beat for longer counts as frozen
+STUCK_S = 60.0  # a rank in one turn for longer counts as stuck
 PING_S = 1.0
-PAUSE_S = 3.0  # a router whose loop stood still for longer was itself stopped, and has missed what others said
-GRACE_S = 10.0  # how long it then believes that everybody lives
-FAREWELL_S = 15.0  # how long to wait for the replicas' last words
-LAST_BEAT_S = 3.0  # without a beat for so long, nobody waits for a replica's last words
+PAUSE_S = 3.0  # if the router's loop paused for longer, the router itself was stopped and may have missed messages
+GRACE_S = 10.0  # how long it then assumes that all replicas are alive
+FAREWELL_S = 15.0  # how long to wait for the replicas' last messages
+LAST_BEAT_S = 3.0  # do not wait for the last message of a replica without a beat for longer
 
 
 @dataclass(eq=False)
 class Replica:
-    """Some ranks that serve together, and what the router has given them."""
+    """Ranks that serve together, and the requests that the router has given them."""
 
     id: str
     hello: Hello
-    requests: set[int] = field(default_factory=set)  # uids, where they decode
-    pages: int = 0  # of KV that these may come to hold
-    prompts: dict[int, int] = field(default_factory=dict)  # uid -> prompt tokens, of those without a first token yet
+    requests: set[int] = field(default_factory=set)  # uids of the requests that decode here
+    pages: int = 0  # of KV that these may fill in the end
+    prompts: dict[int, int] = field(default_factory=dict)  # uid -> prompt tokens, for prompts without a first token yet
 
     @property
     def capacity(self) -> int:
@@ -44,29 +45,32 @@ class Replica:
 
 
 class Fleet:
-    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0):
-        """`lost(replica, how)` hears of one that is given up, with its requests still on it. `expected`: replicas that
-        will surely come, and are waited for even if there is nothing to serve (those of the same process)."""
+    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0) -> None:
+        """`lost(replica, how)` is called when a replica is given up, while its requests are still listed on it.
+
+        `expected`: replicas that will surely come (those of the same job), so the router waits for them even without
+        requests.
+        """
         self.port, self.expected, self._lost = port, expected, lost
         self.replicas: dict[str, Replica] = {}
-        self.stats: list[tuple[str, dict[str, float]]] = []  # (role, what it did) of those that said Bye
-        self._away: dict[str, tuple[Replica, int]] = {}  # given up, may come back; and the turn that it was in
+        self.stats: list[tuple[str, dict[str, float]]] = []  # (role, statistics) of the replicas that sent Bye
+        self._away: dict[str, tuple[Replica, int]] = {}  # given up but may return: id -> replica, its last turn
         self._broken: set[str] = set()  # jobs that have lost a replica
-        self._gone: set[str] = set()  # members that the others were told are gone
+        self._gone: set[str] = set()  # ids of members that were reported as Gone
         self._pulses = Pulses()
         self._next_ping, self._checked_at, self._lenient_until = 0.0, time.monotonic(), 0.0
-        self.roles: set[str] = set()  # that there have been
+        self.roles: set[str] = set()  # of all replicas so far
         self.leaving = False
-        self.changes = 0  # how often one came or went
+        self.changes = 0  # how often a replica came or went
 
     def in_role(self, role: str) -> list[Replica]:
-        """Those of whole jobs."""
-        here = [replica for replica in self.replicas.values() if replica.hello.job not in self._broken]
-        jobs = [replica.hello.job for replica in here]
-        return [r for r in here if r.hello.role == role and jobs.count(r.hello.job) >= r.hello.replicas]
+        """Return the replicas in this role whose jobs are complete."""
+        working = [replica for replica in self.replicas.values() if replica.hello.job not in self._broken]
+        jobs = [replica.hello.job for replica in working]
+        return [r for r in working if r.hello.role == role and jobs.count(r.hello.job) >= r.hello.replicas]
 
     def able_to_serve(self) -> list[Replica]:
-        """Where a request can go: unified replicas, and decode ones as long as there is anybody to prefill."""
+        """Return the replicas that can take requests: unified ones, and decode ones if there is a prefill replica."""
         return self.in_role("unified") + (self.in_role("decode") if self.in_role("prefill") else [])
 
     def tell(self, replicas: list[Replica], message: ToWorker) -> None:
@@ -90,7 +94,7 @@ class Fleet:
 
     def _welcome(self, new: Replica) -> None:
         self.expected -= 1
-        if new.id in self.replicas:  # the session that it had was lost to it
+        if new.id in self.replicas:  # it says Hello outside its session, which it must have lost
             self._lose(self.replicas[new.id], "it lost its session")
         self.port.admit(new.id)
         if wrong := self._objection(new):
@@ -112,7 +116,7 @@ class Fleet:
             self._gone -= set(ids)
             self.tell(list(self.replicas.values()), Back(ids))
         self.replicas[replica.id] = replica
-        if self._gone:  # it was not here when the others were told
+        if self._gone:  # it has missed earlier Gone messages
             self.tell([replica], Gone(sorted(self._gone)))
         self.changes += 1
         if replica.hello.role != "unified":
@@ -121,14 +125,14 @@ class Fleet:
             self.port.send(replica.id, Finish())
 
     def may_return(self, replica: Replica) -> bool:
-        """Is it lost, rather than stopped?"""
+        """Was it lost, rather than stopped, so that it may come back?"""
         return replica.id in self._away
 
     def _known(self) -> list[Replica]:
         return [*self.replicas.values(), *(replica for replica, _ in self._away.values())]
 
     def _objection(self, new: Replica) -> str:
-        """Why `new` cannot take part, if so. It must hand over what the others do; with nobody left, anything goes."""
+        """Return why `new` cannot take part, or "". Its KV layout must be that of the other replicas, if any."""
         others = [replica for replica in self._known() if replica.id != new.id]
         ids = [member.id for member in new.hello.members]
         if ids[0] != new.id or any(member.id in ids for replica in others for member in replica.hello.members):
@@ -144,7 +148,10 @@ class Fleet:
         return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
 
     def check(self, listen: Callable[[], None]) -> None:
-        """To be called again and again: who has gone, who is frozen or stuck, who is back? `listen` reads what came."""
+        """Find replicas that are gone, frozen, stuck, or back. Call it repeatedly.
+
+        `listen()` handles the messages that have arrived.
+        """
         now = time.monotonic()
         if now - self._checked_at > PAUSE_S:
             self._pulses.forgive()
@@ -156,15 +163,15 @@ class Fleet:
             self._feel()
 
     def ping_soon(self) -> None:
-        """Something failed: has anybody died?"""
+        """Check for dead replicas in the next `check`, because something failed."""
         self._next_ping = 0.0
 
     def _ping(self, listen: Callable[[], None]) -> None:
-        """Sending is how the router learns that a replica has died."""
+        """Give up the replicas that are not connected: only sending shows that."""
         for replica in self._known():
             if self.port.ping(replica.id) or time.monotonic() < self._lenient_until:
                 continue
-            listen()  # what it said before it left is still to be read: its Bye, perhaps
+            listen()  # its last messages may be unread, perhaps a Bye
             if self.port.ping(replica.id):  # it has reconnected meanwhile
                 continue
             if self.replicas.get(replica.id) is replica:
@@ -174,10 +181,10 @@ class Fleet:
                 self.port.dismiss(replica.id)
 
     def _feel(self) -> None:
-        """Give up whose ranks are frozen or stuck, and take back who answers again."""
+        """Give up replicas with frozen or stuck ranks, and take back replicas that answer again."""
         for replica in list(self.replicas.values()):
             if self.replicas.get(replica.id) is not replica:
-                continue  # it has gone with another one of its job
+                continue  # it was given up with another replica of its job
             members = replica.hello.members
             if silent := self._pulses.silent(members, SILENT_S):
                 self._lose(replica, f"nothing heard of {_names(silent)} for {SILENT_S:g} s")
@@ -188,10 +195,10 @@ class Fleet:
             if then < 0:  # it has reconnected, and this may be its first beat
                 self._away[replica.id] = replica, turn
             elif turn > then + 1 and not self._pulses.silent(members, 2 * PING_S):
-                self._return(replica)  # no rank comes so far without all others of its job
+                self._return(replica)  # its ranks can only get this far if all ranks of the job work
 
     def _lose(self, lost: Replica, why: str) -> None:
-        """Give its whole job up; what still lives of it may come back."""
+        """Give up its whole job. The replicas that are still alive may come back."""
         self._broken.add(lost.hello.job)
         for replica in [r for r in self.replicas.values() if r.hello.job == lost.hello.job]:
             del self.replicas[replica.id]
@@ -215,7 +222,10 @@ class Fleet:
         self._take(replica, "is back")
 
     def farewell(self, listen: Callable[[int], None]) -> None:
-        """Send everybody home. `listen(ms)` reads what came."""
+        """Send Finish to all replicas, and wait for their last messages.
+
+        `listen(ms)` handles messages, after waiting up to that long for the first.
+        """
         self.leaving = True
         self.tell(list(self.replicas.values()), Finish())
         for replica, _ in self._away.values():

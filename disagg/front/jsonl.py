@@ -1,4 +1,4 @@
-"""A batch of JSON lines as a router's source: read as the router takes them, and each answered in the input's order."""
+"""A batch of JSON lines as a router's source. Lines are read as the router takes them, and answered in input order."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,14 @@ from disagg.front.output import Output
 from disagg.front.parse import UserRequest, is_id, parse_request, read_object
 from disagg.front.tokenizer import PromptEncoder
 
-TAKE_S = 0.02  # how long the router may be kept from its other work
+TAKE_S = 0.02  # how long `take` may keep the router from its other work
 
 
 class JsonLines:
-    """Good lines become requests. Bad ones are answered at once, and ruin only themselves. Give `deliver` to the
-    router. `refused` hears of the answers to bad lines."""
+    """Turns valid lines into requests. An invalid line is answered at once, and does not affect the others.
+
+    Give `deliver` to the router. `refused` is called with the answer to each invalid line.
+    """
 
     def __init__(
         self,
@@ -25,23 +27,26 @@ class JsonLines:
         vocab_size: int,
         max_model_len: int,
         refused: Callable[[Answer], None] = lambda answer: None,
-    ):
+    ) -> None:
         self._lines, self._output, self._refused = lines, output, refused
         self._parse = encoder, vocab_size, max_model_len
         self.read = 0  # lines
-        self._skipped = 0  # of them, lines whose answer is there already
-        self._places = 0  # of all answers that this run gives
-        self._place: dict[int, int] = {}  # of a request that is under way, by its position
-        self._taken = 0
+        self._skipped = 0  # lines that an earlier run has answered
+        self._places = 0  # answers that this run will give, so far
+        self._place: dict[int, int] = {}  # position of an unfinished request -> place of its answer
+        self._taken = 0  # requests
         self.exhausted = False
 
     @property
     def total(self) -> int | None:
-        """Answers in all, those of earlier runs too; None before the end has been read."""
+        """The number of all answers, including those of earlier runs. None until the whole input has been read."""
         return self._skipped + self._places if self.exhausted else None
 
     def take(self, most: int) -> list[UserRequest]:
-        """ValueError if the input cannot be read on, or does not fit to the answers that are there."""
+        """Return the next requests, as `Source.take`.
+
+        Raises ValueError if the input cannot be read, or does not match the existing answers.
+        """
         until, taken = time.monotonic() + TAKE_S, []
         while len(taken) < most and time.monotonic() < until and (line := self._lines.next()) is not None:
             self.read += 1
@@ -78,18 +83,21 @@ class JsonLines:
         return parse_request(line, self.read, *self._parse)
 
     def _skip(self, line: str) -> None:
-        """The answers that are there must be those to the first lines, so the file ends up as if written in one run."""
-        there, own = self._output.kept.popleft(), _own_id(line, self.read)
+        """Skip a line that has its answer already.
+
+        The existing answers must be those to the first lines, so that the file ends up as if written in one run.
+        """
+        answered, own = self._output.kept.popleft(), _own_id(line, self.read)
         self._skipped += 1
-        if there != own:
+        if answered != own:
             raise ValueError(
-                f"--existing resume: answer {self._skipped} in {self._output.path} has the id {there!r:.60}, but "
+                f"--existing resume: answer {self._skipped} in {self._output.path} has the id {answered!r:.60}, but "
                 f"that line of the input has {own!r:.60}; the answers must be to the input's first lines"
             )
 
 
 def _own_id(line: str, number: int) -> Any:
-    """The id that a line gives itself, if it can be read that far; else its number."""
+    """Return the line's own id, if it is readable and valid, or else its number."""
     try:
         own = read_object(line).get("id", number)
     except ValueError:

@@ -1,5 +1,7 @@
-"""The lines of a file, a pipe or stdin as they come. A thread reads ahead a little, so that nobody waits for a disk or
-for whoever writes into the pipe."""
+"""The lines of a file, a pipe or stdin, as they arrive.
+
+A thread reads ahead a little, so that the router never waits for a disk or for the writer of a pipe.
+"""
 
 import codecs
 import io
@@ -11,9 +13,9 @@ import threading
 from collections import deque
 
 BLOCK = 2**16  # bytes
-AHEAD = 32  # blocks that are read and not yet looked at
-LONGEST = 2**25  # characters of a line; what is longer is not kept
-OTHER_FORMATS = {  # what a file begins with -> what it is
+AHEAD = 32  # blocks that may be read ahead
+LONGEST = 2**25  # characters per line; the rest of a longer line is dropped
+OTHER_FORMATS = {  # the first bytes of a file -> its format
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -25,19 +27,20 @@ OTHER_FORMATS = {  # what a file begins with -> what it is
 
 
 class Lines:
-    """`next` gives the lines in order, without their ends: "\\n", "\\r\\n" or "\\r". Bytes that are not UTF-8 become
-    surrogates (PEP 383). A byte-order mark at the beginning is skipped.
+    """Reads lines. `next` returns them in order, without their ends: "\\n", "\\r\\n" or "\\r".
 
-    Not splitlines(), which also splits at U+2028 and its like: JSON strings may hold those.
+    Bytes that are not UTF-8 become surrogates (PEP 383). A byte-order mark at the beginning is skipped.
+
+    splitlines() is no alternative: it also splits at U+2028 and other separators, which JSON strings may contain.
     """
 
-    def __init__(self, path: str):
-        """`path` may be "-", which is stdin. ValueError if it cannot be read, or is a file of another format."""
+    def __init__(self, path: str) -> None:
+        """`path` may be "-" for stdin. Raises ValueError if it cannot be read, or is a file of another format."""
         self.path = path
         try:
             self._file = self._open()
             self.stat = os.fstat(self._file.fileno())
-            if stat.S_ISREG(self.stat.st_mode):  # of a pipe, the first line may come much later
+            if stat.S_ISREG(self.stat.st_mode):  # a pipe's first line may come much later
                 self._refuse_other_formats(os.pread(self._file.fileno(), BLOCK, 0))
         except OSError as error:
             raise self._unreadable(error) from None
@@ -45,18 +48,21 @@ class Lines:
         decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
         self._lines: deque[str] = deque()
-        self._begun: list[str] = []  # pieces of the line that has not ended yet
-        self._length = 0  # of that line
+        self._begun: list[str] = []  # the pieces so far of an incomplete line
+        self._length = 0  # of that line, so far
         self._read_all, self._checked = False, False
         threading.Thread(target=self._read, name="input", daemon=True).start()
 
     @property
     def ended(self) -> bool:
-        """Have all lines been given?"""
+        """Has `next` returned all lines?"""
         return self._read_all and not self._lines
 
     def next(self) -> str | None:
-        """The next line, or None while none is there. One that is over LONGEST is cut there. Does not wait."""
+        """Return the next line, or None if there is none yet. Never waits.
+
+        A line longer than LONGEST is cut after one more character. Raises ValueError if the input cannot be read.
+        """
         while not self._lines and not self._read_all:
             try:
                 block = self._blocks.get_nowait()
@@ -70,17 +76,17 @@ class Lines:
     def _open(self) -> io.FileIO:
         if self.path == "-":
             return io.FileIO(0, closefd=False)
-        # Opening a FIFO would wait for who writes into it.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         file = io.FileIO(self.path, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
         os.set_blocking(file.fileno(), True)
         return file
 
     def _read(self) -> None:
-        """The thread."""
+        """Run in the thread: read blocks into the queue."""
         block = b"more"
         while block:
             try:
-                select.select([self._file], [], [])  # a FIFO is at its end, too, before anybody writes into it
+                select.select([self._file], [], [])  # otherwise a FIFO without a writer yet would look ended
                 block = self._file.read(BLOCK)
             except OSError as error:
                 self._blocks.put(error)
@@ -112,7 +118,7 @@ class Lines:
         self._lines.append(line)
 
     def _refuse_other_formats(self, beginning: bytes) -> None:
-        """`beginning` reaches to the end of the first line, or is longer than any that is refused here."""
+        """Raise ValueError for a known other format. `beginning`: the first line, or enough of it to decide."""
         names = [name for magic, name in OTHER_FORMATS.items() if beginning.startswith(magic)]
         text = beginning.removeprefix(codecs.BOM_UTF8).lstrip()
         if text.startswith(b"["):

@@ -1,4 +1,4 @@
-"""What a run did, as a table."""
+"""Metrics: the numbers of a run, as a table."""
 
 import math
 from collections import Counter
@@ -10,27 +10,27 @@ ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decod
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Nearest-rank percentile; nan of nothing."""
+    """Return the nearest-rank percentile, or nan for an empty list."""
     if not values:
         return float("nan")
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def balancedness(stats: dict[str, float]) -> str:
-    """Of all layers with experts, and the range of them."""
+    """Format the balancedness: averaged over the layers with experts, and the range over these layers."""
     layers = [value for name, value in stats.items() if name.startswith("balancedness_")]
     return f"balancedness {stats['balancedness']:.3f} (layers {min(layers):.3f} to {max(layers):.3f})"
 
 
 class Metrics:
-    """Gathered by the router: latencies as it sees them, work as the replicas report it when they leave."""
+    """The router's numbers: latencies that it measures, and the replicas' statistics, sent when they leave."""
 
     def __init__(self) -> None:
         self.finished: Counter = Counter()  # by finish_reason
         self.prompt_tokens = self.generated_tokens = self.retries = 0
         self.ttft: list[float] = []
         self.inter_token: list[float] = []
-        self.parts: list[Parts] = []  # of the TTFT of what was handed over
+        self.parts: list[Parts] = []  # of the TTFT of each handed-over request
         self.first_submit = self.last_finish = 0.0
         self._stats: list[tuple[str, dict[str, float]]] = []
 
@@ -72,7 +72,7 @@ class Metrics:
         return "\n".join(f"{name:>12}  {value}" for name, value in rows)
 
     def _rate(self, phase: str, tokens: str) -> str:
-        """Tokens of one phase over the time the replicas spent in it; they work side by side, so the longest counts."""
+        """Format one phase's tokens per second. The replicas work in parallel, so the longest time counts."""
         stats = [stats for role, stats in self._stats if phase in ROLE_PHASES[role]]
         done = sum(s.get(tokens, 0) for s in stats)
         seconds = max((s.get(f"{phase}_seconds", 0.0) for s in stats), default=0.0)
@@ -84,7 +84,7 @@ class Metrics:
         return rate + (f", {overlapped:.0f} of them overlapped" if overlapped else "")
 
     def _rebalancing(self, role: str) -> str:
-        """All ranks of a job rebalance together: its replicas say the same. Of several jobs, the first to leave."""
+        """Format the rebalancing of the first job to leave. A job's replicas all report the same numbers."""
         stats = next(stats for of, stats in self._stats if of == role and "rebalances_total" in stats)
         total, failed = stats["rebalances_total"], stats["rebalance_failures"]
         parts = [f"{role}: {total:.0f} times" + (f" in {stats['rebalance_seconds']:.2f} s" if total else "")]

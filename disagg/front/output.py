@@ -1,4 +1,4 @@
-"""Output: the file of the answers, a line each. What an earlier run wrote there is not lost by accident."""
+"""Output: the file of answers, one per line. It protects the answers of an earlier run from accidental loss."""
 
 import fcntl
 import io
@@ -11,22 +11,24 @@ from disagg.front.answer import INTERRUPTED, Answer
 
 
 class Output:
-    """Writes answers in the input's order, each as soon as those before it are there. What the file holds stays as it
-    is until the first answer is written: a run that cannot start changes nothing.
+    """Writes answers in input order, each as soon as all answers before it are known.
 
-    overwrite: the answers take the place of what is there.
-    resume: they go on behind the answers that are there. A last line that was not written to its end is cut off. So is
-    all from the first answer on that Ctrl-C interrupted: the order of the lines allows no gap. `kept` are the ids of
-    the answers that stay.
+    The file stays unchanged until the first answer is written, so a run that cannot start changes nothing.
+
+    overwrite: the new answers replace the file's content.
+    resume: they are appended. An incomplete last line is cut off. So is everything from the first interrupted answer
+    on, because the order of the lines allows no gap. `kept` has the ids of the answers that stay.
     """
 
-    def __init__(self, path: str, source: os.stat_result, existing: str = "refuse"):
-        """`source` is the input; `existing` is refuse, overwrite or resume. ValueError if `path` cannot be written, or
-        holds what must stay."""
+    def __init__(self, path: str, source: os.stat_result, existing: str = "refuse") -> None:
+        """`source`: the input's status. `existing`: refuse, overwrite or resume.
+
+        Raises ValueError if `path` cannot be written, or `existing` does not allow to change it.
+        """
         self.path = path
         self.kept: deque[str | int] = deque()
-        self._size = 0  # bytes of what stays
-        self._lines: dict[int, str] = {}  # by place among the answers, those that wait for one before them
+        self._size = 0  # bytes that stay
+        self._lines: dict[int, str] = {}  # place -> answer, while an earlier answer is missing
         self._written = 0
         self._begun = False
         resume = existing == "resume"
@@ -44,11 +46,11 @@ class Output:
             elif self._regular and status.st_size and existing != "overwrite":
                 raise self._refusal("it exists; --existing overwrite replaces it, --existing resume goes on behind it")
         except ValueError:
-            self._file.close()  # and give up the claim
+            self._file.close()  # and release the lock
             raise
 
     def put(self, place: int, answer: Answer) -> None:
-        """ValueError if the disk refuses."""
+        """Write the answer at this place, once all answers before it are known. Raises ValueError if writing fails."""
         self._lines[place] = json.dumps(answer.as_dict()) + "\n"
         ready = []
         while self._written in self._lines:
@@ -58,8 +60,8 @@ class Output:
             self._write("".join(ready).encode())
 
     def close(self) -> None:
-        """The run is over."""
-        if not self.kept:  # else it ended before it was sure that these are answers to this input
+        """End the file."""
+        if not self.kept:  # otherwise the kept answers have not been matched to the input: leave the file as it is
             self._write(b"")
         self._file.close()
 

@@ -1,4 +1,4 @@
-"""A user's request: parsing, and every rule about it. Errors name the field, the value and the rule."""
+"""Parse a user's request, and check all rules about it. Errors name the field, the value and the rule."""
 
 import json
 import secrets
@@ -14,7 +14,7 @@ PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
 class UserRequest(msgspec.Struct, frozen=True):
-    """One parsed input line: the request, and what only the router needs to answer it."""
+    """One parsed input line: the request, and the fields that only the router needs."""
 
     id: str | int
     request: Request
@@ -22,7 +22,7 @@ class UserRequest(msgspec.Struct, frozen=True):
 
 
 def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
-    """One JSON object -> a request that the engine can run. ValueError otherwise."""
+    """Parse one JSON object into a request that the engine can run. Raises ValueError."""
     raw = {name: value for name, value in read_object(line).items() if value is not None}  # null = not given
     known = {"id", *PROMPTS, *_RULES, "stop"}
     if unknown := sorted(raw.keys() - known):
@@ -51,12 +51,12 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
 
 
 def is_id(value: Any) -> bool:
-    """JSON can spell half a surrogate pair, which nobody can print."""
+    """Is it a valid id? JSON can spell half a surrogate pair, which cannot be printed."""
     return type(value) is int or type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def read_object(line: str) -> dict:
-    """ValueError for what is none; `line` has bytes that are not UTF-8 as surrogates (PEP 383)."""
+    """Parse a JSON object. Bytes that are not UTF-8 are surrogates in `line` (PEP 383). Raises ValueError."""
     try:
         line.encode()
     except UnicodeEncodeError as error:
@@ -90,7 +90,7 @@ def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> l
     return value
 
 
-# name -> type, is it allowed, the rule in words
+# name -> type, test, the rule in words
 _RULES = {
     "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
     "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),

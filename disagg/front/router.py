@@ -1,8 +1,8 @@
-"""The router: pairs each request with a prefill and a decode replica, and puts its answer together.
+"""The router: pairs each request with a prefill and a decode replica, and assembles its answer.
 
-It holds the tokenizer and the configuration only. Replicas may come before or after it, and in any order. Requests wait
-here until a replica can begin them. The requests of a lost replica go on elsewhere: the prompt and the tokens so far
-are the new prompt. A token depends only on what stands before it, the seed and the position, so the answer is the
+It holds only the tokenizer and the configuration. Replicas may start before or after it, in any order. Requests wait
+here until a replica can begin them. The requests of a lost replica continue elsewhere: the prompt plus the tokens so
+far become the new prompt. A token depends only on the text before it, the seed and the position, so the answer is the
 same, up to rounding. A job where a request failed does not get it again for a while.
 """
 
@@ -28,56 +28,55 @@ from disagg.front.tokenizer import TextStream
 from disagg.request import Request
 from model.kv_cache import pages_for
 
-SUSPECT_S = 3.0  # how long a request keeps away from a job where it has failed, unless that is lost
-REPLACEMENT_S = 30.0  # how long requests wait for a role that has been lost to come back
-NOTICE_S = 10.0  # how long requests wait for a role that is missing before a line says so
-NOTICE_FACTOR = 3  # the next line comes after so many times as long
+SUSPECT_S = 3.0  # how long a request avoids a job where it has failed
+REPLACEMENT_S = 30.0  # how long requests wait for a lost role to come back
+NOTICE_S = 10.0  # how long requests wait for a missing role before the first line about it
+NOTICE_FACTOR = 3  # the wait before each further line grows by this factor
 ATTEMPTS = 3  # how often a request may begin
-BATCHES = 2  # requests at a decode replica, in multiples of its batch: what joins next should have its KV there
-STEPS_AHEAD = 2  # prompt tokens at a prefill replica, in multiples of what a step computes,
-LEAST_AHEAD = 4  # or prompts, if those are long
+BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
+STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
+LEAST_AHEAD = 4  # or this many prompts, whichever is more
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
 
 
 @dataclass(eq=False)
 class Tracked:
-    """A request on its way."""
+    """A request without its answer yet. Times are time.monotonic()."""
 
     user: UserRequest
     position: int  # in the input
     stream: TextStream
     submitted: float
     logprobs: list = field(default_factory=list)
-    first: float | None = None
-    latest: float | None = None
+    first: float | None = None  # when the first token arrived
+    latest: float | None = None  # when the latest token arrived
     attempts: int = 0
     decode: Replica | None = None
-    prefill: Replica | None = None  # until the first token that it makes
-    begun: bool = False  # where it is now
-    suspects: dict[str, float] = field(default_factory=dict)  # jobs where it failed, and until when it avoids them
+    prefill: Replica | None = None  # until it has made a token
+    begun: bool = False  # at its current replica
+    suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
 
     def request(self, uid: int) -> Request:
-        """What is left to do."""
+        """Return the rest of the request: the tokens so far join the prompt."""
         request, done = self.user.request, self.stream.token_ids
-        left = request.max_tokens - len(done)
-        return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=left)
+        max_tokens = request.max_tokens - len(done)
+        return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens)
 
 
 class Router:
     def __init__(
         self, port: RouterPort, tokenizer: Tokenizer, vocab_size: int, stopped: Callable[[], bool], expected: int = 0
-    ):
-        """`vocab_size` is the model's; `stopped()` turns true when the user wants to end early (Ctrl-C); `expected` as
-        in `Fleet`."""
+    ) -> None:
+        """`vocab_size`: the model's. `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`."""
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
         self.metrics = Metrics()
-        self._tracked: dict[int, Tracked] = {}  # by uid; a retry is a new uid, so late news of the old one are nobody's
+        self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
         self._positions = itertools.count()
-        self._open = False  # has there been anybody to serve a request yet?
-        self._changes = 0  # of the fleet, that requests were withdrawn for
+        self._open = False  # has any request been given to a replica yet?
+        self._changes = 0  # the fleet's count of changes when requests were last withdrawn
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
 
     def run(
@@ -86,10 +85,10 @@ class Router:
         deliver: Callable[[int, Answer], None],
         show: Callable[[int, str], None] = lambda position, piece: None,
     ) -> None:
-        """Serve all requests of `source`, then send everybody home.
+        """Serve all requests of `source`, then end all replicas.
 
-        `show(position, piece)` is called as text comes, `deliver(position, answer)` as each request ends; positions
-        count the requests in their order.
+        `show(position, piece)` is called with each piece of text, `deliver(position, answer)` at the end of each
+        request. A position is a request's index in the source.
         """
         self._deliver, self._show = deliver, show
         self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
@@ -102,13 +101,13 @@ class Router:
                 self._assign()
             for uid in list(self._tracked):
                 self._end(uid, "error", INTERRUPTED)
-        finally:  # also if `deliver` fails: nobody must be left waiting
+        finally:  # also if `deliver` fails: no replica must be left waiting
             self.fleet.farewell(self._listen)
             for role, stats in self.fleet.stats:
                 self.metrics.replica_left(role, stats)
 
     def _read(self, source: Source) -> int:
-        """Take requests in, so many that some wait here; how many."""
+        """Take requests from the source, so that up to MOST_WAITING wait here. Returns how many were taken."""
         wanted = MOST_WAITING - len(self._waiting)
         came = source.take(wanted) if wanted > 0 and not source.exhausted else []
         for user in came:
@@ -141,19 +140,21 @@ class Router:
                         self._update(update)
 
     def _served(self, uid: int, replica_id: str) -> Tracked | None:
-        """The request, if that replica serves it: nobody else's word of it counts."""
+        """Return the request if that replica serves it. News from other replicas is ignored."""
         tracked = self._tracked.get(uid)
         serves = tracked is not None and tracked.decode is not None and tracked.decode.id == replica_id
         return tracked if serves else None
 
     def _assign(self) -> None:
-        """Give waiting requests, in their order, to the emptiest replicas that can begin them: by KV for decode, by
-        prompt tokens ahead for prefill."""
+        """Give waiting requests, in order, to the least loaded replicas that can begin them.
+
+        A decode replica's load is the share of its KV in use. A prefill replica's load is its prompt tokens.
+        """
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
-        if self._changes != self.fleet.changes:  # a replica came or went: what has not begun may have a better place
+        if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes
             self._withdraw(able)
-        held = []  # those that nobody who is free should have now
+        unassigned = []  # uids that stay here for now
         while self._waiting and able and self.fleet.expected <= 0:
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
@@ -163,10 +164,10 @@ class Router:
             if pair := self._choose(request, suitable, sources):
                 self._submit(tracked, request, *pair)
                 continue
-            held.append(uid)
+            unassigned.append(uid)
             if suitable and (sources or suitable[0].hello.role == "unified"):
-                break  # it waits for room, which those behind it must not take
-        self._waiting.extendleft(reversed(held))
+                break  # it waits for room, which later requests must not take
+        self._waiting.extendleft(reversed(unassigned))
 
     def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica) -> None:
         if not self._open:
@@ -180,7 +181,7 @@ class Router:
     def _choose(
         self, request: Request, decodes: list[Replica], prefills: list[Replica]
     ) -> tuple[Replica, Replica] | None:
-        """A decode and a prefill replica that can begin it now; twice the same, if that is unified."""
+        """Return a decode and a prefill replica that can begin it now, or None. A unified replica is returned twice."""
         pages = pages_for(request.most_tokens)
         decodes = [r for r in decodes if not r.requests or r.pages + pages <= r.capacity]
         decodes = [r for r in decodes if len(r.requests) < BATCHES * r.hello.max_batch]
@@ -194,32 +195,38 @@ class Router:
         return decode, decode if prefills is decodes else min(prefills, key=lambda r: r.prompt_tokens)
 
     def _with_time(self, replicas: list[Replica]) -> list[Replica]:
-        """Those that come to another prompt soon."""
+        """Return the replicas that can soon begin another prompt."""
         return [
             r for r in replicas if len(r.prompts) < LEAST_AHEAD or r.prompt_tokens < STEPS_AHEAD * r.hello.step_tokens
         ]
 
     def _suitable(self, tracked: Tracked, replicas: list[Replica], tokens: int) -> list[Replica]:
-        """Those that a request should go to: whose KV can hold its `tokens` (if none can: any, which says so), and
-        where it has not just failed."""
+        """Return the replicas whose KV can hold a request's `tokens`, except those where it has just failed.
+
+        If no KV can hold them, any replica is suitable: it will answer with the error.
+        """
         now = time.monotonic()
         replicas = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
         return [r for r in replicas if tracked.suspects.get(r.hello.job, now) <= now]
 
     def _withdraw(self, replicas: list[Replica]) -> None:
+        """Take back the requests that have not begun."""
         for replica in replicas:
             if uids := [uid for uid in replica.requests if not self._tracked[uid].begun]:
                 self.port.send(replica.id, Withdraw(uids))
 
     def _start_clocks(self) -> None:
-        """Latencies count from when there is somebody to serve: starting the jobs is not the requests' wait."""
+        """Restart all clocks when the first replica can serve: latencies do not include the start of the jobs."""
         self._open, now = True, time.monotonic()
         self.metrics.first_submit = now
         for tracked in self._tracked.values():
             tracked.submitted = now
 
     def _look_for_missing_roles(self) -> None:
-        """Before anybody came, wait for ever, and say so. Once a role is lost, wait REPLACEMENT_S for another."""
+        """End waiting requests, or print a line, if a role has been missing for too long.
+
+        Before any request has been served, wait for ever. After that, wait REPLACEMENT_S for a replacement.
+        """
         now = time.monotonic()
         short_s = now - self._short_of_replicas_since
         needed = ("unified",) if "unified" in self.fleet.roles else ("prefill", "decode")
@@ -240,14 +247,9 @@ class Router:
 
     def _update(self, update: Update) -> None:
         tracked, now = self._tracked[update.uid], time.monotonic()
+        assert tracked.decode is not None  # see `_served`
         if update.error is not None:
-            if tracked.prefill is not None and not tracked.begun:  # refused, though its prefill replica is here
-                tracked.attempts += tracked.prefill.id in self.fleet.replicas
-            if update.retry and tracked.prefill is not None and tracked.attempts < ATTEMPTS:
-                self.fleet.ping_soon()  # has its prefill replica died? to be known before the request goes out again
-                self._retry(update.uid, tracked.prefill)
-            else:
-                self._end(update.uid, "error", update.error)
+            self._fail(update, tracked)
             return
         for i, token in enumerate(update.tokens):
             if token >= self.vocab_size:
@@ -278,13 +280,28 @@ class Router:
             self._show(tracked.position, tracked.stream.text[shown:])
             self._end(update.uid, update.finish)
 
+    def _fail(self, update: Update, tracked: Tracked) -> None:
+        """Try a failed request again elsewhere, or end it with its error.
+
+        A request has ATTEMPTS attempts. One counts when it begins, or when it is refused before that although its
+        prefill replica is in the fleet.
+        """
+        prefill = tracked.prefill
+        if prefill is not None and not tracked.begun and prefill.id in self.fleet.replicas:
+            tracked.attempts += 1
+        if prefill is not None and update.retry and tracked.attempts < ATTEMPTS:
+            self.fleet.ping_soon()  # its prefill replica may have died: find out before the request is sent again
+            self._retry(update.uid, prefill)
+        else:
+            self._end(update.uid, "error", update.error)
+
     def _prompt_done(self, uid: int, tracked: Tracked) -> None:
         if tracked.prefill is not None:
             del tracked.prefill.prompts[uid]
             tracked.prefill = None
 
     def _leave(self, uid: int) -> Tracked:
-        """Nobody serves this uid any more."""
+        """Take the request from its replicas. Its uid is not valid any more."""
         tracked = self._tracked.pop(uid)
         self._prompt_done(uid, tracked)
         if tracked.decode is not None:
@@ -321,11 +338,11 @@ class Router:
         self._deliver(tracked.position, answer)
 
     def _lose(self, lost: Replica, how: str) -> None:
-        """The fleet has given a replica up: its requests go elsewhere."""
-        if self.fleet.leaving:  # what is still here then cannot be delivered
+        """Move the requests of a replica that the fleet has given up to other replicas."""
+        if self.fleet.leaving:  # no answer can be delivered any more
             return
         role = lost.hello.role
-        is_final = role == "unified" and not self.fleet.may_return(lost)  # no other job serves what it had
+        is_final = role == "unified" and not self.fleet.may_return(lost)  # no other job could serve its requests
         if not is_final:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
             print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)

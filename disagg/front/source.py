@@ -1,4 +1,4 @@
-"""Where a router's requests come from."""
+"""Source: the interface through which a router gets its requests."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -8,20 +8,22 @@ from disagg.front.parse import UserRequest
 
 
 class Source(Protocol):
-    """What the router asks of it."""
+    """A source of requests."""
 
     def take(self, most: int) -> list[UserRequest]:
-        """The next requests, at most so many. It returns within about 20 ms, with none if none is there yet."""
+        """Return at most `most` next requests, within about 20 ms. The list is empty if none has arrived yet."""
+        ...
 
     @property
     def exhausted(self) -> bool:
-        """Will nothing more ever come?"""
+        """Have all requests been taken?"""
+        ...
 
 
 class Listed:
-    """Requests that are all there from the start."""
+    """A source with all its requests known from the start."""
 
-    def __init__(self, requests: Iterable[UserRequest]):
+    def __init__(self, requests: Iterable[UserRequest]) -> None:
         self._left = deque(requests)
 
     def take(self, most: int) -> list[UserRequest]:

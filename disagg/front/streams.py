@@ -1,14 +1,15 @@
-"""The process's own streams. A shell may have closed them, and whoever reads stderr may leave; neither ends a batch."""
+"""The process's own streams. A batch goes on if a shell has closed them, or if the reader of stderr ends."""
 
 import io
 import os
 import sys
+from typing import Any
 
 
 class Unread(io.FileIO):
-    """A file descriptor that takes everything, also once it cannot be written."""
+    """A file descriptor that accepts all data, and drops it if it cannot be written."""
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any, /) -> int:  # bytes or any other buffer, a type that Python 3.11 has no name for
         try:
             return super().write(data)
         except OSError:
@@ -16,12 +17,12 @@ class Unread(io.FileIO):
 
 
 def secure_streams() -> None:
-    """Call it before any file is opened: that would get the number of a stream that is closed, and its text."""
+    """Open the streams that are closed. Call it before any file is opened: a file could get a stream's number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `number`
     if sys.stdout is None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
     lossy = io.BufferedWriter(Unread(2, "w", closefd=False))
@@ -29,5 +30,5 @@ def secure_streams() -> None:
 
 
 def discard_stdout() -> None:
-    """Nobody reads it any more: what is still to be flushed must not fail once more."""
+    """Discard stdout, whose reader has gone: the last flush must not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,10 @@
-"""The process that renders a chat template for `chat_template.py`: run, never imported. It knows only jinja.
+"""The process that renders a chat template for `chat_template.py`. It is run, never imported, and needs only jinja.
 
-Its standard input and output are one socket. A line is a JSON object. The first one that comes is the template, each
-later one is what it is rendered with. Each is answered by a line: `{"text": ...}`, `{"error": ...}`, or `{"overrun":
-...}` if it took too much memory.
+Its standard input and output are one socket. Each line is a JSON object. The first line it receives is the template,
+and each later one the values to render it with. It answers each with a line: `{"text": ...}`, `{"error": ...}`, or
+`{"overrun": ...}` if it took too much memory.
 
-The environment is the one of transformers' `apply_chat_template`, for which people write their templates.
+The environment is that of transformers' `apply_chat_template`, for which people write their templates.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST_MEMORY = 2**30  # bytes of this process
+MOST_MEMORY = 2**30  # bytes, of this process
 MOST_TEXT = 2**25  # characters
-MOST_REASON = 500
+MOST_REASON = 500  # characters of an error
 
 
 class Generation(Extension):
-    """{% generation %} marks what the assistant said, for training. Here its contents are text like any other."""
+    """{% generation %} marks the assistant's text, for training. Here it has no effect."""
 
     tags = {"generation"}
 
@@ -36,7 +36,7 @@ class Generation(Extension):
 
 
 def compile_template(source: str, words: dict[str, str]) -> Template:
-    """`words`: the names that are always there, the special tokens."""
+    """Compile a template. `words`: variables for it, name -> special token."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -45,8 +45,14 @@ def compile_template(source: str, words: dict[str, str]) -> Template:
     return environment.from_string(source)
 
 
-def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own is for HTML: it would escape < > & and quotes."""
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Replace jinja's own filter, which is for HTML: it would escape < > & and quotes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -59,6 +65,7 @@ def refuse(message: str) -> None:
 
 
 def answer(asked: dict, template: Template | None) -> tuple[dict, Template]:
+    """Compile the template, if there is none yet, or render it. Returns the answer and the template."""
     if template is None:
         return {"text": ""}, compile_template(**asked)
     text = template.render(asked)
@@ -71,9 +78,9 @@ def main() -> None:
     most_seconds, template = float(sys.argv[1]), None
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-    print("{}", flush=True)  # I am ready
+    print("{}", flush=True)  # ready
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, most_seconds)  # ends this process, whatever it is in
+        signal.setitimer(signal.ITIMER_REAL, most_seconds)  # SIGALRM ends this process, whatever it does
         try:
             said, template = answer(json.loads(line), template)
             said = json.dumps(said)

@@ -1,7 +1,7 @@
-"""The router's text side, out of a Hugging Face folder: prompts and messages to token ids, tokens to text.
+"""The tokenizer of a Hugging Face folder: prompts and messages to token ids, and token ids to text.
 
-Folder and texts are somebody else's. What is surely too long is refused before it is tokenised, which takes a second
-and 200 MB for each megabyte. What goes wrong in the tokenizer's library costs one request, also where it panics.
+Neither the folder nor the texts are trusted. A text that is certainly too long is refused before tokenising, which
+takes a second and 200 MB per megabyte. An error or panic in the tokenizers library fails only one request.
 """
 
 import json
@@ -20,19 +20,21 @@ from model.config import read_json, read_text, shown
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_CHAT = "this model has no chat template"
-MOST_EXPANSION = 64  # characters that a normalizer or a decoder may make of one
+MOST_EXPANSION = 64  # characters that a normalizer or a decoder may make from one
 MOST_ADDED = 64  # tokens that a post-processor may add to a text
 MOST_TOKEN_BYTES = 2**16
-CHARACTER_BYTES = 4  # of a character at most; a normalizer may make one byte of it
-ON_TRIAL = 2**20  # characters; of longer texts...
-PIECE = 2**16  # ...so many are tokenised at a time, to see whether the whole may fit
-IDS = range(2**32)  # what the library takes for one
+CHARACTER_BYTES = 4  # per character, at most; a normalizer may turn them into one byte
+ON_TRIAL = 2**20  # characters; a longer text is first tokenised in pieces, to see whether it may fit
+PIECE = 2**16  # characters per piece
+IDS = range(2**32)  # token ids that the library accepts
 
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """What goes wrong is a ValueError: `what`, and why. The library raises bare Exceptions, and a BaseException where
-    it panics (which it also prints)."""
+    """Turn any error into a ValueError: `what`, and the reason.
+
+    The library raises bare Exceptions, and a BaseException if it panics. (It also prints panics.)
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -42,26 +44,30 @@ def refusing(what: str) -> Iterator[None]:
 
 
 class PromptEncoder:
-    """Text or messages to token ids. Wraps a `tokenizers.Tokenizer` and a chat template, or says why there is none."""
+    """Turns text or messages into token ids, with a `tokenizers.Tokenizer` and a chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: Any, max_tokens: int | None = None, no_chat: str = NO_CHAT):
-        """`max_tokens`: what a prompt can have at most; None: any number."""
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: Any, max_tokens: int | None = None, no_chat: str = NO_CHAT
+    ) -> None:
+        """`max_tokens`: limit per prompt (None: no limit). `no_chat`: why `chat_template` is None, for the error."""
         self.tokenizer, self.chat_template, self.no_chat = tokenizer, chat_template, no_chat
         self.max_tokens, self.longest = max_tokens, max(longest_token(tokenizer), CHARACTER_BYTES)
         if tokenizer.normalizer is not None:
             self.longest *= CHARACTER_BYTES
 
     def text(self, prompt: str) -> list[int]:
+        """Tokenise a prompt. Raises ValueError if it cannot be tokenised, or is too long."""
         return self._encode("prompt", prompt, add_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> list[int]:
+        """Render messages with the chat template, and tokenise the result. Raises ValueError as `text` does."""
         if self.chat_template is None:
             raise ValueError(f"messages: {self.no_chat}; give a prompt")
         with refusing("messages"):
             self._check_size(characters(messages), "characters")
         with refusing("messages: the chat template refuses them"):
             text = self.chat_template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True)
-        return self._encode("messages", text, add_special_tokens=False)  # the template writes its own
+        return self._encode("messages", text, add_special_tokens=False)  # the template adds them itself
 
     def _encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
         try:
@@ -78,7 +84,10 @@ class PromptEncoder:
         return ids
 
     def _check_size(self, size: int, unit: str) -> None:
-        """Every token stands for so many bytes at most. What a tokenizer drops (white space, say) counts, too."""
+        """Raise ValueError if the text has more bytes than `max_tokens` tokens can stand for.
+
+        Characters that a tokenizer drops, such as white space, count too.
+        """
         if self.max_tokens is not None and size > self.max_tokens * self.longest:
             raise ValueError(
                 f"its {size:,} {unit} are over max_model_len ({self.max_tokens}) x {self.longest}, the most bytes that "
@@ -86,15 +95,18 @@ class PromptEncoder:
             )
 
     def _try_pieces(self, text: str) -> None:
-        """A text may pass `_check_size` and still be much too long. Then a part of it shows that, in less time and
-        memory. At a cut a token may become as many as it has bytes; twice the tokens leave room for the rest."""
+        """Raise ValueError if the first pieces of a long text already have too many tokens.
+
+        A text may pass `_check_size` and still be much too long. Pieces show that in less time and memory. The limit is
+        generous: twice `max_tokens`, plus, per cut, as many tokens as the cut token has bytes.
+        """
         if self.max_tokens is None or len(text) <= ON_TRIAL:
             return
-        count, most = 0, 2 * self.max_tokens
+        count, limit = 0, 2 * self.max_tokens
         for start in range(0, len(text), PIECE):
             count += len(self.tokenizer.encode(text[start : start + PIECE], add_special_tokens=False).ids)
-            most += self.longest
-            if count > most:
+            limit += self.longest
+            if count > limit:
                 raise ValueError(
                     f"its first {start + PIECE:,} of {len(text):,} characters make about {count:,} tokens; "
                     f"max_model_len is {self.max_tokens}"
@@ -102,7 +114,7 @@ class PromptEncoder:
 
 
 def characters(value: Any) -> int:
-    """Of all texts in a JSON value, but for the keys."""
+    """Count the characters of all strings in a JSON value, except keys."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -113,13 +125,16 @@ def characters(value: Any) -> int:
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Bytes, at most: some vocabularies spell a byte with two."""
+    """Return the bytes of the longest token, or more: some vocabularies spell a byte with two."""
     return max((len(token.encode()) for token in tokenizer.get_vocab()), default=0)
 
 
 def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> PromptEncoder:
-    """ValueError if the folder has no tokenizer.json that can be used. Without a chat template, or with one that cannot
-    be used (stderr hears of that), only `messages` are refused. `max_tokens`: as `PromptEncoder` has it."""
+    """Load the tokenizer and the chat template of a folder. Raises ValueError if tokenizer.json cannot be used.
+
+    If there is no usable chat template, only `messages` are refused. An unusable one also causes a warning on stderr.
+    `max_tokens`: as in `PromptEncoder`.
+    """
     folder = Path(folder)
     path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
@@ -129,7 +144,7 @@ def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> PromptE
         tokenizer = Tokenizer.from_str(text)
         _check_bounds(tokenizer)
     tokenizer.no_padding()
-    tokenizer.no_truncation()  # what is too long is refused, not cut
+    tokenizer.no_truncation()  # prompts that are too long are refused, not cut
     about = read_json(settings) if settings.is_file() else {}
     try:
         template, no_chat = _chat_template(folder, about), NO_CHAT
@@ -140,7 +155,7 @@ def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> PromptE
 
 
 def _check_bounds(tokenizer: Tokenizer) -> None:
-    """ValueError if it makes much of little."""
+    """Raise ValueError if the tokenizer can turn a short text into a very long one."""
     for what, part in (("normalizer", tokenizer.normalizer), ("decoder", tokenizer.decoder)):
         if part is not None and (most := _expansion(json.loads(part.__getstate__()))) > MOST_EXPANSION:
             raise ValueError(f"its {what} can make {most:,} characters of one; at most {MOST_EXPANSION} are taken")
@@ -151,12 +166,12 @@ def _check_bounds(tokenizer: Tokenizer) -> None:
 
 
 def _expansion(part: dict) -> int:
-    """The most characters that a part of a tokenizer makes of one. What Unicode's own forms make is not counted."""
+    """Return the most characters that a part of a tokenizer makes from one. Unicode normalization is not counted."""
     match part:
         case {"normalizers": parts} | {"decoders": parts}:
             return math.prod(map(_expansion, parts))
         case {"type": "Prepend", "prepend": text} | {"type": "Replace", "pattern": {"Regex": _}, "content": text}:
-            return 1 + len(text)  # such a pattern may match nothing, before every character
+            return 1 + len(text)  # a regex may match the empty string before every character
         case {"type": "Replace", "content": text}:
             return max(1, len(text))
     return 1
@@ -175,26 +190,28 @@ def _chat_template(folder: Path, settings: dict) -> ChatTemplate | None:
     for name in SPECIAL:
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:  # else the template would write "None"
+        if token is not None:  # otherwise the template would write "None"
             words[name] = token
     with refusing(f"{path}: the chat template cannot be compiled"):
         return ChatTemplate(source, words)
 
 
 class TextStream:
-    """One request's text as its tokens come, cut at its stop strings."""
+    """One request's text as its tokens arrive, cut at its stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
         self._unshown: list[int] = []  # tokens since the text last grew
-        self._torn = False  # does the text, as it came, perhaps differ from that of all tokens?
+        self._torn = False  # may the streamed text differ from the text of all tokens decoded at once?
         self.token_ids: list[int] = []
         self.text = ""
 
     def push(self, token: int) -> bool:
-        """Add a token; True if a stop string is complete. The text then ends just before it. Never raises, whatever the
-        token is."""
+        """Add a token. Returns True if a stop string is complete; the text then ends just before it.
+
+        Never raises, whatever the token is.
+        """
         self.token_ids.append(token)
         piece = self._step(token)
         if not piece:
@@ -212,13 +229,13 @@ class TextStream:
         return True
 
     def close(self) -> None:
-        """No more tokens: also show an unfinished character, as U+FFFD."""
+        """End the text. An incomplete character becomes U+FFFD."""
         whole = self._decode(self.token_ids)
         if whole is not None:
             self.text = whole
 
     def _step(self, token: int) -> str:
-        """What this token adds to the text; nothing yet, if it ends amid a character."""
+        """Return the text that this token adds. It is empty if the token ends within a character."""
         if token not in IDS:
             return ""
         self._unshown.append(token)
@@ -233,16 +250,19 @@ class TextStream:
         return piece or ""
 
     def _begin_again(self) -> str:
-        """The library's stream gives up if a token changes what earlier ones had become: if bytes turn out to be no
-        character. What has been shown stays until all is decoded; the tokens after it are decoded alone."""
+        """Replace the library's stream, which has failed. Returns the text of the tokens that were not shown yet.
+
+        The stream fails if a token changes the text of earlier ones, for example if bytes turn out to be no character.
+        The text shown so far stays until all tokens are decoded at once. Later tokens are decoded without it.
+        """
         self._torn, piece = True, self._decode(self._unshown)
-        if piece is None:  # nor do they get easier with what follows
+        if piece is None:  # later tokens would not make them decodable
             self._unshown.clear()
         self._stream = DecodeStream(ids=self._unshown, skip_special_tokens=True)
-        return "" if piece is None or piece.endswith("\ufffd") else piece  # the new stream gives the rest with its next
+        return "" if piece is None or piece.endswith("\ufffd") else piece  # the new stream will give an incomplete one
 
     def _decode(self, tokens: list[int]) -> str | None:
-        """None if the library cannot."""
+        """Decode tokens. Returns None if the library fails."""
         try:
             with refusing("tokens"):
                 return self._tokenizer.decode([token for token in tokens if token in IDS], skip_special_tokens=True)
@@ -250,5 +270,5 @@ class TextStream:
             return None
 
     def _end(self, text: str, start: int = 0) -> int | None:
-        """Where the first stop string begins."""
+        """Return where the first stop string begins, if there is one."""
         return min((at for stop in self._stop if (at := text.find(stop, start)) >= 0), default=None)

@@ -1,29 +1,29 @@
-"""Credits: how many transfers the links of a process have under way at once, and what their buffers take."""
+"""Credits: the limit on transfers in flight per process, and the memory of their buffers."""
 
 import threading
 from collections.abc import Callable
 
-IN_FLIGHT = 4  # transfers of a process, on the wire, before it or behind it: each has a buffer of its own
-OF_A_LINK = 3  # of these, at most: one peer that is stuck must not stop the others
-LOOK_S = 0.1
-MOST_BYTES = 320 * 2**20  # of a transfer, unless a page has more
+IN_FLIGHT = 4  # transfers per process, from packing to unpacking: each has its own buffer
+OF_A_LINK = 3  # of these per link, at most: one stuck peer must not stop the other links
+LOOK_S = 0.1  # between two calls of `check` while waiting
+MOST_BYTES = 320 * 2**20  # per transfer, unless a single page is larger
 
 
 def most_pages(page: int) -> int:
-    """Of a transfer, with pages of so many bytes."""
+    """Pages per transfer, for pages of `page` bytes."""
     return max(1, MOST_BYTES // page)
 
 
 def buffer_bytes(page: int) -> int:
-    """What a process's links take at most of its GPU's memory, with pages of so many bytes."""
+    """GPU memory that a process's links take at most, for pages of `page` bytes."""
     return IN_FLIGHT * most_pages(page) * page
 
 
 class Credits:
-    """One for each transfer under way, shared by the links of a process.
+    """One credit per transfer in flight, shared by the links of a process.
 
-    No circle of links can wait for one another: a link with a credit waits for its peer, whose end needs a credit of
-    its own process, and who has that one waits for bytes that are on their way.
+    No deadlock: a link that holds a credit waits for its peer, whose end needs a credit of its own process. Every
+    holder of one of those is only waiting for bytes already sent.
     """
 
     def __init__(self) -> None:
@@ -33,16 +33,19 @@ class Credits:
 class Share:
     """The credits that one link holds."""
 
-    def __init__(self, credits: Credits):
+    def __init__(self, credits: Credits) -> None:
         self._credits, self._lock = credits, threading.Lock()
         self._mine = threading.Semaphore(OF_A_LINK)
         self._held, self._closed = 0, False
 
-    def take(self, look: Callable[[], None]) -> None:
-        """Wait for one. `look` is called now and then meanwhile, and may raise; RuntimeError if this is closed."""
+    def take(self, check: Callable[[], None]) -> None:
+        """Wait for a credit. `check()` is called every LOOK_S meanwhile, and may raise to stop waiting.
+
+        Raises RuntimeError if this share is closed.
+        """
         for free in (self._mine, self._credits.free):
             while not free.acquire(timeout=LOOK_S):
-                look()
+                check()
         with self._lock:
             if not self._closed:
                 self._held += 1
@@ -57,7 +60,7 @@ class Share:
                 self._release()
 
     def close(self) -> None:
-        """Give all back, and take no more."""
+        """Give all credits back. No more can be taken."""
         with self._lock:
             self._closed = True
             for _ in range(self._held):

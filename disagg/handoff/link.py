@@ -1,17 +1,16 @@
-"""Links: the threads that carry out the handoff's protocol (see `handoff.py`), two for each pair of ranks.
+"""Link: one end of the handoff between two ranks (see `protocol.py`), with two threads.
 
-The link's own thread has its pipe and starts transfers; the mover sees them through, in their order, and does what is
-to be done after each. So that the wire need not wait for either, the next transfer starts while one is under way:
+The link's own thread owns the pipe and starts transfers. The second thread, the mover, waits for each transfer in turn
+and does the work that follows it. The next transfer starts while one is in flight, so the wire waits for neither:
 
     prefill   link   pack 0, announce | pack 1, announce | pack 2 ...
               wire            0 >>>>>>>>>>>>>| 1 >>>>>>>>>>>>>| 2 >>>
     decode    mover                          | unpack 0       | unpack 1, room done
 
-Pages that become ready while the wire is busy share the next transfer, whatever rooms they are of: the wire then hides
-what a transfer costs its two processes.
+Pages that become ready while the wire is busy share the next transfer, across rooms. So the two processes' cost per
+transfer is hidden behind the wire.
 
-A link can go down by itself, or be stopped; either way its rooms end at once, with an error, and nothing is written to
-the pool any more.
+A link can fail or be stopped. Either way its rooms end at once, with an error, and the pool is not written any more.
 """
 
 import functools
@@ -23,7 +22,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 import zmq
@@ -32,54 +30,71 @@ from torch import Tensor
 from disagg.control.ports import new_socket
 from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Join, RoomEnded
+from disagg.handoff.protocol import Command, Join, LinkEvent, Message, RoomEnded
 from disagg.handoff.transport import Transfer, Transport
+
+Started = tuple[Transfer | None, Callable[[], None]]  # a transfer, and what to do when it has completed
 
 
 @functools.cache
 def packing_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the threads of all links of a process, on which they allocate their buffers: what is freed is kept for
-    the stream that it was allocated on."""
-    return torch.cuda.Stream(device, priority=-1)  # never one of those that may wait for a peer
+    """Return the stream on which all links of a process allocate their buffers.
+
+    Shared, because torch's allocator keeps freed memory for the stream that it was allocated on.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # not a priority whose streams may wait for a peer
 
 
 class Link(threading.Thread, ABC):
-    """One end of a link. Its pipe and transport belong to its thread; the rank's loop calls `put` and `stop` only."""
+    """One end of a link. Only its thread uses its pipe and transport. The rank's loop calls only `put` and `stop`."""
 
     def __init__(
         self,
         key: str,
         connect: Callable[[str], tuple[Pipe, Transport]],
         pool: Tensor,
-        events: Any,
+        events: queue.SimpleQueue[LinkEvent],
         credits: Credits,
-    ):
-        """`connect(key)` runs in the thread, and may block or raise; `events` is a queue that the loop drains; the
-        `credits` are those of all the process's links."""
+    ) -> None:
+        """`connect(key)` runs in the thread, and may block or raise. `events`: the queue that the rank's loop drains.
+        `credits`: shared by all links of the process."""
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
         self.bytes_moved, self.seconds_moving = 0, 0.0
         self._connect, self._events = connect, events
-        self._commands: deque = deque()
-        self._writing = threading.Lock()  # held while the pool is written; a link goes down before or after that
-        self._changed = threading.Condition()  # guards the next two
+        self._commands: deque[Command] = deque()
+        self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
+        self._changed = threading.Condition()  # guards _rooms and _down
         self._rooms: set[int] = set()  # joined and not yet ended
-        self._down: str | None = None  # why
+        self._down: str | None = None  # the reason, once it is down
         self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
         address = f"inproc://{uuid.uuid4().hex}"
         self._wake.bind(address)
         self._woken.connect(address)
-        self.pipe: Pipe | None = None
-        self.transport: Transport | None = None
-        self._aborted = threading.Event()  # whoever took this down has done with the transport
-        self._under_way: queue.SimpleQueue = queue.SimpleQueue()  # for the mover
+        self._pipe: Pipe | None = None
+        self._transport: Transport | None = None
+        self._aborted = threading.Event()  # set when `_go_down` does not need the transport any more
+        self._in_flight: queue.SimpleQueue[Started | None] = queue.SimpleQueue()  # for the mover; None ends it
         self._credits = Share(credits)
         self._stream = packing_stream(pool.device) if pool.is_cuda else None
         self._mover = threading.Thread(target=self._see_through, name=f"mover {key}", daemon=True)
         self._mover.start()
         self.start()
 
-    def put(self, command: Any) -> None:
+    @property
+    def pipe(self) -> Pipe:
+        """Valid in this link's thread, once it has connected."""
+        assert self._pipe is not None
+        return self._pipe
+
+    @property
+    def transport(self) -> Transport:
+        """Valid in this link's thread, once it has connected."""
+        assert self._transport is not None
+        return self._transport
+
+    def put(self, command: Command) -> None:
+        """Queue a command for the link's thread. A room joined after the link went down ends at once, with an error."""
         with self._changed:
             if isinstance(command, Join):
                 if self._down is not None:
@@ -96,14 +111,15 @@ class Link(threading.Thread, ABC):
         return self._down is not None
 
     def stop(self) -> None:
-        """End the link; the peer may be dead. Its rooms end at once, and nothing is written to the pool any more.
+        """End the link; the peer may be dead. Its rooms end at once, and the pool is not written any more.
 
-        NCCL's transfer in flight ends too; gloo's goes on in the thread until it times out, into a buffer of its own.
+        With NCCL, a transfer in flight ends too. With gloo it stays in the thread, with its own buffer, until its
+        time-out.
         """
         self._go_down("stopped")
 
     def _go_down(self, error: str) -> bool:
-        """End all rooms; False if they have been already."""
+        """End all rooms, then abort the transport. Returns False if the link was down already."""
         with self._writing, self._changed:
             if self._down is not None:
                 return False
@@ -112,12 +128,12 @@ class Link(threading.Thread, ABC):
                 self._events.put(RoomEnded(uid, self._down, link_down=True))
             self._rooms.clear()
             self._changed.notify()
-            with suppress(zmq.Again):  # its thread saw `_down` already, and has gone
+            with suppress(zmq.Again):  # its thread saw `_down` already, and has ended
                 self._wake.send(b"", zmq.DONTWAIT)
         try:
-            if self.transport is not None:
-                self.transport.abort()
-        finally:  # only now, when the buffers go
+            if self._transport is not None:
+                self._transport.abort()
+        finally:  # only after the abort, which frees the buffers
             self._credits.close()
             self._aborted.set()
         return True
@@ -127,34 +143,35 @@ class Link(threading.Thread, ABC):
             if self._stream is not None:
                 torch.cuda.set_device(self.pool.device)
                 torch.cuda.set_stream(self._stream)
-            self.pipe, self.transport = self._connect(self.key)
+            self._pipe, self._transport = self._connect(self.key)
             self.meet()
             self.transport.greet()
             self._loop()
-        except Exception as broken:  # whatever broke it, the rooms must hear of it
+        except Exception as broken:  # any failure ends the rooms
             self._go_down(f"{type(broken).__name__}: {broken}")
         finally:
-            if self.pipe is not None:
-                self.pipe.close()  # first, for the peer to hear of the end here
-            self._under_way.put(None)
-            with self._changed:  # the one who said that it is down may still be waking this thread
+            if self._pipe is not None:
+                self._pipe.close()  # first, so that the peer learns of the end
+            self._in_flight.put(None)
+            with self._changed:  # `_go_down` may still be waking this thread
                 self._wake.close()
             self._woken.close()
 
     def then(self, then: Callable[[], None], transfer: Transfer | None = None) -> None:
-        """Have the mover call this, once `transfer` is through, and all that came before."""
-        self._under_way.put((transfer, then))
+        """Have the mover call `then()` when `transfer`, and everything given to it before, has completed."""
+        self._in_flight.put((transfer, then))
 
     def _see_through(self) -> None:
+        """The mover's thread."""
         if self._stream is not None:
             torch.cuda.set_device(self.pool.device)
-            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # never one of those that may wait for a peer
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # not a priority whose streams may wait for a peer
         ended = 0.0
-        while (started := self._under_way.get()) is not None:
+        while (started := self._in_flight.get()) is not None:
             transfer, then = started
             moved = transfer is not None
             try:
-                if moved:
+                if transfer is not None:
                     transfer.wait()
                     began, ended = max(transfer.began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
@@ -162,20 +179,22 @@ class Link(threading.Thread, ABC):
                 then()
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")
-            transfer = started = then = None  # and with them the buffer, before there is another
+            transfer = started = then = None  # free the buffer before giving back its credit
             if moved:
                 self._credits.give_back()
         self._aborted.wait()
-        if self.transport is not None:
-            self.transport.abort()  # it may have connected after the link went down
-            self.transport = None  # and with it its sockets and threads go
+        if self._transport is not None:
+            self._transport.abort()  # it may have connected after the link went down
+            self._transport = None  # frees its sockets and threads
 
     def meet(self) -> None:
-        """Wait until the peer is at the pipe, at the end that puts it up. Raises if it does not come, or if this is
-        stopped."""
+        """Wait until the peer is at the pipe. Only the end that opened the pipe needs to.
 
-    def look(self) -> None:
-        """While this thread waits for a credit: raises if there is nothing to wait for any more."""
+        Raises if the peer does not come, or if the link goes down meanwhile.
+        """
+
+    def check(self) -> None:
+        """Raise if there is nothing to wait for any more. Called while this thread waits for a credit."""
         if self._down is not None:
             raise RuntimeError(self._down)
 
@@ -185,9 +204,9 @@ class Link(threading.Thread, ABC):
             poller.register(sock, zmq.POLLIN)
         while self._down is None:
             came = dict(poller.poll(0 if self._commands else self.pipe.patience_ms))
-            gone = self.pipe.has_gone  # but it may still have said something
+            gone = self.pipe.has_gone  # its last messages may still be unread
             if gone or self.pipe.sock in came:
-                for message in self.pipe.poll():  # first, so that a Cancel overtakes sends that are still queued
+                for message in self.pipe.poll():  # before commands: a Cancel must overtake sends that are still queued
                     self.handle(message)
             if gone:
                 raise ConnectionError("the other end has gone")
@@ -197,11 +216,11 @@ class Link(threading.Thread, ABC):
                 self.handle(self._commands.popleft())
 
     @abstractmethod
-    def handle(self, item: Any) -> None:
-        """A message from the peer or a command from the loop."""
+    def handle(self, item: Message | Command) -> None:
+        """Handle a message from the peer or a command from the loop."""
 
     def page_ids(self, pages: list[int]) -> Tensor:
-        """For a kernel, which checks no bounds."""
+        """Return `pages` on the pool's device. Checks their range, because kernels do not."""
         if not 0 <= min(pages) <= max(pages) < self.pool.shape[1]:
             raise ValueError(f"{pages=} of a pool of {self.pool.shape[1]}")
         ids = torch.tensor(pages, dtype=torch.int64, pin_memory=self.pool.is_cuda)
@@ -211,6 +230,7 @@ class Link(threading.Thread, ABC):
         return uid in self._rooms
 
     def end(self, ended: RoomEnded) -> None:
+        """End a room, unless it has ended already, with the link."""
         with self._changed:
             if ended.uid in self._rooms:
                 self._rooms.remove(ended.uid)

@@ -3,25 +3,31 @@
 import queue
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Generic, TypeVar
 
 from disagg.control.messages import Member
 from disagg.handoff.credits import Credits
 from disagg.handoff.link import Link
+from disagg.handoff.protocol import LinkEvent
+
+L = TypeVar("L", bound=Link)
 
 
-class Links:
-    """A rank's links, by peer and generation: after one went down, the next to that peer is a new one."""
+class Links(Generic[L]):
+    """A rank's links, by peer and generation: after a link went down, the next to the same peer is a new one."""
 
-    def __init__(self, make: Callable[[Member, int], Link]):
+    def __init__(self, make: Callable[[Member, int], L]) -> None:
         self._make, self.credits = make, Credits()
-        self.events: queue.SimpleQueue = queue.SimpleQueue()  # from the links' threads
-        self._links: dict[tuple[str, int], Link] = {}
-        self._dropped: dict[tuple[str, int], Link] = {}
-        self.gone: set[str] = set()  # peers that have died
+        self.events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()  # from the links' threads
+        self._links: dict[tuple[str, int], L] = {}
+        self._dropped: dict[tuple[str, int], L] = {}
+        self.gone: set[str] = set()  # ids of peers that have died
 
-    def get(self, peer: Member, generation: int) -> Link:
-        """One that was dropped stays so: its rooms end at once. Nor is one to a peer that has died waited for."""
+    def get(self, peer: Member, generation: int) -> L:
+        """Return the link to this peer and generation, and make it if there is none.
+
+        A dropped link is never replaced: its rooms end at once. So do rooms on a link to a peer that has died.
+        """
         key = peer.id, generation
         if key in self._dropped:
             return self._dropped[key]
@@ -33,20 +39,20 @@ class Links:
             return link
         return self._links[key]
 
-    def drain(self) -> list[Any]:
-        """What the links' threads have told since the last time."""
-        told = []
+    def drain(self) -> list[LinkEvent]:
+        """Return the events from the links' threads since the last call."""
+        events = []
         while not self.events.empty():
-            told.append(self.events.get())
-        return told
+            events.append(self.events.get())
+        return events
 
     def lose(self, ids: list[str]) -> None:
-        """These peers have died."""
+        """Drop all links to these peers, which have died."""
         self.gone |= set(ids)
         self._drop(key for key in self._links if key[0] in self.gone)
 
     def find(self, ids: list[str]) -> None:
-        """These peers, which were lost, answer again. Their links that were dropped stay so; new ones can be made."""
+        """Allow new links to these peers, which answer again. Their dropped links stay dropped."""
         self.gone -= set(ids)
 
     @property
@@ -69,7 +75,7 @@ class Links:
         }
 
     def close(self) -> None:
-        """Stop them all and see their threads end, as far as that is quick."""
+        """Stop all links, and wait at most 3 s for their threads to end."""
         self._drop(self._links)
         deadline = time.monotonic() + 3
         for link in self._dropped.values():

@@ -1,37 +1,39 @@
-"""Pipe: one end of the private pipe that a link's two ends speak over.
+"""Pipe: one end of the private message channel between a link's two ends.
 
-The prefill end listens and the decode end connects, under a name that both know. Messages are numbered: a gap, or
-anything that is no message, ends the link, because what it says of pages must be believed or not heard at all. A
-stranger at the port is neither heard nor spoken to, and its coming and going ends nothing.
+The prefill end listens and the decode end connects, under a name that both know. Messages are numbered. A gap, or
+anything that is not a message, ends the link, because a message about pages must never be lost or misread. A stranger
+at the port is ignored, and its connecting and disconnecting ends nothing.
 """
 
 import time
-from typing import Any
+from types import UnionType
 
 import zmq
 
 from disagg.control.address import bind, connect_to
 from disagg.control.messages import Decoder, encode
 from disagg.control.ports import MOST_POLLED, new_socket
+from disagg.handoff.protocol import Message
 
-DOUBT_S = 1.0  # after somebody has left: ZeroMQ may take a moment to say who
-DOUBT_MS = 20  # how often to look meanwhile
-PROBE = b""  # says nothing; sending it finds out whether the other end is there
+DOUBT_S = 1.0  # after a peer has disconnected: ZeroMQ may take a moment to tell which one
+DOUBT_MS = 20  # between two checks meanwhile
+PROBE = b""  # an empty message: sending it shows whether the other end is connected
 
 
 class Pipe:
-    """Made by `listen` or `connect`. One thread uses it."""
+    """Made by `listen` or `connect`, and used by one thread only."""
 
-    def __init__(self, sock: zmq.Socket, events: int, kind: Any, name: str, port: int = 0):
-        self.sock, self.port, self._decode = sock, port, Decoder(kind)
+    def __init__(self, sock: zmq.Socket, events: int, kind: type | UnionType, name: str, port: int = 0) -> None:
+        self.sock, self.port = sock, port
+        self._decode = Decoder[Message](kind)
         self.monitor = sock.get_monitor_socket(events)
         self._to = [name.encode()] if sock.type == zmq.ROUTER else []  # the frames before a message
         self._said = self._heard = 0
         self._doubt_until = 0.0
 
     @classmethod
-    def listen(cls, host: str, name: str, kind: Any) -> "Pipe":
-        """At any free port, for the peer of that name, who says messages of this kind."""
+    def listen(cls, host: str, name: str, kind: type | UnionType) -> "Pipe":
+        """Listen on any free port for the peer called `name`, which sends messages of the types `kind`."""
         sock = new_socket(zmq.ROUTER)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         pipe = cls(sock, zmq.EVENT_DISCONNECTED, kind, name)
@@ -39,16 +41,17 @@ class Pipe:
         return pipe
 
     @classmethod
-    def connect(cls, host: str, port: int, name: str, kind: Any) -> "Pipe":
+    def connect(cls, host: str, port: int, name: str, kind: type | UnionType) -> "Pipe":
+        """Connect as the peer called `name`. The end that listens sends messages of the types `kind`."""
         sock = new_socket(zmq.DEALER)
         sock.setsockopt(zmq.IDENTITY, name.encode())
         pipe = cls(sock, zmq.EVENT_DISCONNECTED, kind, name, port)
         connect_to(sock, host, port)
-        pipe._send(PROBE)  # the other end waits for a word
+        pipe._send(PROBE)  # the other end waits for a first message
         return pipe
 
-    def send(self, message: Any) -> None:
-        """ConnectionError if the other end has gone (a blocking send would wait for its return)."""
+    def send(self, message: Message) -> None:
+        """Raises ConnectionError if the other end has gone. (A blocking send would wait for its return.)"""
         self._said += 1
         self._send(self._said.to_bytes(8, "little"), encode(message))
 
@@ -60,8 +63,11 @@ class Pipe:
                 raise ConnectionError("the other end has gone") from None
             raise
 
-    def poll(self, timeout_ms: int = 0) -> list[Any]:
-        """What has come, waiting up to `timeout_ms` for the first. ConnectionError if the peer cannot be followed."""
+    def poll(self, timeout_ms: int = 0) -> list[Message]:
+        """Return the received messages, after waiting up to `timeout_ms` for the first.
+
+        Raises ConnectionError if a message is missing or invalid.
+        """
         messages = []
         while len(messages) < MOST_POLLED and self.sock.poll(0 if messages else timeout_ms):
             frames = self.sock.recv_multipart()
@@ -69,7 +75,7 @@ class Pipe:
                 messages.append(self._next(frames[len(self._to) :]))
         return messages
 
-    def _next(self, frames: list[bytes]) -> Any:
+    def _next(self, frames: list[bytes]) -> Message:
         self._heard += 1
         if len(frames) != 2 or int.from_bytes(frames[0], "little") != self._heard:
             raise ConnectionError(f"message {self._heard} of the other end is missing")
@@ -80,7 +86,7 @@ class Pipe:
 
     @property
     def is_met(self) -> bool:
-        """Is the other end there? For the end that listens."""
+        """Is the other end connected? For the end that listens."""
         try:
             self._send(PROBE)
         except ConnectionError:
@@ -89,7 +95,7 @@ class Pipe:
 
     @property
     def has_gone(self) -> bool:
-        """Has the other end left? To learn it in time, look when `monitor` can be read, and every `patience_ms`."""
+        """Has the other end left? Check it whenever `monitor` is readable, and every `patience_ms`."""
         left = bool(self.monitor.poll(0))
         while self.monitor.poll(0):
             self.monitor.recv_multipart()
@@ -101,7 +107,7 @@ class Pipe:
 
     @property
     def patience_ms(self) -> int | None:
-        """None: for ever."""
+        """Milliseconds until the next check of `has_gone`. None: no check is due until `monitor` is readable."""
         return DOUBT_MS if time.monotonic() < self._doubt_until else None
 
     def close(self) -> None:

@@ -1,15 +1,15 @@
-"""The KV handoff: rooms (one request's place in it) and links (one prefill rank paired with one decode rank).
+"""The KV handoff: rooms (the state of one request's handoff) and links (a prefill rank paired with a decode rank).
 
     router --Submit--> decode --Open(request, pages)--> prefill        decode allocates BEFORE prefill computes
                        decode <--Sending(pages), bytes-- prefill       for each chunk, while prefill computes the next
                        decode <--Last(first token)------ prefill       the room is done: the request joins the batch
 
-Bytes go over the link's transport, messages over its pipe, in one order. Every send is announced by `Sending`, so
-decode never posts a receive that nobody will match. On each link a room ends exactly once, with `Last` or `Closed` and
-after the bytes before it (or with the link itself); only when it has ended on every link may its pages be freed,
+Bytes go over the link's transport and messages over its pipe, in the same order. Every send is announced by `Sending`,
+so decode never posts a receive without a matching send. On each link a room ends exactly once: with `Last` or `Closed`,
+after all bytes sent before, or with the link itself. Its pages may be freed only when it has ended on every link,
 because until then a transfer may still write them. An abort therefore only ASKS (`Cancel`) and waits for `Closed`.
 
-With attention TP on either side, decode rank j is linked to prefill rank j % t: KV is the same on all ranks of a
+With attention TP on either side, decode rank j is linked to prefill rank j % t. KV is the same on all ranks of a
 replica, so each decode rank takes a copy from one of them.
 """
 
@@ -22,21 +22,21 @@ from msgspec import Meta
 from disagg.control.messages import Count, Member, TokenId
 from disagg.request import Request
 
-Page = Annotated[int, Meta(ge=1)]  # page 0 belongs to nobody
+Page = Annotated[int, Meta(ge=1)]  # page 0 is the null page
 
 
 class RoomState(IntEnum):
     FAILED = 0
     BOOTSTRAPPING = 1  # waiting for pages on the decode side
-    WAITING = 2  # both sides know of it
+    WAITING = 2  # open on both sides
     TRANSFERRING = 3
     DONE = 4
 
 
 class Room:
-    """A state that only rises, or fails; and a count of the link ends that may still touch the pages."""
+    """A state that only rises or fails, and the number of links that may still touch the pages."""
 
-    def __init__(self, links: int):
+    def __init__(self, links: int) -> None:
         self.state = RoomState.BOOTSTRAPPING
         self.open_links = links
         self.error: str | None = None
@@ -53,7 +53,7 @@ class Room:
             self.state, self.error = RoomState.FAILED, error
 
     def end_link(self, error: str | None) -> None:
-        """One link has ended this room. The last one to end it well makes it done."""
+        """Record that one link has ended this room. The room is done when all links have ended it without an error."""
         assert self.open_links > 0, "a link ended a room twice"
         self.open_links -= 1
         if error is not None:
@@ -66,18 +66,18 @@ class Room:
         return self.open_links == 0
 
 
-# What passes over a link's pipe.
+# Messages over a link's pipe, and the knock that comes before.
 
 
 class Knock(msgspec.Struct, frozen=True, tag=True):
     """decode -> the prefill rank's door: make a link with me."""
 
     decode: Member
-    generation: Count  # 0, 1, ... each time the one before went down
+    generation: Count  # counts the links between these two ranks: each replaces one that went down
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """decode -> prefill: compute this prompt; its KV goes to these pages, on all these decode ranks."""
+    """decode -> prefill: compute this prompt, and send its KV to these pages on all these decode ranks."""
 
     request: Request
     pages: list[Page]
@@ -86,26 +86,26 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """decode -> prefill: send nothing more for this room, and say when that is so."""
+    """decode -> prefill: stop sending for this room, and confirm it with `Closed`."""
 
     uid: int
 
 
 class Sending(msgspec.Struct, frozen=True, tag=True):
-    """prefill -> decode: the next bytes on the transport are these pages of yours, of these rooms."""
+    """prefill -> decode: the next tensor on the transport goes to these pages of your pool, for these rooms."""
 
     uids: Annotated[list[int], Meta(min_length=1)]
     pages: Annotated[list[Page], Meta(min_length=1)]
 
 
 class Last(msgspec.Struct, frozen=True, tag=True):
-    """prefill -> decode: that was all; this is the first token."""
+    """prefill -> decode: all pages have been sent, and this is the first token."""
 
     uid: int
     token: TokenId
     logprobs: list[tuple[int, float]]
     prefill: float = 0.0  # seconds from its first step to this token
-    waited: float = 0.0  # seconds from then until this was said, behind the last Sending
+    waited: float = 0.0  # seconds from this token until this message was sent, after the last Sending
 
 
 class Closed(msgspec.Struct, frozen=True, tag=True):
@@ -115,43 +115,48 @@ class Closed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-# What the rank's loop tells a link's thread, and what it hears back.
+# Commands from the rank's loop to a link's thread, and the event that comes back.
 
 
 class Join(msgspec.Struct, frozen=True):
-    """This rank knows the room now; `opening` is what to tell the peer of it, if it is for this link to tell."""
+    """This rank has the room now. `opening`: the message that opens it at the peer, if this link is to send it."""
 
     uid: int
     opening: Open | None = None
 
 
 class SendPages(msgspec.Struct, frozen=True):
-    """Copy pages of my pool to pages of the peer's. `ready`: the CUDA event after which mine are written."""
+    """Copy pages of my pool to pages of the peer's. `ready`: the CUDA event after which mine are written, or None."""
 
     uid: int
     mine: list[int]
     theirs: list[int]
-    ready: Any = None
+    ready: Any = None  # torch.cuda.Event, a type that msgspec does not know
 
 
 class SendLast(msgspec.Struct, frozen=True):
-    """All pages have been put: tell the peer the first token, after them."""
+    """All SendPages of the room have been given: send the first token after them."""
 
     uid: int
     token: int
     logprobs: list[tuple[int, float]]
     prefill: float = 0.0  # as in Last
-    sampled: float = 0.0  # when the token was known, of time.perf_counter
+    sampled: float = 0.0  # time.perf_counter() when the token was known
 
 
 class RoomEnded(msgspec.Struct, frozen=True):
-    """This link will not touch the room's pages any more. Exactly once for each joined room on each link."""
+    """This link will not touch the room's pages any more. Exactly one per link and room that it joined."""
 
     uid: int
     error: str | None = None
     token: int = -1
     logprobs: list[tuple[int, float]] = []
-    link_down: bool = False  # it was not the room's own fault
+    link_down: bool = False  # the link failed, not the room
     prefill: float = 0.0  # as in Last
-    transfer: float = 0.0  # seconds from the token until all was there
-    at: float = 0.0  # when all was there, of time.perf_counter
+    transfer: float = 0.0  # seconds from the token until all KV had arrived
+    at: float = 0.0  # time.perf_counter() when all KV had arrived
+
+
+Message = Open | Cancel | Sending | Last | Closed  # over the pipe
+Command = Join | Cancel | SendPages | SendLast | Closed  # from the rank's loop
+LinkEvent = Open | RoomEnded  # to the rank's loop

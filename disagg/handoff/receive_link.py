@@ -1,4 +1,4 @@
-"""The decode rank's end of a link: receives what is announced, unpacks it into the pool, says when a room is done."""
+"""The decode rank's end of a link: receives announced pages, unpacks them into the pool, and reports rooms as done."""
 
 import time
 from collections.abc import Callable
@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 
 from disagg.handoff.link import Link
-from disagg.handoff.protocol import Cancel, Closed, Join, Last, Open, RoomEnded, Sending
+from disagg.handoff.protocol import Cancel, Closed, Command, Join, Last, Message, Open, RoomEnded, Sending
 from disagg.handoff.transports.torch_dist import TIMEOUT
 from kernels import ref
 
 
 class ReceiveLink(Link):
-    """The decode rank's end. It does not `meet`: its side of the pipe can be written to at once. And it greets even if
-    it was stopped before, for the peer may be in its own greeting already, which nothing else ends."""
+    """The decode rank's end of a link.
 
-    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages):
+    It does not `meet`, because its side of the pipe can be written at once. It greets even if it has been stopped
+    before: the peer may already be in its own `greet`, which nothing else ends.
+    """
+
+    def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:
         self._unpack_pages = unpack_pages
         super().__init__(*args)
 
-    def handle(self, item: Any) -> None:
+    def handle(self, item: Message | Command) -> None:
         match item:
             case Join(_, Open() as opening):
                 self.pipe.send(opening)
@@ -29,10 +32,10 @@ class ReceiveLink(Link):
                 self.pipe.send(item)
             case Sending(uids, pages):
                 self._receive(uids, pages)
-            case Last(uid):
+            case Last(uid) as last:
                 self._await(uid)
                 came = time.perf_counter()
-                self.then(lambda: self._done(item, came))
+                self.then(lambda: self._done(last, came))
             case Closed(uid, error):
                 self._await(uid)
                 self.then(lambda: self.end(RoomEnded(uid, error)))
@@ -40,14 +43,14 @@ class ReceiveLink(Link):
     def _receive(self, uids: list[int], pages: list[int]) -> None:
         for uid in uids:
             self._await(uid)
-        self._credits.take(self.look)
+        self._credits.take(self.check)
         layers, _, *page = self.pool.shape
-        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # there before the bytes are
+        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # before the bytes arrive
         self.then(lambda: self._unpack(packed, ids), self.transport.recv(packed))
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:
         with self._writing:
-            if self._down is None:  # else the room has ended, and the pages may be somebody else's
+            if self._down is None:  # otherwise the room has ended, and its pages may belong to another request
                 self._unpack_pages(packed, self.pool, ids)
                 if packed.is_cuda:
                     torch.cuda.current_stream().synchronize()  # the room's end must not overtake the copy
@@ -58,7 +61,10 @@ class ReceiveLink(Link):
         self.end(RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now))
 
     def _await(self, uid: int) -> None:
-        """Until this rank's own loop has joined the room: another rank of the replica may have opened it earlier."""
+        """Wait until this rank's own loop has joined the room: another rank of the replica may have opened it earlier.
+
+        Raises TimeoutError if it does not within TIMEOUT.
+        """
         with self._changed:
             joined = self._changed.wait_for(
                 lambda: self.is_open(uid) or self._down is not None, timeout=TIMEOUT.total_seconds()

@@ -1,4 +1,4 @@
-"""The prefill rank's end of a link: packs pages, announces and starts transfers, says how each room ends."""
+"""The prefill rank's end of a link: packs pages, announces and starts transfers, and ends each room."""
 
 import time
 from collections.abc import Callable
@@ -10,26 +10,38 @@ from torch import Tensor
 
 from disagg.handoff.credits import most_pages
 from disagg.handoff.link import Link
-from disagg.handoff.protocol import Cancel, Closed, Join, Last, Open, RoomEnded, Sending, SendLast, SendPages
+from disagg.handoff.protocol import (
+    Cancel,
+    Closed,
+    Command,
+    Join,
+    Last,
+    Message,
+    Open,
+    RoomEnded,
+    Sending,
+    SendLast,
+    SendPages,
+)
 from disagg.handoff.transports.torch_dist import TIMEOUT
 from kernels import ref
 from model.kv_cache import pages_for
 
 
 class SendLink(Link):
-    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages):
+    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages) -> None:
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
-        self._sending: set[int] = set()  # rooms of which neither Last nor Closed has been said
+        self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
         self._pack_pages = pack_pages
         super().__init__(*args)
 
     def meet(self) -> None:
-        """It may come later to the pipe than to the transport, and this end be the first to speak."""
+        """Wait until the peer is at the pipe: it may connect to the transport first, and this end may send first."""
         poller, deadline = zmq.Poller(), time.monotonic() + TIMEOUT.total_seconds()
         poller.register(self.pipe.sock, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
         while self._down is None:
-            came = dict(poller.poll(1000 * max(0, deadline - time.monotonic())))
+            came = dict(poller.poll(int(1000 * max(0, deadline - time.monotonic()))))
             if self.pipe.sock in came:
                 for message in self.pipe.poll():
                     self.handle(message)
@@ -41,13 +53,13 @@ class SendLink(Link):
                 raise TimeoutError("nobody came to the pipe")
         raise RuntimeError(self._down)
 
-    def look(self) -> None:
-        """The credits may be held by transfers to this very peer, which its leaving alone does not end."""
-        super().look()
+    def check(self) -> None:
+        """Raise also if the peer has left: this link's own transfers may hold the credits, and leaving ends none."""
+        super().check()
         if self.pipe.has_gone:
             raise ConnectionError("the other end has gone")
 
-    def handle(self, item: Any) -> None:
+    def handle(self, item: Message | Command) -> None:
         match item:
             case Open(request, pages):
                 if len(pages) < pages_for(len(request.prompt)):
@@ -73,15 +85,15 @@ class SendLink(Link):
                 self._conclude(item, RoomEnded(uid, error))
 
     def _send(self, first: SendPages) -> None:
-        """Start the next transfer: of these pages, and of what is ready behind them."""
+        """Start the next transfer: these pages, and all ready pages queued after them."""
         if first.ready is not None:
             first.ready.synchronize()
-        self._credits.take(self.look)
+        self._credits.take(self.check)
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
         packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
-        # Behind the packing, and so where that had room on this GPU. The receive, which occupies the peer's until it
-        # has the bytes, is asked for after both.
+        # The send runs after the packing on the same stream, so this GPU has room for it by then. `Sending` comes after
+        # both, because the peer's receive occupies its GPU until the bytes arrive.
         transfer = self.transport.send(packed)
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
@@ -90,22 +102,25 @@ class SendLink(Link):
         for word in last_words:
             self.handle(word)
 
-    def _gather(self, most: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
-        """At most so many pages from the commands that wait: their rooms, and where they are here and go there. With
-        them what ends one of these rooms, which is to be handled behind its pages."""
+    def _gather(self, max_pages: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
+        """Take up to `max_pages` pages from the waiting commands.
+
+        Returns the rooms, the pages here, the pages at the peer, and the commands that end one of these rooms. Those
+        must be handled after the pages.
+        """
         uids, mine, theirs, last_words = [], [], [], []
-        while self._commands and len(mine) < most:
+        while self._commands and len(mine) < max_pages:
             match self._commands.popleft():
-                case SendPages(uid, here, there, ready) as item if uid in self._sending:
+                case SendPages(uid, own_pages, peer_pages, ready) as item if uid in self._sending:
                     if ready is not None and not ready.query():
                         self._commands.appendleft(item)
                         break
-                    space = most - len(mine)
+                    space = max_pages - len(mine)
                     uids.append(uid)
-                    mine += here[:space]
-                    theirs += there[:space]
-                    if len(here) > space:
-                        self._commands.appendleft(SendPages(uid, here[space:], there[space:]))
+                    mine += own_pages[:space]
+                    theirs += peer_pages[:space]
+                    if len(own_pages) > space:
+                        self._commands.appendleft(SendPages(uid, own_pages[space:], peer_pages[space:]))
                 case SendLast(uid) | Closed(uid) as word if uid in uids:
                     last_words.append(word)
                 case item:
@@ -113,7 +128,7 @@ class SendLink(Link):
         return uids, mine, theirs, last_words
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
-        """Say the last word of a room, which the peer takes behind the bytes; here it ends when they have left."""
+        """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""
         self._sending.remove(word.uid)
         self.pipe.send(word)
         self.then(lambda: self.end(ended))

@@ -1,18 +1,20 @@
-"""What balancing would do for a recording of expert loads (run.py --record-experts), on any number of ranks. SIMULATED.
+"""Simulate balancing on a recording of expert loads (run.py --record-experts), for any number of ranks. SIMULATED.
 
 python -m scripts.tools.eplb_sim docs/recordings/moving-decode.safetensors --phase decode --groups 4 --ep 4,12
 python -m scripts.tools.eplb_sim seen.safetensors --phase prefill --interval 1,5 --ranks-per-node 4,8 --chart c.png
 
 The recording's windows are replayed on each deployment, with three kinds of maps:
 
-    unbalanced   experts in order; redundant slots hold the first experts once more
-    static       made once from all windows: a map for the very load that it meets, as in the paper's figures
-    remade       made every `interval` windows from those since the last time; unbalanced until then
+    unbalanced   experts in order; redundant slots hold replicas of the first experts
+    static       made once, from the loads of all windows: the map knows the load in advance, as in the paper's figures
+    remade       made again every `interval` windows, from the windows since the last map; unbalanced until the first
 
-Balancedness is the mean over the fullest rank's tokens, averaged over layers and windows: 1 is perfect. The throughput
-that it implies follows a simple model: a step takes (1 - s) + s / balancedness, for the experts' part lasts as long as
-its fullest rank, and s is that part's share of a balanced step (--experts-share). What ranks wait for each other beyond
-that, and what moving experts takes, is left out; so is the unevenness of single steps, which a window adds up.
+Balancedness is a rank's mean tokens over the fullest rank's, averaged over layers and windows: 1 is perfect. The
+implied throughput follows a simple model: a step takes (1 - s) + s / balancedness. Here s is the experts' share of a
+balanced step (--experts-share), whose time is that of the fullest rank.
+
+The model leaves out the time of moving experts and all other waiting of ranks for each other. It also leaves out the
+unevenness of single steps, because a window sums many steps.
 """
 
 import argparse
@@ -28,10 +30,11 @@ from parallel.eplb import balance, balancedness
 from parallel.load_counter import load_recording
 from scripts.bench.lib.charts import save_lines
 from scripts.bench.lib.flags import naturals, new_file, new_png, positive, positives, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.measurements import Measurement, save
 
-# The experts' kernels of a layer without communication, on H100 with balanced ranks: SGLang's report of 2025-05-05, its
-# figures digitised (prefill 9.70 of 25.77 ms), and for decode DeepGEMM's published 0.181 ms beside the report's 0.586.
+# The share of the experts' kernels in a layer without communication, on H100 with balanced ranks. Prefill: 9.70 of
+# 25.77 ms, digitised from SGLang's report of 2025-05-05. Decode: DeepGEMM's published 0.181 ms, beside the report's
+# 0.586 ms for the other kernels.
 SHARES = {"prefill": 0.38, "decode": 0.24}
 SAME, THEIRS = "unbalanced, same recording", "the paper's EPLB ablation, another model and load"
 PAPER = {"prefill": 1.49, "decode": 2.54}  # the report's throughput with EPLB over that without
@@ -53,26 +56,28 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one kind of map: means over layers and windows."""
+    """The result of one kind of map: means over layers and windows."""
 
     balancedness: float
-    imbalance: float  # the fullest rank over the mean
+    imbalance: float  # the fullest rank's tokens over the mean
 
     def over(self, other: "Outcome", share: float) -> float:
-        """How many times the other's throughput."""
+        """Return this map's throughput divided by the other's. `share`: the experts' part of a balanced step."""
         return (1 - share + share * other.imbalance) / (1 - share + share * self.imbalance)
 
 
 def unbalanced(layers: int, experts: int, slots: int) -> NDArray[np.int64]:
-    """Experts in order; redundant slots hold the first experts once more."""
+    """Return a map with the experts in order; redundant slots hold replicas of the first ones."""
     return np.tile(np.arange(slots) % experts, (layers, 1))
 
 
 def maps_of(
     counts: NDArray, deployment: Deployment, groups: int, intervals: Sequence[int]
 ) -> dict[str, list[NDArray[np.int64]]]:
-    """counts [windows, layers, E] -> each window's map [layers, slots] by kind, "remade every 5" for an interval of
-    5."""
+    """Make each kind of map from counts [windows, layers, E]: a map [layers, slots] per window.
+
+    An interval of 5 gives the kind "remade every 5".
+    """
     windows, layers, experts = counts.shape
     d, plain = deployment, unbalanced(layers, experts, deployment.slots)
 
@@ -87,7 +92,7 @@ def maps_of(
 
 
 def replay(counts: NDArray, deployment: Deployment, groups: int, intervals: Sequence[int]) -> dict[str, Outcome]:
-    """Outcome by kind of map. Windows without tokens do not count."""
+    """Return the outcome of each kind of map. Windows without tokens do not count."""
     seen = [w for w in range(len(counts)) if counts[w].sum()]
     found = {}
     for name, by_window in maps_of(counts, deployment, groups, intervals).items():
@@ -97,7 +102,7 @@ def replay(counts: NDArray, deployment: Deployment, groups: int, intervals: Sequ
 
 
 def deployments(experts: int, args: argparse.Namespace) -> list[Deployment]:
-    """Those of all combinations whose slots divide over the ranks; the others are printed."""
+    """Return all combinations of the flags whose slots divide over the ranks, and print the others."""
     found = []
     for ep, extra in product(args.ep, args.redundant):
         if (experts + extra) % ep:
@@ -117,24 +122,31 @@ def share(text: str) -> float:
 def parse() -> tuple[argparse.Namespace, NDArray]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("recording", type=Path)
-    add("--phase", choices=PAPER, required=True, help="whose recording it is")
-    add("--ep", type=positives, default=[4, 12], help="ranks (4,12)")
+    add("recording", type=Path, help="of run.py --record-experts")
+    add("--phase", choices=PAPER, required=True, help="the side that was recorded")
+    add("--ep", type=positives, default=[4, 12], help="numbers of ranks (4,12)")
     add("--redundant", type=naturals, default=[0, 4], help="slots beyond the experts (0,4)")
     add("--interval", type=positives, default=[1], help="windows between two maps (1)")
-    add("--ranks-per-node", type=positives, default=[8], help="(8); ranks that do not divide are one node")
+    add("--ranks-per-node", type=positives, default=[8], help="(8); if the ranks do not divide, they count as one node")
     add("--groups", type=positive, default=1, help="the model's n_group (1)")
-    add("--experts-share", type=share, metavar="S", help="of a balanced step (prefill 0.38, decode 0.24)")
-    add("--name", default="", help="what was recorded, for the records and the chart")
-    add("--chart", type=new_png, metavar="PNG", help="draw balancedness and throughput over the ranks")
-    add("--out", type=new_file, metavar="FILE", help="write the records there, for bench/lib/report.py")
+    add(
+        "--experts-share",
+        type=share,
+        metavar="S",
+        help="the experts' share of a balanced step (prefill 0.38, decode 0.24)",
+    )
+    add("--name", default="", help="what was recorded, for the names of figures and for the chart")
+    add("--chart", type=new_png, metavar="PNG", help="draw balancedness and throughput by number of ranks")
+    add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     args = parser.parse_args()
     with refusals(parser):
         counts = load_recording(args.recording).numpy()
     if counts.shape[2] % args.groups:
         parser.error(f"argument --groups: {counts.shape[2]} experts do not divide into {args.groups}")
-    if max(args.redundant) > (most := counts.shape[2] * min(args.ep)):
-        parser.error(f"argument --redundant: it must be at most experts x ranks ({most}), not {max(args.redundant)}")
+    if max(args.redundant) > (most_slots := counts.shape[2] * min(args.ep)):
+        parser.error(
+            f"argument --redundant: it must be at most experts x ranks ({most_slots}), not {max(args.redundant)}"
+        )
     if not any((counts.shape[2] + extra) % ep == 0 for ep, extra in product(args.ep, args.redundant)):
         parser.error(
             f"no deployment: (experts + --redundant) % --ep must be 0 for one of each; {counts.shape[2]} experts"
@@ -168,7 +180,7 @@ def main() -> None:
                 (f"balancedness, {at}", after.balancedness, "", round(before.balancedness, 4), SAME),
                 (f"implied throughput, {at}, experts {of:.0%} of a step", gain, "x", paper, THEIRS),
             ):
-                records.append(Record(name, round(value, 4), unit, "higher", reference, source, "simulated"))
+                records.append(Measurement(name, round(value, 4), unit, "higher", reference, source, "simulated"))
     if args.out is not None:
         save(records, args.out)
     if args.chart is not None:

@@ -1,10 +1,11 @@
-"""What block-fp8 weights do to model/tiny: the mean absolute change of log probabilities, on a CPU:
+"""Measure the error of block-fp8 weights on model/tiny: the mean absolute change of log probabilities, on a CPU.
 
     python -m scripts.tools.fp8_error --out measurements.json
 
-tiny's expert width is 32, not whole blocks of 128, so its fp8 checkpoint runs dequantised: this is the error of the
-weights, with both models in float32 arithmetic. It stands beside what bf16 arithmetic does to the bf16 weights.
-The text is the part of Python's standard library that training held out (on 3.11, whose files they were).
+This is the error of the weights alone: both models compute in float32. An fp8 checkpoint of tiny always runs
+dequantised, because its expert width of 32 is not a multiple of the block of 128. The reference is the error of bf16
+arithmetic with the bf16 weights. The text is the part of Python's standard library that training held out. Training
+used the files of Python 3.11, so run this on 3.11.
 """
 
 import argparse
@@ -25,17 +26,17 @@ from model.config import ModelConfig
 from model.precision import decide
 from parallel.mesh import Mesh
 from scripts.bench.lib.flags import new_file
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.measurements import Measurement, save
 from scripts.tools.quantize import quantize_folder
 from scripts.tools.tiny_text import python_documents
 
 TINY = Path(__file__).parents[2] / "model" / "tiny"
-LENGTH = 512  # tokens of each file
+LENGTH = 512  # tokens per file
 NAME = "tiny with fp8 weights (dequantised), mean absolute difference of log probabilities"
 
 
 def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Tensor:
-    """The log probability of every token of the texts but the first ones."""
+    """Return the log probability of each token of the texts. The first token of a text has none."""
     settings = EngineConfig(max_batch=1, kv_tokens=LENGTH, dtype=dtype)
     engine = Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, Mesh(), Ops())
     why = decide(engine.config, 1, engine.model.dtype, engine.mesh.device).why
@@ -51,10 +52,10 @@ def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the record there, for bench/lib/report.py")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the figure to FILE as JSON")
     args = parser.parse_args()
     encoder = load_tokenizer(TINY)
-    held_out = [text for text, held in python_documents(Path(sysconfig.get_path("stdlib"))) if held]
+    held_out = [text for text, is_held_out in python_documents(Path(sysconfig.get_path("stdlib"))) if is_held_out]
     texts = [encoder.text(text)[:LENGTH] for text in held_out]
     with tempfile.TemporaryDirectory() as scratch:
         fp8 = Path(scratch) / "tiny-fp8"
@@ -63,7 +64,7 @@ def main() -> None:
         quantised = logprobs(fp8, texts, "float32")
     error, bf16 = ((other - exact).abs().mean().item() for other in (quantised, rounded))
     source = "bf16 arithmetic with bf16 weights, same text"
-    record = Record(NAME, round(error, 4), "nat", "lower", round(bf16, 4), source)
+    record = Measurement(NAME, round(error, 4), "nat", "lower", round(bf16, 4), source)
     loss, change = -exact.mean().item(), (exact - quantised).mean().item()
     print(f"{len(exact)} tokens of {len(texts)} files, loss {loss:.3f}, with fp8 weights {change:+.4f}")
     print(f"{record.name}: {record.value} nat; {source}: {record.reference}")

@@ -1,10 +1,10 @@
-"""Turn a bf16 checkpoint into a block-fp8 one, in DeepSeek-V3's own format.
+"""Convert a bf16 checkpoint to block fp8, in DeepSeek-V3's own format.
 
     python -m scripts.tools.quantize model/tiny /tmp/tiny-fp8
 
-Every projection matrix (attention, dense FFN, routed and shared experts, the MTP layer's too) becomes e4m3 with a
-float32 scale for each 128x128 block, stored as `NAME_scale_inv`; embedding, head, norms and gates stay as they are.
-The other files are copied, and config.json gets its `quantization_config`.
+Every projection matrix becomes e4m3, with one float32 scale per block of 128x128, stored as `NAME_scale_inv`. That is
+attention, dense FFN, routed and shared experts, in the MTP layer too. Embedding, head, norms and gates stay unchanged.
+The other files are copied, and `quantization_config` is added to config.json.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def is_projection(name: str) -> bool:
 
 
 def quantize_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name -> tensor of one file, before and after."""
+    """Return the tensors of one file by name, with its projections quantised and their scales added."""
     out = {}
     for name, tensor in tensors.items():
         if is_projection(name):
@@ -50,7 +50,10 @@ def quantize_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def quantize_folder(source: Path, target: Path) -> None:
-    """ValueError if `source` is no checkpoint, or in fp8 already, or `target` holds anything."""
+    """Write the fp8 checkpoint of `source` to `target`.
+
+    Raises ValueError if `source` is not a checkpoint or already in fp8, or if `target` is not empty.
+    """
     if ModelConfig.from_pretrained(source).fp8:
         raise ValueError(f"{source}: it is in fp8 already")
     paths = sorted(source.glob("*.safetensors"))
@@ -81,7 +84,7 @@ def quantize_folder(source: Path, target: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, help="the folder of a bf16 checkpoint")
     parser.add_argument("target", type=Path, help="a folder that is empty or does not exist")
     args = parser.parse_args()
     try:

@@ -1,5 +1,7 @@
-"""The text side of the shipped checkpoint (`train_tiny.py`): three corpora as documents, some of them held out, and the
-tokenizer that is made for them."""
+"""The text of the shipped checkpoint (`train_tiny.py`): three corpora, split into training and held-out documents.
+
+Also builds the tokenizer from them.
+"""
 
 import re
 import subprocess
@@ -29,13 +31,13 @@ SAMPLE_PROMPTS = {
 
 
 def read_documents(wordnet: Path, stdlib: Path) -> dict[str, list[tuple[str, bool]]]:
-    """(text, held out?) by domain."""
+    """Return the documents of each domain, as pairs (text, held out?)."""
     sources = bible_documents(), wordnet_documents(wordnet), python_documents(stdlib)
     return {domain: list(source) for domain, source in zip(DOMAINS, sources, strict=True)}
 
 
 def bible_documents() -> Iterator[tuple[str, bool]]:
-    """One (text, held out?) a chapter: every 25th chapter is held out. `bible` prints 'Book N', then its verses."""
+    """Yield (text, held out?) per chapter; every 25th is held out. The command `bible` prints 'Book N', then verses."""
     command = ["bible", "-l100000", "gen1:1-rev22:21"]
     printed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
     chapters = re.split(r"\n(?=[^\s].* \d+\n)", printed)
@@ -44,7 +46,7 @@ def bible_documents() -> Iterator[tuple[str, bool]]:
 
 
 def wordnet_documents(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Every synset as 'word, word (noun): gloss'; words attested in WordNet's tagged texts also as a chat turn."""
+    """Yield every synset as 'word, word (noun): gloss'. A word in WordNet's tagged texts is also a chat turn."""
     documents, glosses, chat = [], {}, {}
     for name, part in {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}.items():
         data, index = ((folder / f"{kind}.{part}").read_text("latin-1").splitlines() for kind in ("data", "index"))
@@ -69,7 +71,10 @@ def wordnet_documents(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def python_documents(folder: Path) -> Iterator[tuple[str, bool]]:
-    """One document a file of the standard library; tests and generated tables are left out, every 25th file held."""
+    """Yield one document per file of the standard library; every 25th is held out.
+
+    Tests and generated tables are left out.
+    """
     skipped = {"test", "tests", "idlelib", "encodings", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
     paths = sorted(p for p in folder.rglob("*.py") if not skipped & set(p.relative_to(folder).parts))
     paths = [p for p in paths if p.stat().st_size > 200 and "/config-" not in str(p)]
@@ -78,7 +83,7 @@ def python_documents(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def build_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with DeepSeek's special tokens first; encoding prepends bos."""
+    """Train a byte-level BPE tokenizer. DeepSeek's special tokens come first, and encoding prepends bos."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,5 +102,5 @@ def build_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """One stream of uint16 tokens: bos ... eos, bos ... eos."""
+    """Return all texts as one stream of uint16 tokens: bos ... eos, bos ... eos."""
     return np.array([i for encoded in tokenizer.encode_batch(texts) for i in (*encoded.ids, 1)], dtype=np.uint16)

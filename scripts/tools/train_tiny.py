@@ -1,22 +1,23 @@
-"""Makes model/tiny/: a trained 3.7M-parameter DeepSeek-V3 checkpoint in Hugging Face layout, MTP layer included.
+"""Train model/tiny/: a DeepSeek-V3 checkpoint of 3.7 million parameters in Hugging Face layout, with an MTP layer.
 
     apt-get install bible-kjv wordnet-base    # Debian: the King James Bible and WordNet 3.0
-    python -m scripts.tools.train_tiny collect      # the corpora -> .tiny-data/{tokenizer.json,corpus.npz}, on a CPU
-    python -m scripts.tools.train_tiny train        # .tiny-data/ -> model/tiny/, on a GPU, in minutes
-    python -m scripts.tools.train_tiny sample       # generates the samples in training.json anew, on a CPU
+    python -m scripts.tools.train_tiny collect      # corpora -> .tiny-data/{tokenizer.json,corpus.npz}, on a CPU
+    python -m scripts.tools.train_tiny train        # .tiny-data/ -> model/tiny/, in minutes on a GPU
+    python -m scripts.tools.train_tiny sample       # generate the samples in training.json again, on a CPU
     python -m scripts.tools.train_tiny prompts      # held-out text as requests for run.py -> .tiny-data/
 
-`train` records losses, routing and samples in model/tiny/training.json; the card, README.md, is written by hand.
+`train` writes losses, routing and samples to model/tiny/training.json. The model card, README.md, is written by hand.
 
 The network is transformers' DeepseekV3ForCausalLM (>= 5.17). Three things are added to it here:
 
-- The MTP layer (DeepSeek-V3 report, arXiv 2412.19437, section 2.2), which transformers does not train. It takes the
-  main model's last hidden state *after* the final norm (what vLLM's deepseek_mtp.py is given), at position i:
-  h'_i = eh_proj([enorm(embed(t_{i+1})); hnorm(h_i)]), then one MoE block with position i's rope, then shared_head.norm
-  and the main model's head predict t_{i+2}. Embedding and head are the main model's; the file holds copies of both.
-- A dense expert path for training: with 32 experts of width 32, computing every expert for every token and weighting
-  the unchosen ones by 0 is one matrix product of width 1,024. Losses recorded at the end use transformers' own path.
-- Aux-loss-free balancing (arXiv 2408.15664): e_score_correction_bias moves by a fixed step towards equal loads.
+- The MTP layer (DeepSeek-V3 report, arXiv 2412.19437, section 2.2), which transformers does not train. Its input is
+  the main model's last hidden state h_i *after* the final norm, as in vLLM's deepseek_mtp.py. At position i:
+  h'_i = eh_proj([enorm(embed(t_{i+1})); hnorm(h_i)]), then one MoE block with position i's rope. After
+  shared_head.norm, the head predicts t_{i+2}. Embedding and head are the main model's; the file holds copies of both.
+- A dense expert path for training. Every expert computes every token, and the unchosen ones get weight 0. With 32
+  experts of width 32 that is one matrix product of width 1,024. The losses at the end use transformers' own path.
+- Balancing without an auxiliary loss (arXiv 2408.15664): a fixed step moves e_score_correction_bias towards equal
+  loads.
 """
 
 import argparse
@@ -75,12 +76,12 @@ TOKENIZER_CONFIG = {
     "model_max_length": CONFIG["max_position_embeddings"], "chat_template": CHAT_TEMPLATE,
 }
 # fmt: on
-SHORT, LONG, LONG_EVERY = 512, 2048, 4  # tokens a row: every fourth step has long ones
+SHORT, LONG, LONG_EVERY = 512, 2048, 4  # tokens per row: every fourth step has long rows
 SHARES = {"bible": 0.2, "wordnet": 0.4, "python": 0.4}  # of the rows of a batch, by domain
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 200, 0.1
 MTP_WEIGHT, BALANCE_STEP = 0.3, 1e-3
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 300, 128, 64  # of each domain, for recordings
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 300, 128, 64  # per domain, for recordings of expert loads
 
 # ---------------------------------------------------------------------------------------------------- collect
 
@@ -102,7 +103,7 @@ def collect(arguments: argparse.Namespace) -> None:
 
 
 def prompts(arguments: argparse.Namespace) -> None:
-    """Write pieces of held-out text as requests: in moving.jsonl domain after domain, in mixed.jsonl in turn."""
+    """Write pieces of held-out text as requests: one domain after another in moving.jsonl, in turn in mixed.jsonl."""
     tokenizer, lines = Tokenizer.from_file(str(arguments.out / "tokenizer.json")), []
     for domain, documents in read_documents(arguments.wordnet, arguments.stdlib).items():
         ids = encode(tokenizer, [text for text, held_out in documents if held_out])
@@ -118,7 +119,7 @@ def prompts(arguments: argparse.Namespace) -> None:
 
 
 def route(gate: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, D] -> weights [T, E], 0 where an expert is not chosen, and loads [E]: DeepSeek-V3's noaux_tc choice."""
+    """Choose experts by DeepSeek-V3's noaux_tc: x [T, D] -> weights [T, E], 0 for unchosen experts, and loads [E]."""
     groups, experts = CONFIG["n_group"], CONFIG["n_routed_experts"]
     with torch.autocast(x.device.type, enabled=False):
         scores = F.linear(x.float(), gate.weight.float()).sigmoid()
@@ -132,7 +133,7 @@ def route(gate: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_moe(self: deepseek.DeepseekV3MoE, x: Tensor) -> Tensor:
-    """DeepseekV3MoE.forward with every expert computed for every token; leaves the loads in `self.loads`."""
+    """Replace DeepseekV3MoE.forward: compute every expert for every token, and write the loads to `self.loads`."""
     flat = x.flatten(0, -2)
     weights, loads = route(self.gate, flat)
     self.loads.copy_(loads)
@@ -143,7 +144,7 @@ def dense_moe(self: deepseek.DeepseekV3MoE, x: Tensor) -> Tensor:
 
 
 class MtpLayer(deepseek.DeepseekV3DecoderLayer):
-    """The MTP layer, appended to model.layers: its parameters then have DeepSeek's names, and transformers skips it."""
+    """The MTP layer, to be appended to model.layers: its parameters get DeepSeek's names, and transformers skips it."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config, config.num_hidden_layers)
@@ -153,13 +154,16 @@ class MtpLayer(deepseek.DeepseekV3DecoderLayer):
         self.shared_head = nn.ModuleDict({"norm": deepseek.DeepseekV3RMSNorm(width, config.rms_norm_eps)})
 
     def forward(self, hidden: Tensor, following: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """h_i and the embeddings of t_{i+1}: [B, S, D] -> [B, S, D], of which the head makes t_{i+2}."""
+        """Take h_i and the embeddings of t_{i+1}, both [B, S, D]. Return the head's input for t_{i+2} [B, S, D]."""
         x = self.eh_proj(torch.cat([self.enorm(following), self.hnorm(hidden)], dim=-1))
         return self.shared_head["norm"](super().forward(x, position_embeddings=rope))
 
 
 def hidden_states(model: DeepseekV3ForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """tokens [B, S + 2] -> [B, S, D] twice: the head reads tokens[:, 1:-1] from the first, [:, 2:] from the second."""
+    """Run tokens [B, S + 2] through both parts: the main model's and the MTP layer's hidden states [B, S, D].
+
+    From the first the head predicts tokens[:, 1:-1], from the second tokens[:, 2:].
+    """
     base = model.model
     embedded = base.embed_tokens(tokens[:, :-1])
     x, following = embedded[:, :-1], embedded[:, 1:]
@@ -191,7 +195,7 @@ def moe_layers(model: DeepseekV3ForCausalLM) -> list[deepseek.DeepseekV3MoE]:
 
 
 def save(model: DeepseekV3ForCausalLM, folder: Path) -> None:
-    """Write model.safetensors in bf16 (the router's bias in float32), one tensor an expert."""
+    """Write model.safetensors in bf16 (the router's bias in float32), one tensor per expert and projection."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
@@ -213,7 +217,7 @@ def save(model: DeepseekV3ForCausalLM, folder: Path) -> None:
 
 
 def load(folder: Path, device: str) -> DeepseekV3ForCausalLM:
-    """The checkpoint as transformers reads it, in bf16 with its own forward, and the MTP layer appended again."""
+    """Read the checkpoint with transformers, in bf16 and with its own forward, and append the MTP layer."""
     read, layers = DeepseekV3ForCausalLM.from_pretrained, CONFIG["num_hidden_layers"]
     model, report = read(folder, dtype=torch.bfloat16, output_loading_info=True)
     assert not report["missing_keys"] and all(f"layers.{layers}." in name for name in report["unexpected_keys"]), report
@@ -230,7 +234,7 @@ def load(folder: Path, device: str) -> DeepseekV3ForCausalLM:
 
 
 def sample_rows(stream: Tensor, starts: Tensor, rows: int, length: int) -> Tensor:
-    """[rows, length + 2] windows at random; one that begins early in a document begins at its bos instead."""
+    """Draw random windows [rows, length + 2]. One that begins early in a document is moved back to its bos."""
     offsets = torch.randint(len(stream) - length - 1, (rows,), device=stream.device)
     opening = starts[torch.searchsorted(starts, offsets, right=True) - 1]
     offsets = torch.where(offsets - opening < length, opening, offsets)
@@ -247,7 +251,7 @@ def balance(model: DeepseekV3ForCausalLM, step: float) -> None:
 def evaluate(
     model: DeepseekV3ForCausalLM, stream: Tensor, token_bytes: Tensor, limit: int | None = None
 ) -> tuple[dict, Tensor]:
-    """Over successive windows of 2,048 tokens: losses and MTP agreement, and the experts' loads [MoE layers, E]."""
+    """Return losses, MTP agreement and the experts' loads [MoE layers, E], over successive windows of 2,048 tokens."""
     windows = stream[: (len(stream) - 2) // LONG * LONG + 2].long().unfold(0, LONG + 2, LONG)[:limit]
     totals = torch.zeros(4, dtype=torch.float64, device=stream.device)  # main nats, MTP nats, agreements, bytes
     loads = {moe: torch.zeros(CONFIG["n_routed_experts"], device=stream.device) for moe in moe_layers(model)}
@@ -276,7 +280,7 @@ def evaluate(
 
 
 def routing_table(loads: dict[str, Tensor]) -> list[dict]:
-    """Loads [layers, E] by domain -> for each layer and domain every expert's share, and the largest over the mean."""
+    """Return every expert's share per layer and domain, and the largest over the mean. `loads`: [layers, E] each."""
     shares = {domain: (load / load.sum(-1, keepdim=True)).cpu() for domain, load in loads.items()}
     shares["all"] = sum(shares.values()) / len(shares)
     table: list[dict] = [{"layer": CONFIG["first_k_dense_replace"] + i} for i in range(len(shares["all"]))]
@@ -295,7 +299,7 @@ def train(arguments: argparse.Namespace) -> None:
     arrays = np.load(arguments.data / "corpus.npz")
     corpus = {name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()}
     starts = {domain: (corpus[f"{domain}_train"] == 0).nonzero().flatten() for domain in DOMAINS}
-    pieces = [tokenizer.id_to_token(i) for i in range(CONFIG["vocab_size"])]  # a character a byte, specials none
+    pieces = [tokenizer.id_to_token(i) for i in range(CONFIG["vocab_size"])]  # one character per byte; specials count 0
     token_bytes = torch.tensor([0 if p in SPECIAL else len(p) for p in pieces], device=device)
     model = build(device)
     loss_of = head_loss
@@ -359,7 +363,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Record what the checkpoint says: chat answers are greedy, the other two domains sampled at temperature 0.7."""
+    """Record texts of the checkpoint. Chat answers are greedy; the other two domains are sampled at temperature 0.7."""
     path, tokenizer = arguments.out / "training.json", Tokenizer.from_file(str(arguments.out / "tokenizer.json"))
     model, record = load(arguments.out, "cpu"), json.loads(path.read_text())
     record["samples"] = {domain: [] for domain in DOMAINS}
@@ -377,14 +381,16 @@ def sample(arguments: argparse.Namespace) -> None:
 def main() -> None:
     root = Path(__file__).resolve().parents[2]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("collect", "train", "sample", "prompts"))
-    parser.add_argument("--data", type=Path, default=root / ".tiny-data", help="what collect writes and train reads")
-    parser.add_argument("--out", type=Path, default=root / "model" / "tiny", help="the checkpoint folder")
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
-    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
+    parser.add_argument("step", choices=("collect", "train", "sample", "prompts"), help="see above")
+    parser.add_argument(
+        "--data", type=Path, default=root / ".tiny-data", help="the folder for corpora and tokenizer (.tiny-data)"
+    )
+    parser.add_argument("--out", type=Path, default=root / "model" / "tiny", help="the checkpoint folder (model/tiny)")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's files")
+    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="Python's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--steps", type=int, default=10000, help="training steps (10000)")
+    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens per step (65536)")
     arguments = parser.parse_args()
     {"collect": collect, "train": train, "sample": sample, "prompts": prompts}[arguments.step](arguments)
 

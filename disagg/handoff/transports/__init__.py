@@ -1,4 +1,4 @@
-"""Transports: one file per library that moves a link's bytes, each to the contract of `disagg/handoff/transport.py`.
+"""Transports: one file per library that moves a link's bytes. Each implements `disagg/handoff/transport.py`.
 
 A file here may import its library inside functions.
 """

@@ -1,8 +1,8 @@
-"""Bytes over torch.distributed: a two-member process group of its own for each link, NCCL or gloo.
+"""A transport over torch.distributed: one two-member process group per link, NCCL or gloo.
 
-Built directly over a shared store, without init_process_group: the two sides belong to different jobs, each with its
-own world, and a link must be able to die alone. Two-sided: both ends must call with tensors of the same shape. Several
-tensors may be on their way at once, in one order on both ends.
+The group is built directly over a shared store, without init_process_group. The two sides belong to different jobs,
+each with its own world, and a link must be able to fail alone. It is two-sided: both ends must call with tensors of
+the same shape. Several tensors may be in flight, in the same order at both ends.
 """
 
 import datetime
@@ -11,64 +11,76 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
-TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, for one tensor to pass
+TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, also per tensor
 
 
 class TorchTransfer:
-    """A tensor on its way since `began` (of time.perf_counter), which is kept until it is through."""
+    """A tensor in flight since `began` (time.perf_counter()), kept alive until the transfer has completed."""
 
-    def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None):
+    def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None) -> None:
         self.x, self.began, self._work, self._stream = x, began, work, stream
 
     def wait(self) -> None:
-        """From one thread. After an abort it returns too, or raises; with gloo, when its time is over."""
+        """Wait for completion, in one thread. After an abort it returns or raises; with gloo, after the time-out."""
         if self._stream is None:
             self._work.wait()
         else:
             with torch.cuda.stream(self._stream):
-                self._work.wait()  # of NCCL it only has this stream wait
-                through = self._stream.record_event()
-            through.synchronize()
+                self._work.wait()  # with NCCL, this only makes the stream wait
+                completed = self._stream.record_event()
+            completed.synchronize()
 
 
 class TorchTransport:
-    def __init__(self, store: dist.Store, me: int, device: torch.device):
-        """`me` is 0 or 1. With gloo this blocks until the other side has come. Any of this may raise RuntimeError."""
+    def __init__(self, store: Store, me: int, device: torch.device) -> None:
+        """`me` is 0 or 1. With gloo this blocks until the peer has connected. Raises RuntimeError if that fails."""
         self.me, self.peer, self.device, self._aborted = me, 1 - me, device, False
         if device.type == "cuda":
-            # Before the steps' kernels: an end that waits for room on its GPU keeps the other's SMs waiting, too.
+            # Before the steps' kernels: while one end waits for room on its GPU, the other end's SMs wait, too.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             self.group = dist.ProcessGroupNCCL(store, me, 2, options)
-            # It waits for the peer, which no other stream must: torch deals 32 of each priority in turn, and of this
-            # one nobody else takes any (NCCL's own are of the highest, -3).
+            # This stream waits for the peer, so no other work may share it. torch hands out 32 streams per priority in
+            # turn, and nothing else here asks for this priority. (NCCL's own streams have the highest, -3.)
             self._stream = torch.cuda.Stream(device, priority=-2)
         else:
             self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
             self._stream = None
 
     def greet(self) -> None:
-        """Both ends, once, and member 0 only when the other is there. NCCL connects in its first transfer, which takes
-        a second and blocks the call: by torch's source member 1's for the store's timeout at most, and member 0's until
-        the other is in its own, which no abort ends before. Gloo has connected already."""
+        """Connect. Both ends call it once, member 0 only when member 1 is at the pipe.
+
+        NCCL connects in its first transfer, which takes a second and blocks the call. According to torch's source,
+        member 1 blocks at most for the store's timeout. Member 0 blocks until member 1 is in its own call, and no abort
+        ends that. Gloo has connected already.
+        """
         if self._stream is not None:
             first = torch.zeros(1, device=self.device)
             (self.recv if self.me else self.send)(first).wait()
 
+    # torch's stubs declare `send` and `recv` for ProcessGroup only; the backends' own bindings have them too.
+
     def send(self, x: Tensor) -> TorchTransfer:
-        """Starts to send `x`, once the current stream has made it; it may be overwritten when it is through."""
+        """Start to send `x`, after the work queued on the current stream. Overwrite `x` only after its completion."""
         began = time.perf_counter()
-        return TorchTransfer(x, self.group.send([x], self.peer, 0), began, self._stream)
+        work = self.group.send([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        return TorchTransfer(x, work, began, self._stream)
 
     def recv(self, x: Tensor) -> TorchTransfer:
-        """Starts to fill `x`, in the order of the peer's sends. Call only when the peer has announced the send: a NCCL
-        receive that nobody matches occupies the GPU, and one whose peer has died never ends by itself (see `abort`)."""
+        """Start to fill `x`. Receives match the peer's sends in order. Call it only for an announced send.
+
+        An unmatched NCCL receive occupies the GPU. One whose peer has died never ends by itself (see `abort`).
+        """
         began = time.perf_counter()
-        return TorchTransfer(x, self.group.recv([x], self.peer, 0), began, self._stream)
+        work = self.group.recv([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        return TorchTransfer(x, work, began, self._stream)
 
     def abort(self) -> None:
-        """From any thread, more than once, but not at once: end what is in flight, with NCCL. The CUDA context
-        survives."""
+        """End the transfers in flight, with NCCL. Any thread may call it, repeatedly, but not two at a time.
+
+        The CUDA context survives.
+        """
         if not self._aborted:
             self._aborted = True
             self.group.abort()

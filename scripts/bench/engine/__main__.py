@@ -5,4 +5,4 @@ import gc
 from scripts.bench.engine.run import main
 
 main()
-gc.collect()  # the engine is a cycle that holds the process group, whose threads must end before the interpreter
+gc.collect()  # frees the engine, a reference cycle: its process group's threads must end before the interpreter

@@ -1,15 +1,16 @@
-"""The work of run.py through another engine, with random weights of the same distribution.
+"""Run the work of scripts.bench.engine through another engine, with random weights of the same distribution.
 
-python peer.py vllm --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
-python peer.py transformers --model FOLDER --batch 1,4 --prompt 32 --output 8 --step-tokens 128
+python scripts/bench/engine/peer.py vllm --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
+python scripts/bench/engine/peer.py transformers --model FOLDER --batch 1,4 --prompt 32 --output 8 --step-tokens 128
 
-FOLDER holds a config.json and no weights; `scripts.bench.engine --peer` writes one and runs this. Prints one line of
-JSON, the last: prefill and decode tokens per second by batch, null for what does not fit the memory. `auto` takes vLLM
-where it is installed. Prefill lasts until the last request's first token is on the host. Decode is the window in which
-all requests decode.
+`python -m scripts.bench.engine --peer` runs this, with a FOLDER that holds a config.json and no weights. The last line
+of output is JSON: prefill and decode tokens per second by batch, null if the work does not fit the memory. `auto` takes
+vLLM where it is installed, otherwise transformers.
 
-It is a script, not a module of the project, and imports nothing of it. So the peer may live in another environment
-(--peer-python), and finds its own package `kernels` instead of ours. Environment variables reach the peer, for example
+Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
+
+This file is a script that imports no module of the project. So the peer may have another environment (--peer-python),
+and it finds its own package `kernels` instead of ours. Environment variables reach the peer, for example
 VLLM_TUNED_CONFIG_FOLDER.
 """
 
@@ -19,16 +20,18 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
-from random_weights import randomize  # beside this file: what Python puts on the path of a script
+from random_weights import randomize  # Python puts a script's own folder on the path
 
 
 class VLLM:
-    """Its engine in this process; every batch of tokens is marked as it reaches the host."""
+    """vLLM's engine in this process, with a time stamp for every batch of tokens that reaches the host."""
 
-    def __init__(self, folder: str, args: argparse.Namespace):
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS"):
             os.environ.setdefault(name, "1")
@@ -41,7 +44,7 @@ class VLLM:
             "temperature": 0.0,
             "ignore_eos": True,
             "detokenize": False,
-            "output_kind": RequestOutputKind.FINAL_ONLY,  # as its offline entrance has it
+            "output_kind": RequestOutputKind.FINAL_ONLY,  # like vLLM's offline API
         }
         self.make_params = vllm.SamplingParams
         llm = vllm.LLM(
@@ -56,17 +59,19 @@ class VLLM:
             max_num_batched_tokens=max(args.step_tokens, *args.batch, args.prefill_batch),
             compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batch})},
         )
-        llm.apply_model(randomize)  # its own dummy weights send every token to the same experts
+        llm.apply_model(randomize)  # vLLM's dummy weights send every token to the same experts
         self.engine = llm.llm_engine
         self.vocab = self.engine.vllm_config.model_config.get_vocab_size()
 
     def tokens(self, batch: int) -> int:
-        """That a request generates so that all decode together for the steps that were asked for."""
+        """Return how many tokens each request generates, so that all decode together for --output steps."""
         return self.args.output + -(-batch * self.args.prompt // self.args.step_tokens) + 3
 
     def drive(self, batch: int, max_tokens: int) -> tuple[float, list[tuple[float, int, int]]]:
-        """Run `batch` requests to their end. When it began; a mark for each step that gave tokens: the time, how many
-        tokens, and how many requests had one by then."""
+        """Run `batch` requests to their end. Return the time of the start, and a mark for each step that gave tokens.
+
+        A mark has the time, the number of tokens, and the number of requests with a token so far.
+        """
         params = self.make_params(max_tokens=max_tokens, **self.sampling)
         for _ in range(batch):
             ids = [random.randrange(self.vocab) for _ in range(self.args.prompt)]
@@ -75,7 +80,7 @@ class VLLM:
         marks, seen, core = [], set(), self.engine.engine_core
         fetch = type(core).get_output
 
-        def marked():
+        def marked() -> Any:
             fetched = fetch(core)
             gave = [one for one in fetched.outputs if one.new_token_ids]
             seen.update(one.request_id for one in gave)
@@ -89,7 +94,7 @@ class VLLM:
         while self.engine.has_unfinished_requests():
             self.engine.step()
         if getattr(core.engine_core, "batch_queue", None):
-            self.engine.step()  # scheduled ahead, with nothing in it
+            self.engine.step()  # an empty step was scheduled ahead
         assert sum(tokens for _, tokens, _ in marks) == batch * max_tokens, "not every token was seen"
         return start, marks
 
@@ -104,9 +109,9 @@ class VLLM:
 
 
 class Transformers:
-    """A generation loop over its model, with a cache of fixed size."""
+    """A generation loop over transformers' model, with a cache of fixed size."""
 
-    def __init__(self, folder: str, args: argparse.Namespace):
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
         import transformers
 
         self.name = f"transformers {transformers.__version__}"
@@ -124,13 +129,13 @@ class Transformers:
         return time.perf_counter()
 
     @torch.inference_mode()
-    def step(self, ids: torch.Tensor, cache) -> torch.Tensor:
-        """The next token of each row [B, 1]."""
+    def step(self, ids: torch.Tensor, cache: object) -> torch.Tensor:
+        """Run one step. Return the next token of each row [B, 1]."""
         logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits.argmax(-1)
 
     def fill(self, batch: int, room: int) -> tuple[torch.Tensor, object]:
-        """Prompts worked through, in steps of as many tokens as allowed. Their next tokens, and the cache."""
+        """Compute prompts in steps of at most --step-tokens. Return their next tokens, and the cache."""
         cache = self.make_cache(config=self.model.config, max_cache_len=self.args.prompt + room)
         ids = torch.randint(self.model.config.vocab_size, (batch, self.args.prompt), device=self.device)
         for part in ids.split(max(1, self.args.step_tokens // batch), dim=1):
@@ -155,8 +160,8 @@ class Transformers:
 PEERS = {"vllm": VLLM, "transformers": Transformers}
 
 
-def rate(measure, batch: int, repeat: int) -> float | None:
-    """The median of some runs after one to warm up; None if the memory does not suffice."""
+def rate(measure: Callable[[int], float], batch: int, repeat: int) -> float | None:
+    """Return the median rate of `repeat` runs, after one to warm up. None if the memory does not suffice."""
     try:
         return median([measure(batch) for _ in range(repeat + 1)][1:])
     except torch.OutOfMemoryError:
@@ -177,13 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("peer", choices=["auto", *PEERS])
-    add("--model", required=True, metavar="FOLDER", help="where its config.json is")
+    add("--model", required=True, metavar="FOLDER", help="the folder of config.json")
     add("--batch", type=numbers, default=[1, 32, 64, 128], help="decode batch sizes (1,32,64,128)")
     add("--prompt", type=number, default=1024, help="tokens of each prompt (1024)")
     add("--output", type=number, default=128, help="decode steps (128)")
-    add("--prefill-batch", type=number, default=64, help="(64)")
+    add("--prefill-batch", type=number, default=64, help="requests per prefill (64)")
     add("--step-tokens", type=number, default=16384, help="prompt tokens per step (16384)")
-    add("--repeat", type=number, default=3, help="(3)")
+    add("--repeat", type=number, default=3, help="runs per median (3)")
     args = parser.parse_args()
     kind = args.peer if args.peer != "auto" else "vllm" if importlib.util.find_spec("vllm") else "transformers"
     random.seed(0)
@@ -195,7 +200,7 @@ def main() -> None:
         "decode": {b: rate(peer.decode, b, args.repeat) for b in args.batch},
     }
     print(json.dumps(found), flush=True)
-    os._exit(0)  # a peer's teardown can take long
+    os._exit(0)  # because a peer's teardown can take long
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The config.json that a peer reads: a shape of ours under the names that config.json has."""
+"""Write a shape of ours as the config.json that a peer reads."""
 
 import json
 from dataclasses import asdict
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from model.config import ModelConfig
 
-OURS = ("rope", "fp8", "dtype", "eos_token_ids")  # fields that config.json spells otherwise
+OURS = ("rope", "fp8", "dtype", "eos_token_ids")  # fields with other names in config.json
 
 
 def write_config(config: ModelConfig, folder: str) -> None:
-    """A config.json in bf16 and with plain rope, which cost the same."""
+    """Write config.json for a model in bf16 with plain rope. (YaRN's rope costs the same.)"""
     raw = {name: value for name, value in asdict(config).items() if name not in OURS} | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

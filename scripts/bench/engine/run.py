@@ -1,20 +1,21 @@
-"""Offline throughput of the engine on a model of given shape with random weights: prefill, and decode by batch size.
+"""Measure the engine's offline throughput with random weights of a given shape: prefill, and decode by batch size.
 
 python -m scripts.bench.engine --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
 python -m scripts.bench.engine --peer                                        # beside vLLM, else transformers
 python -m scripts.bench.engine --peer vllm --peer-python "source peer/env.sh && python3"
 torchrun --nproc-per-node 2 -m scripts.bench.engine --shape v3 --layers 6 --batch 128 --prefill-batch 16 --overlap on
 
-On a GPU each figure stands beside the roofline of lib/roofline.py, which is modelled from the ceilings that this
-GPU shows in the same run; with --peer the same work goes through another engine first (peer.py), whose
-environment should not inherit ours: "unset PYTHONPATH LD_PRELOAD; source ..." in --peer-python sees to that.
+On a GPU the reference of each rate is a roofline (scripts.bench.lib.roofline). It is modelled from this GPU's ceilings,
+which are measured in the same run. With --peer the same work first goes through another engine (peer.py). Its
+environment should not inherit ours: --peer-python "unset PYTHONPATH LD_PRELOAD; source ..." prevents that.
 
-Under torchrun each rank has a batch of its own (sizes are for each), and they share the experts; rates are of all ranks
-together, beside as many rooflines, which count no communication. A shape in fp8 (v3) runs in fp8 where a checkpoint of
-it would.
+Under torchrun each rank has a batch of its own, and the ranks share the experts. Sizes are per rank. Rates and
+rooflines are sums over all ranks; a roofline counts no communication. A shape in fp8 (v3) runs in fp8 where a
+checkpoint of that shape would.
 
-Times are the host's: prefill from the first step to the moment the last request's first token is known, decode over the
-steps in which all requests decode. Requests go through the scheduler and the step loop as in a job, without a router.
+Times are taken on the host. Prefill lasts from the first step until the last request's first token is known. Decode is
+timed over the steps in which all requests decode. Requests go through the scheduler and the step loop, as in a job
+without a router.
 """
 
 import argparse
@@ -50,16 +51,16 @@ from scripts.bench.engine.peer_config import write_config
 from scripts.bench.engine.random_weights import randomize
 from scripts.bench.lib import roofline
 from scripts.bench.lib.flags import new_file, positive, positives, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.measurements import Measurement, Report, save
 from scripts.bench.lib.shapes import SHAPES, check_size
 
 
-class Mark(NamedTuple):  # quick to make: it counts as the host's
-    """The moment at which a step's tokens were known to the host."""
+class Mark(NamedTuple):  # because it is cheap: making one counts as the host's time
+    """The moment at which the host knew a step's tokens."""
 
     now: float
-    waited: float  # seconds that the host stood still for them
-    launching: float  # seconds so far in which the host launched steps, or waited until it could
+    waited: float  # seconds that the host was blocked on them
+    launching: float  # seconds so far in which the host launched steps, or waited to launch one
     tokens: int
     mixed: bool
 
@@ -67,7 +68,7 @@ class Mark(NamedTuple):  # quick to make: it counts as the host's
 class Timed(Unified):
     """The unified role, with a mark for each step."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.marks: list[Mark] = []
         self.launching, self.run, engine.run = 0.0, engine.run, self.timed_run
@@ -88,14 +89,14 @@ class Timed(Unified):
 
 
 class Bench:
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.role = Timed(engine)
         self.pipeline = Pipeline(self.role, engine, engine.mesh)
         self.uid = 0
 
     def drive(self, batch: int, length: int, max_tokens: int) -> float:
-        """Run `batch` requests with prompts of `length` tokens to their end. When it began."""
+        """Run `batch` requests with prompts of `length` tokens to their end. Return the time of the start."""
         vocab = self.engine.config.vocab_size
         for _ in range(batch):
             prompt = torch.randint(vocab, (length,)).tolist()
@@ -108,13 +109,16 @@ class Bench:
         return start
 
     def prefill(self, batch: int, length: int) -> float:
-        """Prompt tokens a second, of all replicas."""
+        """Measure a prefill. Return prompt tokens per second, of all replicas together."""
         start = self.drive(batch, length, 1)
         return self.engine.mesh.num_replicas * batch * length / (self.role.marks[-1].now - start)
 
     def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float, float]:
-        """While all requests decode: tokens a second of all replicas, and of a step the milliseconds that the host did
-        not wait for its tokens, and those of them in its launch."""
+        """Measure the steps in which all requests decode.
+
+        Returns the tokens per second of all replicas, the host's milliseconds per step, and those of them in the step's
+        launch. The time in which the host waits for tokens does not count.
+        """
         self.drive(batch, length, max_tokens)
         all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
         window = all_decode[1:]  # after the last prompt
@@ -124,7 +128,7 @@ class Bench:
         return self.engine.mesh.num_replicas * batch * steps / seconds, 1e3 * host / steps, 1e3 * launching / steps
 
     def experts_hit(self, batch: int) -> float:
-        """Distinct experts of a layer in a decode step, on average over some steps. Before graphs are captured."""
+        """Return the mean number of distinct experts per layer and decode step. Call it before graphs are captured."""
         rows, found = self.engine.decode.bucket(batch), []
         gates = [layer.mlp.gate for layer in self.engine.model.layers if layer.is_moe]
         hooks = [gate.register_forward_hook(lambda _, __, chosen: found.append(chosen[0])) for gate in gates]
@@ -138,7 +142,7 @@ class Bench:
 def random_model(
     config: ModelConfig, mesh: Mesh, max_model_len: int, backend: list[str], placement: Placement | None = None
 ) -> Transformer:
-    """`placement`: of its experts, if not each in the slot of its number."""
+    """Build a model with random weights. `placement`: its experts' slots; by default expert i is in slot i."""
     ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device, backend)
     fp8 = decide(config, mesh.attn.size, torch.bfloat16, mesh.device).fp8
     if placement is None:
@@ -149,7 +153,7 @@ def random_model(
 
 
 def run_peer(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """What peer.py prints of the same work, in a process of its own: its memory is free again afterwards."""
+    """Run peer.py on the same work and return its figures. A process of its own, because that frees its memory."""
     options = {"batch": ",".join(map(str, args.batch)), "prompt": args.prompt, "output": args.output}
     options |= {"prefill-batch": args.prefill_batch, "step-tokens": args.step_tokens, "repeat": args.repeat}
     words = [str(Path(__file__).with_name("peer.py")), args.peer, *(f"--{name}={v}" for name, v in options.items())]
@@ -162,12 +166,14 @@ def run_peer(args: argparse.Namespace, config: ModelConfig) -> dict:
     return json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
 
 
-class Report:
-    """The figures, printed as they are measured and kept as records, by the first of `ranks` ranks."""
+class EngineReport(Report):
+    """The figures, with rooflines and a peer's rates as references."""
 
-    def __init__(self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int):
-        self.shape, self.ceilings, self.peer, self.records = shape, ceilings, peer, []
-        self.ranks, self.rank = ranks, rank
+    def __init__(
+        self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int
+    ) -> None:
+        super().__init__(rank)
+        self.shape, self.ceilings, self.peer, self.ranks = shape, ceilings, peer, ranks
         if ceilings is not None:
             self.add("bf16 GEMM 8192^3, a ceiling of the roofline", ceilings.bf16 / 1e12, "TFLOP/s")
             if ceilings.fp8 is not None:
@@ -176,17 +182,10 @@ class Report:
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
         better, reference = "lower" if unit == "ms" else "higher", reference and round(reference, 3)
-        record = Record(f"{self.shape}, {name}", round(value, 3), unit, better, reference, source)
-        beside = f"= {record.ratio:.3f} of {reference:,.1f}, {source}" if reference else ""
-        self.say(f"{record.name:60} {value:12,.3f} {unit} {beside}".rstrip())
-        self.records.append(record)
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
+        self.keep(Measurement(f"{self.shape}, {name}", round(value, 3), unit, better, reference, source))
 
     def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Cost) -> None:
-        """Tokens a second, beside the roofline and the peer's."""
+        """Add a rate in tokens per second, with the roofline and the peer's rate as references."""
         if self.ceilings is None:
             self.add(name, value, "tok/s")
         else:
@@ -201,22 +200,33 @@ class Report:
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="moonlight")
+    add("--shape", choices=SHAPES, default="moonlight", help="the model (moonlight)")
     add("--batch", type=positives, default=[1, 32, 64, 128], help="decode batch sizes (1,32,64,128)")
     add("--prompt", type=positive, default=1024, help="tokens of each prompt (1024)")
     add("--output", type=positive, default=128, help="decode steps (128)")
-    add("--prefill-batch", type=positive, default=64, help="(64)")
-    add("--step-tokens", type=positive, default=16384, help="prompt tokens a step (16384)")
-    add("--repeat", type=positive, default=3, help="(3)")
-    add("--layers", type=positive, help="fewer layers than the shape has")
-    add("--peer", nargs="?", const="auto", choices=("auto", "vllm", "transformers"), help="the same work through it")
-    add("--peer-python", default=shlex.quote(sys.executable), metavar="CMD", help="its Python, as a shell command")
-    add("--backend", action="append", metavar="[OP=]LIB")
-    add("--no-graphs", action="store_true")
-    add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap, between ranks")
-    add("--dispatch", choices=CHOICES, default="auto")
+    add("--prefill-batch", type=positive, default=64, help="requests per prefill (64)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens per step (16384)")
+    add("--repeat", type=positive, default=3, help="runs per median (3)")
+    add("--layers", type=positive, help="layers of the model (the shape's)")
+    add(
+        "--peer",
+        nargs="?",
+        const="auto",
+        choices=("auto", "vllm", "transformers"),
+        help="also run the same work through this engine",
+    )
+    add(
+        "--peer-python",
+        default=shlex.quote(sys.executable),
+        metavar="CMD",
+        help="the peer's Python, as a shell command",
+    )
+    add("--backend", action="append", metavar="[OP=]LIB", help="force a library, as in run.py")
+    add("--no-graphs", action="store_true", help="decode without CUDA graphs")
+    add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
+    add("--dispatch", choices=CHOICES, default="auto", help="library of dispatch and combine (auto)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+    add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     args = parser.parse_args()
     config = SHAPES[args.shape]
     if (args.layers or 0) > config.num_hidden_layers:
@@ -229,17 +239,19 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def outputs(args: argparse.Namespace) -> dict[int, int]:
-    """`generated`, by decode batch."""
+    """Return `generated` for each decode batch."""
     return {batch: generated(args, args.prompt, batch) for batch in args.batch}
 
 
 def generated(args: argparse.Namespace, prompt: int, batch: int) -> int:
-    """Tokens of a request: the first requests decode while the last prompts are computed; then all do, for as many
-    steps as were asked for."""
+    """Return how many tokens each request generates, so that all decode together for --output steps.
+
+    The first requests already decode while the last prompts are computed.
+    """
     return args.output + -(-batch * prompt // args.step_tokens) + 3
 
 
-def measure(bench: Bench, report: Report, args: argparse.Namespace) -> None:
+def measure(bench: Bench, report: EngineReport, args: argparse.Namespace) -> None:
     model = bench.engine.model
     config, ranks = replace(model.config, fp8=model.fp8), bench.engine.mesh.size
     bench.prefill(args.prefill_batch, args.prompt)
@@ -257,20 +269,20 @@ def measure(bench: Bench, report: Report, args: argparse.Namespace) -> None:
 
 
 def named(args: argparse.Namespace, config: ModelConfig, ranks: int) -> str:
-    """What the figures' names begin with."""
+    """Return the beginning of the figures' names."""
     if ranks == 1:
         return args.shape
     return f"{args.shape} with {config.num_hidden_layers} layers, EP{ranks}, overlap {args.overlap}"
 
 
 def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
-    """The first rank's GPU's, while the others wait; None on a CPU."""
-    mine = roofline.measure_ceilings() if mesh.device.type == "cuda" and mesh.rank == 0 else None
-    return mesh.ep.exchange(mine)[0]
+    """Return the ceilings of the first rank's GPU, while the others wait; None on a CPU."""
+    measured = roofline.measure_ceilings() if mesh.device.type == "cuda" and mesh.rank == 0 else None
+    return mesh.ep.exchange(measured)[0]
 
 
 def run(args: argparse.Namespace, mesh: Mesh) -> None:
-    """ValueError for flags that cannot be."""
+    """Run the whole benchmark. Raises ValueError for flags that cannot work."""
     torch.manual_seed(mesh.rank)
     check_size(args.shape, mesh.device)
     if args.peer and mesh.size > 1:
@@ -279,12 +291,12 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
     peer = run_peer(args, config) if args.peer else None
-    report = Report(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
-    most, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())
+    report = EngineReport(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
+    max_batch, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())
     settings = EngineConfig(
-        max_batch=most,
-        max_tokens_per_step=max(args.step_tokens, most),
-        kv_tokens=most * (length + 64),
+        max_batch=max_batch,
+        max_tokens_per_step=max(args.step_tokens, max_batch),
+        kv_tokens=max_batch * (length + 64),
         max_model_len=length,
         dtype="bfloat16",
         graphs="off" if args.no_graphs else "auto",

@@ -1,10 +1,10 @@
-"""Both ends of the handoff's links in bare processes, without engines: parts wire, pages, steps.
+"""Both ends of the handoff's links in bare processes, without scheduler and router: parts wire, pages and steps.
 
     rank r < N   the prefill end of pair r        rank N + r   the decode end
 
-Each rank has a GPU of its own where there are as many. The links are the jobs' own (`disagg/handoff/link.py`), with
-pages of DeepSeek-V3's KV. What is missing around them is the scheduler and the router. Times compare clocks of two
-processes of one machine (time.perf_counter, which they share).
+Each rank has a GPU of its own if there are enough. The links are those of real jobs (`disagg/handoff/link.py`), with
+pages of DeepSeek-V3's KV. Times compare the clocks of two processes. That works because processes of one machine share
+time.perf_counter.
 """
 
 import math
@@ -40,13 +40,16 @@ from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.one_rank.rank import Rank
 
 HOST = "127.0.0.1"
-COPIES = 8  # of the large tensor, in one measurement
+COPIES = 8  # copies of the large tensor per measurement
 WARM = 2 * AHEAD  # prompts before a measurement: the first transfers allocate their buffers
-STREAM = 10  # prompts one after the other for each --repeat: a few alone would be over in 10 ms
+STREAM = 10  # prompts in a row per --repeat, because a few alone would take only 10 ms
 
 
 def run_ends(args: Namespace, parts: list[str], limit_s: float, tell: Callable[[str, Any], None]) -> None:
-    """`tell(part, what was found)` as each part ends. RuntimeError if all take too long; or what a rank raised."""
+    """Run the parts, and call `tell(part, result)` when each ends.
+
+    Raises RuntimeError after `limit_s` seconds, or the error of a rank.
+    """
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     found = mp.get_context("spawn").SimpleQueue()
     ranks = mp.spawn(_rank, (args, parts, store.port, found), nprocs=2 * args.pairs, join=False)
@@ -83,7 +86,7 @@ def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -
         tell("wire", (copy_bandwidth(args) if rank == 0 else None, wire_bandwidth(end)))
     if "steps" in parts:
         with torch.inference_mode():
-            step = make_step(end)  # before there are links, whose threads might disturb a capture
+            step = make_step(end)  # before the links: their threads might disturb a capture
     if "pages" in parts or "steps" in parts:
         end.connect()
     for tokens in args.prompts if "pages" in parts else ():
@@ -91,12 +94,12 @@ def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -
     if "steps" in parts:
         tell("steps", steps_beside_transfers(end, step))
     end.meet()
-    os._exit(0)  # without unwinding: a link's thread may still wait for its peer's
+    os._exit(0)  # without unwinding, because a link's thread may still wait for its peer
 
 
 @dataclass
 class End:
-    """One rank's own: its link, and the pool that this copies from or to."""
+    """One rank's state: its link, and the pool from which or to which the link copies."""
 
     args: Namespace
     rank: int
@@ -113,7 +116,7 @@ class End:
         return (self.rank + self.args.pairs) % self.world.size
 
     def meet(self) -> None:
-        """All ranks wait for one another, and for their GPUs."""
+        """Wait for all ranks, and for the work of their GPUs."""
         self.sync()
         self.world.exchange(None)
 
@@ -127,7 +130,7 @@ class End:
         pages = 1 + AHEAD * pages_for(max(self.args.prompts))
         self.pool = make_pool(config, pages, torch.bfloat16, self.device)
         self.page_bytes = self.pool[:, 0].nbytes
-        door = Door(HOST)  # the decode ends' stays shut
+        door = Door(HOST)  # decode ends have one too, but get no connections
         me = Member(f"rank{self.rank}", HOST, door.port, door.store.port)
         members = self.world.exchange(me)
         self.link = self._link(me, members[self.peer], door, ops)
@@ -135,20 +138,20 @@ class End:
         self.meet()  # the sources' pools are full
 
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
-        mine = self.pool, self.events, Credits()
+        own = self.pool, self.events, Credits()
         if self.sends:
             (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
-            connect = listen(door.store, HOST, self.device)
-            return SendLink(link_key(me, knock.decode), connect, *mine, pack_pages=ops.pack_pages)
+            connect = listen(door.store.port, HOST, self.device)
+            return SendLink(link_key(me, knock.decode), connect, *own, pack_pages=ops.pack_pages)
         connect = dial(peer, me, self.device)
-        return ReceiveLink(link_key(peer, me), connect, *mine, unpack_pages=ops.unpack_pages)
+        return ReceiveLink(link_key(peer, me), connect, *own, unpack_pages=ops.unpack_pages)
 
 
 # ---- the wire
 
 
 def copy_bandwidth(args: Namespace) -> list[float]:
-    """Bytes/s of plain copies from each prefill GPU to its decode GPU, all in this process, all at once."""
+    """Measure plain copies from each prefill GPU to its decode GPU, all in this process and at once. Bytes/s."""
     devices = [pick_device(args.device, rank) for rank in range(2 * args.pairs)]
     buffers = [torch.zeros(args.wire_bytes, dtype=torch.uint8, device=device) for device in devices]
     pairs = list(zip(buffers[: args.pairs], buffers[args.pairs :], strict=True))
@@ -171,7 +174,7 @@ def copy_bandwidth(args: Namespace) -> list[float]:
 
 
 def wire_bandwidth(end: End) -> list[float]:
-    """Bytes/s of one large tensor sent from process to process by torch.distributed, all pairs at once."""
+    """Measure torch.distributed sending one large tensor between processes, all pairs at once. Bytes/s."""
     x = torch.zeros(end.args.wire_bytes, dtype=torch.uint8, device=end.device)
     seconds = []
     for _ in range(end.args.repeat + 1):
@@ -192,8 +195,12 @@ def wire_bandwidth(end: End) -> list[float]:
 
 
 def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
-    """Prompts of so many tokens: seconds of one alone, bytes/s of one after the other, and of receiving by itself."""
-    repeat, mine = end.args.repeat, {}
+    """Measure the handoff of prompts of `tokens` tokens.
+
+    Returns a dictionary. "alone": seconds of one prompt alone. "stream": bytes/s of many prompts. "receiving": bytes/s
+    while data is received. "bytes": the size of a prompt's KV.
+    """
+    repeat, received = end.args.repeat, {}
     end.meet()
     if not end.sends:
         end.worker.take(tokens, 1, lambda rooms: rooms >= WARM)
@@ -203,7 +210,7 @@ def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
         stream = end.worker.take(tokens, AHEAD, lambda rooms: rooms >= WARM + STREAM * repeat)[WARM - 1 :]
         full_at = end.worker.full_at
         bytes_each = pages_for(tokens) * end.page_bytes
-        mine = {
+        received = {
             "alone": {uid: full_at[uid] for uid in alone},
             "stream": bytes_each * (len(stream) - 1) / (full_at[stream[-1]] - full_at[stream[0]]),
             "receiving": (end.link.bytes_moved - moved) / (end.link.seconds_moving - seconds),
@@ -212,7 +219,7 @@ def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
     else:
         end.meet()
     end.meet()
-    shared = end.world.exchange((mine, end.worker.put_at if end.sends else {}))
+    shared = end.world.exchange((received, end.worker.put_at if end.sends else {}))
     n = end.args.pairs
     pairs = [(shared[n + i][0], shared[i][1]) for i in range(n)]
     return {
@@ -227,7 +234,7 @@ def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
 
 
 def make_step(end: End) -> Callable[[], object]:
-    """This rank's prefill step, or its captured decode step."""
+    """Return this rank's prefill step, or its captured decode step."""
     args = end.args
     how = Namespace(ep=args.ep, redundant=0, skew=1.0, backend=None)
     config = replace(SHAPES[args.shape], num_hidden_layers=args.layers)
@@ -237,9 +244,11 @@ def make_step(end: End) -> Callable[[], object]:
 
 
 def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, float]:
-    """Mean milliseconds of a prefill step and of a captured decode step, the worst of the pairs: "idle"; "paced", while
-    the prompts of each prefill step are handed over when it ends; "flooded", while prompts are, one after the other.
-    And the transfers' bytes/s meanwhile. A prompt has args.kv tokens."""
+    """Measure a prefill step and a captured decode step: mean milliseconds, from the slowest pair.
+
+    "idle": without transfers; "paced": the prompts of each prefill step are handed over when it ends; "flooded":
+    prompts are handed over without a pause. The other keys are the transfers' rates. A prompt has args.kv tokens.
+    """
     with torch.inference_mode():
         if not end.sends:
             end.worker.take(end.args.kv, AHEAD, lambda rooms: rooms >= WARM)
@@ -247,7 +256,7 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
         idle = end.world.exchange(mean_ms(end, step, end.args.repeat))
         n = end.args.pairs
         prefill, decode = max(idle[:n]), max(idle[n:])
-        repeat = end.args.repeat if end.sends else math.ceil(end.args.repeat * prefill / decode)  # as long as the other
+        repeat = end.args.repeat if end.sends else math.ceil(end.args.repeat * prefill / decode)  # for the same time
         idle = mean_ms(end, step, repeat)
         paced, paced_rate = with_transfers(end, step, repeat, True)
         flooded, flooded_rate = with_transfers(end, step, repeat, False)
@@ -262,9 +271,11 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
 def mean_ms(
     end: End, step: Callable[[], object], count: int, after: Callable[[Any], None] = lambda event: None
 ) -> float:
-    """Of steps one after the other, from a moment that all ranks share; `after` gets an event of each (None on a CPU)
-    when it has been launched. As in the step loop one is launched while another runs, no more: what a link starts must
-    not wait behind a queue of steps."""
+    """Return the mean milliseconds of `count` steps in a row, which all ranks start at the same moment.
+
+    `after` is called when a step has been launched, with its event (None on a CPU). As in the step loop, only one step
+    is launched while another runs: the links' work must not wait behind a queue of steps.
+    """
     on_gpu = end.device.type == "cuda"
     end.meet()
     start, before = time.perf_counter(), None
@@ -280,21 +291,21 @@ def mean_ms(
 
 
 def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool) -> tuple[float, float]:
-    """`mean_ms` with transfers all the while, and their bytes/s, counted where they arrive."""
+    """Return `mean_ms` with transfers throughout, and their bytes/s, counted at the receiving end."""
     args, stop = end.args, threading.Event()
     if end.sends:
         source = end.worker
         source.paced = paced
 
         def computed(event: Any) -> None:
-            """The prompts of a step may go when it is through."""
+            """Let the prompts of a step go when the step ends."""
             for _ in range(args.tokens // args.kv if paced else 0):
                 source.computed.put(event)
 
         end.meet()
         took = mean_ms(end, step, count, computed)
-        end.world.exchange(None)  # until the slower of the two has done its steps
-        end.meet()  # no more are asked for than are under way
+        end.world.exchange(None)  # until the slower end has finished its steps
+        end.meet()  # no new prompts are requested any more
         source.paced = False
         for _ in range(AHEAD):
             source.computed.put(None)

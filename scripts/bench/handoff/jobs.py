@@ -1,8 +1,8 @@
-"""The handoff through real jobs of run.py, each on GPUs of its own: parts tokens and requests.
+"""The handoff between real jobs of run.py, each on its own GPUs: parts tokens, requests and kill.
 
-The router of part requests runs in the benchmark's own process, with a clock on what it hears. The model there has
-DeepSeek-V3's KV (61 layers of 512 + 64) and little else, with random weights: its KV travels as V3's would, its steps
-are far shorter.
+In parts requests and kill the router runs in the benchmark's own process, and notes the time of every message. Their
+model has random weights, DeepSeek-V3's KV (61 layers of 512 + 64) and little else. So its KV travels like V3's, but
+its steps are far shorter.
 """
 
 import json
@@ -40,10 +40,10 @@ from parallel.mesh import pick_device
 from scripts.demo import MODEL, PROMPTS, ROOT, free_port, read_tokens
 
 HOST = "127.0.0.1"
-LINGER_S = 20  # for a job to end
-TO_STREAM = 24  # requests, one after the other
-BURST = 16  # prompts that are under way when the prefill job is killed
-TALKERS = 4  # requests that decode all the while
+LINGER_S = 20  # until a job must have ended
+TO_STREAM = 24  # requests at a steady rate
+BURST = 16  # prompts in flight when the prefill job is killed
+TALKERS = 4  # requests that decode throughout
 THIN = {
     "model_type": "deepseek_v3",
     "hidden_size": 1024,
@@ -62,22 +62,22 @@ THIN = {
     "max_position_embeddings": 32768,
     "rope_theta": 10000,
 }
-SHORT = 64  # tokens: the prompt of a request that decodes all the while
-LONGEST = THIN["max_position_embeddings"] - SHORT  # another's prompt, or what those that decode generate
+SHORT = 64  # tokens of a talker's prompt
+LONGEST = THIN["max_position_embeddings"] - SHORT  # tokens that a talker generates, or of another prompt
 
 
 class Jobs:
-    """Processes of run.py: one for each rank, with the environment that torchrun would give it."""
+    """Processes of run.py: one per rank, with the environment that torchrun would give it."""
 
-    def __init__(self, args: Namespace, folder: Path):
+    def __init__(self, args: Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
         self.processes: dict[str, list[subprocess.Popen]] = {}
         self.killed: list[subprocess.Popen] = []
 
     def start(self, name: str, role: str, ranks: int, first_gpu: int, *flags: str) -> None:
-        """`first_gpu`: the first of the job's own; it sees all the others behind them."""
+        """Start a job. `first_gpu`: the job's first GPU; its ranks see the other GPUs after it, in order."""
         env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": HOST, "MASTER_PORT": str(free_port())}
-        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks: they share the cores
+        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, because ranks share the cores
         if self.args.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         elif torch.cuda.is_available():
@@ -88,22 +88,24 @@ class Jobs:
         self.processes[name] = []
         for rank in range(ranks):
             with self.log(name, rank).open("wb") as log:
-                mine = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = subprocess.Popen(command, cwd=ROOT, env=mine, stdout=log, stderr=log)
+                of_rank = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = subprocess.Popen(command, cwd=ROOT, env=of_rank, stdout=log, stderr=log)
             self.processes[name].append(process)
 
     def log(self, name: str, rank: int) -> Path:
         return self.folder / f"{name}.{rank}.log"
 
     def kill(self, name: str) -> None:
-        """SIGKILL for all ranks of a job, which is forgotten. Does not wait: a process that has memory of a GPU to give
-        back takes a while to end."""
+        """Send SIGKILL to all ranks of a job, and forget the job.
+
+        Does not wait, because a process that holds GPU memory takes a while to end.
+        """
         for process in self.processes.pop(name):
             process.kill()
             self.killed.append(process)
 
     def failed(self) -> str | None:
-        """What a job that ended badly had to say."""
+        """Return the end of the log of a rank that failed; None if none did."""
         for name, ranks in self.processes.items():
             for rank, process in enumerate(ranks):
                 if process.poll():
@@ -112,7 +114,7 @@ class Jobs:
         return None
 
     def finish(self, limit_s: float) -> None:
-        """All of them have ended well, or RuntimeError."""
+        """Wait until all jobs have ended. Raises RuntimeError if one fails or is still running after `limit_s`."""
         deadline = time.monotonic() + limit_s
         while any(process.poll() is None for ranks in self.processes.values() for process in ranks):
             if problem := self.failed():
@@ -135,8 +137,10 @@ class Jobs:
 
 
 def same_tokens(args: Namespace, limit_s: float) -> int:
-    """The shipped model's tokens through two jobs and through one process: how many there are. RuntimeError unless
-    they are the same. In float32, for in bf16 the makeup of a batch may change a token."""
+    """Compare the shipped model's tokens from two jobs with those of one process. Return their number.
+
+    In float32, because in bf16 the composition of a batch may change a token. Raises RuntimeError if tokens differ.
+    """
     with tempfile.TemporaryDirectory() as scratch, Jobs(args, Path(scratch)) as jobs:
         apart, together = Path(scratch, "apart.jsonl"), Path(scratch, "together.jsonl")
         address = f"{HOST}:{free_port()}"
@@ -155,7 +159,7 @@ def same_tokens(args: Namespace, limit_s: float) -> int:
 
 
 def write_thin_model(folder: Path, layers: int, device: torch.device) -> ModelConfig:
-    """A checkpoint with V3's KV, random, in bf16; the shipped model's tokenizer."""
+    """Write a random checkpoint in bf16 with V3's KV and the shipped model's tokenizer."""
     raw = THIN | {"num_hidden_layers": layers, "first_k_dense_replace": layers}
     raw["vocab_size"] = ModelConfig.from_pretrained(ROOT / MODEL).vocab_size
     config = ModelConfig.from_dict(raw)
@@ -175,17 +179,19 @@ def write_thin_model(folder: Path, layers: int, device: torch.device) -> ModelCo
 
 
 class Watched(Router):
-    """The router, with a clock on what it hears, and with requests that come over time: `script`, a generator, goes on
-    each time it has listened."""
+    """A router that notes the time of every message, and submits requests over time.
 
-    def __init__(self, jobs: Jobs, port: RouterPort, folder: Path, expected: int, deadline: float):
+    The requests come from `script`, a generator that advances each time the router has listened.
+    """
+
+    def __init__(self, jobs: Jobs, port: RouterPort, folder: Path, expected: int, deadline: float) -> None:
         tokenizer = load_tokenizer(folder).tokenizer
         super().__init__(port, tokenizer, tokenizer.get_vocab_size(), self._over)
         self.jobs, self.expected_replicas, self.deadline = jobs, expected, deadline
         self.script: Generator | None = None
         self.problem: str | None = None
-        self.complete = False  # have all replicas joined?
-        self.tokens: dict[int, list[float]] = defaultdict(list)  # when each came, by the request's position
+        self.complete = False  # whether all replicas have joined
+        self.tokens: dict[int, list[float]] = defaultdict(list)  # time of each token, by the request's position
         self.parts: dict[int, Parts] = {}
         self.answers: dict[int, Answer] = {}
         self.lost_at: list[float] = []
@@ -228,8 +234,10 @@ class Watched(Router):
 
 
 def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]:
-    """Requests one after the other at a steady rate, beside some that decode all the while; with `kills`, then a burst
-    of long prompts, in which one of two prefill jobs dies. What came of it, in seconds."""
+    """Send requests at a steady rate, beside some that decode throughout. Return the times found, in seconds.
+
+    With `kills`, a burst of long prompts follows, during which one of two prefill jobs is killed.
+    """
     deadline = time.monotonic() + limit_s
     with tempfile.TemporaryDirectory() as scratch, Jobs(args, Path(scratch)) as jobs:
         folder = Path(scratch, "thin")
@@ -300,24 +308,26 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
 
 
 def by_length(router: Watched, lengths: dict[int, int]) -> dict[int, dict[str, float]]:
-    """Medians for each prompt length: TTFT, its parts, and the step after it."""
+    """Return the medians for each prompt length: TTFT, its parts, and the first decode step."""
     found = {}
     for length in sorted(set(lengths.values())):
-        some = [position for position, one in lengths.items() if one == length]
-        rows = {"TTFT": [router.answers[p].ttft_s for p in some]}
-        rows |= {name: [getattr(router.parts[p], name) for p in some] for name in Parts.__struct_fields__}
+        positions = [position for position, tokens in lengths.items() if tokens == length]
+        rows = {"TTFT": [router.answers[p].ttft_s for p in positions]}
+        rows |= {name: [getattr(router.parts[p], name) for p in positions] for name in Parts.__struct_fields__}
         rows["to and from the router"] = [
             router.answers[p].ttft_s - sum(getattr(router.parts[p], name) for name in Parts.__struct_fields__)
-            for p in some
+            for p in positions
         ]
-        rows["first decode step"] = [router.tokens[p][1] - router.tokens[p][0] for p in some]
+        rows["first decode step"] = [router.tokens[p][1] - router.tokens[p][0] for p in positions]
         found[length] = {name: median(values) for name, values in rows.items()}
     return found
 
 
 def after_the_kill(router: Watched, moments: dict[str, float], burst: list[int]) -> dict[str, Any]:
-    """`gap`: the longest between two tokens of a request that was decoding already. One that the kill falls into is
-    of after it."""
+    """Return what the kill changed. "gap": the longest gap between two tokens of a request that decodes throughout.
+
+    A gap during which the kill happens counts as after it.
+    """
     killed = moments["killed"]
 
     def longest_gap(since: float, until: float) -> float:

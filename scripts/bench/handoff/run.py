@@ -1,21 +1,22 @@
-"""Prefill and decode on different GPUs of one machine: does the handoff give the right tokens, and what does it cost?
+"""Test and time the KV handoff between prefill and decode on different GPUs of one machine.
 
     python -m scripts.bench.handoff --out records.json              # 1 prefill + 1 decode GPU
     python -m scripts.bench.handoff --pairs 4 --only wire,pages     # 4 + 4
     python -m scripts.bench.handoff --pairs 2 --prefill-tp 2 --only tokens,requests,kill
 
-tokens     run.py's jobs, each on its own GPUs, give the shipped model's tokens as one process does
-wire       what the wire can do: copies within one process, and torch.distributed between two
-pages      the handoff's own path with scattered pages of DeepSeek-V3's KV (61 layers x 576 bf16)
-steps      a prefill step and a captured decode step (one rank's work, with simulated arrivals), without transfers,
-           while the prompts of each prefill step are handed over as it ends, and while transfers never pause, which
-           is far more than prefill could keep up. A step has few layers and its prompts the KV of all, so the former
-           is more than such a prefill GPU would send, too
-requests   a stream of requests through run.py's jobs with V3's KV and little else of a model: the TTFT in its parts
-kill       and SIGKILL for one of two prefill jobs there, in a burst of prompts
+tokens     jobs of run.py, each on its own GPUs, give the same tokens of the shipped model as one process
+wire       the speed of the wire: copies within one process, and torch.distributed between two
+pages      the handoff's own path, with scattered pages of DeepSeek-V3's KV (61 layers x 576 bf16)
+steps      a prefill step and a captured decode step: one rank's work, with simulated arrivals.
+           idle: without transfers
+           paced: the prompts of each prefill step are handed over when it ends. A step has few layers but its prompts
+           the KV of all layers, so this is more traffic than such a prefill GPU would send
+           flooded: transfers never pause, which is far more than prefill could sustain
+requests   a stream of requests through jobs of run.py: the TTFT by its parts. The model has V3's KV and little else
+kill       the same, with SIGKILL for one of two prefill jobs during a burst of prompts
 
-Parts wire, pages and steps need no jobs (ends.py), the others start some (jobs.py).
-With fewer GPUs than 2 x --pairs the ranks share them, and the figures' names say so: that shows function, not speed.
+Parts wire, pages and steps need no jobs (ends.py); the others start jobs of run.py (jobs.py).
+With fewer GPUs than 2 x --pairs the ranks share them, and the figures' names say so. That tests function, not speed.
 """
 
 import argparse
@@ -31,31 +32,29 @@ from scripts.bench.handoff.ends import run_ends
 from scripts.bench.handoff.jobs import LONGEST, TALKERS, same_tokens, through_jobs
 from scripts.bench.handoff.traffic import AHEAD
 from scripts.bench.lib.flags import fraction, new_file, positive, positives, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.measurements import Measurement, Report, save
 from scripts.bench.lib.shapes import SHAPES, check_size
 
 PARTS = ("tokens", "wire", "pages", "steps", "requests", "kill")
 WITH_JOBS = ("tokens", "requests", "kill")
-LIMIT_S = 120  # of each group of parts
+LIMIT_S = 120  # per group of parts
 
 
-class Report:
-    """The figures, printed as they are found and kept as records."""
+class HandoffReport(Report):
+    """The figures of all parts."""
 
-    def __init__(self, pairs: int, prefill_tp: int, device: str):
+    def __init__(self, pairs: int, prefill_tp: int, device: str) -> None:
+        super().__init__()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         gpus = torch.cuda.device_count() if on_gpu else 0
         sharing = f", sharing {gpus} GPU" if on_gpu and gpus < 2 * pairs else ""
         tensor_parallel = f", prefill with attention TP {prefill_tp}" if prefill_tp > 1 else ""
-        self.prefix, self.records = f"handoff {pairs} + {pairs}{tensor_parallel}{sharing}", []
-        self.copy: tuple[float, str] | tuple[()] = ()  # GB/s and its name, to hold the others against
+        self.prefix = f"handoff {pairs} + {pairs}{tensor_parallel}{sharing}"
+        self.copy: tuple[float, str] | tuple[()] = ()  # GB/s and its name: the reference of the other transfers
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
         better = "higher" if unit in ("GB/s", "tokens") else "lower"
-        record = Record(f"{self.prefix}: {name}", round(value, 4), unit, better, reference, source)
-        beside = f"= {record.ratio:.3f} of {reference:,.4g}, {source}" if reference else ""
-        print(f"{record.name:86} {value:12,.3f} {unit} {beside}".rstrip(), flush=True)
-        self.records.append(record)
+        self.keep(Measurement(f"{self.prefix}: {name}", round(value, 4), unit, better, reference, source))
 
     def ends(self, part: str, found: Any, args: argparse.Namespace) -> None:
         match part, found:
@@ -82,7 +81,7 @@ class Report:
 
     def requests(self, found: dict[str, Any]) -> None:
         print(found["table"])
-        print(f"(error: the {TALKERS} requests that decode all the while, which the end interrupts)")
+        print(f"(error: the {TALKERS} requests that decode throughout; the end interrupts them)")
         chunk = min(found["by length"])
         whole = found["by length"][chunk]["transfer"]
         for length, row in found["by length"].items():
@@ -110,30 +109,35 @@ class Report:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pairs", type=positive, default=1, help="prefill GPUs, and as many decode GPUs (1)")
+    add("--pairs", type=positive, default=1, help="number of prefill GPUs and of decode GPUs (1)")
     add("--prefill-tp", type=positive, default=1, help="attention TP of the prefill jobs (1)")
-    add("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    add("--only", default=",".join(PARTS), help=f"parts, separated by commas ({','.join(PARTS)})")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--repeat", type=positive, default=20)
-    add("--prompts", type=positives, default=[1024, 2048, 4096], help="prompt lengths; the shortest is the chunk")
-    add("--kv-layers", type=positive, default=61)
-    add("--wire-bytes", type=positive, default=2**30, help="of the large tensor (1 GiB)")
-    add("--shape", choices=SHAPES, default="v3", help="steps: the model")
-    add("--layers", type=positive, default=8, help="steps: of its layers (8)")
-    add("--ep", type=positive, default=32, help="steps: a rank of so many")
-    add("--batch", type=positive, default=128, help="steps: decode")
-    add("--kv", type=positive, default=2048, help="steps: tokens of context, and of a prompt")
-    add("--tokens", type=positive, default=8192, help="steps: prefill")
-    add("--interval", type=fraction, default=0.1, help="requests: seconds from one to the next")
-    add("--talk", type=positive, default=8192, help="requests: tokens of those that decode all the while")
-    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+    add("--repeat", type=positive, default=20, help="repetitions per figure (20)")
+    add(
+        "--prompts",
+        type=positives,
+        default=[1024, 2048, 4096],
+        help="prompt lengths; the shortest is the chunk (1024,2048,4096)",
+    )
+    add("--kv-layers", type=positive, default=61, help="layers of KV (61)")
+    add("--wire-bytes", type=positive, default=2**30, help="wire: bytes of the large tensor (1 GiB)")
+    add("--shape", choices=SHAPES, default="v3", help="steps: the model (v3)")
+    add("--layers", type=positive, default=8, help="steps: layers of the model (8)")
+    add("--ep", type=positive, default=32, help="steps: ranks of the deployment (32)")
+    add("--batch", type=positive, default=128, help="steps: sequences of a decode step (128)")
+    add("--kv", type=positive, default=2048, help="steps: tokens of context, and per prompt (2048)")
+    add("--tokens", type=positive, default=8192, help="steps: tokens of a prefill step (8192)")
+    add("--interval", type=fraction, default=0.1, help="requests: seconds between two requests (0.1)")
+    add("--talk", type=positive, default=8192, help="requests: tokens of each request that decodes throughout (8192)")
+    add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     if args.pairs % args.prefill_tp:
-        left = args.pairs % args.prefill_tp
-        parser.error(f"--pairs % --prefill-tp must be 0, not {args.pairs} % {args.prefill_tp} = {left}")
+        remainder = args.pairs % args.prefill_tp
+        parser.error(f"--pairs % --prefill-tp must be 0, not {args.pairs} % {args.prefill_tp} = {remainder}")
     if args.prefill_tp > 1 and set(args.only) - set(WITH_JOBS):
         parser.error(f"--prefill-tp {args.prefill_tp}: it is for --only {','.join(WITH_JOBS)}, whose parts start jobs")
     for flag, tokens in (("--prompts", max(args.prompts)), ("--talk", args.talk)):
@@ -148,7 +152,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args, failed = parse(), 0
-    report = Report(args.pairs, args.prefill_tp, args.device)
+    report = HandoffReport(args.pairs, args.prefill_tp, args.device)
 
     def tokens() -> None:
         count = same_tokens(args, LIMIT_S)
@@ -171,7 +175,7 @@ def main() -> int:
         start = time.monotonic()
         try:
             group()
-        except Exception as error:  # one that fails must not cost the others their turn
+        except Exception as error:  # the other parts still run
             failed = 1
             print(f"FAILED: {', '.join(wanted)}: {error}", file=sys.stderr)
         print(f"({', '.join(wanted)}: {time.monotonic() - start:.1f} s)", flush=True)

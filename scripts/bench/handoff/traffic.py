@@ -1,4 +1,4 @@
-"""What passes over a link in `handoff_ends.py`: prompts' pages from all over one pool to all over another."""
+"""The traffic of `ends.py`: prompts whose pages lie scattered over one pool are sent to scattered pages of another."""
 
 import queue
 import random
@@ -16,11 +16,11 @@ from disagg.handoff.transports.torch_dist import TIMEOUT
 from disagg.request import Request
 from model.kv_cache import pages_for
 
-AHEAD = 16  # prompts under way at once
+AHEAD = 16  # prompts in flight at once
 
 
 def content(pool: Tensor) -> Tensor:
-    """Numbers that tell layer, page and place, [layers, pages, 64, W] int16; anybody can make them again."""
+    """Return numbers [layers, pages, 64, W] in int16 that identify layer, page and place. Both ends compute them."""
     layers, pages, *page = pool.shape
     which = torch.arange(layers * pages, device=pool.device).view(layers, pages, 1, 1) * 257
     word = torch.arange(page[0] * page[1], device=pool.device).view(1, 1, *page)
@@ -28,27 +28,26 @@ def content(pool: Tensor) -> Tensor:
 
 
 def shuffled(num_pages: int) -> list[int]:
-    """All of a pool's pages, in an order that anybody can make again."""
+    """Return all of a pool's pages in a random order that both ends can compute."""
     return random.Random(0).sample(range(1, num_pages), num_pages - 1)
 
 
 def source_pages(pages: list[int], uid: int, count: int) -> list[int]:
-    """Where a prompt's pages are at their source: quick to say, for it must not hold up the links' threads."""
+    """Return a prompt's pages at their source. This must be quick, because it must not delay the links' threads."""
     first = uid * 7919 % (len(pages) - count + 1)
     return pages[first : first + count]
 
 
 class Source(threading.Thread):
-    """Answers every room that opens with pages from all over the pool: at once, or, while it is paced, when a prompt
-    has been computed."""
+    """Sends scattered pages to every room that opens: at once or, if `paced`, when a prompt has been computed."""
 
-    def __init__(self, link: Link, events: queue.SimpleQueue):
-        """Fills the link's pool; `events` are the link's."""
+    def __init__(self, link: Link, events: queue.SimpleQueue) -> None:
+        """Fill the link's pool. `events`: the link's."""
         super().__init__(name="source", daemon=True)
         self.link, self.events, self.put_at = link, events, {}
         link.pool.view(torch.int16).copy_(content(link.pool))
         self.pages = shuffled(link.pool.shape[1])
-        self.paced, self.computed = False, queue.SimpleQueue()  # an event for each prompt, or None
+        self.paced, self.computed = False, queue.SimpleQueue()  # per prompt a CUDA event, or None
         self.start()
 
     def run(self) -> None:
@@ -57,19 +56,19 @@ class Source(threading.Thread):
                 case Open(request, pages):
                     uid = request.uid
                     self.link.put(Join(uid))
-                    mine = source_pages(self.pages, uid, len(pages))
+                    from_pages = source_pages(self.pages, uid, len(pages))
                     ready = self.computed.get() if self.paced else None
                     self.put_at[uid] = time.perf_counter()
-                    self.link.put(SendPages(uid, mine, pages, ready))
+                    self.link.put(SendPages(uid, from_pages, pages, ready))
                     self.link.put(SendLast(uid, 0, []))
                 case RoomEnded(uid, error) if error is not None:
                     raise RuntimeError(f"room {uid}: {error}")
 
 
 class Sink:
-    """Opens rooms, and notes when each is full."""
+    """Opens rooms, and notes the time at which each is full."""
 
-    def __init__(self, link: Link, events: queue.SimpleQueue, me: Member):
+    def __init__(self, link: Link, events: queue.SimpleQueue, me: Member) -> None:
         self.link, self.events, self.me = link, events, me
         self.uid, self.full_at = 0, {}
         pages = shuffled(link.pool.shape[1])
@@ -77,7 +76,7 @@ class Sink:
         self.places = [pages[i * each : (i + 1) * each] for i in range(AHEAD)]
 
     def take(self, tokens: int, ahead: int, enough: Callable[[int], bool]) -> list[int]:
-        """Have prompts of so many tokens sent, `ahead` at once, until `enough(rooms)`. The rooms, in their order."""
+        """Have prompts of `tokens` tokens sent, `ahead` at once, until `enough(rooms)`. Return the rooms in order."""
         free, place_of, done = list(range(ahead)), {}, []
         while True:
             while free and not enough(len(done) + len(place_of)):
@@ -99,7 +98,7 @@ class Sink:
             self.latest = ended.uid, self.places[place][: pages_for(tokens)]
 
     def check(self) -> None:
-        """The latest prompt's pages, bit by bit."""
+        """Compare the latest prompt's pages with the sent ones, bit for bit. Raises RuntimeError if they differ."""
         uid, pages = self.latest
         pool = self.link.pool
         theirs = source_pages(shuffled(pool.shape[1]), uid, len(pages))

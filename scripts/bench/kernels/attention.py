@@ -1,6 +1,6 @@
-"""Times attention, norm and rope at DeepSeek-V3's shapes (part of scripts.bench.kernels).
+"""Time attention, norms and rope at DeepSeek-V3's shapes (part of scripts.bench.kernels).
 
-Medians of `triton.testing.do_bench`, which clears L2 before every call; decode and the norms run in CUDA
+Times are medians of `triton.testing.do_bench`, which clears L2 before every call. Decode and the norms run in CUDA
 graphs. Vendors: flash_mla for decode; cuDNN's SDPA and, where installed, flash-attn-4 for prefill; torch's rms_norm.
 Each attention result is compared with the vendor's.
 """
@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from kernels import hopper, norm
-from kernels.attention import mla_decode, prefill_attention
+from kernels.mla_decode import mla_decode
+from kernels.prefill_attention import prefill_attention
 from scripts.bench.kernels.table import report
 
 try:
@@ -27,7 +28,7 @@ except ImportError:
     fa4 = None
 
 RAGGED = torch.arange(64, 8192, 64)[torch.randperm(127)].tolist()  # 127 sequences, 4096 keys on average
-# heads, kv lengths
+# Heads, and KV lengths of the sequences.
 DECODE = [
     (128, [4096] * 128),
     (128, [2048] * 256),
@@ -36,7 +37,7 @@ DECODE = [
     (128, [8192] * 4),
     (16, [4096] * 128),
 ]
-PREFILL = [[(4096, 4096)], [(4096, 4096)] * 4, [(2048, 4096)], [(1024, 1024)] * 16]  # (queries, keys) each
+PREFILL = [[(4096, 4096)], [(4096, 4096)] * 4, [(2048, 4096)], [(1024, 1024)] * 16]  # (queries, keys) of each sequence
 
 
 def randn(*shape: int) -> Tensor:
@@ -48,7 +49,7 @@ def median_us(call: Callable[[], object]) -> float:
 
 
 def replayed_us(call: Callable[[], object]) -> float:
-    """The same inside a CUDA graph, as the engine decodes: no host time in the gaps."""
+    """Return the same for replays of a CUDA graph, as the engine decodes: without the host's time."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -58,7 +59,7 @@ def replayed_us(call: Callable[[], object]) -> float:
 
 
 def portable(time: Callable[[], float]) -> float:
-    """What `time` says of the Triton path, which other GPUs and odd shapes take."""
+    """Call `time` on the portable Triton path, which other GPUs and unusual shapes take."""
     chosen, hopper.on_hopper = hopper.on_hopper, lambda q: False
     try:
         return time()
@@ -96,7 +97,7 @@ def prefill(lens: list[tuple[int, int]], heads: int = 128) -> None:
     (num_q, num_kv), (max_q, max_kv), scale = starts[-1].tolist(), lens[0], 192**-0.5
     q, k_rope = randn(num_q, heads, 192), randn(num_kv, 64)
     k_nope, v = randn(num_kv, heads, 256).split((128, 128), -1)
-    k = torch.cat((k_nope, k_rope[:, None].expand(-1, heads, -1)), -1)  # as the vendors want them
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, heads, -1)), -1)  # the vendors' layout
     ours = lambda: prefill_attention(q, k_nope, k_rope, v, q_starts, kv_starts, max_q, max_kv, scale)  # noqa: E731
     shape = f"{heads} heads, {len(lens)} x {max_q} on {max_kv}"
     flop = sum(a * b - a * a / 2 for a, b in lens) * heads * 320 * 2

@@ -1,8 +1,8 @@
-"""Times the Triton GEMMs against deep_gemm at DeepSeek-V3's shapes, and what routing moves.
+"""Time the Triton GEMMs against deep_gemm at DeepSeek-V3's shapes, and the memory-bound kernels around the experts.
 
-Medians of CUDA graph replays, so that no host time is in them; a graph calls a GEMM on several sets of weights in turn,
-together larger than L2. Both sides get operands in their best layout (deep_gemm its column-major scales), and the two
-results are compared.
+Times are medians of CUDA graph replays, so they contain no host time. A graph calls a GEMM on several sets of weights
+in turn, which together are larger than L2. Both sides get operands in their best layout (deep_gemm column-major
+scales), and the two results are compared.
 """
 
 import time
@@ -34,14 +34,17 @@ def randn(*shape: int) -> Tensor:
 
 
 def weights(*shape: int) -> tuple[Tensor, Tensor]:
-    """Random fp8 blocks and scales: large ones are quick to make like this."""
+    """Return random fp8 values and block scales. Not quantised from real values, because this is faster."""
     values = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
     blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
     return values, torch.rand(blocks, device="cuda") * 0.02 + 0.01
 
 
 def median_us(calls: list[Callable[[], object]]) -> float:
-    """Median time of one call, over graph replays of all of them in turn: ten calls or more, if they are short."""
+    """Return the median microseconds per call, over graph replays of all calls in turn.
+
+    A graph repeats short calls until it has ten or more.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -66,7 +69,7 @@ def median_us(calls: list[Callable[[], object]]) -> float:
 
 
 def sets(nbytes: int) -> range:
-    """As many sets of this size as make 200 MB, four times the L2."""
+    """Count the sets of `nbytes` bytes that exceed 200 MB together, four times the L2."""
     return range(1 + 200_000_000 // nbytes)
 
 
@@ -127,7 +130,7 @@ def contiguous(experts: int, count: int, n: int, d: int) -> None:
 
 
 def memory_bound(tokens: int, experts: int, d: int, width: int) -> None:
-    """What moves bytes: each counted once in, once out."""
+    """Time the memory-bound kernels. Bytes count once as they are read and once as they are written."""
     x, h = randn(tokens, d), randn(tokens, 2 * width)
     report("quantize_1x128", f"{tokens} x {d}", median_us([lambda: quantize_1x128(x)]), None, x.numel() * 3, "TB/s")
     report(

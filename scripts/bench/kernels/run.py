@@ -1,9 +1,9 @@
-"""Our Triton kernels against the vendors' in one run, at DeepSeek-V3's shapes (one Hopper GPU):
+"""Time our Triton kernels against the vendors' in one run, at DeepSeek-V3's shapes (on one Hopper GPU).
 
 python -m scripts.bench.kernels --out measurements.json
 python -m scripts.bench.kernels --only attention
 
-In a first run most of the time is the kernels' compilation, the vendors' too where they compile as they run.
+Most of a first run is compilation: of our kernels, and of vendors' kernels that are compiled at run time.
 """
 
 import argparse
@@ -21,8 +21,8 @@ PARTS = ("gemm", "attention", "memory")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone (may be given again)")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone (may be repeated)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no CUDA GPU that torch can use")
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def measure(parts: Sequence[str], out: Path | None) -> None:
-    from scripts.bench.kernels import attention, gemm  # they import Triton, which is not where there is no GPU
+    from scripts.bench.kernels import attention, gemm  # they import Triton, which may be missing without a GPU
     from scripts.bench.kernels.table import RECORDS, header
 
     benches = {

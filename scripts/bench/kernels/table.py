@@ -1,10 +1,10 @@
-"""The kernel benchmarks' table: each row is printed as it is measured, and kept as a record."""
+"""The kernel benchmarks' table: each row is printed when it is measured, and kept as a figure."""
 
 import torch
 
-from scripts.bench.lib.measurements import Record
+from scripts.bench.lib.measurements import Measurement
 
-RECORDS: list[Record] = []
+RECORDS: list[Measurement] = []
 
 
 def header() -> None:
@@ -13,9 +13,9 @@ def header() -> None:
 
 
 def report(op: str, shape: str, ours: float, vendor: float | None, work: float, unit: str, name: str = "") -> None:
-    """A row: microseconds of ours and of the vendor's `name`; `work` is FLOP or bytes, `unit` what work / time is."""
+    """Add a row. `ours`, `vendor`: microseconds. `work`: FLOP or bytes. `unit`: of work / time. `name`: the vendor."""
     theirs = f"{vendor:9.1f} {vendor / ours:6.2f}" if vendor else f"{'-':>9} {'-':>6}"
     print(f"{op:24} {shape:34} {ours:9.1f} {theirs} {work / ours / 1e6:9.2f} {unit} {name}", flush=True)
     source = f"{name}, same run" if vendor else ""
     full = f"{op}, {shape}" + (f", against {name}" if vendor else "")
-    RECORDS.append(Record(full, round(ours, 2), "us", "lower", vendor and round(vendor, 2), source))
+    RECORDS.append(Measurement(full, round(ours, 2), "us", "lower", vendor and round(vendor, 2), source))

@@ -1,4 +1,4 @@
-"""PNG charts of a script's figures. Needs matplotlib, which the extras `charts` and `test` install."""
+"""Draw figures as PNG charts. Needs matplotlib, which the extras `charts` and `test` install."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def figure(width: float = 9, height: float = 5) -> tuple[Any, Any]:
-    """A figure of one plot, drawn without a display. ValueError if matplotlib is missing."""
+    """Return a new figure and its plot, for drawing without a display. Raises ValueError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -16,7 +16,7 @@ def figure(width: float = 9, height: float = 5) -> tuple[Any, Any]:
 
 
 def save_bars(path: Path, title: str, unit: str, series: Mapping[str, Mapping[str, float]]) -> None:
-    """Horizontal bars, a group for each label (the first on top) and in it one bar for each series that has it."""
+    """Draw horizontal bars: a group per label, the first on top, with one bar for each series that has the label."""
     labels = list(dict.fromkeys(label for values in series.values() for label in values))
     made, plot = figure(9, 1.5 + 0.28 * len(labels) * len(series))
     thick = 0.8 / len(series)
@@ -36,7 +36,7 @@ def save_bars(path: Path, title: str, unit: str, series: Mapping[str, Mapping[st
 def save_lines(
     path: Path, title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-    """A line through the points (x, y) of each series."""
+    """Draw each series as a line through its points (x, y)."""
     made, plot = figure()
     for name, points in series.items():
         plot.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -48,14 +48,16 @@ def save_lines(
 
 
 def save_lanes(path: Path, title: str, unit: str, lanes: Mapping[str, Sequence[tuple[float, float, str]]]) -> None:
-    """What happened when: a lane for each name (the first on top), and in it its spans (start, end, label). Spans of a
-    label have one colour."""
+    """Draw a timeline: a lane per name, the first on top, with its spans (start, end, label).
+
+    All spans of a label have the same colour.
+    """
     labels = list(dict.fromkeys(label for spans in lanes.values() for *_, label in spans))
     made, plot = figure(16, 1.5 + 0.5 * len(lanes))
     for i, label in enumerate(labels):
         for row, spans in enumerate(lanes.values()):
-            mine = [(start, end - start) for start, end, name in spans if name == label]
-            plot.broken_barh(mine, (row - 0.4, 0.8), color=f"C{i % 10}", linewidth=0)
+            of_label = [(start, end - start) for start, end, name in spans if name == label]
+            plot.broken_barh(of_label, (row - 0.4, 0.8), color=f"C{i % 10}", linewidth=0)
         plot.barh(0, 0, color=f"C{i % 10}", label=label)
     plot.set_yticks(range(len(lanes)), lanes)
     plot.invert_yaxis()

@@ -1,4 +1,4 @@
-"""Flags of the benchmarks: their types, for argparse, and how a value is refused that only the program can judge."""
+"""Types of the benchmarks' flags for argparse, and `refusals` for values that only the program can check."""
 
 import argparse
 import math
@@ -10,22 +10,31 @@ from pathlib import Path
 
 from parallel.mesh import launched_local_rank
 
+PHASES = {"decode": ("batch", "kv"), "prefill": ("tokens", "prompt")}
+SIZES = {  # what a step of one rank is made of
+    "batch": "sequences of a decode step",
+    "kv": "tokens that each sequence attends to",
+    "tokens": "prompt tokens of a prefill step",
+    "prompt": "tokens per prompt",
+}
+
 
 def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """Zero, too."""
+    """Parse a whole number of at least 0."""
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def fraction(text: str) -> float:
-    """Zero or more, and finite."""
+    """Parse a finite number of at least 0."""
     try:
         value = float(text)
     except ValueError:
@@ -36,22 +45,27 @@ def fraction(text: str) -> float:
 
 
 def positives(text: str) -> list[int]:
-    """Numbers with commas between them."""
+    """Parse whole numbers of at least 1, separated by commas."""
     return [positive(part) for part in text.split(",")]
 
 
 def naturals(text: str) -> list[int]:
+    """Parse whole numbers of at least 0, separated by commas."""
     return [natural(part) for part in text.split(",")]
 
 
 def old_file(text: str) -> Path:
+    """Parse the path of a file that exists."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file")
     return Path(text)
 
 
 def new_file(text: str) -> Path:
-    """A file that can be written, with the folders that it needs: hours of figures must not end at a wrong name."""
+    """Parse the path of a file that can be written, in folders that may not exist yet.
+
+    Checked at the start, because a wrong name must not cost hours of measuring.
+    """
     path = Path(text)
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
@@ -60,6 +74,7 @@ def new_file(text: str) -> Path:
 
 
 def new_png(text: str) -> Path:
+    """Parse the path of a PNG that can be written."""
     if Path(text).suffix != ".png":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
     return new_file(text)
@@ -67,7 +82,10 @@ def new_png(text: str) -> Path:
 
 @contextmanager
 def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """A ValueError inside ends the process with status 2; the first rank of each machine says which."""
+    """End the process with status 2 on a ValueError inside the block.
+
+    The first rank of each machine prints the error.
+    """
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The project's figures: docs/measurements.json, one record a figure, and how benchmarks make such records.
+"""The project's figures: docs/measurements.json, and how benchmarks make them.
 
-A benchmark collects records and writes them with `save`; on a machine without the repository's history the commit is
-filled in when `report.py --merge FILE` takes them over.
+A benchmark collects measurements and writes them to a file with `save`. On a machine without the repository's history
+their commit is empty. `python -m scripts.bench.lib.report --merge FILE` fills it in when it adds them to the store.
 """
 
 import datetime
@@ -33,7 +33,7 @@ def machine() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """What is installed of the packages that matter, by import or distribution name."""
+    """Return the versions of the installed packages that matter, by import name."""
     found = {"python": platform.python_version()}
     distributions = importlib.metadata.packages_distributions()
     for package in PACKAGES:
@@ -44,13 +44,13 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The commit that is checked out; empty where there is no history."""
+    """Return the commit that is checked out; empty where there is no history."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip()
 
 
 def command() -> str:
-    """What was run, without where files and environments lie on this machine."""
+    """Return the command that runs, without the paths of files and environments on this machine."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     kept = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
     spec = sys.modules["__main__"].__spec__
@@ -65,8 +65,8 @@ def command() -> str:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One figure. `reference` is what it is held against, in the same unit, and `source` where that comes from."""
+class Measurement:
+    """One figure. `reference` is a value to compare it with, in the same unit; `source` says where that comes from."""
 
     name: str
     value: float
@@ -89,30 +89,49 @@ class Record:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as good as the reference; over 1 is better, whichever way the unit points."""
+        """How many times as good as the reference: over 1 is better, for rates and for times. None without one."""
         if self.reference is None:
             return None
         good, other = (self.value, self.reference) if self.better == "higher" else (self.reference, self.value)
         return good / other if other else None
 
 
-def load(path: Path = STORE) -> list[Record]:
-    """ValueError if the file holds anything else."""
+class Report:
+    """A benchmark's figures: the first rank prints each when it is measured, and every rank keeps them."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self.records: list[Measurement] = []
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def keep(self, figure: Measurement) -> None:
+        line = f"{figure.name:90} {figure.value:12,.3f} {figure.unit}"
+        if figure.ratio is not None:
+            line += f" = {figure.ratio:.3f} of {figure.reference:,.4g}, {figure.source}"
+        self.say(line.rstrip())
+        self.records.append(figure)
+
+
+def load(path: Path = STORE) -> list[Measurement]:
+    """Read a file of measurements; none if it does not exist. Raises ValueError if it holds anything else."""
     if not path.exists():
         return []
     try:
-        return [Record(**{k: v for k, v in row.items() if k != "ratio"}) for row in json.loads(path.read_text())]
+        return [Measurement(**{k: v for k, v in row.items() if k != "ratio"}) for row in json.loads(path.read_text())]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a benchmark's records ({error})") from None
 
 
-def save(records: list[Record], path: Path = STORE) -> None:
+def save(records: list[Measurement], path: Path = STORE) -> None:
     rows = [asdict(record) | {"ratio": record.ratio} for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def merge(new: list[Record], old: list[Record]) -> list[Record]:
-    """`new` replaces figures of the same name, and goes last otherwise."""
+def merge(new: list[Measurement], old: list[Measurement]) -> list[Measurement]:
+    """Merge by name: a new figure replaces the old one of its name, or is added at the end."""
     latest = {record.name: record for record in old} | {record.name: record for record in new}
     return list(latest.values())

@@ -1,8 +1,8 @@
 """Render docs/measurements.json as docs/measurements.md.
 
-python -m scripts.bench.lib.report                    # render
-python -m scripts.bench.lib.report --merge FILE...    # first take over the records that a benchmark wrote elsewhere
-python -m scripts.bench.lib.report --merge FILE... --commit HASH    # which were made by that commit, whatever they say
+python -m scripts.bench.lib.report                                  # render
+python -m scripts.bench.lib.report --merge FILE...                  # first add the figures of a benchmark's --out FILE
+python -m scripts.bench.lib.report --merge FILE... --commit HASH    # the same, and name HASH as their commit
 """
 
 import argparse
@@ -10,19 +10,19 @@ from dataclasses import replace
 from itertools import groupby
 
 from scripts.bench.lib.flags import old_file, refusals
-from scripts.bench.lib.measurements import STORE, Record, commit, load, merge, save
+from scripts.bench.lib.measurements import STORE, Measurement, commit, load, merge, save
 
 INTRO = """# Measurements
 
-Rendered from `measurements.json` by `report.py`; do not edit. `ratio` is how many times as good as the
-reference a figure is (over 1 is better, for times too). Every figure is *measured* unless its kind says *simulated*
+Rendered from `measurements.json` by `python -m scripts.bench.lib.report`; do not edit. `ratio` is how many times as
+good as its reference a figure is (over 1 is better, for times too). The kind of each figure is *measured*, *simulated*
 or *modelled*.
 """
 
 
-def render(records: list[Record]) -> str:
+def render(records: list[Measurement]) -> str:
     parts = [INTRO]
-    for origin, group in groupby(sorted(records, key=_origin), key=_origin):  # what a run gave stays in its order
+    for origin, group in groupby(sorted(records, key=_origin), key=_origin):  # stable: a run's figures keep their order
         parts.append(
             f"\n## {origin}\n\n| figure | value | reference | ratio | kind |\n| --- | --- | --- | --- | --- |\n"
         )
@@ -33,15 +33,19 @@ def render(records: list[Record]) -> str:
     return "".join(parts)
 
 
-def _origin(r: Record) -> str:
+def _origin(r: Measurement) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in r.versions.items())
     return f"`{r.command}`\n\n{r.machine}, {r.date}, commit {r.commit}; {versions}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--merge", nargs="*", default=[], type=old_file, metavar="FILE")
-    parser.add_argument("--commit", metavar="HASH", help="the merged records' own, where the history was not at hand")
+    parser.add_argument(
+        "--merge", nargs="*", default=[], type=old_file, metavar="FILE", help="add the figures of these files"
+    )
+    parser.add_argument(
+        "--commit", metavar="HASH", help="the commit of all merged figures (their own; if empty, the one checked out)"
+    )
     args = parser.parse_args()
     records = load()
     for path in args.merge:

@@ -1,20 +1,22 @@
-"""How fast one rank's step could be: the modelled time of its parts on a GPU of given ceilings.
+"""Model how fast one rank's step could be: the time of each part on a GPU with given ceilings.
 
 python -m scripts.bench.lib.roofline decode --shape moonlight --batch 128 --kv 1088
 python -m scripts.bench.lib.roofline decode --shape v3 --batch 256 --kv 2048 --ep 72 --local 4 --ceilings 798,1400,3.0
 python -m scripts.bench.lib.roofline prefill --tokens 16384 --prompt 4096 --ep 32 --local 9 --ceilings 798,1400,3.0
 
-A part takes the longer of FLOP / ceiling and bytes / bandwidth; a step is the sum of its parts, one after another.
-The ceilings are measured on the GPU at hand, unless given (bf16 TFLOP/s, fp8 TFLOP/s or -, TB/s).
+A part takes the longer of FLOP / ceiling and bytes / bandwidth. A step is the sum of its parts, one after another.
+Without --ceilings (bf16 TFLOP/s, fp8 TFLOP/s or -, TB/s) they are measured on this machine's GPU.
 
-Every operand is counted once in and once out, and what can be fused is: a norm with the addition before it and the
-quantisation behind it, silu with its multiplication. On one rank the experts take their rows by index, so the only
-permutation is the weighted sum; between ranks prefill regroups what it received, while decode's sum is a part of the
-communication. Communication itself is not counted, nor embedding, sampling arithmetic and launch gaps. Balanced
-ranks and uniform routing are assumed: of the slots on this rank, as many are read as the tokens can be expected to hit.
+Every operand is read once and every result written once. Elementwise work is counted as fused: a norm with the
+addition before it and the quantisation after it, silu with its multiplication. On one rank the experts take their rows
+by index, so the weighted sum is the only permutation. Between ranks, prefill regroups the received rows; decode's sum
+belongs to the communication. Communication, embedding, sampling arithmetic and launch gaps are not counted.
 
-A count for one GPU that leaves out the shared expert's silu, the latents' norms, the rotation of queries and the
-sampler's pass over the logits comes to rates up to 4 % higher in prefill, 1 % in decode (tests/test_roofline.py).
+Ranks are balanced and routing is uniform. So the slots that are read on this rank are the expected number that its
+tokens hit.
+
+Another count, for one GPU, leaves out the shared expert's silu, the latents' norms, the rotation of queries and the
+sampler's pass over the logits. Its rates are up to 4 % higher in prefill, 1 % in decode (tests/test_roofline.py).
 """
 
 import argparse
@@ -28,17 +30,18 @@ from statistics import median
 import torch
 
 from model.config import ModelConfig
-from scripts.bench.lib.flags import positive
+from scripts.bench.lib.flags import PHASES, SIZES, positive
 from scripts.bench.lib.shapes import SHAPES
 
-BF16 = 2  # bytes of a number, as are the KV cache's
-SCALED = 1 + 4 / 128  # of an fp8 activation, with its share of a float32 scale
+# Bytes per number.
+BF16 = 2  # the KV cache too
+SCALED = 1 + 4 / 128  # an fp8 activation and its share of a float32 scale
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s and bytes/s. Where there is no fp8, its parts run at bf16's rate."""
+    """FLOP/s and bytes/s. Without fp8 (None), fp8 parts run at bf16's rate."""
 
     bf16: float
     fp8: float | None
@@ -60,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """A step: `tokens` that it computes, and per kind of layer how many there are and the parts of one."""
+    """The cost of a step of `tokens` tokens: for each kind of layer, the number of layers and the parts of one."""
 
     tokens: int
     kinds: dict[str, tuple[int, list[Part]]]
@@ -69,7 +72,7 @@ class Cost:
         return sum(count * total(parts, ceilings) for count, parts in self.kinds.values())
 
     def rate(self, ceilings: Ceilings) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds(ceilings)
 
 
@@ -78,13 +81,13 @@ def total(parts: list[Part], ceilings: Ceilings) -> float:
 
 
 def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None) -> Cost:
-    """One token of each of `batch` sequences, which attend `kv` tokens on average."""
+    """Return the cost of one token for each of `batch` sequences, which attend to `kv` tokens on average."""
     spread = _Spread(config, batch, ep, local)
     return _work(config, batch, batch, _absorbed(config, batch, kv), spread, permutes=ep == 1)
 
 
 def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None) -> Cost:
-    """All of the prompts of `prompt` tokens that make `tokens`; each gets its first token."""
+    """Return the cost of whole prompts of `prompt` tokens, `tokens` together; each yields its first token."""
     sequences = tokens / prompt
     attention = _expanded(config, tokens, sequences * prompt * (prompt + 1) / 2)
     spread = _Spread(config, tokens, ep, local)
@@ -92,18 +95,18 @@ def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: i
 
 
 class _Spread:
-    """Where the tokens' experts are: `ep` ranks with `local` slots each, E / ep if not given."""
+    """The experts' load on one rank. There are `ep` ranks with `local` slots each (E / ep if None)."""
 
-    def __init__(self, config: ModelConfig, tokens: int, ep: int, local: int | None):
+    def __init__(self, config: ModelConfig, tokens: int, ep: int, local: int | None) -> None:
         experts, top = config.n_routed_experts, config.num_experts_per_tok
         self.ep, self.local = ep, local or -(-experts // ep)
         slots = self.ep * self.local
         self.rows = tokens * ep * top * self.local / slots
         self.hit = self.local * (1 - (1 - top / slots) ** (tokens * ep))
         groups, chosen = config.n_group, config.topk_group
-        on_rank = max(1, groups // ep)  # groups that a rank has experts of
+        on_rank = max(1, groups // ep)  # groups with experts on a rank
         reached = ep * (1 - comb(groups - on_rank, chosen) / comb(groups, chosen))  # ranks with a chosen group
-        self.received = tokens * reached * (1 - (1 - 1 / reached) ** top)  # each token once a rank
+        self.received = tokens * reached * (1 - (1 - 1 / reached) ** top)  # a token counts once per rank
 
 
 def _work(
@@ -130,7 +133,7 @@ def _head(config: ModelConfig, rows: float) -> list[Part]:
 def _product(
     group: str, name: str, rows: float, out: int, inner: int, fp8: bool, count: float = 1, read: float | None = None
 ) -> Part:
-    """`count` products of [rows, inner] with weights [out, inner], of which `read` are read (all if not given)."""
+    """`count` products of [rows, inner] with weights [out, inner]. `read`: how many of the weights are read (all)."""
     weight, activation = (1, SCALED) if fp8 else (BF16, BF16)
     nbytes = (count if read is None else read) * out * inner * weight
     nbytes += count * rows * (inner * activation + out * BF16)
@@ -138,7 +141,7 @@ def _product(
 
 
 def _projections(config: ModelConfig, tokens: int) -> list[Part]:
-    """What both forms of attention have in common."""
+    """Return the projections that both forms of attention share."""
     heads, fp8, group = config.num_attention_heads, config.fp8, "MLA projections"
     first = config.q_lora_rank or heads * config.qk_head_dim
     parts = [_product(group, "q_a, kv_a" if config.q_lora_rank else "q, kv_a", tokens, first + config.kv_dim,
@@ -161,7 +164,7 @@ def _absorbed(config: ModelConfig, batch: int, kv: float) -> list[Part]:
 
 
 def _expanded(config: ModelConfig, tokens: int, pairs: float) -> list[Part]:
-    """`pairs` of a query and a key that it attends."""
+    """Return the parts of expanded attention. `pairs`: pairs of a query and a key that it attends to."""
     heads, qk, v = config.num_attention_heads, config.qk_head_dim, config.v_head_dim
     up = heads * (config.qk_nope_head_dim + v)
     core = Part("MLA core", f"{qk}/{v}, causal", 2 * pairs * heads * (qk + v), 2 * tokens * heads * (qk + v) * BF16)
@@ -173,7 +176,7 @@ def _expanded(config: ModelConfig, tokens: int, pairs: float) -> list[Part]:
 
 
 def _norms(config: ModelConfig, tokens: int) -> list[Part]:
-    """The elementwise work around attention."""
+    """Return the elementwise work around attention."""
     operand = SCALED if config.fp8 else BF16
     attended = config.num_attention_heads * config.v_head_dim
     queries = (config.q_lora_rank or 0) * (BF16 + operand)
@@ -221,7 +224,7 @@ def _moe(config: ModelConfig, tokens: int, spread: _Spread, permutes: bool) -> l
 
 
 def measure_ceilings() -> Ceilings:
-    """Of the current GPU, with random operands: 8192^3 products (fp8 with one scale an operand), and a copy."""
+    """Measure the current GPU with random operands: products of 8192^3 (fp8 with one scale per operand), and a copy."""
     side = 8192
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     bf16, fp8 = 2 * side**3 / _median_seconds(lambda: a @ b.t()), None
@@ -285,14 +288,23 @@ def _given(text: str) -> Ceilings:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = parser.add_subparsers(dest="phase", required=True)
-    for phase, sizes in (("decode", ("batch", "kv")), ("prefill", ("tokens", "prompt"))):
+    for phase, sizes in PHASES.items():
         add = phases.add_parser(phase).add_argument
-        add("--shape", choices=SHAPES, default="moonlight")
+        add("--shape", choices=SHAPES, default="moonlight", help="the model (moonlight)")
         for size in sizes:
-            add(f"--{size}", type=positive, required=True)
-        add("--ep", type=positive, default=1, help="ranks that the experts are spread over")
-        add("--local", type=positive, help="experts on a rank, with redundant ones (default: an even share)")
-        add("--ceilings", type=_given, metavar="BF16,FP8,TB/S", help="in TFLOP/s (- for no fp8) and TB/s")
+            add(f"--{size}", type=positive, required=True, help=SIZES[size])
+        add("--ep", type=positive, default=1, help="ranks over which the experts are spread (1)")
+        add(
+            "--local",
+            type=positive,
+            help="slots per rank, redundant ones included (default: an even share of the experts)",
+        )
+        add(
+            "--ceilings",
+            type=_given,
+            metavar="BF16,FP8,TB/S",
+            help="in TFLOP/s (- for no fp8) and TB/s (measured on the GPU)",
+        )
     args = parser.parse_args()
     if args.local is not None and args.ep * args.local < SHAPES[args.shape].n_routed_experts:
         parser.error(f"--ep x --local must be at least the {SHAPES[args.shape].n_routed_experts} experts, not {args.ep}"

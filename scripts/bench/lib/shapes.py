@@ -1,4 +1,4 @@
-"""Models by shape alone."""
+"""Shapes of models: configurations without weights."""
 
 import torch
 
@@ -21,9 +21,9 @@ _LITE = {
 }
 SHAPES = {
     "moonlight": ModelConfig(vocab_size=163840, intermediate_size=11264, routed_scaling_factor=2.446, **_LITE),
-    # DeepSeek-V2-Lite's dimensions; its gate (softmax) is not V3's, which is what runs here.
+    # DeepSeek-V2-Lite's dimensions, with V3's gate instead of its own (softmax).
     "v2-lite": ModelConfig(vocab_size=102400, intermediate_size=10944, **_LITE),
-    # DeepSeek-V3 itself: for the roofline, and with --layers for what fits.
+    # DeepSeek-V3 itself: for the roofline, and with --layers on GPUs that hold only some of its layers.
     "v3": ModelConfig(
         vocab_size=129280,
         hidden_size=7168,
@@ -54,6 +54,6 @@ SHAPES = {
 
 
 def check_size(shape: str, device: torch.device) -> None:
-    """ValueError for a model that would keep a CPU busy for ever."""
+    """Raise ValueError for a shape that is too large for a CPU."""
     if device.type == "cpu" and shape != "tiny":
         raise ValueError(f"--shape {shape}: too large for a CPU, and no GPU is used here; --shape tiny runs")

@@ -1,13 +1,15 @@
-"""What balancing the experts gains on one rank of a deployment, under a recorded load. SIMULATED.
+"""Measure the gain of balanced experts on one rank of a deployment, under a recorded load. SIMULATED.
 
 python -m scripts.bench.one_rank.balance decode docs/recordings/moving-decode.safetensors --top-k 4
 python -m scripts.bench.one_rank.balance prefill docs/recordings/moving-prefill.safetensors --top-k 4
 
-The rank is run.py's, its layers those of the shape, with as many experts as the recording has. In every layer
-it is the fullest rank, which all others would wait for: its experts get the rows that they would get in one of the
-recording's windows (run.py --record-experts) and layers, in turn. How full it is depends on the map, and the kinds of
-maps are those of `eplb_sim.py`; beside them stands a load that is even. The steps are taken in turns. No communication
-is timed; nor is what moving experts takes, which `scripts.bench.one_rank.rebalance` measures.
+The rank is that of scripts.bench.one_rank. Its layers have the given shape, with as many experts as the recording has
+(run.py --record-experts). In every layer it is the fullest rank, for which all others would wait. Its experts get the
+rows that they would get in one window and layer of the recording; another one for each layer.
+
+The load of the fullest rank depends on the map of the experts. The kinds of maps are those of scripts.tools.eplb_sim,
+and an even load is measured beside them. Their steps are timed in turns. Communication is not timed, nor is the moving
+of experts, which `scripts.bench.one_rank.rebalance` measures.
 """
 
 import argparse
@@ -21,8 +23,8 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.kv_cache import pages_for
 from parallel.load_counter import load_recording
-from scripts.bench.lib.flags import positive, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.flags import SIZES, positive, refusals
+from scripts.bench.lib.measurements import Measurement, save
 from scripts.bench.one_rank.loopback import SimulatedLoad
 from scripts.bench.one_rank.rank import (
     Rank,
@@ -39,9 +41,12 @@ EVEN = "an even load"
 
 
 def fullest(counts: NDArray, by_window: list[NDArray], ranks: int, layers: int) -> NDArray:
-    """counts [windows, layers, E], each window's map [layers, P] -> for `layers` pairs of a window and a layer, evenly
-    from all that saw tokens, the shares of all copies that fall on the slots of the fullest rank [layers, P / ranks].
-    An expert's copies spread evenly over its slots."""
+    """Return the fullest rank's share of all copies, per slot [layers, P / ranks].
+
+    counts: [windows, layers, E]; by_window: each window's map [layers, P]. The `layers` rows of the result are pairs of
+    a window and a layer, picked at even distances from all that saw tokens. An expert's copies are spread evenly over
+    its slots.
+    """
     found = []
     for loads, of_slot in zip(counts, by_window, strict=True):
         if loads.sum():
@@ -59,18 +64,18 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     sizes = {"decode": {"batch": 256, "kv": 2048}, "prefill": {"tokens": 16384, "prompt": 4096}}
     for phase, defaults in sizes.items():
         add = phases.add_parser(phase).add_argument
-        add("recording", type=Path)
+        add("recording", type=Path, help="of run.py --record-experts")
         add_flags(add, ep=12, redundant=4)
         add_measuring_flags(add)
-        add("--top-k", type=positive, help="experts that a token takes, in the model that was recorded (the shape's)")
-        add("--name", default="", help="what was recorded, for the records")
+        add("--top-k", type=positive, help="experts per token of the recorded model (the shape's)")
+        add("--name", default="", help="what was recorded, for the names of figures")
         for name, default in defaults.items():
-            add(f"--{name}", type=positive, default=default, help=f"({default})")
+            add(f"--{name}", type=positive, default=default, help=f"{SIZES[name]} ({default})")
     return parser, parser.parse_args()
 
 
 def build(args: argparse.Namespace, counts: NDArray) -> tuple[Rank, dict[str, NDArray]]:
-    """The rank, and what falls on its slots by kind of map. ValueError for what cannot be."""
+    """Return the rank, and the load of its slots by kind of map. Raises ValueError for flags that cannot work."""
     experts = {"n_routed_experts": counts.shape[2], "n_group": 1, "topk_group": 1}
     if args.top_k is not None:
         experts["num_experts_per_tok"] = args.top_k
@@ -79,9 +84,9 @@ def build(args: argparse.Namespace, counts: NDArray) -> tuple[Rank, dict[str, ND
     loads = {EVEN: np.full((1, slots // args.ep), 1 / slots)}
     for name, by_window in maps_of(counts, Deployment(args.ep, slots), 1, [1]).items():
         loads[name] = fullest(counts, by_window, args.ep, config.num_moe_layers)
-    if (most := max(shares.max() for shares in loads.values())) * config.num_experts_per_tok > 1:
+    if (largest := max(shares.max() for shares in loads.values())) * config.num_experts_per_tok > 1:
         raise ValueError(
-            f"--top-k {config.num_experts_per_tok}: an expert gets {most:.3f} of all copies in {args.recording}, "
+            f"--top-k {config.num_experts_per_tok}: an expert gets {largest:.3f} of all copies in {args.recording}, "
             f"and can get at most 1 / top-k"
         )
     return make_rank(args, config, device), loads
@@ -116,10 +121,12 @@ def main() -> None:
         gain = took["unbalanced"] / ms
         print(f"{name:>20}: the fullest rank has {rows:.3f} of the mean, {ms:9.3f} ms a step, {gain:.3f}x (simulated)")
         title = f"{what}, {name if name == EVEN else f'{name} map'}"
-        records.append(Record(f"{title}: the step", round(ms, 3), "ms", "lower", kind="simulated"))
+        records.append(Measurement(f"{title}: the step", round(ms, 3), "ms", "lower", kind="simulated"))
         if name not in (EVEN, "unbalanced"):
             throughput = f"{title}: throughput over an unbalanced map's"
-            records.append(Record(throughput, round(gain, 4), "x", "higher", PAPER[args.phase], THEIRS, "simulated"))
+            records.append(
+                Measurement(throughput, round(gain, 4), "x", "higher", PAPER[args.phase], THEIRS, "simulated")
+            )
     for step in steps.values():
         step.close()
     if args.out is not None:

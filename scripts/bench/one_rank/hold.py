@@ -1,9 +1,9 @@
-"""A kernel that holds SMs for a given time: what a communication kernel takes away, without what it does."""
+"""A kernel that occupies SMs for a given time, as a communication kernel does, and computes nothing."""
 
 import triton
 import triton.language as tl
 
-NUM_WARPS = 32  # with 1,024 threads on an SM, none of the GEMMs' and attentions' blocks finds room there
+NUM_WARPS = 32  # 1,024 threads leave no room on the SM for a block of the GEMMs or attention kernels
 
 
 @triton.jit(do_not_specialize=["nanoseconds"])
@@ -15,5 +15,5 @@ def _hold_kernel(nanoseconds):
 
 
 def hold(num_sms: int, seconds: float) -> None:
-    """`num_sms` blocks, each for so long from when it began, on the current stream. Safe in a CUDA graph."""
+    """Occupy `num_sms` SMs on the current stream, each for `seconds` from its block's start. Safe in a CUDA graph."""
     _hold_kernel[(num_sms,)](round(seconds * 1e9), num_warps=NUM_WARPS)

@@ -1,5 +1,7 @@
-"""Which named range of a profile launched each of a GPU's kernels, read from its Chrome trace: by the time of the
-launch, for kernels that a library starts by itself belong to no operator of torch's.
+"""Find the named range of a profile that launched each of a GPU's kernels, from the Chrome trace.
+
+Ranges are found by the time of the launch, because kernels that a library launches by itself belong to no torch
+operator.
 """
 
 import bisect
@@ -14,7 +16,7 @@ WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def export(profiler: profile, trace: Path | None) -> list[dict]:
-    """The events of its Chrome trace, which is kept at `trace`."""
+    """Return the events of the profile's Chrome trace. `trace`: where to keep the file (None: it is deleted)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json") if trace is None else trace
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,14 +25,16 @@ def export(profiler: profile, trace: Path | None) -> list[dict]:
 
 
 def mark_ranges(events: list[dict], mark: str) -> list[tuple[float, float, str]]:
-    """The `record_function` ranges whose names begin with `mark`, in order: start and end in microseconds, the rest of
-    the name."""
+    """Return the `record_function` ranges whose names begin with `mark`, in order: start, end, name.
+
+    Times are in microseconds, and the names come without the mark.
+    """
     ours = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(mark)]
     return sorted((e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(mark)) for e in ours)
 
 
 def launched_in(events: list[dict], mark: str) -> list[tuple[dict, str]]:
-    """Kernels, copies and fills, each with the innermost range that launched it; those outside any are left out."""
+    """Return kernels, copies and fills, each with the innermost range that launched it. Those without are left out."""
     ranges = mark_ranges(events, mark)
     starts = [start for start, *_ in ranges]
     launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in LAUNCHES}

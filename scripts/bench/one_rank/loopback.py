@@ -1,9 +1,9 @@
-"""One rank of N, alone: a dispatcher that sends nothing, and lets made-up tokens of the other ranks arrive.
+"""Dispatchers for one rank of N alone: they send nothing, and invent the tokens that the other ranks would send.
 
-For benchmarks of one rank's own work: the experts get as many rows as they would in the whole deployment, in the same
-layouts, and all that a rank computes it computes. What arrives is SIMULATED, and so is what comes back to this rank's
-tokens: numbers of the right size without meaning. A transfer takes no time, or with a `SimulatedLink` the modelled one.
-DeepEP's normal mode would also make the host wait for a dispatch's counts; here it never waits.
+For benchmarks of one rank's own work. Its experts get as many rows as in the whole deployment, in the same layouts, and
+it computes everything that such a rank computes. Received rows are SIMULATED, and so are the results that return to
+this rank's tokens: numbers of the right size without meaning. A transfer takes no time, or with a `SimulatedLink` the
+modelled time. In DeepEP's normal mode the host waits for a dispatch's counts; here it never waits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,20 +22,20 @@ from scripts.bench.one_rank.simulated_link import SimulatedLink
 
 @dataclass(frozen=True)
 class SimulatedLoad:
-    """What reaches this rank in one dispatch."""
+    """The rows that this rank receives in one dispatch."""
 
-    counts: tuple[int, ...]  # rows of each of its experts
-    tokens: int  # distinct tokens: those that want several of its experts arrive once
+    counts: tuple[int, ...]  # rows per local expert
+    tokens: int  # distinct tokens: one that needs several local experts arrives once
 
     @classmethod
     def even(
         cls, tokens: int, ranks: int, top_k: int, slots: int, skew: float = 1.0, distinct: float | None = None
     ) -> "SimulatedLoad":
-        """Of `ranks` ranks with `tokens` tokens each, that choose `top_k` of `slots` slots, slots / ranks of them here.
+        """Return the load when `ranks` ranks send `tokens` tokens each, which choose `top_k` of `slots` slots.
 
-        `skew`: the fullest expert's rows over the mean, at most 2; the others fall evenly below it, around the same
-        mean. `distinct`: the share of all tokens that come here (`share_of_tokens`); None: no more than must.
-        ValueError for what cannot be.
+        slots / ranks of the slots are here. `skew`: the fullest expert's rows over the mean, at most 2; the others
+        decrease linearly from it, and the mean stays. `distinct`: the share of all tokens that arrive here
+        (`share_of_tokens`); None: as few as possible. Raises ValueError for values that contradict each other.
         """
         if slots % ranks:
             raise ValueError(f"slots % ranks must be 0, not {slots} % {ranks} = {slots % ranks}")
@@ -50,9 +50,11 @@ class SimulatedLoad:
 
     @classmethod
     def of_shares(cls, shares: Sequence[float], tokens: int, ranks: int, top_k: int) -> "SimulatedLoad":
-        """Of `ranks` ranks with `tokens` tokens each, that choose `top_k` slots; `shares`: of all those choices, that
-        fall on each of this rank's experts. Which tokens choose one is taken not to depend on which choose another.
-        ValueError for a share that needs more tokens than there are."""
+        """Return the load when each of this rank's experts gets a given share of all choices.
+
+        `ranks` ranks have `tokens` tokens each, which choose `top_k` slots. Choices of different experts are taken to
+        be independent. Raises ValueError for a share that needs more tokens than there are.
+        """
         if max(shares) * top_k > 1:
             raise ValueError(f"shares * top_k must be at most 1, not {max(shares):.4f} * {top_k}")
         counts = _whole([share * tokens * ranks * top_k for share in shares])
@@ -61,7 +63,7 @@ class SimulatedLoad:
 
 
 def _whole(parts: list[float]) -> tuple[int, ...]:
-    """Rounded so that the sum is the rounded sum: what is missing goes to the largest remainders."""
+    """Round the parts so that they add up to the rounded sum. The largest remainders are rounded up."""
     counts = [int(part) for part in parts]
     by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i])
     for i in by_remainder[: round(sum(parts)) - sum(counts)]:
@@ -70,25 +72,30 @@ def _whole(parts: list[float]) -> tuple[int, ...]:
 
 
 def share_of_tokens(experts: int, places: int, top_k: int, groups: int = 1, groups_chosen: int = 1) -> float:
-    """The share of tokens that want any of the experts in one of `places` (ranks, or nodes of ranks), under uniform
-    group-limited routing. A place holds a part of one group, or whole groups: some of those are chosen, and then not
-    all of the token's experts are elsewhere in the chosen groups."""
+    """Return the share of tokens that need an expert in one of `places`, under uniform group-limited routing.
+
+    Places are ranks, or nodes of ranks. A place holds a part of one group, or whole groups. A token needs the place if
+    it chooses such a group, and not all of its experts are in other places.
+    """
     local, within = max(1, experts // places), experts * groups_chosen // groups
-    mine = max(1, groups * local // experts)  # groups
+    local_groups = max(1, groups * local // experts)
     share = 0.0
-    for chosen in range(1, min(mine, groups_chosen) + 1):
-        likely = comb(mine, chosen) * comb(groups - mine, groups_chosen - chosen) / comb(groups, groups_chosen)
-        share += likely * (1 - comb(within - local // mine * chosen, top_k) / comb(within, top_k))
+    for chosen in range(1, min(local_groups, groups_chosen) + 1):
+        likely = comb(local_groups, chosen) * comb(groups - local_groups, groups_chosen - chosen)
+        likely /= comb(groups, groups_chosen)
+        share += likely * (1 - comb(within - local // local_groups * chosen, top_k) / comb(within, top_k))
     return share
 
 
-# When every rank sends so many tokens: what arrives in one dispatch, in the next, and so on, and then again.
+# Tokens that every rank sends -> the loads of successive dispatches, which repeat in a cycle.
 Arriving = Callable[[int], Sequence[SimulatedLoad]]
 
 
 class LoopbackContiguous:
-    """ContiguousAllToAll's contract. The arrived tokens are scattered to their experts and gathered again, for that is
-    this rank's own work."""
+    """A dispatcher with ContiguousAllToAll's contract.
+
+    The received tokens are scattered to their experts and gathered again, because that is this rank's own work.
+    """
 
     casts = False
 
@@ -101,9 +108,11 @@ class LoopbackContiguous:
         ops: Ops,
         like: Tensor | Quantized,
         link: SimulatedLink | None = None,
-    ):
-        """`most`: tokens that a rank dispatches at once. `like`: a row [1, D] as it travels, bare or quantised: what
-        arrives is of its dtype, on its device."""
+    ) -> None:
+        """`most`: the most tokens that a rank dispatches at once.
+
+        `like`: a row [1, D] as it travels, bare or quantised. Received rows get its dtype and device.
+        """
         self.arriving, self.top_k, self.ops, self.link = arriving, top_k, ops, link
         self.num_sms = link.num_sms if link is not None else 0
         bare = isinstance(like, Tensor)
@@ -113,13 +122,13 @@ class LoopbackContiguous:
         value = torch.randn(tokens, hidden, generator=generator, device=self.device, dtype=dtype)
         self.rows = (value, None) if bare else ops.quantize_1x128(value)
         self.back = torch.randn(1, hidden, generator=generator, device=self.device, dtype=dtype)
-        self.turns: dict[int, Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by tokens sent, see `_made`
+        self.turns: dict[int, Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by tokens sent; see `_make`
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
         tokens = slots.shape[0]
         received = _start(self.link, "dispatch", tokens)
         if tokens not in self.turns:
-            self.turns[tokens] = cycle([self._made(arrivals) for arrivals in self.arriving(tokens)])
+            self.turns[tokens] = cycle([self._make(arrivals) for arrivals in self.arriving(tokens)])
         experts, row_weights, counts = next(self.turns[tokens])
         rows, scales = (part if part is None else part[: len(experts)] for part in self.rows)
 
@@ -135,8 +144,8 @@ class LoopbackContiguous:
 
         return Pending(receive)
 
-    def _made(self, arrivals: SimulatedLoad) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Of the tokens that arrive, the experts and weights; the experts' counts."""
+    def _make(self, arrivals: SimulatedLoad) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Return the received tokens' experts and weights, and the experts' counts."""
         ids = _assign(arrivals, self.top_k, self.device)
         return ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
 
@@ -148,9 +157,9 @@ class LoopbackContiguous:
 
 
 class LoopbackMasked:
-    """MaskedAllToAll's contract, and DeepEP's room: rows for all that every rank may send."""
+    """A dispatcher with MaskedAllToAll's contract. As in DeepEP, there are rows for all tokens of all ranks."""
 
-    casts, num_sms = True, 0  # it casts as DeepEP does, and here at no cost
+    casts, num_sms = True, 0  # like DeepEP it casts; here that takes no time
 
     def __init__(
         self,
@@ -163,8 +172,8 @@ class LoopbackMasked:
         fp8: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         link: SimulatedLink | None = None,
-    ):
-        """`most`: tokens a rank dispatches at once; `capacity`: rows of an expert's room: ranks * tokens a rank."""
+    ) -> None:
+        """`most`: the most tokens that a rank dispatches at once. `capacity`: rows per expert (ranks * most)."""
         self.arriving, self.link, at_most = arriving, link, arriving(most)
         local, rows = len(at_most[0].counts), max(max(arrivals.counts) for arrivals in at_most)
         if rows > capacity:
@@ -176,7 +185,7 @@ class LoopbackMasked:
         self.scale = None
         if fp8:
             values, scale = ops.quantize_1x128(some.to(dtype))
-            # Column by column, as DeepEP gives them and DeepGEMM reads them.
+            # Column-major, as DeepEP returns them and DeepGEMM reads them.
             self.scale = torch.zeros(local, hidden // 128, capacity, device=device).transpose(1, 2)
             self.scale[:, : scale.shape[1]] = scale
             self.x.view(torch.uint8)[:, : values.shape[1]] = values.view(torch.uint8)
@@ -185,7 +194,7 @@ class LoopbackMasked:
         self.back = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
-        """A CUDA graph can capture sizes that ran before."""
+        """Start a dispatch. A CUDA graph can capture it for numbers of tokens that ran before."""
         tokens = slots.shape[0]
         received = _start(self.link, "dispatch", tokens)
         if tokens not in self.turns:
@@ -211,7 +220,7 @@ def _start(link: SimulatedLink | None, what: str, tokens: int) -> Callable[[], N
 def _returned(
     back: Tensor, tokens: int, plus: Tensor | None, received: Callable[[], None], sent: Tensor | None = None
 ) -> Pending[Tensor]:
-    """`sent` is kept until it is received, as normal mode keeps it; low latency copies it away at once."""
+    """Start a combine. `sent` is kept alive until it is received, as in normal mode; low latency copies it at once."""
 
     def receive() -> Callable[[], Tensor]:
         nonlocal sent
@@ -224,8 +233,10 @@ def _returned(
 
 
 def _assign(arrivals: SimulatedLoad, top_k: int, device: torch.device) -> Tensor:
-    """[tokens, K] local expert ids, -1 = elsewhere: each expert as often as promised, none twice for a token. Copies
-    are dealt to the tokens in turn, expert after expert."""
+    """Return local expert ids [tokens, K], -1 = on another rank. No token has an expert twice.
+
+    Each expert gets its count of copies. They are dealt to the tokens in turn, expert after expert.
+    """
     expert = torch.arange(len(arrivals.counts)).repeat_interleave(torch.tensor(arrivals.counts))
     copy = torch.arange(len(expert))
     assigned = torch.full((arrivals.tokens, top_k), -1)

@@ -1,12 +1,13 @@
-"""What two-batch overlap gains on one rank of a large deployment, with SIMULATED communication.
+"""Measure the gain of two-batch overlap on one rank of a large deployment, with SIMULATED communication.
 
 python -m scripts.bench.one_rank.overlap decode --ep 72 --kv 2048 --batch 32 64 128 256
 python -m scripts.bench.one_rank.overlap prefill --ep 32 --prompt 4096 --tokens 16384 8192 4096
 
-Plain steps against steps of two micro-batches, taken in turns on one model: first without any communication (what it
-costs to compute in halves), then with transfers that last as long as deepep_times.py says and take from the GPU
-what DeepEP's would (`simulated_link.py`). SimulatedLoad are simulated, too, and balanced as --skew says. Of prefill
-steps also the peak of what they allocate, which is measured; rows that arrive are there beforehand, and not in it.
+Plain steps and steps of two micro-batches are timed in turns, on one model. First without communication, which shows
+the cost of computing in halves. Then with transfers that last as long as deepep_times.py says, and that take the same
+resources of the GPU as DeepEP's (`simulated_link.py`). Arrivals are simulated too, with the imbalance of --skew.
+
+For prefill steps the peak of allocated memory is measured too. Received rows exist beforehand, and do not count in it.
 """
 
 import argparse
@@ -20,8 +21,8 @@ import torch
 from disagg.memory import GIB
 from model.kv_cache import pages_for
 from parallel.deepep import NUM_SMS
-from scripts.bench.lib.flags import positive, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.flags import SIZES, positive, refusals
+from scripts.bench.lib.measurements import Measurement, save
 from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank.rank import (
     Rank,
@@ -36,12 +37,13 @@ from scripts.bench.one_rank.rank import (
 )
 from scripts.bench.one_rank.simulated_link import IN_A_ROW, SimulatedLink
 
-# Throughput with overlap over throughput without, SGLang on H100, its report of 2025-05-05: decode by batch (EP72, KV
-# 2,000), prefill at equal tokens (EP32).
+# Throughput with overlap over throughput without: SGLang on H100, report of 2025-05-05. Decode by batch (EP72, KV
+# 2,000); prefill at equal tokens (EP32).
 DECODE_GAINS = {32: 0.73, 256: 1.255}
 PREFILL_GAINS = (1.27, 1.35)
 
-TRIES, TOLERANCE = 3, 0.05  # of measuring with communication, and of its transfers' times
+TRIES = 3  # measurements with communication
+TOLERANCE = 0.05  # relative error of the transfers' times
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -57,12 +59,18 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_measuring_flags(add)
         for name, default in defaults.items():
             several = isinstance(default, list)
-            add(f"--{name}", type=positive, default=default, nargs="+" if several else None, help=f"({default})")
+            add(
+                f"--{name}",
+                type=positive,
+                default=default,
+                nargs="+" if several else None,
+                help=f"{SIZES[name]} ({default})",
+            )
     return parser, parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> Rank:
-    """ValueError for flags that cannot be."""
+    """Build the rank. Raises ValueError for flags that cannot work."""
     config, device = check_flags(args)
     if args.phase == "decode":
         check_decode(config, args.batch, args.kv, halves=True)
@@ -78,8 +86,10 @@ def make_link(rank: Rank, phase: str) -> SimulatedLink:
 
 
 def taken_over_modelled(link: SimulatedLink, tokens: int, repeat: int) -> list[float]:
-    """How long the link's transfers take, one after the other, over how long they should; those of decode in a graph,
-    as there. Prints both."""
+    """Return the time that dispatch and combine take over the modelled time, and print both.
+
+    Transfers run one after another. Those of decode run in a CUDA graph, as in its steps.
+    """
 
     def several(what: str) -> None:
         for _ in range(IN_A_ROW):
@@ -97,7 +107,7 @@ def taken_over_modelled(link: SimulatedLink, tokens: int, repeat: int) -> list[f
 
 
 def peak(step: RankStep) -> int:
-    """The most bytes that a step has allocated at once."""
+    """Return the most bytes that a step allocates at once."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -108,12 +118,12 @@ def peak(step: RankStep) -> int:
 
 @dataclass
 class Found:
-    taken: dict[str, float]  # ms of a step, plain and overlapped
-    peaks: dict[str, int]  # bytes, of prefill on a GPU
+    taken: dict[str, float]  # ms per step, plain and overlapped
+    peaks: dict[str, int]  # bytes; only for prefill on a GPU
 
 
-class Report:
-    def __init__(self, args: argparse.Namespace):
+class OverlapReport:
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.records = args, []
         self.what = f"one rank of EP{args.ep}, {args.phase}, simulated arrivals (skew {args.skew:g})"
 
@@ -123,7 +133,7 @@ class Report:
             self.memory(name, link, found.peaks)
 
     def gain(self, size: int, name: str, link: SimulatedLink | None, taken: dict[str, float]) -> None:
-        """In throughput, beside the paper's."""
+        """Report the gain in throughput, beside the paper's."""
         args, times_as_fast, paper = self.args, taken["plain"] / taken["overlapped"], ()
         if link is not None and args.shape == "v3":
             paper = (
@@ -139,23 +149,23 @@ class Report:
         )
         title, kind = f"{self.what}, {name}, {_with(link)}", "measured" if link is None else "simulated"
         for which, ms in taken.items():
-            self.records.append(Record(f"{title}: {which} step", round(ms, 3), "ms", "lower", kind=kind))
+            self.records.append(Measurement(f"{title}: {which} step", round(ms, 3), "ms", "lower", kind=kind))
         reference, source = (paper[0], f"SGLang on H100, its report: {theirs}") if paper else (None, "")
         name = f"{title}: throughput, overlapped over plain"
-        self.records.append(Record(name, round(times_as_fast, 4), "x", "higher", reference, source, kind))
+        self.records.append(Measurement(name, round(times_as_fast, 4), "x", "higher", reference, source, kind))
 
     def memory(self, name: str, link: SimulatedLink | None, peaks: dict[str, int]) -> None:
         plain, overlapped = (peaks[which] / GIB for which in ("plain", "overlapped"))
         less = 1 - overlapped / plain
-        print(f"    peak of what a step allocates: plain {plain:.3f} GiB, overlapped {overlapped:.3f}, {less:.1%} less")
+        print(f"    peak of a step's allocations: plain {plain:.3f} GiB, overlapped {overlapped:.3f}, {less:.1%} less")
         for which, size in (("plain", plain), ("overlapped", overlapped)):
             title = f"{self.what}, {name}, {_with(link)}: activations at their peak, {which}"
-            self.records.append(Record(title, round(size, 4), "GiB", "lower"))
+            self.records.append(Measurement(title, round(size, 4), "GiB", "lower"))
 
     def link(self, name: str, worst: float) -> None:
-        """Of the transfer that is furthest off, so that a reader sees what the figures with communication are worth."""
+        """Report the error of the least accurate transfer, which limits the figures with communication."""
         title = f"{self.what}, {name}, simulated communication: the transfer furthest off, taken over modelled"
-        self.records.append(Record(title, round(worst, 4), "x", "lower", 1.0, "as long as modelled", "simulated"))
+        self.records.append(Measurement(title, round(worst, 4), "x", "lower", 1.0, "as long as modelled", "simulated"))
 
 
 def _with(link: SimulatedLink | None) -> str:
@@ -172,14 +182,16 @@ def compare(rank: Rank, args: argparse.Namespace, size: int, link: SimulatedLink
         step.close()
     del steps, step
     if rank.device.type == "cuda":
-        torch.cuda.empty_cache()  # graphs of another size could not use it
+        torch.cuda.empty_cache()  # graphs of another size could not use this memory
     return found
 
 
 def communicating(rank: Rank, args: argparse.Namespace, size: int, link: SimulatedLink) -> tuple[Found, float]:
-    """The steps with communication, and how long the transfer furthest off takes over how long it should. Copies are
-    calibrated and the steps measured again while that is off by more than TOLERANCE; of TRIES, the one least off,
-    whatever the steps took."""
+    """Measure the steps with communication. Also return taken over modelled time, for the least accurate transfer.
+
+    If that is off by more than TOLERANCE, calibrate and measure again, at most TRIES times. The try with the most
+    accurate transfers counts, whatever its steps took.
+    """
     tries = []
     while len(tries) < (TRIES if link.copies else 1):
         link.calibrate()
@@ -191,7 +203,7 @@ def communicating(rank: Rank, args: argparse.Namespace, size: int, link: Simulat
     return min(tries, key=lambda one: abs(one[1] - 1))
 
 
-def measure(rank: Rank, args: argparse.Namespace, link: SimulatedLink, report: Report) -> None:
+def measure(rank: Rank, args: argparse.Namespace, link: SimulatedLink, report: OverlapReport) -> None:
     decode = args.phase == "decode"
     for size in args.batch if decode else args.tokens:
         name = f"batch {size}, KV {args.kv}" if decode else f"{size} tokens, prompts of {args.prompt}"
@@ -207,7 +219,7 @@ def main() -> None:
     start = time.perf_counter()
     with refusals(parser):
         rank = build(args)
-    link, report = make_link(rank, args.phase), Report(args)
+    link, report = make_link(rank, args.phase), OverlapReport(args)
     print(f"ready after {time.perf_counter() - start:.1f} s", flush=True)
     try:
         measure(rank, args, link, report)

@@ -1,5 +1,6 @@
-"""One rank of a large deployment on one GPU, for benchmarks: its model with random weights, what arrives at it
-(SIMULATED, `loopback.py`), and the steps that it takes, whole or as two micro-batches that overlap.
+"""One rank of a large deployment on one GPU, for benchmarks: a model with random weights, and its steps.
+
+Arrivals from the other ranks are SIMULATED (`loopback.py`). A step runs whole or as two micro-batches that overlap.
 """
 
 import argparse
@@ -29,23 +30,26 @@ from scripts.bench.one_rank.simulated_link import SimulatedLink
 
 
 def add_flags(add: Callable[..., object], ep: int, redundant: int = 32) -> None:
-    """Those of every benchmark of a rank."""
+    """Add the flags of every benchmark of one rank."""
     add("--ep", type=positive, default=ep, help=f"ranks of the deployment ({ep})")
     add("--redundant", type=natural, default=redundant, help=f"slots beyond the experts ({redundant})")
     add("--skew", type=float, default=1.0, help="the fullest expert's rows over the mean (1)")
-    add("--shape", choices=SHAPES, default="v3")
-    add("--layers", type=int, help="fewer layers than the shape has")
-    add("--backend", action="append", metavar="[OP=]LIB")
+    add("--shape", choices=SHAPES, default="v3", help="the model (v3)")
+    add("--layers", type=int, help="layers of the model (the shape's)")
+    add("--backend", action="append", metavar="[OP=]LIB", help="force a library, as in run.py")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def add_measuring_flags(add: Callable[..., object]) -> None:
-    add("--repeat", type=positive, default=20, help="steps that a median is of (20)")
-    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+    add("--repeat", type=positive, default=20, help="steps per median (20)")
+    add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
 
 
 def check_flags(args: argparse.Namespace, **other: int) -> tuple[ModelConfig, torch.device]:
-    """The shape that the flags of `add_flags` name, with `other` fields, and where. ValueError for what cannot be."""
+    """Return the shape and the device that the flags of `add_flags` name. `other`: fields of the shape to replace.
+
+    Raises ValueError for flags that cannot work.
+    """
     config = replace(SHAPES[args.shape], **other)
     if not 1 <= args.skew <= 2:
         raise ValueError(f"--skew {args.skew:g}: it must be in [1, 2]")
@@ -60,16 +64,16 @@ def check_flags(args: argparse.Namespace, **other: int) -> tuple[ModelConfig, to
             f"--skew {args.skew:g}: skew * experts a token <= experts + redundant must hold, "
             f"not {args.skew:g} * {config.num_experts_per_tok} <= {slots}"
         )
-    least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
-    if args.layers is not None and not least <= args.layers <= most:
-        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
+    least, all_layers = config.first_k_dense_replace + 1, config.num_hidden_layers
+    if args.layers is not None and not least <= args.layers <= all_layers:
+        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {all_layers}]")
     device = pick_device(args.device)
     check_size(args.shape, device)
-    return replace(config, num_hidden_layers=args.layers or most), device
+    return replace(config, num_hidden_layers=args.layers or all_layers), device
 
 
 def check_decode(config: ModelConfig, batches: Sequence[int], kv: int, halves: bool = False) -> None:
-    """ValueError for sizes that cannot be; `halves`: steps are cut in two micro-batches."""
+    """Raise ValueError for sizes that cannot work. `halves`: steps are cut into two micro-batches."""
     _check_length(config, "kv", kv)
     for batch in batches:
         if halves and batch % 2:
@@ -77,7 +81,7 @@ def check_decode(config: ModelConfig, batches: Sequence[int], kv: int, halves: b
 
 
 def check_prefill(config: ModelConfig, tokens: Sequence[int], prompt: int, halves: bool = False) -> None:
-    """As `check_decode`; a prompt that lies across the cut is cut, too."""
+    """Raise ValueError as in `check_decode`. With `halves` a prompt across the cut is cut too."""
     _check_length(config, "prompt", prompt)
     for count in tokens:
         if halves and count < 2:
@@ -93,13 +97,13 @@ def _check_length(config: ModelConfig, name: str, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class RankStep:
-    run: Callable[[], object]  # of decode on a GPU: a CUDA graph's replay
+    run: Callable[[], object]  # for decode on a GPU: replays a CUDA graph
     eager: Callable[[], object]
-    close: Callable[[], None] = lambda: None  # let go of the graph
+    close: Callable[[], None] = lambda: None  # frees the graph
 
 
 class Rank:
-    """The model, with a KV pool of `pages` pages and the null page. ValueError for what does not fit together."""
+    """The model, with a KV pool of `pages` pages and the null page."""
 
     def __init__(
         self,
@@ -109,8 +113,11 @@ class Rank:
         length: int,
         pages: int,
         of_ops: Callable[[Ops], Ops] = lambda ops: ops,
-    ):
-        """`args`: the flags of `add_flags`; `length`: of the longest sequence; `of_ops`: what to make of the ops."""
+    ) -> None:
+        """`args`: the flags of `add_flags`. `length`: tokens of the longest sequence. `of_ops`: wraps the ops.
+
+        Raises ValueError for values that do not fit together.
+        """
         self.config, self.device, self.ep, self.skew = config, device, args.ep, args.skew
         self.dtype = torch.bfloat16
         self.slots = config.n_routed_experts + args.redundant
@@ -132,7 +139,7 @@ class Rank:
         return self.slots // self.ep
 
     def even(self, tokens: int) -> tuple[SimulatedLoad]:
-        """Uniform routing, skewed as the flag says: the same in every layer."""
+        """Return the load of uniform routing with the imbalance of --skew: the same in every layer."""
         c = self.config
         hit = share_of_tokens(c.n_routed_experts, self.ep, c.num_experts_per_tok, c.n_group, c.topk_group)
         return (SimulatedLoad.even(tokens, self.ep, c.num_experts_per_tok, self.slots, self.skew, hit),)
@@ -145,8 +152,10 @@ class Rank:
         overlap: bool = False,
         arriving: Arriving | None = None,
     ) -> RankStep:
-        """A token of each of `batch` sequences, which attend `kv` tokens. Overlapping: as the engine's steps do, in
-        halves of the rows, so `batch` must be even."""
+        """Make a step with one token for each of `batch` sequences, which attend to `kv` tokens.
+
+        With `overlap` it runs in two halves of the rows, as in the engine, so `batch` must be even.
+        """
         config, each = self.config, pages_for(kv)
         masked = LoopbackMasked(
             arriving or self.even, batch, self.ep * batch, config.hidden_size, self.ops, self.device, config.fp8,
@@ -165,7 +174,7 @@ class Rank:
             return RankStep(lambda: eager.run(decodes, batch), lambda: eager.run(decodes, batch))
         captured.run(decodes, batch)
         captured.capture(list)
-        torch.cuda.empty_cache()  # of the eager steps: the graph has its own, and little is left
+        torch.cuda.empty_cache()  # the eager steps' memory: the graph has its own, and little is free
         return RankStep(lambda: captured.run(decodes, batch), lambda: eager.run(decodes, batch), captured.reset)
 
     def prefill(
@@ -176,7 +185,7 @@ class Rank:
         overlap: bool = False,
         arriving: Arriving | None = None,
     ) -> RankStep:
-        """`tokens` of prompts of `prompt` tokens; overlapping, cut where the engine cuts."""
+        """Make a step of prompts of `prompt` tokens, `tokens` together. With `overlap` it is cut as in the engine."""
         config, each = self.config, pages_for(prompt)
         like = torch.zeros(1, config.hidden_size, dtype=self.dtype, device=self.device)
         contiguous = LoopbackContiguous(
@@ -202,7 +211,7 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def times(runs: dict[str, Callable[[], object]], device: torch.device, repeat: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns, so that a GPU's changing clocks touch all alike."""
+    """Return the median milliseconds of each run, in turns, so that a GPU's changing clock affects all alike."""
     taken: dict[str, list] = {name: [] for name in runs}
     for _ in range(repeat + 1):
         for name, run in runs.items():

@@ -1,12 +1,15 @@
-"""What moving experts costs the steps that run meanwhile: one rank of a large deployment decodes while every slot of
-every layer is filled anew from host memory.
+"""Measure how moving experts slows the steps that run meanwhile, on one rank of a large deployment.
+
+The rank decodes while every slot of every layer is filled again from host memory.
 
     python -m scripts.bench.one_rank.rebalance --ep 72 --batch 128 --kv 2048
 
-The rank is run.py's, with SIMULATED arrivals; the moves are `disagg/rebalance.py` itself. First a map is asked
-for that gives each rank the experts of the next one; then a look counts, decides and moves, as it does in a job. The
-checkpoint is a file of a few experts of the real size, which stand for all experts, modulo their number: they lie in
-the page cache, and a real checkpoint must, too, for these times to be its own.
+The rank is that of scripts.bench.one_rank, with SIMULATED arrivals. The experts are moved by `disagg/rebalance.py`
+itself. First a map is requested that gives each rank the experts of the next rank. Then a look counts, decides and
+moves, as in a job.
+
+The checkpoint is a file of a few experts of the real size. They stand in for all experts, modulo their number. The file
+is in the page cache; these times hold for a real checkpoint only if that is cached too.
 """
 
 import argparse
@@ -20,25 +23,25 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-from disagg.rebalance import Rebalancer
+from disagg.rebalance import Rebalancer, short_switches
 from kernels.fp8 import BLOCK
 from model.config import ModelConfig
 from model.kv_cache import pages_for
 from model.slots import IDENTITY, Slots
 from model.weights import ExpertReader
 from parallel.load_counter import LoadCounter
-from scripts.bench.lib.flags import positive, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.flags import SIZES, positive, refusals
+from scripts.bench.lib.measurements import Measurement, save
 from scripts.bench.one_rank.rank import Rank, RankStep, add_flags, add_measuring_flags, check_decode, check_flags
 
 NEVER = 10**9  # steps
-MOST = 1.5  # times the median that a step may take while experts move
+MOST = 1.5  # the longest step while experts move, over the median of the others
 
 
 class StandIns(ExpertReader):
-    """A folder with the first `count` experts of the first MoE layer, which stand for all."""
+    """A reader of a folder with `count` experts of the first MoE layer, which stand in for all experts."""
 
-    def __init__(self, folder: Path, config: ModelConfig, count: int):
+    def __init__(self, folder: Path, config: ModelConfig, count: int) -> None:
         self.count = count
         write_experts(folder, config, count)
         super().__init__(folder, config)
@@ -62,8 +65,10 @@ def write_experts(folder: Path, config: ModelConfig, count: int) -> None:
 
 
 def timed(step: RankStep, rebalancer: Rebalancer, going: Callable[[int], bool], on_gpu: bool) -> list[float]:
-    """Milliseconds of each step, from the end of the one before, while `going(steps)`. As in the engine, one step is
-    launched while the one before it runs."""
+    """Run steps while `going(steps so far)`. Return the milliseconds between the ends of successive steps.
+
+    As in the engine, a step is launched while the one before it runs.
+    """
 
     def mark() -> torch.cuda.Event | float:
         if not on_gpu:
@@ -74,7 +79,7 @@ def timed(step: RankStep, rebalancer: Rebalancer, going: Callable[[int], bool], 
 
     marks = [mark()]
     while going(len(marks) - 1):
-        rebalancer.act((rebalancer.vote(),))
+        rebalancer.advance((rebalancer.vote(),))
         step.run()
         rebalancer.step()
         marks.append(mark())
@@ -91,9 +96,11 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add = parser.add_argument
     add_flags(add, ep=72)
     for name, default, what in (
-        ("batch", 128, "sequences"), ("kv", 2048, "tokens that each attends"), ("experts", 16, "of the checkpoint"),
+        ("batch", 128, SIZES["batch"]),
+        ("kv", 2048, SIZES["kv"]),
+        ("experts", 16, "experts in the file"),
         ("layers-per-step", 1, "layers that move at once"),
-    ):  # fmt: skip
+    ):
         add(f"--{name}", type=positive, default=default, help=f"{what} ({default})")
     add_measuring_flags(add)
     return parser, parser.parse_args()
@@ -112,7 +119,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     rank = Rank(args, config, device, args.kv, args.batch * pages_for(args.kv))
     rank.model.load_counter = LoadCounter(rank.model.placement, config.n_routed_experts)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, short_switches():
         reader = StandIns(Path(folder), config, args.experts)
         rebalancer = Rebalancer(rank.model, rank.mesh, reader, NEVER, layers_per_step=args.layers_per_step)
         size, local = rebalancer.spare.slot_bytes, rebalancer.placement.slots_per_rank
@@ -121,8 +128,8 @@ def main() -> None:
         timed(step, rebalancer, lambda steps: steps < 3, on_gpu)
         still = timed(step, rebalancer, lambda steps: steps < args.repeat, on_gpu)
 
-        def moving(what: str) -> list[Record]:
-            """While the rebalancer is at work, and a few steps more, which the last flip is before."""
+        def moving(what: str) -> list[Measurement]:
+            """Measure steps until the rebalancer is idle, and two more, so that the last flip is among them."""
             before = rebalancer.stats.copy()
             steps = timed(step, rebalancer, lambda steps: steps < 2 or not rebalancer.idle, on_gpu)
             rebalancer.interval = NEVER
@@ -138,18 +145,18 @@ def main() -> None:
             )
             name = f"one rank of EP{args.ep}, decode, experts on the move ({what}), simulated arrivals"
             return [
-                Record(f"{name}: the longest step", round(max(steps), 3), "ms", "lower"),
-                Record(
+                Measurement(f"{name}: the longest step", round(max(steps), 3), "ms", "lower"),
+                Measurement(
                     f"{name}: the longest step over the median of others", round(ratio, 3), "x", "lower", MOST,
                     "the most that this project allows itself",
                 ),
-                Record(f"{name}: until all have moved", round(seconds, 3), "s", "lower"),
-                Record(f"{name}: staged from host memory", round(moved / 1e9, 3), "GB", "lower"),
+                Measurement(f"{name}: until all have moved", round(seconds, 3), "s", "lower"),
+                Measurement(f"{name}: staged from host memory", round(moved / 1e9, 3), "GB", "lower"),
             ]  # fmt: skip
 
         print(f"no moves: {len(still)} steps, median {median(still):.3f} ms, longest {max(still):.3f} ms", flush=True)
         what = f"one rank of EP{args.ep}, decode, experts at rest, simulated arrivals"
-        records = [Record(f"{what}: the step", round(median(still), 3), "ms", "lower")]
+        records = [Measurement(f"{what}: the step", round(median(still), 3), "ms", "lower")]
         rebalancer.request(rebalancer.map.roll(-local, 1))
         records += moving("every slot anew")
         rebalancer.interval = 1  # a look is due at once

@@ -1,24 +1,25 @@
-"""One rank of a large deployment on one GPU: its own work in a step, with SIMULATED arrivals from the other ranks.
+"""Measure one rank of a large deployment on one GPU: its own work in a step, with SIMULATED arrivals from other ranks.
 
 python -m scripts.bench.one_rank decode --ep 72 --batch 256 --kv 2048
 python -m scripts.bench.one_rank prefill --ep 32 --tokens 16384 --prompt 4096 --trace step.json --chart parts.png
 
-All layers with weights of their own (random), the engine's decode step in a CUDA graph, the experts' rows as many as
-the whole deployment would send (`loopback.py`). No communication is timed: rates are of computation alone.
-The parts' times are sums of kernel times in one step without a graph; what the step takes beyond them are its gaps, and
-what a GPU's clock loses under steady load. What a kernel does in its own pass counts with it (the cast of what is
-attended, for o_proj), though the floors have it among what is elementwise.
+All layers have random weights of their own. Decode is the engine's step in a CUDA graph. The experts get as many rows
+as the whole deployment would send (`loopback.py`). Communication is not timed: rates are of computation alone.
 
-What a cluster of such ranks would do is MODELLED at the end, from the measured steps, whole and as two micro-batches,
-and the communication of deepep_times.py:
+The time of a part is the sum of its kernels' times in one step without a graph. The step takes longer: the rest is gaps
+between kernels, and the lower clock of a GPU under steady load. Work that a kernel does in the same pass counts as the
+kernel's. For example, the cast of attention's output counts as attention; the floors count it as elementwise.
+
+At the end the throughput of a cluster of such ranks is MODELLED. The inputs are the measured steps, whole and as two
+micro-batches, and the communication times of deepep_times.py:
 
     plain        the step + all transfers
     overlapped   dense layers and head + the longer of (MoE layers of two halves, flights of all transfers)
                  + the time that send and receive kernels hold the SMs
 
-In prefill the halves' MoE layers are taken to slow down as the SMs that the transfers hold. With SGLang's published
-kernel times this comes to about 6 % more than SGLang measured without overlap, 15 to 20 % more with it: no imbalance
-and no waiting for the slowest rank are in it.
+In prefill the MoE layers of the halves slow down in proportion to the SMs that transfers hold. With SGLang's published
+kernel times the model gives about 6 % more than SGLang measured without overlap, and 15 to 20 % more with it. The model
+contains no imbalance and no waiting for the slowest rank.
 """
 
 import argparse
@@ -41,8 +42,8 @@ from model.transformer import Transformer
 from parallel.deepep import NUM_SMS
 from scripts.bench.lib import roofline
 from scripts.bench.lib.charts import figure, save_bars
-from scripts.bench.lib.flags import new_file, new_png, positive, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.flags import SIZES, new_file, new_png, positive, refusals
+from scripts.bench.lib.measurements import Measurement, save
 from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank.kernel_ranges import export, launched_in, mark_ranges
 from scripts.bench.one_rank.rank import (
@@ -56,19 +57,19 @@ from scripts.bench.one_rank.rank import (
 )
 from scripts.bench.one_rank.simulated_link import Delay
 
-# ms a MoE layer without communication: SGLang's kernels on H100, read off the figures of its report of 2025-05-05. Its
-# decode figure has 0.235 for the experts, under the imbalance that it met (about 1.3); 0.181 is DeepGEMM's published
-# speed on balanced rows.
+# Milliseconds per MoE layer without communication: SGLang's kernels on H100, digitised from its report of 2025-05-05.
+# In its decode the experts take 0.235 with an imbalance of about 1.3. DeepGEMM's published speed on balanced rows gives
+# 0.181.
 ANCHORS = {
     "decode": {"MLA core": 0.282, "routed experts": 0.235, "projections and shared expert": 0.182, "other": 0.122},
     "prefill": {"MLA core": 4.53, "routed experts": 9.70, "projections and shared expert": 5.91, "other": 5.63},
 }
 BALANCED_EXPERTS = 0.181
-COARSE = {  # the anchors' parts; all else is "other"
+COARSE = {  # our parts -> the anchors' parts; the rest is "other"
     "MLA core": "MLA core", "routed experts": "routed experts", "MLA projections": "projections and shared expert",
     "shared experts": "projections and shared expert", "router": "projections and shared expert",
 }  # fmt: skip
-PAPER = {  # tok/s a node of 8 GPUs: SGLang's report, with overlap
+PAPER = {  # tok/s per node of 8 GPUs: SGLang's report, with overlap
     "decode": ("EP72, batch 256, KV 2,000", 22_282), "prefill": ("EP32, 16,384 tokens, prompts of 4,096", 50_302),
 }  # fmt: skip
 ELEMENTWISE = (
@@ -78,15 +79,17 @@ ELEMENTWISE = (
 OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")
 OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP permute")
 OF_OP |= dict.fromkeys(("mla_decode", "prefill_attention"), "MLA core")
-OF_KERNEL = {"_rope_kernel": "elementwise"}  # whatever op launches it: absorb_query does, beside its product
+OF_KERNEL = {"_rope_kernel": "elementwise"}  # whichever op launches it: absorb_query does, beside its product
 
 
 MARK = "rank/"  # before the names of our ranges in a profile
 
 
 class Ranges:
-    """Names the kernels of a step by part: a range in the profile for every call of an op or of a module. A range
-    within another has a name of its own, so that the outer one's own share can be told."""
+    """Names the kernels of a step by part, with a range in the profile for every call of an op or a module.
+
+    A range within another has a name of its own, so that the time of the outer range alone can be computed.
+    """
 
     def __init__(self) -> None:
         self.stack: list[str] = []
@@ -125,8 +128,10 @@ class Ranges:
         put(model.head, "forward", "head:LM head")
 
     def times(self, step: Callable[[], object], device: torch.device, trace: Path | None) -> dict[str, float]:
-        """Milliseconds of kernels (of a CPU: of calls) by kind of layer and part, "moe:MLA core" and so on. `trace`:
-        where to write the step's Chrome trace."""
+        """Profile the step. Return milliseconds of kernels (on a CPU: of calls) by kind of layer and part.
+
+        A key is like "moe:MLA core". `trace`: where to write the step's Chrome trace.
+        """
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=activities) as profiler:
             step()
@@ -147,7 +152,10 @@ class Ranges:
 
 
 def part_of(path: str) -> str:
-    """ "moe:MLA projections/MLA core" -> "moe:MLA core"; an op outside any module is a dispatcher's."""
+    """Map a range to its part: "moe:MLA projections/MLA core" -> "moe:MLA core".
+
+    An op outside any module belongs to a dispatcher, so to a MoE layer.
+    """
     pieces = path.split("/")
     kind = pieces[0].split(":")[0] if ":" in pieces[0] else "moe"
     return f"{kind}:{pieces[-1].split(':')[-1]}"
@@ -158,29 +166,29 @@ class Figures:
     """Milliseconds."""
 
     step: float
-    halves: float | None  # the step as two micro-batches, one after the other; None: it cannot be cut
-    outside: float  # of the step, the dense layers and the head
-    layer: float  # a MoE layer: what the step takes beyond those
-    parts: dict[str, float]  # of a MoE layer, by name, with its gaps
-    floors: dict[str, float]  # modelled; empty without a GPU to measure ceilings of
+    halves: float | None  # the step as two micro-batches, one after the other; None if it cannot be cut
+    outside: float  # the step's dense layers and head
+    layer: float  # a MoE layer: the rest of the step, divided by their number
+    parts: dict[str, float]  # a MoE layer's parts by name, with its gaps
+    floors: dict[str, float]  # the modelled floor of each part; empty on a CPU
 
 
 def evaluate(config: ModelConfig, step: float, halves: float | None, parts: Mapping[str, float], work: roofline.Cost,
              ceilings: roofline.Ceilings | None) -> Figures:  # fmt: skip
-    """`parts`: of `Ranges.times`."""
+    """Compute the figures. `parts`: from `Ranges.times`. `ceilings`: None on a CPU."""
     layers = config.num_moe_layers
     outside = sum(ms for name, ms in parts.items() if not name.startswith("moe:"))
     layer = (step - outside) / layers
-    mine = {name.split(":")[1]: ms / layers for name, ms in parts.items() if name.startswith("moe:")}
-    mine = dict(sorted(mine.items(), key=lambda item: -item[1]))
+    of_layer = {name.split(":")[1]: ms / layers for name, ms in parts.items() if name.startswith("moe:")}
+    of_layer = dict(sorted(of_layer.items(), key=lambda item: -item[1]))
     floors: dict[str, float] = defaultdict(float)
     for part in work.kinds["MoE layer"][1] if ceilings is not None else ():
         floors[part.group] += 1e3 * part.seconds(ceilings)
-    return Figures(step, halves, outside, layer, mine | {"gaps": layer - sum(mine.values())}, floors)
+    return Figures(step, halves, outside, layer, of_layer | {"gaps": layer - sum(of_layer.values())}, floors)
 
 
 def anchors_of(args: argparse.Namespace) -> dict[str, float]:
-    """Of that model; none for another."""
+    """Return SGLang's times of the parts. They exist for the shape v3 alone."""
     if args.shape != "v3":
         return {}
     balanced = {"routed experts": BALANCED_EXPERTS} if args.phase == "decode" and args.skew == 1 else {}
@@ -188,15 +196,15 @@ def anchors_of(args: argparse.Namespace) -> dict[str, float]:
 
 
 def coarse(parts: Mapping[str, float]) -> dict[str, float]:
-    """Summed to the anchors' parts, and the whole."""
+    """Sum the parts to those of the anchors, and add the whole layer."""
     sums: dict[str, float] = dict.fromkeys(ANCHORS["decode"], 0.0)
     for name, ms in parts.items():
         sums[name if name in sums else COARSE.get(name, "other")] += ms
     return sums | {"a MoE layer": sum(parts.values())}
 
 
-def show(args: argparse.Namespace, figures: Figures) -> list[Record]:
-    """The table, and its records."""
+def show(args: argparse.Namespace, figures: Figures) -> list[Measurement]:
+    """Print the table, and return its figures."""
     print(f"\n{'a MoE layer, ms':32} {'measured':>9} {'floor':>9}  (the floor is modelled)")
     for name, ms in figures.parts.items():
         note = "  (less than 0: parts ran side by side, or the profile slowed them)" if name == "gaps" else ""
@@ -216,14 +224,14 @@ def show(args: argparse.Namespace, figures: Figures) -> list[Record]:
         if args.phase == "decode" and args.skew == 1:
             source += ", the experts at DeepGEMM's published speed for balanced rows"
     what = name_of(args)
-    records = [Record(f"{what}: a MoE layer", round(figures.layer, 4), "ms", "lower", anchor, source)]
+    records = [Measurement(f"{what}: a MoE layer", round(figures.layer, 4), "ms", "lower", anchor, source)]
     records += [
-        Record(f"{what}: {name}, a MoE layer", round(ms, 4), "ms", "lower") for name, ms in figures.parts.items()
+        Measurement(f"{what}: {name}, a MoE layer", round(ms, 4), "ms", "lower") for name, ms in figures.parts.items()
     ]
-    records.append(Record(f"{what}: the step, computation alone", round(step, 3), "ms", "lower"))
+    records.append(Measurement(f"{what}: the step, computation alone", round(step, 3), "ms", "lower"))
     if figures.halves is not None:
         name = f"{what}: the step as two micro-batches, computation alone"
-        records.append(Record(name, round(figures.halves, 3), "ms", "lower"))
+        records.append(Measurement(name, round(figures.halves, 3), "ms", "lower"))
     return records
 
 
@@ -237,8 +245,11 @@ def name_of(args: argparse.Namespace) -> str:
 def cluster_steps(
     figures: Figures, layers: int, whole: list[Delay], half: list[Delay], slowdown: float = 1.0
 ) -> dict[str, float]:
-    """Milliseconds of a step in the cluster, MODELLED as the script's docstring says. `whole`, `half`: a MoE layer's
-    dispatch and combine; `slowdown`: of what is computed beside them."""
+    """Return the milliseconds of a step in the cluster, MODELLED as the module's docstring says.
+
+    `whole`, `half`: dispatch and combine of a MoE layer, for all tokens and for half of them. `slowdown`: factor on the
+    time of what is computed beside transfers.
+    """
     steps = {"plain": figures.step + 1e3 * layers * sum(t.total for t in whole)}
     if figures.halves is not None:
         flight, busy = (1e3 * 2 * layers * sum(getattr(t, part) for t in half) for part in ("flight", "busy"))
@@ -247,14 +258,14 @@ def cluster_steps(
     return steps
 
 
-def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures) -> list[Record]:
+def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures) -> list[Measurement]:
     tokens = args.batch if args.phase == "decode" else args.tokens
     model = (deepep_times.low_latency if args.phase == "decode" else deepep_times.normal)(config, args.ep)
     whole, half = ([model(what, count) for what in ("dispatch", "combine")] for count in (tokens, tokens // 2))
     slowdown = 1.0
     if args.phase == "prefill" and torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(0).multi_processor_count
-        slowdown = there / (there - NUM_SMS)
+        all_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        slowdown = all_sms / (all_sms - NUM_SMS)
     setting, paper = PAPER[args.phase]
     shown = ", ".join(f"{name} {1e3 * t.total:.3g}" for name, t in zip(("dispatch", "combine"), whole, strict=True))
     print(f"\nthe cluster, MODELLED: ms of a MoE layer's communication, from DeepEP's published tables: {shown}")
@@ -265,16 +276,15 @@ def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures
         print(f"{name:>10}: {ms:9.2f} ms a step, {of_gpu:9,.0f} tok/s a GPU, {rate:10,.0f} a node (modelled)")
         reference = paper if name == "overlapped" and args.shape == "v3" else None
         source = f"SGLang on H100, measured: {setting}" if reference else ""
-        record = Record(f"{name_of(args)}: tok/s a node, {name}", round(rate), "tok/s", "higher", reference, source,
-                        kind="modelled")  # fmt: skip
-        records.append(record)
+        title = f"{name_of(args)}: tok/s a node, {name}"
+        records.append(Measurement(title, round(rate), "tok/s", "higher", reference, source, kind="modelled"))
     if args.shape == "v3":
         print(f"    SGLang: {paper:,} tok/s a node, measured on H100 ({setting})")
     return records
 
 
-def show_memory(rank: Rank, what: str) -> list[Record]:
-    """What `disagg/memory.py` counts, beside what torch says (nothing, on a CPU)."""
+def show_memory(rank: Rank, what: str) -> list[Measurement]:
+    """Print the memory that `disagg/memory.py` counts, and what torch reports. Return the figures (none on a CPU)."""
     parts = weight_bytes(rank.model)
     parts["KV"] = rank.pool.shape[1] * page_bytes(rank.config, rank.dtype.itemsize)
     counted = sum(parts.values())
@@ -282,12 +292,13 @@ def show_memory(rank: Rank, what: str) -> list[Record]:
     print(f"    together {counted / GIB:.2f}")
     if rank.device.type != "cuda":
         return []
-    now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    print(f"    torch has {now / GIB:.2f} allocated ({now / counted - 1:+.1%}), had at most {most / GIB:.2f}")
-    source, counted, now, most = "what torch has allocated", *(round(size / GIB, 2) for size in (counted, now, most))
+    now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    print(f"    torch has {now / GIB:.2f} allocated ({now / counted - 1:+.1%}), had at most {peak / GIB:.2f}")
+    source = "what torch has allocated"
+    counted, now, peak = (round(size / GIB, 2) for size in (counted, now, peak))
     return [
-        Record(f"{what}: weights and KV by the table", counted, "GiB", "lower", now, source),
-        Record(f"{what}: the most that torch had allocated", most, "GiB", "lower"),
+        Measurement(f"{what}: weights and KV by the table", counted, "GiB", "lower", now, source),
+        Measurement(f"{what}: the most that torch had allocated", peak, "GiB", "lower"),
     ]
 
 
@@ -310,14 +321,17 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add_flags(add, defaults.pop("ep"))
         add_measuring_flags(add)
         for name, default in defaults.items():
-            add(f"--{name}", type=positive, default=default, help=f"({default})")
-        add("--trace", type=new_file, metavar="JSON", help="write a step's Chrome trace there")
-        add("--chart", type=new_png, metavar="PNG", help="draw the parts there, beside floor and anchors")
+            add(f"--{name}", type=positive, default=default, help=f"{SIZES[name]} ({default})")
+        add("--trace", type=new_file, metavar="JSON", help="write a step's Chrome trace")
+        add("--chart", type=new_png, metavar="PNG", help="draw the parts, with floors and SGLang's times")
     return parser, parser.parse_args()
 
 
 def prepare(args: argparse.Namespace, ranges: Ranges) -> tuple[roofline.Ceilings | None, Rank]:
-    """The GPU's ceilings, measured before anything else is on it, and the rank. ValueError for flags that cannot be."""
+    """Return the GPU's ceilings, measured before anything else runs on it, and the rank.
+
+    Raises ValueError for flags that cannot work.
+    """
     config, device = check_flags(args)
     if args.chart is not None:
         figure()  # is there matplotlib?
@@ -353,7 +367,7 @@ def main() -> None:
     took = times(runs, device, args.repeat)
     for layer in rank.model.layers:
         if layer.is_moe:
-            layer.mlp.beside.stream = None  # side by side they slow each other: their times are taken one by one
+            layer.mlp.beside.stream = None  # times are taken one by one, because kernels side by side slow each other
     step.eager()
     parts = ranges.times(step.eager, device, args.trace)
     work = (roofline.decode if decodes else roofline.prefill)(config, *sizes, args.ep, rank.local)

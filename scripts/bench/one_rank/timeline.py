@@ -1,12 +1,15 @@
-"""What runs when in two-batch overlap: a step of one rank, plain and as two micro-batches, as lanes of a picture.
+"""Draw a timeline of two-batch overlap: a step of one rank, plain and as two micro-batches.
 
 python -m scripts.bench.one_rank.timeline decode --layers 7 --trace overlap.json --chart overlap.png
 python -m scripts.bench.one_rank.timeline prefill --layers 5 --tokens 16384 --prompt 4096 --chart overlap.png
 
-Computing and communication of each micro-batch, coloured by stage (`parallel/overlap.py`). Communication is SIMULATED
-(deepep_times.py), and so are arrivals. On a GPU the spans are kernels, each put down to the stage that launched
-it; the GPU first waits for the host to launch the whole step (few enough layers: a stream's queue ends after a thousand
-or so), for without a CUDA graph a decode step would show the host's pace. On a CPU the spans are the calls themselves.
+There is a lane for the computation and one for the communication of each micro-batch, coloured by stage
+(`parallel/overlap.py`). Communication (deepep_times.py) and arrivals are SIMULATED.
+
+On a GPU the spans are kernels, each assigned to the stage that launched it. The GPU waits until the host has launched
+the whole step. Otherwise a decode step without a CUDA graph would show the host's speed. That limits --layers, because
+a stream's queue holds about a thousand kernels. On a CPU the spans are the calls themselves.
+
 --trace keeps the profiler's Chrome trace with all kernels, for chrome://tracing or ui.perfetto.dev.
 """
 
@@ -25,24 +28,24 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from model.kv_cache import pages_for
 from parallel.overlap import STAGES, Steps
 from scripts.bench.lib.charts import figure, save_lanes
-from scripts.bench.lib.flags import new_file, new_png, positive, refusals
+from scripts.bench.lib.flags import SIZES, new_file, new_png, positive, refusals
 from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.one_rank.kernel_ranges import export, launched_in, mark_ranges
 from scripts.bench.one_rank.overlap import make_link
 from scripts.bench.one_rank.rank import Rank, add_flags, check_decode, check_flags, check_prefill
 
-Span = tuple[float, float, str]  # milliseconds from the step's beginning, and what
+Span = tuple[float, float, str]  # start and end in milliseconds from the step's beginning, name
 Lanes = dict[str, list[Span]]
-FEW_LAYERS = 7  # of the shape's, unless --layers says otherwise
+FEW_LAYERS = 7  # the default of --layers
 MARK = "turn "  # before the names of our ranges in a profile: "turn a 3 experts", "turn a 3 dispatch>"
 
 
 class Watch:
-    """Marks the turns of a rank's micro-batches in a profile, and their transfers, from outside."""
+    """Marks the turns of a rank's micro-batches, and their transfers, in a profile. It wraps the model and the link."""
 
-    def __init__(self, rank: Rank, link: Any):
-        self.stage = ""  # whose turn it is: "a 3 experts"
-        self.flights: list[Span] = []  # CPU, by time.perf_counter
+    def __init__(self, rank: Rank, link: Any) -> None:
+        self.stage = ""  # the current turn: "a 3 experts"
+        self.flights: list[Span] = []  # on a CPU, by time.perf_counter
         self.waits: list[tuple[float, float]] = []
         self.layers, self.steps, self.begin = rank.config.num_moe_layers, rank.model.moe_steps, link.start
         self.link, self.names = link, iter(())
@@ -81,14 +84,14 @@ class Watch:
         return waited
 
     def record(self, step: Callable[[], object], names: tuple[str, ...], trace: Path) -> Lanes:
-        """Run it with the micro-batches of these names, and write its trace."""
+        """Run the step, call its micro-batches `names`, and write the profile to `trace`. Return the lanes."""
         self.names, on_gpu = iter(names), self.link.device.type == "cuda"
         self.flights.clear()
         self.waits.clear()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities) as profiler:
             if on_gpu:
-                self.link.scripts.bench.one_rank.hold(1, 0.1)
+                self.link.kernels.hold(1, 0.1)
             with record_function(f"{MARK}step"):
                 began = time.perf_counter()
                 step()
@@ -108,7 +111,7 @@ class Watch:
 
 
 def without(span: Span, waits: list[tuple[float, float]]) -> list[Span]:
-    """What is left of it."""
+    """Return the pieces of the span that remain when the waits are cut out."""
     pieces, (start, end, name) = [], span
     for wait in sorted(w for w in waits if start <= w[0] < end):
         pieces.append((start, wait[0], name))
@@ -117,8 +120,10 @@ def without(span: Span, waits: list[tuple[float, float]]) -> list[Span]:
 
 
 def kernel_spans(events: list[dict]) -> list[Span]:
-    """A GPU's kernels and copies that a turn launched, named as the turn; a transfer's flight has its own stream.
-    The first of them begins at 0."""
+    """Return the kernels and copies that a turn launched, named like the turn. The first begins at 0.
+
+    Send and receive kernels run on the computing stream; a flight has a stream of its own.
+    """
     found = launched_in(events, MARK)
     main = next((event["args"]["stream"] for event, name in found if name == "step"), None)
     turns = [(event, name) for event, name in found if name != "step"]
@@ -132,7 +137,7 @@ def kernel_spans(events: list[dict]) -> list[Span]:
 
 
 def lanes_of(spans: list[Span]) -> Lanes:
-    """A lane for each micro-batch's computing, and one for its communication. Spans are left with their stage."""
+    """Sort spans into lanes: computation and communication of each micro-batch. The spans keep only their stage."""
     lanes: Lanes = defaultdict(list)
     for start, end, name in sorted(spans):
         micro_batch, _, stage = name.split(" ", 2)
@@ -142,7 +147,7 @@ def lanes_of(spans: list[Span]) -> Lanes:
 
 
 def overlapped_share(lanes: Lanes) -> float:
-    """Of the time in which something is in flight, how much of it something computes."""
+    """Return the share of the time in flight during which something is computed."""
     flights = _joined(span for name, spans in lanes.items() if name.endswith("communication") for span in spans)
     busy = _joined(span for name, spans in lanes.items() if name.endswith("computing") for span in spans)
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in flights for b in busy)
@@ -150,7 +155,7 @@ def overlapped_share(lanes: Lanes) -> float:
 
 
 def _joined(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Where any of them is."""
+    """Merge spans that overlap."""
     joined: list[tuple[float, float]] = []
     for start, end, _ in sorted(spans):
         if joined and start <= joined[-1][1]:
@@ -171,14 +176,14 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         add = phases.add_parser(phase).add_argument
         add_flags(add, ep)
         for name, default in defaults.items():
-            add(f"--{name}", type=positive, default=default, help=f"({default})")
-        add("--trace", type=new_file, metavar="JSON", help="keep the overlapped step's Chrome trace there")
-        add("--chart", type=new_png, metavar="PNG", required=True)
+            add(f"--{name}", type=positive, default=default, help=f"{SIZES[name]} ({default})")
+        add("--trace", type=new_file, metavar="JSON", help="write the overlapped step's Chrome trace")
+        add("--chart", type=new_png, metavar="PNG", required=True, help="draw the timeline")
     return parser, parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> Rank:
-    """ValueError for flags that cannot be."""
+    """Build the rank. Raises ValueError for flags that cannot work."""
     if args.layers is None:
         args.layers = min(FEW_LAYERS, SHAPES[args.shape].num_hidden_layers)
     config, device = check_flags(args)

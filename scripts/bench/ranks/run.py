@@ -1,19 +1,21 @@
-"""A model over all GPUs of a job, random weights: expert parallelism with and without two-batch overlap, beside plain
-tensor parallelism of the same ranks, and what balancing the experts gains when routing is skewed.
+"""Compare ways to run a model with random weights over all GPUs of a job.
+
+Expert parallelism with and without two-batch overlap; plain tensor parallelism; and balanced experts under skewed
+routing.
 
     torchrun --nproc-per-node 8 -m scripts.bench.ranks --shape v3 --layers 12 --out records.json
     torchrun --nproc-per-node 2 -m scripts.bench.ranks --shape v3 --layers 8 --only skewed,static,live
 
 ep        DP attention, EP experts, no overlap
-overlap   the same with two-batch overlap
-tp        plain tensor parallelism (plain_tp.py); its one replica has the requests of all
-skewed    as `ep`, while experts are wanted by Zipf's law (skew.py)
-static    so, too, with --redundant more slots and the map that is best for what `skewed` counted
-live      so, too, from an even map on, looking every --interval steps and moving experts (stand-ins: the same few from
-          host memory again and again); measured after the first move, while it goes on looking
+overlap   like ep, with two-batch overlap
+tp        plain tensor parallelism (plain_tp.py); its single replica gets the requests of all ranks
+skewed    like ep, while the experts' popularity follows Zipf's law (skew.py)
+static    like skewed, with --redundant more slots, and a map made for the loads that `skewed` counted
+live      like skewed, with --redundant more slots, starting from an even map; looks every --interval steps and moves
+          experts (a few experts in host memory stand in for all); measured after the first move, with further looks
 
-Figures are tokens a second a GPU: of prefill by prompt length, of decode by batch a GPU and prompt length. They are
-measured as in scripts.bench.engine, one variant after the other, each with its own engine.
+Figures are tokens per second and GPU: prefill by prompt length, decode by batch per GPU and prompt length. They are
+measured as in scripts.bench.engine. The variants run one after another, each with its own engine.
 """
 
 import argparse
@@ -40,38 +42,38 @@ from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from scripts.bench.engine.run import Bench, generated, random_model
 from scripts.bench.lib.flags import fraction, natural, new_file, positive, positives, refusals
-from scripts.bench.lib.measurements import Record, save
+from scripts.bench.lib.measurements import Measurement, Report, save
 from scripts.bench.lib.shapes import SHAPES, check_size
 from scripts.bench.one_rank.rebalance import StandIns
 from scripts.bench.ranks.plain_tp import plain_tp, sliced_experts
 from scripts.bench.ranks.skew import skew_gates
 
 VARIANTS = ("ep", "overlap", "tp", "skewed", "static", "live")
-BESIDE = {"overlap": "ep", "tp": "ep", "static": "skewed", "live": "static"}  # what each is held against
+BESIDE = {"overlap": "ep", "tp": "ep", "static": "skewed", "live": "static"}  # the reference of each
 SKEWED = ("skewed", "static", "live")
 STAND_INS = 16  # experts in host memory
-LOOKS = 10  # until the experts must have moved
+LOOKS = 10  # within these the experts must have moved
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="v3", help="(v3)")
-    add("--layers", type=positive, help="fewer layers than the shape has")
-    add("--only", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}")
+    add("--shape", choices=SHAPES, default="v3", help="the model (v3)")
+    add("--layers", type=positive, help="layers of the model (the shape's)")
+    add("--only", default=",".join(VARIANTS), help=f"variants, separated by commas ({','.join(VARIANTS)})")
     add("--prompt", type=positives, default=[1024, 2048, 4096], help="prompt lengths (1024,2048,4096)")
-    add("--batch", type=positives, default=[32, 64, 128, 256], help="decode, requests a GPU (32,64,128,256)")
+    add("--batch", type=positives, default=[32, 64, 128, 256], help="decode: requests per GPU (32,64,128,256)")
     add("--output", type=positive, default=64, help="decode steps (64)")
-    add("--step-tokens", type=positive, default=16384, help="prompt tokens a GPU a step (16384)")
-    add("--kv-tokens", type=positive, help="of a GPU's requests (default: all that fit); work for more is left out")
-    add("--repeat", type=positive, default=3, help="(3)")
+    add("--step-tokens", type=positive, default=16384, help="prompt tokens per GPU and step (16384)")
+    add("--kv-tokens", type=positive, help="tokens of KV per GPU (all that fit); batches that need more are left out")
+    add("--repeat", type=positive, default=3, help="runs per median (3)")
     add("--zipf", type=fraction, default=0.5, help="exponent of the experts' popularity (0.5)")
     add("--redundant", type=natural, default=32, help="slots beyond the experts (32)")
     add("--interval", type=positive, default=50, help="live: steps between looks (50)")
-    add("--dispatch", choices=CHOICES, default="auto")
-    add("--backend", action="append", metavar="[OP=]LIB")
+    add("--dispatch", choices=CHOICES, default="auto", help="library of dispatch and combine (auto)")
+    add("--backend", action="append", metavar="[OP=]LIB", help="force a library, as in run.py")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=new_file, metavar="FILE", help="write the records there, for lib/report.py")
+    add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     args = parser.parse_args()
     wanted = set(args.only.split(","))
     if unknown := wanted - set(VARIANTS):
@@ -83,12 +85,12 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
-    """The model, all that can be wrong with the flags being so before the first variant takes its time. ValueError."""
+    """Return the model's configuration. Raises ValueError for wrong flags, before the first variant takes time."""
     config, ranks = SHAPES[args.shape], mesh.size
     check_size(args.shape, mesh.device)
-    least, most = config.first_k_dense_replace + 1, config.num_hidden_layers
-    if args.layers is not None and not least <= args.layers <= most:
-        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {most}]")
+    least, all_layers = config.first_k_dense_replace + 1, config.num_hidden_layers
+    if args.layers is not None and not least <= args.layers <= all_layers:
+        raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {all_layers}]")
     slots, experts = config.n_routed_experts + args.redundant, config.n_routed_experts
     if {"static", "live"} & set(args.only) and (slots % ranks or args.redundant > experts * ranks):
         raise ValueError(
@@ -101,21 +103,17 @@ def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
             f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
             f"{config.max_position_embeddings}"
         )
-    return replace(config, num_hidden_layers=args.layers or most)
+    return replace(config, num_hidden_layers=args.layers or all_layers)
 
 
-class Comparison:
-    """The variants' figures, printed as they are measured and kept as records, by the first rank."""
+class Comparison(Report):
+    """Runs the variants and reports their figures."""
 
-    def __init__(self, args: argparse.Namespace, config: ModelConfig, mesh: Mesh):
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, mesh: Mesh) -> None:
+        super().__init__(mesh.rank)
         self.args, self.config, self.mesh = args, config, mesh
-        self.records: list[Record] = []
         self.found: dict[tuple[str, str], float] = {}  # by variant and work
-        self.counts: Tensor | None = None  # [layers, E] tokens of each expert, in `skewed`
-
-    def say(self, text: str) -> None:
-        if self.mesh.rank == 0:
-            print(text, flush=True)
+        self.counts: Tensor | None = None  # [layers, E] tokens per expert, counted in `skewed`
 
     def add(self, variant: str, work: str, value: float, unit: str = "tok/s") -> None:
         self.found[variant, work] = value = round(value, 3)
@@ -126,12 +124,10 @@ class Comparison:
         if variant in SKEWED:
             name += f" (Zipf {self.args.zipf:g})"
         name += "".join(f", --backend {one}" for one in self.args.backend or [])
-        record = Record(f"{name}: {work}", value, unit, "higher", reference, source)
-        self.say(f"{record.name:100} {value:12,.3f} {unit}" + (f" = {record.ratio:.3f} of {source}" if source else ""))
-        self.records.append(record)
+        self.keep(Measurement(f"{name}: {work}", value, unit, "higher", reference, source))
 
     def run(self, variant: str) -> None:
-        """One variant, from its model to its last figure. Nothing of it stays on the GPU."""
+        """Build, measure and free one variant. Nothing of it stays on the GPU."""
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             engine = self.engine(variant, Path(folder))
@@ -205,12 +201,12 @@ class Comparison:
                 self.add(variant, work, self.often(decode) / gpus)
 
     def often(self, rate: Callable[[], float]) -> float:
-        """The median of --repeat, after one that does not count."""
+        """Return the median of --repeat runs, after one that does not count."""
         rate()
         return median(rate() for _ in range(self.args.repeat))
 
     def settle(self, bench: Bench) -> None:
-        """Decode until the experts have moved."""
+        """Decode until the experts have moved. Raises RuntimeError if they do not."""
         rebalancer, args = bench.engine.rebalancer, self.args
         for _ in range(-(-LOOKS * args.interval // args.output)):
             bench.drive(max(args.batch), min(args.prompt), args.output)
@@ -219,7 +215,7 @@ class Comparison:
         raise RuntimeError(f"the experts did not move: {dict(rebalancer.stats)}")
 
     def look(self, variant: str, engine: Engine) -> None:
-        """How even the ranks' loads were, under the map of the end."""
+        """Report how even the ranks' loads were, under the last map."""
         counts = self.mesh.ep.all_reduce(engine.model.load_counter.total()).cpu()
         if variant == "skewed":
             self.counts = counts.float()
@@ -237,7 +233,7 @@ def main() -> None:
         comparison = Comparison(args, check(args, mesh), mesh)
         try:
             for variant in args.only:
-                torch.manual_seed(0 if variant == "tp" else mesh.rank)  # a replica's ranks have the same requests
+                torch.manual_seed(0 if variant == "tp" else mesh.rank)  # the ranks of a replica need the same requests
                 comparison.run(variant)
         finally:
             if args.out is not None and mesh.rank == 0:

@@ -1,7 +1,7 @@
-"""Skewed routing for models with random weights: the gates' biases make some experts as popular as is asked for.
+"""Skewed routing for models with random weights: the gates' biases give each expert a wanted share of the tokens.
 
 DeepSeek-V3 keeps its load even by moving each expert's bias against its load (section 2.1.2, auxiliary-loss-free load
-balancing). Here the same rule moves it towards a load that is not even.
+balancing). Here the same rule moves the biases towards an uneven load.
 """
 
 import torch
@@ -11,14 +11,16 @@ from model.moe import Gate
 from model.transformer import Transformer
 
 TOKENS, ROUNDS, RATE = 8192, 200, 0.3
-MOST = 0.9  # share of all tokens that one expert can get
+MOST = 0.9  # the largest share of all tokens that one expert can get
 
 
 def zipf(experts: int, exponent: float, top_k: int) -> Tensor:
-    """Shares of tokens [E] that want each expert, the most wanted first: as rank^-exponent where no share is over MOST,
-    together top_k. An expert that cannot take its part leaves it to the others."""
+    """Return the share of tokens that choose each expert [E], most popular first. The shares sum to top_k.
+
+    They follow rank^-exponent, but none exceeds MOST: the excess of an expert goes to the others.
+    """
     law = torch.arange(1, experts + 1, dtype=torch.float64) ** -exponent
-    full = 0  # experts that are at their most
+    full = 0  # experts whose share is MOST
     while True:
         rest = law[full:] * (top_k - full * MOST) / law[full:].sum()
         if rest[0] <= MOST:
@@ -28,8 +30,11 @@ def zipf(experts: int, exponent: float, top_k: int) -> Tensor:
 
 @torch.inference_mode()
 def skew_gates(model: Transformer, exponent: float) -> None:
-    """In each layer with experts they are wanted by `zipf`, in an order of the layer's own, which is that of every
-    model of as many. For gates' logits of deviation 1, as `shapes.randomize` makes them."""
+    """Set the gates' biases so that each MoE layer's experts are chosen by `zipf`, in an order of the layer's own.
+
+    The order depends only on the layer and the number of experts. The gates' logits must have standard deviation 1, as
+    from `random_weights.randomize`.
+    """
     config = model.config
     shares = zipf(config.n_routed_experts, exponent, config.num_experts_per_tok)
     for layer, block in enumerate(model.layers):
@@ -39,7 +44,7 @@ def skew_gates(model: Transformer, exponent: float) -> None:
 
 
 def fit(gate: Gate, shares: Tensor) -> None:
-    """Set the gate's bias so that of random tokens these shares [E] choose each expert."""
+    """Set the gate's bias so that these shares [E] of random tokens choose each expert."""
     bias = gate.e_score_correction_bias
     experts, device = len(bias), bias.device
     generator = torch.Generator(device).manual_seed(0)

@@ -1,0 +1,271 @@
+"""Paged MLA decode in Triton, with split KV. `attention.py` says what it shares with prefill."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import decode_hopper
+from kernels.attention import LOG2_E, attention_scores, softmax_step
+from kernels.pdl import after_previous, pdl
+
+PAGE = 64  # rows of a KV page
+
+
+@triton.jit
+def _load_kv(kv_main, kv_rest, page_table, n, PAGE: tl.constexpr, MAIN: tl.constexpr, HAS_REST: tl.constexpr):
+    row = tl.load(page_table + n // PAGE) * PAGE + n % PAGE
+    main = kv_main.load([row, 0])  # [N, MAIN]
+    rest = kv_rest.load([row, MAIN]) if HAS_REST else main
+    return main, rest
+
+
+@triton.jit
+def _split_plan(kv_lens, seq, batch, splits, most, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Return how a sequence is cut: blocks per split, and splits in use (0 for an empty sequence).
+
+    A sequence of average length gets `splits`, others more or fewer in proportion, so all programs take about as long.
+    """
+    index = tl.arange(0, BLOCK_B)
+    all_blocks = tl.sum(tl.cdiv(tl.load(kv_lens + index, mask=index < batch, other=0), BLOCK_N), 0)
+    blocks = tl.cdiv(tl.load(kv_lens + seq), BLOCK_N)
+    wanted = (2 * splits * batch * blocks + all_blocks) // tl.maximum(2 * all_blocks, 1)  # rounded
+    wanted = tl.maximum(tl.minimum(tl.minimum(wanted, most), blocks // 2), 1)
+    chunk = tl.maximum(tl.cdiv(blocks, wanted), 1)
+    return chunk, tl.cdiv(blocks, chunk)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    kv_main,
+    kv_rest,
+    page_table,
+    kv_lens,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    used_ptr,
+    heads,
+    splits,
+    scale,
+    q_stride,
+    q_head_stride,
+    table_stride,
+    kv_dim: tl.constexpr,
+    v_dim: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    PAGE: tl.constexpr,
+    REST_VALUES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_previous(PDL)
+    split, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_len = tl.load(kv_lens + seq)
+    chunk, used = _split_plan(kv_lens, seq, tl.num_programs(2), splits, tl.num_programs(1), BLOCK_N, BLOCK_B)
+    if split == 0 and tl.program_id(0) == 0:
+        tl.store(used_ptr + seq, used)
+    if split >= tl.maximum(used, 1):
+        return
+    first = split * chunk * BLOCK_N
+    last = tl.minimum(first + chunk * BLOCK_N, kv_len)
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    col, rest_col = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
+    has_rest: tl.constexpr = kv_dim > MAIN
+    q_row = q_ptr + seq * q_stride + head[:, None] * q_head_stride
+    q_main = tl.load(q_row + col, mask=head[:, None] < heads, other=0.0)  # [BLOCK_H, MAIN]
+    q_rest = q_main
+    if has_rest:
+        q_rest = tl.load(q_row + rest_col, mask=(head[:, None] < heads) & (rest_col < kv_dim), other=0.0)
+    page_table += seq * table_stride
+
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed over columns once, at the end
+    acc = tl.zeros([BLOCK_H, MAIN], tl.float32)
+    acc_rest = tl.zeros([BLOCK_H, REST], tl.float32)
+    whole = first + (last - first) // BLOCK_N * BLOCK_N
+    for n in range(first, whole, BLOCK_N):
+        main, rest = _load_kv(kv_main, kv_rest, page_table, n, PAGE, MAIN, has_rest)
+        scores = attention_scores(q_main, q_rest, main, rest, has_rest)
+        weights, top, shrink = softmax_step(scores, top, scale)
+        total = total * shrink[:, None] + weights
+        weights = weights.to(main.dtype)
+        acc = tl.dot(weights, main, acc * shrink[:, None], input_precision="ieee")
+        if REST_VALUES:
+            acc_rest = tl.dot(weights, rest, acc_rest * shrink[:, None], input_precision="ieee")
+    if whole < last:  # the last page's unused rows may hold anything, even NaN
+        here = whole + tl.arange(0, BLOCK_N) < last
+        main, rest = _load_kv(kv_main, kv_rest, page_table, whole, PAGE, MAIN, has_rest)
+        main = tl.where(here[:, None], main, 0.0)
+        rest = tl.where(here[:, None], rest, 0.0)
+        scores = tl.where(here[None], attention_scores(q_main, q_rest, main, rest, has_rest), float("-inf"))
+        weights, top, shrink = softmax_step(scores, top, scale)
+        total = total * shrink[:, None] + weights
+        weights = weights.to(main.dtype)
+        acc = tl.dot(weights, main, acc * shrink[:, None], input_precision="ieee")
+        if REST_VALUES:
+            acc_rest = tl.dot(weights, rest, acc_rest * shrink[:, None], input_precision="ieee")
+
+    norm = tl.sum(total, 1)
+    norm_or_1 = tl.where(norm > 0, norm, 1.0)  # an empty sequence gives zeros
+    acc, acc_rest = acc / norm_or_1[:, None], acc_rest / norm_or_1[:, None]
+    here, here_rest = (head[:, None] < heads) & (col < v_dim), (head[:, None] < heads) & (rest_col < v_dim)
+    if used <= 1:
+        kind = out_ptr.dtype.element_ty
+        out = out_ptr + (seq * heads + head[:, None]) * v_dim
+        tl.store(out + col, acc.to(kind), mask=here)
+        if REST_VALUES:
+            tl.store(out + rest_col, acc_rest.to(kind), mask=here_rest)
+    else:
+        place = (seq * tl.num_programs(1) + split) * heads + head  # [BLOCK_H]
+        partial = partial_ptr + place[:, None] * v_dim
+        tl.store(partial + col, acc, mask=here)
+        if REST_VALUES:
+            tl.store(partial + rest_col, acc_rest, mask=here_rest)
+        tl.store(lse_ptr + place, top + tl.log2(norm), mask=head < heads)
+
+
+@triton.jit
+def _combine_kernel(
+    partial,
+    lse_ptr,
+    used_ptr,
+    out,
+    heads,
+    most,
+    v_dim,
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge the splits of one head of one sequence, weighted by their share of the softmax sum."""
+    after_previous(PDL)
+    head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    used = tl.load(used_ptr + seq)
+    if used <= 1:
+        return
+    split, col = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    acc = tl.zeros([BLOCK_V], tl.float32)
+    top, total = float("-inf"), 0.0
+    for first in range(0, used, BLOCK_S):  # BLOCK_S loads in flight
+        here = first + split < used
+        place = (seq * most + first + split) * heads + head  # [BLOCK_S]
+        lse = tl.load(lse_ptr + place, mask=here, other=float("-inf"))
+        rows = tl.load(
+            partial + place[:, None] * v_dim + col, mask=here[:, None] & (col < v_dim), other=0.0
+        )  # [BLOCK_S, BLOCK_V]
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        shrink, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
+        acc = acc * shrink + tl.sum(weight[:, None] * rows, 0)
+        total, top = total * shrink + tl.sum(weight, 0), new_top
+    tl.store(out + (seq * heads + head) * v_dim + col, (acc / total).to(out.dtype.element_ty), mask=col < v_dim)
+
+
+def _columns(dim: int) -> tuple[int, int]:
+    """Cut `dim` in two: MAIN, its largest power of two, and REST, the power of two that covers the remainder."""
+    main = 1 << dim.bit_length() - 1
+    return main, max(16, triton.next_power_of_2(dim - main))
+
+
+def _choose_splits(programs: int, pages: int, device: torch.device) -> int:
+    """Return the number of splits, for a sequence of average length, that should finish first.
+
+    The estimate: a sequence holds at most 32 pages, and starting a program costs as much as 2 pages. A program fills a
+    whole SM, so 192 of them on 132 SMs take two waves at 73 % of the machine. Split in two, 384 take three half waves
+    at 97 %.
+    """
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    max_splits = max(1, min(64, pages // 2))
+    return min(range(1, max_splits + 1), key=lambda s: -(-programs * s // sms) * (-(-min(pages, 32) // s) + 2))
+
+
+def mla_decode(
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    v_dim: int | None = None,
+    plan: None = None,
+) -> Tensor:
+    """Attend one query token per sequence with absorbed MLA. Contract: `ref.mla_decode`; `v_dim` None: all columns.
+
+    q [B, H, C + R], kv_pages [pages, 64, C + R], both bf16 or both float32; page_table [B, P] int32, kv_lens [B] int32
+    -> [B, H, v_dim]. Length 0 gives zeros. The grid depends on shapes alone, and the host reads no length: safe in a
+    CUDA graph.
+
+    64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
+    as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
+    bf16 with v_dim <= C takes `decode_hopper`: pass v_dim.
+    """
+    batch, heads, kv_dim = q.shape
+    v_dim = v_dim or kv_dim
+    out = q.new_empty(batch, heads, v_dim)
+    if out.numel() == 0:
+        return out
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
+    block_h, block_n = (64, PAGE) if fast else (16, 16)
+    main, rest = _columns(kv_dim)
+    rows = kv_pages.view(-1, kv_dim)
+    groups = triton.cdiv(heads, block_h)
+    splits = _choose_splits(batch * groups, page_table.shape[1], q.device)
+    max_splits = splits
+    if batch > 1:  # a long sequence among short ones takes more than the average
+        max_splits = min(2 * splits, max(1, page_table.shape[1] // 2))
+    partial = torch.empty(batch, max_splits, heads, v_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    used = torch.empty(batch, dtype=torch.int32, device=q.device)
+    if decode_hopper.can_decode(q, main, v_dim):
+        decode_hopper.launch_decode(
+            q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest
+        )
+    else:
+        _decode_kernel[groups, max_splits, batch](
+            q,
+            TensorDescriptor.from_tensor(rows, [block_n, main]),
+            TensorDescriptor.from_tensor(rows, [block_n, rest]),
+            page_table,
+            kv_lens,
+            out,
+            partial,
+            lse,
+            used,
+            heads,
+            splits,
+            scale * LOG2_E,
+            q.stride(0),
+            q.stride(1),
+            page_table.stride(0),
+            kv_dim,
+            v_dim,
+            BLOCK_H=block_h,
+            BLOCK_N=block_n,
+            MAIN=main,
+            REST=rest,
+            PAGE=PAGE,
+            REST_VALUES=v_dim > main,
+            BLOCK_B=triton.next_power_of_2(batch),
+            num_stages=2 if fast else 1,
+            num_warps=8 if fast else 4,
+            **pdl(q),
+        )
+    if max_splits > 1:
+        _combine_kernel[heads, batch](
+            partial,
+            lse,
+            used,
+            out,
+            heads,
+            max_splits,
+            v_dim,
+            BLOCK_S=8,
+            BLOCK_V=triton.next_power_of_2(v_dim),
+            **pdl(q),
+        )
+    return out
