@@ -323,8 +323,6 @@ def test_flags_are_checked(tiny: Path) -> None:
 
 # A world of ranks.
 
-LAYERS = 2  # with experts, of `small`
-
 
 @dataclass(frozen=True)
 class Rank:
@@ -374,7 +372,7 @@ def check_failure(r: Rank, mesh: Mesh) -> None:
     engine = make(folder, mesh, EXTRA)
     rebalancer, before = engine.rebalancer, engine.rebalancer.map.clone()
     stat, content = path.stat(), path.read_bytes()
-    wanted = [random_map(LAYERS, 32, 36, seed) for seed in (1, 2)]
+    wanted = [random_map(4, 32, 36, seed) for seed in (1, 2)]
 
     def shrink_or_ask(turn: int) -> None:
         if turn in (3, 30):
@@ -403,7 +401,7 @@ def check_failure(r: Rank, mesh: Mesh) -> None:
     assert rebalancer.stats["rebalances_total"] == 1
     assert torch.equal(rebalancer.map.sort(1)[0], wanted[1].sort(1)[0])
 
-    rebalancer.request(random_map(LAYERS, 32, 36, mesh.rank))  # each wants another
+    rebalancer.request(random_map(4, 32, 36, mesh.rank))  # each wants another
     with redirect_stderr(said):
         assert generate(engine, mine(r.rank)) == r.expected[r.rank]
     assert rebalancer.stats["rebalance_failures"] == 3 and rebalancer.stats["rebalances_total"] == 1
@@ -417,7 +415,7 @@ def check_threshold(r: Rank, mesh: Mesh) -> None:
     settle(engine)
     assert 0.05 < engine.rebalancer.stats["balancedness"] < 1
     assert not engine.rebalancer.stats["rebalances_total"]
-    assert torch.equal(engine.rebalancer.map, torch.arange(32).expand(LAYERS, -1))
+    assert torch.equal(engine.rebalancer.map, torch.arange(32).expand(4, -1))
     engine.close()
 
 
@@ -431,7 +429,7 @@ def check_counts(r: Rank, mesh: Mesh) -> None:
         assert not interval or engine.rebalancer.stats["rebalances_total"]
         engine.close()
         mesh.agree(0)  # written
-        recordings.append(load_recording(path, LAYERS, 32))
+        recordings.append(load_recording(path, 4, 32))
     still, moving = recordings
     assert torch.equal(still.sum(2), moving.sum(2)) and still.sum() > 0
     assert (still - moving).abs().sum() <= 0.002 * still.sum()  # a near tie may fall otherwise, after another sum
@@ -456,7 +454,7 @@ def body(rank: int, tiny: Path, scratch: Path, maps: list[list[tuple[int, int]]]
         dist.barrier()
 
 
-def test_tokens_do_not_change_when_experts_move(small: Path, tmp_path: Path) -> None:
+def test_tokens_do_not_change_when_experts_move(tiny: Path, tmp_path: Path) -> None:
     drawn: list[list[tuple[int, int]]] = []
 
     @settings(max_examples=12, database=None, derandomize=True)
@@ -465,7 +463,7 @@ def test_tokens_do_not_change_when_experts_move(small: Path, tmp_path: Path) -> 
         drawn.append(maps)
 
     draw()
-    run_world(4, body, small, tmp_path, drawn, timeout_s=200)
+    run_world(4, body, tiny, tmp_path, drawn, timeout_s=200)
 
 
 # What one sees of it.
