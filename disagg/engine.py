@@ -222,7 +222,7 @@ class Engine:
         `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica.
 
-        `meanwhile()` is called once. For a decode step on a GPU that is after the launch, while the GPU works by itself.
+        `meanwhile()` is called once. For a decode step on a GPU that is after the launch, and the GPU works meanwhile.
         For any other step it is before the launch, which takes about as long as the step: the host must learn how many
         rows the experts get.
         """
