@@ -182,10 +182,11 @@ class Pair:
 @pytest.fixture
 def make_pair() -> Iterator[Any]:
     pairs: list[Pair] = []
+    doors = []  # a door's store ends with it
 
     def make(dtype: torch.dtype = torch.float32, name: str = "d", credits: Credits | None = None) -> Pair:
         """`credits`: the prefill rank's, if it has other links."""
-        door = Door(HOST)
+        doors.append(door := Door(HOST))
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
         pool = make_pool(CANARY, dtype)

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from disagg.control.messages import Submit, singly
 from disagg.engine import Engine
 from disagg.front.metrics import Metrics
 from disagg.pipeline import Pipeline, Turn
-from disagg.rebalance import Rebalancer
+from disagg.rebalance import SWITCH_S, Rebalancer, short_switches
 from disagg.request import Request
 from disagg.unified import Unified
 from kernels.ops import Ops
@@ -498,3 +499,11 @@ def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
         assert [bool(re.search(line, err)) for line in says] == [bool(flags)] * 2, err
         tokens.append([answer["token_ids"] for answer in read(out)])
     assert tokens[0] == tokens[1]
+
+
+def test_short_switches_end_with_what_they_are_for() -> None:
+    before = sys.getswitchinterval()
+    with pytest.raises(ValueError, match="over"), short_switches():
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+        raise ValueError("over")
+    assert sys.getswitchinterval() == before

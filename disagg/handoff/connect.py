@@ -26,7 +26,10 @@ KNOCK_AGAIN = datetime.timedelta(seconds=3)
 
 
 class Door:
-    """Where decode ranks knock: the two ports that they need to make a link with this prefill rank."""
+    """Where decode ranks knock: the two ports that they need to make a link with this prefill rank.
+
+    Keep it while its links live, because its store ends with it.
+    """
 
     def __init__(self, host: str) -> None:
         self.host = host

@@ -130,7 +130,7 @@ class End:
         pages = 1 + AHEAD * pages_for(max(self.args.prompts))
         self.pool = make_pool(config, pages, torch.bfloat16, self.device)
         self.page_bytes = self.pool[:, 0].nbytes
-        door = Door(HOST)  # decode ends have one too, but get no connections
+        self.door = door = Door(HOST)  # the decode ends' stays shut; a door's store ends with it
         me = Member(f"rank{self.rank}", HOST, door.port, door.store.port)
         members = self.world.exchange(me)
         self.link = self._link(me, members[self.peer], door, ops)
