@@ -24,10 +24,10 @@ Turn by turn, once both are running (a transfer is in flight from `dispatch>` to
 
 (SGLang has five stages, with b two behind. There, transfers hide behind attention only, and experts wait for them.)
 
-In prefill a dispatch makes the host wait until its tokens are there. With DeepEP that is in `arrival`: by then the other
-micro-batch's next computation is enqueued, so the GPU does not wait. The all-to-all waits in `dispatch` already, for
-all ranks' counts. Kernels that communicate in prefill hold SMs: while two
-micro-batches run, the large products leave those SMs free.
+In prefill a dispatch makes the host wait until its tokens are there. With DeepEP that is in `arrival`. By then the
+other micro-batch's next computation is enqueued, so the GPU does not wait. The all-to-all waits in `dispatch` already,
+for all ranks' counts. Kernels that communicate in prefill hold SMs: while two micro-batches run, the large products
+leave those SMs free.
 """
 
 import math
