@@ -71,12 +71,12 @@ class Group:
             dist.broadcast(x, group=self.handle, group_src=0)
         return x
 
-    def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> "Transfer":
+    def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> "AllToAll":
         """Start sending `send[r]` rows to every rank r; `recv[r]` rows arrive from it. None: equal shares."""
         if self.size == 1:
-            return Transfer(x, None, x)
+            return AllToAll(x, None, x)
         out = x.new_empty(sum(recv) if recv is not None else x.shape[0], *x.shape[1:])
-        return Transfer(out, dist.all_to_all_single(out, x, recv, send, group=self.handle, async_op=True), x)
+        return AllToAll(out, dist.all_to_all_single(out, x, recv, send, group=self.handle, async_op=True), x)
 
     def exchange(self, item: Any) -> list[Any]:
         """Return every member's (small, picklable) item, in rank order."""
@@ -88,7 +88,7 @@ class Group:
 
 
 @dataclass
-class Transfer:
+class AllToAll:
     """An all-to-all in flight. It keeps `source` alive until its bytes are sent. `wait` returns the result."""
 
     _out: Tensor

@@ -165,6 +165,20 @@ def test_a_second_ctrl_c_ends_a_rank_that_waits_for_a_frozen_one(tiny: Path, tmp
         place.until(lambda: router.statuses == [0], 20)
 
 
+def test_a_rank_that_waits_too_long_for_another_ends_its_job(tiny: Path, tmp_path: Path) -> None:
+    """The collective's own limit: nobody has to find and kill the rank that still runs."""
+    with town(tmp_path, tiny, **QUICK, disagg__loop__COLLECTIVE_S=3.0) as place:
+        router = place.router(LONG, "out")
+        place.worker("prefill")
+        decode = place.worker("decode", 2)
+        joined(place, router, 3)
+        decode.ranks[1].signal(signal.SIGSTOP)
+        place.until(lambda: decode.ranks[0].status is not None, 20)
+        assert decode.ranks[0].status == 1 and "Timed out waiting 3000ms" in decode.said, place.said
+        router.signal(signal.SIGINT)
+        place.until(lambda: router.statuses == [0], 20)
+
+
 def test_a_router_that_is_paused_loses_nothing(tiny: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
     """For three times as long as it takes its jobs to notice."""
     with town(tmp_path, tiny, **QUICK) as place:

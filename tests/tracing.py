@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from model.footprint import SPLIT_ROWS, SPLITS, grouped_rows
-from parallel.mesh import Group, Transfer
+from parallel.mesh import AllToAll, Group
 
 
 class Peak(TorchDispatchMode):
@@ -57,10 +57,10 @@ class FakeGroup(Group):
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> Transfer:
+    def all_to_all(self, x: Tensor, send: list[int] | None = None, recv: list[int] | None = None) -> AllToAll:
         if x.dim() == 1:  # counts of rows: each rank sends as many to this one as it sends to itself
-            return Transfer(torch.full_like(x, int(x[0])), None, x)
-        return Transfer(x.new_zeros(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)  # zeros are valid ids
+            return AllToAll(torch.full_like(x, int(x[0])), None, x)
+        return AllToAll(x.new_zeros(sum(recv) if recv else x.shape[0], *x.shape[1:]), None, x)  # zeros are valid ids
 
 
 def allocating_ops(alignment: int) -> Ops:

@@ -346,7 +346,7 @@ class Router:
         if not is_final:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
             print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)
-        for uid in list(lost.requests):
+        for uid in sorted(lost.requests):  # in the order in which they were submitted
             if is_final or self._tracked[uid].attempts >= ATTEMPTS:
                 error = INTERRUPTED if self.stopped() else f"the {role} replica serving it {how}"
                 self._end(uid, "error", error)
