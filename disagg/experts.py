@@ -1,5 +1,6 @@
 """Which experts the ranks of a job hold, and the recording of tokens per expert."""
 
+import zlib
 from pathlib import Path
 
 import torch
@@ -37,7 +38,13 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
             loads = load_recording(recording, layers, experts).sum(0)
         except ValueError as error:
             raise ValueError(f"--expert-map {error}") from None
-    return balanced(loads, experts + extra, config.n_group, mesh)
+    placement = balanced(loads, experts + extra, config.n_group, mesh)
+    maps = set(mesh.ep.exchange(zlib.crc32(placement.expert_of_slot.cpu().numpy())))
+    if len(maps) > 1:  # tokens would go to ranks that do not have their experts
+        raise ValueError(
+            f"--expert-map {recording}: it gives {len(maps)} different maps; all ranks must read the same one"
+        )
+    return placement
 
 
 def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:

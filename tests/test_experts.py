@@ -131,6 +131,11 @@ def body(rank: int, tiny: Path, scratch: Path) -> None:
     expected = one_run([("unified", engine, alone)], tiny, interrupt)
     if engine is not None:
         engine.close()
+    mesh, other = sub_mesh(0, 3), scratch / f"other-{rank}.safetensors"
+    if mesh is not None:
+        save_recording(other, [skewed(config).roll(rank, 1)], config.num_moe_layers, config.n_routed_experts)
+        with pytest.raises(ValueError, match="it gives 3 different maps; all ranks must read the same one"):
+            make_placement(config, mesh, EXTRA, str(other))
     arrangements = ((3, 1, None, "off"), (6, 1, str(skew), "on"), (6, 2, str(skew), "off"), (12, 1, str(skew), "off"))
     for size, attn_tp, recording, overlap in arrangements:
         mesh = sub_mesh(0, size, attn_tp)
