@@ -223,8 +223,8 @@ class Engine:
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica.
 
         `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
-        Any other step calls it before the launch, which takes about as long as the step itself. The host takes part
-        there, because it must learn how many rows the experts get.
+        Any other step calls it before the launch, because that takes about as long as the step itself. On a CPU the
+        host computes the step. On a GPU it waits inside the step for the experts' row counts.
         """
         work = self.lay_out(plan, decode_rows, most_tokens)
         ahead = self.runs_ahead(work)

@@ -1,7 +1,7 @@
 """Which library serves which op: decided once, handed to the model's constructors, printed once per job.
 
-Every op has a torch twin in `kernels/ref.py`: its specification, and the CPU path. Most also have a Triton kernel of
-ours, and some a vendor library. An op takes the first library in its row of PREFERENCE that can serve.
+Every op has a torch twin in `kernels/ref.py`: its specification, and the CPU path. Every op also has a Triton kernel of
+ours, and some are served by a vendor's library. An op takes the first library in its row of PREFERENCE that can serve.
 """
 
 import importlib

@@ -155,8 +155,8 @@ def sampling(config: ModelConfig, rows: int) -> int:
 def graphs(shape: StepShape, buckets: abc.Sequence[int]) -> int:
     """Estimate the bytes that the captured decode steps hold: one shared pool, and 60 KiB per layer of each step.
 
-    Captures run from the largest bucket to the smallest. The pool holds the logits of earlier captures beside the
-    present one's step, so its size is the largest such sum.
+    Captures run from the largest bucket to the smallest. Each capture's logits stay in the pool. So a capture needs its
+    own step and the logits of all captures before it. The pool is as large as the largest of these sums.
     """
     logits, pool = 0, 0
     for rows in sorted(buckets, reverse=True):

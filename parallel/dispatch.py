@@ -97,8 +97,9 @@ Arrived = Contiguous | Masked | Copies | Sliced
 class Pending(Generic[Result]):
     """A dispatch or combine in progress.
 
-    `receive()`, called once, waits for the data and returns a function. That function, called once, builds the result.
-    Two steps, because grouped rows are large and should exist only while the experts run.
+    Call `receive()` once. It waits for the data and returns a function. Call that function once. It returns the result:
+    grouped rows, or sums. The two calls are separate because grouped rows are large, and should exist only while the
+    experts run.
     """
 
     receive: Callable[[], Callable[[], Result]]

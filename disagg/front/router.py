@@ -283,8 +283,8 @@ class Router:
     def _fail(self, update: Update, tracked: Tracked) -> None:
         """Try a failed request again elsewhere, or end it with its error.
 
-        A request has ATTEMPTS attempts. One counts when it begins, or when it is refused before that although its
-        prefill replica is in the fleet.
+        A request has ATTEMPTS attempts. An attempt counts from the moment it begins. One that fails before it begins
+        counts too, unless its prefill replica has left the fleet.
         """
         prefill = tracked.prefill
         if prefill is not None and not tracked.begun and prefill.id in self.fleet.replicas:

@@ -16,8 +16,8 @@ from kernels import ref
 class ReceiveLink(Link):
     """The decode rank's end of a link.
 
-    It does not `meet`, because its side of the pipe can be written at once. It greets even if it has been stopped
-    before: the peer may already be in its own `greet`, which nothing else ends.
+    It needs no `meet`: the peer has opened the pipe already, so this end can write at once. It calls `greet` even if it
+    was stopped before that. The peer may already be waiting in its own `greet`, and nothing else ends that wait.
     """
 
     def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:

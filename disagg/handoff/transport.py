@@ -11,7 +11,8 @@ comes.
 One-sided transports (NIXL, Mooncake; not implemented yet): the decode end reads from a buffer that the prefill end has
 registered. It reads because neither library can cancel a remote write. `send` registers the packed pages. Its transfer
 completes when the peer reports that it has read them. `Sending` then carries their location, and `recv` reads. As with
-two-sided transports, only the decode rank writes to its own pages.
+two-sided transports, only the decode rank writes to its own pages. These two classes do not suffice for that yet:
+docs/design.md lists what else must change.
 """
 
 from typing import Protocol
@@ -59,6 +60,7 @@ class Transport(Protocol):
     def abort(self) -> None:
         """End all transfers in flight. Any thread may call it, repeatedly, but not two threads at a time.
 
-        Afterwards no byte is written to a tensor given to `recv`, unless that tensor is never used again.
+        Afterwards no tensor given to `recv` is written. With gloo one may still be, until the time-out. It then stays
+        allocated until it is complete, and nothing reads it.
         """
         ...

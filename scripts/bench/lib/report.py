@@ -17,6 +17,9 @@ INTRO = """# Measurements
 Rendered from `measurements.json` by `python -m scripts.bench.lib.report`; do not edit. `ratio` is how many times as
 good as its reference a figure is (over 1 is better, for times too). The kind of each figure is *measured*, *simulated*
 or *modelled*.
+
+A heading is the command as it was typed at the commit named below it. Commands are history and are not kept up to date:
+some name scripts that have moved since. To run one again, check out its commit.
 """
 
 
