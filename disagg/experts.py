@@ -21,6 +21,16 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
 
     Raises ValueError if the slots cannot be shared evenly, or the recording cannot be used.
     """
+    placement = _choose_placement(config, mesh, redundant, recording)
+    maps = set(mesh.ep.exchange(zlib.crc32(placement.expert_of_slot.cpu().numpy())))
+    if len(maps) > 1:  # tokens would go to ranks that do not have their experts
+        raise ValueError(
+            f"--expert-map {recording}: the ranks have {len(maps)} different maps; all must read the same one"
+        )
+    return placement
+
+
+def _choose_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: str | None) -> Placement:
     layers, experts, extra = config.num_moe_layers, config.n_routed_experts, redundant
     if not extra and recording is None:
         return Placement.identity(layers, experts, mesh.ep.size, mesh.device)
@@ -38,13 +48,7 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
             loads = load_recording(recording, layers, experts).sum(0)
         except ValueError as error:
             raise ValueError(f"--expert-map {error}") from None
-    placement = balanced(loads, experts + extra, config.n_group, mesh)
-    maps = set(mesh.ep.exchange(zlib.crc32(placement.expert_of_slot.cpu().numpy())))
-    if len(maps) > 1:  # tokens would go to ranks that do not have their experts
-        raise ValueError(
-            f"--expert-map {recording}: it gives {len(maps)} different maps; all ranks must read the same one"
-        )
-    return placement
+    return balanced(loads, experts + extra, config.n_group, mesh)
 
 
 def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:

@@ -134,7 +134,7 @@ def body(rank: int, tiny: Path, scratch: Path) -> None:
     mesh, other = sub_mesh(0, 3), scratch / f"other-{rank}.safetensors"
     if mesh is not None:
         save_recording(other, [skewed(config).roll(rank, 1)], config.num_moe_layers, config.n_routed_experts)
-        with pytest.raises(ValueError, match="it gives 3 different maps; all ranks must read the same one"):
+        with pytest.raises(ValueError, match="the ranks have 3 different maps; all must read the same one"):
             make_placement(config, mesh, EXTRA, str(other))
     arrangements = ((3, 1, None, "off"), (6, 1, str(skew), "on"), (6, 2, str(skew), "off"), (12, 1, str(skew), "off"))
     for size, attn_tp, recording, overlap in arrangements:
