@@ -37,6 +37,14 @@ def has_ipv6() -> bool:
     return True
 
 
+LONGEST = ("test_worlds", "test_rebalance", "test_bench_handoff", "test_faults", "test_torchrun", "test_cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The checkpoint that the project ships."""

@@ -53,6 +53,6 @@ def test_the_tokenizer_and_its_template(tiny: Path) -> None:
 
 def test_the_card_has_losses_and_samples(tiny: Path) -> None:
     card = (tiny / "README.md").read_text()
-    for word in ("King James", "WordNet", "Python", "public domain", "PSF", "scripts/tools/train_tiny.py", "H100"):
+    for word in ("King James", "WordNet", "Python", "public domain", "PSF", "scripts.tools.train_tiny", "H100"):
         assert word in card
     json.loads((tiny / "training.json").read_text())
