@@ -38,6 +38,7 @@ from disagg.handoff.protocol import (
     Closed,
     Join,
     Last,
+    Message,
     Open,
     Room,
     RoomEnded,
@@ -145,6 +146,21 @@ class End:
         event = self.hear()
         assert isinstance(event, Open) and event.request.uid == uid, event
         return event
+
+    def say(self, message: Message) -> None:
+        """Through the link's own thread, which alone may use its pipe."""
+        handle, said = self.link.handle, threading.Event()
+
+        def handling(item: Any) -> None:
+            if item is message:
+                self.link.pipe.send(message)
+                said.set()
+            else:
+                handle(item)
+
+        self.link.handle = handling
+        self.link.put(message)
+        assert said.wait(SOON)
 
     def hush(self) -> None:
         """No more is to be heard, not even when the link stops."""
@@ -758,7 +774,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
     pair = make_pair()
     for uid in (1, 2):
         pair.open(uid, [uid])
-    pair.prefill.link.pipe.send(Sending([1], [1]))  # announced, and then the sender's group goes down
+    pair.prefill.say(Sending([1], [1]))  # announced, and then the sender's group goes down
     time.sleep(0.3)
     pair.prefill.link._transport = None
     for _ in range(2):
@@ -783,7 +799,7 @@ def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     pair = make_pair()
     pair.open(1, [4])
     if side == "decode":
-        pair.prefill.link.pipe.send(Sending([1], [4]))  # and no bytes
+        pair.prefill.say(Sending([1], [4]))  # and no bytes
     else:
         pair.prefill.link.put(Join(2))
         pair.prefill.link.put(SendLast(2, 0, []))  # the decode link waits here, and takes no bytes
@@ -799,7 +815,7 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     """stop() lets the pages go at once, and a slow peer may still finish what it has begun."""
     pair = make_pair()
     pair.open(1, [4, 5])
-    pair.prefill.link.pipe.send(Sending([1], [4, 5]))
+    pair.prefill.say(Sending([1], [4, 5]))
     time.sleep(0.3)
     transport = pair.prefill.link.transport
     pair.decode.link.stop()
