@@ -37,12 +37,18 @@ def has_ipv6() -> bool:
     return True
 
 
-LONGEST = ("test_worlds", "test_rebalance", "test_bench_handoff", "test_faults", "test_torchrun", "test_cli")
+# Files whose tests start many processes. One worker runs them all, one after the other, and begins with them: two at a
+# time would take so long that they meet their own limits.
+PROCESSES = ("test_worlds", "test_rebalance", "test_bench_handoff", "test_faults", "test_torchrun", "test_cli")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each file's tests stay together (scripts/test: `--dist loadgroup`)."""
+    items.sort(key=lambda item: item.path.stem not in PROCESSES)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = "processes" if item.path.stem in PROCESSES else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
