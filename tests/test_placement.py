@@ -77,6 +77,14 @@ def test_the_two_tables_do_not_share_memory() -> None:
     assert placement.experts_on(0, 1) == [0, 1], "a layer shares its row with another"
 
 
+def test_a_placement_has_a_map_of_its_own() -> None:
+    """Whoever made it may go on to change the map that it was made from."""
+    of_slot = torch.arange(4).repeat(2, 1)
+    placement = Placement.of_map(of_slot, 4, 2)
+    of_slot[0, 0] = 3
+    assert placement.expert_of_slot[0].tolist() == [0, 1, 2, 3]
+
+
 def test_every_collective_in_a_group_of_one_gives_back_what_it_got() -> None:
     group, x = Group(), torch.randn(5, 3)
     before = x.clone()
