@@ -25,7 +25,7 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
     maps = set(mesh.ep.exchange(zlib.crc32(placement.expert_of_slot.cpu().numpy().tobytes())))
     if len(maps) > 1:  # tokens would go to ranks that do not have their experts
         raise ValueError(
-            f"--expert-map {recording}: the ranks have {len(maps)} different maps; all must read the same one"
+            f"--expert-map: the ranks have {len(maps)} different maps; all must read the same one (here: {recording})"
         )
     return placement
 

@@ -68,8 +68,8 @@ def _absorb_few_kernel(
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
     """Return q' = [W_UK^T q_nope, rope(q_rope)] for every head. Contract: `ref.absorb_query`.
 
-    q [B, H, nope + R] with unit last stride, w_uk [H, nope, C] with contiguous heads, tables [length, R / 2] float32,
-    positions [B] int64 -> [B, H, C + R].
+    Shapes: q [B, H, nope + R], w_uk [H, nope, C], positions [B] int64 -> [B, H, C + R]. The tables are float32
+    [length, R / 2]. The last stride of q must be 1, and each head of w_uk contiguous.
     """
     (batch, heads, _), (_, nope, latent) = q.shape, w_uk.shape
     rope_dim = q.shape[2] - nope
