@@ -18,7 +18,7 @@ import traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.conftest import ROOT
 
@@ -98,7 +98,8 @@ class Process:
         self._err = err or Path(_folder.name, f"{Process._count}.err")
         self._argv = argv
         args = module, argv, self._out, self._err, env or {}, constants or {}
-        self._process = fork_server.Process(target=_child, args=args, daemon=True)
+        # A benchmark may start processes in its turn, which a daemon may not.
+        self._process = fork_server.Process(target=_child, args=args, daemon=module == "run")
         self._process.start()
 
     @property
@@ -182,7 +183,30 @@ class Job:
             rank.end()
 
 
-def run_module(module: str, *flags: str, ranks: int = 1, timeout: float = 200) -> subprocess.CompletedProcess:
+def run_module(
+    module: str, *flags: str, ranks: int = 1, timeout: float = 200, constants: dict[str, Any] | None = None
+) -> subprocess.CompletedProcess:
     """Run `python -m MODULE`. Return its output and exit status."""
-    status, out, err = Job(list(flags), ranks, module=module).finish(timeout)
+    status, out, err = Job(list(flags), ranks, constants=constants, module=module).finish(timeout)
     return subprocess.CompletedProcess([module, *flags], status, out, err)
+
+
+class ForkedPopen:
+    """Stands for the `Popen` of a benchmark that starts jobs of run.py: the same process, from the fork server."""
+
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], stdout: IO, stderr: IO) -> None:
+        assert command[:2] == [sys.executable, "run.py"] and cwd == ROOT
+        self._run = Process(command[2:], Path(stdout.name), Path(stderr.name), env)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._run.status
+
+    def poll(self) -> int | None:
+        return self._run.status
+
+    def kill(self) -> None:
+        self._run.end()
+
+    def wait(self) -> None:
+        self._run.finish()

@@ -1,7 +1,5 @@
 """The benchmark of the handoff, on a CPU over gloo: every part runs, and its figures are consistent."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,16 +8,17 @@ import pytest
 from scripts.bench.handoff.jobs import TALKERS, after_the_kill
 from scripts.bench.handoff.traffic import AHEAD
 from scripts.bench.lib.measurements import load
-from tests.conftest import ROOT
+from tests.processes import ForkedPopen, run_module
 
 TINY = "--device cpu --repeat 8 --prompts 64,256 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
+FORKED = {"scripts.bench.handoff.jobs.Popen": ForkedPopen}
 STEPS = "--shape tiny --layers 2 --ep 4 --batch 4 --kv 64 --tokens 128"
 
 
 def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
     out = tmp_path / "records.json"
-    command = [sys.executable, "-m", "scripts.bench.handoff", *TINY.split(), *STEPS.split(), "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    flags = f"{TINY} {STEPS} --out {out}"
+    run = run_module("scripts.bench.handoff", *flags.split(), timeout=240, constants=FORKED)
     assert run.returncode == 0, run.stdout + run.stderr
     records = {record.name.removeprefix("handoff 1 + 1: "): record for record in load(out)}
 
@@ -55,8 +54,7 @@ def test_all_parts_run_and_their_figures_fit_together(tmp_path: Path) -> None:
 def test_prefill_jobs_may_be_tensor_parallel(tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     flags = f"{TINY} --pairs 2 --prefill-tp 2 --only tokens,requests --out {out}"
-    command = [sys.executable, "-m", "scripts.bench.handoff", *flags.split()]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    run = run_module("scripts.bench.handoff", *flags.split(), timeout=240, constants=FORKED)
     assert run.returncode == 0, run.stdout + run.stderr
     prefix = "handoff 2 + 2, prefill with attention TP 2: "
     records = {record.name.removeprefix(prefix): record.value for record in load(out)}
@@ -86,6 +84,5 @@ def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
     ),
 )
 def test_what_cannot_be_is_refused(flags: str, told: str) -> None:
-    command = [sys.executable, "-m", "scripts.bench.handoff", *flags.split()]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = run_module("scripts.bench.handoff", *flags.split(), timeout=60)
     assert run.returncode == 2 and told in run.stderr

@@ -8,7 +8,6 @@ its steps are far shorter.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from collections.abc import Generator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ class Jobs:
 
     def __init__(self, args: Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
-        self.processes: dict[str, list[subprocess.Popen]] = {}
-        self.killed: list[subprocess.Popen] = []
+        self.processes: dict[str, list[Popen]] = {}
+        self.killed: list[Popen] = []
 
     def start(self, name: str, role: str, ranks: int, first_gpu: int, *flags: str) -> None:
         """Start a job. `first_gpu`: the job's first GPU; its ranks see the other GPUs after it, in order."""
@@ -89,7 +89,7 @@ class Jobs:
         for rank in range(ranks):
             with self.log(name, rank).open("wb") as log:
                 of_rank = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = subprocess.Popen(command, cwd=ROOT, env=of_rank, stdout=log, stderr=log)
+                process = Popen(command, cwd=ROOT, env=of_rank, stdout=log, stderr=log)
             self.processes[name].append(process)
 
     def log(self, name: str, rank: int) -> Path:
