@@ -27,7 +27,8 @@ from typing import NoReturn
 from disagg.config import DTYPES, EngineConfig
 from disagg.launch import run_router, run_worker
 from model.config import ModelConfig
-from parallel.mesh import launched_local_rank
+from model.hub import find_model
+from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
 
@@ -41,7 +42,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags. Raises ValueError for flags that the role does not take, or that contradict each other."""
     common = Parser(add_help=False, allow_abbrev=False)
     add = common.add_argument
-    add("--model", required=True, metavar="DIR", help="Hugging Face folder: config.json, safetensors, tokenizer.json")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder (config.json, safetensors, tokenizer.json), or a hub id: ORG/NAME or ORG/NAME@REVISION",
+    )
     add("--role", choices=ROLES, default="unified", help="this job's role (unified: router, prefill and decode in one)")
     add("--max-model-len", type=int, metavar="N", help="limit of prompt plus generated tokens (the model's own)")
     first = Parser(add_help=False, allow_abbrev=False)
@@ -87,6 +93,12 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
     add = parser.add_argument_group("engine").add_argument
+    add(
+        "--load",
+        choices=("weights", "dummy"),
+        default="weights",
+        help="the folder's weights, or random ones of its configuration (weights)",
+    )
     add("--attn-tp", type=int, default=1, metavar="T", help="ranks per attention replica (1)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on CUDA, float32 on a CPU")
     add(
@@ -144,10 +156,12 @@ def main() -> int:
     interrupt = Interrupt()
     try:
         args = parse_args()
-        config = ModelConfig.from_pretrained(args.model)
         if args.role == "router":
-            return run_router(args, config, interrupt)
-        return run_worker(args, EngineConfig.from_flags(args), config, interrupt)
+            args.model = find_model(args.model, Mesh(), weights=False)
+            return run_router(args, ModelConfig.from_pretrained(args.model), interrupt)
+        settings, mesh = EngineConfig.from_flags(args), Mesh.create(args.attn_tp)
+        args.model = find_model(args.model, mesh, weights=args.load == "weights")
+        return run_worker(args, settings, ModelConfig.from_pretrained(args.model), mesh, interrupt)
     except BrokenPipeError:
         discard_stdout()
         print("run.py: error: nobody reads what it prints", file=sys.stderr)

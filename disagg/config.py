@@ -56,6 +56,7 @@ class EngineConfig:
     max_tokens_per_step: int = 1024
     kv_tokens: int | None = None  # None: as many as fit on a GPU; 65,536 on a CPU
     max_model_len: int | None = None  # None: the model's max_position_embeddings
+    load: str = "weights"  # of the checkpoint; or "dummy": random ones
     dtype: str = "auto"
     dispatch: str = "auto"
     decodes: bool = True  # False for a prefill job

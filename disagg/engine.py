@@ -17,21 +17,21 @@ from torch import Tensor
 
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
-from disagg.memory import Budget, claim_memory, lift_limit, pages_on_host, plan_parts
+from disagg.memory import Budget, claim_memory, lift_limit, pages_on_host, plan_parts, room_for_weights
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Step, Work
 from disagg.steps import DecodeStep, PromptStep, make_buckets
 from kernels.ops import Ops
 from model.batch import NO_DECODES, PAGE, Batch, Chunk, to_host
-from model.checkpoint import check_checkpoint
+from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, sample, top_logprobs
 from model.transformer import Transformer
-from model.weights import ExpertReader, load_weights
+from model.weights import DummyWeights, ExpertReader, check_room, load_weights
 from parallel.dispatch import most_copies
 from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.load_counter import LoadCounter
@@ -120,20 +120,35 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
         handoff_bytes: int = 0,
     ) -> "Engine":
-        """Collective. Make an engine with this rank's share of the weights in `folder`."""
+        """Collective. Make an engine with this rank's share of the weights in `folder`, or of random ones.
+
+        Raises ValueError on all ranks if one of them cannot load its share.
+        """
         moves, layers = settings.rebalance.interval > 0, settings.rebalance.layers_per_step
         if moves and layers > config.num_moe_layers:
             raise ValueError(
                 f"--rebalance: the layers at once are {layers}; they must be at most the model's layers with experts "
                 f"({config.num_moe_layers})"
             )
-        check_checkpoint(folder, config)  # before anything allocates memory by config.json alone
-        placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
+        # These two come before anything allocates memory by config.json alone.
+        dummy = settings.load == "dummy"
+        source = DummyWeights(config, mesh.device) if dummy else open_checkpoint(folder, config)
         dtype = settings.torch_dtype(mesh.device)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
+        check_room(config, mesh, dtype.itemsize, fp8, room_for_weights(mesh))
+        placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
-        load_weights(model, folder, config, mesh)
-        return cls(settings, model, mesh, say, ExpertReader(folder, config) if moves else None, handoff_bytes)
+        began, problem = time.perf_counter(), None
+        try:
+            loaded = load_weights(model, source, mesh, hide=None if mesh.rank == 0 else True)
+        except (OSError, ValueError) as error:
+            loaded, problem = 0, f"--model {folder}: {error}"
+        if problems := [other for other in mesh.ep.exchange(problem) if other is not None]:
+            raise ValueError(problems[0])
+        seconds = time.perf_counter() - began
+        made = "made at random" if dummy else f"read by each rank, {loaded / 1e9 / seconds:.2f} GB/s"
+        say(f"{'weights':>10}: {loaded / 1e9:.3f} GB in {seconds:.1f} s, {made}")
+        return cls(settings, model, mesh, say, ExpertReader(source, config) if moves else None, handoff_bytes)
 
     def _decide_graphs(self) -> tuple[bool, str]:
         """Decide whether to capture the decode step. Returns that, and a line for the log, which may be empty."""

@@ -32,12 +32,13 @@ def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> in
     return 1 if front.failed else 0
 
 
-def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, interrupt: Interrupt) -> int:
+def run_worker(
+    args: Namespace, settings: EngineConfig, config: ModelConfig, mesh: Mesh, interrupt: Interrupt
+) -> int:
     """Run one rank of a job. Returns the process's exit status.
 
     Raises ValueError for flags that the model or the machine does not allow.
     """
-    mesh = Mesh.create(args.attn_tp)
     choose_threads(mesh.device)
 
     def say(text: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from model.batch import PAGE
 from model.footprint import StepShape, contiguous_step, graphs, masked_step, sampling, table_bytes, weight_bytes
 from model.transformer import Transformer
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, gpu_id
 
 GIB = 2**30
 KV_TOKENS_ON_CPU = 65536
@@ -114,6 +114,15 @@ def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
             f"that are available{among}; " + (f"--kv-tokens can be at most {most}" if most > 0 else "no page fits")
         )
     return pages
+
+
+def room_for_weights(mesh: Mesh) -> int:
+    """Collective. Return the bytes that a rank can have at most for its weights, on the rank that has the least."""
+    on_gpu = mesh.device.type == "cuda"
+    place = gpu_id(mesh.device) if on_gpu else socket.gethostname()
+    seen = mesh.ep.exchange((place, torch.cuda.mem_get_info(mesh.device)[0] if on_gpu else host_memory()))
+    places = [place for place, _ in seen]
+    return min(available // places.count(place) for place, available in seen)
 
 
 def host_memory() -> int:

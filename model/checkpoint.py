@@ -1,20 +1,29 @@
 """A checkpoint on disk: its tensors' names and shapes, and the parameters of ours that they fill.
 
 `checkpoint_table` is the whole mapping. `check_checkpoint` compares the files with it, in both directions. It reads
-only the files' headers. It runs before the model is made, so a size that config.json wrongly claims costs no memory.
+only the files' headers (and a tied LM head, if there is one). It runs before the model is made, so a size that
+config.json wrongly claims costs no memory.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from torch import Tensor
 
+from kernels.fp8 import BLOCK
 from model.config import ModelConfig, read_json, shown
+from model.shard import DTYPES, Part, Shard, Stored
 
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHTS, SCALES = ("BF16", "F16", "F32", "F8_E4M3"), ("F32", "BF16", "F16", "F8_E8M0")  # the dtypes of each
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+MTP_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head")
+EXTRA_ENDINGS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,9 @@ class Entry:
 def checkpoint_table(config: ModelConfig, attn_tp: int = 1) -> Iterator[Entry]:
     """Yield every tensor that a checkpoint of this configuration has. A tied embedding fills two parameters."""
     vocab = (config.vocab_size, config.hidden_size)
-    yield Entry("model.embed_tokens.weight", vocab, "embed_tokens.weight")
+    yield Entry(EMBEDDING, vocab, "embed_tokens.weight")
     yield Entry("model.norm.weight", (config.hidden_size,), "head.norm.weight")
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
     yield Entry(head, vocab, "head.lm_head.weight", split=0)
     for layer in range(config.num_hidden_layers):
         yield from _block_table(config, attn_tp, layer, f"model.layers.{layer}", f"layers.{layer}")
@@ -97,70 +106,172 @@ def _ffn_table(theirs: str, ours: str, width: int, hidden: int, attn_tp: int = 1
     yield Entry(f"{theirs}.down_proj.weight", (hidden, width), f"{ours}.down_proj.weight", columns)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A stored tensor: its file and its shape."""
+class Checkpoint:
+    """The tensors of a Hugging Face folder: where each one is, and its parts on request."""
 
-    path: Path
-    shape: tuple[int, ...]
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        """Open the files and read their headers, each once. Files that hold only extra tensors may be missing.
+
+        Raises ValueError if a file is missing or broken.
+        """
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if index.is_file():
+            self.shard_of = self._open_indexed(_read_index(index), config)
+        else:
+            shard = Shard(_single_file(self.folder))
+            self.shard_of = dict.fromkeys(shard.tensors, shard)
+        for name in [name for name in self.shard_of if is_extra(name, config, self.shard_of)]:
+            del self.shard_of[name]
+
+    def _open_indexed(self, files: dict[str, str], config: ModelConfig) -> dict[str, Shard]:
+        """Open the shards of an index (tensor -> file name)."""
+        files = {name: file for name, file in files.items() if not is_extra(name, config, files)}
+        paths = {file: self.folder / file for file in sorted(set(files.values()))}
+        complain(self.folder, "shards are missing", [path.name for path in paths.values() if not path.is_file()])
+        shards = {file: Shard(path) for file, path in paths.items()}
+        absent = [name for name, file in files.items() if name not in shards[file].tensors]
+        complain(self.folder, "tensors are missing from the shard that the index names", sorted(absent))
+        twice = [name for file, shard in shards.items() for name in shard.tensors if files.get(name, file) != file]
+        complain(self.folder, "tensors are in two shards", sorted(twice))
+        return {name: shards[file] for name, file in files.items()}
+
+    def stored(self, name: str) -> Stored:
+        return self.shard_of[name].tensors[name]
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return DTYPES[self.stored(entry.name).dtype]
+
+    def read(self, entry: Entry, part: Part, into: Tensor | None = None) -> Tensor:
+        """Read a part of a tensor on the host: `into`, if it fits, or a new one. Raises OSError if it cannot."""
+        return self.shard_of[entry.name].read(entry.name, part, into)
+
+    def scale(self, entry: Entry, part: Part) -> Tensor:
+        """Read the scales of an fp8 tensor's part, as float32: of all blocks that it touches."""
+        return self.shard_of[entry.scale_name].read(entry.scale_name, blocks(part)).float()
+
+    def close(self) -> None:
+        for shard in set(self.shard_of.values()):
+            shard.close()
 
 
-def check_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Path]:
-    """Return the file of each tensor, by name. Raises ValueError with the tensors that are not as `config` says.
+def blocks(part: Part) -> Part:
+    """Return the 128x128 blocks that a part touches, as a part of the scales."""
+    assert part.columns is not None
+    (top, bottom), (left, right) = part
+    return Part((top // BLOCK, -(-bottom // BLOCK)), (left // BLOCK, -(-right // BLOCK)))
+
+
+def open_checkpoint(folder: str | Path, config: ModelConfig) -> Checkpoint:
+    """Open a checkpoint that has what `config` asks for.
+
+    Only the files' headers are read, and they bound the time. Raises ValueError with the tensors that are not as
+    config.json says.
+    """
+    checkpoint = Checkpoint(folder, config)
+    check_checkpoint(checkpoint, config)
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise ValueError with the tensors that are missing, left over, or not of the right shape or dtype.
 
     It stops early if config.json asks for more tensors than the files hold.
     """
-    stored = read_headers(Path(folder))
-    wanted, missing, wrong = set(), {}, []
+    folder, names = checkpoint.folder, checkpoint.shard_of
+    wanted, missing, wrong, formats = set(), {}, [], []
     for entry in checkpoint_table(config):
         wanted.add(entry.name)
         if config.fp8:
             wanted.add(entry.scale_name)
-        if entry.name not in stored:
+        if entry.name not in names:
             missing[entry.name] = None
-        elif stored[entry.name].shape != entry.shape:
-            wrong.append(f"{entry.name} is {list(stored[entry.name].shape)}, must be {list(entry.shape)}")
-        if len(missing) > len(stored):
+        elif (stored := checkpoint.stored(entry.name)).shape != entry.shape:
+            wrong.append(f"{entry.name} is {list(stored.shape)}, must be {list(entry.shape)}")
+        else:
+            formats += _wrong_format(checkpoint, entry)
+        if len(missing) > len(names):
             complain(folder, "or more tensors that config.json asks for are missing", list(missing))
     complain(folder, "tensors that config.json asks for are missing", list(missing))
-    left_over = [name for name in stored if name not in wanted and not _is_known_extra(name, config)]
+    left_over = [name for name in names if name not in wanted and not (name == HEAD and config.tie_word_embeddings)]
     complain(folder, "tensors are not of this model", sorted(left_over))
     complain(folder, "tensors have another shape than config.json says", wrong)
-    return {name: at.path for name, at in stored.items()}
+    complain(folder, "tensors are not in a format that can be loaded", formats)
+    if config.tie_word_embeddings and HEAD in names:
+        _check_tied(checkpoint, config)
 
 
-def _is_known_extra(name: str, config: ModelConfig) -> bool:
-    """Return whether the model ignores this tensor.
+def _wrong_format(checkpoint: Checkpoint, entry: Entry) -> Iterator[str]:
+    """Yield what is wrong with the dtype or the scales of a tensor."""
+    stored, name, scaled = checkpoint.stored(entry.name), entry.scale_name, entry.scale_name in checkpoint.shard_of
+    if stored.dtype not in WEIGHTS:
+        yield f"{entry.name} is in {stored.dtype}, must be in {' or '.join(WEIGHTS)}"
+    elif stored.dtype != "F8_E4M3":
+        if scaled:
+            yield f"{entry.name} is in {DTYPES[stored.dtype]}, but there is a {name}"
+    elif len(stored.shape) != 2:
+        yield f"{entry.name} is in fp8, which only matrices can be"
+    elif not scaled:
+        yield f"{entry.name} is in fp8, but there is no {name}"
+    elif (scale := checkpoint.stored(name)).shape != (expected := tuple(-(-size // BLOCK) for size in entry.shape)):
+        yield f"{name} is {list(scale.shape)}, must be {list(expected)}"
+    elif scale.dtype not in SCALES:
+        yield f"{name} is in {scale.dtype}, must be in {' or '.join(SCALES)}"
 
-    It ignores multi-token-prediction layers, which are stored after the last layer, and old checkpoints' rope
-    frequencies.
+
+def _check_tied(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise ValueError if there is an LM head beside tied embeddings, and it differs from the embedding.
+
+    Both are read, a few rows at a time.
     """
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    last = config.num_hidden_layers + config.num_nextn_predict_layers
-    if match is not None and config.num_hidden_layers <= int(match[1]) < last:
-        return True
-    return name.endswith("rotary_emb.inv_freq")
+    rows, columns = config.vocab_size, config.hidden_size
+    embedding, head = (Entry(name, (rows, columns), "") for name in (EMBEDDING, HEAD))
+    same = checkpoint.stored(HEAD).shape == (rows, columns) and not list(_wrong_format(checkpoint, head))
+    step = max(1, 2**22 // columns)
+    for first in range(0, rows if same else 0, step):
+        part = Part((first, min(first + step, rows)), (0, columns))
+        if not torch.equal(checkpoint.read(embedding, part).float(), checkpoint.read(head, part).float()):
+            same = False
+            break
+    if not same:
+        raise ValueError(
+            f"{checkpoint.folder}: config.json's tie_word_embeddings is true, but {HEAD} is there, and is not equal to "
+            f"{EMBEDDING}"
+        )
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """Locate every tensor that the index names, or that the single file holds.
+def is_extra(name: str, config: ModelConfig, names: Container[str]) -> bool:
+    """Return whether the model ignores this tensor of `names`.
 
-    Raises ValueError if a file is missing or not whole.
+    It ignores three kinds. Multi-token-prediction layers are stored behind the last layer; config.json need not count
+    them. Old checkpoints have rope frequencies. Some tools add scales for a KV cache in fp8, which there is none of.
     """
-    if not (folder / INDEX).is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise ValueError(f"{folder}: it has neither model.safetensors nor {INDEX}")
-        return _read_header(single)
-    files = _read_index(folder / INDEX)
-    complain(folder, "shards are missing", sorted({path.name for path in files.values() if not path.is_file()}))
-    headers = {path: _read_header(path) for path in sorted(set(files.values()))}
-    absent = [name for name, path in files.items() if name not in headers[path]]
-    complain(folder, "tensors are missing from the shard that the index names", sorted(absent))
-    return {name: headers[path][name] for name, path in files.items()}
+    if (match := LAYER.match(name)) is not None and (layer := int(match[1])) >= config.num_hidden_layers:
+        if layer < config.num_hidden_layers + config.num_nextn_predict_layers:
+            return True
+        if any(f"model.layers.{layer}.{mark}.weight" in names for mark in MTP_MARKS):
+            return True
+    return name.endswith(EXTRA_ENDINGS)
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def _single_file(folder: Path) -> Path:
+    """Return model.safetensors. Raises ValueError with what is there instead."""
+    if (single := folder / "model.safetensors").is_file():
+        return single
+    nothing = f"{folder}: it has neither model.safetensors nor {INDEX}"
+    for ending, what in (
+        ("safetensors", "whose index is missing"),
+        ("gguf", "GGUF is not supported, only safetensors"),
+        ("bin", "PyTorch's own format is not supported, only safetensors"),
+        ("pt", "PyTorch's own format is not supported, only safetensors"),
+        ("pth", "PyTorch's own format is not supported, only safetensors"),
+    ):
+        if found := sorted(path.name for path in folder.glob(f"*.{ending}")):
+            raise ValueError(f"{nothing}, but {len(found)} *.{ending} ({shown(found[0])}): {what}")
+    raise ValueError(nothing)
+
+
+def _read_index(index: Path) -> dict[str, str]:
     """Return each tensor's shard. A shard's path must stay inside the folder, but may be a link to a download cache."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
@@ -168,26 +279,21 @@ def _read_index(index: Path) -> dict[str, Path]:
     for name, shard in files.items():
         if not _stays_inside(shard):
             raise ValueError(f"{index}: the shard of {shown(name)} is {shown(shard)}; it must be a file of this folder")
-    return {name: index.parent / shard for name, shard in files.items()}
+    return files
 
 
 def _stays_inside(shard: Any) -> bool:
     return isinstance(shard, str) and not PurePosixPath(shard).is_absolute() and ".." not in PurePosixPath(shard).parts
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
-    with open_shard(path) as file:
-        return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-
-
-def open_shard(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+def needed_shards(index: Path, config: ModelConfig) -> list[str]:
+    """Return the files of an index that hold a tensor of the model. Raises ValueError if it is none."""
+    files = _read_index(index)
+    return sorted({file for name, file in files.items() if not is_extra(name, config, files)})
 
 
 def complain(folder: str | Path, what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        raise ValueError(f"{folder}: {len(names)} {what}: {'; '.join(names[:4])}{more}")
+        some = "; ".join(name if name.isprintable() and len(name) < 300 else shown(name) for name in names[:4])
+        raise ValueError(f"{folder}: {len(names)} {what}: {some}{more}")

@@ -6,6 +6,22 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 SUPPORTED = "deepseek_v3"
+METHODS = {  # quantisations that are refused, by quantization_config's quant_method
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "compressed-tensors": "compressed-tensors (int4, int8 or fp8 per channel)",
+    "bitsandbytes": "bitsandbytes",
+    "modelopt": "NVIDIA ModelOpt (NVFP4 or fp8 per tensor)",
+    "modelopt_fp4": "NVIDIA ModelOpt (NVFP4)",
+    "mxfp4": "MXFP4",
+    "quark": "AMD Quark",
+    "gguf": "GGUF",
+    "auto-round": "AutoRound",
+    "intel/auto-round": "AutoRound",
+    "w4afp8": "W4AFP8",
+}
+QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # ModelOpt, GPTQ, AWQ
+TAKEN = "only bf16, fp16, float32 and fp8 in blocks of 128 x 128 are supported"
 MAY_BE_ZERO = (
     "n_shared_experts",
     "first_k_dense_replace",
@@ -18,6 +34,7 @@ MOST_SIZE = 2**31 - 1  # kernels count in int32
 LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # a product of a few such numbers stays within float32
 LEAST_THETA = 2  # rope's frequencies must fall from pair to pair, and YaRN divides by log(theta)
 MOST_BYTES = 2**26  # for a file other than weights; DeepSeek-V3's largest, the index, has 9 million bytes
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1"  # what a clone without git-LFS has in place of a file
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,12 @@ class ModelConfig:
             raise ValueError(f"--model {folder}: no such folder")
         if not path.is_file():
             raise ValueError(f"--model {folder}: it has no config.json")
-        config = cls.from_dict(read_json(path), str(path))
+        raw = read_json(path)
+        if not raw.get("quantization_config"):
+            for other in (Path(folder) / name for name in QUANTIZER_FILES):
+                if other.is_file():
+                    raise ValueError(f"{other}: the weights are quantised, but config.json does not say how; {TAKEN}")
+        config = cls.from_dict(raw, str(path))
         if not generation.is_file():
             return config
         more = _token_ids(read_json(generation), str(generation))
@@ -122,7 +144,9 @@ class ModelConfig:
         }
         own["eos_token_ids"] = _token_ids(raw, where)
         own["rope"] = _read_rope(raw, where)
-        own["fp8"] = _read_quantization(raw.get("quantization_config"), where)
+        own["fp8"] = _read_quantization(raw.get("quantization_config") or raw.get("compression_config"), where)
+        if raw.get("n_shared_experts", 1) is None:
+            own["n_shared_experts"] = 0
         required = [
             f.name for f in cls.__dataclass_fields__.values() if f.default is f.default_factory or f.name in ASKED_FOR
         ]
@@ -175,7 +199,10 @@ def read_text(path: Path) -> str:
     """Read a checkpoint's file other than weights. Raises ValueError with its path."""
     try:
         if (size := path.stat().st_size) <= MOST_BYTES:
-            return path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
+            if text.startswith(LFS_POINTER):
+                raise ValueError(f"{path}: is a git-LFS pointer, not the file: git lfs pull")
+            return text
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -209,12 +236,17 @@ def _token_ids(raw: dict, where: str) -> tuple[int, ...]:
 
 
 def _read_quantization(given: dict | None, where: str) -> bool:
+    """Return whether the weights are in block fp8. Raises ValueError with the name of any other quantisation."""
     if not given:
         return False
     if not isinstance(given, dict):
         raise ValueError(f"{where}: quantization_config is {shown(given)}; it must be an object")
-    given = {"fmt": "e4m3"} | given
-    for name, only in (("quant_method", "fp8"), ("weight_block_size", [128, 128]), ("fmt", "e4m3")):
+    given = {"fmt": "e4m3", "activation_scheme": "dynamic"} | given
+    method = given.get("quant_method")
+    if (name := METHODS.get(method) if isinstance(method, str) else None) is not None:
+        raise ValueError(f"{where}: the weights are quantised with {name} (quant_method {method!r}); {TAKEN}")
+    rules = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    for name, only in rules.items():
         if (value := given.get(name)) != only:
             raise ValueError(f"{where}: quantization_config's {name} is {shown(value)}; only {only!r} is supported")
     return True

@@ -1,6 +1,7 @@
-"""Weights from a Hugging Face folder, streamed: each rank reads only the bytes of its own tensors.
+"""Weights, streamed into the model: each rank reads only the bytes of its own shares, a few tensors at a time.
 
-The table in `model/checkpoint.py` says which tensor fills which parameter, and how it is split.
+The table in `model/checkpoint.py` says which tensor fills which parameter, and how it is split. The numbers come from a
+`Source`: a checkpoint's files, or `DummyWeights`.
 
 The scales of a tensor NAME in block fp8 are the tensor `NAME_scale_inv`. If the parameter is fp8 too, both are copied
 as they are, always together. Otherwise the tensor is dequantised while loading.
@@ -8,65 +9,210 @@ as they are, always together. Otherwise the tensor is dequantised while loading.
 `ExpertReader` reads single experts again while the model serves.
 """
 
-import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from types import EllipsisType
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kernels.fp8 import BLOCK, dequantize_128x128
-from model.checkpoint import Entry, check_checkpoint, checkpoint_table, open_shard, read_headers
+from model.checkpoint import Entry, blocks, checkpoint_table
 from model.config import ModelConfig
+from model.dummy import deviation, random_part
 from model.layers import FP8
+from model.shard import Part
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
+MOST_TENSORS = 2**20  # DeepSeek-V3 has 46,000
+PIECE_BYTES = 2**25  # a larger tensor is loaded in pieces of whole blocks of rows
+THREADS = min(8, os.cpu_count() or 1)  # that load at once, each with a piece
 
-def load_weights(model: Transformer, folder: str | Path, config: ModelConfig, mesh: Mesh) -> None:
-    """Fill `model` from the safetensors files in `folder`. Raises ValueError with the tensors that are wrong."""
-    files = check_checkpoint(folder, config)
-    parameters = dict(model.named_parameters())
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(open_shard(path)) for path in sorted(set(files.values()))}
-        for entry in checkpoint_table(config, mesh.attn.size):
-            targets = list(_targets(parameters[entry.parameter], entry, model.placement, mesh))
-            if not targets:
-                continue
-            share, stored = _my_share(entry, mesh), opened[files[entry.name]].get_slice(entry.name)
-            read = lambda name: opened[files[name]].get_tensor(name)  # noqa: E731
-            value, scale = _fit(folder, entry, targets[0].dtype, stored[share], read, files, share)
-            for target in targets:
+
+class Source(Protocol):
+    """Where weights come from. Both methods may be called by several threads."""
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Return the dtype of a tensor: float8_e4m3fn if it has scales."""
+        ...
+
+    def read(self, entry: Entry, part: Part, into: Tensor) -> Tensor:
+        """Return a part of a tensor, in its dtype: `into`, which has the part's shape, if the part could be put there.
+
+        Raises OSError if it cannot be read.
+        """
+        ...
+
+    def scale(self, entry: Entry, part: Part) -> Tensor:
+        """Return the scales of all blocks that a part of an fp8 tensor touches, in float32."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DummyWeights:
+    """Random weights of a configuration, made on `device` when they are read (`model/dummy.py`).
+
+    In fp8 configurations the projections are in fp8.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.fp8, self.device = config.fp8, device
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return FP8 if self.fp8 and "_proj" in entry.name else torch.float32
+
+    def read(self, entry: Entry, part: Part, into: Tensor) -> Tensor:
+        dtype = self.dtype(entry)
+        values = random_part(entry.name, entry.shape, part.rows, self.device, unit=dtype == FP8)
+        return values.to(dtype) if part.columns is None else values[:, slice(*part.columns)].to(dtype)
+
+    def scale(self, entry: Entry, part: Part) -> Tensor:
+        return torch.full(blocks(part).shape, deviation(entry.shape), device=self.device)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a rank's share of a tensor, and the places that they fill: several if an expert has replicas here.
+
+    `scales`: the places of their scales, if the parameter is in fp8.
+    """
+
+    entry: Entry
+    part: Part
+    targets: list[Tensor]
+    scales: list[Tensor]
+
+    def load(self, source: Source) -> None:
+        """Read and copy. Raises OSError if it cannot be read, ValueError if an fp8 parameter's tensor is not in fp8."""
+        entry, part, first = self.entry, self.part, self.targets[0]
+        value = source.read(entry, part, first)
+        if value.dtype == FP8:
+            scale = source.scale(entry, part)
+            for target in self.scales:
+                target.copy_(scale)
+            if first.dtype != FP8:
+                assert part.columns is not None
+                value = dequantize_128x128(value, scale, part.rows[0] % BLOCK, part.columns[0] % BLOCK)
+        elif first.dtype == FP8:
+            raise ValueError(f"{entry.name} is in {value.dtype}, not in fp8 as config.json says")
+        for target in self.targets:
+            if target is not value:
                 target.copy_(value)
-            if scale is not None:
-                blocks = replace(entry, rows=_blocks(*entry.rows))
-                for place in _targets(parameters[f"{entry.parameter}_scale_inv"], blocks, model.placement, mesh):
-                    place.copy_(scale)
+
+    @property
+    def num_values(self) -> int:
+        return prod(self.part.shape)
+
+
+def load_weights(model: Transformer, source: Source, mesh: Mesh, hide: bool | None = True) -> int:
+    """Fill the parameters of this rank. Returns the bytes that were read, without scales.
+
+    Several threads load a piece each, so the memory beyond the model is a few pieces. `hide`: show no progress bar;
+    None: show it on terminals. Raises OSError if a file cannot be read, ValueError if a dtype is not as expected.
+    """
+    pieces = list(_pieces(model, source, mesh))
+    sizes = [piece.num_values * source.dtype(piece.entry).itemsize for piece in pieces]
+    bar = tqdm(total=sum(sizes), desc="loading", unit="B", unit_scale=True, disable=hide)
+    with bar, ThreadPoolExecutor(THREADS, "load") as pool:
+        work = iter(zip(pieces, sizes, strict=True))
+        running: dict[Future, int] = {}
+        while True:
+            for piece, size in islice(work, 2 * THREADS - len(running)):
+                running[pool.submit(piece.load, source)] = size
+            if not running:
+                return sum(sizes)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()  # raises what the thread raised; the few pieces in flight end first
+                bar.update(running.pop(future))
+
+
+def _pieces(model: Transformer, source: Source, mesh: Mesh) -> Iterator[Piece]:
+    """Yield all that this rank loads, in the table's order."""
+    parameters, slots = dict(model.named_parameters()), _local_slots(model.placement, mesh)
+    for entry in checkpoint_table(model.config, mesh.attn.size):
+        places: list[int | EllipsisType] = [...] if entry.expert is None else slots[entry.moe_layer, entry.expert]
+        if not places:
+            continue
+        parameter, scale = parameters[entry.parameter], None
+        if parameter.dtype == FP8:
+            scale = parameters[f"{entry.parameter}_scale_inv"]
+        (first, end), columns = share = _share(entry, mesh)
+        row_bytes = source.dtype(entry).itemsize * prod(share.shape[1:])
+        step = max(1, PIECE_BYTES // (BLOCK * row_bytes)) * BLOCK
+        for row in range(first, end, step):
+            part = Part((row, min(row + step, end)), columns)
+            begin = entry.rows[0] + row - first
+            here = begin, begin + part.shape[0]
+            targets = [parameter[place][slice(*here)] for place in places]
+            scales = [] if scale is None else [scale[place][slice(*_blocks(*here))] for place in places]
+            yield Piece(entry, part, targets, scales)
+
+
+def _local_slots(placement: Placement, mesh: Mesh) -> defaultdict[tuple[int, int], list[int]]:
+    """Return the slots of this rank that hold an expert, by MoE layer and expert; none for most."""
+    slots = defaultdict(list)
+    for layer in range(len(placement.expert_of_slot)):
+        for slot, expert in enumerate(placement.experts_on(mesh.ep.rank, layer)):
+            slots[layer, expert].append(slot)
+    return slots
+
+
+def _share(entry: Entry, mesh: Mesh) -> Part:
+    """Return this rank's part of a tensor."""
+    whole = Part.whole(entry.shape)
+    if entry.split is None:
+        return whole
+    size = entry.shape[entry.split] // mesh.attn.size
+    local = (mesh.attn.rank * size, (mesh.attn.rank + 1) * size)
+    return whole._replace(rows=local) if entry.split == 0 else whole._replace(columns=local)
+
+
+def _blocks(first: int, end: int | None) -> tuple[int, int | None]:
+    """Return the range of 128-row blocks for a range of rows that begins with a whole block."""
+    return first // BLOCK, None if end is None else -(-end // BLOCK)
+
+
+def check_room(config: ModelConfig, mesh: Mesh, itemsize: int, fp8: bool, room: int) -> None:
+    """Raise ValueError if this rank's weights have more than `room` bytes, before any of them is allocated.
+
+    `itemsize`: bytes per value, except for projections with `fp8`. The time is bounded, whatever config.json says.
+    """
+    size, experts = 0, mesh.ep.size
+    for number, entry in enumerate(checkpoint_table(config, mesh.attn.size), 1):
+        shared_by = experts if entry.expert is not None else mesh.attn.size if entry.split is not None else 1
+        size += prod(entry.shape) * (1 if fp8 and "_proj" in entry.name else itemsize) // shared_by
+        if size > room:
+            raise ValueError(
+                f"memory: the weights of one rank have {size:,} bytes in their first {number:,} tensors alone; "
+                f"{room:,} bytes are available to it"
+            )
+        if number > MOST_TENSORS:
+            raise ValueError(f"config.json asks for more than {MOST_TENSORS:,} tensors")
 
 
 class ExpertReader:
-    """Reads single experts of a checkpoint, again and again, while the model serves.
+    """Reads single experts again and again, while the model serves. A node's ranks share the page cache."""
 
-    It reads with `pread`, not through a memory mapping. If a disk fails or a file is truncated, `pread` raises an
-    OSError, which the job survives; a mapping would raise SIGBUS. A node's ranks share the page cache either way. Files
-    are opened once, so a file that is replaced by another is still read as it was.
-    """
-
-    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
-        """`folder`: a folder that `load_weights` has accepted."""
-        self.folder = folder
-        self.files = {name: stored.path for name, stored in read_headers(Path(folder)).items()}
+    def __init__(self, source: Source, config: ModelConfig) -> None:
+        self.source = source
         self.entries: dict[tuple[int, int], list[Entry]] = defaultdict(list)  # by MoE layer and expert
         for entry in checkpoint_table(config):
             if entry.expert is not None:
                 self.entries[entry.moe_layer, entry.expert].append(entry)
-        self.opened = {path: _File(path) for path in sorted(set(self.files.values()))}
 
     def read(self, layer: int, expert: int, into: Slots, slot: int) -> None:
         """Read an expert of an MoE layer into a slot on the host.
@@ -76,104 +222,11 @@ class ExpertReader:
         tensors = into[slot]
         for entry in self.entries[layer, expert]:
             parameter = entry.parameter.rsplit(".", 1)[1]
-            target = tensors[parameter][slice(*entry.rows)]
-            value = self._read(entry.name, target)
-            value, scale = _fit(self.folder, entry, target.dtype, value, self._read, self.files)
-            target.copy_(value)  # a no-op if it was read into `target`
-            if scale is not None:
-                tensors[f"{parameter}_scale_inv"][slice(*_blocks(*entry.rows))].copy_(scale)
+            target, scales = tensors[parameter][slice(*entry.rows)], []
+            if target.dtype == FP8:
+                scales = [tensors[f"{parameter}_scale_inv"][slice(*_blocks(*entry.rows))]]
+            Piece(entry, Part.whole(entry.shape), [target], scales).load(self.source)
         tensors[IDENTITY].fill_(expert)
 
-    def _read(self, name: str, into: Tensor | None = None) -> Tensor:
-        return self.opened[self.files[name]].read(name, into)
-
     def close(self) -> None:
-        while self.opened:
-            os.close(self.opened.popitem()[1].number)
-
-
-class _File:
-    """An open safetensors file: the length of a JSON header (8 bytes), the header, the tensors' bytes."""
-
-    DTYPES = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.number = path, os.open(path, os.O_RDONLY)
-        length = int.from_bytes(os.pread(self.number, 8, 0), "little")
-        self.header, self.begin = json.loads(os.pread(self.number, length, 8)), 8 + length
-        self.seen = self._stamp()
-
-    def _stamp(self) -> tuple[int, int]:
-        stat = os.fstat(self.number)
-        return stat.st_size, stat.st_mtime_ns
-
-    def read(self, name: str, into: Tensor | None = None) -> Tensor:
-        """Read a tensor into `into` if shape and dtype match, else into a new one. Raises OSError if it cannot."""
-        if self._stamp() != self.seen:
-            raise OSError(f"{self.path}: it has changed since it was opened")
-        about = self.header[name]
-        dtype, shape, (first, end) = self.DTYPES[about["dtype"]], torch.Size(about["shape"]), about["data_offsets"]
-        if into is None or (into.dtype, into.shape) != (dtype, shape):
-            into = torch.empty(shape, dtype=dtype)
-        room = into.view(torch.uint8).numpy().data.cast("B")
-        done = 0
-        while done < end - first:
-            count = os.preadv(self.number, [room[done:]], self.begin + first + done)
-            if not count:
-                raise OSError(f"{self.path}: it ends within {name}")
-            done += count
-        return into
-
-
-def _blocks(first: int | None, end: int | None) -> tuple[int, int | None]:
-    """Return the range of 128-row blocks for a range of rows that begins with a whole block."""
-    return (first or 0) // BLOCK, None if end is None else -(-end // BLOCK)
-
-
-def _fit(
-    folder: str | Path,
-    entry: Entry,
-    dtype: torch.dtype,
-    value: Tensor,
-    read: Callable[[str], Tensor],
-    files: dict[str, Path],
-    share: tuple[slice, ...] = (slice(None),),
-) -> tuple[Tensor, Tensor | None]:
-    """Convert `value`, the part `share` of a stored tensor, for a parameter of `dtype`.
-
-    Returns the value and, for an fp8 parameter, its part of the scales, else None. `read(name)` reads another tensor
-    whole. Raises ValueError if dtypes or scales are not as expected.
-    """
-    if value.dtype != FP8:
-        if dtype == FP8:
-            raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, not in fp8 as config.json says")
-        if entry.scale_name in files:
-            raise ValueError(f"{folder}: {entry.name} is in {value.dtype}, but there is a {entry.scale_name}")
-        return value, None
-    if entry.scale_name not in files:
-        raise ValueError(f"{folder}: {entry.name} is in fp8, but there is no {entry.scale_name}")
-    scale = read(entry.scale_name)
-    expected = tuple(-(-size // BLOCK) for size in entry.shape)
-    if tuple(scale.shape) != expected:
-        raise ValueError(f"{folder}: {entry.scale_name} is {list(scale.shape)}, must be {list(expected)}")
-    if dtype == FP8:
-        return value, scale[tuple(slice(*_blocks(part.start, part.stop)) for part in share)]
-    return dequantize_128x128(value, scale, *(part.start or 0 for part in (*share, slice(0))[:2])), None
-
-
-def _targets(parameter: Tensor, entry: Entry, placement: Placement, mesh: Mesh) -> Iterator[Tensor]:
-    """Yield the views that a tensor fills on this rank. An expert has one per slot that holds it, often none."""
-    if entry.expert is None:
-        yield parameter[slice(*entry.rows)]
-        return
-    for slot, expert in enumerate(placement.experts_on(mesh.ep.rank, entry.moe_layer)):
-        if expert == entry.expert:
-            yield parameter[slot][slice(*entry.rows)]
-
-
-def _my_share(entry: Entry, mesh: Mesh) -> tuple[slice, ...]:
-    if entry.split is None:
-        return (slice(None),)
-    share = entry.shape[entry.split] // mesh.attn.size
-    local_part = slice(mesh.attn.rank * share, (mesh.attn.rank + 1) * share)
-    return (slice(None),) * entry.split + (local_part,)
+        self.source.close()

@@ -11,6 +11,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConf
 
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
+from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.transformer import Transformer
@@ -103,7 +104,7 @@ def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = N
     mesh, config = mesh or Mesh(), ModelConfig.from_pretrained(folder)
     placement = placement or Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size)
     model = Transformer(config, mesh, placement, Ops(), torch.float32, config.max_position_embeddings)
-    load_weights(model, folder, config, mesh)
+    load_weights(model, open_checkpoint(folder, config), mesh)
     return model
 
 

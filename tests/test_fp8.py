@@ -18,6 +18,7 @@ from kernels import ref
 from kernels.fp8 import dequantize_128x128, quantize_128x128
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
+from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.kv_cache import make_pool
 from model.transformer import Transformer
@@ -47,7 +48,7 @@ def load(folder: Path, mesh: Mesh = Mesh()) -> Transformer:  # noqa: B008 (froze
     config = ModelConfig.from_pretrained(folder)
     placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size)
     model = Transformer(config, mesh, placement, Ops(), torch.float32, 512)
-    load_weights(model, folder, config, mesh)
+    load_weights(model, open_checkpoint(folder, config), mesh)
     return model
 
 

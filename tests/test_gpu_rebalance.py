@@ -20,7 +20,7 @@ from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
 from kernels.backend import choose
 from kernels.ops import Ops
-from model.checkpoint import checkpoint_table
+from model.checkpoint import checkpoint_table, open_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer, op_shape
 from model.weights import ExpertReader, load_weights
@@ -72,9 +72,9 @@ def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: tor
     """On the first of two ranks, alone, most experts come from the file: all that the loader gives for the new map."""
     layers, experts = config.num_moe_layers, config.n_routed_experts
     model = Transformer(config, mesh, Placement.identity(layers, experts, 2, mesh.device), ops, dtype, 64, fp8)
-    load_weights(model, folder, config, mesh)
+    load_weights(model, open_checkpoint(folder, config), mesh)
     model.load_counter = LoadCounter(model.placement, experts)
-    rebalancer = Rebalancer(model, mesh, ExpertReader(folder, config), 10**9, layers_per_step=2)
+    rebalancer = Rebalancer(model, mesh, ExpertReader(open_checkpoint(folder, config), config), 10**9, layers_per_step=2)
     rebalancer.request(torch.stack([torch.randperm(experts) for _ in range(layers)]))
     while not rebalancer.idle or rebalancer.vote():
         rebalancer.advance((rebalancer.vote(),))
@@ -83,7 +83,7 @@ def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: tor
     expected = Transformer(
         config, mesh, Placement.of_map(rebalancer.map, experts, 2, device=mesh.device), ops, dtype, 64, fp8
     )
-    load_weights(expected, folder, config, mesh)
+    load_weights(expected, open_checkpoint(folder, config), mesh)
     assert torch.equal(model.placement.slot_of_expert, expected.placement.slot_of_expert)
     for (name, mine), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), name

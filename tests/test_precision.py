@@ -16,7 +16,7 @@ from kernels import ref
 from kernels.fp8 import quantize_128x128
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
-from model.checkpoint import checkpoint_table
+from model.checkpoint import checkpoint_table, open_checkpoint
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.kv_cache import make_pool
@@ -73,7 +73,7 @@ def load(
     placement = placement or Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size)
     dtype = torch.bfloat16 if kept else torch.float32
     model = Transformer(config, mesh, placement, ops or Ops(), dtype, 256, fp8=kept)
-    load_weights(model, folder, config, mesh)
+    load_weights(model, open_checkpoint(folder, config), mesh)
     return model
 
 

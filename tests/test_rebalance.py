@@ -30,6 +30,7 @@ from disagg.rebalance import SWITCH_S, Rebalancer, short_switches
 from disagg.request import Request
 from disagg.unified import Unified
 from kernels.ops import Ops
+from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
@@ -92,7 +93,8 @@ def test_counts_do_not_depend_on_the_map(seed: int, flips: int) -> None:
 
 def check_reader(folder: Path, experts: list[tuple[int, int, dict[str, Tensor]]]) -> None:
     """`experts`: MoE layer, expert, the tensors that the loader made of it."""
-    reader = ExpertReader(folder, ModelConfig.from_pretrained(folder))
+    config = ModelConfig.from_pretrained(folder)
+    reader = ExpertReader(open_checkpoint(folder, config), config)
     parts = experts[0][2]
     into = Slots({name: torch.zeros_like(part)[None] for name, part in parts.items()} | {IDENTITY: torch.zeros(1)})
     for layer, expert, want in experts:
@@ -134,14 +136,15 @@ def test_the_reader_reads_partial_blocks(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_changes_is_an_error(tiny: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(tiny / FILE, tmp_path))
-    reader = ExpertReader(tmp_path, ModelConfig.from_pretrained(tiny))
+    config = ModelConfig.from_pretrained(tiny)
+    reader = ExpertReader(open_checkpoint(tmp_path, config), config)
     parts = {"gate_up_proj": torch.zeros(1, 64, 128), "down_proj": torch.zeros(1, 128, 32)}
     into = Slots(parts | {IDENTITY: torch.zeros(1)})
     reader.read(3, 31, into, 0)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(OSError, match=f"{path}: it has changed since it was opened"):
         reader.read(3, 31, into, 0)
-    file = reader.opened[path]
+    (file,) = set(reader.source.shard_of.values())
     file.seen = file._stamp()  # it shrinks only now, between this look and the read
     with pytest.raises(OSError, match=f"{path}: it ends within "):
         for expert in range(32):
@@ -244,9 +247,9 @@ def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: fl
     """Of the first of two ranks, alone: it agrees with nobody."""
     config = ModelConfig.from_pretrained(tiny)
     model = Transformer(config, Mesh(), Placement.identity(4, 32, 2), Ops(), torch.float32, 256)
-    load_weights(model, tiny, config, Mesh())
+    load_weights(model, open_checkpoint(tiny, config), Mesh())
     model.load_counter = LoadCounter(model.placement, 32)
-    return Rebalancer(model, Mesh(), reader(tiny, config), *how or (NEVER,))
+    return Rebalancer(model, Mesh(), reader(open_checkpoint(tiny, config), config), *how or (NEVER,))
 
 
 def drive(rebalancer: Rebalancer) -> None:

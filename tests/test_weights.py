@@ -212,20 +212,38 @@ def test_many_wrong_tensors_are_counted_and_some_named(single: Path) -> None:
     refused(single, names[0], "2 more", count=6)
 
 
-def test_multi_token_prediction_layers_are_skipped_only_if_the_config_has_them(single: Path, saved: Path) -> None:
-    extra = ["eh_proj.weight", "enorm.weight", "mlp.experts.0.down_proj.weight", "shared_head.head.weight"]
-    names = [f"model.layers.4.{name}" for name in extra]
-    rewrite(single, lambda tensors: tensors.update({name: torch.ones(2, 2) for name in names}))
-    refused(single, names[0], "not of this model", count=4)
-    reconfigure(single, num_nextn_predict_layers=1)
+MTP = ("eh_proj.weight", "enorm.weight", "mlp.experts.0.down_proj.weight", "shared_head.head.weight")
+
+
+@pytest.mark.parametrize("count", [0, 1, None])
+def test_multi_token_prediction_layers_are_skipped_whatever_the_config_says_of_them(
+    single: Path, saved: Path, count: int | None
+) -> None:
+    reconfigure(single, num_nextn_predict_layers=count)
+    extra = {f"model.layers.4.{name}": torch.ones(2, 2) for name in MTP}
+    rewrite(single, lambda tensors: tensors.update(extra))
     assert_same(hf.load(single), hf.load(saved))
-    rewrite(single, lambda tensors: tensors.update({"model.layers.5.enorm.weight": torch.ones(2)}))
-    refused(single, "model.layers.5.enorm.weight", "not of this model", count=1)
 
 
-def test_old_checkpoints_rope_frequencies_are_skipped(single: Path, saved: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    rewrite(single, lambda tensors: tensors.update({name: torch.ones(4)}))
+def test_a_layer_that_only_the_file_has_is_refused(single: Path) -> None:
+    """A num_hidden_layers that is too small would serve half a model: nothing marks these layers as extra."""
+    reconfigure(single, num_hidden_layers=3)
+    refused(single, "model.layers.3.", "not of this model", "more")
+
+
+def test_only_the_shard_of_the_extra_layer_may_be_missing(sharded: Path, saved: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] |= {f"model.layers.4.{name}": "mtp.safetensors" for name in MTP}
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert_same(hf.load(sharded), hf.load(saved))
+    index["weight_map"][GATE] = "mtp.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    refused(sharded, "1 shards are missing: mtp.safetensors")
+
+
+@pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "attn.k_scale", "attn.v_scale", "attn.q_scale"])
+def test_what_other_tools_add_is_skipped(single: Path, saved: Path, name: str) -> None:
+    rewrite(single, lambda tensors: tensors.update({f"model.layers.0.self_attn.{name}": torch.ones(4)}))
     assert_same(hf.load(single), hf.load(saved))
 
 

@@ -29,7 +29,7 @@ class FrontDoor:
     def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]) -> None:
         """Check everything that can be refused, then listen. Lines are read in `run`."""
         longest = EngineConfig(max_model_len=args.max_model_len).model_len(config)
-        encoder = load_tokenizer(args.model, longest)
+        encoder = load_tokenizer(args.model, longest, stand_in=getattr(args, "load", "") == "dummy")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         limits = config.vocab_size, longest
         self.output: Output | None = None  # this and `batch` are None for a --prompt

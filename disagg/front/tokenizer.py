@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from disagg.front.chat_template import ChatTemplate
@@ -129,14 +129,16 @@ def longest_token(tokenizer: Tokenizer) -> int:
     return max((len(token.encode()) for token in tokenizer.get_vocab()), default=0)
 
 
-def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> PromptEncoder:
+def load_tokenizer(folder: str | Path, max_tokens: int | None = None, stand_in: bool = False) -> PromptEncoder:
     """Load the tokenizer and the chat template of a folder. Raises ValueError if tokenizer.json cannot be used.
 
     If there is no usable chat template, only `messages` are refused. An unusable one also causes a warning on stderr.
-    `max_tokens`: as in `PromptEncoder`.
+    `max_tokens`: as in `PromptEncoder`. `stand_in`: if there is no tokenizer, take one whose tokens 0..255 are bytes.
     """
     folder = Path(folder)
     path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.is_file() and stand_in:
+        return PromptEncoder(_byte_tokenizer(), None, max_tokens)
     if not path.is_file():
         raise ValueError(f"--model {folder}: it has no tokenizer.json")
     text = read_text(path)
@@ -152,6 +154,15 @@ def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> PromptE
         template, no_chat = None, f"this model's chat template cannot be used ({error})"
         print(f"warning: {error}; requests with messages are refused", file=sys.stderr, flush=True)
     return PromptEncoder(tokenizer, template, max_tokens, no_chat)
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """Return a tokenizer with a token for each byte, for models without weights of their own."""
+    spelled = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={text: number for number, text in enumerate(spelled)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _check_bounds(tokenizer: Tokenizer) -> None:

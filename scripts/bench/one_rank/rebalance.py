@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from disagg.rebalance import Rebalancer, short_switches
 from kernels.fp8 import BLOCK
+from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kv_cache import pages_for
 from model.slots import IDENTITY, Slots
@@ -44,7 +45,7 @@ class StandIns(ExpertReader):
     def __init__(self, folder: Path, config: ModelConfig, count: int) -> None:
         self.count = count
         write_experts(folder, config, count)
-        super().__init__(folder, config)
+        super().__init__(Checkpoint(folder, config), config)
 
     def read(self, layer: int, expert: int, into: Slots, slot: int) -> None:
         super().read(0, expert % self.count, into, slot)
