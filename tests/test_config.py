@@ -75,8 +75,14 @@ def test_every_optional_field_is_read() -> None:
 
 
 def test_null_means_the_default() -> None:
-    raw = MINIMAL | {"q_lora_rank": None, "n_shared_experts": None, "rope_scaling": None, "eos_token_id": None}
+    raw = MINIMAL | {"q_lora_rank": None, "rope_scaling": None, "eos_token_id": None}
     assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(MINIMAL)
+
+
+def test_null_shared_experts_are_none() -> None:
+    """As in DeepSeek's own code; without the field there is one, as in transformers."""
+    assert ModelConfig.from_dict(MINIMAL | {"n_shared_experts": None}).n_shared_experts == 0
+    assert ModelConfig.from_dict(MINIMAL).n_shared_experts == 1
 
 
 def test_unknown_fields_are_let_be() -> None:
@@ -263,6 +269,26 @@ WRONG = {
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
         "quantization_config's weight_block_size is 128; only [128, 128] is supported",
     ),
+    "AWQ": (
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        "the weights are quantised with AWQ (quant_method 'awq'); only bf16, fp16, float32 and fp8 in blocks of",
+    ),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq"}}, "quantised with GPTQ (quant_method 'gptq')"),
+    "compressed-tensors": (
+        {"compression_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        "quantised with compressed-tensors (int4, int8 or fp8 per channel)",
+    ),
+    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised with bitsandbytes"),
+    "NVFP4": ({"quantization_config": {"quant_method": "modelopt"}}, "quantised with NVIDIA ModelOpt (NVFP4"),
+    "MXFP4": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised with MXFP4"),
+    "an unknown quantisation": (
+        {"quantization_config": {"quant_method": "new"}},
+        "quantization_config's quant_method is 'new'; only 'fp8' is supported",
+    ),
+    "static activations": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}},
+        "quantization_config's activation_scheme is 'static'; only 'dynamic' is supported",
+    ),
     "another fp8": (
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}},
         "quantization_config's fmt is 'e5m2'; only 'e4m3' is supported",
@@ -345,4 +371,19 @@ def test_a_missing_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="absent: no such folder"):
         ModelConfig.from_pretrained(tmp_path / "absent")
     with pytest.raises(ValueError, match="no config.json"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_quantizers_own_file_is_noticed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINIMAL))
+    assert ModelConfig.from_pretrained(tmp_path)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name}: the weights are quantised, but config.json does not say"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match="config.json: is a git-LFS pointer, not the file: git lfs pull"):
         ModelConfig.from_pretrained(tmp_path)

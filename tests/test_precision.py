@@ -141,17 +141,36 @@ def test_weights_and_scales_are_the_checkpoints(fp8: Path) -> None:
             assert torch.equal(got, want), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("kept", [True, False])
+def test_scales_of_any_format_are_float32_once_loaded(fp8: Path, tmp_path: Path, dtype: torch.dtype, kept: bool) -> None:
+    """Powers of two, as DeepSeek-V3.1 stores them (scale_fmt ue8m0), are the same numbers in each."""
+    models = []
+    for kind in (torch.float32, dtype):
+        folder = shutil.copytree(fp8, tmp_path / str(kind))
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = torch.exp2(tensors[name].log2().ceil()).to(kind)
+        save_file(tensors, folder / "model.safetensors")
+        models.append(dict(load(folder, kept).named_parameters()))
+    for name, want in models[0].items():
+        got = models[1][name]
+        assert got.dtype == want.dtype and torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
+    assert not kept or {value.dtype for name, value in models[1].items() if "scale" in name} == {torch.float32}
+
+
 def test_a_plain_tensor_in_an_fp8_checkpoint_is_refused(fp8: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(fp8, tmp_path / "model")
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.experts.7.up_proj.weight"
     tensors[name] = tensors[name].bfloat16()
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{name} is in torch.bfloat16, not in fp8 as config.json says"):
-        load(folder, True)
-    with pytest.raises(ValueError, match=f"{name} is in torch.bfloat16, but there is a {name}_scale_inv"):
-        load(folder, False)
+    for kept in (True, False):
+        with pytest.raises(ValueError, match=f"{name} is in torch.bfloat16, but there is a {name}_scale_inv"):
+            load(folder, kept)
     del tensors[f"{name}_scale_inv"]
     save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is in torch.bfloat16, not in fp8 as config.json says"):
+        load(folder, True)
     load(folder, False)
 
 

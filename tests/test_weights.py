@@ -1,9 +1,14 @@
 """A rank's parameters are its own shares of the checkpoint's tensors. A tensor that does not fit is refused by name."""
 
 import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -14,8 +19,10 @@ from torch import Tensor
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from kernels.ops import Ops
-from model.checkpoint import Entry, checkpoint_table
+from model.checkpoint import Checkpoint, Entry, checkpoint_table, open_checkpoint
 from model.config import ModelConfig
+from model.shard import Shard
+from model.weights import THREADS, Piece, _pieces, check_room
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from tests import hf
@@ -265,6 +272,183 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     model = hf.load(folder)
     assert torch.equal(model.head.lm_head.weight, tensors["model.embed_tokens.weight"])
     assert torch.equal(model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_a_head_beside_tied_embeddings_must_equal_them(tmp_path: Path) -> None:
+    folder = hf.save(tmp_path, "one_dense")
+    plain, name = hf.load(folder), "lm_head.weight"
+    embedding = load_file(folder / FILE)["model.embed_tokens.weight"]
+    rewrite(folder, lambda tensors: tensors.update({name: embedding.clone()}))
+    assert_same(hf.load(folder), plain)
+    for wrong in (embedding[:-1], embedding.int(), torch.cat((embedding[:-1], embedding[-1:] + 1))):
+        rewrite(folder, lambda tensors, head=wrong: tensors.update({name: head}))
+        refused(folder, "tie_word_embeddings", name, "is not equal to model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_a_tensor_of_another_dtype(single: Path, dtype: torch.dtype) -> None:
+    rewrite(single, lambda tensors: tensors.update({EXPERT: torch.ones_like(tensors[EXPERT]).to(dtype)}))
+    refused(single, f"{EXPERT} is in ", "must be in BF16 or F16 or F32 or F8_E4M3", count=1)
+
+
+def test_fp8_without_scales(single: Path) -> None:
+    rewrite(single, lambda tensors: tensors.update({EXPERT: tensors[EXPERT].to(torch.float8_e4m3fn)}))
+    refused(single, f"{EXPERT} is in fp8, but there is no {EXPERT}_scale_inv", count=1)
+
+
+@pytest.mark.parametrize(
+    "files, what",
+    [
+        (["model-00001-of-00002.safetensors", "x"], "1 *.safetensors ('model-00001-of-00002.safetensors'): whose index"),
+        (["a.gguf", "b.gguf"], "2 *.gguf ('a.gguf'): GGUF is not supported, only safetensors"),
+        (["pytorch_model.bin"], "('pytorch_model.bin'): PyTorch's own format is not supported, only safetensors"),
+        ([], f"it has neither {FILE} nor {INDEX}"),
+    ],
+)
+def test_other_files_than_safetensors_and_an_index(single: Path, files: list[str], what: str) -> None:
+    (single / FILE).unlink()
+    for name in files:
+        (single / name).touch()
+    refused(single, f"{single}: it has neither", what)
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    shards = {shard.name: load_file(shard) for shard in sorted(sharded.glob("*.safetensors"))}
+    home = next(name for name, tensors in shards.items() if EXPERT in tensors)
+    other = next(name for name in shards if name != home)
+    rewrite(sharded, lambda tensors: tensors.update({EXPERT: torch.ones(1)}), other)
+    refused(sharded, EXPERT, "in two shards", count=1)
+
+
+def test_names_from_a_file_stay_on_one_line(single: Path) -> None:
+    rewrite(single, lambda tensors: tensors.update({"a\nb" + "x" * 10**5: torch.ones(1)}))
+    with pytest.raises(ValueError, match="1 tensors are not of this model: 'a.nbxx") as error:
+        hf.load(single)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+# Loading.
+
+
+@pytest.mark.parametrize("shape", ["v3", "no_q_lora"])
+@pytest.mark.parametrize("attn_tp", [1, 2])
+def test_a_rank_of_four_reads_the_bytes_of_its_own_entries(
+    shape: str, attn_tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing twice: counted where the system is asked for bytes."""
+    folder, read = hf.save(tmp_path, shape), []
+    config = ModelConfig.from_pretrained(folder)
+
+    def counted(number: int, rooms: list[memoryview], offset: int) -> int:
+        read.append((offset, offset + (count := os_preadv(number, rooms, offset))))
+        return count
+
+    os_preadv = os.preadv
+    monkeypatch.setattr("os.preadv", counted)
+    for rank in range(4):
+        read.clear()
+        hf.load(folder, Mesh(rank=rank, size=4, attn=Group(attn_tp, rank % attn_tp), ep=Group(4, rank)))
+        own = 0
+        for entry in checkpoint_table(config, attn_tp):
+            if entry.expert is None or entry.expert // 4 == rank:
+                own += 4 * prod(entry.shape) // (attn_tp if entry.split is not None else 1)
+        assert sum(end - first for first, end in read) == own
+        assert all(one[1] <= other[0] for one, other in pairwise(sorted(read))), "read twice"
+
+
+@pytest.mark.parametrize("shape", ["v3", "one_dense"])
+def test_pieces_make_the_whole(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, stored = hf.save(tmp_path, shape, vocab_size=400, intermediate_size=300), []
+    for at, size in enumerate((10**9, 1)):  # bytes: all at once, and 128 rows at a time
+        monkeypatch.setattr("model.weights.PIECE_BYTES", size)
+        meshes = [Mesh(rank=r, size=2, attn=Group(2, r), ep=Group(2, r)) for r in range(2)]
+        stored.append([hf.load(folder, mesh) for mesh in [Mesh(), *meshes]])
+        pieces = list(_pieces(stored[-1][0], open_checkpoint(folder, stored[-1][0].config), Mesh()))
+        assert (len(pieces) > sum(1 for _ in checkpoint_table(stored[-1][0].config))) == (at == 1)
+    for one, other in zip(*stored, strict=True):
+        assert_same(one, other)
+
+
+def test_few_tensors_are_in_memory_at_once(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most a piece per thread: bfloat16 files make a copy of each."""
+    rewrite(single, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    running, most, lock, load = set(), [], threading.Lock(), Piece.load
+
+    def watched(piece: Piece, source: object) -> None:
+        with lock:
+            running.add(id(piece))
+            most.append(len(running))
+        load(piece, source)
+        with lock:
+            running.discard(id(piece))
+
+    monkeypatch.setattr(Piece, "load", watched)
+    hf.load(single)
+    assert len(most) == sum(1 for _ in checkpoint_table(ModelConfig.from_pretrained(single)))
+    assert max(most) <= THREADS
+
+
+def test_a_file_that_ends_while_it_is_read_is_an_error_on_all_ranks(single: Path) -> None:
+    """Here on the only one; the others are told by `exchange`."""
+    config, checkpoint = ModelConfig.from_pretrained(single), open_checkpoint
+
+    def shrunk(folder: Path, config: ModelConfig) -> Checkpoint:
+        opened = checkpoint(folder, config)
+        os.truncate(folder / FILE, 5000)
+        return opened
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("disagg.engine.open_checkpoint", shrunk)
+        with pytest.raises(ValueError, match=f"--model {single}: {single / FILE}: it has changed since it was opened"):
+            Engine.from_pretrained(EngineConfig(max_model_len=256, kv_tokens=256), config, single, Mesh(), Ops())
+
+
+V3 = {  # DeepSeek-V3's config.json
+    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
+    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+
+
+def write_sparse(folder: Path, shards: int) -> ModelConfig:
+    """Write 671 billion zeros that take no space on the disk: the headers of fp8 shards, and a hole behind each."""
+    (folder / "config.json").write_text(json.dumps(V3))
+    config, headers, sizes, index = ModelConfig.from_pretrained(folder), [{} for _ in range(shards)], [0] * shards, {}
+    for number, entry in enumerate(checkpoint_table(config)):
+        shard = number * shards // 45_500
+        tensors = [(entry.name, entry.shape, "F8_E4M3" if "_proj" in entry.name else "BF16")]
+        if "_proj" in entry.name:
+            tensors.append((entry.scale_name, [-(-size // 128) for size in entry.shape], "F32"))
+        for name, shape, dtype in tensors:
+            end = sizes[shard] + prod(shape) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
+            headers[shard][name] = {"dtype": dtype, "shape": shape, "data_offsets": [sizes[shard], end]}
+            index[name], sizes[shard] = f"model-{shard}.safetensors", end
+    for shard, (header, size) in enumerate(zip(headers, sizes, strict=True)):
+        text = json.dumps(header).encode()
+        with open(folder / f"model-{shard}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    return config
+
+
+def test_a_checkpoint_of_671_billion_parameters_is_checked_without_reading_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, opened = write_sparse(tmp_path, 163), []
+    monkeypatch.setattr("os.preadv", None)  # what reads tensors
+    read = Shard._read_header
+    monkeypatch.setattr(Shard, "_read_header", lambda shard: opened.append(shard.path) or read(shard))
+    began = time.process_time()
+    checkpoint = open_checkpoint(tmp_path, config)
+    assert time.process_time() - began < 10, "seconds of CPU; about 1 on an idle core"
+    assert len(opened) == len(set(opened)) == 163
+    assert len(checkpoint.shard_of) > 90_000
+    assert sum(prod(checkpoint.stored(name).shape) for name in checkpoint.shard_of if "_scale_inv" not in name) > 671e9
+    with pytest.raises(ValueError, match=r"memory: the weights of one rank have .* bytes in their first .* available"):
+        check_room(config, Mesh(), 2, False, 2**36)
 
 
 def test_bfloat16_files_load_into_float32_models(single: Path) -> None:
