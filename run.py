@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         required=True,
         metavar="DIR",
-        help="Hugging Face folder (config.json, safetensors, tokenizer.json), or a hub id: ORG/NAME or ORG/NAME@REVISION",
+        help="Hugging Face folder (config.json, safetensors, tokenizer.json) or hub id: ORG/NAME, ORG/NAME@REVISION",
     )
     add("--role", choices=ROLES, default="unified", help="this job's role (unified: router, prefill and decode in one)")
     add("--max-model-len", type=int, metavar="N", help="limit of prompt plus generated tokens (the model's own)")

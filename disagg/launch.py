@@ -32,9 +32,7 @@ def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> in
     return 1 if front.failed else 0
 
 
-def run_worker(
-    args: Namespace, settings: EngineConfig, config: ModelConfig, mesh: Mesh, interrupt: Interrupt
-) -> int:
+def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mesh: Mesh, interrupt: Interrupt) -> int:
     """Run one rank of a job. Returns the process's exit status.
 
     Raises ValueError for flags that the model or the machine does not allow.

@@ -158,7 +158,7 @@ class Checkpoint:
 def blocks(part: Part) -> Part:
     """Return the 128x128 blocks that a part touches, as a part of the scales."""
     assert part.columns is not None
-    (top, bottom), (left, right) = part
+    (top, bottom), (left, right) = part.rows, part.columns
     return Part((top // BLOCK, -(-bottom // BLOCK)), (left // BLOCK, -(-right // BLOCK)))
 
 

@@ -97,7 +97,11 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> str:
     except errors.RevisionNotFoundError:
         why = f"{hub}/{repo} has no revision {revision}"
     except errors.LocalEntryNotFoundError as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached: {_first_line(error.__cause__)}"
+        reason = (
+            "HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else f"{hub} cannot be reached: {_first_line(error.__cause__)}"
+        )
         why = f"there is no such folder, and not all of it is in the cache {constants.HF_HUB_CACHE} ({reason})"
     except Exception as error:  # whatever the network, the disk or the library has to say
         why = f"{hub}: {_first_line(error)}"

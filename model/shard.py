@@ -87,7 +87,9 @@ class Shard:
             raise ValueError(f"{self.path}: is a git-LFS pointer, not the file: git lfs pull")
         length = int.from_bytes(start[:8], "little")
         if len(start) < 8 or length > size - 8:
-            raise self._bad(f"it has {size:,} bytes, and its header says that it alone has {length:,} behind the first 8")
+            raise self._bad(
+                f"it has {size:,} bytes, and its header says that it alone has {length:,} behind the first 8"
+            )
         if length > MOST_BYTES:
             raise self._bad(f"its header has {length:,} bytes; at most {MOST_BYTES:,} are taken")
         self.begin = 8 + length
@@ -128,7 +130,9 @@ class Shard:
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
             if tensor.first != end:
                 what = "overlaps with" if tensor.first < end else "leaves a gap behind"
-                raise self._bad(f"{shown(name)} {what} {shown(before)}: it begins at byte {tensor.first:,}, not {end:,}")
+                raise self._bad(
+                    f"{shown(name)} {what} {shown(before)}: it begins at byte {tensor.first:,}, not {end:,}"
+                )
             end, before = tensor.end, name
         if end != size:
             raise self._bad(f"its tensors end at byte {end:,} behind the header, the file at {size:,}")
@@ -150,9 +154,13 @@ class Shard:
         else:
             shape, spans = part.shape, list(_spans(stored, part))
         dtype = DTYPES[stored.dtype]
-        if into is None or (into.dtype, into.shape, into.device.type) != (dtype, shape, "cpu") or not into.is_contiguous():
+        if (
+            into is None
+            or (into.dtype, into.shape, into.device.type) != (dtype, shape, "cpu")
+            or not into.is_contiguous()
+        ):
             into = torch.empty(shape, dtype=dtype)
-        room, at = memoryview(into.flatten().view(torch.uint8).numpy()), 0
+        room, at = into.flatten().view(torch.uint8).numpy().data, 0
         for first, size in spans:
             self._fill(room[at : at + size], self.begin + first, name)
             at += size

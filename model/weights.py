@@ -11,7 +11,7 @@ as they are, always together. Otherwise the tensor is dequantised while loading.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -144,7 +144,7 @@ def _pieces(model: Transformer, source: Source, mesh: Mesh) -> Iterator[Piece]:
     """Yield all that this rank loads, in the table's order."""
     parameters, slots = dict(model.named_parameters()), _local_slots(model.placement, mesh)
     for entry in checkpoint_table(model.config, mesh.attn.size):
-        places: list[int | EllipsisType] = [...] if entry.expert is None else slots[entry.moe_layer, entry.expert]
+        places: Sequence[int | EllipsisType] = [...] if entry.expert is None else slots[entry.moe_layer, entry.expert]
         if not places:
             continue
         parameter, scale = parameters[entry.parameter], None

@@ -155,9 +155,10 @@ class Job:
         log: Path | None = None,
         constants: dict[str, Any] | None = None,
         module: str = "run",
+        env: dict[str, str] | None = None,
     ) -> None:
-        """`log`: one file for the output of all ranks; a file per rank and stream if None."""
-        self.ranks = [Process(argv, log, log, env, constants, module) for env in world(ranks)]
+        """`log`: one file for the output of all ranks; a file per rank and stream if None. `env`: for all ranks."""
+        self.ranks = [Process(argv, log, log, (env or {}) | own, constants, module) for own in world(ranks)]
 
     def signal(self, number: signal.Signals) -> None:
         for rank in self.ranks:

@@ -286,7 +286,13 @@ WRONG = {
         "quantization_config's quant_method is 'new'; only 'fp8' is supported",
     ),
     "static activations": (
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}},
+        {
+            "quantization_config": {
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+                "activation_scheme": "static",
+            }
+        },
         "quantization_config's activation_scheme is 'static'; only 'dynamic' is supported",
     ),
     "another fp8": (

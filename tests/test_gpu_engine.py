@@ -16,7 +16,7 @@ from kernels.backend import choose
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from scripts.bench.engine.random_weights import randomize
+from model.dummy import randomize
 from tests.test_gpu_model import V3_LIKE
 
 pytestmark = pytest.mark.gpu

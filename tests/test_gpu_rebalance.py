@@ -74,7 +74,9 @@ def check_what_arrives(folder: Path, config: ModelConfig, mesh: Mesh, dtype: tor
     model = Transformer(config, mesh, Placement.identity(layers, experts, 2, mesh.device), ops, dtype, 64, fp8)
     load_weights(model, open_checkpoint(folder, config), mesh)
     model.load_counter = LoadCounter(model.placement, experts)
-    rebalancer = Rebalancer(model, mesh, ExpertReader(open_checkpoint(folder, config), config), 10**9, layers_per_step=2)
+    rebalancer = Rebalancer(
+        model, mesh, ExpertReader(open_checkpoint(folder, config), config), 10**9, layers_per_step=2
+    )
     rebalancer.request(torch.stack([torch.randperm(experts) for _ in range(layers)]))
     while not rebalancer.idle or rebalancer.vote():
         rebalancer.advance((rebalancer.vote(),))

@@ -143,7 +143,9 @@ def test_weights_and_scales_are_the_checkpoints(fp8: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("kept", [True, False])
-def test_scales_of_any_format_are_float32_once_loaded(fp8: Path, tmp_path: Path, dtype: torch.dtype, kept: bool) -> None:
+def test_scales_of_any_format_are_float32_once_loaded(
+    fp8: Path, tmp_path: Path, dtype: torch.dtype, kept: bool
+) -> None:
     """Powers of two, as DeepSeek-V3.1 stores them (scale_fmt ue8m0), are the same numbers in each."""
     models = []
     for kind in (torch.float32, dtype):

@@ -45,7 +45,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shard") / "some.safetensors"
     shapes = {"vector": (7,), "matrix": (9, 5), "empty": (0, 3)}
     tensors = {
-        f"{name} {dtype}": torch.randint(256, (*shape, dtype.itemsize), dtype=torch.uint8).view(dtype)[..., 0].contiguous()
+        f"{name} {dtype}": torch.randint(256, (*shape, dtype.itemsize), dtype=torch.uint8)
+        .view(dtype)[..., 0]
+        .contiguous()
         for name, shape in shapes.items()
         for dtype in DTYPES
     }
@@ -75,8 +77,14 @@ def changed(**changes: Any) -> dict:
 BROKEN = {
     "overlap": (changed(data_offsets=[20, 28]), "'b' overlaps with 'a': it begins at byte 20, not 24"),
     "gap": (GOOD | {"b": NEXT | {"data_offsets": [26, 34]}}, "'b' leaves a gap behind 'a'"),
-    "too short for its shape": (changed(data_offsets=[24, 30]), r"'b': BF16 \[4\] has 8 bytes, its data_offsets .* have 6"),
-    "behind the end": (changed(shape=[8], data_offsets=[24, 40]), "its tensors end at byte 40 behind the header, the file"),
+    "too short for its shape": (
+        changed(data_offsets=[24, 30]),
+        r"'b': BF16 \[4\] has 8 bytes, its data_offsets .* have 6",
+    ),
+    "behind the end": (
+        changed(shape=[8], data_offsets=[24, 40]),
+        "its tensors end at byte 40 behind the header, the file",
+    ),
     "backwards": (changed(data_offsets=[32, 24]), "'b' has data_offsets"),
     "one offset": (changed(data_offsets=[24]), "'b' has data_offsets"),
     "negative": (changed(data_offsets=[-8, 0]), "'b' has data_offsets"),

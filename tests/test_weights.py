@@ -299,7 +299,10 @@ def test_fp8_without_scales(single: Path) -> None:
 @pytest.mark.parametrize(
     "files, what",
     [
-        (["model-00001-of-00002.safetensors", "x"], "1 *.safetensors ('model-00001-of-00002.safetensors'): whose index"),
+        (
+            ["model-00001-of-00002.safetensors", "x"],
+            "1 *.safetensors ('model-00001-of-00002.safetensors'): whose index",
+        ),
         (["a.gguf", "b.gguf"], "2 *.gguf ('a.gguf'): GGUF is not supported, only safetensors"),
         (["pytorch_model.bin"], "('pytorch_model.bin'): PyTorch's own format is not supported, only safetensors"),
         ([], f"it has neither {FILE} nor {INDEX}"),

@@ -9,7 +9,7 @@ vLLM where it is installed, otherwise transformers.
 
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
-This file is a script that imports no module of the project. So the peer may have another environment (--peer-python),
+This file is a script that imports nothing of the project, but loads model/dummy.py by its path. So the peer may have another environment (--peer-python),
 and it finds its own package `kernels` instead of ours. Environment variables reach the peer, for example
 VLLM_TUNED_CONFIG_FOLDER.
 """
@@ -19,13 +19,19 @@ import importlib.util
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from random_weights import randomize  # Python puts a script's own folder on the path
+
+LAW = importlib.util.spec_from_file_location("dummy", Path(__file__).parents[3] / "model" / "dummy.py")
+assert LAW is not None and LAW.loader is not None
+sys.modules["dummy"] = dummy = importlib.util.module_from_spec(LAW)
+LAW.loader.exec_module(dummy)
 
 
 class VLLM:
@@ -59,7 +65,7 @@ class VLLM:
             max_num_batched_tokens=max(args.step_tokens, *args.batch, args.prefill_batch),
             compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batch})},
         )
-        llm.apply_model(randomize)  # vLLM's dummy weights send every token to the same experts
+        llm.apply_model(dummy.randomize)  # vLLM's dummy weights send every token to the same experts
         self.engine = llm.llm_engine
         self.vocab = self.engine.vllm_config.model_config.get_vocab_size()
 
@@ -121,7 +127,7 @@ class Transformers:
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(self.device):
             self.model = transformers.DeepseekV3ForCausalLM(config).eval()
-        randomize(self.model)
+        dummy.randomize(self.model)
 
     def now(self) -> float:
         if self.device == "cuda":

@@ -42,13 +42,13 @@ from disagg.step import Step, Work
 from disagg.unified import Unified
 from kernels.backend import choose
 from model.config import ModelConfig
+from model.dummy import randomize
 from model.precision import decide
 from model.transformer import Transformer, op_shape
 from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts.bench.engine.peer_config import write_config
-from scripts.bench.engine.random_weights import randomize
 from scripts.bench.lib import roofline
 from scripts.bench.lib.flags import new_file, positive, positives, refusals
 from scripts.bench.lib.measurements import Measurement, Report, save

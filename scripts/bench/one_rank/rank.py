@@ -18,11 +18,11 @@ from kernels.backend import choose
 from kernels.ops import Ops
 from model.batch import Batch, Chunk, Decodes, split
 from model.config import ModelConfig
+from model.dummy import randomize
 from model.kv_cache import make_pool, pages_for
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh, pick_device
 from parallel.placement import Placement
-from scripts.bench.engine.random_weights import randomize
 from scripts.bench.lib.flags import natural, new_file, positive
 from scripts.bench.lib.shapes import SHAPES, check_size
 from scripts.bench.one_rank.loopback import Arriving, LoopbackContiguous, LoopbackMasked, SimulatedLoad, share_of_tokens

@@ -33,7 +33,7 @@ def skew_gates(model: Transformer, exponent: float) -> None:
     """Set the gates' biases so that each MoE layer's experts are chosen by `zipf`, in an order of the layer's own.
 
     The order depends only on the layer and the number of experts. The gates' logits must have standard deviation 1, as
-    from `random_weights.randomize`.
+    from `model/dummy.py`.
     """
     config = model.config
     shares = zipf(config.n_routed_experts, exponent, config.num_experts_per_tok)
