@@ -34,7 +34,7 @@ from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
-MOST_TENSORS = 2**20  # DeepSeek-V3 has 46,000
+MOST_TENSORS = 2**19  # DeepSeek-V3 has 46,000
 PIECE_BYTES = 2**25  # a larger tensor is loaded in pieces of whole blocks of rows
 THREADS = min(8, os.cpu_count() or 1)  # that load at once, each with a piece
 
@@ -96,6 +96,7 @@ class Piece:
     targets: list[Tensor]
     scales: list[Tensor]
 
+    @torch.inference_mode()  # a thread does not inherit it, and parameters made in it are only written in it
     def load(self, source: Source) -> None:
         """Read and copy. Raises OSError if it cannot be read, ValueError if an fp8 parameter's tensor is not in fp8."""
         entry, part, first = self.entry, self.part, self.targets[0]

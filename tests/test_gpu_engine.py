@@ -13,10 +13,10 @@ from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
 from kernels.backend import choose
+from model.dummy import randomize
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from model.dummy import randomize
 from tests.test_gpu_model import V3_LIKE
 
 pytestmark = pytest.mark.gpu

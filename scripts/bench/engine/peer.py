@@ -9,9 +9,9 @@ vLLM where it is installed, otherwise transformers.
 
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
-This file is a script that imports nothing of the project, but loads model/dummy.py by its path. So the peer may have another environment (--peer-python),
-and it finds its own package `kernels` instead of ours. Environment variables reach the peer, for example
-VLLM_TUNED_CONFIG_FOLDER.
+This file is a script that imports nothing of the project, but loads model/dummy.py by its path. So the peer may have
+another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables reach
+the peer, for example VLLM_TUNED_CONFIG_FOLDER.
 """
 
 import argparse
