@@ -145,9 +145,9 @@ class Engine:
             loaded, problem = 0, f"--model {folder}: {error}"
         if problems := [other for other in mesh.ep.exchange(problem) if other is not None]:
             raise ValueError(problems[0])
-        seconds = time.perf_counter() - began
-        made = "made at random" if dummy else f"read by each rank, {loaded / 1e9 / seconds:.2f} GB/s"
-        say(f"{'weights':>10}: {loaded / 1e9:.3f} GB in {seconds:.1f} s, {made}")
+        seconds, gigabytes = time.perf_counter() - began, loaded / 1e9
+        rate = f"read in {seconds:.1f} s, {gigabytes / seconds:.2f} GB/s" if not dummy else f"made in {seconds:.1f} s"
+        say(f"{'weights':>10}: {gigabytes:.3f} GB on rank 0, {rate}")
         return cls(settings, model, mesh, say, ExpertReader(source, config) if moves else None, handoff_bytes)
 
     def _decide_graphs(self) -> tuple[bool, str]:

@@ -120,9 +120,8 @@ class Checkpoint:
             self.shard_of = self._open_indexed(_read_index(index), config)
         else:
             shard = Shard(_single_file(self.folder))
-            self.shard_of = dict.fromkeys(shard.tensors, shard)
-        for name in [name for name in self.shard_of if is_extra(name, config, self.shard_of)]:
-            del self.shard_of[name]
+            names = [name for name in shard.tensors if not is_extra(name, config, shard.tensors)]
+            self.shard_of = dict.fromkeys(names, shard)
 
     def _open_indexed(self, files: dict[str, str], config: ModelConfig) -> dict[str, Shard]:
         """Open the shards of an index (tensor -> file name)."""
@@ -276,9 +275,13 @@ def _read_index(index: Path) -> dict[str, str]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise ValueError(f"{index}: weight_map is {shown(files)}; it must be an object")
+    inside: set[str] = set()
     for name, shard in files.items():
+        if isinstance(shard, str) and shard in inside:
+            continue
         if not _stays_inside(shard):
             raise ValueError(f"{index}: the shard of {shown(name)} is {shown(shard)}; it must be a file of this folder")
+        inside.add(shard)
     return files
 
 
