@@ -40,7 +40,7 @@ THREADS = min(8, os.cpu_count() or 1)  # that load at once, each with a piece
 
 
 class Source(Protocol):
-    """Where weights come from. Both methods may be called by several threads."""
+    """Where weights come from. Several threads call its methods at the same time."""
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """Return the dtype of a tensor: float8_e4m3fn if it has scales."""
