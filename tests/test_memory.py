@@ -1,7 +1,6 @@
 """The memory table: its parts equal the code's allocations, the rest is the KV pool, and refusals give the reason."""
 
 import gc
-import re
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -401,7 +400,6 @@ def test_a_cpu_has_a_pool_of_fixed_size(tiny: str) -> None:
     ):  # fmt: skip
         lines = []
         engine = Engine.from_pretrained(EngineConfig(kv_tokens=tokens), config, tiny, mesh, Ops(), lines.append)
-        assert re.fullmatch(r"   weights: 0\.\d+ GB on rank 0, read in \d+\.\d s, \d+\.\d\d GB/s", lines.pop(0))
         assert lines == said
         assert engine.pool.shape[1] == engine.kv_tokens // PAGE + 1
 
