@@ -190,10 +190,9 @@ def _model_type(raw: dict, where: str) -> ModelType:
         raise ValueError(f"{where}: model_type is {shown(name)}{why}; supported are {types}")
     for field_name, feature in MISSING_FIELDS.items():
         if raw.get(field_name) is not None:
-            value = shown(raw[field_name])
+            given = f"{field_name} {shown(raw[field_name])}"
             raise ValueError(
-                f"{where}: {field_name} is {value}: {feature} is missing here; model_type is {name!r}, supported are "
-                f"{types} without it"
+                f"{where}: model_type is {name!r} with {given}, which needs {feature}; supported are {types} without it"
             )
     kind = SUPPORTED[name]
     only = {field_name: (value,) for field_name, value in ONLY_VALUES.items()}

@@ -90,6 +90,8 @@ def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
     least, all_layers = config.first_k_dense_replace + 1, config.num_hidden_layers
     if args.layers is not None and not least <= args.layers <= all_layers:
         raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {all_layers}]")
+    if {"skewed", "static", "live"} & set(args.only) and config.topk_method != "noaux_tc":
+        raise ValueError(f"--only skewed, static, live: they set a gate's bias, which {args.shape} lacks")
     slots, experts = config.n_routed_experts + args.redundant, config.n_routed_experts
     if {"static", "live"} & set(args.only) and (slots % ranks or args.redundant > experts * ranks):
         raise ValueError(
