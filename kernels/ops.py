@@ -82,7 +82,7 @@ class GateTopk(Protocol):
     def __call__(
         self,
         logits: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         n_group: int,
         topk_group: int,
         top_k: int,
@@ -90,6 +90,8 @@ class GateTopk(Protocol):
         scale: float,
         slot_of_expert: Tensor | None = None,
         is_token: Tensor | None = None,
+        softmax: bool = False,
+        group_best: int = 2,
     ) -> tuple[Tensor, Tensor]: ...
 
 

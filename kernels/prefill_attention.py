@@ -11,6 +11,10 @@ from kernels.attention import LOG2_E, attention_scores, softmax_step
 from kernels.fp8 import Quantized
 from kernels.quant import GROUP, fp8_like, quantize_1x128
 
+# Columns of a key and a value: three buffers of 64 rows and 128 queries fit the shared memory of an SM (227 KB). Wider
+# ones (GLM-4.7-Flash: 256 + 64 + 256, after padding) take 32 rows: 108 KB, and 80 KB of queries.
+WIDEST = 384
+
 
 @triton.jit
 def _prefill_kernel(
@@ -118,12 +122,14 @@ def prefill_attention(
     if out.numel() == 0 or max_q == 0:
         return (out, scales) if quantize else out
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
-    block_m, block_n = (128, 64) if fast else (32, 16)
     main, rest = triton.next_power_of_2(nope), max(16, triton.next_power_of_2(rope))
+    block_v = max(16, triton.next_power_of_2(dv))
+    block_m, block_n = (128, 64) if fast else (32, 16)
+    if fast and main + rest + block_v > WIDEST:
+        block_n = 32
     if prefill_hopper.can_prefill(q, k_nope, k_rope, v):
         prefill_hopper.launch_prefill(q, k_nope, k_rope, v, q_starts, kv_starts, out, scales, max_q, scale * LOG2_E)
         return (out, scales) if quantize else out
-    block_v = max(16, triton.next_power_of_2(dv))
     _prefill_kernel[triton.cdiv(max_q, block_m), heads, len(q_starts) - 1](
         q,
         TensorDescriptor.from_tensor(k_nope, [block_n, 1, main]),

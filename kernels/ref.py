@@ -211,7 +211,7 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 def gate_topk(
     logits: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     n_group: int,
     topk_group: int,
     top_k: int,
@@ -219,30 +219,31 @@ def gate_topk(
     scale: float,
     slot_of_expert: Tensor | None = None,
     is_token: Tensor | None = None,
+    softmax: bool = False,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Do DeepSeek-V3's group-limited top-k (technical report, section 2.1.2; DeepSeek's `noaux_tc`).
+    """Choose each token's experts and their weights, as DeepSeek-V3's gate does (technical report, section 2.1.2).
 
-    Experts compete by sigmoid(logit) + bias. First the best `topk_group` groups win, by the sum of their two best
-    experts; then the best `top_k` experts within them. The weights are the scores WITHOUT the bias.
+    Scores are sigmoid(logit), or with `softmax` the softmax over experts. Experts compete by score + bias. First the
+    best `topk_group` groups win, by the sum of their `group_best` best experts: 2 in V3, 1 in V2's
+    `group_limited_greedy`. Then their best `top_k` experts win. The weights are the scores WITHOUT the bias.
 
     logits [T, E] float32, bias [E] -> ids [T, K] int64 and weights [T, K] float32. With slot_of_expert [E], ids are
     slots. They are -1 in rows where is_token [T] is False.
     """
-    scores = logits.sigmoid()
-    choice = scores + bias
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
     if n_group > 1:
         groups = choice.unflatten(-1, (n_group, -1))  # [T, G, E / G]
-        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
+        best = groups.topk(min(group_best, groups.shape[-1]), dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
         keep = torch.zeros(groups.shape[:2], dtype=torch.bool, device=logits.device).scatter(1, best, True)
         choice = groups.masked_fill(~keep[..., None], float("-inf")).flatten(1)
     ids = choice.topk(top_k, dim=-1).indices
     weights = scores.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    if slot_of_expert is not None:
-        ids = slot_of_expert[ids]
-    if is_token is not None:
-        ids = ids.masked_fill(~is_token[:, None], -1)
+    ids = ids if slot_of_expert is None else slot_of_expert[ids]
+    ids = ids if is_token is None else ids.masked_fill(~is_token[:, None], -1)
     return ids, weights * scale
 
 

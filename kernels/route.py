@@ -1,4 +1,4 @@
-"""Routing in Triton: the group-limited top-k gate, and the moves from token order to expert order and back.
+"""Routing in Triton: the top-k gate, and the moves from token order to expert order and back.
 
 A copy is one (token, k) pair. Its row is its expert's first row plus its rank among that expert's copies, counted in
 token order. There are no atomics, so the order is the same on every run.
@@ -29,6 +29,8 @@ def _gate_kernel(
     top_k,
     scale,
     NORMALIZE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     G: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
@@ -41,15 +43,24 @@ def _gate_kernel(
     group, place = tl.arange(0, G), tl.arange(0, P)
     expert = group[:, None] * per_group + place[None, :]  # [G, P]
     exists = (group < n_group)[:, None] & (place < per_group)[None, :]
-    scores = tl.sigmoid(tl.load(logits + token * num_experts + expert, mask=exists, other=0.0).to(tl.float32))
-    choice = scores + tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
+    scores = tl.load(logits + token * num_experts + expert, mask=exists, other=float("-inf")).to(tl.float32)
+    if SOFTMAX:
+        scores = tl.exp(scores - tl.max(tl.max(scores, 1), 0))
+        scores = scores / tl.sum(tl.sum(scores, 1), 0)
+    else:
+        scores = tl.sigmoid(scores)
+    choice = scores
+    if bias is not None:
+        choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
     choice = tl.where(choice == choice, choice, -1e30)  # with NaN, argmax could find one expert twice, or none
     choice = tl.where(exists, choice, float("-inf"))
 
-    if G > 1:  # keep the topk_group groups whose two best experts sum highest
-        best, first = tl.max(choice, 1, return_indices=True)  # [G]
-        second = tl.max(tl.where(place[None, :] == first[:, None], float("-inf"), choice), 1)
-        value = tl.where(group < n_group, tl.where(per_group > 1, best + second, best), float("-inf"))
+    if G > 1:  # keep the topk_group groups whose GROUP_BEST best experts sum highest
+        value, first = tl.max(choice, 1, return_indices=True)  # [G]
+        if GROUP_BEST == 2:
+            second = tl.max(tl.where(place[None, :] == first[:, None], float("-inf"), choice), 1)
+            value = tl.where(per_group > 1, value + second, value)
+        value = tl.where(group < n_group, value, float("-inf"))
         keep = group < 0
         for _ in range(topk_group):
             winner = tl.argmax(value, 0)  # the lower id on a tie
@@ -79,7 +90,7 @@ def _gate_kernel(
 
 def gate_topk(
     logits: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     n_group: int,
     topk_group: int,
     top_k: int,
@@ -87,15 +98,20 @@ def gate_topk(
     scale: float,
     slot_of_expert: Tensor | None = None,
     is_token: Tensor | None = None,
+    softmax: bool = False,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Do DeepSeek-V3's group-limited top-k in one launch; ties go to the lower id. Contract: `ref.gate_topk`.
+    """Choose each token's experts in one launch; ties go to the lower id. Contract: `ref.gate_topk`.
 
     logits [T, E] float32, bias [E], slot_of_expert [E] int64, is_token [T] bool -> ids [T, K] int64, by falling
-    score + bias, and weights [T, K] float32. Raises ValueError if the experts do not divide into the groups.
+    score + bias, and weights [T, K] float32. Raises ValueError if the experts do not divide into the groups, or if
+    `group_best` is neither 1 nor 2.
     """
     tokens, num_experts = logits.shape
     if num_experts % n_group:
         raise ValueError(f"{num_experts=} is not a multiple of {n_group=}")
+    if group_best not in (1, 2):
+        raise ValueError(f"{group_best=} must be 1 or 2")
     ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
     weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
     if tokens:
@@ -113,6 +129,8 @@ def gate_topk(
             top_k,
             scale,
             normalize,
+            softmax,
+            group_best,
             g,
             p,
             triton.next_power_of_2(top_k),

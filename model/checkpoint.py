@@ -84,7 +84,8 @@ def _block_table(c: ModelConfig, attn_tp: int, layer: int, theirs: str, ours: st
         return
     gate, bias = "gate.weight", "gate.e_score_correction_bias"
     yield Entry(f"{theirs}.{gate}", (c.n_routed_experts, hidden), f"{ours}.{gate}")
-    yield Entry(f"{theirs}.{bias}", (c.n_routed_experts,), f"{ours}.{bias}")
+    if c.topk_method == "noaux_tc":
+        yield Entry(f"{theirs}.{bias}", (c.n_routed_experts,), f"{ours}.{bias}")
     width, moe = c.moe_intermediate_size, layer - c.first_k_dense_replace
     if c.n_shared_experts:
         shared = c.n_shared_experts * width

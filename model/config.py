@@ -1,11 +1,15 @@
-"""ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`."""
+"""ModelConfig: the shape of a DeepSeek-V3-architecture model, read from a Hugging Face `config.json`.
+
+`model/model_types.py` says what the field `model_type` decides.
+"""
 
 import json
 import reprlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-SUPPORTED = "deepseek_v3"
+from model.model_types import MISSING, MISSING_FIELDS, NULL_MEANS, ONLY_VALUES, SUPPORTED, ModelType
+
 METHODS = {  # quantisations that are refused, by quantization_config's quant_method
     "awq": "AWQ",
     "gptq": "GPTQ",
@@ -28,10 +32,9 @@ MAY_BE_ZERO = (
     "num_nextn_predict_layers",
     "qk_nope_head_dim",
 )
-# Required here: if config.json lacks them, transformers silently takes DeepSeek-V3's own values, whatever the model.
-ASKED_FOR = ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace")
 MOST_SIZE = 2**31 - 1  # kernels count in int32
 LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # a product of a few such numbers stays within float32
+MOST_WEIGHT_BYTES = 2**44  # 16 TiB in bf16; Kimi-K2, the largest published model, has 2 TB
 LEAST_THETA = 2  # rope's frequencies must fall from pair to pair, and YaRN divides by log(theta)
 MOST_BYTES = 2**26  # for a file other than weights; DeepSeek-V3's largest, the index, has 9 million bytes
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1"  # what a clone without git-LFS has in place of a file
@@ -68,6 +71,8 @@ class ModelConfig:
     num_experts_per_tok: int
     q_lora_rank: int | None = None
     n_shared_experts: int = 1
+    scoring_func: str = "sigmoid"  # or softmax (DeepSeek-V2)
+    topk_method: str = "noaux_tc"  # the gate has a bias; without: group_limited_greedy, or greedy, which has one group
     n_group: int = 1
     topk_group: int = 1
     first_k_dense_replace: int = 0
@@ -99,6 +104,23 @@ class ModelConfig:
         """The fraction of all ranks' tokens that an expert gets under balanced routing; 0 without experts."""
         return self.num_experts_per_tok / self.n_routed_experts if self.num_moe_layers else 0.0
 
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights of the whole model, without multi-token-prediction layers. A tied one counts once."""
+        hidden, heads, experts = self.hidden_size, self.num_attention_heads, self.n_routed_experts
+        ffn = 3 * hidden  # weights per unit of width
+        query = hidden * heads * self.qk_head_dim
+        if self.q_lora_rank is not None:
+            query = self.q_lora_rank * (hidden + 1 + heads * self.qk_head_dim)
+        latent = hidden * self.kv_dim + self.kv_lora_rank * (1 + heads * (self.qk_nope_head_dim + self.v_head_dim))
+        attention = query + latent + heads * self.v_head_dim * hidden
+        gate = experts * (hidden + (self.topk_method == "noaux_tc"))
+        moe = gate + ffn * self.moe_intermediate_size * (experts + self.n_shared_experts)
+        dense_layers = self.num_hidden_layers - self.num_moe_layers
+        layers = self.num_hidden_layers * (attention + 2 * hidden) + self.num_moe_layers * moe
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        return embeddings + layers + dense_layers * ffn * self.intermediate_size + hidden
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ModelConfig":
         """Read `folder/config.json`, and the end-of-text tokens of `generation_config.json`, if there is one.
@@ -123,37 +145,24 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict, where: str = "config") -> "ModelConfig":
-        if raw.get("model_type") != SUPPORTED:
-            raise ValueError(f"{where}: model_type is {shown(raw.get('model_type'))}; only {SUPPORTED!r} is supported")
-        unsupported = {
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "moe_layer_freq": 1,
-            "rope_interleave": True,
-            "partial_rotary_factor": 1,
-        }
-        for name, only in unsupported.items():
-            if raw.get(name, only) != only:
-                raise ValueError(f"{where}: {name} is {shown(raw[name])}; only {only!r} is supported")
-        own = {
-            name: raw[name]
-            for name in cls.__dataclass_fields__
-            if raw.get(name) is not None and name not in ("rope", "fp8")
-        }
+        kind = _model_type(raw, where)
+        nulls = {name: NULL_MEANS[name] for name, value in raw.items() if value is None and name in NULL_MEANS}
+        raw = kind.defaults | {name: value for name, value in raw.items() if value is not None} | nulls
+        raw |= {"scoring_func": kind.scoring_func, "topk_method": raw.get("topk_method", kind.topk_methods[0])}
+        if kind.layer_types and "mlp_layer_types" in raw:
+            raw["first_k_dense_replace"] = _dense_layers(raw, where)
+        if raw["topk_method"] == "greedy":
+            raw |= {"n_group": 1, "topk_group": 1}  # published configurations name groups that greedy ignores
+        own = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and name not in ("rope", "fp8")}
         own["eos_token_ids"] = _token_ids(raw, where)
         own["rope"] = _read_rope(raw, where)
         own["fp8"] = _read_quantization(raw.get("quantization_config") or raw.get("compression_config"), where)
-        if raw.get("n_shared_experts", 1) is None:
-            own["n_shared_experts"] = 0
-        required = [
-            f.name for f in cls.__dataclass_fields__.values() if f.default is f.default_factory or f.name in ASKED_FOR
-        ]
+        required = [f.name for f in fields(cls) if f.default is f.default_factory or f.name in kind.asked_for]
         if missing := [name for name in required if name not in own]:
             raise ValueError(f"{where}: required fields are missing: {', '.join(missing)}")
         config = cls(**own)
         config._check(where)
+        check_bytes(config, where)
         return config
 
     def _check(self, where: str) -> None:
@@ -181,6 +190,55 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"{where}: qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
+
+
+def check_bytes(config: ModelConfig, where: str) -> None:
+    """Raise ValueError if the model's weights would have more than MOST_WEIGHT_BYTES, at 2 bytes each.
+
+    It bounds what sizes in a config.json can ask for where no weight file shows that they are wrong.
+    """
+    if (size := 2 * config.num_parameters) > MOST_WEIGHT_BYTES:
+        raise ValueError(
+            f"{where}: its sizes make a model of {size:,} bytes in bf16; at most {MOST_WEIGHT_BYTES:,} are taken"
+        )
+
+
+def _model_type(raw: dict, where: str) -> ModelType:
+    """Return the rules of the file's `model_type`. Raises ValueError with the feature that is missing here."""
+    name, types = raw.get("model_type"), ", ".join(map(repr, SUPPORTED))
+    if not isinstance(name, str) or name not in SUPPORTED:
+        feature = MISSING.get(name) if isinstance(name, str) else None
+        why = f", which needs {feature}" if feature else ""
+        raise ValueError(f"{where}: model_type is {shown(name)}{why}; supported are {types}")
+    for field_name, feature in MISSING_FIELDS.items():
+        if raw.get(field_name) is not None:
+            given = f"{field_name} {shown(raw[field_name])}"
+            raise ValueError(
+                f"{where}: model_type is {name!r} with {given}, which needs {feature}; supported are {types} without it"
+            )
+    kind = SUPPORTED[name]
+    only = {field_name: (value,) for field_name, value in ONLY_VALUES.items()}
+    only |= {"scoring_func": (kind.scoring_func,), "topk_method": kind.topk_methods}
+    for field_name, values in only.items():
+        if field_name in raw and raw[field_name] not in values:
+            allowed = " or ".join(map(repr, values))
+            raise ValueError(f"{where}: {field_name} is {shown(raw[field_name])}; only {allowed} is supported")
+    return kind
+
+
+def _dense_layers(raw: dict, where: str) -> int:
+    """Return the number of dense layers that mlp_layer_types begins with. The sparse ones, with experts, must follow.
+
+    It overrides first_k_dense_replace, as in transformers.
+    """
+    types = raw["mlp_layer_types"]
+    dense = types.count("dense") if isinstance(types, list) else 0
+    if not isinstance(types, list) or types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
+        raise ValueError(f"{where}: mlp_layer_types is {shown(types)}; it must be a list of 'dense', then 'sparse'")
+    if len(types) != raw.get("num_hidden_layers"):
+        layers = shown(raw.get("num_hidden_layers"))
+        raise ValueError(f"{where}: mlp_layer_types has {len(types)} entries; num_hidden_layers is {layers}")
+    return dense
 
 
 def _check_number(where: str, name: str, value: object, least: float = LEAST_NUMBER) -> None:
@@ -263,16 +321,18 @@ def _read_rope(raw: dict, where: str) -> Rope:
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
     _check_number(where, "rope_theta", theta, LEAST_THETA)
     kind = given.get("rope_type") or given.get("type") or "default"
+    if (part := given.get("partial_rotary_factor", 1)) != 1:
+        raise ValueError(f"{where}: rope's partial_rotary_factor is {shown(part)}; only 1 is supported")
     if kind == "default":
         return Rope(theta=theta)
     if kind != "yarn":
         raise ValueError(f"{where}: rope type is {shown(kind)}; only 'default' and 'yarn' are supported")
     if given.get("factor") is None:
         raise ValueError(f"{where}: yarn rope scaling has no 'factor'")
-    for name, only in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1)):
+    for name, only in (("attention_factor", None), ("truncate", True)):
         if given.get(name, only) != only:
             raise ValueError(f"{where}: yarn's {name} is {shown(given[name])}; only {only!r} is supported")
-    original = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096)
+    original = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
     numbers = {
         "factor": given["factor"],
         "beta_fast": given.get("beta_fast") or 32.0,

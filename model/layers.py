@@ -128,7 +128,8 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> 
         ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 = keep, 1 = divide
         freqs = freqs * (1 - ramp) + freqs / rope.factor * ramp
     angles = torch.outer(torch.arange(length, dtype=torch.float32), freqs)
-    # As in transformers: the ratio of the two mscales if both are given, else YaRN's own attention factor.
+    # As in transformers: the ratio of the two mscales if both are given, else YaRN's own attention factor. DeepSeek's
+    # code gives the same for the published models, which have both.
     scale = mscale(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
         scale = mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
@@ -141,7 +142,10 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Return 1 / sqrt(head dim), times mscale squared under YaRN (DeepSeek-V2, section 3.1.4)."""
+    """Return 1 / sqrt(head dim), times mscale squared under YaRN (DeepSeek-V2, section 3.1.4).
+
+    DeepSeek's published code does so for V2 and V3. transformers does too, but its first versions of V2 did not.
+    """
     scale = config.qk_head_dim**-0.5
     if config.rope.mscale_all_dim:
         scale *= mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2

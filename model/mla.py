@@ -6,7 +6,8 @@ The cache holds c [C] (the normed latent) and k_rope [R] per token. Per head, wi
     absorbed (decode):   q' = [W_UK^T q_nope, q_rope] attends the cache rows themselves; out = W_UV (attended c)
 
 Heads are split over mesh.attn. o_proj's output is this rank's PARTIAL sum, which the block reduces. kv_b_proj keeps the
-activations' dtype even with fp8 weights, because it is a part of the attention itself, in both forms.
+activations' dtype even with fp8 weights, because it is a part of the attention itself, in both forms. The norms of the
+latents have epsilon 1e-6 whatever `rms_norm_eps` is, as in DeepSeek's code and in transformers.
 """
 
 import torch

@@ -29,13 +29,27 @@ FEW = 512  # the shared expert runs on the second stream up to this many tokens
 
 
 class Gate(nn.Module):
-    """Scores every expert for every token, in float32 as DeepSeek does. Its weights have the activations' dtype."""
+    """Scores every expert for every token, in float32 as DeepSeek does. Its weights have the activations' dtype.
+
+    `noaux_tc` (DeepSeek-V3): sigmoid scores, and a bias that takes part in the choice alone. The weights are
+    normalised if `norm_topk_prob` says so, and then scaled.
+
+    `greedy`, `group_limited_greedy` (DeepSeek-V2, section 2.2, and its published code): softmax scores, no bias. With
+    `norm_topk_prob` the weights are normalised INSTEAD of scaled; a token's only expert is always scaled. No published
+    V2 sets `norm_topk_prob`, and transformers ignores it there.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.weight = weight(config.n_routed_experts, config.hidden_size, dtype=dtype, device=device)
-        self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
+        self.e_score_correction_bias = None
+        if config.topk_method == "noaux_tc":
+            self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32, device=device)
+        self.softmax = config.scoring_func == "softmax"
+        self.group_best = 2 if config.topk_method == "noaux_tc" else 1
+        self.normalize = config.norm_topk_prob and (config.num_experts_per_tok > 1 or not self.softmax)
+        self.scale = 1.0 if self.softmax and self.normalize else config.routed_scaling_factor
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [T, E] float32 of x [T, D]."""
@@ -50,10 +64,12 @@ class Gate(nn.Module):
             config.n_group,
             config.topk_group,
             config.num_experts_per_tok,
-            config.norm_topk_prob,
-            config.routed_scaling_factor,
+            self.normalize,
+            self.scale,
             slot_of_expert,
             is_token,
+            softmax=self.softmax,
+            group_best=self.group_best,
         )
 
 

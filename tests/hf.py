@@ -1,4 +1,4 @@
-"""Random DeepSeek-V3-like checkpoints made by transformers, its answers, and a small driver for our model."""
+"""Random checkpoints made by transformers, its answers, and a small driver for our model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel
 
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
@@ -83,20 +83,25 @@ def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes
     """Write a random checkpoint of SHAPES[shape] in float32, with widely spread logits and a large gate bias."""
     config = DeepseekV3Config(**{**BASE, **SHAPES[shape], **changes})
     theirs = DeepseekV3ForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(SEEDS[shape])
-    with torch.no_grad():
-        for name, tensor in theirs.state_dict().items():
-            if config.tie_word_embeddings and name == "lm_head.weight":
-                continue
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif "e_score_correction_bias" in name:
-                tensor.uniform_(-0.3, 0.3, generator=generator)
-            else:
-                std = 0.4 if "lm_head" in name else 0.2 if "embed" in name else 0.15
-                tensor.normal_(0.0, std, generator=generator)
+    randomize(theirs, SEEDS[shape])
     theirs.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+@torch.no_grad()
+def randomize(theirs: PreTrainedModel, seed: int) -> None:
+    """Fill transformers' model so that its logits spread widely and its gate biases are large."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in theirs.state_dict().items():
+        if theirs.config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        if "norm" in name:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif "e_score_correction_bias" in name:
+            tensor.uniform_(-0.3, 0.3, generator=generator)
+        else:
+            std = 0.4 if "lm_head" in name else 0.2 if "embed" in name else 0.15
+            tensor.normal_(0.0, std, generator=generator)
 
 
 def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = None) -> Transformer:
@@ -121,10 +126,15 @@ class Answer:
     steps: list[tuple[int, int]] = field(default_factory=list)  # ours only: (decodes, prefill tokens) of each forward
 
 
-@torch.inference_mode()
 def their_answer(folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> Answer:
+    """Generate greedily with transformers' DeepSeek-V3."""
+    return answer_of(DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32), prompts, new_tokens)
+
+
+@torch.inference_mode()
+def answer_of(theirs: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: int) -> Answer:
     """Generate greedily with transformers. Log probabilities come from one forward over the generated texts."""
-    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.eval()
     theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])

@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config
 
 from model.config import LEAST_NUMBER, LEAST_THETA, MOST_NUMBER, MOST_SIZE, ModelConfig, Rope
 from model.layers import rope_table, softmax_scale
+from model.model_types import SUPPORTED
 from tests.hf import YARN
 
 REQUIRED: dict[str, Any] = {
@@ -32,7 +33,8 @@ REQUIRED: dict[str, Any] = {
     "routed_scaling_factor": 1.0,
     "first_k_dense_replace": 0,
 }
-MINIMAL = {"model_type": "deepseek_v3", **REQUIRED}
+MAY_BE_NULL: dict[str, Any] = {"q_lora_rank": None, "n_shared_experts": 1}  # required, too
+MINIMAL = {"model_type": "deepseek_v3", **REQUIRED, **MAY_BE_NULL}
 
 
 def refused(raw: dict[str, Any], *words: str) -> None:
@@ -47,8 +49,9 @@ def test_the_smallest_config_gets_the_documented_defaults() -> None:
     config = ModelConfig.from_dict(MINIMAL)
     for name, value in REQUIRED.items():
         assert getattr(config, name) == value, name
-    assert config.q_lora_rank is None
-    assert (config.n_shared_experts, config.norm_topk_prob, config.rms_norm_eps) == (1, True, 1e-6)
+    assert (config.scoring_func, config.topk_method) == ("sigmoid", "noaux_tc")
+    assert (config.q_lora_rank, config.n_shared_experts) == (None, 1)
+    assert (config.norm_topk_prob, config.rms_norm_eps) == (True, 1e-6)
     assert (config.max_position_embeddings, config.tie_word_embeddings) == (4096, False)
     assert (config.num_nextn_predict_layers, config.eos_token_ids) == (0, ())
     assert config.rope == Rope(theta=10000.0, factor=1.0, original_max_position=4096, mscale=0.0, mscale_all_dim=0.0)
@@ -75,14 +78,15 @@ def test_every_optional_field_is_read() -> None:
 
 
 def test_null_means_the_default() -> None:
-    raw = MINIMAL | {"q_lora_rank": None, "rope_scaling": None, "eos_token_id": None}
+    raw = MINIMAL | {"max_position_embeddings": None, "rope_scaling": None, "eos_token_id": None}
     assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(MINIMAL)
 
 
-def test_null_shared_experts_are_none() -> None:
-    """As in DeepSeek's own code; without the field there is one, as in transformers."""
-    assert ModelConfig.from_dict(MINIMAL | {"n_shared_experts": None}).n_shared_experts == 0
-    assert ModelConfig.from_dict(MINIMAL).n_shared_experts == 1
+def test_null_means_none_where_there_may_be_none() -> None:
+    """As in transformers, for which a norm_topk_prob of null is false."""
+    raw = MINIMAL | {"q_lora_rank": None, "n_shared_experts": None, "norm_topk_prob": None}
+    config = ModelConfig.from_dict(raw)
+    assert (config.q_lora_rank, config.n_shared_experts, config.norm_topk_prob) == (None, 0, False)
 
 
 def test_unknown_fields_are_let_be() -> None:
@@ -108,14 +112,16 @@ def test_all_missing_fields_are_named_at_once() -> None:
     refused({"model_type": "deepseek_v3"}, *REQUIRED)
 
 
-@pytest.mark.parametrize("value", ["llama", "deepseek_v2", None])
-def test_model_type(value: str | None) -> None:
-    refused(MINIMAL | {"model_type": value}, "model_type", repr(value), "'deepseek_v3'")
+@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("name", MAY_BE_NULL)
+def test_what_may_be_null_must_be_there(name: str, model_type: str) -> None:
+    refused({k: v for k, v in MINIMAL.items() if k != name} | {"model_type": model_type}, "required", name)
 
 
 ONLY = {
     "scoring_func": ("softmax", "sigmoid"),
     "topk_method": ("greedy", "noaux_tc"),
+    "mlp_bias": (True, False),
     "hidden_act": ("gelu", "silu"),
     "attention_bias": (True, False),
     "moe_layer_freq": (2, 1),
@@ -264,6 +270,10 @@ WRONG = {
         "num_hidden_layers is 1000000000000000000000000000000; it must",
     ),
     "half a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1 is supported"),
+    "half a head in rope": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "rope's partial_rotary_factor is 0.5; only 1 is supported",
+    ),
     "quantisation": ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; it must be an object"),
     "a number's block": (
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},

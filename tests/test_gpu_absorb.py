@@ -17,7 +17,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(
     ("batch", "heads", "nope", "latent", "rope", "v"),
     [(0, 4, 128, 512, 64, 128), (1, 16, 128, 512, 64, 128), (2, 128, 128, 512, 64, 128), (2, 3, 24, 100, 16, 40),
-     (5, 8, 32, 64, 16, 32), (3, 16, 128, 512, 64, 128), (77, 6, 128, 512, 64, 128), (256, 16, 128, 512, 64, 128)],
+     (5, 8, 32, 64, 16, 32), (3, 16, 128, 512, 64, 128), (77, 6, 128, 512, 64, 128), (256, 16, 128, 512, 64, 128),
+     (1, 20, 192, 512, 64, 256), (4, 20, 192, 512, 64, 256), (200, 20, 192, 512, 64, 256)],  # GLM-4.7-Flash
 )  # fmt: skip
 def test_absorb(batch: int, heads: int, nope: int, latent: int, rope: int, v: int, dtype: torch.dtype) -> None:
     """The query is a slice of a wider projection, and both weights are parts of kv_b_proj's."""

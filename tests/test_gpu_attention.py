@@ -61,6 +61,7 @@ DECODE = [
     ([200, 64, 0, 7], 4, 64, 16),
     ([100, 300], 1, 64, 48),
     ([100, 300], 128, 256, 0),
+    ([1000, 65, 0, 64, 3], 20, 512, 64),  # GLM-4.7-Flash; DeepSeek-V2-Lite has 16 heads
 ]
 
 
@@ -109,6 +110,8 @@ PREFILL = [
     ([(5, 5), (40, 70), (200, 333)], 4, 32, 16, 32),
     ([(150, 200), (3, 3)], 2, 48, 16, 64),
     ([(150, 200), (3, 3)], 2, 80, 32, 80),
+    ([(300, 300), (0, 0), (1, 700), (129, 129), (64, 1000)], 20, 192, 64, 256),  # GLM-4.7-Flash
+    ([(300, 300), (1, 700), (77, 500)], 16, 128, 64, 128),  # DeepSeek-V2-Lite
 ]
 
 
@@ -144,8 +147,8 @@ def test_prefill_empty() -> None:
 
 
 @pytest.mark.parametrize("lens", [[(1, 1), (64, 64), (65, 300), (200, 200)], [(1, 500)], [(333, 333)]])
-@pytest.mark.parametrize("library", ["flash_attn", "flash_mla"])
-def test_vendors_keep_the_contract(library: str, lens: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("library", "heads"), [("flash_attn", 16), ("flash_mla", 16), ("flash_mla", 20)])
+def test_vendors_keep_the_contract(library: str, heads: int, lens: list[tuple[int, int]]) -> None:
     """The adapters, against the twins."""
     scale = 192**-0.5
     if library == "flash_attn":
@@ -155,8 +158,8 @@ def test_vendors_keep_the_contract(library: str, lens: list[tuple[int, int]]) ->
         starts = torch.tensor([(0, 0), *lens], device=DEVICE).cumsum(0).int()
         q_starts, kv_starts = starts[:, 0].contiguous(), starts[:, 1].contiguous()
         (num_q, num_kv), (max_q, max_kv) = starts[-1].tolist(), (max(column) for column in zip(*lens, strict=True))
-        q, k_rope = randn(num_q, 16, 192), randn(num_kv, 576)[:, 512:]
-        k, v = randn(num_kv, 16, 256).split((128, 128), -1)
+        q, k_rope = randn(num_q, heads, 192), randn(num_kv, 576)[:, 512:]
+        k, v = randn(num_kv, heads, 256).split((128, 128), -1)
         args = (q_starts, kv_starts, max_q, max_kv, scale)
         agree(
             vendor(q, k, k_rope, v, *args),
@@ -171,7 +174,7 @@ def test_vendors_keep_the_contract(library: str, lens: list[tuple[int, int]]) ->
     width = -(-int(kv_lens.max()) // 64)
     pages = randn(len(lens) * width + 1, 64, 576)
     table = torch.randperm(len(lens) * width, device=DEVICE).add(1).int().view(len(lens), width)
-    q, plan = randn(len(lens), 16, 576), decode_plan(kv_lens)
+    q, plan = randn(len(lens), heads, 576), decode_plan(kv_lens)
     want = ref.mla_decode(q.float(), pages.float(), table, kv_lens, scale, 512)
     for _ in range(2):  # a plan serves several calls
         agree(vendor(q, pages, table, kv_lens, scale, 512, plan), want)

@@ -17,7 +17,14 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "hidden", "width"),
-    [(1, 6, 64, 2048, 1408), (4, 8, 16, 7168, 2048), (3, 1, 2, 72, 40), (0, 4, 4, 64, 64), (5, 3, 9, 1000, 24)],
+    [
+        (1, 6, 64, 2048, 1408),
+        (4, 8, 16, 7168, 2048),
+        (3, 1, 2, 72, 40),
+        (0, 4, 4, 64, 64),
+        (5, 3, 9, 1000, 24),
+        (2, 4, 64, 2048, 1536),
+    ],  # GLM-4.7-Flash
 )
 def test_copies(tokens: int, top_k: int, experts: int, hidden: int, width: int, dtype: torch.dtype) -> None:
     slots = torch.rand(tokens, experts, device=DEVICE).argsort(1)[:, :top_k]
@@ -40,7 +47,7 @@ def test_copies(tokens: int, top_k: int, experts: int, hidden: int, width: int, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "width"), [(1, 3648, 2048), (2, 64, 2048), (3, 33, 1000), (4, 256, 7168)]
+    ("tokens", "outputs", "width"), [(1, 3648, 2048), (1, 1344, 2048), (2, 64, 2048), (3, 33, 1000), (4, 256, 7168)]
 )
 def test_linear_of_few(tokens: int, outputs: int, width: int, dtype: torch.dtype) -> None:
     x, weight = normal(tokens, width + 8, dtype=dtype)[:, :width], normal(outputs, width, dtype=dtype)

@@ -34,7 +34,7 @@ def test_the_table_is_what_the_gpu_reports() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     before, kept_before = torch.cuda.memory_allocated(), kept_by_graphs()
-    config, mesh = replace(SHAPES["v2-lite"], num_hidden_layers=6), Mesh(device=torch.device("cuda", 0))
+    config, mesh = replace(SHAPES["v2_lite"], num_hidden_layers=6), Mesh(device=torch.device("cuda", 0))
     settings = EngineConfig(BATCH, BATCH * PROMPT, kv_tokens=BATCH * (PROMPT + 64), max_model_len=2048)
     model = random_model(config, mesh, 2048, ["auto"])
     engine = Engine(settings, model, mesh, print)
@@ -66,7 +66,7 @@ def test_torch_leaves_room_for_others() -> None:
     """However much is asked of torch, it leaves a fifth of the GPU with --gpu-memory-fraction 0.6 (of which the process
     takes some itself): until the engine is closed."""
     device = torch.device("cuda", 0)
-    config, mesh = replace(SHAPES["v2-lite"], num_hidden_layers=3), Mesh(device=device)
+    config, mesh = replace(SHAPES["v2_lite"], num_hidden_layers=3), Mesh(device=device)
     engine = Engine(
         EngineConfig(8, 256, kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.6),
         random_model(config, mesh, 512, ["auto"]), mesh, print,

@@ -28,7 +28,9 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.mark.parametrize("shape", [(0, 64), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (3, 100), (4097, 16)])
+@pytest.mark.parametrize(
+    "shape", [(0, 64), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (3, 100), (4097, 16), (9, 768)]
+)
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, residual = torch.randn(2, *shape, device=DEVICE, dtype=dtype) * 3
     weight = torch.randn(shape[-1], device=DEVICE, dtype=dtype)
@@ -51,7 +53,9 @@ def quantised(normed: Tensor, values: Tensor, scales: Tensor) -> None:
     assert not values.numel() or (values == want).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("shape", [(0, 128), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (4097, 128), (9, 384)])
+@pytest.mark.parametrize(
+    "shape", [(0, 128), (1, 8192), (333, 7168), (5, 7, 1536), (1000, 512), (4097, 128), (9, 384), (9, 768)]
+)
 def test_rms_norm_quant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, residual = torch.randn(2, *shape, device=DEVICE, dtype=dtype) * 3
     x *= torch.rand(*shape[:-1], 1, device=DEVICE).mul(6).sub(3).exp().to(dtype)
@@ -89,9 +93,9 @@ def tables(length: int, dim: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-@pytest.mark.parametrize("heads", [1, 3, 16, 128])
+@pytest.mark.parametrize("heads", [1, 3, 16, 20, 128])
 @pytest.mark.parametrize(
-    ("tokens", "dim", "beside"), [(0, 64, 128), (1, 64, 128), (333, 64, 128), (50, 16, 32), (9, 24, 5)]
+    ("tokens", "dim", "beside"), [(0, 64, 128), (1, 64, 128), (333, 64, 128), (50, 16, 32), (9, 24, 5), (7, 64, 192)]
 )
 def test_rope(tokens: int, dim: int, beside: int, heads: int, dtype: torch.dtype) -> None:
     """The query is a slice of something wider; what lies beside the rotated columns is not touched."""

@@ -15,48 +15,67 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 GATES = [(256, 8, 4, 8), (384, 1, 1, 8), (64, 1, 1, 6), (32, 4, 2, 4), (160, 8, 3, 6), (96, 3, 2, 5), (8, 8, 2, 2)]
+KINDS = {  # what the model types differ in
+    "v3": {"softmax": False, "group_best": 2},
+    "v2": {"softmax": True, "group_best": 1},
+    "neither": {"softmax": True, "group_best": 2},
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+gates = pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
 
 
+def bias_of(kind: str, experts: int, spread: float = 0.0) -> Tensor | None:
+    return None if kind == "v2" else torch.randn(experts, device=DEVICE) * spread
+
+
+def scores_of(logits: Tensor, kind: str) -> Tensor:
+    return logits.softmax(-1) if KINDS[kind]["softmax"] else logits.sigmoid()
+
+
+@kinds
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
-def test_gate(experts: int, n_group: int, topk_group: int, top_k: int, normalize: bool) -> None:
+@gates
+def test_gate(experts: int, n_group: int, topk_group: int, top_k: int, normalize: bool, kind: str) -> None:
     """Scores that are far apart leave no doubt about the order: the twin's ids, in its order."""
     apart = torch.rand(500, experts, device=DEVICE).argsort(1) / experts  # a permutation of a grid in each row
-    logits, bias = torch.logit(0.05 + 0.9 * apart), torch.zeros(experts, device=DEVICE)
-    ids, weights = gate_topk(logits, bias, n_group, topk_group, top_k, normalize, 2.5)
-    groups = apart.unflatten(1, (n_group, -1))
-    sums = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).sort(1, descending=True).values
+    logits, bias = torch.logit(0.05 + 0.9 * apart), bias_of(kind, experts)
+    ids, weights = gate_topk(logits, bias, n_group, topk_group, top_k, normalize, 2.5, **KINDS[kind])
+    groups, best = scores_of(logits, kind).unflatten(1, (n_group, -1)), KINDS[kind]["group_best"]
+    sums = groups.topk(min(best, groups.shape[-1]), dim=-1).values.sum(-1).sort(1, descending=True).values
     unsure = torch.zeros(500, dtype=torch.bool, device=DEVICE)
     if topk_group < n_group:  # sums of two grid points may tie at the border: there either group is right
-        unsure = (sums[:, topk_group - 1] - sums[:, topk_group]).abs() < 1e-5
-    want_ids, want_weights = ref.gate_topk(logits, bias, n_group, topk_group, top_k, normalize, 2.5)
+        unsure = (sums[:, topk_group - 1] - sums[:, topk_group]).abs() < 1e-5 * sums[:, topk_group]
+    assert unsure.sum() < 250
+    want_ids, want_weights = ref.gate_topk(logits, bias, n_group, topk_group, top_k, normalize, 2.5, **KINDS[kind])
     assert ids.dtype == torch.int64 and weights.dtype == torch.float32
     assert torch.equal(ids[~unsure], want_ids[~unsure])
     torch.testing.assert_close(weights[~unsure], want_weights[~unsure], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
-def test_gate_names_slots(experts: int, n_group: int, topk_group: int, top_k: int) -> None:
-    logits, bias = torch.randn(99, experts, device=DEVICE), torch.zeros(experts, device=DEVICE)
+@kinds
+@gates
+def test_gate_names_slots(experts: int, n_group: int, topk_group: int, top_k: int, kind: str) -> None:
+    logits, bias = torch.randn(99, experts, device=DEVICE), bias_of(kind, experts)
     slot_of_expert = torch.randperm(2 * experts, device=DEVICE)[:experts]
     is_token = torch.rand(99, device=DEVICE) < 0.7
-    args = (logits, bias, n_group, topk_group, top_k, True, 1.0)
-    (ids, weights), (slots, same) = gate_topk(*args), gate_topk(*args, slot_of_expert, is_token)
+    args, kinds = (logits, bias, n_group, topk_group, top_k, True, 1.0), KINDS[kind]
+    (ids, weights), (slots, same) = gate_topk(*args, **kinds), gate_topk(*args, slot_of_expert, is_token, **kinds)
     assert torch.equal(same, weights)
     assert torch.equal(slots, slot_of_expert[ids].masked_fill(~is_token[:, None], -1))
-    assert torch.equal(gate_topk(*args, None, is_token)[0], ids.masked_fill(~is_token[:, None], -1))
+    assert torch.equal(gate_topk(*args, None, is_token, **kinds)[0], ids.masked_fill(~is_token[:, None], -1))
 
 
+@kinds
 @pytest.mark.parametrize("tokens", [0, 1, 777])
-@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
-def test_gate_random(experts: int, n_group: int, topk_group: int, top_k: int, tokens: int) -> None:
+@gates
+def test_gate_random(experts: int, n_group: int, topk_group: int, top_k: int, tokens: int, kind: str) -> None:
     """Random scores may come within rounding of each other: then the chosen scores must be as good as the twin's."""
-    logits, bias = torch.randn(tokens, experts, device=DEVICE), torch.randn(experts, device=DEVICE) * 0.1
+    logits, bias = torch.randn(tokens, experts, device=DEVICE), bias_of(kind, experts, 0.1)
     args = (logits, bias, n_group, topk_group, top_k, False, 1.0)
-    (ids, weights), (want, _) = gate_topk(*args), ref.gate_topk(*args)
-    scores = logits.sigmoid()
+    (ids, weights), (want, _) = gate_topk(*args, **KINDS[kind]), ref.gate_topk(*args, **KINDS[kind])
+    scores = scores_of(logits, kind)
     torch.testing.assert_close(weights, scores.gather(1, ids), rtol=1e-5, atol=1e-6)
-    choice = scores + bias
+    choice = scores if bias is None else scores + bias
     assert ids.sort(1).values.diff(dim=1).gt(0).all()  # all different
     differ = (ids != want).any(1)
     assert differ.sum() <= 2  # rounding is rare
@@ -67,25 +86,41 @@ def test_gate_random(experts: int, n_group: int, topk_group: int, top_k: int, to
     assert (gap[same_groups.all(1)] < 1e-5).all()
 
 
-@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), GATES)
+@kinds
+@gates
 def test_gate_sends_nan_to_different_experts_that_exist(
-    experts: int, n_group: int, topk_group: int, top_k: int
+    experts: int, n_group: int, topk_group: int, top_k: int, kind: str
 ) -> None:
     """The rooms of the masked layout rest on that; and the other tokens' choices are their own."""
-    logits, bias = torch.randn(9, experts, device=DEVICE), torch.zeros(experts, device=DEVICE)
+    logits, bias = torch.randn(9, experts, device=DEVICE), bias_of(kind, experts)
     args = (bias, n_group, topk_group, top_k, True, 1.0)
-    want, _ = gate_topk(logits, *args)
+    want, _ = gate_topk(logits, *args, **KINDS[kind])
     logits[1], logits[4, ::2], logits[7, 0] = float("nan"), float("nan"), float("nan")
-    ids, weights = gate_topk(logits, *args)
+    ids, weights = gate_topk(logits, *args, **KINDS[kind])
     assert ids.sort(1).values.diff(dim=1).gt(0).all() and ids.min() >= 0 and ids.max() < experts
     fine = torch.tensor([0, 2, 3, 5, 6, 8], device=DEVICE)
     assert torch.equal(ids[fine], want[fine]) and weights[fine].isfinite().all() and weights[1].isnan().all()
+
+
+def test_gate_stays_finite_for_far_logits() -> None:
+    """As the softmax does, whose exponentials would overflow."""
+    logits = torch.tensor([[1e4, 9990.0, -1e4, 0.0], [-1e4, -10005.0, -3e4, -4e4]], device=DEVICE)
+    ids, weights = gate_topk(logits, None, 1, 1, 2, False, 1.0, softmax=True)
+    want_ids, want = ref.gate_topk(logits, None, 1, 1, 2, False, 1.0, softmax=True)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want)
 
 
 def test_gate_ties_go_to_the_lower_id() -> None:
     logits, bias = torch.zeros(3, 64, device=DEVICE), torch.zeros(64, device=DEVICE)
     assert gate_topk(logits, bias, 1, 1, 4, True, 1.0)[0].tolist() == [[0, 1, 2, 3]] * 3
     assert gate_topk(logits, bias, 8, 2, 12, True, 1.0)[0].tolist() == [list(range(12))] * 3
+    assert gate_topk(logits, None, 8, 2, 12, True, 1.0, None, None, True, 1)[0].tolist() == [list(range(12))] * 3
+
+
+def test_gate_knows_groups_by_one_or_two_experts() -> None:
+    with pytest.raises(ValueError, match="group_best=3 must be 1 or 2"):
+        gate_topk(torch.zeros(1, 8, device=DEVICE), None, 2, 1, 1, True, 1.0, group_best=3)
 
 
 def routed(tokens: int, top_k: int, num_local: int, share: float) -> Tensor:

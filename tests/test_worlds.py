@@ -6,6 +6,7 @@ Arrangements: any world size, any attention TP, idle ranks, unified, or disaggre
 import functools
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,15 +57,20 @@ def collect(answers: dict[int, Answer]) -> list[tuple]:
     return [(answers[i].token_ids, answers[i].finish_reason, answers[i].error) for i in sorted(answers)]
 
 
-def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], folder: Path, interrupt: Interrupt) -> list[tuple]:
-    """Serve the requests with these jobs. Every rank of the world calls this; rank 0 gets what came out."""
+def one_run(
+    jobs: list[tuple[str, Engine | None, Mesh | None]],
+    folder: Path,
+    interrupt: Interrupt,
+    make: Callable[[int], list[UserRequest]] = requests,
+) -> list[tuple]:
+    """Serve `make(vocab_size)` with these jobs. Every rank of the world calls this; rank 0 gets what came out."""
     rank, answers, thread = dist.get_rank(), {}, None
     port = [0]
     if rank == 0:
         tokenizer = tokenizer_of(folder)
         vocab_size = tokenizer.get_vocab_size()
         router = Router(RouterPort("127.0.0.1", 0), tokenizer, vocab_size, lambda: False)
-        work = Listed(requests(vocab_size))
+        work = Listed(make(vocab_size))
         thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
         port = [router.port.port]
     dist.broadcast_object_list(port)

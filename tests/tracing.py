@@ -138,7 +138,7 @@ def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lens: Tensor, scale: fl
     return out
 
 
-def _first_experts(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, *_: Any) -> Any:
+def _first_experts(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, *_: Any, **__: Any) -> Any:
     """Every token chooses experts 0 .. K - 1: as many of rank 0's as possible."""
     return torch.arange(top_k).repeat(logits.shape[0], 1), logits.new_empty(logits.shape[0], top_k)
 

@@ -10,16 +10,18 @@ OURS = ("rope", "fp8", "dtype", "eos_token_ids")  # fields with other names in c
 
 
 def write_config(config: ModelConfig, folder: str) -> None:
-    """Write config.json for a model in bf16 with plain rope. (YaRN's rope costs the same.)"""
+    """Write config.json for a model in bf16 with plain rope. (YaRN's rope costs the same.)
+
+    The gate decides between V2 and V3. As DeepSeek-V3 with the same numbers, Kimi-K2 and GLM-4.7-Flash cost the same.
+    """
+    version = 2 if config.scoring_func == "softmax" else 3
     raw = {name: value for name, value in asdict(config).items() if name not in OURS} | {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [f"DeepseekV{version}ForCausalLM"],
+        "model_type": f"deepseek_v{version}",
         "torch_dtype": "bfloat16",
         "num_key_value_heads": config.num_attention_heads,
         "num_nextn_predict_layers": 0,
         "rope_theta": config.rope.theta,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
         "hidden_act": "silu",
         "moe_layer_freq": 1,
         "attention_bias": False,

@@ -284,12 +284,12 @@ def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
 def run(args: argparse.Namespace, mesh: Mesh) -> None:
     """Run the whole benchmark. Raises ValueError for flags that cannot work."""
     torch.manual_seed(mesh.rank)
-    check_size(args.shape, mesh.device)
     if args.peer and mesh.size > 1:
         raise ValueError(f"--peer: it runs beside one rank, not {mesh.size}")
     config = SHAPES[args.shape]
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
+    check_size(args.shape, config, mesh.device)
     peer = run_peer(args, config) if args.peer else None
     report = EngineReport(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
     max_batch, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())

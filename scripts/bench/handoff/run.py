@@ -22,6 +22,7 @@ With fewer GPUs than 2 x --pairs the ranks share them, and the figures' names sa
 import argparse
 import sys
 import time
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -146,7 +147,7 @@ def parse() -> argparse.Namespace:
     with refusals(parser):
         device = pick_device(args.device)
         if "steps" in args.only:
-            check_size(args.shape, device)
+            check_size(args.shape, replace(SHAPES[args.shape], num_hidden_layers=args.layers), device)
     return args
 
 

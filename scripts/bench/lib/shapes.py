@@ -4,6 +4,7 @@ import torch
 
 from model.config import ModelConfig, Rope
 
+MOST_CPU_BYTES = 2**32  # of weights in bf16
 _LITE = {
     "hidden_size": 2048,
     "moe_intermediate_size": 1408,
@@ -17,12 +18,52 @@ _LITE = {
     "num_experts_per_tok": 6,
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
-    "max_position_embeddings": 8192,
 }
 SHAPES = {
-    "moonlight": ModelConfig(vocab_size=163840, intermediate_size=11264, routed_scaling_factor=2.446, **_LITE),
-    # DeepSeek-V2-Lite's dimensions, with V3's gate instead of its own (softmax).
-    "v2-lite": ModelConfig(vocab_size=102400, intermediate_size=10944, **_LITE),
+    # config.json of moonshotai/Moonlight-16B-A3B.
+    "moonlight": ModelConfig(
+        vocab_size=163840,
+        intermediate_size=11264,
+        routed_scaling_factor=2.446,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=8192,
+        rope=Rope(theta=50000.0),
+        **_LITE,
+    ),
+    # config.json of deepseek-ai/DeepSeek-V2-Lite.
+    "v2_lite": ModelConfig(
+        vocab_size=102400,
+        intermediate_size=10944,
+        scoring_func="softmax",
+        topk_method="greedy",
+        norm_topk_prob=False,
+        max_position_embeddings=163840,
+        rope=Rope(factor=40.0, mscale=0.707, mscale_all_dim=0.707),
+        **_LITE,
+    ),
+    # config.json of zai-org/GLM-4.7-Flash.
+    "glm_4_7_flash": ModelConfig(
+        vocab_size=154880,
+        hidden_size=2048,
+        intermediate_size=10240,
+        moe_intermediate_size=1536,
+        num_hidden_layers=47,
+        num_attention_heads=20,
+        q_lora_rank=768,
+        kv_lora_rank=512,
+        qk_nope_head_dim=192,
+        qk_rope_head_dim=64,
+        v_head_dim=256,
+        n_routed_experts=64,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=202752,
+        num_nextn_predict_layers=1,
+        rope=Rope(theta=1e6),
+    ),
     # DeepSeek-V3 itself: for the roofline, and with --layers on GPUs that hold only some of its layers.
     "v3": ModelConfig(
         vocab_size=129280,
@@ -53,7 +94,10 @@ SHAPES = {
 }
 
 
-def check_size(shape: str, device: torch.device) -> None:
-    """Raise ValueError for a shape that is too large for a CPU."""
-    if device.type == "cpu" and shape != "tiny":
-        raise ValueError(f"--shape {shape}: too large for a CPU, and no GPU is used here; --shape tiny runs")
+def check_size(shape: str, config: ModelConfig, device: torch.device) -> None:
+    """Raise ValueError for a model that is too large for a CPU. `config`: the shape, perhaps with fewer layers."""
+    if device.type == "cpu" and (size := 2 * config.num_parameters) > MOST_CPU_BYTES:
+        raise ValueError(
+            f"--shape {shape}: too large for a CPU, and no GPU is used here; --shape tiny runs. Others must have at "
+            f"most {MOST_CPU_BYTES:,} bytes of weights (--layers), not {size:,}"
+        )

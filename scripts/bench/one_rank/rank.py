@@ -68,8 +68,9 @@ def check_flags(args: argparse.Namespace, **other: int) -> tuple[ModelConfig, to
     if args.layers is not None and not least <= args.layers <= all_layers:
         raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {all_layers}]")
     device = pick_device(args.device)
-    check_size(args.shape, device)
-    return replace(config, num_hidden_layers=args.layers or all_layers), device
+    config = replace(config, num_hidden_layers=args.layers or all_layers)
+    check_size(args.shape, config, device)
+    return config, device
 
 
 def check_decode(config: ModelConfig, batches: Sequence[int], kv: int, halves: bool = False) -> None:

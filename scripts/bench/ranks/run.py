@@ -87,10 +87,11 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
     """Return the model's configuration. Raises ValueError for wrong flags, before the first variant takes time."""
     config, ranks = SHAPES[args.shape], mesh.size
-    check_size(args.shape, mesh.device)
     least, all_layers = config.first_k_dense_replace + 1, config.num_hidden_layers
     if args.layers is not None and not least <= args.layers <= all_layers:
         raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {all_layers}]")
+    if {"skewed", "static", "live"} & set(args.only) and config.topk_method != "noaux_tc":
+        raise ValueError(f"--only skewed, static, live: they set a gate's bias, which {args.shape} lacks")
     slots, experts = config.n_routed_experts + args.redundant, config.n_routed_experts
     if {"static", "live"} & set(args.only) and (slots % ranks or args.redundant > experts * ranks):
         raise ValueError(
@@ -103,7 +104,9 @@ def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
             f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
             f"{config.max_position_embeddings}"
         )
-    return replace(config, num_hidden_layers=args.layers or all_layers)
+    config = replace(config, num_hidden_layers=args.layers or all_layers)
+    check_size(args.shape, config, mesh.device)
+    return config
 
 
 class Comparison(Report):

@@ -46,6 +46,7 @@ def skew_gates(model: Transformer, exponent: float) -> None:
 def fit(gate: Gate, shares: Tensor) -> None:
     """Set the gate's bias so that these shares [E] of random tokens choose each expert."""
     bias = gate.e_score_correction_bias
+    assert bias is not None, "this gate has no bias"
     experts, device = len(bias), bias.device
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(TOKENS, experts, generator=generator, device=device)
