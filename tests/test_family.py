@@ -323,7 +323,7 @@ def test_a_gate_chooses_and_weighs_as_transformers_does(
     best = scores.unflatten(-1, (groups, -1)).sort(-1, descending=True).values[..., : 1 + (method == "noaux_tc")]
     best = best.sum(-1).sort(-1, descending=True).values
     sure = best[:, keep - 1] != best[:, keep] if keep < groups else torch.ones(len(best), dtype=torch.bool)
-    assert (sure & ~clear).sum() >= 1000
+    assert (sure & ~clear).sum() >= 500
     chosen, their_chosen = (scores.gather(-1, i).sort(-1).values for i in (ids, their_ids))
     assert torch.equal(chosen[sure], their_chosen[sure])
 

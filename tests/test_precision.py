@@ -35,7 +35,8 @@ WIDE = {  # every share is whole blocks of 128, with attention TP 2 too; kv_dim 
     "model_type": "deepseek_v3", "vocab_size": 160, "hidden_size": 256, "intermediate_size": 512,
     "moe_intermediate_size": 128, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4,
     "q_lora_rank": 128, "kv_lora_rank": 160, "qk_nope_head_dim": 96, "qk_rope_head_dim": 32, "v_head_dim": 64,
-    "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "routed_scaling_factor": 2.5,
+    "n_routed_experts": 16, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4,
+    "routed_scaling_factor": 2.5,
 }  # fmt: skip
 V3 = ModelConfig(
     vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
