@@ -13,7 +13,6 @@ import torch
 
 from model.batch import PAGE
 from model.footprint import StepShape, contiguous_step, graphs, masked_step, sampling, table_bytes, weight_bytes
-from model.transformer import Transformer
 from parallel.mesh import Mesh, gpu_id
 
 GIB = 2**30
@@ -135,7 +134,6 @@ def host_memory() -> int:
 
 
 def plan_parts(
-    model: Transformer,
     shape: StepShape,
     buffers: int,
     buckets: abc.Sequence[int],
@@ -161,11 +159,10 @@ def plan_parts(
         masked_step(shape, most),
         sampling(shape.config, most),
     )
-    weights, placement = weight_bytes(model), model.placement
-    maps = placement.slot_of_expert.nbytes + placement.expert_of_slot.nbytes
+    weights = weight_bytes(shape)
     return weights | {
         "spare experts": spare_layers * weights["routed experts"] // max(shape.config.num_moe_layers, 1),
-        "tables": table_bytes(shape.config, maps, max_model_len, most),
+        "tables": table_bytes(shape, max_model_len, most),
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),
