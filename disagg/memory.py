@@ -46,14 +46,20 @@ class Budget:
         pages = max(1, self.most_pages) if tokens is None else tokens // PAGE
         if pages <= self.most_pages:
             return pages
-        size = (pages + 1) * self.page
         asked = "the least: a page and the null page" if tokens is None else f"--kv-tokens {tokens}"
-        terms = [f"{name} {_gib(part)}" for name, part in self.parts.items() if part] + [f"KV {_gib(size)} ({asked})"]
         most = f"--kv-tokens (to at most {self.most_pages * PAGE}), " if tokens is not None and self.most_pages else ""
         raise ValueError(
-            f"GPU memory: {' + '.join(terms)} = {_gib(sum(self.parts.values()) + size)} GiB is over "
-            f"{self.why} = {_gib(self.available)} GiB; raise --gpu-memory-fraction, or lower {most}"
+            f"{self.excess(pages, asked)}; raise --gpu-memory-fraction, or lower {most}"
             f"--max-tokens-per-step, --max-batch or --max-model-len"
+        )
+
+    def excess(self, pages: int, asked: str) -> str:
+        """Return the sum that is over the limit, with a pool of `pages` pages plus the null page. `asked`: why."""
+        size = (pages + 1) * self.page
+        terms = [f"{name} {_gib(part)}" for name, part in self.parts.items() if part] + [f"KV {_gib(size)} ({asked})"]
+        return (
+            f"GPU memory: {' + '.join(terms)} = {_gib(sum(self.parts.values()) + size)} GiB is over "
+            f"{self.why} = {_gib(self.available)} GiB"
         )
 
     def table(self, pages: int) -> str:

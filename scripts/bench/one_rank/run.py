@@ -285,9 +285,7 @@ def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures
 
 def show_memory(rank: Rank, what: str) -> list[Measurement]:
     """Print the memory that `disagg/memory.py` counts, and what torch reports. Return the figures (none on a CPU)."""
-    parts = weight_bytes(
-        StepShape(rank.config, rank.dtype.itemsize, rank.model.fp8, ranks=rank.ep, slots=rank.local)
-    )
+    parts = weight_bytes(StepShape(rank.config, rank.dtype.itemsize, rank.model.fp8, ranks=rank.ep, slots=rank.local))
     parts["KV"] = rank.pool.shape[1] * page_bytes(rank.config, rank.dtype.itemsize)
     counted = sum(parts.values())
     print("memory by the table, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()))
