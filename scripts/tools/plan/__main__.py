@@ -64,7 +64,9 @@ def read_config(model: str) -> ModelConfig:
     else:
         raise ValueError(f"MODEL {model}: no such folder or file, and no shape; the shapes are {', '.join(SHAPES)}")
     if config.n_routed_experts > MOST_EXPERTS:
-        raise ValueError(f"{model}: n_routed_experts is {config.n_routed_experts}; the planner takes {MOST_EXPERTS}")
+        raise ValueError(
+            f"{model}: n_routed_experts is {config.n_routed_experts}; the planner takes at most {MOST_EXPERTS}"
+        )
     return config
 
 

@@ -9,7 +9,7 @@ from scripts.tools.plan.deployment import MOST_LINKS, Deployment, Option, Option
 from scripts.tools.plan.gpus import GIB, Gpu
 from scripts.tools.plan.rank import DTYPE, Traffic, as_run, budget, dispatch
 from scripts.tools.plan.rates import achieved, decode_step, mean_kv, prefill_step, records
-from scripts.tools.plan.sizes import dense_ffn_split, splits
+from scripts.tools.plan.sizes import dense_ffn_split, least_redundant, splits
 
 COLUMNS = ("role", "ranks", "attn TP", "redundant", "slots", "dispatch", "weights", "buffers", "activations", "graphs",
            "other", "KV", "KV tokens", "batch", "step ms", "rate")  # fmt: skip
@@ -28,7 +28,7 @@ class Plan:
         self.config, self.gpu, self.gpus, self.per_host = config, gpu, gpus, per_host
         self.traffic, self.found, self.model = traffic, found, model
         self.deployments = {"prefill and decode apart": apart(found, gpus), "unified": unified(found, gpus)}
-        self.splits = list(splits(config, per_host, -config.n_routed_experts % per_host, per_host))
+        self.splits = list(splits(config, per_host, least_redundant(config, per_host), per_host))
         self.kv_token = page_bytes(config, DTYPE.itemsize) // PAGE  # bytes
         self.dense_ffn = {"prefill": dense_ffn_split(config, 2048, 0), "decode": dense_ffn_split(config, 128, 3)}
 

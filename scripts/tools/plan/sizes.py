@@ -30,7 +30,7 @@ def job_sizes(config: ModelConfig, gpus: int, per_host: int) -> list[int]:
 
 def least_redundant(config: ModelConfig, ranks: int) -> int:
     """Return the fewest redundant experts with which the slots divide by `ranks`."""
-    return -config.n_routed_experts % ranks if config.num_moe_layers else 0
+    return -config.n_routed_experts % ranks
 
 
 def check_job(config: ModelConfig, ranks: int, attn_tp: int, redundant: int) -> None:
