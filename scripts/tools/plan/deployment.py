@@ -165,10 +165,12 @@ def command(job: Job, model: str) -> str:
     return shlex.join(words)
 
 
+def router_command(model: str) -> str:
+    words = ["python", "run.py", "--role", "router", "--router", ROUTER, "--model", model]
+    return shlex.join([*words, "--input", "in.jsonl", "--output", "out.jsonl"])
+
+
 def commands(deployment: Deployment, model: str) -> list[str]:
-    """Return the commands of a deployment: the router's, then one per kind of job."""
-    if deployment.prefill is None:
-        return [command(deployment.decode.job, model)]
-    router = ["python", "run.py", "--role", "router", "--router", ROUTER, "--model", model]
-    router += ["--input", "in.jsonl", "--output", "out.jsonl"]
-    return [shlex.join(router), *(command(one.job, model) for one in (deployment.prefill, deployment.decode))]
+    """Return the commands of a deployment: the router's if it has one, then one per kind of job."""
+    router = [router_command(model)] if deployment.prefill is not None else []
+    return router + [command(one.job, model) for one, _ in deployment.sides]

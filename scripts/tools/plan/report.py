@@ -5,7 +5,17 @@ from dataclasses import asdict
 from model.batch import PAGE
 from model.config import ModelConfig
 from model.footprint import page_bytes
-from scripts.tools.plan.deployment import MOST_LINKS, Deployment, Option, Options, apart, commands, unified
+from scripts.tools.plan.deployment import (
+    MOST_LINKS,
+    Deployment,
+    Option,
+    Options,
+    apart,
+    command,
+    commands,
+    router_command,
+    unified,
+)
 from scripts.tools.plan.gpus import GIB, Gpu
 from scripts.tools.plan.rank import DTYPE, Traffic, as_run, budget, dispatch
 from scripts.tools.plan.rates import achieved, decode_step, mean_kv, prefill_step, records
@@ -136,12 +146,18 @@ class Plan:
         lines = [f"{name}: {what} = {one.gpus} GPUs, {one.requests:,.3g} requests/s (modelled)"]
         if one.ratio is not None:
             lines.append(f"prefill : decode, in ranks, for this traffic: {one.ratio:.3g} : 1 (modelled)")
-        lines += [f"{of.job.role}'s dispatch: {dispatch(self.config, self.gpu, of.job)[0]}" for of, _ in one.sides]
         if one.links > MOST_LINKS:
             lines.append(
                 f"warning: a rank has up to {one.links} links; over {MOST_LINKS}, one may wait for another's peer"
             )
-        return [*lines, *(f"$ {line}" for line in commands(one, self.model))]
+        if one.prefill is not None:
+            lines.append(f"$ {router_command(self.model)}")
+        for of, count in one.sides:
+            each = f", on each of its {of.job.hosts} hosts" if of.job.hosts > 1 else ""
+            over = dispatch(self.config, self.gpu, of.job)[0]
+            lines.append(f"{count} such {of.job.role} job{'s' * (count > 1)}{each}; dispatch: {over}")
+            lines.append(f"$ {command(of.job, self.model)}")
+        return lines
 
 
 def _table(rows: list[list[str]]) -> list[str]:
