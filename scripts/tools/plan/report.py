@@ -153,9 +153,8 @@ class Plan:
         if one.prefill is not None:
             lines.append(f"$ {router_command(self.model)}")
         for of, count in one.sides:
-            each = f", on each of its {of.job.hosts} hosts" if of.job.hosts > 1 else ""
-            over = dispatch(self.config, self.gpu, of.job)[0]
-            lines.append(f"{count} such {of.job.role} job{'s' * (count > 1)}{each}; dispatch: {over}")
+            each = f", each on {of.job.hosts} hosts" if of.job.hosts > 1 else ""
+            lines.append(f"{count} x {of.job.role}{each}; dispatch: {dispatch(self.config, self.gpu, of.job)[0]}")
             lines.append(f"$ {command(of.job, self.model)}")
         return lines
 
