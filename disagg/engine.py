@@ -181,7 +181,6 @@ class Engine:
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         page = page_bytes(self.config, model.dtype.itemsize)
         parts = plan_parts(
-            model,
             shape,
             dispatchers.num_bytes,
             buckets,

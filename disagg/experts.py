@@ -34,14 +34,7 @@ def _choose_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording
     layers, experts, extra = config.num_moe_layers, config.n_routed_experts, redundant
     if not extra and recording is None:
         return Placement.identity(layers, experts, mesh.ep.size, mesh.device)
-    if (experts + extra) % mesh.ep.size:
-        slots = f"({experts} + {extra}) % {mesh.ep.size} = {(experts + extra) % mesh.ep.size}"
-        raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {slots}")
-    if extra > experts * mesh.ep.size:
-        raise ValueError(
-            f"--redundant-experts is {extra}; it must be at most one more of every expert on every rank: "
-            f"{experts} x {mesh.ep.size} = {experts * mesh.ep.size}"
-        )
+    check_slots(experts, extra, mesh.ep.size)
     loads = torch.ones(layers, experts)
     if recording is not None:
         try:
@@ -49,6 +42,18 @@ def _choose_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording
         except ValueError as error:
             raise ValueError(f"--expert-map {error}") from None
     return balanced(loads, experts + extra, config.n_group, mesh)
+
+
+def check_slots(experts: int, redundant: int, ranks: int) -> None:
+    """Raise ValueError, with the equation, if the job's slots cannot be shared evenly, or are too many."""
+    if left := (experts + redundant) % ranks:
+        equation = f"({experts} + {redundant}) % {ranks} = {left}"
+        raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {equation}")
+    if redundant > experts * ranks:
+        raise ValueError(
+            f"--redundant-experts is {redundant}; it must be at most one more of every expert on every rank: "
+            f"{experts} x {ranks} = {experts * ranks}"
+        )
 
 
 def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:

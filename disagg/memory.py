@@ -13,7 +13,6 @@ import torch
 
 from model.batch import PAGE
 from model.footprint import StepShape, contiguous_step, graphs, masked_step, sampling, table_bytes, weight_bytes
-from model.transformer import Transformer
 from parallel.mesh import Mesh, gpu_id
 
 GIB = 2**30
@@ -47,14 +46,20 @@ class Budget:
         pages = max(1, self.most_pages) if tokens is None else tokens // PAGE
         if pages <= self.most_pages:
             return pages
-        size = (pages + 1) * self.page
         asked = "the least: a page and the null page" if tokens is None else f"--kv-tokens {tokens}"
-        terms = [f"{name} {_gib(part)}" for name, part in self.parts.items() if part] + [f"KV {_gib(size)} ({asked})"]
         most = f"--kv-tokens (to at most {self.most_pages * PAGE}), " if tokens is not None and self.most_pages else ""
         raise ValueError(
-            f"GPU memory: {' + '.join(terms)} = {_gib(sum(self.parts.values()) + size)} GiB is over "
-            f"{self.why} = {_gib(self.available)} GiB; raise --gpu-memory-fraction, or lower {most}"
+            f"{self.excess(pages, asked)}; raise --gpu-memory-fraction, or lower {most}"
             f"--max-tokens-per-step, --max-batch or --max-model-len"
+        )
+
+    def excess(self, pages: int, asked: str) -> str:
+        """Return the sum that is over the limit, with a pool of `pages` pages plus the null page. `asked`: why."""
+        size = (pages + 1) * self.page
+        terms = [f"{name} {_gib(part)}" for name, part in self.parts.items() if part] + [f"KV {_gib(size)} ({asked})"]
+        return (
+            f"GPU memory: {' + '.join(terms)} = {_gib(sum(self.parts.values()) + size)} GiB is over "
+            f"{self.why} = {_gib(self.available)} GiB"
         )
 
     def table(self, pages: int) -> str:
@@ -135,7 +140,6 @@ def host_memory() -> int:
 
 
 def plan_parts(
-    model: Transformer,
     shape: StepShape,
     buffers: int,
     buckets: abc.Sequence[int],
@@ -161,11 +165,10 @@ def plan_parts(
         masked_step(shape, most),
         sampling(shape.config, most),
     )
-    weights, placement = weight_bytes(model), model.placement
-    maps = placement.slot_of_expert.nbytes + placement.expert_of_slot.nbytes
+    weights = weight_bytes(shape)
     return weights | {
         "spare experts": spare_layers * weights["routed experts"] // max(shape.config.num_moe_layers, 1),
-        "tables": table_bytes(shape.config, maps, max_model_len, most),
+        "tables": table_bytes(shape, max_model_len, most),
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),

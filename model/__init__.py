@@ -4,7 +4,7 @@ config.py, weights.py         a checkpoint's configuration and its tensors; chec
 batch.py, kv_cache.py         one step's tokens and pages
 transformer.py                the whole model; mla.py, moe.py, ffn.py, head.py and layers.py are its parts
 sampling.py                   logits to tokens; a token depends on its request alone
-footprint.py                  the bytes of a step's tensors, by shape
+footprint.py                  the bytes of weights and of a step's tensors, by shape
 
 May import kernels/ and parallel/.
 """

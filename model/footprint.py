@@ -1,8 +1,9 @@
-"""Footprint: the bytes that a step's tensors take on a GPU, from their shapes alone.
+"""Footprint: the bytes that a rank's weights and a step's tensors take on a GPU, from their shapes alone.
 
-The formulas follow the tensors that are alive at the same time in `transformer.py`, `mla.py`, `moe.py` and
-`parallel/dispatch.py`. They count the GPU kernels of `kernels/`; the torch twins take more. tests/test_memory.py counts
-live bytes and compares them with these formulas.
+No model is built and no GPU is asked, so `scripts/plan` counts with the same formulas as the engine. Those of steps
+follow the tensors that are alive at the same time in `transformer.py`, `mla.py`, `moe.py` and `parallel/dispatch.py`.
+They count the GPU kernels of `kernels/`; the torch twins take more. tests/test_memory.py counts live bytes and compares
+them with these formulas.
 
 A layer may peak at three moments. Sizes are [rows, columns] of the activations' dtype unless said otherwise. S is the
 number of tokens of context, M the number of rows in the experts' groups:
@@ -27,7 +28,6 @@ from dataclasses import dataclass
 
 from model.batch import PAGE
 from model.config import ModelConfig
-from model.transformer import Transformer
 from parallel.dispatch import most_copies
 
 INDEX = 8  # bytes of an id or a row number
@@ -69,26 +69,46 @@ class StepShape:
         """Return the bytes of a row as a projection takes it. In fp8, it has a float32 scale per 128 columns."""
         return width + FLOAT * -(-width // 128) if self.fp8 else self.row(width)
 
+    def matrix(self, rows: int, columns: int) -> int:
+        """Return the bytes of a projection's weight. In fp8, it has a float32 scale per 128x128 block."""
+        if not self.fp8:
+            return rows * self.row(columns)
+        return rows * columns + FLOAT * -(-rows // 128) * -(-columns // 128)
+
     def align(self, rows: int) -> int:
         return -(-rows // self.alignment) * self.alignment
 
 
-def weight_bytes(model: Transformer) -> dict[str, int]:
-    """Return the bytes of the parameters on this rank, by part. Scales count with their weights."""
-    names = ("attention", "dense FFN", "shared experts", "routed experts", "gates and norms", "embedding", "LM head")
-    parts: dict[str, int] = dict.fromkeys(names, 0)
-    for name, weight in model.named_parameters():
-        parts[_part(name)] += weight.nbytes
-    return parts
+def weight_bytes(shape: StepShape) -> dict[str, int]:
+    """Return the bytes of a rank's parameters, by part. Scales count with their weights.
+
+    The sizes are those that `transformer.py`, `mla.py`, `moe.py`, `ffn.py` and `head.py` allocate. tests/test_memory.py
+    compares the parts with the parameters of built models.
+    """
+    c, heads, dense_layers = shape.config, shape.heads, shape.config.num_hidden_layers - shape.config.num_moe_layers
+    hidden, itemsize = c.hidden_size, shape.itemsize
+    queries, kv_up = heads * c.qk_head_dim, heads * (c.qk_nope_head_dim + c.v_head_dim)
+    attention = shape.matrix((c.q_lora_rank or queries) + c.kv_dim, hidden)
+    if c.q_lora_rank is not None:
+        attention += shape.matrix(queries, c.q_lora_rank)
+    attention += kv_up * c.kv_lora_rank * itemsize  # kv_b_proj: never in fp8
+    attention += shape.matrix(hidden, heads * c.v_head_dim)
+    norms = 2 * hidden + (c.q_lora_rank or 0) + c.kv_lora_rank  # per layer
+    gate = c.n_routed_experts * (hidden * itemsize + FLOAT)  # and its correction bias, in float32
+    return {
+        "attention": c.num_hidden_layers * attention,
+        "dense FFN": dense_layers * _ffn_bytes(shape, c.intermediate_size // shape.attn_tp),
+        "shared experts": c.num_moe_layers * _ffn_bytes(shape, c.n_shared_experts * c.moe_intermediate_size),
+        "routed experts": c.num_moe_layers * shape.slots * _ffn_bytes(shape, c.moe_intermediate_size),
+        "gates and norms": (c.num_hidden_layers * norms + hidden) * itemsize + c.num_moe_layers * gate,
+        "embedding": c.vocab_size * hidden * itemsize,
+        "LM head": c.vocab_size // shape.attn_tp * hidden * itemsize,
+    }
 
 
-def _part(name: str) -> str:
-    pieces = name.split(".")
-    if "gate" in pieces or any("norm" in piece for piece in pieces):
-        return "gates and norms"
-    homes = {"self_attn": "attention", "experts": "routed experts", "shared_experts": "shared experts"}
-    homes |= {"embed_tokens": "embedding", "lm_head": "LM head"}
-    return next((homes[piece] for piece in pieces if piece in homes), "dense FFN")
+def _ffn_bytes(shape: StepShape, width: int) -> int:
+    hidden = shape.config.hidden_size
+    return shape.matrix(2 * width, hidden) + shape.matrix(hidden, width)
 
 
 def page_bytes(config: ModelConfig, itemsize: int) -> int:
@@ -96,14 +116,15 @@ def page_bytes(config: ModelConfig, itemsize: int) -> int:
     return config.num_hidden_layers * PAGE * config.kv_dim * itemsize
 
 
-def table_bytes(config: ModelConfig, maps: int, max_model_len: int, max_batch: int) -> int:
-    """Return the bytes of rope's cos and sin (float32), a decode step's page table (int32) and the placement's maps.
+def table_bytes(shape: StepShape, max_model_len: int, max_batch: int) -> int:
+    """Return the bytes of a rank's tables.
 
-    `maps`: the bytes of the maps.
+    These are rope's cos and sin (float32), a decode step's page table (int32) and the placement's two maps (int64).
     """
-    rope = max_model_len * config.qk_rope_head_dim * FLOAT
+    c = shape.config
+    rope = max_model_len * c.qk_rope_head_dim * FLOAT
     pages = max_batch * -(-max_model_len // PAGE) * 4
-    return rope + pages + maps
+    return rope + pages + c.num_moe_layers * (c.n_routed_experts + shape.ranks * shape.slots) * INDEX
 
 
 def grouped_rows(copies: int, groups: int, alignment: int) -> int:

@@ -34,6 +34,7 @@ MAX_CAPACITY = 1024  # above, the low-latency kernels' count of tokens sent to o
 MAX_LOCAL = 1024  # slots per rank, limit of the normal kernels
 QUEUE_DEPTH = 1024  # NVSHMEM_QP_DEPTH, unless it is set
 NUM_SMS = 20  # SMs that the normal kernels hold: DeepEP's default
+QUEUE_ROWS = 256  # rows per queue in DeepEP's recommended configurations for one machine
 
 
 class DeepEPBuffer:
@@ -53,7 +54,7 @@ class DeepEPBuffer:
         self.num_slots, self.num_local = num_slots, num_slots // ranks
         self.hidden = hidden
         self.num_sms = num_sms
-        self.capacity = capacity + (-capacity) % max(1, 4 // ranks)
+        self.capacity = padded(capacity, ranks)
         deep_ep.Buffer.set_num_sms(num_sms)  # sets it for the class; the two configurations below copy it
         self.dispatch_config = deep_ep.Buffer.get_dispatch_config(ranks)
         self.combine_config = deep_ep.Buffer.get_combine_config(ranks)
@@ -274,6 +275,19 @@ def obstacle(
     """
     if device.type != "cuda":
         return "no GPU"
+    if limit := misfit(ranks, num_slots, hidden, top_k, capacity, dtype):
+        return limit
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "needs Hopper"
+    try:
+        importlib.import_module("deep_ep")
+    except Exception as error:  # it may fail in its own way: another torch, another NCCL, no compiler
+        return f"deep_ep does not import ({type(error).__name__}: {error})"
+    return None
+
+
+def misfit(ranks: int, num_slots: int, hidden: int, top_k: int, capacity: int, dtype: torch.dtype) -> str | None:
+    """Return which size DeepEP cannot serve on any hardware, or None. The arguments are those of `obstacle`."""
     if ranks not in RANKS:
         return f"ranks must be one of {_listed(RANKS)}, not {ranks}"
     if num_slots % ranks:
@@ -288,13 +302,27 @@ def obstacle(
         return f"tokens a rank dispatches in a decode step must be at most {MAX_CAPACITY}, not {capacity}"
     if dtype != torch.bfloat16:
         return f"needs bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return "needs Hopper"
-    try:
-        importlib.import_module("deep_ep")
-    except Exception as error:  # it may fail in its own way: another torch, another NCCL, no compiler
-        return f"deep_ep does not import ({type(error).__name__}: {error})"
     return None
+
+
+def padded(capacity: int, ranks: int) -> int:
+    """Return the capacity, rounded up so that ranks * capacity is a multiple of 4."""
+    return capacity + (-capacity) % max(1, 4 // ranks)
+
+
+def buffer_bytes(ranks: int, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS) -> int:
+    """Estimate the GPU memory of a `DeepEPBuffer` without the library: its two size hints, from its source.
+
+    Normal mode has a queue per channel (two SMs) and rank, of a number of rows that its recommended configurations fix.
+    Low latency has two regions, each to send and to receive a row per slot and token.
+    Source: csrc/config.hpp and deep_ep/buffer.py of DeepEP, version 1.
+    """
+    align = lambda size: -(-size // 128) * 128  # noqa: E731
+    queues, row = num_sms // 2 * ranks, 2 * hidden + 8 + 128 * (8 + 4) + 128 * 4  # with ids, weights and scales
+    normal = align(queues * (QUEUE_ROWS * row + 5 * 4))
+    message = 2 * hidden + max(16, 4 * (hidden // 128))  # a dispatch's header, or a combine's ranges
+    low_latency = align(2 * (2 * num_slots * capacity * message + align(4 * num_slots)))
+    return normal + low_latency
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from run import ROLES, parse_args
 from scripts.bench.lib.measurements import Measurement, load
+from scripts.tools.plan.__main__ import parse_args as plan_args
 from scripts.tools.results_chart import SHOWN
 from tests.conftest import ROOT
 
@@ -153,14 +154,19 @@ def test_every_command_takes_its_flags(page: Path, capsys: pytest.CaptureFixture
 
 
 def test_prose_of_usage_names_flags_that_exist(capsys: pytest.CaptureFixture) -> None:
-    """torchrun's own flags stand before run.py."""
+    """torchrun's own flags stand before run.py; those of scripts/plan have a section."""
     known = set().union(*flags_of_run(capsys).values()) | {"--help"}
     torchrun = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
-    assert set(FLAG.findall(USAGE.read_text())) - known - torchrun == set()
+    with pytest.raises(SystemExit):
+        plan_args(["--help"])
+    plan = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert set(FLAG.findall(USAGE.read_text())) - known - torchrun - plan == set()
+    planning = USAGE.read_text().split("\n## Planning\n")[1].split("\n## ")[0]
+    assert plan - known <= set(FLAG.findall(planning)), "a flag of scripts/plan is missing there"
 
 
 def test_scripts_start() -> None:
     """The commands of the README that are files can be executed."""
-    for name in ("scripts/demo", "scripts/test", "scripts/setup"):
+    for name in ("scripts/demo", "scripts/plan", "scripts/test", "scripts/setup"):
         mode = subprocess.run(["git", "ls-files", "-s", name], cwd=ROOT, capture_output=True, text=True).stdout
         assert mode.startswith("100755"), name

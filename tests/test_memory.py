@@ -55,7 +55,7 @@ def make(config: ModelConfig, ranks: int = 1, attn_tp: int = 1, dtype: torch.dty
 
 def test_parts_of_v3_are_known_sums() -> None:
     """On one of 32 ranks, in bf16. Attention: q_a and kv_a, q_b, kv_b, o; then three matrices for each FFN."""
-    parts = weight_bytes(make(V3, ranks=32, device="meta"))
+    parts = weight_bytes(StepShape(V3, 2, ranks=32, slots=8))
     attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
     assert parts == {
         "attention": 2 * 4 * attention,
@@ -68,15 +68,27 @@ def test_parts_of_v3_are_known_sums() -> None:
     }
 
 
+def parameter_bytes(model: Transformer) -> dict[str, int]:
+    """The bytes of a built model's parameters, by the parts' names."""
+    homes = {"norm": "gates and norms", "gate.": "gates and norms", "self_attn": "attention"}
+    homes |= {"shared_experts": "shared experts", "experts": "routed experts"}
+    homes |= {"embed_tokens": "embedding", "lm_head": "LM head", "mlp": "dense FFN"}
+    parts = dict.fromkeys(homes.values(), 0)
+    for name, weight in model.named_parameters():
+        parts[next(part for piece, part in homes.items() if piece in name)] += weight.numel() * weight.element_size()
+    return parts
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("ranks", "attn_tp"), [(1, 1), (4, 2)])
-def test_parts_sum_to_the_parameters(tiny: str, ranks: int, attn_tp: int, fp8: bool) -> None:
-    configs = [V3] if fp8 else [V3, ModelConfig.from_pretrained(tiny)]
-    for config in configs:
+def test_parts_are_the_parameters(tiny: str, ranks: int, attn_tp: int, fp8: bool) -> None:
+    shared, small = replace(V3, n_shared_experts=2, q_lora_rank=None), ModelConfig.from_pretrained(tiny)
+    bare, dense = replace(V3, n_shared_experts=0, first_k_dense_replace=0), replace(V3, first_k_dense_replace=9)
+    for config in [V3, shared, bare, dense, *([] if fp8 else [small])]:
         model = make(config, ranks, attn_tp, fp8=fp8, device="meta")
-        parts = weight_bytes(model)
-        assert sum(parts.values()) == sum(p.numel() * p.element_size() for p in model.parameters())
-        assert all(parts.values())
+        shape = StepShape(config, 2, fp8, attn_tp, ranks, config.n_routed_experts // ranks)
+        assert weight_bytes(shape) == parameter_bytes(model)
+    assert all(weight_bytes(replace(shape, config=V3, slots=9)).values())
 
 
 def test_a_page_is_what_the_pool_takes() -> None:
@@ -249,7 +261,7 @@ def test_sampling_has_room() -> None:
 
 def test_the_table_of_a_plan() -> None:
     longest = {"max_model_len": 512, "longest": 512}
-    parts = plan_parts(make(SMALL), HAND, 5000, [1, 2, 64], 1000, **longest, captures=False, handoff=70)
+    parts = plan_parts(HAND, 5000, [1, 2, 64], 1000, **longest, captures=False, handoff=70)
     assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
     assert parts["KV handoff"] == 70
     assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
@@ -266,14 +278,12 @@ def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
     spare = engine.rebalancer.spare
     job = StepShape(config, 4, slots=36)
-    parts = plan_parts(engine.model, job, 0, [1], 64, 64, 64, captures=False, spare_layers=2)
+    parts = plan_parts(job, 0, [1], 64, 64, 64, captures=False, spare_layers=2)
     identities = 2 * 36 * 8
     assert parts["spare experts"] + identities == sum(tensor.nbytes for tensor in spare.tensors.values())
     engine.close()
-    v3 = make(V3, ranks=64, fp8=True, device="meta")
-    parts = plan_parts(
-        v3, StepShape(V3, 2, True, ranks=64, slots=4), 0, [1], 64, 64, 64, captures=False, spare_layers=1
-    )
+    v3 = StepShape(V3, 2, True, ranks=64, slots=4)
+    parts = plan_parts(v3, 0, [1], 64, 64, 64, captures=False, spare_layers=1)
     assert parts["spare experts"] == 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
 
 

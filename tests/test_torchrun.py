@@ -109,7 +109,7 @@ def test_a_reader_who_leaves_early_is_no_traceback(tiny: Path) -> None:
 
 
 def test_the_demo_ends_with_equal_tokens() -> None:
-    code, out, err = finish(start(sys.executable, "scripts/demo.py"))
+    code, out, err = finish(start(sys.executable, "-m", "scripts.tools.demo"))
     assert code == 0, err
     assert "ranks equal those of one process." in out.splitlines()[-1]
     assert "--- genesis: " in out and "KV transfer" in err

@@ -37,7 +37,7 @@ from model.batch import PAGE
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
 from parallel.mesh import pick_device
-from scripts.demo import MODEL, PROMPTS, ROOT, free_port, read_tokens
+from scripts.tools.demo import MODEL, PROMPTS, ROOT, free_port, read_tokens
 
 HOST = "127.0.0.1"
 LINGER_S = 20  # until a job must have ended

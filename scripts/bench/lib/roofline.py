@@ -22,7 +22,7 @@ sampler's pass over the logits. Its rates are up to 4 % higher in prefill, 1 % i
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import comb
 from statistics import median
@@ -80,25 +80,48 @@ def total(parts: list[Part], ceilings: Ceilings) -> float:
     return sum(part.seconds(ceilings) for part in parts)
 
 
-def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None) -> Cost:
-    """Return the cost of one token for each of `batch` sequences, which attend to `kv` tokens on average."""
-    spread = _Spread(config, batch, ep, local)
-    return _work(config, batch, batch, _absorbed(config, batch, kv), spread, permutes=ep == 1)
+def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None, attn_tp: int = 1) -> Cost:
+    """Return the cost of one token for each of `batch` sequences, which attend to `kv` tokens on average.
+
+    With `attn_tp`, the sequences are those of a replica of that many ranks, and the cost is one rank's. The replica's
+    all-reduces are not counted.
+    """
+    split, spread = _split(config, attn_tp), _Spread(config, batch / attn_tp, ep, local)
+    return _work(config, split, batch, batch, _absorbed(split, batch, kv), spread, permutes=ep == 1)
 
 
-def prefill(config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None) -> Cost:
-    """Return the cost of whole prompts of `prompt` tokens, `tokens` together; each yields its first token."""
-    sequences = tokens / prompt
-    attention = _expanded(config, tokens, sequences * prompt * (prompt + 1) / 2)
-    spread = _Spread(config, tokens, ep, local)
-    return _work(config, tokens, sequences, attention, spread, permutes=True)
+def prefill(
+    config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None, attn_tp: int = 1
+) -> Cost:
+    """Return the cost of whole prompts of `prompt` tokens, `tokens` together; each yields its first token.
+
+    `attn_tp`: as in `decode`.
+    """
+    split, sequences = _split(config, attn_tp), tokens / prompt
+    attention = _expanded(split, tokens, sequences * prompt * (prompt + 1) / 2)
+    spread = _Spread(config, tokens / attn_tp, ep, local)
+    return _work(config, split, tokens, sequences, attention, spread, permutes=True)
+
+
+def _split(config: ModelConfig, attn_tp: int) -> ModelConfig:
+    """Return one rank's share of what a replica splits: heads, the dense layers' FFN, the vocabulary."""
+    return replace(
+        config,
+        num_attention_heads=config.num_attention_heads // attn_tp,
+        intermediate_size=config.intermediate_size // attn_tp,
+        vocab_size=config.vocab_size // attn_tp,
+    )
 
 
 class _Spread:
-    """The experts' load on one rank. There are `ep` ranks with `local` slots each (E / ep if None)."""
+    """The experts' load on one rank. There are `ep` ranks with `local` slots each (E / ep if None).
 
-    def __init__(self, config: ModelConfig, tokens: int, ep: int, local: int | None) -> None:
+    `tokens`: those that each rank dispatches.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: float, ep: int, local: int | None) -> None:
         experts, top = config.n_routed_experts, config.num_experts_per_tok
+        self.tokens = tokens
         self.ep, self.local = ep, local or -(-experts // ep)
         slots = self.ep * self.local
         self.rows = tokens * ep * top * self.local / slots
@@ -110,14 +133,20 @@ class _Spread:
 
 
 def _work(
-    config: ModelConfig, tokens: int, sequences: float, attention: list[Part], spread: _Spread, permutes: bool
+    config: ModelConfig,
+    split: ModelConfig,
+    tokens: int,
+    sequences: float,
+    attention: list[Part],
+    spread: _Spread,
+    permutes: bool,
 ) -> Cost:
-    around = [*attention, *_norms(config, tokens)]
-    dense = [*around, *_ffn(config, "dense FFN", tokens, config.intermediate_size)]
+    around = [*attention, *_norms(split, tokens)]
+    dense = [*around, *_ffn(split, "dense FFN", tokens, split.intermediate_size)]
     kinds = {
         "dense layer": (config.num_hidden_layers - config.num_moe_layers, dense),
-        "MoE layer": (config.num_moe_layers, [*around, *_moe(config, tokens, spread, permutes)]),
-        "head": (1, _head(config, sequences)),
+        "MoE layer": (config.num_moe_layers, [*around, *_moe(config, spread.tokens, spread, permutes)]),
+        "head": (1, _head(split, sequences)),
     }
     return Cost(tokens, {kind: (count, parts) for kind, (count, parts) in kinds.items() if count})
 
@@ -190,7 +219,7 @@ def _norms(config: ModelConfig, tokens: int) -> list[Part]:
     return parts
 
 
-def _ffn(config: ModelConfig, group: str, tokens: int, width: int) -> list[Part]:
+def _ffn(config: ModelConfig, group: str, tokens: float, width: int) -> list[Part]:
     return [
         _product(group, "gate, up", tokens, 2 * width, config.hidden_size, config.fp8),
         _product(group, "down", tokens, config.hidden_size, width, config.fp8),
@@ -202,7 +231,7 @@ def _silu(config: ModelConfig, name: str, rows: float, width: int) -> Part:
     return Part("elementwise", name, 0, rows * width * (2 * BF16 + (SCALED if config.fp8 else BF16)))
 
 
-def _moe(config: ModelConfig, tokens: int, spread: _Spread, permutes: bool) -> list[Part]:
+def _moe(config: ModelConfig, tokens: float, spread: _Spread, permutes: bool) -> list[Part]:
     hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     each, fp8, group = spread.rows / spread.local, config.fp8, "routed experts"
     scores = (tokens + experts) * hidden * BF16 + tokens * experts * FLOAT32

@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from disagg.memory import GIB
 from kernels.ops import Ops
 from model.config import ModelConfig
-from model.footprint import page_bytes, weight_bytes
+from model.footprint import StepShape, page_bytes, weight_bytes
 from model.kv_cache import pages_for
 from model.transformer import Transformer
 from parallel.deepep import NUM_SMS
@@ -285,7 +285,7 @@ def show_cluster(args: argparse.Namespace, config: ModelConfig, figures: Figures
 
 def show_memory(rank: Rank, what: str) -> list[Measurement]:
     """Print the memory that `disagg/memory.py` counts, and what torch reports. Return the figures (none on a CPU)."""
-    parts = weight_bytes(rank.model)
+    parts = weight_bytes(StepShape(rank.config, rank.dtype.itemsize, rank.model.fp8, ranks=rank.ep, slots=rank.local))
     parts["KV"] = rank.pool.shape[1] * page_bytes(rank.config, rank.dtype.itemsize)
     counted = sum(parts.values())
     print("memory by the table, GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()))

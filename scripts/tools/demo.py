@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPTS = "scripts/prompts.jsonl"
 MODEL = "model/tiny"
 RANKS = 2  # on each side
