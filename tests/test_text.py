@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from disagg.front.tokenizer import TextStream
+from disagg.front.text_stream import TextStream
 
 WORDS = ("th", "the", "en", "END", "\u0120the", "\u0120END")  # some tokens of several letters; \u0120 is a space
 

@@ -157,8 +157,8 @@ class Spy:
 
 
 class Echo:
-    def render(self, messages: list[dict], **given: object) -> str:
-        return messages[0]["content"]
+    def render(self, given: dict) -> str:
+        return given["messages"][0]["content"]
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
