@@ -78,29 +78,52 @@ def _read_json_tokenizer(path: Path, added: dict[int, AddedToken]) -> Tokenizer:
     text = read_text(path)
     with refusing(str(path)):
         tokenizer = Tokenizer.from_str(text)
-        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        if missing := {id: token for id, token in added.items() if token.content not in known}:
-            raw = json.loads(text)
-            raw["added_tokens"] = list(raw.get("added_tokens") or [])
-            for id, token in missing.items():
-                flags = {name: getattr(token, name) for name in FLAGS}
-                raw["added_tokens"].append({"id": id, "content": token.content, **flags})
-                if isinstance(vocab := raw["model"]["vocab"], dict):
-                    vocab.setdefault(token.content, id)  # otherwise the library would choose another id
-            tokenizer = Tokenizer.from_str(json.dumps(raw))
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    missing = {id: token for id, token in added.items() if token.content not in known}
+    for id, token in missing.items():
+        if tokenizer.id_to_token(id) not in (None, token.content) or tokenizer.token_to_id(token.content) not in (
+            None,
+            id,
+        ):
+            raise _disagreement(path, tokenizer, id, token)
+    if missing:
+        with refusing(str(path)):
+            tokenizer = _with_tokens(tokenizer, missing, json.loads(text))
     tokenizer.no_padding()
     tokenizer.no_truncation()  # prompts that are too long are refused, not cut
     return tokenizer
+
+
+def _with_tokens(tokenizer: Tokenizer, missing: dict[int, AddedToken], raw: dict) -> Tokenizer:
+    """Add tokens under their ids. `raw`: the tokenizer.json.
+
+    The library ignores the ids of added tokens, and numbers them onwards. Only those in the vocabulary keep theirs.
+    """
+    words = tokenizer.get_added_tokens_decoder() | missing
+    if isinstance(vocab := raw["model"]["vocab"], dict):
+        vocab |= {token.content: id for id, token in words.items()}
+    raw["added_tokens"] = [
+        {"id": id, "content": token.content} | {name: getattr(token, name) for name in FLAGS}
+        for id, token in sorted(words.items())
+    ]
+    before, tokenizer = tokenizer.get_vocab(), Tokenizer.from_str(json.dumps(raw))
+    if moved := before.items() - tokenizer.get_vocab().items():
+        raise ValueError(f"added_tokens_decoder cannot be added to this kind of tokenizer; it moves {min(moved)[0]!r}")
+    return tokenizer
+
+
+def _disagreement(path: Path, tokenizer: Tokenizer, id: int, token: AddedToken) -> ValueError:
+    return ValueError(
+        f"{path}: token {shown(token.content)} is {tokenizer.token_to_id(token.content)} and {id} is "
+        f"{shown(tokenizer.id_to_token(id))}; added_tokens_decoder of tokenizer_config.json has it as {id}"
+    )
 
 
 def _check_ids(path: Path, tokenizer: Tokenizer, added: dict[int, AddedToken], vocab_size: int | None) -> None:
     """Raise ValueError if two files disagree about an id, or the model has no such id."""
     for id, token in added.items():
         if tokenizer.token_to_id(token.content) != id or tokenizer.id_to_token(id) != token.content:
-            raise ValueError(
-                f"{path}: token {shown(token.content)} is {tokenizer.token_to_id(token.content)} and {id} is "
-                f"{shown(tokenizer.id_to_token(id))}; added_tokens_decoder of tokenizer_config.json has it as {id}"
-            )
+            raise _disagreement(path, tokenizer, id, token)
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if vocab_size is not None and last >= vocab_size:
         raise ValueError(f"{path}: token {shown(token)} has the id {last}; the model's vocab_size is {vocab_size}")
