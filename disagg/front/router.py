@@ -74,7 +74,8 @@ class Router:
     ) -> None:
         """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
 
-        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`."""
+        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`.
+        """
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
         self.metrics = Metrics()

@@ -81,10 +81,8 @@ def _read_json_tokenizer(path: Path, added: dict[int, AddedToken]) -> Tokenizer:
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     missing = {id: token for id, token in added.items() if token.content not in known}
     for id, token in missing.items():
-        if tokenizer.id_to_token(id) not in (None, token.content) or tokenizer.token_to_id(token.content) not in (
-            None,
-            id,
-        ):
+        here = tokenizer.id_to_token(id), tokenizer.token_to_id(token.content)
+        if here not in ((None, None), (token.content, id)):
             raise _disagreement(path, tokenizer, id, token)
     if missing:
         with refusing(str(path)):
