@@ -44,19 +44,23 @@ AGREED = {
 
 
 def render(template: ChatTemplate, messages: list[dict] = TALK) -> str:
-    return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+    return template.render({"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True})
+
+
+def compiled(source: str, words: dict[str, str] | None = None, **limits: float) -> ChatTemplate:
+    return ChatTemplate({"default": source}, words or {}, **limits)
 
 
 @pytest.mark.parametrize("name", AGREED)
 def test_it_gives_what_transformers_gives(name: str) -> None:
     source = AGREED[name]
     theirs, _ = render_jinja_template([TALK], chat_template=source, add_generation_prompt=True, **WORDS)
-    assert render(ChatTemplate(source, WORDS)) == theirs[0]
+    assert render(compiled(source, WORDS)) == theirs[0]
 
 
 def test_it_knows_the_day() -> None:
     before = date.today()
-    said = render(ChatTemplate("{{ strftime_now('%Y-%m-%d') }}", {}))
+    said = render(compiled("{{ strftime_now('%Y-%m-%d') }}"))
     assert said in (str(before), str(date.today()))
 
 
@@ -73,7 +77,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_template_refuses_is_an_error(case: str) -> None:
     source, why = REFUSED[case]
-    template = ChatTemplate(source, {})
+    template = compiled(source)
     for _ in range(5):  # again and again: it is not an overrun
         with pytest.raises(ValueError, match=why):
             render(template)
@@ -93,7 +97,7 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_that_overruns_costs_one_request(bomb: str) -> None:
     source = "{% if messages[0].role == 'bomb' %}" + BOMBS[bomb] + "{% endif %}{{ messages[0].content }}"
-    template = ChatTemplate(source, {}, render_s=1.0)
+    template = compiled(source, render_s=1.0)
     assert render(template) == TALK[0]["content"]
     for _ in range(chat_template.MOST_OVERRUNS + 1):  # a template that has worked is tried again each time
         begun = time.monotonic()
@@ -105,7 +109,7 @@ def test_a_template_that_overruns_costs_one_request(bomb: str) -> None:
 
 @pytest.mark.parametrize("bomb", ["time", "product"])
 def test_a_template_that_never_works_is_not_tried_for_ever(bomb: str) -> None:
-    template = ChatTemplate(BOMBS[bomb], {}, render_s=0.5)
+    template = compiled(BOMBS[bomb], render_s=0.5)
     for _ in range(chat_template.MOST_OVERRUNS):
         with pytest.raises(ValueError, match="it takes over"):
             render(template)
@@ -127,7 +131,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_cannot_be_compiled_is_a_value_error(case: str) -> None:
     with pytest.raises(ValueError):
-        ChatTemplate(BROKEN[case], {}, render_s=1.0)
+        compiled(BROKEN[case], render_s=1.0)
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
 def test_a_process_that_is_killed_or_frozen_costs_one_request(
     number: signal.Signals, processes: list[subprocess.Popen]
 ) -> None:
-    template = ChatTemplate("{{ messages[0].role }}", {}, render_s=1.0)
+    template = compiled("{{ messages[0].role }}", render_s=1.0)
     assert render(template) == "user"
     processes[0].send_signal(number)
     with pytest.raises(ValueError, match="its process has ended|Broken pipe|reset|it takes over 1 s"):
@@ -157,7 +161,7 @@ def test_a_process_that_is_killed_or_frozen_costs_one_request(
 
 
 def test_the_process_ends_with_its_template(processes: list[subprocess.Popen]) -> None:
-    template = ChatTemplate("x", {})
+    template = compiled("x")
     assert processes[0].poll() is None and os.getsid(processes[0].pid) != os.getsid(0)  # Ctrl-C does not reach it
     del template
     assert processes[0].poll() is not None
@@ -167,9 +171,9 @@ def test_the_process_does_not_outlive_a_killed_owner() -> None:
     """Even amid a loop without end."""
     code = (
         "from disagg.front.chat_template import ChatTemplate\n"
-        f"template = ChatTemplate({BOMBS['time']!r}, {{}}, render_s=1.0)\n"
+        f"template = ChatTemplate({{'default': {BOMBS['time']!r}}}, {{}}, render_s=1.0)\n"
         "print(template._end.peek()[2][0].pid, flush=True)\n"
-        "template.render(messages=[])\n"
+        "template.render({'messages': []})\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     process = Path("/proc", owner.stdout.readline().strip())

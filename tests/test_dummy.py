@@ -144,17 +144,16 @@ def test_disaggregated_jobs_give_the_same_tokens(small: Path, tmp_path: Path) ->
 
 
 def test_a_config_alone_is_served(small: Path, tmp_path: Path) -> None:
-    """Without a tokenizer, tokens are bytes."""
     (tmp_path / "config.json").write_text((small / "config.json").read_text())
     source = tmp_path / "in.jsonl"
-    rows = [{"prompt": "Hé", "max_tokens": 3, "ignore_eos": True}, {"prompt_token_ids": [4000], "max_tokens": 2}]
+    rows = [{"prompt_token_ids": [7, 8, 9], "max_tokens": 3, "ignore_eos": True}, {"prompt": "Hi", "max_tokens": 2}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--model", str(tmp_path), "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
     code, _, err = run(*flags, "--load", "dummy")
-    assert code == 0 and " GB on rank 0, made in " in err and "Traceback" not in err, err
+    assert code == 1 and " GB on rank 0, made in " in err and "Traceback" not in err, err
     first, second = read(tmp_path / "out.jsonl")
-    assert (first["prompt_tokens"], len(first["token_ids"]), second["prompt_tokens"]) == (3, 3, 1)
-    assert "error" not in first and "error" not in second
+    assert (first["prompt_tokens"], len(first["token_ids"]), "error" in first) == (3, 3, False)
+    assert "neither tokenizer.json nor tiktoken.model" in second["error"]
 
 
 @pytest.mark.parametrize(

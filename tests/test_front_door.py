@@ -113,6 +113,22 @@ def test_a_batch_is_answered_bad_lines_and_all(
     assert out == "" and "1 error, 5 length" in err
 
 
+def test_a_folder_without_a_tokenizer_serves_token_ids(
+    tiny: Path, tmp_path: Path, files: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_bytes((tiny / "config.json").read_bytes())
+    files[0].write_text('{"prompt_token_ids": [5], "max_tokens": 1}\n' + lines(1))
+    serving = Serving(tmp_path / "model", *work(files))
+    serving.finish()
+    good, bad = written(files[1])
+    assert good["text"] is None and good["token_ids"] == [9] and good["finish_reason"] == "length"
+    assert bad["finish_reason"] == "error" and "give prompt_token_ids" in bad["error"]
+    assert "router: this model has neither tokenizer.json nor tiktoken.model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="^--prompt: this model has neither tokenizer.json nor tiktoken.model; "):
+        Serving(tmp_path / "model", "--prompt", "x")
+
+
 @pytest.mark.parametrize("text, failed", [("bad\nworse\n", True), (lines(1) + "bad\n", False), ("\n", False)])
 def test_a_batch_fails_if_everything_in_it_does(
     text: str, failed: bool, serve: Callable[..., Serving], files: tuple[Path, Path]

@@ -134,10 +134,11 @@ BAD_PROMPTS = (
     ),
     {"prompt_token_ids": [1, 2, 10**30]},
     *({"messages": value} for value in ([], "hi", None, {}, ["hi"], [5], [None])),
-    {"messages": [{"role": "user"}]},
     {"messages": [{"content": "hi"}]},
-    {"messages": [{"role": "user", "content": None}]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+    {"messages": [{"role": "user", "content": 5}]},
+    {"messages": [{"role": "user", "content": ["hi"]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
     {"messages": [{"role": 1, "content": "hi"}]},
     {"messages": [{"role": "user", "content": "hi"}, {}]},
     {"messages": [{"role": "system", "content": "hi"}]},  # this template refuses
@@ -157,6 +158,59 @@ def test_a_token_that_is_not_in_the_vocabulary_is_named_with_the_vocabularys_bou
     parse({"prompt_token_ids": [VOCAB_SIZE - 1, 0]})
     with pytest.raises(ValueError, match=f"holds {VOCAB_SIZE}; each must be an integer in 0..{VOCAB_SIZE - 1}"):
         parse({"prompt_token_ids": [1, VOCAB_SIZE]})
+
+
+WHOLE = Template(
+    "{{ messages | map(attribute='content') | join }} {{ tools }} {{ documents }} {{ add_generation_prompt }} {{ x }}"
+)
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    (
+        ({}, "hi None None True "),
+        ({"tools": None, "documents": None, "chat_template_kwargs": None}, "hi None None True "),
+        ({"tools": [], "documents": []}, "hi [] [] True "),
+        ({"tools": [{"a": 1}], "documents": [{"b": "c"}]}, "hi [{'a': 1}] [{'b': 'c'}] True "),
+        ({"chat_template_kwargs": {"x": [5], "add_generation_prompt": False}}, "hi None None False [5]"),
+        ({"chat_template_kwargs": {"self": 1, "given": 2, "": 3}}, "hi None None True "),
+    ),
+)
+def test_fields_beside_messages_reach_the_template(fields: dict, text: str) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    user = parse({"messages": messages, "max_tokens": 1, **fields}, PromptEncoder(TOKENIZER, WHOLE))
+    assert TOKENIZER.decode(user.request.prompt) == text
+
+
+@pytest.mark.parametrize(
+    "field, value, rule",
+    (
+        *(("tools", value, "a list of objects") for value in (5, {}, "x", [5], [[]], [None])),
+        *(("documents", value, "a list of objects") for value in (True, {"text": "x"}, ["x"])),
+        *(("chat_template_kwargs", value, "an object without messages, tools and documents") for value in ([], 5, "x")),
+        *(("chat_template_kwargs", {name: []}, "an object without") for name in ("messages", "tools", "documents")),
+    ),
+)
+def test_a_bad_field_beside_messages_is_named(field: str, value: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} is .*; it must be {rule}"):
+        parse({"messages": [{"role": "user", "content": "hi"}], field: value})
+
+
+@pytest.mark.parametrize("field", ("tools", "documents", "chat_template_kwargs"))
+def test_fields_beside_messages_need_messages(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} goes with messages, not with prompt$"):
+        parse({"prompt": "hi", field: []})
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_and_nothing_with_text() -> None:
+    bare = PromptEncoder(None, None)
+    assert parse({"prompt_token_ids": [1, 2], "stop": []}, bare).request.prompt == [1, 2]
+    why = "this model has neither tokenizer.json nor tiktoken.model"
+    for fields in ({"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}):
+        with pytest.raises(ValueError, match=f"^{next(iter(fields))}: {why}; give prompt_token_ids$"):
+            parse(fields, bare)
+    with pytest.raises(ValueError, match=f"^stop: {why}, so its answers have no text$"):
+        parse({"prompt_token_ids": [1], "stop": ["x"]}, bare)
 
 
 def test_messages_need_a_chat_template() -> None:
@@ -235,7 +289,20 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ("id", "prompt", "prompt_token_ids", "messages", "stop", "max_tokens", "temperature", "top_p", "top_k", "seed")
+CHAT = ("tools", "documents", "chat_template_kwargs")
+FIELDS = (
+    *CHAT,
+    "id",
+    "prompt",
+    "prompt_token_ids",
+    "messages",
+    "stop",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+)
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(("user", "system")), "content": st.text(st.characters())})
 )
@@ -249,6 +316,8 @@ MESSAGES = st.lists(
             "prompt": st.text(st.characters(codec=None), max_size=8),
             "prompt_token_ids": st.lists(st.integers(-1, VOCAB_SIZE), max_size=70),
             "messages": MESSAGES,
+            "tools": st.lists(st.dictionaries(st.text(max_size=2), JSON, max_size=2), max_size=2),
+            "chat_template_kwargs": st.dictionaries(st.sampled_from(("self", "x", "tools")), JSON, max_size=2),
             "max_tokens": st.integers(-1, 70),
             "temperature": st.floats() | st.integers(-1, 2),
             "top_p": st.floats(-0.5, 1.5),

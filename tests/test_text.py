@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from disagg.front.tokenizer import TextStream
+from disagg.front.text_stream import TextStream
 
 WORDS = ("th", "the", "en", "END", "\u0120the", "\u0120END")  # some tokens of several letters; \u0120 is a space
 
@@ -64,10 +64,40 @@ def test_an_unfinished_character_shows_only_at_the_end() -> None:
 
 
 def test_special_tokens_are_no_text() -> None:
-    stream = TextStream(TOKENIZER, ["<eos>"])
+    stream = TextStream(TOKENIZER, ["<eo"])
     assert push_all(stream, [*ids("ab"), EOS]) is None
     stream.close()
     assert stream.text == "ab" and stream.token_ids == [*ids("ab"), EOS]
+
+
+@pytest.mark.parametrize(
+    "stop, tokens, count, text",
+    (
+        (["<eos>"], [*ids("ab"), EOS, *ids("c")], 3, "ab"),
+        (["x", "<eos>"], [EOS], 1, ""),
+        (["b<eos>"], [*ids("ab"), EOS], 3, "a"),
+        (["b<eos>"], [*ids("a"), EOS, *ids("b"), EOS], 4, "a"),
+        (["<eos>c"], [EOS, *ids("b"), EOS, *ids("cd")], 4, "b"),
+        (["<eos><eos>"], [*ids("a"), EOS, *ids("b"), EOS, EOS], 5, "ab"),
+        (["b<eos>", "ab"], [*ids("ab"), EOS], 2, ""),
+        (["<eos>", "bc"], [*ids("ab"), EOS], 3, "ab"),
+        (["<eos>"], ids("<eos"), None, "<eos"),
+        (["<eos>"], [*ids("a<"), *ids("eos>")], 6, "a"),
+        (["<eos>"], [*ids("a\u20ac")[:-1], EOS], 4, "a"),
+        (["a<eos>b"], [*ids("a"), EOS, *ids("c")], None, "ac"),
+    ),
+)
+def test_a_stop_string_may_name_a_special_token(stop: list[str], tokens: list, count: int | None, text: str) -> None:
+    stream = TextStream(TOKENIZER, stop)
+    assert push_all(stream, tokens) == count
+    assert stream.text == text
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    stream = TextStream(None, [])
+    assert push_all(stream, [1, 2**40, 3]) is None
+    stream.close()
+    assert stream.text == "" and stream.token_ids == [1, 2**40, 3]
 
 
 @pytest.mark.parametrize(

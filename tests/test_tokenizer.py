@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from disagg.front import tokenizer as module
 from disagg.front.tokenizer import PromptEncoder, load_tokenizer
-from tests.test_text import TOKENIZER, byte_fallback, make_tokenizer
+from tests.test_text import EOS, TOKENIZER, byte_fallback, make_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}]
 
@@ -69,6 +69,135 @@ def test_prompts_are_neither_cut_nor_filled_up(folder: Path) -> None:
     assert len(plain) == len("hello there")
 
 
+BOS = "<eos>"  # as good as any
+
+
+@pytest.mark.parametrize(
+    "settings, adds, expected",
+    (
+        ({"add_bos_token": True, "bos_token": BOS}, False, [EOS]),
+        ({"add_bos_token": True, "bos_token": {"content": BOS}}, False, [EOS]),
+        ({"add_bos_token": True, "bos_token": BOS}, True, [EOS]),
+        ({"add_bos_token": False, "bos_token": BOS}, False, []),
+        ({"add_bos_token": None, "bos_token": BOS}, False, []),
+        ({"bos_token": BOS}, False, []),
+        ({}, True, [EOS]),
+    ),
+)
+def test_a_prompt_begins_with_bos_once_if_the_folder_says_so(
+    folder: Path, settings: dict, adds: bool, expected: list[int]
+) -> None:
+    describe(folder, chat_template="{{ messages[0].content }}", **settings)
+    if adds:
+        post = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, EOS)])
+        change(folder, post_processor=json.loads(post.__getstate__()))
+    encoder, hi = load_tokenizer(folder), TOKENIZER.encode("hi").ids
+    assert encoder.text("hi") == [*expected, *hi]
+    if expected and not adds:
+        assert encoder.text(BOS + "hi") == [EOS, *hi]  # it is there already
+    assert (encoder.bos is not None) == (bool(expected) and not adds)
+    assert encoder.chat(TALK) == hi  # a template writes its own
+
+
+@pytest.mark.parametrize(
+    "settings, rule",
+    (
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; it must be true or false"),
+        ({"add_bos_token": True}, r"then bos_token \(None\) must be one of its tokens"),
+        ({"add_bos_token": True, "bos_token": "<s>"}, r"then bos_token \('<s>'\) must be one of its tokens"),
+    ),
+)
+def test_a_bos_that_cannot_be_added_is_refused(folder: Path, settings: dict, rule: str) -> None:
+    describe(folder, **settings)
+    with pytest.raises(ValueError, match=f"^{folder}/tokenizer_config.json: .*{rule}"):
+        load_tokenizer(folder)
+
+
+def test_tokens_that_only_the_settings_have_are_added_under_their_ids(folder: Path) -> None:
+    """Also behind a gap, where the library by itself would number them onwards."""
+    size = TOKENIZER.get_vocab_size()
+    shown, hidden = {"content": "<tool>", "special": False}, {"content": "<|user|>", "special": True}
+    describe(folder, added_tokens_decoder={f"{size + 9}": hidden, f"{size}": shown, f"{EOS}": {"content": BOS}})
+    tokenizer = load_tokenizer(folder, vocab_size=size + 10).tokenizer
+    ids = tokenizer.encode("<tool>hi<|user|>").ids
+    assert ids == [size, *TOKENIZER.encode("hi").ids, size + 9]
+    assert tokenizer.token_to_id(BOS) == EOS
+    assert (
+        tokenizer.decode(ids) == "<tool>hi" and tokenizer.decode(ids, skip_special_tokens=False) == "<tool>hi<|user|>"
+    )
+
+
+def bad_entry(entry: object, id: str = "300") -> dict:
+    return {"added_tokens_decoder": {id: entry}}
+
+
+@pytest.mark.parametrize(
+    "settings, rule",
+    (
+        ({"added_tokens_decoder": []}, r"added_tokens_decoder is \[\]; it must be an object"),
+        *(
+            (bad_entry({"content": "x"}, id), "it must be an integer in 0..")
+            for id in ("-1", "x", "1.0", "²", "9" * 5000)
+        ),
+        *((bad_entry(entry), "300 is .*; its content must be") for entry in (5, {}, {"content": ""}, {"content": 5})),
+        (bad_entry({"content": "x", "special": "no"}), "300 is .* must be true or false"),
+        ({"added_tokens_decoder": {"300": {"content": "x"}, "301": {"content": "x"}}}, "one token or one id twice"),
+        ({"added_tokens_decoder": {"300": {"content": "x"}, "0300": {"content": "y"}}}, "one token or one id twice"),
+    ),
+)
+def test_bad_added_tokens_are_refused(folder: Path, settings: dict, rule: str) -> None:
+    describe(folder, **settings)
+    with pytest.raises(ValueError, match=f"^{folder}/tokenizer_config.json: .*{rule}") as caught:
+        load_tokenizer(folder)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("id, content", ((5, "<new>"), (700, "the"), (700, "<eos>")))
+def test_two_files_that_disagree_about_an_id_are_refused(folder: Path, id: int, content: str) -> None:
+    describe(folder, **bad_entry({"content": content}, str(id)))
+    with pytest.raises(ValueError, match=f"^{folder}/tokenizer.json: .*tokenizer_config.json has it as {id}$"):
+        load_tokenizer(folder)
+
+
+def test_ids_that_the_model_does_not_have_are_refused(folder: Path) -> None:
+    size = TOKENIZER.get_vocab_size()
+    load_tokenizer(folder, vocab_size=size)
+    load_tokenizer(folder, vocab_size=size + 100)
+    last = f"token '<eos>' has the id {size - 1}; the model's vocab_size is {size - 1}"
+    with pytest.raises(ValueError, match=f"^{folder}/tokenizer.json: {last}$"):
+        load_tokenizer(folder, vocab_size=size - 1)
+
+
+def test_a_folder_without_a_tokenizer_has_an_encoder_that_refuses_texts(tmp_path: Path) -> None:
+    encoder = load_tokenizer(tmp_path, 100, 100)
+    assert encoder.tokenizer is None
+    with pytest.raises(ValueError, match="^prompt: this model has neither tokenizer.json nor tiktoken.model; give"):
+        encoder.text("hi")
+
+
+def test_special_tokens_of_the_older_file_count_unless_there_are_added_tokens(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "END"}, "x": 5}))
+    template = "{{ eos_token }}{{ messages[0].content }}"
+    for more, expected in (({}, "ENDhi"), ({"added_tokens_decoder": {}}, "hi")):
+        describe(folder, chat_template=template, **more)
+        assert TOKENIZER.decode(load_tokenizer(folder).chat(TALK)) == expected
+
+
+def test_templates_in_files_replace_those_of_the_settings(folder: Path) -> None:
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    describe(folder, chat_template="settings")
+    (more / "rag.jinja").write_text("{{ broken")
+    with pytest.raises(ValueError, match="^messages: this model has no chat template"):
+        load_tokenizer(folder).chat(TALK)
+    (more / "tool_use.jinja").write_text("tools")
+    with pytest.raises(ValueError, match="the model has no template named default, only tool_use"):
+        load_tokenizer(folder).chat(TALK)
+    (folder / "chat_template.jinja").write_text("plain")
+    encoder = load_tokenizer(folder)
+    assert [TOKENIZER.decode(encoder.chat(TALK, tools)) for tools in (None, [], [{}])] == ["plain", "tools", "tools"]
+
+
 def replacing(pattern: object, content: str) -> dict:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
@@ -115,7 +244,12 @@ UNUSABLE = {
     "brackets": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "recursion"),
     "an unknown tag": ("{% trans %}", "trans"),
     "a number": (5, "chat_template is 5; it must be a text"),
-    "a list": ([{"name": "default"}], r"chat_template is \[.*\]; it must be a text"),
+    "a list": (
+        [{"name": "default"}],
+        r"chat_template is \[.*\]; it must be a text, or a list of objects with name and",
+    ),
+    "a list of texts": (["x"], r"chat_template is \['x'\]; it must be a text, or a list of objects with name and"),
+    "one of two": ([{"name": "default", "template": "x"}, {"name": "tool_use", "template": "{{"}], "unexpected"),
 }
 
 
@@ -157,8 +291,8 @@ class Spy:
 
 
 class Echo:
-    def render(self, messages: list[dict], **given: object) -> str:
-        return messages[0]["content"]
+    def render(self, given: dict) -> str:
+        return given["messages"][0]["content"]
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:

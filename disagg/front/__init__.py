@@ -1,7 +1,10 @@
 """Front: from the user's input to the user's output.
 
 front_door.py                      serves a prompt or a batch of lines, and delivers the answers
-parse.py, tokenizer.py             a line to a request; chat_template.py renders in its own process
+parse.py                           a line to a request
+tokenizer.py                       text and messages to tokens; tokenizer_files.py and tiktoken_file.py read the folder
+messages.py, chat_template.py      messages to text, in a process of its own
+text_stream.py                     tokens to text, up to a stop string
 lines.py, source.py, jsonl.py      input, read when needed; output.py and answer.py write the answers
 router.py                          pairs requests with replicas; fleet.py tracks the replicas, metrics.py counts
 streams.py                         the process's own stdout and stderr

@@ -11,7 +11,7 @@ class Answer:
     """One line of output."""
 
     id: Any
-    text: str
+    text: str | None  # None if the model has no tokenizer
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int

@@ -21,23 +21,37 @@ RENDER_S = 5.0
 MOST_OVERRUNS = 3  # a template that has never worked is not tried again after this many
 
 
+class TemplateOverrun(ValueError):
+    """A template has taken too much time or memory, or its process has ended."""
+
+
 class ChatTemplate:
-    def __init__(self, source: str, words: dict[str, str], render_s: float = RENDER_S) -> None:
-        """`words`: variables for the template, name -> special token. Raises ValueError if it cannot be compiled."""
-        self._template = {"source": source, "words": words}
+    def __init__(self, sources: dict[str, str], words: dict[str, str], render_s: float = RENDER_S) -> None:
+        """Compile the templates of a model.
+
+        `sources`: name -> template. `tool_use` serves requests with tools, if it is there; `default` serves all others.
+        `words`: variables for the templates, name -> special token. Raises ValueError if one cannot be compiled.
+        """
+        self._templates = {"sources": sources, "words": words}
+        self._names = set(sources)
         self._render_s, self._overruns, self._works, self._ended = render_s, 0, False, True
         self._start()
 
-    def render(self, **given: object) -> str:
+    def render(self, given: dict, /) -> str:
         """Render the template with `given`, which must be JSON values.
 
-        Raises ValueError if the template refuses it, or takes too much time or memory.
+        Raises ValueError if the template refuses it, and TemplateOverrun if it takes too much time or memory.
         """
+        name = "tool_use" if given.get("tools") is not None and "tool_use" in self._names else "default"
+        if name not in self._names:
+            raise ValueError(f"the model has no template named default, only {', '.join(sorted(self._names))}")
         if self._overruns >= MOST_OVERRUNS and not self._works:
-            raise ValueError(f"it has taken too much time or memory {self._overruns} times, and is not tried any more")
+            raise TemplateOverrun(
+                f"it has taken too much time or memory {self._overruns} times, and is not tried any more"
+            )
         if self._ended:
             self._start()
-        text = self._ask(given)
+        text = self._ask({"name": name, "given": given})
         self._works = True
         return text
 
@@ -54,20 +68,23 @@ class ChatTemplate:
         theirs.close()
         self._end, self._ended = weakref.finalize(self, _end, process, self._socket), False
         self._receive(START_S)
-        self._ask(self._template)
+        self._ask(self._templates)
 
     def _ask(self, asked: dict) -> str:
         line = json.dumps(asked).encode() + b"\n"
         answer = self._receive(self._render_s, line)
         if "overrun" in answer:
             self._overruns += 1
-            raise ValueError(answer["overrun"])
+            raise TemplateOverrun(answer["overrun"])
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["text"]
 
     def _receive(self, most_s: float, asked: bytes = b"") -> dict:
-        """Return the process's next answer. If none comes within `most_s`, end the process and raise ValueError."""
+        """Return the process's next answer.
+
+        If none comes within `most_s`, end the process and raise TemplateOverrun.
+        """
         deadline, line = time.monotonic() + most_s, bytearray()
         try:
             self._socket.settimeout(most_s)
@@ -85,7 +102,7 @@ class ChatTemplate:
             return json.loads(line)
         self._ended, self._overruns = True, self._overruns + 1
         self._end()
-        raise ValueError(why)
+        raise TemplateOverrun(why)
 
 
 def _end(process: subprocess.Popen, connection: socket.socket) -> None:

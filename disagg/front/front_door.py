@@ -18,7 +18,7 @@ from disagg.front.output import Output
 from disagg.front.parse import parse_request
 from disagg.front.router import Router
 from disagg.front.source import Listed, Source
-from disagg.front.tokenizer import load_tokenizer
+from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder, load_tokenizer
 from disagg.interrupt import Interrupt
 from model.config import ModelConfig
 
@@ -29,7 +29,9 @@ class FrontDoor:
     def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]) -> None:
         """Check everything that can be refused, then listen. Lines are read in `run`."""
         longest = EngineConfig(max_model_len=args.max_model_len).model_len(config)
-        encoder = load_tokenizer(args.model, longest, stand_in=getattr(args, "load", "") == "dummy")
+        encoder = load_tokenizer(args.model, longest, config.vocab_size)
+        if encoder.tokenizer is None and args.prompt is not None:
+            raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         limits = config.vocab_size, longest
         self.output: Output | None = None  # this and `batch` are None for a --prompt
@@ -43,6 +45,7 @@ class FrontDoor:
             self.output = Output(args.output, lines.stat, args.existing)
             self.source = self.batch = JsonLines(lines, self.output, encoder, *limits, self._refused)
         self.port = RouterPort(*listen)
+        say_about_text(encoder)
         self._answers = self._failures = 0
 
     def announce(self, host: str) -> None:
@@ -101,6 +104,14 @@ class FrontDoor:
         """Raises BrokenPipeError if stdout's reader has closed it."""
         tqdm.write(text, file=sys.stdout, end="")
         sys.stdout.flush()
+
+
+def say_about_text(encoder: PromptEncoder) -> None:
+    if encoder.tokenizer is None:
+        print(f"router: {NO_TOKENIZER}: requests need prompt_token_ids, answers have no text", file=sys.stderr)
+    elif encoder.bos is not None:
+        word = encoder.tokenizer.id_to_token(encoder.bos)
+        print(f"router: a prompt begins with {word}, because tokenizer_config.json says add_bos_token", file=sys.stderr)
 
 
 class RouterThread(threading.Thread):

@@ -6,11 +6,12 @@ from typing import Any
 
 import msgspec
 
-from disagg.front.tokenizer import PromptEncoder
+from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
 from disagg.request import Request
 
 MAX_LOGPROBS = 20
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
+CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
 
 
 class UserRequest(msgspec.Struct, frozen=True):
@@ -24,7 +25,7 @@ class UserRequest(msgspec.Struct, frozen=True):
 def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
     """Parse one JSON object into a request that the engine can run. Raises ValueError."""
     raw = {name: value for name, value in read_object(line).items() if value is not None}  # null = not given
-    known = {"id", *PROMPTS, *_RULES, "stop"}
+    known = {"id", *PROMPTS, *CHAT, *_RULES, "stop"}
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     if not is_id(raw.get("id", uid)):
@@ -38,7 +39,14 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
-    prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
+    if stop and encoder.tokenizer is None:
+        raise ValueError(f"stop: {NO_TOKENIZER}, so its answers have no text")
+    if given[0] == "messages":
+        prompt = _chat(raw, encoder)
+    else:
+        if beside := [name for name in CHAT if name in raw]:
+            raise ValueError(f"{beside[0]} goes with messages, not with {given[0]}")
+        prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
     if max(prompt) >= vocab_size:
         raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
     request = Request(uid, prompt, **fields)
@@ -79,18 +87,40 @@ def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> l
         return encoder.text(value)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is {value!r:.60}; it must be a non-empty list")
-    if name == "messages":
-        for message in value:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise ValueError(f"messages holds {message!r:.60}; each must have a string role and a string content")
-        return encoder.chat(value)
     for token in value:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise ValueError(f"prompt_token_ids holds {token!r:.60}; each must be an integer in 0..{vocab_size - 1}")
     return value
 
 
+def _chat(raw: dict, encoder: PromptEncoder) -> list[int]:
+    messages = raw["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages is {messages!r:.60}; it must be a non-empty list")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages holds {message!r:.60}; each must be an object with a string role")
+        content = message.get("content")
+        if not (content is None or isinstance(content, str) or _are_objects(content)):
+            raise ValueError(f"messages has the content {content!r:.60}; it must be a string, a list of parts or null")
+    beside = {name: _check(name, raw[name], *_CHAT_RULES[name]) for name in CHAT if name in raw}
+    return encoder.chat(messages, *map(beside.get, CHAT))
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 # name -> type, test, the rule in words
+_CHAT_RULES = {
+    "tools": (list, _are_objects, "a list of objects"),
+    "documents": (list, _are_objects, "a list of objects"),
+    "chat_template_kwargs": (
+        dict,
+        lambda v: v.keys().isdisjoint(("messages", "tools", "documents")),
+        "an object without messages, tools and documents",
+    ),
+}
 _RULES = {
     "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
     "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),

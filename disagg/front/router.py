@@ -24,7 +24,7 @@ from disagg.front.fleet import Fleet, Replica
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
 from disagg.front.source import Source
-from disagg.front.tokenizer import TextStream
+from disagg.front.text_stream import TextStream
 from disagg.request import Request
 from model.kv_cache import pages_for
 
@@ -65,9 +65,17 @@ class Tracked:
 
 class Router:
     def __init__(
-        self, port: RouterPort, tokenizer: Tokenizer, vocab_size: int, stopped: Callable[[], bool], expected: int = 0
+        self,
+        port: RouterPort,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        stopped: Callable[[], bool],
+        expected: int = 0,
     ) -> None:
-        """`vocab_size`: the model's. `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`."""
+        """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
+
+        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`.
+        """
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
         self.metrics = Metrics()
@@ -325,7 +333,7 @@ class Router:
         self.metrics.last_finish = now
         answer = Answer(
             id=tracked.user.id,
-            text=stream.text,
+            text=stream.text if self.tokenizer is not None else None,
             token_ids=stream.token_ids,
             finish_reason=reason,
             prompt_tokens=len(request.prompt),

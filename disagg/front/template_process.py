@@ -1,8 +1,8 @@
 """The process that renders a chat template for `chat_template.py`. It is run, never imported, and needs only jinja.
 
-Its standard input and output are one socket. Each line is a JSON object. The first line it receives is the template,
-and each later one the values to render it with. It answers each with a line: `{"text": ...}`, `{"error": ...}`, or
-`{"overrun": ...}` if it took too much memory.
+Its standard input and output are one socket. Each line is a JSON object. The first line it receives has the templates,
+and each later one the name of a template, and the values to render it with. It answers each with a line:
+`{"text": ...}`, `{"error": ...}`, or `{"overrun": ...}` if it took too much memory.
 
 The environment is that of transformers' `apply_chat_template`, for which people write their templates.
 """
@@ -35,14 +35,14 @@ class Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def compile_template(source: str, words: dict[str, str]) -> Template:
-    """Compile a template. `words`: variables for it, name -> special token."""
+def compile_templates(sources: dict[str, str], words: dict[str, str]) -> dict[str, Template]:
+    """Compile templates by name. `words`: variables for them, name -> special token."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now, **words}
-    return environment.from_string(source)
+    return {name: environment.from_string(source) for name, source in sources.items()}
 
 
 def to_json(
@@ -64,25 +64,25 @@ def refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def answer(asked: dict, template: Template | None) -> tuple[dict, Template]:
-    """Compile the template, if there is none yet, or render it. Returns the answer and the template."""
-    if template is None:
-        return {"text": ""}, compile_template(**asked)
-    text = template.render(asked)
+def answer(asked: dict, templates: dict[str, Template]) -> tuple[dict, dict[str, Template]]:
+    """Compile the templates, if there are none yet, or render one. Returns the answer and the templates."""
+    if not templates:
+        return {"text": ""}, compile_templates(**asked)
+    text = templates[asked["name"]].render(asked["given"])
     if len(text) > MOST_TEXT:
         raise ValueError(f"it makes {len(text):,} characters of them; at most {MOST_TEXT:,} are taken")
-    return {"text": text}, template
+    return {"text": text}, templates
 
 
 def main() -> None:
-    most_seconds, template = float(sys.argv[1]), None
+    most_seconds, templates = float(sys.argv[1]), {}
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     print("{}", flush=True)  # ready
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, most_seconds)  # SIGALRM ends this process, whatever it does
         try:
-            said, template = answer(json.loads(line), template)
+            said, templates = answer(json.loads(line), templates)
             said = json.dumps(said)
         except MemoryError:
             said = json.dumps({"overrun": f"it takes over {MOST_MEMORY:,} bytes of memory"})

@@ -31,7 +31,8 @@ from disagg.front.fleet import Replica
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router, Tracked
 from disagg.front.source import Listed
-from disagg.front.tokenizer import TextStream, load_tokenizer
+from disagg.front.text_stream import TextStream
+from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request
 from model.batch import PAGE
 from model.checkpoint import checkpoint_table
