@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_a_tokenizer_that_cannot_be_read_is_named(folder: Path, data: bytes) -> 
     (folder / "tokenizer.json").write_bytes(data)
     with pytest.raises(ValueError, match=f"^{folder}/tokenizer.json: "):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tiktoken.model", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_that_git_lfs_has_not_fetched_is_named(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "tiktoken.model":
+        (folder / "tokenizer.json").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    told = f"{folder}/{name}: is a git-LFS pointer, not the file: git lfs pull"
+    if name == "chat_template.jinja":  # only messages need it
+        load_tokenizer(folder)
+        assert told in capsys.readouterr().err
+    else:
+        with pytest.raises(ValueError, match=re.escape(told)):
+            load_tokenizer(folder)
 
 
 def test_prompts_are_neither_cut_nor_filled_up(folder: Path) -> None:
