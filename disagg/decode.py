@@ -104,7 +104,8 @@ class Decode(Unified):
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
         link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
-        link.put(Join(request.uid, opening))
+        expected = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
+        link.put(Join(request.uid, opening, expected))
         arrival.link = link
         self.begun.append(request.uid)
         return True
@@ -127,12 +128,15 @@ class Decode(Unified):
             return
         del self.incoming[uid]
         sequence = arrival.sequence
+        asks = sequence.request.return_experts and arrival.link is not None
+        experts = arrival.link.take_experts(uid) if asks else b""
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
             assert arrival.first is not None  # every link has ended the room without an error
             token, logprobs = arrival.first
             reason = sequence.append(token, self.engine.config.eos_token_ids)
+            self.report_experts(uid, experts)
             self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
             if reason is None:
                 self.scheduler.add(sequence)
