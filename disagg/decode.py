@@ -127,9 +127,10 @@ class Decode(Unified):
         if not arrival.room.may_release:
             return
         del self.incoming[uid]
-        sequence = arrival.sequence
-        asks = sequence.request.return_experts and arrival.link is not None
-        experts = arrival.link.take_experts(uid) if asks else b""
+        sequence, experts = arrival.sequence, b""
+        if sequence.request.return_experts:
+            assert arrival.link is not None
+            experts = arrival.link.take_experts(uid)
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence

@@ -7,8 +7,8 @@ A decode step on the GPU has fixed inputs and one of a few sizes ("buckets"), ea
 
 In an overlapped step, sequences go to the two halves of the rows in turn. The ranks of a job agree on the bucket, so
 all replay the same graph. Rows beyond a rank's own sequences are padding: they read and write the null page and route
-nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs eagerly. So does a step in which a request
-asks for its chosen experts: a graph that recorded them would do so for every request.
+nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs eagerly. So does a step in which a
+request asks for its chosen experts. A graph that recorded them would do so in every step, asked or not.
 """
 
 from collections.abc import Callable, Iterable

@@ -16,6 +16,7 @@ from disagg.config import EngineConfig
 from disagg.control.ports import RouterPort
 from disagg.engine import Engine
 from disagg.front.answer import Answer
+from disagg.front.expert_rows import NO_EXPERTS, RowShape
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.source import Listed
@@ -56,15 +57,25 @@ def collect(answers: dict[int, Answer]) -> list[tuple]:
     return [(answers[i].token_ids, answers[i].finish_reason, answers[i].error) for i in sorted(answers)]
 
 
-def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], folder: Path, interrupt: Interrupt) -> list[tuple]:
+Jobs = list[tuple[str, Engine | None, Mesh | None]]
+
+
+def one_run(jobs: Jobs, folder: Path, interrupt: Interrupt) -> list[tuple]:
     """Serve the requests with these jobs. Every rank of the world calls this; rank 0 gets what came out."""
+    return collect(answers_to(requests(tokenizer_of(folder).get_vocab_size()), jobs, folder, interrupt))
+
+
+def answers_to(
+    users: list[UserRequest], jobs: Jobs, folder: Path, interrupt: Interrupt, expert_shape: RowShape = NO_EXPERTS
+) -> dict[int, Answer]:
+    """As `one_run`, but any requests. `folder`: the tokenizer's."""
     rank, answers, thread = dist.get_rank(), {}, None
     port = [0]
     if rank == 0:
         tokenizer = tokenizer_of(folder)
-        vocab_size = tokenizer.get_vocab_size()
-        router = Router(RouterPort("127.0.0.1", 0), tokenizer, vocab_size, lambda: False)
-        work = Listed(requests(vocab_size))
+        where = RouterPort("127.0.0.1", 0)
+        router = Router(where, tokenizer, tokenizer.get_vocab_size(), lambda: False, 0, expert_shape)
+        work = Listed(users)
         thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
         port = [router.port.port]
     dist.broadcast_object_list(port)
@@ -74,12 +85,12 @@ def one_run(jobs: list[tuple[str, Engine | None, Mesh | None]], folder: Path, in
         if mesh is not None:
             assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt) is None
             allocator = engine.scheduler.allocator
-            assert not engine.scheduler.has_work
-            assert allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"
+            assert interrupt.seen or not engine.scheduler.has_work
+            assert interrupt.seen or allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"
     if thread is not None:
         thread.join()
         router.port.close()
-    return collect(answers)
+    return answers
 
 
 def body(rank: int, folder: Path) -> None:

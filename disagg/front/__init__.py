@@ -3,6 +3,7 @@
 front_door.py                      serves a prompt or a batch of lines, and delivers the answers
 parse.py, tokenizer.py             a line to a request; chat_template.py renders in its own process
 lines.py, source.py, jsonl.py      input, read when needed; output.py and answer.py write the answers
+expert_rows.py                     an answer's chosen experts
 router.py                          pairs requests with replicas; fleet.py tracks the replicas, metrics.py counts
 streams.py                         the process's own stdout and stderr
 

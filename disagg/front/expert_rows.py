@@ -17,6 +17,9 @@ class RowShape(NamedTuple):
         return self.layers * self.top_k * ID_BYTES
 
 
+NO_EXPERTS = RowShape(0, 0)
+
+
 class ExpertRows:
     """The bytes received so far: [tokens, MoE layers, K] little-endian uint16, cut anywhere."""
 

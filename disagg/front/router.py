@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from disagg.control.messages import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
-from disagg.front.expert_rows import ExpertRows, RowShape
+from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
 from disagg.front.fleet import Fleet, Replica
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
@@ -73,7 +73,7 @@ class Router:
         vocab_size: int,
         stopped: Callable[[], bool],
         expected: int = 0,
-        expert_shape: RowShape = RowShape(0, 0),  # noqa: B008 - it is immutable
+        expert_shape: RowShape = NO_EXPERTS,
     ) -> None:
         """`vocab_size`, `expert_shape`: the model's. `stopped()`: did the user ask to end early (Ctrl-C)?
 
