@@ -66,15 +66,20 @@ def one_run(jobs: Jobs, folder: Path, interrupt: Interrupt) -> list[tuple]:
 
 
 def answers_to(
-    users: list[UserRequest], jobs: Jobs, folder: Path, interrupt: Interrupt, expert_shape: RowShape = NO_EXPERTS
+    users: list[UserRequest],
+    jobs: Jobs,
+    folder: Path,
+    interrupt: Interrupt,
+    expert_shape: RowShape = NO_EXPERTS,
+    expected: int = 0,
 ) -> dict[int, Answer]:
-    """As `one_run`, but any requests. `folder`: the tokenizer's."""
+    """As `one_run`, but any requests. `folder`: the tokenizer's. `expected`: replicas to wait for before the first."""
     rank, answers, thread = dist.get_rank(), {}, None
     port = [0]
     if rank == 0:
         tokenizer = tokenizer_of(folder)
         where = RouterPort("127.0.0.1", 0)
-        router = Router(where, tokenizer, tokenizer.get_vocab_size(), lambda: False, 0, expert_shape)
+        router = Router(where, tokenizer, tokenizer.get_vocab_size(), lambda: False, expected, expert_shape)
         work = Listed(users)
         thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
         port = [router.port.port]
