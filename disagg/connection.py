@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from disagg.control.address import format_address
-from disagg.control.messages import Bye, Forget, Hello, Member, RoleName, ToWorker, Updates
+from disagg.control.messages import Bye, Forget, Hello, Member, RoleName, ToWorker, Updates, in_messages
 from disagg.control.ports import WorkerPort
 from disagg.control.pulse import Beacon
 from disagg.engine import Engine
@@ -73,7 +73,8 @@ class Connection:
 
     def report(self, news: Updates | Bye | None) -> None:
         if self.port is not None and news is not None:
-            self.port.send(news)
+            for message in in_messages(news) if isinstance(news, Updates) else [news]:
+                self.port.send(message)
 
     def close(self, bye: Bye) -> None:
         self.report(bye)

@@ -104,7 +104,8 @@ class Decode(Unified):
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
         link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
-        link.put(Join(request.uid, opening))
+        expected = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
+        link.put(Join(request.uid, opening, expected))
         arrival.link = link
         self.begun.append(request.uid)
         return True
@@ -126,13 +127,17 @@ class Decode(Unified):
         if not arrival.room.may_release:
             return
         del self.incoming[uid]
-        sequence = arrival.sequence
+        sequence, experts = arrival.sequence, b""
+        if sequence.request.return_experts:
+            assert arrival.link is not None
+            experts = arrival.link.take_experts(uid)
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
             assert arrival.first is not None  # every link has ended the room without an error
             token, logprobs = arrival.first
             reason = sequence.append(token, self.engine.config.eos_token_ids)
+            self.report_experts(uid, experts)
             self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
             if reason is None:
                 self.scheduler.add(sequence)

@@ -32,6 +32,7 @@ from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, sample, top_logprobs
 from model.transformer import Transformer
 from model.weights import DummyWeights, ExpertReader, check_room, load_weights
+from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
 from parallel.dispatch import most_copies
 from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.load_counter import LoadCounter
@@ -194,8 +195,14 @@ class Engine:
         own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
         return min(mesh.ep.exchange(own), key=lambda budget: budget.left)
 
-    def _forward(self, dispatcher: Dispatcher, batch: Batch, halves: tuple[Batch, Batch] | None) -> Tensor:
-        return self.model(batch, self.pool, dispatcher, halves)
+    def _forward(
+        self,
+        dispatcher: Dispatcher,
+        batch: Batch,
+        halves: tuple[Batch, Batch] | None,
+        chosen: ChosenExperts | None = None,
+    ) -> Tensor:
+        return self.model(batch, self.pool, dispatcher, halves, chosen)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Collective. Compile every kernel before the first request, and capture the decode step. No-op on a CPU.
@@ -231,18 +238,24 @@ class Engine:
         gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
     def launch(
-        self, plan: Plan, decode_rows: int | None, most_tokens: int, meanwhile: Callable[[], None] = lambda: None
+        self,
+        plan: Plan,
+        decode_rows: int | None,
+        most_tokens: int,
+        meanwhile: Callable[[], None] = lambda: None,
+        eager: bool = False,
     ) -> Step:
         """Start this rank's part of an agreed step. It may be empty: every rank takes part in every step.
 
         `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
-        fixed-capacity layout. `most_tokens`: tokens of the fullest replica.
+        fixed-capacity layout. `most_tokens`: tokens of the fullest replica. `eager`: replay no graph, because a request
+        on some rank asks for its chosen experts.
 
         `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
         Any other step calls it before the launch, because that takes about as long as the step itself. On a CPU the
         host computes the step. On a GPU it waits inside the step for the experts' row counts.
         """
-        work = self.lay_out(plan, decode_rows, most_tokens)
+        work = self.lay_out(plan, decode_rows, most_tokens, eager)
         ahead = self.runs_ahead(work)
         if not ahead:
             meanwhile()
@@ -251,7 +264,7 @@ class Engine:
             meanwhile()
         return step
 
-    def lay_out(self, plan: Plan, decode_rows: int | None, most_tokens: int) -> Work:
+    def lay_out(self, plan: Plan, decode_rows: int | None, most_tokens: int, eager: bool = False) -> Work:
         """Collect a step's inputs. The previous step's tokens may still be unseen.
 
         Everything that reads the sequences comes before `Plan.advance`. From then on the step counts as launched: a
@@ -263,7 +276,7 @@ class Engine:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
             rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
-        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows)
+        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager)
         return self._latest
 
     def runs_ahead(self, work: Work) -> bool:
@@ -273,12 +286,15 @@ class Engine:
     def run(self, work: Work) -> Step:
         """Launch a step."""
         started = time.perf_counter()
+        records = work.plan.returns_experts and self.config.num_moe_layers > 0
+        chosen = ChosenExperts(self.model.placement, self.mesh.attn) if records else None
         if work.decode_rows is None:
-            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped)
+            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen)
         else:
             self.dispatchers.prepare_masked()
-            logits = self.decode.run(work.decodes, work.decode_rows)
+            logits = self.decode.run(work.decodes, work.decode_rows, work.eager, chosen)
         logprobs = None if work.plan.is_plain else self._sample(logits, work.sequences, work.rows)
+        experts = self._experts(chosen) if chosen is not None else None
         tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
         self._seen.reverse()
         done = None
@@ -288,7 +304,24 @@ class Engine:
         for observer in (self.recording, self.rebalancer):
             if observer is not None:
                 observer.step()
-        return Step(work, started, tokens, logprobs, done)
+        return Step(work, started, tokens, logprobs, done, experts)
+
+    def _experts(self, chosen: ChosenExperts) -> Tensor | None:
+        """Return the step's chosen experts, on the host once the step is done. None, unless this rank reports them."""
+        rows = chosen.rows()
+        return to_host(rows) if self.mesh.leads else None
+
+    def check_experts(self) -> None:
+        """Raise ValueError if this model's experts cannot be returned."""
+        experts = self.config.n_routed_experts
+        if experts > MOST_EXPERTS:
+            raise ValueError(
+                f"return_experts: the model has {experts} routed experts; at most {MOST_EXPERTS} are possible"
+            )
+
+    def expert_bytes(self, tokens: int) -> int:
+        """Return the bytes of the chosen experts of `tokens` tokens."""
+        return tokens * self.config.num_moe_layers * self.config.num_experts_per_tok * ID_BYTES
 
     def vote(self) -> int:
         """Return this rank's vote on moving experts, for the step's agreement."""

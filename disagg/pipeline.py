@@ -41,6 +41,7 @@ class Agreement(NamedTuple):
     decodes: tuple[int, ...]
     ends: tuple[int, ...]  # GOING_ON to LEAVING
     votes: tuple[int, ...]  # on moving experts
+    returns_experts: tuple[int, ...]  # does a request of its step ask for its chosen experts?
 
     @property
     def is_over(self) -> bool:
@@ -87,12 +88,14 @@ class Pipeline:
 
     def _agree(self, plan: Plan, end: int) -> Agreement:
         with self.waiting():
-            told = self.mesh.agree(plan.num_prefill_tokens, len(plan.decodes), end, self.engine.vote())
+            told = self.mesh.agree(
+                plan.num_prefill_tokens, len(plan.decodes), end, self.engine.vote(), plan.returns_experts
+            )
         return Agreement(*zip(*told, strict=True))
 
     def _launch(self, plan: Plan, agreed: Agreement, meanwhile: Callable[[], None]) -> Step:
         rows = None if any(agreed.prefill_tokens) else self.engine.decode.bucket(max(agreed.decodes))
-        step = self.engine.launch(plan, rows, agreed.most_tokens, meanwhile)
+        step = self.engine.launch(plan, rows, agreed.most_tokens, meanwhile, eager=any(agreed.returns_experts))
         self.role.launched(step)
         return step
 

@@ -11,7 +11,7 @@ from msgspec import Meta
 FinishReason = Literal["stop", "length"]
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """`uid` is the router's number for the request, also used in the KV handoff. The user's `id` is never sent."""
 
     uid: int
@@ -23,6 +23,7 @@ class Request(msgspec.Struct, frozen=True):
     seed: int = 0
     ignore_eos: bool = False
     logprobs: int = 0
+    return_experts: bool = False
 
     @property
     def most_tokens(self) -> int:

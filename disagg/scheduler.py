@@ -65,6 +65,11 @@ class Plan:
     def is_plain(self) -> bool:
         return all(s.is_plain for s in self.decodes) and all(s.is_plain for s, _ in self.prefills)
 
+    @cached_property
+    def returns_experts(self) -> bool:
+        """Does a request in this step ask for its chosen experts?"""
+        return any(s.request.return_experts for s in [*self.decodes, *(s for s, _ in self.prefills)])
+
     # Cached, because a plan is reused while its decodes stay the same.
 
     @cached_property

@@ -22,6 +22,7 @@ class Work:
     overlapped: bool
     sequences: list[Sequence]  # those that get a token, decodes first
     rows: np.ndarray  # [sequences]: the row of each one's token
+    eager: bool = False  # a decode step that replays no graph
 
     @property
     def mixed(self) -> bool:
@@ -46,13 +47,14 @@ NO_WORK = Work(Plan([], []), NO_DECODES, [], None, False, [], np.arange(0))
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was launched. Its tokens and log probabilities are valid on the host after `done`."""
+    """A step that was launched. Its tensors are valid on the host after `done`."""
 
     work: Work
     started: float  # time.perf_counter() when its launch began
     tokens: Tensor  # [max rows]; read it before the second step after this one, which overwrites it
     logprobs: tuple[Tensor, Tensor] | None  # ids and values, both [sequences, ...]
     done: torch.cuda.Event | None  # None on a CPU, where the step is done already
+    chosen: Tensor | None = None  # [T, MoE layers, K] int16, at the replica's first rank if a request asks
 
     def sampled(self) -> list[int]:
         """Wait for the step. Returns the new token of each of work.sequences."""
@@ -71,3 +73,24 @@ class Step:
             logprob_pairs(row_ids, row_values, count) if (count := sequence.request.logprobs) else []
             for sequence, row_ids, row_values in rows
         ]
+
+    def chosen_experts(self) -> list[tuple[Sequence, bytes]]:
+        """Return (sequence, chosen experts of its tokens in this step) for the sequences whose requests ask.
+
+        The experts are [tokens, MoE layers, K] uint16, little-endian. Call it after `sampled`. The replica's other
+        ranks return nothing.
+        """
+        if self.chosen is None:
+            return []
+        plan, found = self.work.plan, []
+        chosen = self.chosen.numpy().astype("<i2", copy=False)
+        decode_rows = self.work.rows[: len(plan.decodes)].tolist()
+        first = len(chosen) - plan.num_prefill_tokens  # prompts come last
+        for sequence, row in zip(plan.decodes, decode_rows, strict=True):
+            if sequence.request.return_experts:
+                found.append((sequence, chosen[row].tobytes()))
+        for sequence, count in plan.prefills:
+            if sequence.request.return_experts:
+                found.append((sequence, chosen[first : first + count].tobytes()))
+            first += count
+        return found

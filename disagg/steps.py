@@ -7,7 +7,8 @@ A decode step on the GPU has fixed inputs and one of a few sizes ("buckets"), ea
 
 In an overlapped step, sequences go to the two halves of the rows in turn. The ranks of a job agree on the bucket, so
 all replay the same graph. Rows beyond a rank's own sequences are padding: they read and write the null page and route
-nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs eagerly.
+nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs eagerly. So does a step in which a
+request asks for its chosen experts. A graph that recorded them would do so in every step, asked or not.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
+from parallel.chosen_experts import ChosenExperts
 
 
 def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> list[int]:
@@ -35,7 +37,8 @@ def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
     return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
 
 
-Forward = Callable[[Batch, tuple[Batch, Batch] | None], Tensor]  # a batch, and its halves if they overlap -> logits
+# A batch, its halves if they overlap, where to record the chosen experts -> logits
+Forward = Callable[[Batch, tuple[Batch, Batch] | None, ChosenExperts | None], Tensor]
 
 
 class PromptStep:
@@ -47,8 +50,17 @@ class PromptStep:
         self.forward, self.tokens, self.multiple = forward, tokens, multiple
 
     @torch.inference_mode()
-    def run(self, decodes: Decodes, prompts: list[Chunk], overlapped: bool = False) -> Tensor:
-        """Return the logits [N, V] of the rows that want them, decodes first. Writes their argmax to `tokens`."""
+    def run(
+        self,
+        decodes: Decodes,
+        prompts: list[Chunk],
+        overlapped: bool = False,
+        chosen: ChosenExperts | None = None,
+    ) -> Tensor:
+        """Return the logits [N, V] of the rows that want them, decodes first. Writes their argmax to `tokens`.
+
+        The batch's rows are the decodes, padding, and the prompts' tokens.
+        """
         device = self.tokens.device
         chunks = pad(decodes.chunks(), prompts, self.multiple)
         halves = None
@@ -57,7 +69,7 @@ class PromptStep:
             halves = Batch.build(*first, device), Batch.build(*second, device)
         batch = Batch.build(chunks, prompts, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
-        logits = self.forward(batch, halves)
+        logits = self.forward(batch, halves, chosen)
         self.tokens[: logits.shape[0]] = logits.argmax(-1)
         return logits
 
@@ -73,7 +85,7 @@ class DecodeStep:
         max_pages: int,
         overlaps: Callable[[int], bool] = lambda rows: False,
     ) -> None:
-        """`forward(batch, halves)` returns logits [rows, V]. `tokens` [rows]: the sampled tokens of the latest step,
+        """`forward` returns logits [rows, V]. `tokens` [rows]: the sampled tokens of the latest step,
         written in place. `overlaps(rows)`: do steps of this size run as two halves?"""
         self.forward, self.tokens, self.buckets, self.overlaps = forward, tokens, buckets, overlaps
         device, max_rows = tokens.device, buckets[-1]
@@ -94,24 +106,29 @@ class DecodeStep:
         i = np.arange(count)
         return i % 2 * (rows // 2) + i // 2 if self.overlaps(rows) else i
 
-    def run(self, decodes: Decodes, rows: int) -> Tensor:
-        """Return the logits [rows, V], each sequence's at its place. Writes their argmax to `tokens`."""
+    def run(self, decodes: Decodes, rows: int, eager: bool = False, chosen: ChosenExperts | None = None) -> Tensor:
+        """Return the logits [rows, V], each sequence's at its place. Writes their argmax to `tokens`.
+
+        `eager`: run no graph, which `chosen` needs. All ranks of a job must agree on it: NCCL requires that a
+        collective is captured on all ranks or on none.
+        """
         self._stage(decodes, rows)
-        if rows in self._graphs:
+        if rows in self._graphs and not eager:
+            assert chosen is None, "a graph records no experts"
             graph, logits = self._graphs[rows]
             graph.replay()
             return logits
-        return self._forward(rows)
+        return self._forward(rows, chosen)
 
     @torch.inference_mode()
-    def _forward(self, rows: int) -> Tensor:
+    def _forward(self, rows: int, chosen: ChosenExperts | None = None) -> Tensor:
         ids, positions = self.inputs[:, :rows]
         columns = resolve(ids, self.tokens), positions, self.page_table[:rows]
         halves = None
         if self.overlaps(rows):
             first, second = zip(*(column.chunk(2) for column in columns), strict=True)
             halves = Batch.decode(*first), Batch.decode(*second)
-        logits = self.forward(Batch.decode(*columns), halves)
+        logits = self.forward(Batch.decode(*columns), halves, chosen)
         self.tokens[:rows] = logits.argmax(-1)
         return logits
 

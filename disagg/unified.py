@@ -1,6 +1,6 @@
 """The unified role: one job computes prompts and decodes. The decode role is a subclass."""
 
-from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw
+from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw, in_pieces
 from disagg.engine import Engine
 from disagg.request import FinishReason, Request
 from disagg.role import Event, Role
@@ -46,6 +46,8 @@ class Unified(Role):
         try:
             request.check_vocabulary(self.engine.config.vocab_size)
             self.scheduler.check_fits(request.most_tokens)
+            if request.return_experts:
+                self.engine.check_experts()
         except ValueError as error:
             self.updates.append(Update(request.uid, error=str(error)))
             return False
@@ -53,6 +55,9 @@ class Unified(Role):
 
     def take_up(self, step: Step) -> int:
         eos, plan, tokens = self.engine.config.eos_token_ids, step.work.plan, step.sampled()
+        for sequence, experts in step.chosen_experts():
+            if self.sequences.get(sequence.uid) is sequence:
+                self.report_experts(sequence.uid, experts)
         nothing_else = not plan.may_end and step.logprobs is None and self.stop_tokens.isdisjoint(tokens)
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
@@ -73,6 +78,10 @@ class Unified(Role):
         if going_on:
             self.updates.append(Tokens(going_on))
         return len(tokens) - useless
+
+    def report_experts(self, uid: int, experts: bytes) -> None:
+        """Report the chosen experts of the sequence's next tokens. Call it before `emit` of a later token."""
+        self.updates += [Update(uid, experts=piece) for piece in in_pieces(experts)]
 
     def emit(
         self,

@@ -8,7 +8,7 @@ Combine adds the shared expert's output. With few tokens, neither the shared exp
 dispatch fill the GPU. Then the shared expert runs beside them, on a second stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from kernels.ops import Ops
 from model.config import ModelConfig
 from model.ffn import FFN
 from model.layers import block_scales, weight
+from parallel.chosen_experts import Part
 from parallel.dispatch import Arrived, Contiguous, Copies, Masked, Sliced
 from parallel.dispatchers import Dispatcher
 from parallel.load_counter import LoadCounter
@@ -168,18 +169,18 @@ class MoE(nn.Module):
         operand: Tensor | Quantized,
         is_token: Tensor,
         dispatcher: Dispatcher,
-        load_counter: LoadCounter | None = None,
+        observers: Iterable[LoadCounter | Part] = (),
     ) -> Steps[Tensor]:
         """Run the layer's stages: x [T, D] -> [T, D]. `operand` is x as the experts take it.
 
-        Rows where `is_token` is False are padding and visit no routed expert.
+        Rows where `is_token` is False are padding and visit no routed expert. `observers` see the chosen slots.
         """
         few = x.shape[0] <= FEW
         logits = self.gate.logits(x)
         shared = self.beside.start(partial(self.shared, operand)) if few else None
         slots, weights = self.gate(logits, self.placement.slot_of_expert[self.layer], is_token)
-        if load_counter is not None:
-            load_counter.add(self.layer, slots)
+        for observer in observers:
+            observer.add(self.layer, slots)
         yield "attention"
         pending = dispatcher.dispatch(x if dispatcher.casts else operand, slots, weights)
         plus = None if few else self.shared(operand)

@@ -10,6 +10,7 @@ dispatches 1/t of its replica's tokens:
     x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +26,7 @@ from model.layers import FP8, Embedding, RMSNorm, rope_table
 from model.mla import MLA
 from model.moe import MoE
 from model.precision import misfit
+from parallel.chosen_experts import ChosenExperts, Part
 from parallel.dispatchers import Dispatcher
 from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
@@ -107,7 +109,7 @@ class Block(nn.Module):
         batch: Batch,
         kv_pages: Tensor,
         dispatcher: Dispatcher,
-        load_counter: LoadCounter | None,
+        observers: Sequence[LoadCounter | Part],
     ) -> Steps[None]:
         """Run a layer with experts, as stages.
 
@@ -117,7 +119,7 @@ class Block(nn.Module):
         normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
         del attended
         assert isinstance(self.mlp, MoE) and normed is not None  # the norm is `bare`
-        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, load_counter)
+        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, observers)
         del normed, operand
         delta = yield from experts
         if self.attn.size > 1:
@@ -164,23 +166,25 @@ class Transformer(nn.Module):
         kv_pool: Tensor,
         dispatcher: Dispatcher,
         halves: tuple[Batch, Batch] | None = None,
+        chosen: ChosenExperts | None = None,
     ) -> Tensor:
         """Run a step: return logits [N, V] of batch.logit_rows. kv_pool [layers, pages, 64, C + R] is written in place.
 
         `halves`: the batch's first and last rows, which overlap in all layers with experts. Meanwhile the products
-        leave the dispatcher's SMs free.
+        leave the dispatcher's SMs free. `chosen`: where to record the experts that the gates choose.
         """
         batch = self.planned(batch)
+        part = chosen.part if chosen is not None else lambda: None
         residual = Residual(self.embed_tokens(batch.token_ids))
         if halves is None or not batch.max_q:
             self.dense_layers([(residual, batch)], kv_pool)
         if halves is None:
-            return self.head(run(self.moe_steps(residual, batch, kv_pool, dispatcher)), batch)
+            return self.head(run(self.moe_steps(residual, batch, kv_pool, dispatcher, part())), batch)
         parts = list(zip(residual.cut(halves[0].num_tokens), map(self.planned, halves), strict=True))
         if batch.max_q:
             self.dense_layers(parts, kv_pool)
         with self.ops.leave_sms(dispatcher.num_sms):
-            out = torch.cat(run_two(*(self.moe_steps(*part, kv_pool, dispatcher) for part in parts)))
+            out = torch.cat(run_two(*(self.moe_steps(*half, kv_pool, dispatcher, part()) for half in parts)))
         return self.head(out, batch)
 
     def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:
@@ -190,11 +194,14 @@ class Transformer(nn.Module):
             for residual, batch in parts:
                 layer.dense(residual, batch, kv_pages)
 
-    def moe_steps(self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Steps[Tensor]:
+    def moe_steps(
+        self, residual: Residual, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher, chosen: Part | None = None
+    ) -> Steps[Tensor]:
         """Run all layers with experts, one after the other -> [T, D]."""
+        observers = [observer for observer in (self.load_counter, chosen) if observer is not None]
         for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first :], strict=True):
             assert isinstance(layer, Block)
-            yield from layer.steps(residual, batch, kv_pages, dispatcher, self.load_counter)
+            yield from layer.steps(residual, batch, kv_pages, dispatcher, observers)
         return residual.sum()
 
     def planned(self, batch: Batch) -> Batch:

@@ -4,6 +4,7 @@ mesh.py                       the process groups, and the step's one agreement
 dispatch.py, deepep.py        tokens to experts and back; dispatchers.py chooses between them
 overlap.py                    two micro-batches that take turns
 placement.py, eplb.py         where each expert is, and where it should be; load_counter.py counts tokens
+chosen_experts.py             which experts the gates choose for each token
 
 May import kernels/.
 """

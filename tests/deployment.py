@@ -11,7 +11,7 @@ LINES = [
     {"id": "b", "prompt_token_ids": [5, 6, 7] * 30, "max_tokens": 5, "temperature": 0.9, "seed": 3},
     {"id": "c", "messages": [{"role": "user", "content": "river"}], "max_tokens": 1, "logprobs": 3},
     {"id": "d", "prompt": "def ", "max_tokens": 12, "ignore_eos": True, "stop": [" "]},
-    {"id": "e", "prompt_token_ids": [9], "max_tokens": 70, "ignore_eos": True},
+    {"id": "e", "prompt_token_ids": [9], "max_tokens": 70, "ignore_eos": True, "return_experts": True},
 ]
 
 

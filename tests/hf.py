@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
@@ -145,6 +146,22 @@ def answer_of(theirs: PreTrainedModel, prompts: Sequence[list[int]], new_tokens:
     logprobs = theirs(padded).logits.log_softmax(-1)
     spans = [slice(len(p) - 1, len(p) - 1 + new_tokens) for p in prompts]
     return Answer(tokens, [row[span] for row, span in zip(logprobs, spans, strict=True)])
+
+
+@torch.inference_mode()
+def their_experts(folder: Path, texts: Sequence[list[int]]) -> list[Tensor]:
+    """Return the experts [tokens, MoE layers, K] that transformers' gates choose for each text."""
+    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    chosen: list[Tensor] = []
+    for module in theirs.modules():
+        if isinstance(module, DeepseekV3TopkRouter):
+            module.register_forward_hook(lambda module, given, out: chosen.append(out[2]))
+    found = []
+    for text in texts:
+        chosen.clear()
+        theirs(torch.tensor([text]))
+        found.append(torch.stack(chosen, dim=1))
+    return found
 
 
 def our_answer(

@@ -46,6 +46,11 @@ def test_answers_have_their_fields(unified: list[dict]) -> None:
     assert unified[2]["token_ids"][0] in [token for token, _ in pairs]
     assert all(0 <= answer["ttft_s"] <= answer["latency_s"] for answer in unified)
     assert all("error" not in answer for answer in unified)
+    assert ["experts" in answer for answer in unified] == [False, False, False, False, True]
+    assert (
+        unified[4]["experts"]["shape"] == [70, 4, 4]
+        and len(unified[4]["experts"]["data"]) == -(-70 * 4 * 4 * 2 // 3) * 4
+    )
 
 
 @pytest.mark.parametrize("order", [("decode", "prefill", "router"), ("router", "prefill", "decode")])

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from disagg.control.messages import (
+    PIECE,
     Abort,
     Back,
     Beat,
@@ -27,11 +28,11 @@ from disagg.control.messages import (
     Withdraw,
     encode,
 )
-from disagg.handoff.protocol import Cancel, Closed, Knock, Last, Open, Sending
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Sending
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
-REQUEST = Request(3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20)
+REQUEST = Request(3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20, True)
 BY_DEFAULT = Request(4, [1])
 UPDATE = Update(3, [5, 6], [[(5, -0.5), (9, -1.25)], []], "length")
 HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2)
@@ -52,7 +53,17 @@ TO_WORKER = (
 TO_ROUTER = (
     HELLO,
     Beat("a", 2**40, True),
-    Updates([UPDATE, Tokens({7: 128_000, 2**40: 0}), Update(4, error="boom", retry=True), Update(5)], [5], [6]),
+    Updates(
+        [
+            UPDATE,
+            Tokens({7: 128_000, 2**40: 0}),
+            Update(4, error="boom", retry=True),
+            Update(5),
+            Update(6, experts=b"\0\xff"),
+        ],
+        [5],
+        [6],
+    ),
     Updates([]),
     Bye({"decode_steps": 3, "seconds": 0.125}),
     Bye({}),
@@ -62,10 +73,13 @@ ON_A_LINK = (
     Open(REQUEST, [4, 1], [MEMBER]),
     Cancel(5),
     Sending([5], [9, 8]),
+    Chosen(5, b"\0\1"),
     Last(5, 128_000, [(128_000, -0.5)]),
     Closed(5, "the prompt\ndoes not fit"),
 )
-DECODERS = {kind: Decoder(kind) for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Last | Closed)}
+DECODERS = {
+    kind: Decoder(kind) for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Last | Closed)
+}
 EXAMPLES = dict(zip(DECODERS, (TO_WORKER, TO_ROUTER, ON_A_LINK), strict=True))
 
 
@@ -103,6 +117,7 @@ NO_MESSAGES = {
     "another kind of message": encode(Ping()),
     "a token beyond 31 bits": encode(Updates([Update(3, [2**40])])),
     "a negative token": encode(Updates([Tokens({3: -1})])),
+    "a piece of experts that is too large": encode(Updates([Update(3, experts=b"x" * (PIECE + 1))])),
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
     "a replica without ranks": forged(HELLO, members=[]),
     "a replica of 300,000 ranks": forged(HELLO, members=[msgspec.to_builtins(MEMBER)] * 300_000),
@@ -133,7 +148,8 @@ def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
 
 
 @pytest.mark.parametrize("message", [Open(REQUEST, [0], [MEMBER]), Open(REQUEST, [1], []), Sending([], [1]),
-                                     Sending([1], []), Last(1, -1, []), Knock(MEMBER, -1)])  # fmt: skip
+                                     Sending([1], []), Last(1, -1, []), Knock(MEMBER, -1),
+                                     Chosen(1, b"x" * (PIECE + 1))])  # fmt: skip
 def test_pages_and_rooms_that_cannot_be_are_no_message(message: msgspec.Struct) -> None:
     with pytest.raises(ValueError, match="not a message"):
         list(DECODERS.values())[2](encode(message))

@@ -3,6 +3,8 @@
 import random
 from dataclasses import replace
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +54,49 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
     return answers
 
 
+def experts_of(engine: Engine, work: list[Request]) -> dict[int, list[bytes]]:
+    """The chosen experts of each request, token by token. A decode step of any of them runs no graph."""
+    role, told = Unified(engine), {request.uid: b"" for request in work}
+    pipeline = Pipeline(role, engine, engine.mesh)
+    for request in work:
+        role.handle(Submit(request, None))
+    while pipeline.turn() == Turn.WORKED:
+        for update in singly(role.updates):
+            assert update.error is None, update.error
+            told[update.uid] += update.experts
+        role.updates.clear()
+    size = engine.expert_bytes(1)
+    return {uid: [data[at : at + size] for at in range(0, len(data), size)] for uid, data in told.items()}
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_chosen_experts_are_those_of_a_job_without_graphs(overlap: str) -> None:
+    """One request asks, and joins steps of others that do not. Then these go on in graphs, with the same tokens."""
+    seed = torch.seed() % 2**31
+    work = requests(random.Random(seed))
+    work[4] = msgspec.structs.replace(work[4], return_experts=True)
+    ops, _ = choose(op_shape(V3_LIKE), torch.bfloat16, MESH.device, ["auto"])
+    placement = Placement.identity(V3_LIKE.num_moe_layers, V3_LIKE.n_routed_experts, 1, MESH.device)
+    model = Transformer(V3_LIKE, MESH, placement, ops, torch.bfloat16, 512, False)
+    randomize(model)
+    experts, answers = [], []
+    for graphs in ("off", "auto"):
+        engine = Engine(EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap), model, MESH)
+        engine.warm_up(list)
+        assert bool(engine.decode._graphs) == (graphs == "auto"), "no graphs: the test shows nothing"
+        experts.append(experts_of(engine, work))
+        answers.append(serve(engine, work))
+        engine.close()
+    for request in work:
+        rows = request.most_tokens - 1 if request.return_experts else 0
+        assert len(experts[0][request.uid]) == rows, f"{seed=}"
+    assert experts[0] == experts[1], f"{seed=}"
+    assert not differences(answers[1], answers[0]), f"{seed=}"
+    ids = np.frombuffer(b"".join(experts[0][work[4].uid]), "<u2").reshape(-1, V3_LIKE.num_experts_per_tok)
+    assert ids.max() < V3_LIKE.n_routed_experts
+    assert all(len(set(row)) == len(row) for row in ids.tolist()), "an expert twice"
+
+
 def differences(got: dict[int, tuple[list, list]], expected: dict[int, tuple[list, list]]) -> list[str]:
     """Of each request's answers, the first token that is not as expected, by itself or in its log probabilities."""
     found = []
@@ -78,10 +123,11 @@ def test_graphs_change_nothing(backend: str, overlap: str, fp8: bool) -> None:
     model = Transformer(config, MESH, placement, ops, torch.bfloat16, 512, fp8)
     randomize(model)
     answers = []
-    for graphs in (False, True):
+    for graphs in ("off", "auto"):
         settings = EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap)
         engine = Engine(settings, model, MESH)
         engine.warm_up(list)
+        assert bool(engine.decode._graphs) == (graphs == "auto")
         answers.append(serve(engine, work))
         assert not differences(serve(engine, work), answers[-1]), f"again, {graphs=} {seed=}"
         engine.close()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +36,7 @@ from disagg.handoff.links import Links
 from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import (
     Cancel,
+    Chosen,
     Closed,
     Join,
     Last,
@@ -993,6 +995,31 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
     pair.decode.hear_end(1, "link p/d")
     assert pair.prefill.events.empty() and pair.prefill.link.is_down
     assert "1 pages for 65 tokens" in pair.prefill.link._down
+
+
+def test_chosen_experts_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:
+    pair = make_pair()
+    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=5))
+    pair.prefill.hear_open(1)
+    pair.prefill.link.put(Join(1))
+    for command in (Chosen(1, b"ab"), Chosen(2, b"of no room here"), Chosen(1, b"cde"), SendLast(1, 7, [])):
+        pair.prefill.link.put(command)
+    pair.decode.hear_end(1)
+    assert pair.decode.link.take_experts(1) == b"abcde" and pair.decode.link.take_experts(1) == b""
+    pair.prefill.hear_end(1)
+    pair.hush()
+
+
+@pytest.mark.parametrize("expected", [0, 5])
+def test_more_chosen_experts_than_a_prompt_has_end_the_link(make_pair: Any, expected: int) -> None:
+    pair = make_pair()
+    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=expected))
+    pair.prefill.hear_open(1)
+    pair.prefill.link.put(Join(1))
+    for piece in (b"x" * expected, b"y"):
+        pair.prefill.link.put(Chosen(1, piece))
+    pair.decode.hear_end(1, f"over {expected} bytes of chosen experts for room 1")
+    pair.prefill.hear_end(1, "has gone")
 
 
 def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_whoever_joins_or_leaves_a_step_computes_what_its_sequences_need(
     run, forward, works, checked = engine.run, engine.decode._forward, [], []
     monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
 
-    def check(rows: int) -> torch.Tensor:
+    def check(rows: int, chosen: None) -> torch.Tensor:
         decode, work = engine.decode, works[-1]
         ids, positions = decode.inputs[:, :rows]
         expected = torch.zeros(2, rows, dtype=torch.int64)
@@ -153,7 +153,7 @@ def test_whoever_joins_or_leaves_a_step_computes_what_its_sequences_need(
         assert torch.equal(torch.stack((resolve(ids, engine.tokens), positions)), expected)
         assert decode.page_table[:rows].tolist() == page_rows(pages, decode.page_table.shape[1]).tolist()
         checked.append(len(work.plan.decodes))
-        return forward(rows)
+        return forward(rows, chosen)
 
     for seed in range(3):
         with monkeypatch.context() as patched:
@@ -174,7 +174,7 @@ def test_a_step_is_staged_the_same_whatever_was_staged_before() -> None:
     rng = random.Random(0)
 
     def make() -> DecodeStep:
-        forward = lambda batch, halves: torch.zeros(batch.num_tokens, 5)  # noqa: E731
+        forward = lambda batch, halves, chosen: torch.zeros(batch.num_tokens, 5)  # noqa: E731
         return DecodeStep(forward, torch.zeros(8, dtype=torch.int64), [2, 4, 8], 3, lambda rows: rows == 4)
 
     one = make()

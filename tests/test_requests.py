@@ -53,7 +53,7 @@ def test_what_is_not_given_has_its_default() -> None:
     request = user.request
     assert (user.id, user.stop, request.uid) == (7, [], 7)
     assert (request.max_tokens, request.temperature, request.top_p, request.top_k) == (16, 0.0, 1.0, 0)
-    assert (request.ignore_eos, request.logprobs) == (False, 0)
+    assert (request.ignore_eos, request.logprobs, request.return_experts) == (False, 0, False)
     assert 0 <= request.seed < 2**31
 
 
@@ -66,6 +66,7 @@ def test_what_is_given_is_taken() -> None:
         "seed": 2**63 - 1,
         "ignore_eos": True,
         "logprobs": 20,
+        "return_experts": True,
     }
     user = parse({"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], **given})
     assert user.id == "mine" and user.stop == ["a", "bc"]
@@ -113,6 +114,7 @@ BAD_FIELDS = (
     ),
     *(("ignore_eos", value, "true or false") for value in (0, 1, "true")),
     *(("id", value, "a string of Unicode or an integer") for value in (1.5, [], "a\ud800", "\udfff")),
+    *(("return_experts", value, "true or false") for value in (0, 1, "true", [], {})),
     *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, [])),
     *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),
 )
@@ -309,7 +311,9 @@ MESSAGES = st.lists(
 
 
 @given(
-    st.dictionaries(st.sampled_from((*FIELDS, "ignore_eos", "logprobs")) | st.text(max_size=3), JSON, max_size=6)
+    st.dictionaries(
+        st.sampled_from((*FIELDS, "ignore_eos", "logprobs", "return_experts")) | st.text(max_size=3), JSON, max_size=6
+    )
     | st.fixed_dictionaries(
         {},
         optional={

@@ -18,6 +18,9 @@ RoleName = Literal["unified", "prefill", "decode"]
 Name = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+PIECE = 2**20  # bytes: chosen experts travel in pieces, because those of a long prompt are over `ports.MOST_BYTES`
+PIECES = 8  # per message to the router
+Piece = Annotated[bytes, Meta(max_length=PIECE)]
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -119,7 +122,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     by_uid: dict[int, TokenId]
 
 
-class Update(msgspec.Struct, frozen=True, tag=True):
+class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """News of one request."""
 
     uid: int
@@ -129,6 +132,7 @@ class Update(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None
     retry: bool = False  # another prefill rank may succeed
     parts: Parts | None = None  # with the first token of a handed-over request
+    experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):
@@ -146,6 +150,24 @@ def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
             yield from (Update(uid, [token]) for uid, token in one.by_uid.items())
         else:
             yield one
+
+
+def in_pieces(data: bytes) -> Iterator[bytes]:
+    """Cut chosen experts into pieces that a message may carry."""
+    return (data[at : at + PIECE] for at in range(0, len(data), PIECE))
+
+
+def in_messages(news: Updates) -> Iterator[Updates]:
+    """Yield the news, in order, in messages with at most PIECES pieces of chosen experts. There is always one."""
+    begin = count = 0
+    begun, returned = news.begun, news.returned
+    for i, update in enumerate(news.updates):
+        if isinstance(update, Update) and update.experts:
+            if count == PIECES:
+                yield Updates(news.updates[begin:i], begun, returned)
+                begin, count, begun, returned = i, 0, [], []
+            count += 1
+    yield Updates(news.updates[begin:], begun, returned) if begin else news
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):

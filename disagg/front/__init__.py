@@ -6,6 +6,7 @@ tokenizer.py                       text and messages to tokens; tokenizer_files.
 messages.py, chat_template.py      messages to text, in a process of its own
 text_stream.py                     tokens to text, up to a stop string
 lines.py, source.py, jsonl.py      input, read when needed; output.py and answer.py write the answers
+expert_rows.py                     an answer's chosen experts
 router.py                          pairs requests with replicas; fleet.py tracks the replicas, metrics.py counts
 streams.py                         the process's own stdout and stderr
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
+OPTIONAL = ("logprobs", "experts", "error")  # left out of the line if they are None
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class Answer:
     ttft_s: float | None
     latency_s: float | None
     logprobs: list | None = None
+    experts: dict | None = None  # as `ExpertRows.encode` makes it
     error: str | None = None
 
     def as_dict(self) -> dict:
-        optional = {k: v for k in ("logprobs", "error") if (v := getattr(self, k)) is not None}
-        return {k: v for k, v in vars(self).items() if k not in ("logprobs", "error")} | optional
+        return {name: value for name, value in vars(self).items() if name not in OPTIONAL or value is not None}
 
 
 def refusal(id: Any, error: str) -> Answer:

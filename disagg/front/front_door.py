@@ -12,6 +12,7 @@ from disagg.config import EngineConfig
 from disagg.control.address import format_address, is_wildcard
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
+from disagg.front.expert_rows import RowShape
 from disagg.front.jsonl import JsonLines
 from disagg.front.lines import Lines
 from disagg.front.output import Output
@@ -33,6 +34,7 @@ class FrontDoor:
         if encoder.tokenizer is None and args.prompt is not None:
             raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
+        self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
         limits = config.vocab_size, longest
         self.output: Output | None = None  # this and `batch` are None for a --prompt
         self.batch: JsonLines | None = None
@@ -55,7 +57,7 @@ class FrontDoor:
 
     def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:
         """Serve all requests, and print the metrics. `stopped` and `expected` as in `Router`."""
-        self.router = Router(self.port, self.tokenizer, self.vocab_size, stopped, expected)
+        self.router = Router(self.port, self.tokenizer, self.vocab_size, stopped, expected, self.expert_shape)
         answered = len(self.output.kept) if self.output is not None else 0
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:

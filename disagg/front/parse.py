@@ -128,6 +128,7 @@ _RULES = {
     "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
     "seed": (int, lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1"),
     "ignore_eos": (bool, lambda v: True, "true or false"),
+    "return_experts": (bool, lambda v: True, "true or false"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
 }
 

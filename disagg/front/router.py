@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from disagg.control.messages import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
+from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
 from disagg.front.fleet import Fleet, Replica
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
@@ -47,6 +48,7 @@ class Tracked:
     position: int  # in the input
     stream: TextStream
     submitted: float
+    experts: ExpertRows
     logprobs: list = field(default_factory=list)
     first: float | None = None  # when the first token arrived
     latest: float | None = None  # when the latest token arrived
@@ -71,11 +73,14 @@ class Router:
         vocab_size: int,
         stopped: Callable[[], bool],
         expected: int = 0,
+        expert_shape: RowShape = NO_EXPERTS,
     ) -> None:
-        """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
+        """`tokenizer`: None if the model has none; then answers have no text.
 
-        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`.
+        `vocab_size`, `expert_shape`: the model's. `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in
+        `Fleet`.
         """
+        self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
         self.metrics = Metrics()
@@ -119,8 +124,9 @@ class Router:
         wanted = MOST_WAITING - len(self._waiting)
         came = source.take(wanted) if wanted > 0 and not source.exhausted else []
         for user in came:
-            stream = TextStream(self.tokenizer, user.stop)
-            self._queue(Tracked(user, next(self._positions), stream, time.monotonic()))
+            stream, request = TextStream(self.tokenizer, user.stop), user.request
+            experts = ExpertRows(self.expert_shape, request.most_tokens - 1 if request.return_experts else 0)
+            self._queue(Tracked(user, next(self._positions), stream, time.monotonic(), experts))
         return len(came)
 
     def _queue(self, tracked: Tracked) -> None:
@@ -181,6 +187,7 @@ class Router:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
+        tracked.experts.clear()
         decode.requests.add(request.uid)
         decode.pages += pages_for(request.most_tokens)
         prefill.prompts[request.uid] = len(request.prompt)
@@ -259,11 +266,15 @@ class Router:
         if update.error is not None:
             self._fail(update, tracked)
             return
+        try:
+            tracked.experts.add(update.experts)
+        except ValueError as error:
+            self._refuse(update.uid, tracked.decode, str(error))
+            return
         for i, token in enumerate(update.tokens):
             if token >= self.vocab_size:
-                self.port.send(tracked.decode.id, Abort(update.uid))
-                error = f"the replica serving it made token {token}; the model's vocabulary has {self.vocab_size}"
-                self._end(update.uid, "error", error)
+                error = f"made token {token}; the model's vocabulary has {self.vocab_size}"
+                self._refuse(update.uid, tracked.decode, error)
                 return
             self._prompt_done(update.uid, tracked)
             if tracked.latest is None:
@@ -287,6 +298,11 @@ class Router:
             tracked.stream.close()
             self._show(tracked.position, tracked.stream.text[shown:])
             self._end(update.uid, update.finish)
+
+    def _refuse(self, uid: int, decode: Replica, what: str) -> None:
+        """End a request whose replica did `what`, which no replica with this model may do."""
+        self.port.send(decode.id, Abort(uid))
+        self._end(uid, "error", f"the replica serving it {what}")
 
     def _fail(self, update: Update, tracked: Tracked) -> None:
         """Try a failed request again elsewhere, or end it with its error.
@@ -326,7 +342,12 @@ class Router:
 
     def _end(self, uid: int, reason: str, error: str | None = None) -> None:
         tracked, now = self._leave(uid), time.monotonic()
-        request, stream = tracked.user.request, tracked.stream
+        request, stream, experts = tracked.user.request, tracked.stream, None
+        if request.return_experts and error is None:
+            try:  # all tokens but the last one, which is not fed back
+                experts = tracked.experts.encode(len(request.prompt) + len(stream.token_ids) - 1)
+            except ValueError as wrong:
+                reason, error = "error", f"the replica serving it {wrong}"
         self.metrics.finished[reason] += 1
         self.metrics.prompt_tokens += len(request.prompt)
         self.metrics.generated_tokens += len(stream.token_ids)
@@ -341,6 +362,7 @@ class Router:
             ttft_s=None if tracked.first is None else round(tracked.first - tracked.submitted, 4),
             latency_s=round(now - tracked.submitted, 4),
             logprobs=tracked.logprobs if request.logprobs else None,
+            experts=experts,
             error=error,
         )
         self._deliver(tracked.position, answer)

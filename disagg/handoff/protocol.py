@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from disagg.control.messages import Count, Member, TokenId
+from disagg.control.messages import Count, Member, Piece, TokenId
 from disagg.request import Request
 
 Page = Annotated[int, Meta(ge=1)]  # page 0 is the null page
@@ -98,6 +98,16 @@ class Sending(msgspec.Struct, frozen=True, tag=True):
     pages: Annotated[list[Page], Meta(min_length=1)]
 
 
+class Chosen(msgspec.Struct, frozen=True, tag=True):
+    """prefill -> decode's first rank: the chosen experts of the next prompt tokens, if the request asks for them.
+
+    In order, and before `Last`. From the loop of the prefill replica's first rank it is a command to its link.
+    """
+
+    uid: int
+    experts: Piece  # a piece of [tokens, MoE layers, K] uint16, cut anywhere
+
+
 class Last(msgspec.Struct, frozen=True, tag=True):
     """prefill -> decode: all pages have been sent, and this is the first token."""
 
@@ -123,6 +133,7 @@ class Join(msgspec.Struct, frozen=True):
 
     uid: int
     opening: Open | None = None
+    expert_bytes: int = 0  # the most bytes of chosen experts that may come over this link
 
 
 class SendPages(msgspec.Struct, frozen=True):
@@ -157,6 +168,6 @@ class RoomEnded(msgspec.Struct, frozen=True):
     at: float = 0.0  # time.perf_counter() when all KV had arrived
 
 
-Message = Open | Cancel | Sending | Last | Closed  # over the pipe
-Command = Join | Cancel | SendPages | SendLast | Closed  # from the rank's loop
+Message = Open | Cancel | Sending | Chosen | Last | Closed  # over the pipe
+Command = Join | Cancel | SendPages | Chosen | SendLast | Closed  # from the rank's loop
 LinkEvent = Open | RoomEnded  # to the rank's loop

@@ -12,6 +12,7 @@ from disagg.handoff.credits import most_pages
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
     Cancel,
+    Chosen,
     Closed,
     Command,
     Join,
@@ -78,6 +79,8 @@ class SendLink(Link):
                 self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
             case SendPages(uid) if uid in self._sending:
                 self._send(item)
+            case Chosen(uid) if uid in self._sending:
+                self.pipe.send(item)
             case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
                 waited = time.perf_counter() - sampled
                 self._conclude(Last(uid, token, logprobs, prefill, waited), RoomEnded(uid))
