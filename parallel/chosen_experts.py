@@ -1,4 +1,4 @@
-"""The logical experts that the gates choose for each token of a step, for requests with `return_experts`.
+"""Chosen experts: the logical ones that the gates pick for each token of a step, for requests with `return_experts`.
 
 Training on generated text replays these choices, so that the trained model runs the experts that served the text
 (https://arxiv.org/abs/2510.11370). A step records only if one of its requests asks:

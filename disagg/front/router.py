@@ -75,10 +75,9 @@ class Router:
         expected: int = 0,
         expert_shape: RowShape = NO_EXPERTS,
     ) -> None:
-        """`tokenizer`: None if the model has none; then answers have no text.
+        """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
 
-        `vocab_size`, `expert_shape`: the model's. `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as
-        in `Fleet`.
+        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`. `expert_shape`: the model's.
         """
         self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
