@@ -17,7 +17,7 @@ from torch import Tensor
 
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
-from disagg.memory import Budget, claim_memory, lift_limit, pages_on_host, plan_parts, room_for_weights
+from disagg.memory import Budget, check_weights, claim_memory, lift_limit, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Step, Work
@@ -31,7 +31,7 @@ from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
 from model.sampling import COLDEST, SamplingRows, sample, top_logprobs
 from model.transformer import Transformer
-from model.weights import DummyWeights, ExpertReader, check_room, load_weights
+from model.weights import DummyWeights, ExpertReader, load_weights
 from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
 from parallel.dispatch import most_copies
 from parallel.dispatchers import Dispatcher, make_dispatchers
@@ -137,8 +137,9 @@ class Engine:
         source = DummyWeights(config, mesh.device) if dummy else open_checkpoint(folder, config)
         dtype = settings.torch_dtype(mesh.device)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
-        check_room(config, mesh, dtype.itemsize, fp8, room_for_weights(mesh))
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
+        slots = placement.slots_per_rank
+        check_weights(mesh, StepShape(config, dtype.itemsize, fp8, mesh.attn.size, mesh.size, slots))
         model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
         began, problem = time.perf_counter(), None
         try:

@@ -121,13 +121,17 @@ def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
     return pages
 
 
-def room_for_weights(mesh: Mesh) -> int:
-    """Collective. Return the bytes that a rank can have at most for its weights, on the rank that has the least."""
+def check_weights(mesh: Mesh, shape: StepShape) -> None:
+    """Collective. Raise ValueError if a rank's weights are over the memory that it can have, before they take any."""
     on_gpu = mesh.device.type == "cuda"
     place = gpu_id(mesh.device) if on_gpu else socket.gethostname()
     seen = mesh.ep.exchange((place, torch.cuda.mem_get_info(mesh.device)[0] if on_gpu else host_memory()))
     places = [place for place, _ in seen]
-    return min(available // places.count(place) for place, available in seen)
+    room, parts = min(available // places.count(place) for place, available in seen), weight_bytes(shape)
+    if sum(parts.values()) > room:
+        terms = " + ".join(f"{name} {_gib(part)}" for name, part in parts.items() if part)
+        size = f"{terms} = {_gib(sum(parts.values()))} GiB"
+        raise ValueError(f"memory: the weights of one rank, {size}, are over the {_gib(room)} GiB available to it")
 
 
 def host_memory() -> int:

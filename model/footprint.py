@@ -94,7 +94,8 @@ def weight_bytes(shape: StepShape) -> dict[str, int]:
     attention += kv_up * c.kv_lora_rank * itemsize  # kv_b_proj: never in fp8
     attention += shape.matrix(hidden, heads * c.v_head_dim)
     norms = 2 * hidden + (c.q_lora_rank or 0) + c.kv_lora_rank  # per layer
-    gate = c.n_routed_experts * (hidden * itemsize + FLOAT)  # and its correction bias, in float32
+    bias = FLOAT if c.topk_method == "noaux_tc" else 0  # the gate's, in float32
+    gate = c.n_routed_experts * (hidden * itemsize + bias)
     return {
         "attention": c.num_hidden_layers * attention,
         "dense FFN": dense_layers * _ffn_bytes(shape, c.intermediate_size // shape.attn_tp),

@@ -34,7 +34,6 @@ from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
-MOST_TENSORS = 2**19  # DeepSeek-V3 has 46,000
 PIECE_BYTES = 2**25  # a larger tensor is loaded in pieces of whole blocks of rows
 THREADS = min(8, os.cpu_count() or 1)  # that load at once, each with a piece
 
@@ -185,24 +184,6 @@ def _share(entry: Entry, mesh: Mesh) -> Part:
 def _blocks(first: int, end: int | None) -> tuple[int, int | None]:
     """Return the range of 128-row blocks for a range of rows that begins with a whole block."""
     return first // BLOCK, None if end is None else -(-end // BLOCK)
-
-
-def check_room(config: ModelConfig, mesh: Mesh, itemsize: int, fp8: bool, room: int) -> None:
-    """Raise ValueError if this rank's weights have more than `room` bytes, before any of them is allocated.
-
-    `itemsize`: bytes per value, except for projections with `fp8`. The time is bounded, whatever config.json says.
-    """
-    size, experts = 0, mesh.ep.size
-    for number, entry in enumerate(checkpoint_table(config, mesh.attn.size), 1):
-        shared_by = experts if entry.expert is not None else mesh.attn.size if entry.split is not None else 1
-        size += prod(entry.shape) * (1 if fp8 and "_proj" in entry.name else itemsize) // shared_by
-        if size > room:
-            raise ValueError(
-                f"memory: the weights of one rank have {size:,} bytes in their first {number:,} tensors alone; "
-                f"{room:,} bytes are available to it"
-            )
-        if number > MOST_TENSORS:
-            raise ValueError(f"config.json asks for more than {MOST_TENSORS:,} tensors")
 
 
 class ExpertReader:

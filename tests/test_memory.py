@@ -84,7 +84,8 @@ def parameter_bytes(model: Transformer) -> dict[str, int]:
 def test_parts_are_the_parameters(tiny: str, ranks: int, attn_tp: int, fp8: bool) -> None:
     shared, small = replace(V3, n_shared_experts=2, q_lora_rank=None), ModelConfig.from_pretrained(tiny)
     bare, dense = replace(V3, n_shared_experts=0, first_k_dense_replace=0), replace(V3, first_k_dense_replace=9)
-    for config in [V3, shared, bare, dense, *([] if fp8 else [small])]:
+    biasless = replace(V3, scoring_func="softmax", topk_method="greedy", n_group=1, topk_group=1)
+    for config in [V3, shared, bare, dense, biasless, *([] if fp8 else [small])]:
         model = make(config, ranks, attn_tp, fp8=fp8, device="meta")
         shape = StepShape(config, 2, fp8, attn_tp, ranks, config.n_routed_experts // ranks)
         assert weight_bytes(shape) == parameter_bytes(model)

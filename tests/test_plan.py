@@ -1,6 +1,7 @@
 """The planner's numbers are the engine's own, reproduce published ones, and end in commands that run.py takes."""
 
 import json
+import re
 import shlex
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from model.batch import PAGE
 from model.config import ModelConfig
-from model.footprint import page_bytes
+from model.footprint import StepShape, page_bytes, weight_bytes
 from parallel.deepep import RANKS, buffer_bytes
 from run import parse_args
 from scripts.bench.lib.measurements import load
@@ -269,3 +270,23 @@ def test_absurd_sizes_cost_a_line_and_no_time(
         assert (code == 0 and out and not err) or (code == 2 and not out and err.count("\n") == 1), (change, out, err)
     assert time.process_time() - began < 20
     assert ModelConfig.from_dict(raw | absurd[-3]), "some of them are legal, and are planned"
+
+
+ROW = re.compile(r"^\| [\w.,/ -]+ \| `(\w+)` \| ([\d,.]+) B \| ([\d,.]+) GB \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+
+
+def test_the_table_of_models_is_the_arithmetic() -> None:
+    """docs/models.md: parameters, bytes of one copy, and the smallest jobs that hold them."""
+    rows = ROW.findall((ROOT / "docs" / "models.md").read_text())
+    assert {name for name, *_ in rows} == SHAPES.keys() - {"tiny"}
+    for name, parameters, size, *jobs in rows:
+        config = SHAPES[name]
+        shape = StepShape(config, 2, config.fp8, 1, 1, config.n_routed_experts, 1, None, whole_keys=True)
+        assert f"{config.num_parameters / 1e9:,.1f}" == parameters, name
+        assert f"{sum(weight_bytes(shape).values()) / 1e9:,.1f}" == size, name
+        for gpu, told in zip((H100, H200), jobs, strict=True):
+            job = least_gpus(config, gpu)
+            assert job is not None
+            flags = f", `--attn-tp {job.attn_tp}`" * (job.attn_tp > 1)
+            flags += f", `--redundant-experts {job.redundant}`" * (job.redundant > 0)
+            assert told == f"{job.ranks}{flags}", (name, gpu.name)

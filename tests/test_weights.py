@@ -18,11 +18,13 @@ from torch import Tensor
 
 from disagg.config import EngineConfig
 from disagg.engine import Engine
+from disagg.memory import check_weights
 from kernels.ops import Ops
 from model.checkpoint import Checkpoint, Entry, checkpoint_table, open_checkpoint
 from model.config import ModelConfig
+from model.footprint import StepShape
 from model.shard import Shard
-from model.weights import THREADS, Piece, _pieces, check_room
+from model.weights import THREADS, Piece, _pieces
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from tests import hf
@@ -451,8 +453,8 @@ def test_a_checkpoint_of_671_billion_parameters_is_checked_without_reading_its_d
     assert len(opened) == len(set(opened)) == 163
     assert len(checkpoint.shard_of) > 90_000
     assert sum(prod(checkpoint.stored(name).shape) for name in checkpoint.shard_of if "_scale_inv" not in name) > 671e9
-    with pytest.raises(ValueError, match=r"memory: the weights of one rank have .* bytes in their first .* available"):
-        check_room(config, Mesh(), 2, False, 2**36)
+    with pytest.raises(ValueError, match=r"memory: the weights of one rank, attention .* GiB, are over the .* GiB av"):
+        check_weights(Mesh(), StepShape(config, itemsize=2, slots=256))
 
 
 def test_bfloat16_files_load_into_float32_models(single: Path) -> None:
