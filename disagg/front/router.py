@@ -48,7 +48,7 @@ class Tracked:
     position: int  # in the input
     stream: TextStream
     submitted: float
-    experts: ExpertRows
+    experts: ExpertRows = field(default_factory=lambda: ExpertRows(NO_EXPERTS, 0))
     logprobs: list = field(default_factory=list)
     first: float | None = None  # when the first token arrived
     latest: float | None = None  # when the latest token arrived
