@@ -52,6 +52,8 @@ def randomize(model: nn.Module) -> None:
         if name.endswith("_scale_inv"):
             weight.fill_(deviation(tuple(model.get_parameter(name.removesuffix("_scale_inv")).shape)))
             continue
+        if weight.dim() > 2 and weight.untyped_storage().nbytes() > weight.nbytes:
+            continue  # a part of another parameter, which fills it (vLLM's W_UV and W_UK_T)
         matrix = weight.view(-1, weight.shape[-1]) if weight.dim() > 2 else weight
         for first in range(0, len(matrix), ROWS):  # in parts, because little memory may be free
             end = min(first + ROWS, len(matrix))

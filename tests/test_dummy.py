@@ -99,6 +99,17 @@ def test_many_layers_keep_activations_finite_and_spread() -> None:
     assert again.isfinite().all() and 0.3 < again.std().item() < 3
 
 
+def test_a_part_of_another_parameter_is_filled_with_it() -> None:
+    """As vLLM keeps W_UV, transposed, inside kv_b_proj."""
+    module = torch.nn.Module()
+    module.whole = torch.nn.Parameter(torch.full((2 * 96, 512), torch.nan), requires_grad=False)
+    part = module.whole.view(2, 96, 512)[:, 64:].transpose(1, 2)
+    module.part = torch.nn.Parameter(part.detach(), requires_grad=False)
+    randomize(module)
+    assert module.part.untyped_storage().data_ptr() == module.whole.untyped_storage().data_ptr()
+    assert torch.equal(module.whole, random_part("whole", (192, 512), (0, 192), "cpu"))
+
+
 def body(rank: int, folder: Path) -> None:
     engine = make(folder, interval=0, load="dummy")
     alone = {replica: generate(engine, work(replica, 2)) for replica in {rank, rank // 2}}
