@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from scripts.tools.demo import free_port
 from tests.conftest import eventually
-from tests.processes import Job, Process, free_port
+from tests.processes import Job, Process
 
 LINES = [
     {"id": "a", "prompt": "In the beginning", "max_tokens": 8},

@@ -6,35 +6,24 @@ the module as `__main__`.
 
 import multiprocessing
 import os
-import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from scripts.tools.demo import free_port
 from tests.conftest import ROOT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server inherits the environment, and every process from it
 fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["run", "pytest", "hypothesis"])
 _folder = tempfile.TemporaryDirectory(prefix="moesaic-processes-")
-
-
-def free_port() -> int:
-    """Return a free port below the ephemeral range, so that no other process gets it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def world(ranks: int) -> list[dict[str, str]]:

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from disagg.launch import choose_threads
 from parallel.load_counter import save_recording
 from run import parse_args
+from scripts.tools.demo import free_port
 from tests.conftest import eventually, has_ipv6
 from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines
-from tests.processes import Process, free_port
+from tests.processes import Process
 
 
 @pytest.fixture

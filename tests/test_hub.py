@@ -12,8 +12,9 @@ from urllib.parse import unquote
 import pytest
 from safetensors.torch import load_file, save_file
 
+from scripts.tools.demo import free_port
 from tests.deployment import run
-from tests.processes import Job, Process, free_port
+from tests.processes import Job, Process
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "some-org/Tiny-1.5"

@@ -133,11 +133,11 @@ def live(engine: Engine, seed: int) -> dict[int, list]:
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_whoever_joins_or_leaves_a_step_computes_what_its_sequences_need(
-    tiny: Path, overlap: str, monkeypatch: pytest.MonkeyPatch
+    small: Path, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each decode step's inputs are those that are made anew from its sequences; and where the tokens are not seen yet
     when it is launched, which these inputs then stand for, the answers are the same."""
-    engine = make_engine(tiny, overlap)
+    engine = make_engine(small, overlap)
     engine.config = replace(engine.config, eos_token_ids=tuple(range(0, 4096, 16)))
     run, forward, works, checked = engine.run, engine.decode._forward, [], []
     monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])

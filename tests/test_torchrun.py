@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts.tools import demo
 from tests.commands import TORCHRUN, descendants, finish, listed, processes, run, start
 from tests.conftest import eventually
 from tests.deployment import Deployment, answers_alone, read, timeless, write_lines
@@ -113,3 +115,13 @@ def test_the_demo_ends_with_equal_tokens() -> None:
     assert code == 0, err
     assert "ranks equal those of one process." in out.splitlines()[-1]
     assert "--- genesis: " in out and "KV transfer" in err
+
+
+def test_the_demo_ends_with_its_router(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Otherwise its jobs would wait for another router. They end with it, and so do their ranks."""
+    monkeypatch.setattr(demo, "PROMPTS", "scripts/none.jsonl")
+    assert demo.main() == 1
+    told = capfd.readouterr()
+    assert "scripts/none.jsonl" in told.err and "failed:" in told.out
+    address = re.search(r"--router (\S+)", told.out)[1]
+    assert eventually(lambda: not [line for line in listed("args") if address in line])

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.processes import Job, free_port
+from scripts.tools.demo import free_port
+from tests.processes import Job
 
 
 class Town:

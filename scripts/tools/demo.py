@@ -5,12 +5,14 @@ it is finished, then the router's table.
 """
 
 import json
+import random
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +22,12 @@ RANKS = 2  # on each side
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a free port below the ephemeral range, so that no other process gets it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def start(*command: str, quiet: bool = False) -> subprocess.Popen:
@@ -71,7 +76,8 @@ def main() -> int:
         jobs.append(start(*router, "--input", PROMPTS, "--output", str(apart)))
         try:
             show_texts(apart, jobs[-1])
-            failed = [job.args for job in jobs if job.wait(timeout=300)]
+            # The router first: without it, the jobs would wait for another.
+            failed = next((job.args for job in reversed(jobs) if job.wait(timeout=300)), None)
         except KeyboardInterrupt:  # the router got it too, and ends the jobs
             for job in jobs:
                 job.wait(timeout=60)
@@ -79,9 +85,9 @@ def main() -> int:
         finally:
             for job in jobs:
                 if job.poll() is None:
-                    job.kill()
-        if failed:
-            print("failed:", *map(shlex.join, failed), sep="\n  ")
+                    job.terminate()  # torchrun then ends its ranks
+        if failed is not None:
+            print("failed:", shlex.join(failed))
             return 1
 
         print("\nThe same requests in one unified process:", flush=True)
