@@ -39,7 +39,7 @@ def has_ipv6() -> bool:
 
 # Files whose tests start many processes. One worker runs them all, one after the other, and begins with them: two at a
 # time would take so long that they meet their own limits.
-PROCESSES = ("test_worlds", "test_rebalance", "test_faults", "test_torchrun")
+PROCESSES = ("test_worlds", "test_rebalance", "test_bench_handoff", "test_faults", "test_torchrun", "test_cli")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

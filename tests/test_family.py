@@ -238,7 +238,7 @@ def test_both_spellings_of_a_config_mean_the_same(name: str, checkpoint: Checkpo
 
 
 IN_A_WORLD = ["v2_lite", "v2", "v3", "moonlight", "kimi_k2", "glm_4_7_flash"]
-FEW = 12  # tokens
+FEW = 8  # tokens
 SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=48, kv_tokens=1024, max_model_len=256)
 
 
