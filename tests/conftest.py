@@ -37,18 +37,12 @@ def has_ipv6() -> bool:
     return True
 
 
-# Files whose tests start many processes. One worker runs them all, one after the other, and begins with them: two at a
-# time would take so long that they meet their own limits.
+# Files whose tests start many processes. They come first, because they take the longest.
 PROCESSES = ("test_worlds", "test_rebalance", "test_bench_handoff", "test_faults", "test_torchrun", "test_cli")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each file's tests stay together (scripts/test: `--dist loadgroup`)."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in PROCESSES)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            name = "processes" if item.path.stem in PROCESSES else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
