@@ -148,6 +148,8 @@ class Engine:
             loaded, problem = 0, f"--model {folder}: {error}"
         if problems := [other for other in mesh.ep.exchange(problem) if other is not None]:
             raise ValueError(problems[0])
+        if not moves:
+            source.close()
         seconds, gigabytes = time.perf_counter() - began, loaded / 1e9
         rate = f"read in {seconds:.1f} s, {gigabytes / seconds:.2f} GB/s" if not dummy else f"made in {seconds:.1f} s"
         engine = cls(settings, model, mesh, say, ExpertReader(source, config) if moves else None, handoff_bytes)

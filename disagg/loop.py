@@ -68,9 +68,8 @@ def _serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], 
             end = LEAVING
         turn = pipeline.turn(end)
         if turn == Turn.OVER:
-            # A rank that the router had not admitted yet knows of no problem. All ranks of a job end for one reason.
-            problems = [problem or connection.problem, *mesh.ep.exchange(problem or connection.problem)]
-            problem = next(filter(None, problems), None)
+            # All ranks of a job end for one reason: a rank that the router had not admitted yet knows of none itself.
+            problem = next(filter(None, mesh.ep.exchange(problem or connection.problem)), None)
             break
         if turn == Turn.WORKED:
             nap_ms = 1

@@ -35,7 +35,7 @@ MAY_BE_ZERO = (
 MOST_SIZE = 2**31 - 1  # kernels count in int32
 LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # a product of a few such numbers stays within float32
 MOST_WEIGHT_BYTES = 2**44  # 16 TiB in bf16; Kimi-K2, the largest published model, has 2 TB
-MOST_TENSORS = 2**18  # layers, and experts of all layers; Kimi-K2 has 23,101
+MOST_BLOCKS = 2**18  # layers, and experts of all layers; Kimi-K2 has 23,101
 LEAST_THETA = 2  # rope's frequencies must fall from pair to pair, and YaRN divides by log(theta)
 MOST_BYTES = 2**26  # for a file other than weights; DeepSeek-V3's largest, the index, has 9 million bytes
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1"  # what a clone without git-LFS has in place of a file
@@ -194,7 +194,7 @@ class ModelConfig:
 
 
 def _check_size(config: ModelConfig, where: str) -> None:
-    """Raise ValueError if the model would have more than MOST_WEIGHT_BYTES, at 2 bytes each, or MOST_TENSORS.
+    """Raise ValueError if the model would have more than MOST_WEIGHT_BYTES, at 2 bytes each, or MOST_BLOCKS.
 
     It bounds what sizes in a config.json can ask for where no weight file shows that they are wrong.
     """
@@ -202,11 +202,11 @@ def _check_size(config: ModelConfig, where: str) -> None:
         raise ValueError(
             f"{where}: its sizes make a model of {size:,} bytes in bf16; at most {MOST_WEIGHT_BYTES:,} are taken"
         )
-    tensors = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
-    if tensors > MOST_TENSORS:
+    blocks = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
+    if blocks > MOST_BLOCKS:
         raise ValueError(
             f"{where}: num_hidden_layers {config.num_hidden_layers} + {config.num_moe_layers} layers with experts x "
-            f"n_routed_experts {config.n_routed_experts} = {tensors:,}; it must be at most {MOST_TENSORS:,}"
+            f"n_routed_experts {config.n_routed_experts} = {blocks:,}; it must be at most {MOST_BLOCKS:,}"
         )
 
 

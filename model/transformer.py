@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         the LM head never do. Raises ValueError with the equation that does not hold.
         """
         super().__init__()
-        check_split(config, mesh)
+        check_split(config, mesh.attn.size)
         if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
@@ -221,14 +221,13 @@ def op_shape(config: ModelConfig) -> Shape:
     )
 
 
-def check_split(config: ModelConfig, mesh: Mesh) -> None:
+def check_split(config: ModelConfig, attn_tp: int) -> None:
     """Raise ValueError, with the equation, for a size that does not divide over the attention group."""
-    t = mesh.attn.size
-    dense = config.intermediate_size if config.first_k_dense_replace else t
+    dense = config.intermediate_size if config.first_k_dense_replace else attn_tp
     for name, value in (
         ("num_attention_heads", config.num_attention_heads),
         ("intermediate_size", dense),
         ("vocab_size", config.vocab_size),
     ):
-        if value % t:
-            raise ValueError(f"--attn-tp {t}: {name} % attn-tp must be 0, not {value} % {t} = {value % t}")
+        if rest := value % attn_tp:
+            raise ValueError(f"--attn-tp {attn_tp}: {name} % attn-tp must be 0, not {value} % {attn_tp} = {rest}")

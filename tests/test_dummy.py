@@ -113,7 +113,7 @@ def test_a_part_of_another_parameter_is_filled_with_it() -> None:
 def body(rank: int, folder: Path) -> None:
     engine = make(folder, interval=0, load="dummy")
     alone = {replica: generate(engine, work(replica, 2)) for replica in {rank, rank // 2}}
-    for size, attn_tp, redundant, interval in ((4, 2, 0, 0), (2, 1, 4, 10**9)):
+    for size, attn_tp, redundant, interval in ((4, 1, 0, 0), (4, 2, 0, 0), (2, 1, 4, 10**9)):
         mesh = sub_mesh(0, size, attn_tp)
         if mesh is None:
             continue

@@ -457,7 +457,6 @@ def body(rank: int, tiny: Path, small: Path, scratch: Path, maps: list[list[tupl
                     check_tokens(r, mesh, redundant, overlap, at)
         if mesh is not None and size > 1:
             check_failure(of_more_layers, mesh)
-        if mesh is not None and size == 2:
             check_threshold(r, mesh)
             check_counts(r, mesh)
         dist.barrier()

@@ -1,23 +1,35 @@
-"""Shapes of models: configurations without weights."""
+"""Shapes of models: configurations without weights.
+
+A comment names the published config.json. The files were out of reach, so the sizes were not compared with them. The
+numbers of parameters are the published ones (docs/models.md).
+"""
 
 import torch
 
 from model.config import ModelConfig, Rope
 
 MOST_CPU_BYTES = 2**32  # of weights in bf16
+_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}  # DeepSeek's
 _LITE = {
+    **_MLA,
     "hidden_size": 2048,
     "moe_intermediate_size": 1408,
     "num_hidden_layers": 27,
     "num_attention_heads": 16,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
     "n_routed_experts": 64,
     "num_experts_per_tok": 6,
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
+}
+_LARGE = {
+    **_MLA,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "q_lora_rank": 1536,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
 }
 SHAPES = {
     # config.json of moonshotai/Moonlight-16B-A3B.
@@ -50,10 +62,6 @@ SHAPES = {
         num_hidden_layers=60,
         num_attention_heads=128,
         q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         n_routed_experts=160,
         num_experts_per_tok=6,
         n_shared_experts=2,
@@ -66,6 +74,7 @@ SHAPES = {
         routed_scaling_factor=16.0,
         max_position_embeddings=163840,
         rope=Rope(factor=40.0, mscale=0.707, mscale_all_dim=0.707),
+        **_MLA,
     ),
     # config.json of zai-org/GLM-4.7-Flash.
     "glm_4_7_flash": ModelConfig(
@@ -93,19 +102,8 @@ SHAPES = {
     # DeepSeek-V3 itself: for the roofline, and with --layers on GPUs that hold only some of its layers.
     "v3": ModelConfig(
         vocab_size=129280,
-        hidden_size=7168,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        num_hidden_layers=61,
         num_attention_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         n_routed_experts=256,
-        num_experts_per_tok=8,
-        n_shared_experts=1,
         n_group=8,
         topk_group=4,
         first_k_dense_replace=3,
@@ -115,28 +113,19 @@ SHAPES = {
         fp8=True,
         eos_token_ids=(1,),
         rope=Rope(factor=40.0, mscale=1.0, mscale_all_dim=1.0),
+        **_LARGE,
     ),
     # config.json of moonshotai/Kimi-K2-Instruct.
     "kimi_k2": ModelConfig(
         vocab_size=163840,
-        hidden_size=7168,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        num_hidden_layers=61,
         num_attention_heads=64,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         n_routed_experts=384,
-        num_experts_per_tok=8,
-        n_shared_experts=1,
         first_k_dense_replace=1,
         routed_scaling_factor=2.827,
         max_position_embeddings=131072,
         fp8=True,
         rope=Rope(theta=50000.0, factor=32.0, mscale=1.0, mscale_all_dim=1.0),
+        **_LARGE,
     ),
     "tiny": ModelConfig.from_pretrained("model/tiny"),
 }

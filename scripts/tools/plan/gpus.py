@@ -9,9 +9,8 @@ in China.) Nothing here was measured by this project, and no kernel reaches thes
 
 from dataclasses import dataclass
 
+from disagg.memory import GIB
 from scripts.bench.lib.roofline import Ceilings
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from disagg.memory import GIB
 from model.batch import PAGE
 from model.config import ModelConfig
 from model.footprint import page_bytes
@@ -16,7 +17,7 @@ from scripts.tools.plan.deployment import (
     router_command,
     unified,
 )
-from scripts.tools.plan.gpus import GIB, Gpu
+from scripts.tools.plan.gpus import Gpu
 from scripts.tools.plan.rank import DTYPE, Traffic, as_run, budget, dispatch
 from scripts.tools.plan.rates import achieved, decode_step, mean_kv, prefill_step, records
 from scripts.tools.plan.sizes import dense_ffn_split, least_redundant, splits

@@ -7,12 +7,9 @@ ranks, because 288 / 72 = 4 slots per rank. On 12 ranks they need 8, and 32 do a
 from collections.abc import Iterator
 from math import sqrt
 
-import torch
-
 from disagg.experts import check_slots
 from model.config import ModelConfig
 from model.transformer import check_split
-from parallel.mesh import Group, Mesh
 
 MOST_EXPERTS = 1024  # the model of routing counts combinations of experts, which takes long beyond this
 
@@ -37,7 +34,7 @@ def check_job(config: ModelConfig, ranks: int, attn_tp: int, redundant: int) -> 
     """Raise ValueError, with the equation, for a job that the engine would refuse."""
     if ranks % attn_tp:
         raise ValueError(f"ranks % --attn-tp must be 0, not {ranks} % {attn_tp} = {ranks % attn_tp}")
-    check_split(config, Mesh(0, ranks, torch.device("cpu"), Group(attn_tp), Group(ranks)))
+    check_split(config, attn_tp)
     check_slots(config.n_routed_experts, redundant, ranks)
 
 
