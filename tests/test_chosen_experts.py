@@ -37,13 +37,13 @@ from disagg.front.answer import Answer
 from disagg.front.expert_rows import ExpertRows, RowShape
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
-from disagg.front.source import Listed
 from disagg.request import Request
 from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel.chosen_experts import Part
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
+from tests.clients import listed
 from tests.test_router import HOST, SOON_S, joining
 from tests.test_worlds import Jobs, answers_to, tokenizer_of
 from tests.worlds import run_world, sub_mesh
@@ -181,8 +181,8 @@ def test_they_travel_in_order_in_messages_of_bounded_size(size: int) -> None:
 def serving(folder: Path, request: Request, shape: RowShape) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with this request, and its answer."""
     router, answers = Router(RouterPort(HOST, 0), tokenizer_of(folder), 4096, lambda: False, 0, shape), {}
-    work = Listed([UserRequest("x", request, [])])
-    thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
+    work = listed([UserRequest("x", request, [])], answers.__setitem__)
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
     thread.start()
     yield router, answers
     thread.join(SOON_S)

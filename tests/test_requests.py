@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from disagg.front.parse import UserRequest, parse_request
+from disagg.front.parse import Served, UserRequest, parse_line
 from disagg.front.tokenizer import PromptEncoder
 
 VOCAB_SIZE = 257
@@ -45,14 +45,15 @@ ENCODER = PromptEncoder(TOKENIZER, TEMPLATE)
 
 def parse(fields: dict | str, encoder: PromptEncoder = ENCODER) -> UserRequest:
     line = fields if isinstance(fields, str) else json.dumps(fields)
-    return parse_request(line, 7, encoder, VOCAB_SIZE, LIMIT)
+    return parse_line(line, 7, Served(encoder, VOCAB_SIZE, LIMIT))
 
 
 def test_what_is_not_given_has_its_default() -> None:
     user = parse({"prompt": "hi"})
     request = user.request
     assert (user.id, user.stop, request.uid) == (7, [], 7)
-    assert (request.max_tokens, request.temperature, request.top_p, request.top_k) == (16, 0.0, 1.0, 0)
+    assert request.max_tokens == LIMIT - len(request.prompt), "to the model's limit"
+    assert (request.temperature, request.top_p, request.top_k) == (0.0, 1.0, 0)
     assert (request.ignore_eos, request.logprobs, request.return_experts) == (False, 0, False)
     assert 0 <= request.seed < 2**31
 
@@ -101,6 +102,19 @@ def test_the_tokenizer_adds_bos_to_a_prompt_and_the_chat_template_to_messages() 
 def test_a_prompt_may_fill_the_model_exactly() -> None:
     request = parse({"prompt_token_ids": [1] * (LIMIT - 1), "max_tokens": 1}).request
     assert len(request.prompt) == LIMIT - 1
+
+
+def test_max_tokens_has_another_name_and_may_be_left_out() -> None:
+    assert parse({"prompt": "hi", "max_completion_tokens": 3}).request.max_tokens == 3
+    assert parse({"prompt": "hi", "max_completion_tokens": 3, "max_tokens": 3}).request.max_tokens == 3
+    with pytest.raises(ValueError, match="max_completion_tokens is 3, but max_tokens is 4; give one of them"):
+        parse({"prompt": "hi", "max_completion_tokens": 3, "max_tokens": 4})
+    with pytest.raises(ValueError, match="max_completion_tokens is 0; it must be an integer of at least 1"):
+        parse({"prompt": "hi", "max_completion_tokens": 0})
+    with pytest.raises(
+        ValueError, match=rf"prompt \({LIMIT} tokens\) leaves no room for a token: max_model_len is {LIMIT}"
+    ):
+        parse({"prompt_token_ids": [1] * LIMIT})
 
 
 BAD_FIELDS = (

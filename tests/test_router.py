@@ -36,9 +36,9 @@ from disagg.front.answer import Answer
 from disagg.front.metrics import percentile
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
-from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request
+from tests.clients import listed
 from tests.conftest import ROOT, eventually
 
 HOST = "127.0.0.1"
@@ -104,8 +104,8 @@ def serving(*requests: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with these requests, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
     router = make_router(port)
-    work = Listed([UserRequest("x", request, []) for request in requests])
-    thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
+    work = listed([UserRequest("x", request, []) for request in requests], answers.__setitem__)
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
     thread.start()
     yield router, answers
     thread.join(SOON_S)
@@ -224,11 +224,12 @@ def test_it_says_what_it_waits_for(
     """At 0.2 s, at 0.6 s, and not again before 1.8 s."""
     monkeypatch.setattr(module, "NOTICE_S", 0.2)
     monkeypatch.setattr(fleet, "FAREWELL_S", 0.1)
-    port, end = RouterPort(HOST, 0), time.monotonic() + 1.2
+    port = RouterPort(HOST, 0)
     workers = [replica(role, role, port.port) for role in joined]
     router = make_router(port, lambda: time.monotonic() > end)
+    end = time.monotonic() + 1.2
     answers = {}
-    router.run(Listed([UserRequest(i, Request(i, [5], 2), []) for i in range(3)]), answers.__setitem__)
+    router.run(listed([UserRequest(i, Request(i, [5], 2), []) for i in range(3)], answers.__setitem__))
     for one in (*workers, port):
         one.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
@@ -253,7 +254,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny: Path) -> None:
     shown: list[str] = []
 
     def serve() -> None:
-        router.run(Listed([request]), answers.__setitem__, show)
+        router.run(listed([request], answers.__setitem__, show))
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -285,7 +286,7 @@ def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
 
     def serve() -> None:
         with pytest.raises(ValueError, match="the disk is full"):
-            router.run(Listed([UserRequest(i, Request(i, [5], 1), []) for i in range(2)]), deliver)
+            router.run(listed([UserRequest(i, Request(i, [5], 1), []) for i in range(2)], deliver))
         ended.set()
 
     ended, worker = threading.Event(), replica("u", "unified", port.port)
@@ -628,3 +629,57 @@ def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:
         decode = joining("d", "decode", router)
         finish(decode, decode.hear(Submit), prefill)
     assert answers[0].error is None and "lost" not in capsys.readouterr().err
+
+
+# ---- what a door does: submit, cancel, turn
+
+
+class Heard:
+    """A client that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.tokens: list[int] = []
+        self.answers: list[Answer] = []
+
+    def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
+        self.pieces.append(piece)
+        self.tokens += tokens
+
+    def deliver(self, answer: Answer) -> None:
+        self.answers.append(answer)
+
+
+def test_a_cancelled_request_is_stopped_where_it_is_and_forgotten(tiny: Path) -> None:
+    """One that waits, one that runs, and one that has its answer."""
+    router = make_router(RouterPort(HOST, 0))
+    users = [UserRequest(i, Request(0, [5, 6], 4), []) for i in range(3)]
+    clients = [Heard() for _ in users]
+    waiting = router.submit(users[0], clients[0])
+    router.turn(None, 0)
+    router.cancel(waiting)
+    assert not router._tracked and not router._waiting
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    running, done = (router.submit(user, client) for user, client in zip(users[1:], clients[1:], strict=True))
+    router.turn(None, 0)
+    first, second = worker.hear(Submit), worker.hear(Submit)
+    worker.send(Updates([Tokens({first.request.uid: 45}), Update(second.request.uid, [45], finish="length")]))
+    assert eventually(lambda: bool([router.turn(None, 10), clients[2].answers][1]))
+    for tracked in (running, done, waiting):
+        router.cancel(tracked)
+        router.cancel(tracked)
+    assert worker.hear(Abort).uid == first.request.uid
+    only = router.fleet.replicas["u"]
+    assert (only.requests, only.pages, only.prompts, router._tracked) == (set(), 0, {}, {})
+    worker.send(Updates([Tokens({first.request.uid: 46})]))  # was under way
+    for _ in range(3):
+        router.turn(None, 10)
+    assert [client.tokens for client in clients] == [[], [45], [45]]
+    assert [len(client.answers) for client in clients] == [0, 0, 1] and not worker.has(Abort)
+    assert clients[2].answers[0].text == "".join(clients[2].pieces)
+    assert dict(router.metrics.finished) == {"cancelled": 2, "length": 1}
+    worker.send(Bye({}))
+    router.close()
+    worker.close()
+    router.port.close()

@@ -22,7 +22,6 @@ from disagg.front.answer import Answer
 from disagg.front.expert_rows import NO_EXPERTS, RowShape
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
-from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
@@ -31,6 +30,7 @@ from kernels.ops import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh
+from tests.clients import listed
 from tests.worlds import run_world, sub_mesh
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
@@ -86,8 +86,8 @@ def answers_to(
         tokenizer = tokenizer_of(folder)
         where = RouterPort("127.0.0.1", 0)
         router = Router(where, tokenizer, tokenizer.get_vocab_size(), lambda: False, expected, expert_shape)
-        work = Listed(users)
-        thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
+        work = listed(users, answers.__setitem__)
+        thread = threading.Thread(target=router.run, args=(work,))
         port = [router.port.port]
     dist.broadcast_object_list(port)
     if thread is not None:

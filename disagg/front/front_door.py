@@ -1,6 +1,5 @@
 """The front door: serves the user's prompt or batch of lines, and delivers the answers."""
 
-import json
 import sys
 import threading
 from argparse import Namespace
@@ -13,10 +12,11 @@ from disagg.control.address import format_address, is_wildcard
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.expert_rows import RowShape
+from disagg.front.generation_defaults import read_defaults
 from disagg.front.jsonl import JsonLines
 from disagg.front.lines import Lines
 from disagg.front.output import Output
-from disagg.front.parse import parse_request
+from disagg.front.parse import Served, parse_request
 from disagg.front.router import Router
 from disagg.front.source import Listed, Source
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder, load_tokenizer
@@ -35,17 +35,17 @@ class FrontDoor:
             raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
-        limits = config.vocab_size, longest
+        served = Served(encoder, config.vocab_size, longest, read_defaults(args.model))
         self.output: Output | None = None  # this and `batch` are None for a --prompt
         self.batch: JsonLines | None = None
         self.source: Source
         if args.prompt is not None:
-            line = json.dumps({"prompt": args.prompt, "max_tokens": args.max_tokens})
-            self.source = Listed([parse_request(line, 1, encoder, *limits)])
+            fields = {"prompt": args.prompt, "max_tokens": args.max_tokens, "temperature": 0}
+            self.source = Listed([(parse_request(fields, 1, served), Printer(self._count))])
         else:
             lines = Lines(args.input)
             self.output = Output(args.output, lines.stat, args.existing)
-            self.source = self.batch = JsonLines(lines, self.output, encoder, *limits, self._refused)
+            self.source = self.batch = JsonLines(lines, self.output, served, self._count, self._refused)
         self.port = RouterPort(*listen)
         say_about_text(encoder)
         self._answers = self._failures = 0
@@ -62,7 +62,7 @@ class FrontDoor:
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:
             with tqdm(initial=answered, unit="request", disable=hidden) as self.bar:
-                self.router.run(self.source, self._deliver, self._show)
+                self.router.run(self.source)
         finally:
             self.port.close()
         if self.output is not None:
@@ -80,16 +80,6 @@ class FrontDoor:
     def _refused(self, answer: Answer) -> None:
         """Count the answer to a line that never became a request."""
         self.router.metrics.finished["error"] += 1
-        self._count(answer)
-
-    def _deliver(self, position: int, answer: Answer) -> None:
-        if self.batch is not None:
-            self.batch.deliver(position, answer)
-        else:
-            self._print("\n")
-            if answer.error is not None:
-                print(f"run.py: error: {answer.error}", file=sys.stderr, flush=True)
-        self._count(answer)
 
     def _count(self, answer: Answer) -> None:
         self._answers += 1
@@ -98,14 +88,22 @@ class FrontDoor:
             self.bar.total = self.batch.total
         self.bar.update()
 
-    def _show(self, position: int, piece: str) -> None:
-        if self.output is None:
-            self._print(piece)
 
-    def _print(self, text: str) -> None:
-        """Raises BrokenPipeError if stdout's reader has closed it."""
-        tqdm.write(text, file=sys.stdout, end="")
+class Printer:
+    """The client of a --prompt: prints the text while it is generated. Raises BrokenPipeError if nobody reads it."""
+
+    def __init__(self, answered: Callable[[Answer], None]) -> None:
+        self._answered = answered
+
+    def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
+        tqdm.write(piece, file=sys.stdout, end="")
         sys.stdout.flush()
+
+    def deliver(self, answer: Answer) -> None:
+        self.show("\n", [], [])
+        if answer.error is not None:
+            print(f"run.py: error: {answer.error}", file=sys.stderr, flush=True)
+        self._answered(answer)
 
 
 def say_about_text(encoder: PromptEncoder) -> None:

@@ -1,7 +1,11 @@
-"""Parse a user's request, and check all rules about it. Errors name the field, the value and the rule."""
+"""Parse a user's request, and check all rules about it. Errors name the field, the value and the rule.
+
+This is the one place that does so: a line of a batch and the body of an HTTP request become the same dict of fields.
+"""
 
 import json
 import secrets
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -12,20 +16,39 @@ from disagg.request import Request
 MAX_LOGPROBS = 20
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
+ALIASES = {"max_completion_tokens": "max_tokens"}  # other name -> name
 
 
 class UserRequest(msgspec.Struct, frozen=True):
-    """One parsed input line: the request, and the fields that only the router needs."""
+    """One parsed request, and the fields that only the router needs."""
 
     id: str | int
     request: Request
     stop: list[str]
 
 
-def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
-    """Parse one JSON object into a request that the engine can run. Raises ValueError."""
-    raw = {name: value for name, value in read_object(line).items() if value is not None}  # null = not given
-    known = {"id", *PROMPTS, *CHAT, *_RULES, "stop"}
+@dataclass(frozen=True)
+class Served:
+    """What the rules must know of the model that is served."""
+
+    encoder: PromptEncoder
+    vocab_size: int
+    max_model_len: int
+    defaults: dict[str, Any] = field(default_factory=dict)  # of `read_defaults`: for fields that a request leaves out
+
+
+def parse_line(line: str, uid: int, served: Served) -> UserRequest:
+    """Parse one JSON object. Raises ValueError."""
+    return parse_request(read_object(line), uid, served)
+
+
+def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
+    """Turn a request's fields into a request that the engine can run. Raises ValueError.
+
+    `uid`: stands for an `id` that is not given. A field that is None counts as not given.
+    """
+    raw = {name: value for name, value in raw.items() if value is not None}
+    known = {"id", *PROMPTS, *CHAT, *ALIASES, *_RULES, "stop"}
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     if not is_id(raw.get("id", uid)):
@@ -33,29 +56,43 @@ def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, 
     given = [name for name in PROMPTS if name in raw]
     if len(given) != 1:
         raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
-    fields = {name: _check(name, raw[name], *_RULES[name]) for name in _RULES if name in raw}
-    fields.setdefault("seed", secrets.randbits(31))
+    fields: dict[str, Any] = {name: check_field(name, raw[name]) for name in _RULES if name in raw}
+    for alias, name in ALIASES.items():
+        if alias in raw:
+            _check(alias, raw[alias], *_RULES[name])
+            if fields.setdefault(name, raw[alias]) != raw[alias]:
+                raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
+    fields = {"seed": secrets.randbits(31)} | served.defaults | fields
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
-    if stop and encoder.tokenizer is None:
+    if stop and served.encoder.tokenizer is None:
         raise ValueError(f"stop: {NO_TOKENIZER}, so its answers have no text")
-    if given[0] == "messages":
-        prompt = _chat(raw, encoder)
-    else:
-        if beside := [name for name in CHAT if name in raw]:
-            raise ValueError(f"{beside[0]} goes with messages, not with {given[0]}")
-        prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
-    if max(prompt) >= vocab_size:
-        raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
+    prompt = _tokens(given[0], raw, served)
+    room = served.max_model_len - len(prompt)
+    if "max_tokens" not in fields and room < 1:
+        raise ValueError(
+            f"prompt ({len(prompt)} tokens) leaves no room for a token: max_model_len is {served.max_model_len}"
+        )
+    fields.setdefault("max_tokens", room)
     request = Request(uid, prompt, **fields)
-    if request.most_tokens > max_model_len:
+    if request.most_tokens > served.max_model_len:
         raise ValueError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
-            f"max_model_len ({max_model_len})"
+            f"max_model_len ({served.max_model_len})"
         )
     return UserRequest(raw.get("id", uid), request, stop)
+
+
+def check_field(name: str, value: Any) -> Any:
+    """Check one field that the engine gets as it is. Returns its value. Raises ValueError."""
+    return _check(name, value, *_RULES[name])
+
+
+def engine_fields() -> frozenset[str]:
+    """Return the names of all fields that `check_field` knows."""
+    return frozenset(_RULES)
 
 
 def is_id(value: Any) -> bool:
@@ -78,6 +115,19 @@ def read_object(line: str) -> dict:
     if not isinstance(raw, dict):
         raise ValueError(f"a line must be a JSON object, not {type(raw).__name__}")
     return raw
+
+
+def _tokens(name: str, raw: dict, served: Served) -> list[int]:
+    """Return the prompt's tokens. `name`: of the field that has the prompt."""
+    if name == "messages":
+        prompt = _chat(raw, served.encoder)
+    elif beside := [other for other in CHAT if other in raw]:
+        raise ValueError(f"{beside[0]} goes with messages, not with {name}")
+    else:
+        prompt = _prompt(name, raw[name], served.encoder, served.vocab_size)
+    if max(prompt) >= served.vocab_size:
+        raise ValueError(f"{name}: token {max(prompt)} is not in the model's vocabulary of {served.vocab_size}")
+    return prompt
 
 
 def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> list[int]:

@@ -12,20 +12,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import msgspec
 from tokenizers import Tokenizer
 
 from disagg.control.messages import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
+from disagg.front.client import Client
 from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
 from disagg.front.fleet import Fleet, Replica
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
 from disagg.front.source import Source
 from disagg.front.text_stream import TextStream
+from disagg.front.tracked import Tracked
 from disagg.request import Request
 from model.kv_cache import pages_for
 
@@ -38,31 +38,6 @@ BATCHES = 2  # requests per decode replica, in multiples of its batch, so that t
 STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
 LEAST_AHEAD = 4  # or this many prompts, whichever is more
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
-
-
-@dataclass(eq=False)
-class Tracked:
-    """A request without its answer yet. Times are time.monotonic()."""
-
-    user: UserRequest
-    position: int  # in the input
-    stream: TextStream
-    submitted: float
-    experts: ExpertRows = field(default_factory=lambda: ExpertRows(NO_EXPERTS, 0))
-    logprobs: list = field(default_factory=list)
-    first: float | None = None  # when the first token arrived
-    latest: float | None = None  # when the latest token arrived
-    attempts: int = 0
-    decode: Replica | None = None
-    prefill: Replica | None = None  # until it has made a token
-    begun: bool = False  # at its current replica
-    suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
-
-    def request(self, uid: int) -> Request:
-        """Return the rest of the request: the tokens so far join the prompt."""
-        request, done = self.user.request, self.stream.token_ids
-        max_tokens = request.max_tokens - len(done)
-        return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens)
 
 
 class Router:
@@ -86,52 +61,79 @@ class Router:
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
-        self._positions = itertools.count()
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
 
-    def run(
-        self,
-        source: Source,
-        deliver: Callable[[int, Answer], None],
-        show: Callable[[int, str], None] = lambda position, piece: None,
-    ) -> None:
-        """Serve all requests of `source`, then end all replicas.
-
-        `show(position, piece)` is called with each piece of text, `deliver(position, answer)` at the end of each
-        request. A position is a request's index in the source.
-        """
-        self._deliver, self._show = deliver, show
+    def run(self, source: Source) -> None:
+        """Serve all requests of `source`, then end all replicas."""
         self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
         try:
             while (self._tracked or not source.exhausted) and not self.stopped():
-                came = self._read(source)
-                self._listen(0 if came else 20)
-                self.fleet.check(lambda: self._listen(0))
-                self._look_for_missing_roles()
-                self._assign()
-            for uid in list(self._tracked):
-                self._end(uid, "error", INTERRUPTED)
-        finally:  # also if `deliver` fails: no replica must be left waiting
-            self.fleet.farewell(self._listen)
-            for role, stats in self.fleet.stats:
-                self.metrics.replica_left(role, stats)
+                self.turn(source, 20)
+            self.interrupt()
+        finally:  # also if a client fails: no replica must be left waiting
+            self.close()
+
+    def turn(self, source: Source | None, timeout_ms: int) -> None:
+        """Do what is due: take requests from the source, handle messages, and hand out waiting requests.
+
+        Without a new request it waits up to `timeout_ms` for a message. `source`: None if all requests are submitted.
+        """
+        came = self._read(source) if source is not None else 0
+        self._listen(0 if came else timeout_ms)
+        self.fleet.check(lambda: self._listen(0))
+        self._look_for_missing_roles()
+        self._assign()
+
+    def submit(self, user: UserRequest, client: Client) -> Tracked:
+        """Take a request. The next turns serve it."""
+        stream, request = TextStream(self.tokenizer, user.stop), user.request
+        experts = ExpertRows(self.expert_shape, request.most_tokens - 1 if request.return_experts else 0)
+        tracked = Tracked(user, client, stream, time.monotonic(), experts=experts)
+        self._queue(tracked)
+        return tracked
+
+    def cancel(self, tracked: Tracked) -> None:
+        """Forget a request whose client has gone, and stop it where it runs. Without effect if it has its answer."""
+        if self._tracked.get(tracked.uid) is not tracked:
+            return
+        if tracked.decode is None:
+            self._waiting.remove(tracked.uid)
+        else:
+            self.port.send(tracked.decode.id, Abort(tracked.uid))
+        self._leave(tracked.uid)
+        self._count("cancelled", tracked)
+
+    def interrupt(self) -> None:
+        """End all requests, because the user wants to stop."""
+        for uid in list(self._tracked):
+            self._end(uid, "error", INTERRUPTED)
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """End all replicas, and wait for their statistics."""
+        self.fleet.farewell(self._listen)
+        for role, stats in self.fleet.stats:
+            self.metrics.replica_left(role, stats)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has got yet."""
+        return len(self._waiting)
 
     def _read(self, source: Source) -> int:
         """Take requests from the source, so that up to MOST_WAITING wait here. Returns how many were taken."""
         wanted = MOST_WAITING - len(self._waiting)
         came = source.take(wanted) if wanted > 0 and not source.exhausted else []
-        for user in came:
-            stream, request = TextStream(self.tokenizer, user.stop), user.request
-            experts = ExpertRows(self.expert_shape, request.most_tokens - 1 if request.return_experts else 0)
-            self._queue(Tracked(user, next(self._positions), stream, time.monotonic(), experts))
+        for user, client in came:
+            self.submit(user, client)
         return len(came)
 
     def _queue(self, tracked: Tracked) -> None:
-        uid = next(self._uids)
-        self._tracked[uid] = tracked
-        self._waiting.append(uid)
+        tracked.uid = next(self._uids)
+        self._tracked[tracked.uid] = tracked
+        self._waiting.append(tracked.uid)
 
     def _listen(self, timeout_ms: int) -> None:
         for replica_id, message in self.port.poll(timeout_ms):
@@ -284,10 +286,11 @@ class Router:
             else:
                 self.metrics.inter_token.append(now - tracked.latest)
             tracked.latest = now
-            tracked.logprobs.extend(update.logprobs[i : i + 1])
+            logprobs = update.logprobs[i : i + 1]
+            tracked.logprobs.extend(logprobs)
             shown = len(tracked.stream.text)
             stopped = tracked.stream.push(token)
-            self._show(tracked.position, tracked.stream.text[shown:])
+            tracked.client.show(tracked.stream.text[shown:], [token], logprobs)
             if stopped:
                 self.port.send(tracked.decode.id, Abort(update.uid))
                 self._end(update.uid, "stop")
@@ -295,7 +298,7 @@ class Router:
         if update.finish:
             shown = len(tracked.stream.text)
             tracked.stream.close()
-            self._show(tracked.position, tracked.stream.text[shown:])
+            tracked.client.show(tracked.stream.text[shown:], [], [])
             self._end(update.uid, update.finish)
 
     def _refuse(self, uid: int, decode: Replica, what: str) -> None:
@@ -347,10 +350,7 @@ class Router:
                 experts = tracked.experts.encode(len(request.prompt) + len(stream.token_ids) - 1)
             except ValueError as wrong:
                 reason, error = "error", f"the replica serving it {wrong}"
-        self.metrics.finished[reason] += 1
-        self.metrics.prompt_tokens += len(request.prompt)
-        self.metrics.generated_tokens += len(stream.token_ids)
-        self.metrics.last_finish = now
+        self._count(reason, tracked)
         answer = Answer(
             id=tracked.user.id,
             text=stream.text if self.tokenizer is not None else None,
@@ -364,7 +364,13 @@ class Router:
             experts=experts,
             error=error,
         )
-        self._deliver(tracked.position, answer)
+        tracked.client.deliver(answer)
+
+    def _count(self, reason: str, tracked: Tracked) -> None:
+        self.metrics.finished[reason] += 1
+        self.metrics.prompt_tokens += len(tracked.user.request.prompt)
+        self.metrics.generated_tokens += len(tracked.stream.token_ids)
+        self.metrics.last_finish = time.monotonic()
 
     def _lose(self, lost: Replica, how: str) -> None:
         """Move the requests of a replica that the fleet has given up to other replicas."""
