@@ -288,17 +288,14 @@ class Router:
             tracked.latest = now
             logprobs = update.logprobs[i : i + 1]
             tracked.logprobs.extend(logprobs)
-            shown = len(tracked.stream.text)
+            shown = tracked.stream.shown
             stopped = tracked.stream.push(token)
-            tracked.client.show(tracked.stream.text[shown:], [token], logprobs)
+            tracked.client.show(tracked.stream.text[shown : tracked.stream.shown], [token], logprobs)
             if stopped:
                 self.port.send(tracked.decode.id, Abort(update.uid))
                 self._end(update.uid, "stop")
                 return
         if update.finish:
-            shown = len(tracked.stream.text)
-            tracked.stream.close()
-            tracked.client.show(tracked.stream.text[shown:], [], [])
             self._end(update.uid, update.finish)
 
     def _refuse(self, uid: int, decode: Replica, what: str) -> None:
@@ -345,6 +342,10 @@ class Router:
     def _end(self, uid: int, reason: str, error: str | None = None) -> None:
         tracked, now = self._leave(uid), time.monotonic()
         request, stream, experts = tracked.user.request, tracked.stream, None
+        shown = stream.shown
+        stream.close()
+        if stream.shown > shown:
+            tracked.client.show(stream.text[shown:], [], [])
         if request.return_experts and error is None:
             try:  # all tokens but the last one, which is not fed back
                 experts = tracked.experts.encode(len(request.prompt) + len(stream.token_ids) - 1)
