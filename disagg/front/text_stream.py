@@ -62,7 +62,7 @@ class TextStream:
         self._pending: list[int] = []  # tokens whose text is not there yet, or may still change
         self._settled = 0  # how much of the text cannot change any more
         self._torn = False  # may the streamed text differ from the text of all tokens decoded at once?
-        self._closed = False
+        self.closed = False
         self._stop = stop
         self._stops = StopSearch(stop)
         self._marked = MarkedText(self._words, self._marks, stop)
@@ -78,8 +78,8 @@ class TextStream:
         """
         self.token_ids.append(token)
         settled = self._settled
-        if not self._is_hidden(token) and token in IDS and self._tokenizer is not None:
-            self._grow(token)
+        if self._tokenizer is not None and token in IDS and not self._is_hidden(token):
+            self._grow(self._tokenizer, token)
         mark = self._note(token, settled)
         if not self._stop:
             self.shown = self._settled
@@ -90,9 +90,9 @@ class TextStream:
 
     def close(self) -> None:
         """End the text. An incomplete character becomes U+FFFD."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         rest = self._rest()
         if rest is not None:
             self.text = self.text[: self._settled] + rest
@@ -105,11 +105,11 @@ class TextStream:
     def _is_hidden(self, token: int) -> bool:
         return token in self._words.special and token not in self._marks
 
-    def _grow(self, token: int) -> None:
+    def _grow(self, tokenizer: Tokenizer, token: int) -> None:
         """Add the text that this token adds. There is none if the token ends within a character."""
         self._pending.append(token)
         try:
-            piece = self._stream.step(self._tokenizer, token)
+            piece = self._stream.step(tokenizer, token)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
@@ -193,7 +193,7 @@ class TextStream:
         if self._torn and (whole := self._whole()) is not None:
             ends = [end for stop in self._stop if (end := whole.find(stop, self.shown)) >= 0]
             self.text = whole[: min(ends)] if ends else self.text
-        self._closed, self.shown = True, len(self.text)
+        self.closed, self.shown = True, len(self.text)
 
 
 class MarkedText:
