@@ -61,9 +61,8 @@ class ChatText:
         A delta of `tool_calls` has one complete call. Call this once more after the stream has closed.
         """
         first = self._calls.count
-        parts = list(self._parts())
         made: list[dict] = []
-        for part in parts:
+        for part in self.parts():
             if part.call is not None:
                 id, name, arguments = part.call
                 function = {"name": name, "arguments": arguments}
@@ -81,7 +80,8 @@ class ChatText:
         """Return OpenAI's reason: an answer that stopped by itself, and has calls, stopped for them."""
         return "tool_calls" if reason == "stop" and self._calls.count else reason
 
-    def _parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Part]:
+        """Yield what was shown since the last call. In order, the texts of all parts are the stream's text."""
         for piece in self._pieces():
             kind = self._reasoning.push(piece)
             if kind == "content":
