@@ -25,6 +25,7 @@ class UserRequest(msgspec.Struct, frozen=True):
     id: str | int
     request: Request
     stop: list[str]
+    marks: frozenset[int] = frozenset()  # tokens that structure its text: see `TextStream` and `ChatFormat.marks`
 
 
 @dataclass(frozen=True)
