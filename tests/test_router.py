@@ -683,3 +683,30 @@ def test_a_cancelled_request_is_stopped_where_it_is_and_forgotten(tiny: Path) ->
     router.close()
     worker.close()
     router.port.close()
+
+
+def test_no_client_sees_the_beginning_of_its_stop_string(tiny: Path) -> None:
+    """One answer ends with it. In the other it never comes, and a failure ends that answer: the text is shown then."""
+    router = make_router(RouterPort(HOST, 0))
+    text = "a state in the Irish Interior"
+    tokens = router.tokenizer.encode(text, add_special_tokens=False).ids
+    users = [UserRequest(i, Request(0, [5, 6], 40), [stop]) for i, stop in enumerate(("in the Irish", "riorities"))]
+    clients = [Heard() for _ in users]
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    for user, client in zip(users, clients, strict=True):
+        router.submit(user, client)
+    router.turn(None, 0)
+    uids = [worker.hear(Submit).request.uid for _ in users]
+    worker.send(Updates([Tokens(dict.fromkeys(uids, token)) for token in tokens], uids))
+    assert eventually(lambda: bool([router.turn(None, 10), clients[0].answers][1]))
+    assert "".join(clients[1].pieces) == text.removesuffix("rior")
+    worker.send(Updates([Update(uids[1], [], error="it broke")]))
+    assert eventually(lambda: bool([router.turn(None, 10), clients[1].answers][1]))
+    shown = ["".join(client.pieces) for client in clients]
+    assert shown == ["a state ", text] == [client.answers[0].text for client in clients]
+    assert [client.answers[0].finish_reason for client in clients] == ["stop", "error"]
+    worker.send(Bye({}))
+    router.close()
+    worker.close()
+    router.port.close()
