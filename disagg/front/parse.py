@@ -14,6 +14,7 @@ from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
 from disagg.request import Request
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 64  # stop strings; each of them is searched at each token
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
 ALIASES = {"max_completion_tokens": "max_tokens"}  # other name -> name
@@ -68,6 +69,8 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
+    if len(stop) > MAX_STOPS:
+        raise ValueError(f"stop has {len(stop)} strings; it must have at most {MAX_STOPS}")
     if stop and served.encoder.tokenizer is None:
         raise ValueError(f"stop: {NO_TOKENIZER}, so its answers have no text")
     prompt = _tokens(given[0], raw, served)

@@ -26,7 +26,7 @@ class StopSearch:
         """Add text in which `find` has found no stop string."""
         text = self._tail + piece
         for i, stop in enumerate(self._stops):
-            at = self._begins[i]
+            at = max(self._begins[i], len(text) - len(stop) + 1)
             while at < len(text) and not stop.startswith(text[at:]):
                 at = text.find(stop[0], at + 1)
                 if at < 0:
