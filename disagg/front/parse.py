@@ -70,7 +70,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
     if len(stop) > MAX_STOPS:
-        raise ValueError(f"stop has {len(stop)} strings; it must have at most {MAX_STOPS}")
+        raise ValueError(f"stop is {raw['stop']!r:.60}; it must have at most {MAX_STOPS} strings")
     if stop and served.encoder.tokenizer is None:
         raise ValueError(f"stop: {NO_TOKENIZER}, so its answers have no text")
     prompt = _tokens(given[0], raw, served)
