@@ -1,0 +1,308 @@
+"""Simulate routing: how evenly requests lie over prefill and decode replicas, beside choosing at random. SIMULATED.
+
+python -m scripts.tools.routing_sim
+python -m scripts.tools.routing_sim --requests 2000 --rate 10 --sigma 1.5 --out routing.json
+
+The router's own code chooses (`disagg/front/routing.py`), and the engine's own scheduler and page allocator work off
+what it sends. Only time is simulated. Prompts and outputs are log-normal, and requests arrive at random times. A
+prefill step takes as long as that of its fullest replica, because all replicas of a job step together. A decode step
+always takes the same time. Messages take no time, and loads are reported every second.
+
+At random means: with equal chances among the replicas that have room by the same limits. With sessions, the same
+requests belong to conversations of four on average, whose prompts have the same beginning and one session_id.
+"""
+
+import argparse
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from disagg.control.messages import Hello, Load, Member
+from disagg.control.pulse import BEAT_S
+from disagg.front.replica import Replica
+from disagg.front.routing import Routing
+from disagg.request import Request
+from disagg.role import tokens_left
+from disagg.scheduler import Scheduler
+from disagg.scheduler import Sequence as Running
+from model.kv_cache import PAGE, PageAllocator, pages_for
+from scripts.bench.lib.flags import fraction, natural, new_file, positive
+from scripts.bench.lib.measurements import Measurement, save
+
+# SGLang's report of 2025-05-05: 52.3k prompt tokens per second on a node of 8 H100 are 153 us per token and rank. It
+# has 22.3k output tokens per second on a node, with 256 sequences per rank: 92 ms per step. Smaller batches are faster.
+TOKEN_S, STEP_S, DECODE_S = 153e-6, 0.03, 0.05
+SAMPLE_S = 0.05
+WARM_UP = 0.2  # the first part of the run, which does not count
+
+
+class Chance(Routing):
+    """Chooses at random among all replicas."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def choose(
+        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica]
+    ) -> tuple[Replica, Replica]:
+        return self._rng.choice(decodes), self._rng.choice(prefills)
+
+
+class ChanceWithRoom(Routing):
+    """Chooses at random among the replicas with room."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def _pick(
+        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
+    ) -> tuple[Replica, Replica]:
+        assert prefills is not None
+        return self._rng.choice(decodes), self._rng.choice(prefills)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    at: float
+    request: Request
+    session_id: str | None
+
+
+def draw_arrivals(args: argparse.Namespace, sessions: bool) -> list[Arrival]:
+    """Draw the requests: the same times and lengths for the same seed, with sessions or without."""
+    rng, at, made = random.Random(args.seed), 0.0, []
+    for uid in range(args.requests):
+        at += rng.expovariate(args.rate)
+        tokens = min(args.limit, max(1, round(args.prompt * rng.lognormvariate(0, args.sigma))))
+        output = min(args.limit, max(1, round(args.output * rng.lognormvariate(0, args.sigma))))
+        conversation = rng.randrange(max(1, args.requests // 4))
+        prompt = [conversation if sessions else uid] * tokens
+        made.append(Arrival(at, Request(uid, prompt, output), str(conversation) if sessions else None))
+    return made
+
+
+@dataclass
+class Prefill:
+    """A prefill replica: the router's view of it, and the scheduler that works off its prompts."""
+
+    replica: Replica
+    scheduler: Scheduler
+    outgoing: dict[int, Running] = field(default_factory=dict)  # by uid: without a first token
+    in_step: int = 0  # tokens of the running step
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens that are not computed yet."""
+        return self.scheduler.queued_tokens + self.in_step
+
+
+@dataclass
+class Decode:
+    """A decode replica: the router's view of it, and its pages."""
+
+    replica: Replica
+    allocator: PageAllocator
+    queue: deque[tuple[Request, Prefill]] = field(default_factory=deque)  # waiting for pages
+    pages: dict[int, list[int]] = field(default_factory=dict)  # by uid
+
+    @property
+    def used_pages(self) -> int:
+        return self.allocator.capacity - self.allocator.num_free
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Loads over time, after the warm-up: the most loaded replica's mean over the mean of all."""
+
+    queued: float
+    kv: float
+    ttft_s: float  # mean
+    mean_queued: float  # tokens per prefill replica
+    mean_kv: float  # share
+
+
+class Simulation:
+    """Runs events in simulated time."""
+
+    def __init__(self, args: argparse.Namespace, routing: Routing) -> None:
+        self.routing, self.now = routing, 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._waiting: deque[Arrival] = deque()
+        self._stepping = False
+        self._ended = 0
+        self._arrived: dict[int, float] = {}
+        self._waits: list[float] = []
+        self._samples: list[tuple[float, list[int], list[int]]] = []
+        kv_tokens = args.kv_tokens // PAGE * PAGE
+
+        def replica(role: str, i: int) -> Replica:
+            name = f"{role}{i}"
+            return Replica(name, Hello(role, [Member(name, "")], args.max_batch, args.step_tokens, kv_tokens, {}, role))
+
+        def scheduler() -> Scheduler:
+            pages = PageAllocator(kv_tokens // PAGE + 1)
+            return Scheduler(pages, min(args.max_batch, args.step_tokens), args.step_tokens, 2 * args.limit)
+
+        self.prefills = [Prefill(replica("prefill", i), scheduler()) for i in range(args.prefills)]
+        self.decodes = [Decode(replica("decode", i), PageAllocator(kv_tokens // PAGE + 1)) for i in range(args.decodes)]
+        self._by_id = {one.replica.id: one for one in self.prefills} | {one.replica.id: one for one in self.decodes}
+
+    def run(self, arrivals: list[Arrival]) -> Outcome:
+        for arrival in arrivals:
+            self._at(arrival.at, lambda arrival=arrival: self._arrive(arrival))
+        self._at(BEAT_S, self._beat)
+        self._at(SAMPLE_S, self._sample)
+        while self._ended < len(arrivals):
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+        return self._outcome(WARM_UP * arrivals[-1].at, arrivals[-1].at)
+
+    def _at(self, time: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._order), event))
+
+    # ---- the router
+
+    def _arrive(self, arrival: Arrival) -> None:
+        self._arrived[arrival.request.uid] = self.now
+        self._waiting.append(arrival)
+        self._assign()
+
+    def _assign(self) -> None:
+        """Hand out waiting requests in order, as the router does."""
+        while self._waiting:
+            request, session_id = self._waiting[0].request, self._waiting[0].session_id
+            replicas = [one.replica for one in self.decodes], [one.replica for one in self.prefills]
+            pair = self.routing.choose(request, session_id, *replicas)
+            if pair is None:
+                return
+            self._waiting.popleft()
+            decode, prefill = (self._by_id[replica.id] for replica in pair)
+            decode.replica.add_request(request.uid, pages_for(request.most_tokens))
+            prefill.replica.add_prompt(request.uid, len(request.prompt))
+            decode.queue.append((request, prefill))
+            self._open(decode)
+
+    # ---- the replicas
+
+    def _open(self, decode: Decode) -> None:
+        """Give pages to the requests of a decode replica, in order, and have their prompts computed."""
+        while decode.queue:
+            request, prefill = decode.queue[0]
+            pages = decode.allocator.alloc(pages_for(request.most_tokens))
+            if pages is None:
+                return
+            decode.queue.popleft()
+            decode.pages[request.uid] = pages
+            sequence = prefill.outgoing[request.uid] = Running(request)
+            prefill.scheduler.add(sequence)
+            self._at(self.now, self._step)
+
+    def _step(self) -> None:
+        """Launch a step of the prefill job, unless one is running."""
+        if self._stepping:
+            return
+        plans = [one.scheduler.schedule(reserve_output=False) for one in self.prefills]
+        longest = max(plan.num_prefill_tokens for plan in plans)
+        if not longest:
+            return
+        self._stepping, computed = True, []
+        for one, plan in zip(self.prefills, plans, strict=True):
+            one.in_step = plan.num_prefill_tokens
+            for sequence in plan.advance():
+                one.scheduler.remove(sequence)
+                computed.append((one, sequence))
+        self._at(self.now + STEP_S + TOKEN_S * longest, lambda: self._end_step(computed))
+
+    def _end_step(self, computed: list[tuple[Prefill, Running]]) -> None:
+        self._stepping = False
+        for one in self.prefills:
+            one.in_step = 0
+        for prefill, sequence in computed:
+            uid = sequence.uid
+            prefill.scheduler.release(sequence)
+            del prefill.outgoing[uid]
+            prefill.replica.end_prompt(uid)
+            self._waits.append(self.now - self._arrived[uid])
+            decode = next(one for one in self.decodes if uid in one.pages)
+            generated = sequence.request.max_tokens - 1
+            self._at(self.now + generated * DECODE_S, lambda uid=uid, decode=decode: self._finish(decode, uid))
+        self._step()
+        self._assign()
+
+    def _finish(self, decode: Decode, uid: int) -> None:
+        decode.allocator.free(decode.pages.pop(uid))
+        decode.replica.end_request(uid)
+        self._ended += 1
+        self._open(decode)
+        self._assign()
+
+    def _beat(self) -> None:
+        for one in self.prefills:
+            left = tokens_left(one.outgoing.values())
+            waiting, running = len(one.scheduler.waiting), len(one.scheduler.running)
+            one.replica.hear(Load(one.scheduler.queued_tokens, 0, running, waiting, left))
+        self._at(self.now + BEAT_S, self._beat)
+
+    # ---- what is seen
+
+    def _sample(self) -> None:
+        loads = [one.tokens for one in self.prefills], [one.used_pages for one in self.decodes]
+        self._samples.append((self.now, *loads))
+        self._at(self.now + SAMPLE_S, self._sample)
+
+    def _outcome(self, begin: float, end: float) -> Outcome:
+        seen = [loads for at, *loads in self._samples if begin <= at <= end]
+        (most_queued, queued), (most_kv, kv) = (
+            (sum(max(loads[side]) for loads in seen), sum(sum(loads[side]) / len(loads[side]) for loads in seen))
+            for side in (0, 1)
+        )
+        capacity = self.decodes[0].allocator.capacity
+        ttft = sum(self._waits) / len(self._waits)
+        return Outcome(most_queued / queued, most_kv / kv, ttft, queued / len(seen), kv / len(seen) / capacity)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prefills", type=positive, default=8, help="prefill replicas of one rank (8)")
+    add("--decodes", type=positive, default=8, help="decode replicas of one rank (8)")
+    add("--requests", type=positive, default=4000, help="(4000)")
+    add("--rate", type=fraction, default=20, help="requests per second (20)")
+    add("--prompt", type=positive, default=1000, help="median prompt tokens (1000)")
+    add("--output", type=positive, default=200, help="median generated tokens (200)")
+    add("--sigma", type=fraction, default=1.0, help="of the logarithm of both (1)")
+    add("--limit", type=positive, default=32768, help="the longest prompt, and the longest output (32768)")
+    add("--step-tokens", type=positive, default=4096, help="--max-tokens-per-step (4096)")
+    add("--max-batch", type=positive, default=256, help="(256)")
+    add("--kv-tokens", type=positive, default=262144, help="per replica (262144)")
+    add("--seed", type=natural, default=0, help="(0)")
+    add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
+    return parser.parse_args(words)
+
+
+def compare(args: argparse.Namespace) -> dict[str, Outcome]:
+    """Run the same requests with each kind of routing."""
+    plain, with_sessions = draw_arrivals(args, False), draw_arrivals(args, True)
+    return {
+        "chance": Simulation(args, Chance(random.Random(args.seed))).run(plain),
+        "chance with room": Simulation(args, ChanceWithRoom(random.Random(args.seed))).run(plain),
+        "routing": Simulation(args, Routing()).run(plain),
+        "routing with sessions": Simulation(args, Routing()).run(with_sessions),
+    }
+
+
+def main() -> None:
+    args = parse()
+    found = compare(args)
+    for name, o in found.items():
+        print(
+            f"{name:25} queued {o.queued:.3f} kv {o.kv:.3f} ttft {o.ttft_s:.3f} mean queued {o.mean_queued:.0f} kv {o.mean_kv:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
