@@ -8,43 +8,48 @@ from disagg.front.replica import Replica
 
 @dataclass(frozen=True)
 class Spread:
-    """The least and the most loaded replica, and the mean of all of them."""
+    """A load of the least and the most loaded replica, and the mean of all."""
 
+    replicas: int
     least: float
     mean: float
     most: float
 
 
 def spread(replicas: Iterable[Replica]) -> dict[str, Spread]:
-    """Return the spread of "queued tokens" (tokens) and "KV" (share of the pool), each where any replica has it.
+    """Return the spread of `queued` (prompt tokens) and `KV` (share of the pool), each if any replica has that load.
 
-    Decode replicas have no queued tokens, and prefill replicas have no KV to keep. The loads are those that routing
-    goes by: what the router has sent, and the latest reports.
+    Decode replicas have no queue of prompts, and prefill replicas keep no KV. The loads are those that routing goes by:
+    requests that were sent, and the latest reports.
     """
-    replicas = list(replicas)
-    loads = {
-        "queued tokens": [r.queued_tokens for r in replicas if r.hello.role != "decode"],
-        "KV": [r.kv_share for r in replicas if r.hello.role != "prefill"],
+    loads: dict[str, list[float]] = {"queued": [], "KV": []}
+    for replica in replicas:
+        if replica.hello.role != "decode":
+            loads["queued"].append(replica.queued_tokens)
+        if replica.hello.role != "prefill":
+            loads["KV"].append(replica.kv_share)
+    return {
+        name: Spread(len(each), min(each), sum(each) / len(each), max(each)) for name, each in loads.items() if each
     }
-    return {name: Spread(min(each), sum(each) / len(each), max(each)) for name, each in loads.items() if each}
 
 
 @dataclass
 class Spreads:
-    """The spread over a run: the mean of the spreads that were added while several replicas had any load."""
+    """The mean spread of a run, over the moments when several replicas had any load."""
 
-    sums: dict[str, tuple[int, float, float]] = field(default_factory=dict)  # count, least, most
+    _sums: dict[str, tuple[int, float, float]] = field(default_factory=dict)  # moments, least, most
 
     def add(self, replicas: Iterable[Replica]) -> None:
         for name, now in spread(replicas).items():
-            if now.most > 0:
-                count, least, most = self.sums.get(name, (0, 0.0, 0.0))
-                self.sums[name] = count + 1, least + now.least, most + now.most
+            if now.replicas > 1 and now.most > 0:
+                moments, least, most = self._sums.get(name, (0, 0.0, 0.0))
+                self._sums[name] = moments + 1, least + now.least, most + now.most
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the summary's rows."""
+        """Return the summary's rows, as names and values."""
         rows = []
-        for name, (count, least, most) in self.sums.items():
-            low, high = (f"{total / count:.1%}" if name == "KV" else f"{total / count:,.0f}" for total in (least, most))
-            rows.append((f"{name}"[:12], f"from {low} on the least loaded replica to {high} on the most loaded one"))
+        for name, (moments, least, most) in self._sums.items():
+            low, high = least / moments, most / moments
+            values = f"{low:.1%} to {high:.1%}" if name == "KV" else f"{low:,.0f} to {high:,.0f} prompt tokens"
+            rows.append((name, f"{values} on the least and the most loaded replica, on average"))
         return rows

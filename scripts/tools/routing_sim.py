@@ -19,8 +19,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from disagg.control.messages import Hello, Load, Member
+from disagg.control.messages import Hello, Load, Member, RoleName
 from disagg.control.pulse import BEAT_S
 from disagg.front.replica import Replica
 from disagg.front.routing import Routing
@@ -35,27 +36,25 @@ from scripts.bench.lib.measurements import Measurement, save
 # SGLang's report of 2025-05-05: 52.3k prompt tokens per second on a node of 8 H100 are 153 us per token and rank. It
 # has 22.3k output tokens per second on a node, with 256 sequences per rank: 92 ms per step. Smaller batches are faster.
 TOKEN_S, STEP_S, DECODE_S = 153e-6, 0.03, 0.05
-SAMPLE_S = 0.05
+SAMPLE_S = 0.1
+TURNS = 4  # requests per conversation, on average
+RANDOM = "replicas chosen at random"
 WARM_UP = 0.2  # the first part of the run, which does not count
 
 
 class Chance(Routing):
-    """Chooses at random among all replicas."""
+    """Chooses at random."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: random.Random, with_room: bool = False) -> None:
+        """`with_room`: only among the replicas that have room by the router's limits."""
+        self._rng, self._with_room = rng, with_room
 
     def choose(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica]
-    ) -> tuple[Replica, Replica]:
+    ) -> tuple[Replica, Replica] | None:
+        if self._with_room:
+            return super().choose(request, session_id, decodes, prefills)
         return self._rng.choice(decodes), self._rng.choice(prefills)
-
-
-class ChanceWithRoom(Routing):
-    """Chooses at random among the replicas with room."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
 
     def _pick(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
@@ -68,6 +67,7 @@ class ChanceWithRoom(Routing):
 class Arrival:
     at: float
     request: Request
+    conversation: int
     session_id: str | None
 
 
@@ -76,11 +76,14 @@ def draw_arrivals(args: argparse.Namespace, sessions: bool) -> list[Arrival]:
     rng, at, made = random.Random(args.seed), 0.0, []
     for uid in range(args.requests):
         at += rng.expovariate(args.rate)
-        tokens = min(args.limit, max(1, round(args.prompt * rng.lognormvariate(0, args.sigma))))
-        output = min(args.limit, max(1, round(args.output * rng.lognormvariate(0, args.sigma))))
-        conversation = rng.randrange(max(1, args.requests // 4))
+        tokens, output = (
+            min(args.limit, max(1, round(median * rng.lognormvariate(0, args.sigma))))
+            for median in (args.prompt, args.output)
+        )
+        conversation = rng.randrange(max(1, args.requests // TURNS))
         prompt = [conversation if sessions else uid] * tokens
-        made.append(Arrival(at, Request(uid, prompt, output), str(conversation) if sessions else None))
+        session_id = str(conversation) if sessions else None
+        made.append(Arrival(at, Request(uid, prompt, output), conversation, session_id))
     return made
 
 
@@ -119,9 +122,11 @@ class Outcome:
 
     queued: float
     kv: float
+    most_queued: float  # tokens of the most loaded prefill replica
+    most_kv: float  # share of the KV of the most loaded decode replica
     ttft_s: float  # mean
-    mean_queued: float  # tokens per prefill replica
-    mean_kv: float  # share
+    same_prefill: float  # the share of requests that went to the same prefill replica as the conversation's latest one,
+    same_decode: float  # and to the same decode replica
 
 
 class Simulation:
@@ -133,13 +138,15 @@ class Simulation:
         self._order = itertools.count()
         self._waiting: deque[Arrival] = deque()
         self._stepping = False
-        self._ended = 0
+        self._ended = self._same_prefill = self._same_decode = 0
+        self._latest: dict[int, tuple[str, str]] = {}  # by conversation: the replicas of its latest request
         self._arrived: dict[int, float] = {}
-        self._waits: list[float] = []
-        self._samples: list[tuple[float, list[int], list[int]]] = []
+        self._ttfts: list[float] = []
+        self._queued: list[list[int]] = []  # samples over time: tokens per prefill replica,
+        self._used: list[list[float]] = []  # and share of the KV per decode replica
         kv_tokens = args.kv_tokens // PAGE * PAGE
 
-        def replica(role: str, i: int) -> Replica:
+        def replica(role: RoleName, i: int) -> Replica:
             name = f"{role}{i}"
             return Replica(name, Hello(role, [Member(name, "")], args.max_batch, args.step_tokens, kv_tokens, {}, role))
 
@@ -149,17 +156,20 @@ class Simulation:
 
         self.prefills = [Prefill(replica("prefill", i), scheduler()) for i in range(args.prefills)]
         self.decodes = [Decode(replica("decode", i), PageAllocator(kv_tokens // PAGE + 1)) for i in range(args.decodes)]
-        self._by_id = {one.replica.id: one for one in self.prefills} | {one.replica.id: one for one in self.decodes}
+        self._prefill_of = {one.replica.id: one for one in self.prefills}
+        self._decode_of = {one.replica.id: one for one in self.decodes}
 
     def run(self, arrivals: list[Arrival]) -> Outcome:
         for arrival in arrivals:
             self._at(arrival.at, lambda arrival=arrival: self._arrive(arrival))
         self._at(BEAT_S, self._beat)
-        self._at(SAMPLE_S, self._sample)
+        begin, end = WARM_UP * arrivals[-1].at, arrivals[-1].at
+        for i in range(1 + int((end - begin) / SAMPLE_S)):
+            self._at(begin + i * SAMPLE_S, self._sample)
         while self._ended < len(arrivals):
             self.now, _, event = heapq.heappop(self._events)
             event()
-        return self._outcome(WARM_UP * arrivals[-1].at, arrivals[-1].at)
+        return self._outcome()
 
     def _at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), event))
@@ -179,8 +189,12 @@ class Simulation:
             pair = self.routing.choose(request, session_id, *replicas)
             if pair is None:
                 return
-            self._waiting.popleft()
-            decode, prefill = (self._by_id[replica.id] for replica in pair)
+            names, conversation = (pair[0].id, pair[1].id), self._waiting.popleft().conversation
+            before = self._latest.get(conversation, ("", ""))
+            self._same_decode += names[0] == before[0]
+            self._same_prefill += names[1] == before[1]
+            self._latest[conversation] = names
+            decode, prefill = self._decode_of[names[0]], self._prefill_of[names[1]]
             decode.replica.add_request(request.uid, pages_for(request.most_tokens))
             prefill.replica.add_prompt(request.uid, len(request.prompt))
             decode.queue.append((request, prefill))
@@ -226,7 +240,7 @@ class Simulation:
             prefill.scheduler.release(sequence)
             del prefill.outgoing[uid]
             prefill.replica.end_prompt(uid)
-            self._waits.append(self.now - self._arrived[uid])
+            self._ttfts.append(self.now - self._arrived[uid])
             decode = next(one for one in self.decodes if uid in one.pages)
             generated = sequence.request.max_tokens - 1
             self._at(self.now + generated * DECODE_S, lambda uid=uid, decode=decode: self._finish(decode, uid))
@@ -250,19 +264,22 @@ class Simulation:
     # ---- what is seen
 
     def _sample(self) -> None:
-        loads = [one.tokens for one in self.prefills], [one.used_pages for one in self.decodes]
-        self._samples.append((self.now, *loads))
-        self._at(self.now + SAMPLE_S, self._sample)
+        self._queued.append([one.tokens for one in self.prefills])
+        self._used.append([one.used_pages / one.allocator.capacity for one in self.decodes])
 
-    def _outcome(self, begin: float, end: float) -> Outcome:
-        seen = [loads for at, *loads in self._samples if begin <= at <= end]
-        (most_queued, queued), (most_kv, kv) = (
-            (sum(max(loads[side]) for loads in seen), sum(sum(loads[side]) / len(loads[side]) for loads in seen))
-            for side in (0, 1)
+    def _outcome(self) -> Outcome:
+        count, requests = len(self._queued), len(self._ttfts)
+        most_queued, most_kv = (sum(map(max, loads)) / count for loads in (self._queued, self._used))
+        queued, kv = (sum(map(fmean, loads)) / count for loads in (self._queued, self._used))
+        return Outcome(
+            queued=most_queued / queued,
+            kv=most_kv / kv,
+            most_queued=most_queued,
+            most_kv=most_kv,
+            ttft_s=fmean(self._ttfts),
+            same_prefill=self._same_prefill / requests,
+            same_decode=self._same_decode / requests,
         )
-        capacity = self.decodes[0].allocator.capacity
-        ttft = sum(self._waits) / len(self._waits)
-        return Outcome(most_queued / queued, most_kv / kv, ttft, queued / len(seen), kv / len(seen) / capacity)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -271,9 +288,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prefills", type=positive, default=8, help="prefill replicas of one rank (8)")
     add("--decodes", type=positive, default=8, help="decode replicas of one rank (8)")
     add("--requests", type=positive, default=4000, help="(4000)")
-    add("--rate", type=fraction, default=20, help="requests per second (20)")
+    add("--rate", type=fraction, default=22, help="requests per second (22)")
     add("--prompt", type=positive, default=1000, help="median prompt tokens (1000)")
-    add("--output", type=positive, default=200, help="median generated tokens (200)")
+    add("--output", type=positive, default=100, help="median generated tokens (100)")
     add("--sigma", type=fraction, default=1.0, help="of the logarithm of both (1)")
     add("--limit", type=positive, default=32768, help="the longest prompt, and the longest output (32768)")
     add("--step-tokens", type=positive, default=4096, help="--max-tokens-per-step (4096)")
@@ -285,23 +302,50 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Outcome]:
-    """Run the same requests with each kind of routing."""
-    plain, with_sessions = draw_arrivals(args, False), draw_arrivals(args, True)
-    return {
-        "chance": Simulation(args, Chance(random.Random(args.seed))).run(plain),
-        "chance with room": Simulation(args, ChanceWithRoom(random.Random(args.seed))).run(plain),
-        "routing": Simulation(args, Routing()).run(plain),
-        "routing with sessions": Simulation(args, Routing()).run(with_sessions),
+    """Serve the same requests with each kind of routing."""
+    arrivals, with_sessions = draw_arrivals(args, False), draw_arrivals(args, True)
+    runs = {
+        "chance": (Chance(random.Random(args.seed)), arrivals),
+        "chance, with room": (Chance(random.Random(args.seed), with_room=True), arrivals),
+        "routing": (Routing(), arrivals),
+        "routing, sessions": (Routing(), with_sessions),
     }
+    return {name: Simulation(args, routing).run(requests) for name, (routing, requests) in runs.items()}
+
+
+def figures(found: dict[str, Outcome], load: str) -> list[Measurement]:
+    chance = found["chance"]
+    made = []
+    for kind in ("routing", "routing, sessions"):
+        one = found[kind]
+        for name, value, reference, unit in (
+            ("queued prefill tokens, fullest over mean", one.queued, chance.queued, ""),
+            ("queued prefill tokens, fullest", one.most_queued, chance.most_queued, "tokens"),
+            ("KV, fullest over mean", one.kv, chance.kv, ""),
+            ("KV, fullest over mean, less 1", one.kv - 1, chance.kv - 1, ""),
+            ("TTFT, mean", one.ttft_s, chance.ttft_s, "s"),
+        ):
+            made.append(
+                Measurement(
+                    f"{kind}, {load}: {name}", round(value, 4), unit, "lower", round(reference, 4), RANDOM, "simulated"
+                )
+            )
+    return made
 
 
 def main() -> None:
     args = parse()
     found = compare(args)
+    load = f"{args.prefills} + {args.decodes} replicas, {args.rate:g}/s of {args.prompt} + {args.output} tokens"
+    print(f"{load} (medians), sigma {args.sigma:g}; simulated")
+    print(f"{'':18} {'queued prefill tokens':>24} {'KV':>20} {'TTFT':>7} {'same replica again':>20}")
+    print(f"{'':18} {'fullest':>12} {'over mean':>11} {'fullest':>8} {'over mean':>11} {'mean':>7}", end="")
+    print(f" {'prefill':>12} {'decode':>7}")
     for name, o in found.items():
-        print(
-            f"{name:25} queued {o.queued:.3f} kv {o.kv:.3f} ttft {o.ttft_s:.3f} mean queued {o.mean_queued:.0f} kv {o.mean_kv:.3f}"
-        )
+        loads = f"{o.most_queued:12,.0f} {o.queued:11.3f} {o.most_kv:8.1%} {o.kv:11.3f}"
+        print(f"{name:18} {loads} {o.ttft_s:5.2f} s {o.same_prefill:12.1%} {o.same_decode:7.1%}")
+    if args.out is not None:
+        save(figures(found, load), args.out)
 
 
 if __name__ == "__main__":
