@@ -1,4 +1,4 @@
-"""Recent: who served a session, or a prompt with the same beginning, last. Bounded, the oldest entries go first."""
+"""Recent: the replicas that served a `session_id`, or the beginning of a prompt, last. Bounded: the oldest go first."""
 
 from array import array
 from collections import OrderedDict

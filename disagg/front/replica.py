@@ -41,7 +41,7 @@ class Replica:
     @property
     def capacity(self) -> int:
         """Pages of KV."""
-        return self.hello.kv_tokens // PAGE
+        return max(1, self.hello.kv_tokens // PAGE)
 
     @property
     def kv_pages(self) -> int:

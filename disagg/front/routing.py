@@ -1,9 +1,10 @@
 """Routing: which decode replica and which prefill replica a request gets.
 
 A request waits in the router until replicas have room. Of those with room, the least loaded ones get it: in decode by
-the share of the KV, in prefill by the queued tokens. A session is sticky in decode, and a prompt's beginning is sticky
-in prefill. The replica that served it last is preferred, because it may still hold that KV. How much more loaded it may
-be than the least loaded one, the skew, is limited.
+the share of the KV, in prefill by the queued tokens. But requests are sticky. In decode, the replica that served the
+same `session_id` last is preferred, and in prefill the one that served the same beginning of a prompt. It may still
+hold that KV. The skew is limited: how much more loaded it may be than the least loaded one. The limit is the work
+that the KV could save.
 """
 
 import time
@@ -18,7 +19,7 @@ from model.kv_cache import pages_for
 BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
 STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
 LEAST_AHEAD = 4  # or this many prompts, whichever is more
-KV_SKEW = 0.1  # share of the KV; the fullest replica's step is every replica's, and reading KV is a part of it
+KV_SKEW = 0.1  # share of the KV that may be the skew; every replica's step takes as long as the fullest one's
 
 
 class Routing:
@@ -50,7 +51,7 @@ class Routing:
         prefix = prefix_keys(request.prompt)
         session = [] if session_id is None else [session_key(session_id)]
         least = min(decodes, key=lambda r: (r.kv_share, r.queued_tokens, len(r.requests)))
-        saved = pages_for(len(request.prompt))
+        saved = pages_for(len(request.prompt))  # at most, if the earlier requests of the session are its prompt
         near = [r for r in decodes if r.kv_share <= least.kv_share + min(saved / r.capacity, KV_SKEW)]
         if prefills is None:
             decode = self._with_prefix(prefix, near) or self._with_session(session, near) or least
@@ -72,8 +73,8 @@ class Routing:
     def _with_prefix(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
         """Return the replica that served the longest beginning of the prompt last, within the skew limit.
 
-        The limit is the length of that beginning. A replica that still has its KV saves as many tokens as it has more
-        in its queue. One step's tokens are the most, because a guess about a cache must not cost more than one step.
+        The limit is the length of that beginning: the replica saves it, if it still has its KV. The limit is never more
+        than one step's tokens, because a guess may not cost more than a step.
         """
         by_id = {r.id: r for r in replicas}
         least = min(r.queued_tokens for r in replicas)
