@@ -1,6 +1,7 @@
-"""A request goes to the least loaded replicas, or to those that served its session or beginning, if they are close."""
+"""A request goes to the least loaded replicas, or to those that served its session or prefix, if they are close."""
 
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
@@ -14,7 +15,9 @@ from disagg.front.routing import KV_SKEW, LEAST_AHEAD, Routing
 from disagg.front.spread import Spread, Spreads, spread
 from disagg.request import Request
 from model.batch import PAGE
+from scripts.bench.lib.measurements import load
 from scripts.tools import routing_sim
+from tests.processes import run_module
 
 CAPACITY = 1000  # pages
 STEP_TOKENS = 10 * PAGE
@@ -102,7 +105,7 @@ def test_a_session_stays_on_its_decode_replica_within_the_skew_limit() -> None:
         assert choose(routing, [decodes[0]], prefills, prompt, "mine") == ("a", "p"), "there is no other"
 
 
-def test_a_beginning_stays_on_its_prefill_replica_within_the_skew_limit() -> None:
+def test_a_prefix_stays_on_its_prefill_replica_within_the_skew_limit() -> None:
     """The limit is the tokens in common, at most a step's."""
     for pages, limit in ((0, 0), (1, PAGE), (7, 7 * PAGE), (15, STEP_TOKENS)):
         routing, decodes = Routing(), [replica("d", "decode")]
@@ -116,7 +119,7 @@ def test_a_beginning_stays_on_its_prefill_replica_within_the_skew_limit() -> Non
         assert choose(routing, decodes, prefills, follow_up) == ("d", "q")
 
 
-def test_the_longest_beginning_decides_and_a_replica_that_left_does_not() -> None:
+def test_the_longest_prefix_decides_and_a_replica_that_left_does_not() -> None:
     routing, decodes = Routing(), [replica("d", "decode")]
     p, q = replica("p", "prefill"), replica("q", "prefill")
     system, one, other = [1] * PAGE, [2] * PAGE, [3] * PAGE
@@ -129,7 +132,7 @@ def test_the_longest_beginning_decides_and_a_replica_that_left_does_not() -> Non
     assert choose(routing, decodes, [p, q], system + [9] * PAGE) == ("d", "q"), "which served the first page last"
 
 
-def test_a_unified_replica_keeps_a_session_and_a_beginning() -> None:
+def test_a_unified_replica_keeps_a_session_and_a_prefix() -> None:
     routing, prompt = Routing(), [5] * (2 * PAGE)
     both = [replica("a", "unified", 100), replica("b", "unified", 100)]
     assert choose(routing, both, [], prompt, "mine") == ("a", "a")
@@ -141,7 +144,7 @@ def test_a_unified_replica_keeps_a_session_and_a_beginning() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 1), max_size=4), st.lists(st.integers(0, 1), max_size=4), st.integers(0, PAGE - 1))
-def test_beginnings_have_the_same_key_exactly_if_they_are_equal(one: list[int], other: list[int], more: int) -> None:
+def test_prefixes_have_the_same_key_exactly_if_they_are_equal(one: list[int], other: list[int], more: int) -> None:
     """Each number stands for a page."""
     first, second = ([token for page in pages for token in [page] * PAGE] for pages in (one, other))
     keys, others = prefix_keys(first + [9] * more), prefix_keys(second)
@@ -337,6 +340,14 @@ def test_no_order_of_messages_makes_a_load_wrong() -> None:
 
 
 # ---- simulated
+
+
+def test_the_command_writes_figures_that_say_that_they_are_simulated(tmp_path: Path) -> None:
+    done = run_module("scripts.tools.routing_sim", "--requests", "40", "--out", str(tmp_path / "o.json"), timeout=60)
+    assert done.returncode == 0, done.stderr
+    records = load(tmp_path / "o.json")
+    assert {record.kind for record in records} == {"simulated"} and len({record.name for record in records}) == 10
+    assert "simulated" in done.stdout and "chance, with room" in done.stdout
 
 
 def test_loads_are_far_more_even_than_by_chance_and_sessions_do_not_undo_that() -> None:

@@ -1,4 +1,4 @@
-"""Recent: the replicas that served a `session_id`, or the beginning of a prompt, last. Bounded: the oldest go first."""
+"""Recent: the replicas that served a `session_id`, or a prefix of a prompt, last. Bounded: the oldest go first."""
 
 from array import array
 from collections import OrderedDict
@@ -7,14 +7,14 @@ from hashlib import blake2b
 from model.batch import PAGE
 
 MOST_RECENT = 2**16  # entries, about 150 bytes each
-MOST_PAGES = 64  # of a prompt's beginning; hashing them takes about 0.3 ms
+MOST_PAGES = 64  # of a prompt's prefix; hashing them takes about 0.3 ms
 DIGEST_BYTES = 16
 
 
 def prefix_keys(prompt: list[int]) -> list[bytes]:
-    """Return one key per whole page at the beginning of a prompt, up to MOST_PAGES.
+    """Return one key per whole page of a prompt, from its start, up to MOST_PAGES.
 
-    A key covers its page and all pages before it. So equal keys mean equal beginnings.
+    A key covers its page and all pages before it. So equal keys mean equal prefixes.
     """
     keys, before = [], b""
     for end in range(PAGE, min(len(prompt), MOST_PAGES * PAGE) + 1, PAGE):

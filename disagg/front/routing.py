@@ -2,7 +2,7 @@
 
 A request waits in the router until replicas have room. Of those with room, the least loaded ones get it: in decode by
 the share of the KV, in prefill by the queued tokens. But requests are sticky. In decode, the replica that served the
-same `session_id` last is preferred, and in prefill the one that served the same beginning of a prompt. It may still
+same `session_id` last is preferred, and in prefill the one that served the same prefix. It may still
 hold that KV. The skew is limited: how much more loaded it may be than the least loaded one. The limit is the work
 that the KV could save.
 """
@@ -71,9 +71,9 @@ class Routing:
         return next((r for r in replicas if r.id in last), None)
 
     def _with_prefix(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
-        """Return the replica that served the longest beginning of the prompt last, within the skew limit.
+        """Return the replica that served the longest prefix of the prompt last, within the skew limit.
 
-        The limit is the length of that beginning: the replica saves it, if it still has its KV. The limit is never more
+        The limit is the length of that prefix: the replica saves it, if it still has its KV. The limit is never more
         than one step's tokens, because a guess may not cost more than a step.
         """
         by_id = {r.id: r for r in replicas}

@@ -9,7 +9,7 @@ prefill step takes as long as that of its fullest replica, because all replicas 
 always takes the same time. Messages take no time, and loads are reported every second.
 
 At random means: with equal chances among the replicas that have room by the same limits. With sessions, the same
-requests belong to conversations of four on average, whose prompts have the same beginning and one session_id.
+requests belong to conversations of four on average, whose prompts have a common prefix and one session_id.
 """
 
 import argparse
