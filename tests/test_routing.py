@@ -4,6 +4,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -348,6 +349,21 @@ def test_the_command_writes_figures_that_say_that_they_are_simulated(tmp_path: P
     records = load(tmp_path / "o.json")
     assert {record.kind for record in records} == {"simulated"} and len({record.name for record in records}) == 10
     assert "simulated" in done.stdout and "chance, with room" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "0"], "--rate must be over 0"),
+        (["--sigma", "6"], "--sigma at most 5"),
+        (["--kv-tokens", "1000"], "--kv-tokens (1000) must hold a prompt and an output of --limit (32768) in pages"),
+        (["--requests", "0"], "argument --requests: '0' is not"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        routing_sim.parse(words)
+    assert message in capsys.readouterr().err
 
 
 def test_loads_are_far_more_even_than_by_chance_and_sessions_do_not_undo_that() -> None:

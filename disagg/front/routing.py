@@ -1,10 +1,11 @@
 """Routing: which decode replica and which prefill replica a request gets.
 
 A request waits in the router until replicas have room. Of those with room, the least loaded ones get it: in decode by
-the share of the KV, in prefill by the queued tokens. But requests are sticky. In decode, the replica that served the
-same `session_id` last is preferred, and in prefill the one that served the same prefix. It may still
-hold that KV. The skew is limited: how much more loaded it may be than the least loaded one. The limit is the work
-that the KV could save.
+the share of the KV, in prefill by the queued tokens.
+
+But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and in prefill the
+one that served the same prefix last, because it may still hold that KV. The skew says how much more loaded it may be
+than the least loaded one. It is limited by the work that the KV could save.
 """
 
 import time
@@ -19,7 +20,7 @@ from model.kv_cache import pages_for
 BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
 STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
 LEAST_AHEAD = 4  # or this many prompts, whichever is more
-KV_SKEW = 0.1  # share of the KV that may be the skew; every replica's step takes as long as the fullest one's
+KV_SKEW = 0.1  # the largest skew, as a share of the KV; every replica's step takes as long as the fullest one's
 
 
 class Routing:
@@ -33,7 +34,8 @@ class Routing:
     ) -> tuple[Replica, Replica] | None:
         """Return a decode and a prefill replica that can begin the request now, or None.
 
-        `decodes`: all decode replicas that suit it, or else all unified ones. A unified replica is returned twice.
+        `decodes`: the suitable decode replicas, or unified ones, of which one is returned twice. The choice is
+        remembered, so the request must go there.
         """
         decodes = with_room(decodes, pages_for(request.most_tokens))
         is_unified = bool(decodes) and decodes[0].hello.role == "unified"
@@ -51,7 +53,7 @@ class Routing:
         prefix = prefix_keys(request.prompt)
         session = [] if session_id is None else [session_key(session_id)]
         least = min(decodes, key=lambda r: (r.kv_share, r.queued_tokens, len(r.requests)))
-        saved = pages_for(len(request.prompt))  # at most, if the earlier requests of the session are its prompt
+        saved = pages_for(len(request.prompt))  # at most: the prompt may repeat what the session had before
         near = [r for r in decodes if r.kv_share <= least.kv_share + min(saved / r.capacity, KV_SKEW)]
         if prefills is None:
             decode = self._with_prefix(prefix, near) or self._with_session(session, near) or least

@@ -3,13 +3,19 @@
 python -m scripts.tools.routing_sim
 python -m scripts.tools.routing_sim --requests 2000 --rate 10 --sigma 1.5 --out routing.json
 
-The router's own code chooses (`disagg/front/routing.py`), and the engine's own scheduler and page allocator work off
-what it sends. Only time is simulated. Prompts and outputs are log-normal, and requests arrive at random times. A
-prefill step takes as long as that of its fullest replica, because all replicas of a job step together. A decode step
-always takes the same time. Messages take no time, and loads are reported every second.
+The router's own code chooses (`disagg/front/routing.py`), and the engine's own scheduler and page allocator do what it
+says. Time is simulated. Prompts and outputs are log-normal, and requests arrive at random times. A prefill step takes
+as long as that of its fullest replica, because all replicas of a job step together. A decode step always takes the same
+time. Messages take no time, and prefill replicas report their load every second.
 
-At random means: with equal chances among the replicas that have room by the same limits. With sessions, the same
-requests belong to conversations of four on average, whose prompts have a common prefix and one session_id.
+    chance              any replica, at random
+    chance, with room   any replica that has room by the router's limits, at random
+    routing             the router's choice; no two prompts are alike
+    routing, sessions   the same, and the requests belong to conversations: a common prefix, and one session_id
+
+A load is sampled over time, after a warm-up. "Over mean" is the fullest replica's mean load over that of all replicas.
+Nothing can be below 1, and many requests per replica are nearly even by chance. "Same replica again" counts requests
+that went where the latest request of their conversation went. There is no prefix cache, so that gains nothing yet.
 """
 
 import argparse
@@ -118,15 +124,15 @@ class Decode:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loads over time, after the warm-up: the most loaded replica's mean over the mean of all."""
+    """Means over the samples, or over the requests."""
 
-    queued: float
-    kv: float
-    most_queued: float  # tokens of the most loaded prefill replica
-    most_kv: float  # share of the KV of the most loaded decode replica
-    ttft_s: float  # mean
-    same_prefill: float  # the share of requests that went to the same prefill replica as the conversation's latest one,
-    same_decode: float  # and to the same decode replica
+    queued: float  # prefill tokens: the fullest replica's over the mean of all
+    kv: float  # the same for KV in use
+    most_queued: float  # tokens, on the fullest prefill replica
+    most_kv: float  # share of the KV in use, on the fullest decode replica
+    ttft_s: float
+    same_prefill: float  # share of the requests that went to the prefill replica of their conversation's latest one
+    same_decode: float  # and to its decode replica
 
 
 class Simulation:
@@ -298,7 +304,15 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--kv-tokens", type=positive, default=262144, help="per replica (262144)")
     add("--seed", type=natural, default=0, help="(0)")
     add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.rate == 0 or args.sigma > 5:
+        parser.error("--rate must be over 0, and --sigma at most 5")
+    if args.kv_tokens // PAGE * PAGE < 2 * args.limit:
+        parser.error(
+            f"--kv-tokens ({args.kv_tokens}) must hold a prompt and an output of --limit ({args.limit}) "
+            f"in pages of {PAGE}"
+        )
+    return args
 
 
 def compare(args: argparse.Namespace) -> dict[str, Outcome]:
@@ -322,7 +336,7 @@ def figures(found: dict[str, Outcome], load: str) -> list[Measurement]:
             ("queued prefill tokens, fullest over mean", one.queued, chance.queued, ""),
             ("queued prefill tokens, fullest", one.most_queued, chance.most_queued, "tokens"),
             ("KV, fullest over mean", one.kv, chance.kv, ""),
-            ("KV, fullest over mean, less 1", one.kv - 1, chance.kv - 1, ""),
+            ("KV, excess of the fullest over the mean", one.kv - 1, chance.kv - 1, ""),
             ("TTFT, mean", one.ttft_s, chance.ttft_s, "s"),
         ):
             made.append(
