@@ -7,7 +7,9 @@ import time
 from collections import abc, deque
 from dataclasses import dataclass, field
 
-from disagg.control.messages import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
+import msgspec
+
+from disagg.control.messages import Abort, Back, Forget, Gone, Load, Member, Parts, Submit, Update, Withdraw
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
@@ -170,6 +172,12 @@ class Decode(Unified):
         """Make the next request to each of these prefill replicas use new links."""
         for leader in leaders:
             self.generations[leader] = self.generations.get(leader, 0) + 1
+
+    def load(self) -> Load:
+        load = super().load()
+        waiting = load.waiting + len(self.queue) + len(self.incoming)
+        unwanted = sum(len(arrival.sequence.pages) for arrival in self.incoming.values() if not arrival.wanted)
+        return msgspec.structs.replace(load, waiting=waiting, unwanted_pages=unwanted)
 
     @property
     def is_waiting(self) -> bool:

@@ -77,6 +77,7 @@ def _serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], 
             nap_ms = 1 if role.is_waiting else min(2 * nap_ms, LONGEST_NAP_MS)
             connection.port.wait(nap_ms)
         connection.report(role.news())
+        connection.report_load(role.load)
 
     connection.report(role.news())  # of the step that was in flight at the end
     role.close()

@@ -5,15 +5,16 @@ import time
 from collections import abc
 from dataclasses import dataclass
 
+import msgspec
 import zmq
 
-from disagg.control.messages import Back, Forget, Gone, Member, Updates, in_pieces
+from disagg.control.messages import Back, Forget, Gone, Load, Member, Updates, in_pieces
 from disagg.engine import Engine
 from disagg.handoff.connect import Door, link_key, listen
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Chosen, Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
 from disagg.handoff.send_link import SendLink
-from disagg.role import Event, Role
+from disagg.role import Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
 from model.batch import PAGE
@@ -142,6 +143,11 @@ class Prefill(Role):
                 for link in departure.links:
                     link.put(SendLast(uid, token, logprobs, now - departure.began, now))
         return len(tokens)
+
+    def load(self) -> Load:
+        """Return the replica's load. A computed prompt has no tokens left, though its first token may be on its way."""
+        left = tokens_left(departure.sequence for departure in self.outgoing.values())
+        return msgspec.structs.replace(super().load(), tokens_left=left)
 
     @property
     def is_waiting(self) -> bool:

@@ -189,5 +189,10 @@ class Scheduler:
         sequence.pages = []
 
     @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that no launched step computes."""
+        return sum(s.prompt_len - s.computed for s in (*self.running, *self.waiting) if s.in_prompt)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)

@@ -16,6 +16,7 @@ from disagg.control.messages import (
     Finish,
     Gone,
     Hello,
+    Load,
     Member,
     Ping,
     Submit,
@@ -53,6 +54,7 @@ TO_WORKER = (
 TO_ROUTER = (
     HELLO,
     Beat("a", 2**40, True),
+    Beat("a", 0, False, Load(2**40, 3, 2, 1, {2**40: 0, 7: 5}, 1)),
     Updates(
         [
             UPDATE,
@@ -109,6 +111,10 @@ def forged(message: msgspec.Struct, **fields: Any) -> bytes:
     return encode(msgspec.to_builtins(message) | fields)
 
 
+def load(**fields: Any) -> dict:
+    return msgspec.to_builtins(Load(1, 1, 1, 1)) | fields
+
+
 NO_MESSAGES = {
     "nothing": b"",
     "junk": b"junk",
@@ -119,6 +125,11 @@ NO_MESSAGES = {
     "a negative token": encode(Updates([Tokens({3: -1})])),
     "a piece of experts that is too large": encode(Updates([Update(3, experts=b"x" * (PIECE + 1))])),
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
+    "a load below nothing": forged(Beat("a", 1, False), load=load(kv_pages=-1)),
+    "a load that no float can hold": forged(Beat("a", 1, False), load=load(queued_tokens=2**53)),
+    "a load of half a request": forged(Beat("a", 1, False), load=load(running=0.5)),
+    "a prompt with fewer than no tokens left": forged(Beat("a", 1, False), load=load(tokens_left={3: -1})),
+    "a load that names 257 prompts": forged(Beat("a", 1, False), load=load(tokens_left=dict.fromkeys(range(257), 1))),
     "a replica without ranks": forged(HELLO, members=[]),
     "a replica of 300,000 ranks": forged(HELLO, members=[msgspec.to_builtins(MEMBER)] * 300_000),
     "an unknown role": forged(HELLO, role="router"),

@@ -69,7 +69,10 @@ def test_what_is_given_is_taken() -> None:
         "logprobs": 20,
         "return_experts": True,
     }
-    user = parse({"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], **given})
+    user = parse(
+        {"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], "session_id": "a b" * 85, **given}
+    )
+    assert user.session_id == "a b" * 85 and parse({"prompt": "hi"}).session_id is None
     assert user.id == "mine" and user.stop == ["a", "bc"]
     assert user.request.prompt == [0, 3, 256]
     assert {name: getattr(user.request, name) for name in given} == given
@@ -129,6 +132,7 @@ BAD_FIELDS = (
     *(("ignore_eos", value, "true or false") for value in (0, 1, "true")),
     *(("id", value, "a string of Unicode or an integer") for value in (1.5, [], "a\ud800", "\udfff")),
     *(("return_experts", value, "true or false") for value in (0, 1, "true", [], {})),
+    *(("session_id", value, "1 to 256 characters") for value in ("", "x" * 257, 5, True, ["a"], "\udfff")),
     *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, [])),
     ("stop", ["a"] * 65, "at most 64 strings"),
     *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),

@@ -20,6 +20,7 @@ from disagg.control.messages import (
     Forget,
     Gone,
     Hello,
+    Load,
     Member,
     Submit,
     Tokens,
@@ -396,6 +397,50 @@ def test_a_prefill_replica_gets_prompts_for_two_steps_and_no_less_than_four() ->
         assert len(answers) == 10
 
 
+def test_a_beat_says_that_a_prefill_replica_has_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its four prompts of 60 tokens are over two steps of 64. With three of them done, there is time for the fifth."""
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    with serving(*[Request(0, [5] * 60, 1)] * 5) as (router, answers):
+        decode, prefill = (joining(role, role, router, None, 64_000) for role in ("decode", "prefill"))
+        submits = [decode.hear(Submit) for _ in range(4)]
+        assert waits(decode, Submit)
+        beacon, stranger = (Beacon(name, HOST, router.port.port) for name in ("prefill", "stranger"))
+        stranger.load = Load(1, 1, 1, 1)
+        beacon.load = Load(60, 4, 4, 0, {submit.request.uid: 0 for submit in submits[:3]})
+        submits.append(decode.hear(Submit))
+        assert router.fleet.replicas["prefill"].load == beacon.load
+        for submit in submits[1:]:
+            decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
+        finish(decode, submits[0], prefill)
+        for one in (beacon, stranger):
+            one.close()
+    assert len(answers) == 5
+
+
+def test_a_session_goes_on_where_it_was() -> None:
+    """After one request each, both replicas are equally loaded, and the third request would go to the first of them."""
+    port, answers = RouterPort(HOST, 0), {}
+    router = make_router(port)
+    users = [UserRequest(i, Request(i, [5], 1), [], session) for i, session in enumerate(("a", "b", "b", "a"))]
+    work = listed(users, answers.__setitem__)
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
+    thread.start()
+    prefill = joining("p", "prefill", router)
+    decodes = {name: joining(name, "decode", router, "ab", replicas=2) for name in ("a", "b")}
+    got = {name: [worker.hear(Submit).request.uid for _ in range(2)] for name, worker in decodes.items()}
+    first = min(uid for uids in got.values() for uid in uids)
+    assert sorted(sorted(uid - first for uid in uids) for uids in got.values()) == [[0, 3], [1, 2]]
+    for name, worker in decodes.items():
+        worker.send(Updates([Update(uid, [9], finish="length") for uid in got[name]]))
+    for worker in (prefill, *decodes.values()):
+        worker.hear(Finish)
+        worker.send(Bye({}))
+        worker.close()
+    thread.join(SOON_S)
+    assert not thread.is_alive() and len(answers) == 4
+    port.close()
+
+
 def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
     with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
         decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
@@ -671,7 +716,7 @@ def test_a_cancelled_request_is_stopped_where_it_is_and_forgotten(tiny: Path) ->
         router.cancel(tracked)
     assert worker.hear(Abort).uid == first.request.uid
     only = router.fleet.replicas["u"]
-    assert (only.requests, only.pages, only.prompts, router._tracked) == (set(), 0, {}, {})
+    assert (only.requests, only.pages, only.prompts, router._tracked) == (set(), 0, set(), {})
     worker.send(Updates([Tokens({first.request.uid: 46})]))  # was under way
     for _ in range(3):
         router.turn(None, 10)

@@ -17,9 +17,11 @@ T = TypeVar("T")
 RoleName = Literal["unified", "prefill", "decode"]
 Name = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(ge=0, lt=2**53)]  # exact as a float, too
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 PIECE = 2**20  # bytes: chosen experts travel in pieces, because those of a long prompt are over `ports.MOST_BYTES`
 PIECES = 8  # per message to the router
+MOST_LEFT = 256  # prompts that one report names
 Piece = Annotated[bytes, Meta(max_length=PIECE)]
 
 
@@ -47,12 +49,24 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
 
 
+class Load(msgspec.Struct, frozen=True):
+    """The load of a replica. The tokens of a launched step count as computed."""
+
+    queued_tokens: Size  # of prompts, not computed yet
+    kv_pages: Size  # that are not free
+    running: Size  # requests in the batch
+    waiting: Size  # other requests
+    tokens_left: Annotated[dict[int, Size], Meta(max_length=MOST_LEFT)] = {}  # by uid, of begun prompts
+    unwanted_pages: Size = 0  # part of `kv_pages`: of aborted requests, because a transfer may still write them
+
+
 class Beat(msgspec.Struct, frozen=True, tag=True):
     """A rank's beacon to the router, every second: I am alive, and my loop is in this turn."""
 
     id: Name  # the member's
     turn: Count
     waits: bool  # in a collective, for other ranks of its job
+    load: Load | None = None  # of a replica, from its first rank
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

@@ -5,6 +5,7 @@ from collections import Counter
 from statistics import median
 
 from disagg.control.messages import Parts
+from disagg.front.spread import Spreads
 
 ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decode": ("decode",)}
 
@@ -25,7 +26,9 @@ def balancedness(stats: dict[str, float]) -> str:
 class Metrics:
     """The router's numbers: latencies that it measures, and the replicas' statistics, sent when they leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, spreads: Spreads | None = None) -> None:
+        """`spreads`: the loads of the replicas over time."""
+        self.spreads = spreads or Spreads()
         self.finished: Counter = Counter()  # by finish_reason
         self.prompt_tokens = self.generated_tokens = self.retries = 0
         self.ttft: list[float] = []
@@ -53,6 +56,7 @@ class Metrics:
                 rows.append(
                     (name, f"median {median(values) * 1e3:.1f} ms, p99 {percentile(values, 0.99) * 1e3:.1f} ms")
                 )
+        rows += self.spreads.rows()
         if self.parts:
             names = Parts.__struct_fields__
             medians = [f"{name} {median(getattr(p, name) for p in self.parts) * 1e3:.1f}" for name in names]

@@ -27,6 +27,7 @@ class UserRequest(msgspec.Struct, frozen=True):
     request: Request
     stop: list[str]
     marks: frozenset[int] = frozenset()  # tokens that structure its text: see `TextStream` and `ChatFormat.marks`
+    session_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
             _check(alias, raw[alias], *_RULES[name])
             if fields.setdefault(name, raw[alias]) != raw[alias]:
                 raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
+    session_id = fields.pop("session_id", None)
     fields = {"seed": secrets.randbits(31)} | served.defaults | fields
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
@@ -86,7 +88,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
             f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
             f"max_model_len ({served.max_model_len})"
         )
-    return UserRequest(raw.get("id", uid), request, stop)
+    return UserRequest(raw.get("id", uid), request, stop, session_id)
 
 
 def check_field(name: str, value: Any) -> Any:
@@ -184,6 +186,7 @@ _RULES = {
     "ignore_eos": (bool, lambda v: True, "true or false"),
     "return_experts": (bool, lambda v: True, "true or false"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
+    "session_id": (str, lambda v: 0 < len(v) <= 256 and is_id(v), "a string of Unicode with 1 to 256 characters"),
 }
 
 

@@ -20,9 +20,11 @@ from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.client import Client
 from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
-from disagg.front.fleet import Fleet, Replica
+from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
+from disagg.front.replica import Replica
+from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
 from disagg.front.text_stream import TextStream
 from disagg.front.tracked import Tracked
@@ -34,9 +36,6 @@ REPLACEMENT_S = 30.0  # how long requests wait for a lost role to come back
 NOTICE_S = 10.0  # how long requests wait for a missing role before the first line about it
 NOTICE_FACTOR = 3  # the wait before each further line grows by this factor
 ATTEMPTS = 3  # how often a request may begin
-BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
-STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
-LEAST_AHEAD = 4  # or this many prompts, whichever is more
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
 
 
@@ -57,7 +56,8 @@ class Router:
         self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.fleet.spreads)
+        self._routing = Routing()
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
@@ -161,10 +161,7 @@ class Router:
         return tracked if serves else None
 
     def _assign(self) -> None:
-        """Give waiting requests, in order, to the least loaded replicas that can begin them.
-
-        A decode replica's load is the share of its KV in use. A prefill replica's load is its prompt tokens.
-        """
+        """Give waiting requests, in order, to replicas that can begin them."""
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
         if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes
@@ -174,13 +171,13 @@ class Router:
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
             request = tracked.request(uid)
-            suitable = self._suitable(tracked, able, request.most_tokens)
-            sources = self._suitable(tracked, prefills, len(request.prompt))
-            if pair := self._choose(request, suitable, sources):
+            decodes = suitable(able, request.most_tokens, tracked.suspects)
+            sources = suitable(prefills, len(request.prompt), tracked.suspects)
+            if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):
                 self._submit(tracked, request, *pair)
                 continue
             unassigned.append(uid)
-            if suitable and (sources or suitable[0].hello.role == "unified"):
+            if decodes and (sources or decodes[0].hello.role == "unified"):
                 break  # it waits for room, which later requests must not take
         self._waiting.extendleft(reversed(unassigned))
 
@@ -189,41 +186,9 @@ class Router:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
         tracked.experts.clear()
-        decode.requests.add(request.uid)
-        decode.pages += pages_for(request.most_tokens)
-        prefill.prompts[request.uid] = len(request.prompt)
+        decode.add_request(request.uid, pages_for(request.most_tokens))
+        prefill.add_prompt(request.uid, len(request.prompt))
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
-
-    def _choose(
-        self, request: Request, decodes: list[Replica], prefills: list[Replica]
-    ) -> tuple[Replica, Replica] | None:
-        """Return a decode and a prefill replica that can begin it now, or None. A unified replica is returned twice."""
-        pages = pages_for(request.most_tokens)
-        decodes = [r for r in decodes if not r.requests or r.pages + pages <= r.capacity]
-        decodes = [r for r in decodes if len(r.requests) < BATCHES * r.hello.max_batch]
-        if decodes and decodes[0].hello.role == "unified":
-            decodes = prefills = self._with_time(decodes)
-        else:
-            prefills = self._with_time(prefills)
-        if not decodes or not prefills:
-            return None
-        decode = min(decodes, key=lambda r: r.pages / r.capacity)
-        return decode, decode if prefills is decodes else min(prefills, key=lambda r: r.prompt_tokens)
-
-    def _with_time(self, replicas: list[Replica]) -> list[Replica]:
-        """Return the replicas that can soon begin another prompt."""
-        return [
-            r for r in replicas if len(r.prompts) < LEAST_AHEAD or r.prompt_tokens < STEPS_AHEAD * r.hello.step_tokens
-        ]
-
-    def _suitable(self, tracked: Tracked, replicas: list[Replica], tokens: int) -> list[Replica]:
-        """Return the replicas whose KV can hold a request's `tokens`, except those where it has just failed.
-
-        If no KV can hold them, any replica is suitable: it will answer with the error.
-        """
-        now = time.monotonic()
-        replicas = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
-        return [r for r in replicas if tracked.suspects.get(r.hello.job, now) <= now]
 
     def _withdraw(self, replicas: list[Replica]) -> None:
         """Take back the requests that have not begun."""
@@ -320,7 +285,7 @@ class Router:
 
     def _prompt_done(self, uid: int, tracked: Tracked) -> None:
         if tracked.prefill is not None:
-            del tracked.prefill.prompts[uid]
+            tracked.prefill.end_prompt(uid)
             tracked.prefill = None
 
     def _leave(self, uid: int) -> Tracked:
@@ -328,8 +293,7 @@ class Router:
         tracked = self._tracked.pop(uid)
         self._prompt_done(uid, tracked)
         if tracked.decode is not None:
-            tracked.decode.requests.discard(uid)
-            tracked.decode.pages -= pages_for(tracked.user.request.most_tokens)
+            tracked.decode.end_request(uid)
         tracked.decode = None
         return tracked
 
