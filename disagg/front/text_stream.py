@@ -14,9 +14,11 @@ class TextStream:
     Special tokens are not part of the text, but a stop string may name them. Without a tokenizer the text stays empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: list[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: Tokenizer | None, stop: list[str], min_tokens: int = 0) -> None:
+        """The first `min_tokens` tokens complete no stop string."""
+        self._tokenizer, self._stop, self._min_tokens = tokenizer, stop, min_tokens
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._unchecked = 0  # length of the text of the first min_tokens tokens
         self._unshown: list[int] = []  # tokens since the text last grew
         self._torn = False  # may the streamed text differ from the text of all tokens decoded at once?
         self._marked = MarkedText(tokenizer, stop) if tokenizer is not None else None
@@ -30,6 +32,12 @@ class TextStream:
         """
         self.token_ids.append(token)
         piece = self._step(token)
+        if len(self.token_ids) <= self._min_tokens:
+            self.text += piece
+            self._unchecked = len(self.text)
+            if self._marked is not None:
+                self._marked.skip(token, piece)
+            return False
         ends = []
         if self._marked is not None and (at := self._marked.push(token, piece)) is not None:
             ends.append(at)
@@ -91,8 +99,9 @@ class TextStream:
             return None
 
     def _end(self, text: str, start: int = 0) -> int | None:
-        """Return where the first stop string begins, if there is one."""
-        return min((at for stop in self._stop if (at := text.find(stop, start)) >= 0), default=None)
+        """Return where the first stop string begins, if one ends behind the unchecked text."""
+        starts = ((stop, max(start, self._unchecked - len(stop) + 1)) for stop in self._stop)
+        return min((at for stop, start in starts if (at := text.find(stop, start)) >= 0), default=None)
 
 
 class MarkedText:
@@ -104,6 +113,7 @@ class MarkedText:
         self._stop = [text for text in stop if any(word in text for word in self._special.values())]
         self._longest = max(map(len, self._stop), default=0)
         self._text = ""
+        self._unchecked = 0  # length of the text that was skipped
         self._hidden: list[tuple[int, int]] = []  # where special tokens begin and end in `_text`
 
     def push(self, token: int, piece: str) -> int | None:
@@ -114,12 +124,22 @@ class MarkedText:
         if not self._stop:
             return None
         start = max(0, len(self._text) - self._longest)
+        self._add(token, piece)
+        starts = ((stop, max(start, self._unchecked - len(stop) + 1)) for stop in self._stop)
+        ends = [at for stop, start in starts if (at := self._text.find(stop, start)) >= 0]
+        return self._visible(min(ends)) if ends else None
+
+    def skip(self, token: int, piece: str) -> None:
+        """Add a token that completes no stop string, whatever its text."""
+        if self._stop:
+            self._add(token, piece)
+            self._unchecked = len(self._text)
+
+    def _add(self, token: int, piece: str) -> None:
         self._text += piece
         if word := self._special.get(token):
             self._hidden.append((len(self._text), len(self._text) + len(word)))
             self._text += word
-        ends = [at for stop in self._stop if (at := self._text.find(stop, start)) >= 0]
-        return self._visible(min(ends)) if ends else None
 
     def _visible(self, at: int) -> int:
         """Turn a place in `_text` into one in the visible text."""
