@@ -65,7 +65,8 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None 
     ordered = ordered.masked_fill(rank >= limit, float("-inf"))
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability  # of likelier tokens; 0 for the first, so one always stays
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
+    enough = top_p.where(top_p < 1, float("inf"))[:, None]  # a rounded sum may reach 1 too early
+    ordered = ordered.masked_fill((before >= enough) & (rank > 0), float("-inf"))
     if min_p is not None:
         ordered = ordered.masked_fill(probability < min_p[:, None] * probability[:, :1], float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, ordered)
