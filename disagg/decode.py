@@ -54,7 +54,8 @@ class Decode(Unified):
                 if prefill is None:
                     self.updates.append(Update(request.uid, error="a decode replica needs a prefill replica"))
                 elif self.fits(request):
-                    self.queue.append(Incoming(Sequence(request), prefill, Room(len(self.members))))
+                    sequence = Sequence(request, self.engine.config.eos_token_ids)
+                    self.queue.append(Incoming(sequence, prefill, Room(len(self.members))))
             case RoomEnded() as ended:
                 self.room_ended(ended)
             case Abort(uid) if uid in self.incoming:
@@ -138,7 +139,7 @@ class Decode(Unified):
             self.sequences[uid] = sequence
             assert arrival.first is not None  # every link has ended the room without an error
             token, logprobs = arrival.first
-            reason = sequence.append(token, self.engine.config.eos_token_ids)
+            reason = sequence.append(token)
             self.report_experts(uid, experts)
             self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
             if reason is None:

@@ -83,7 +83,9 @@ class Prefill(Role):
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
         links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
-        departure = Outgoing(Sequence(request), event.pages, links, Room(len(event.decode)))
+        departure = Outgoing(
+            Sequence(request, self.engine.config.eos_token_ids), event.pages, links, Room(len(event.decode))
+        )
         departure.room.rise(RoomState.WAITING)
         self.outgoing[request.uid] = departure
         for link in links:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from disagg.history import History
 from disagg.request import FinishReason, Request
 from model.batch import PAGE, Chunk
 from model.kv_cache import PageAllocator, pages_for
@@ -22,6 +23,7 @@ class Sequence:
     """A request that is queued or running."""
 
     request: Request
+    eos_token_ids: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)  # the prompt, then the generated tokens that the host has seen
     computed: int = 0  # tokens with their KV in `pages`, once all launched steps are done
     pages: list[int] = field(default_factory=list)
@@ -31,7 +33,15 @@ class Sequence:
         self.tokens = self.tokens or list(self.request.prompt)
         self.prompt_len = len(self.request.prompt)
         self.limit = self.request.most_tokens
-        self.is_plain = self.request.temperature <= COLDEST and not self.request.logprobs  # greedy choice is all
+        self.stop_tokens = self.request.stop_tokens(self.eos_token_ids)
+        # Is the argmax of the model's logits all that the request needs?
+        self.is_plain = (
+            self.request.temperature <= COLDEST and not self.request.logprobs and not self.request.processes_logits
+        )
+
+    @cached_property
+    def history(self) -> History:
+        return History(self.request, self.stop_tokens)
 
     @property
     def in_prompt(self) -> bool:
@@ -45,10 +55,10 @@ class Sequence:
         """
         return max(0, self.computed + 1 - len(self.tokens))
 
-    def append(self, token: int, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
+    def append(self, token: int) -> FinishReason | None:
         """Add a sampled token. Returns the finish reason if it is the last one."""
         self.tokens.append(token)
-        if token in eos_token_ids and not self.request.ignore_eos:
+        if token in self.stop_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
@@ -66,6 +76,11 @@ class Plan:
         return all(s.is_plain for s in self.decodes) and all(s.is_plain for s, _ in self.prefills)
 
     @cached_property
+    def processes_logits(self) -> bool:
+        """Does a request in this step change its logits before a token is chosen?"""
+        return any(s.request.processes_logits for s in [*self.decodes, *(s for s, _ in self.prefills)])
+
+    @cached_property
     def returns_experts(self) -> bool:
         """Does a request in this step ask for its chosen experts?"""
         return any(s.request.return_experts for s in [*self.decodes, *(s for s, _ in self.prefills)])
@@ -76,6 +91,11 @@ class Plan:
     def uids(self) -> dict[int, None]:
         """The uids of the decoding sequences, in order."""
         return dict.fromkeys(s.uid for s in self.decodes)
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens of which one or another ends a decoding sequence."""
+        return frozenset().union(*(s.stop_tokens for s in self.decodes))
 
     @cached_property
     def appends(self) -> list[Callable[[int], None]]:

@@ -33,7 +33,10 @@ from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, S
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
-REQUEST = Request(3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20, True)
+REQUEST = Request(
+    3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20, True, 0.25, -2.0, 2.0, 100.0, {0: -100.0, 128_000: 0.5},
+    9, [5, 128_000], 2,
+)  # fmt: skip
 BY_DEFAULT = Request(4, [1])
 UPDATE = Update(3, [5, 6], [[(5, -0.5), (9, -1.25)], []], "length")
 HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2)
@@ -104,6 +107,8 @@ def test_numbers_keep_their_type_on_the_way() -> None:
     assert type(token) is int and type(logprob) is float
     request = DECODERS[ToWorker](encode(Submit(Request(1, [1], temperature=1, top_p=1), None))).request
     assert type(request.temperature) is float and type(request.top_p) is float
+    request = DECODERS[ToWorker](encode(Submit(Request(1, [1], min_p=1, logit_bias={5: 1}), None))).request
+    assert type(request.min_p) is float and request.logit_bias == {5: 1.0} and type(request.logit_bias[5]) is float
 
 
 def forged(message: msgspec.Struct, **fields: Any) -> bytes:
@@ -149,6 +154,15 @@ NOT_TO_SERVE = {
     "a negative token": Submit(Request(1, [-1]), None),
     "nothing to generate": Submit(Request(1, [1], 0), None),
     "a prefill replica without ranks": Submit(Request(1, [1]), []),
+    "a penalty that is no number": Submit(Request(1, [1], presence_penalty=float("nan")), None),
+    "a penalty over 2": Submit(Request(1, [1], frequency_penalty=2.5), None),
+    "a penalty by which one cannot divide": Submit(Request(1, [1], repetition_penalty=0.0), None),
+    "a min_p over 1": Submit(Request(1, [1], min_p=1.5), None),
+    "an infinite bias": Submit(Request(1, [1], logit_bias={1: float("inf")}), None),
+    "a bias for a negative token": Submit(Request(1, [1], logit_bias={-1: 1.0}), None),
+    "1,025 biases": Submit(Request(1, [1], logit_bias=dict.fromkeys(range(1025), 1.0)), None),
+    "a negative stop token": Submit(Request(1, [1], stop_token_ids=[-1]), None),
+    "1,025 stop tokens": Submit(Request(1, [1], stop_token_ids=[1] * 1025), None),
 }
 
 
@@ -164,6 +178,17 @@ def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
 def test_pages_and_rooms_that_cannot_be_are_no_message(message: msgspec.Struct) -> None:
     with pytest.raises(ValueError, match="not a message"):
         list(DECODERS.values())[2](encode(message))
+
+
+def test_a_later_attempt_has_a_token_of_its_users() -> None:
+    with pytest.raises(ValueError, match="^resumed is 2; it must be below the prompt's 2 tokens$"):
+        Request(1, [1, 2], resumed=2)
+    body = encode(msgspec.to_builtins(Submit(Request(1, [1, 2]), None)))
+    assert DECODERS[ToWorker](body)
+    with pytest.raises(ValueError, match="not a message: resumed is 9"):
+        DECODERS[ToWorker](
+            encode({"type": "Submit", "request": {"uid": 1, "prompt": [1], "resumed": 9}, "prefill": None})
+        )
 
 
 def test_random_bytes_are_a_value_error() -> None:

@@ -25,10 +25,23 @@ pytestmark = pytest.mark.gpu
 MESH = Mesh(device=torch.device("cuda"))
 
 
+PROCESSED = {
+    "min_p": 0.02,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.25,
+    "repetition_penalty": 1.25,
+    "logit_bias": {7: 3.0, 11: -100.0},
+    "min_tokens": 40,  # so that no answer ends early
+    "stop_token_ids": list(range(50)),
+}
+
+
 def requests(rng: random.Random) -> list[Request]:
-    made = []
+    """Some change their logits in every way, and join steps of others that do not."""
+    made: list[Request] = []
     for i, length in enumerate((1, 63, 64, 65, 200, 129, 31, 5, 90, 64)):
         warm = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "logprobs": 3} if i % 3 == 2 else {"logprobs": i % 2}
+        warm |= PROCESSED if i in (3, 8, 9) else {}
         prompt = [rng.randrange(V3_LIKE.vocab_size) for _ in range(length)]
         made.append(Request(i, prompt, rng.randrange(1, 40), seed=i, ignore_eos=True, **warm))
     return made

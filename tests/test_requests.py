@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from disagg.front.parse import Served, UserRequest, parse_line
 from disagg.front.tokenizer import PromptEncoder
+from disagg.request import Request
 
 VOCAB_SIZE = 257
 BOS = 256
@@ -55,6 +57,9 @@ def test_what_is_not_given_has_its_default() -> None:
     assert request.max_tokens == LIMIT - len(request.prompt), "to the model's limit"
     assert (request.temperature, request.top_p, request.top_k) == (0.0, 1.0, 0)
     assert (request.ignore_eos, request.logprobs, request.return_experts) == (False, 0, False)
+    assert (request.min_p, request.presence_penalty, request.frequency_penalty) == (0, 0, 0)
+    assert (request.repetition_penalty, request.logit_bias, request.min_tokens) == (1, {}, 0)
+    assert (request.stop_token_ids, request.resumed) == ([], 0)
     assert 0 <= request.seed < 2**31
 
 
@@ -68,6 +73,12 @@ def test_what_is_given_is_taken() -> None:
         "ignore_eos": True,
         "logprobs": 20,
         "return_experts": True,
+        "min_p": 0.25,
+        "presence_penalty": -2,
+        "frequency_penalty": 1.5,
+        "repetition_penalty": 1.1,
+        "min_tokens": 40,
+        "stop_token_ids": [3, 256],
     }
     user = parse(
         {"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], "session_id": "a b" * 85, **given}
@@ -76,6 +87,26 @@ def test_what_is_given_is_taken() -> None:
     assert user.id == "mine" and user.stop == ["a", "bc"]
     assert user.request.prompt == [0, 3, 256]
     assert {name: getattr(user.request, name) for name in given} == given
+
+
+def test_biases_are_named_by_their_tokens_digits() -> None:
+    given = {"0": -100, "256": 0.5, "0017": 100}
+    assert parse({"prompt": "hi", "logit_bias": given}).request.logit_bias == {0: -100, 256: 0.5, 17: 100}
+    many = {str(token): 1 for token in range(VOCAB_SIZE)}
+    assert len(parse({"prompt": "hi", "logit_bias": many}).request.logit_bias) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("fields", ({"logit_bias": {"3": 1, "257": 1}}, {"stop_token_ids": [2, 257, 1]}))
+def test_a_token_outside_the_vocabulary_is_named_with_its_field(fields: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(fields))}: token 257 is not in the model's vocabulary of 257$"):
+        parse({"prompt": "hi", **fields})
+
+
+def test_fewer_tokens_than_are_asked_for_at_least_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^min_tokens \(9\) is over max_tokens \(8\)$"):
+        parse({"prompt": "hi", "max_tokens": 8, "min_tokens": 9})
+    with pytest.raises(ValueError, match=rf"^min_tokens \({LIMIT}\) is over max_tokens \({LIMIT - 3}\)$"):
+        parse({"prompt": "hi", "min_tokens": LIMIT})
 
 
 def test_requests_without_a_seed_draw_different_ones() -> None:
@@ -135,6 +166,41 @@ BAD_FIELDS = (
     *(("session_id", value, "1 to 256 characters") for value in ("", "x" * 257, 5, True, ["a"], "\udfff")),
     *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, [])),
     ("stop", ["a"] * 65, "at most 64 strings"),
+    *(("min_p", value, r"in 0..1 \(0 = off\)") for value in (-0.1, 1.1, True, "0", float("nan"))),
+    *(
+        (name, value, r"in -2..2 \(0 = off\)")
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (-2.1, 2.01, 10**400, float("nan"), False, "1")
+    ),
+    *(("repetition_penalty", value, r"in 0.01..100") for value in (0, -1, 1e-30, 101, float("inf"), float("nan"), "1")),
+    *(("min_tokens", value, "at least 0") for value in (-1, 0.5, True, "1")),
+    *(
+        ("logit_bias", value, "at most 1024 tokens, each with a number in -100..100")
+        for value in (
+            5,
+            [],
+            [[3, 1]],
+            {"a": 1},
+            {"-1": 1},
+            {"1.0": 1},
+            {"": 1},
+            {"\u0663": 1},
+            {"9" * 5000: 1},
+            {"3": "1"},
+            {"3": None},
+            {"3": True},
+            {"3": 101},
+            {"3": -100.5},
+            {"3": float("nan")},
+            {"3": 10**400},
+            {"3": 1, "03": 2},
+            {str(token): 0 for token in range(1025)},
+        )
+    ),
+    *(
+        ("stop_token_ids", value, "a list of at most 1024 tokens")
+        for value in (5, "5", {}, [-1], [1.0], [True], ["1"], [[1]], [None], [1] * 1025)
+    ),
     *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),
 )
 
@@ -323,6 +389,10 @@ FIELDS = (
     "top_p",
     "top_k",
     "seed",
+    "logit_bias",
+    "stop_token_ids",
+    "repetition_penalty",
+    "min_tokens",
 )
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(("user", "system")), "content": st.text(st.characters())})
@@ -346,6 +416,12 @@ MESSAGES = st.lists(
             "top_p": st.floats(-0.5, 1.5),
             "top_k": st.integers(-1, 2**31),
             "logprobs": st.integers(-1, 21),
+            "min_p": st.floats(),
+            "frequency_penalty": st.floats(-3, 3),
+            "repetition_penalty": st.floats(0, 101),
+            "logit_bias": st.dictionaries(st.text("0123456789", max_size=3), st.floats(-101, 101), max_size=3),
+            "min_tokens": st.integers(-1, 70),
+            "stop_token_ids": st.lists(st.integers(-1, VOCAB_SIZE), max_size=3),
             "stop": st.text(max_size=1) | st.lists(st.text(max_size=2), max_size=2),
         },
     )
@@ -365,6 +441,8 @@ def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> 
     assert request.max_tokens >= 1 and request.temperature >= 0 and 0 < request.top_p <= 1
     assert 0 <= request.top_k < 2**31 and 0 <= request.seed < 2**63 and 0 <= request.logprobs <= 20
     assert all(isinstance(stop, str) and stop for stop in user.stop)
+    request.check_vocabulary(VOCAB_SIZE)
+    assert msgspec.convert(msgspec.to_builtins(request), Request) == request, "the ranks would not take it"
 
 
 @given(st.text(max_size=60))

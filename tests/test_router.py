@@ -509,7 +509,7 @@ def test_a_job_takes_part_once_it_is_whole() -> None:
 
 def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.CaptureFixture) -> None:
     """Its stop string is found across the move; an answer's log probabilities are those of all its tokens."""
-    with serving(Request(0, [5, 6], 5, seed=7, logprobs=1)) as (router, answers):
+    with serving(Request(0, [5, 6], 5, seed=7, logprobs=1, min_tokens=4)) as (router, answers):
         prefill, dying = joining("p", "prefill", router), joining("d", "decode", router)
         uid = dying.hear(Submit).request.uid
         dying.send(Updates([Update(uid, [10], [[(10, -1.0)]]), Update(uid, [11], [[(11, -2.0)]])], [uid]))
@@ -518,7 +518,8 @@ def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.
         other = joining("e", "decode", router)
         submit = other.hear(Submit)
         assert (
-            submit.request == Request(submit.request.uid, [5, 6, 10, 11], 3, seed=7, logprobs=1)
+            submit.request
+            == Request(submit.request.uid, [5, 6, 10, 11], 3, seed=7, logprobs=1, min_tokens=4, resumed=2)
             and submit.request.uid != uid
         )
         assert [member.id for member in submit.prefill] == ["p"]

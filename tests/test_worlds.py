@@ -36,18 +36,25 @@ from tests.worlds import run_world, sub_mesh
 SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
 LARGEST = (8, 2), (8, 4)  # the one pair of two sides of eight ranks; the other eight such pairs would take 20 s
 SIDE = 8  # the most ranks a side has: the prefill (or unified) job starts at rank 0, the decode job at rank 8
+FAVOURED = 5, 900, 2000  # tokens that the last two requests favour; the first ends them
 SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=96, kv_tokens=1024, max_model_len=512)
 
 
 def requests(vocab_size: int) -> list[UserRequest]:
-    """Fewer than ranks, so that some idle: one token, both sides of a page boundary, several chunks, sampling."""
+    """Fewer than ranks, so that some idle: one token, both sides of a page boundary, several chunks, sampling.
+
+    The last two change their logits in every way, one of them greedily. Each token ends them once min_tokens allows it.
+    """
     rng = random.Random(0)
-    lengths, outputs = (1, 63, 64, 65, 130), (4, 2, 1, 3, 2)
+    lengths, outputs = (1, 63, 64, 65, 130, 100, 2), (4, 2, 1, 3, 2, 9, 9)
     made = []
     for i, (length, max_tokens) in enumerate(zip(lengths, outputs, strict=True)):
         prompt = [rng.randrange(vocab_size) for _ in range(length)]
-        warm = {"temperature": 0.8, "top_p": 0.9, "top_k": 40} if i % 2 else {}
-        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, logprobs=2, **warm)
+        fields = {"temperature": 0.8, "top_p": 0.9, "top_k": 40} if i % 2 else {}
+        if i > 4:
+            fields |= {"min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 2.0, "repetition_penalty": 1.5}
+            fields |= {"logit_bias": dict.fromkeys(FAVOURED, 25.0), "min_tokens": 3, "stop_token_ids": [FAVOURED[0]]}
+        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, logprobs=2, **fields)
         made.append(UserRequest(i, request, []))
     return made
 
@@ -118,8 +125,9 @@ def body(rank: int, folder: Path) -> None:
     left, right = engines(0), engines(SIDE)
     expected = one_run([("unified", *left[(1, 1)])], folder, interrupt)
     if rank == 0:
-        assert [len(tokens) for tokens, *_ in expected] == [4, 2, 1, 3, 2]
-        assert len({tuple(tokens) for tokens, *_ in expected}) == 5
+        assert [len(tokens) for tokens, *_ in expected] == [4, 2, 1, 3, 2, 4, 4]
+        assert len({tuple(tokens) for tokens, *_ in expected}) == 7
+        assert all(tokens[-1] == FAVOURED[0] and reason == "stop" for tokens, reason, _ in expected[5:])
     for shape in SHAPES[1:]:
         got = one_run([("unified", *left[shape])], folder, interrupt)
         assert got == expected or rank, f"unified {shape}: {got} instead of {expected}"

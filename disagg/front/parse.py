@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
-from disagg.request import Request
+from disagg.request import MOST_ENTRIES, Request
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64  # stop strings; each of them is searched at each token
@@ -67,6 +67,11 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
                 raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
     session_id = fields.pop("session_id", None)
     fields = {"seed": secrets.randbits(31)} | served.defaults | fields
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    for name in ("logit_bias", "stop_token_ids"):
+        if (largest := max(fields.get(name, ()), default=0)) >= served.vocab_size:
+            raise ValueError(f"{name}: token {largest} is not in the model's vocabulary of {served.vocab_size}")
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -83,6 +88,8 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
         )
     fields.setdefault("max_tokens", room)
     request = Request(uid, prompt, **fields)
+    if request.min_tokens > request.max_tokens:
+        raise ValueError(f"min_tokens ({request.min_tokens}) is over max_tokens ({request.max_tokens})")
     if request.most_tokens > served.max_model_len:
         raise ValueError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
@@ -167,6 +174,20 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
+def _are_tokens(value: list) -> bool:
+    return len(value) <= MOST_ENTRIES and all(type(token) is int and token >= 0 for token in value)
+
+
+def _are_biases(value: dict) -> bool:
+    """Are they biases by token? JSON has only strings as names, so a token is its digits."""
+    names_are_tokens = all(name.isdecimal() and name.isascii() and len(name) < 10 for name in value)
+    return (
+        names_are_tokens
+        and len({int(name) for name in value}) == len(value) <= MOST_ENTRIES
+        and all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in value.values())
+    )
+
+
 # name -> type, test, the rule in words
 _CHAT_RULES = {
     "tools": (list, _are_objects, "a list of objects"),
@@ -182,6 +203,13 @@ _RULES = {
     "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
     "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
+    "min_p": (float, lambda v: 0 <= v <= 1, "a number in 0..1 (0 = off)"),
+    "presence_penalty": (float, lambda v: -2 <= v <= 2, "a number in -2..2 (0 = off)"),
+    "frequency_penalty": (float, lambda v: -2 <= v <= 2, "a number in -2..2 (0 = off)"),
+    "repetition_penalty": (float, lambda v: 0.01 <= v <= 100, "a number in 0.01..100 (1 = off)"),
+    "logit_bias": (dict, _are_biases, f"an object of at most {MOST_ENTRIES} tokens, each with a number in -100..100"),
+    "min_tokens": (int, lambda v: v >= 0, "an integer of at least 0"),
+    "stop_token_ids": (list, _are_tokens, f"a list of at most {MOST_ENTRIES} tokens"),
     "seed": (int, lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1"),
     "ignore_eos": (bool, lambda v: True, "true or false"),
     "return_experts": (bool, lambda v: True, "true or false"),

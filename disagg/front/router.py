@@ -88,7 +88,8 @@ class Router:
 
     def submit(self, user: UserRequest, client: Client) -> Tracked:
         """Take a request. The next turns serve it."""
-        stream, request = TextStream(self.tokenizer, user.stop, user.marks), user.request
+        request = user.request
+        stream = TextStream(self.tokenizer, user.stop, user.marks, request.min_tokens)
         experts = ExpertRows(self.expert_shape, request.most_tokens - 1 if request.return_experts else 0)
         tracked = Tracked(user, client, stream, time.monotonic(), experts=experts)
         self._queue(tracked)

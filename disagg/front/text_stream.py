@@ -49,10 +49,17 @@ class TextStream:
     If the library decodes all tokens at once into a text that begins otherwise than the shown one, the shown one stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: list[str], marks: Set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: list[str],
+        marks: Set[int] = frozenset(),
+        min_tokens: int = 0,
+    ) -> None:
         """`marks`: added tokens that are kept in the text, special or not, and whose places are noted in `places`.
 
         A stop string can contain a whole mark, but neither a part of one nor the text on both its sides alone.
+        The first `min_tokens` tokens complete no stop string.
         """
         self._tokenizer = tokenizer
         self._words = read_words(tokenizer) if tokenizer is not None else Words({}, {}, frozenset())
@@ -66,6 +73,7 @@ class TextStream:
         self._stop = stop
         self._stops = StopSearch(stop)
         self._marked = MarkedText(self._words, self._marks, stop)
+        self._min_tokens = min_tokens
         self.token_ids: list[int] = []
         self.places: list[tuple[int, int]] = []  # of marks: where in the text, token
         self.text = ""  # it is final once it is closed
@@ -176,6 +184,9 @@ class TextStream:
         Text that may still change is searched, too: if a stop string is complete, no later token can change it.
         """
         new, count = self.text[start:], self._settled - start
+        if len(self.token_ids) <= self._min_tokens:
+            self._stops.ignored = len(self.text)
+            self._marked.ignore(token, new)
         visible = count if mark is None else mark - start
         ends = [self._stops.find(new if mark is None else new[:visible]), self._marked.find(token, new)]
         if found := [end for end in ends if end is not None]:
@@ -191,7 +202,8 @@ class TextStream:
         """Close the text at a stop string that begins at `end`."""
         self.text = self.text[:end]
         if self._torn and (whole := self._whole()) is not None:
-            ends = [end for stop in self._stop if (end := whole.find(stop, self.shown)) >= 0]
+            starts = ((stop, max(self.shown, self._stops.ignored - len(stop) + 1)) for stop in self._stop)
+            ends = [end for stop, start in starts if (end := whole.find(stop, start)) >= 0]
             self.text = whole[: min(ends)] if ends else self.text
         self.closed, self.shown = True, len(self.text)
 
@@ -216,6 +228,10 @@ class MarkedText:
         """From here on, the visible text could still become such a stop string."""
         return self._visible(self._search.held) if self._stop else math.inf
 
+    def ignore(self, token: int, piece: str) -> None:
+        """From now on, ignore stop strings that end at or before this token."""
+        self._search.ignored = self._length + len(piece) + len(self._word(token))
+
     def find(self, token: int, piece: str) -> int | None:
         """Return where the first complete stop string begins after a token with its visible text, or None."""
         if not self._stop:
@@ -224,7 +240,7 @@ class MarkedText:
         return None if at is None else self._visible(at)
 
     def push(self, token: int, piece: str) -> None:
-        """Add a token and its visible text, in which `find` has found no stop string."""
+        """Add a token and its visible text, in which `find` has found no stop string that counts."""
         if not self._stop:
             return
         self._length += len(piece)

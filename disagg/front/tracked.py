@@ -35,4 +35,6 @@ class Tracked:
         """Return the rest of the request: the tokens so far join the prompt."""
         request, done = self.user.request, self.stream.token_ids
         max_tokens = request.max_tokens - len(done)
-        return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens)
+        return msgspec.structs.replace(
+            request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens, resumed=len(done)
+        )
