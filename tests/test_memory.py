@@ -11,6 +11,9 @@ import torch
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
 from disagg.memory import GIB, WORKSPACES, Budget, host_memory, pages_on_host, plan_parts, share_of_gpu, share_of_torch
+from disagg.request import Request
+from disagg.sampler import process, sampling_rows
+from disagg.scheduler import Sequence
 from kernels.ops import Ops
 from model.batch import PAGE, Batch, Chunk, split
 from model.config import ModelConfig
@@ -258,6 +261,15 @@ def test_sampling_has_room() -> None:
     with Peak() as peak:
         sample(logits, parameters)
     assert logits.nbytes + peak.most < sampling(replace(SMALL, vocab_size=vocab), rows) < 2 * peak.most
+    fields = {"presence_penalty": 1.0, "repetition_penalty": 2.0, "min_p": 0.1, "temperature": 0.9}
+    sequences = [Sequence(Request(0, [1], **fields), (2,), [1, 3, 3]) for _ in range(rows)]
+    for sequence in sequences:
+        sequence.computed = 3
+    with Peak() as more:  # in the same room: the processors' tensors are gone when a token is sampled
+        mine = logits[torch.arange(rows)]
+        process(mine, sequences, torch.full((rows,), 3))
+        sample(mine, sampling_rows(sequences, torch.device("cpu")))
+    assert logits.nbytes + more.most < sampling(replace(SMALL, vocab_size=vocab), rows)
 
 
 def test_the_table_of_a_plan() -> None:
