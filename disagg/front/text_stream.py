@@ -58,7 +58,7 @@ class TextStream:
     ) -> None:
         """`marks`: added tokens that are kept in the text, special or not, and whose places are noted in `places`.
 
-        A stop string can contain a whole mark, but neither a part of one nor the text on both its sides alone.
+        A stop string may contain a whole mark. It never matches a part of one, or text that only a mark interrupts.
         The first `min_tokens` tokens complete no stop string.
         """
         self._tokenizer = tokenizer
