@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 FinishReason = Literal["stop", "length"]
+MAX_LOGPROBS = 20  # likeliest tokens that an answer may show
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -16,7 +17,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
 
     uid: int
     prompt: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(ge=1)] = 16
+    max_tokens: Annotated[int, Meta(ge=0)] = 16  # 0, which only prompt_logprobs allows: the answer has no token
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -24,11 +25,21 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     logprobs: int = 0
     return_experts: bool = False
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # likeliest tokens per prompt token
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 and self.prompt_logprobs is None:
+            raise ValueError(f"max_tokens is {self.max_tokens}; without prompt_logprobs it must be at least 1")
 
     @property
     def most_tokens(self) -> int:
         """Tokens of the prompt plus the tokens that may be generated."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def most_fed(self) -> int:
+        """Tokens that may run through the model: the last generated one does not."""
+        return len(self.prompt) + max(self.max_tokens, 1) - 1
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ValueError if the prompt has a token outside a vocabulary of `size` tokens."""

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
-OPTIONAL = ("logprobs", "experts", "error")  # left out of the line if they are None
+OPTIONAL = (
+    "logprobs",
+    "prompt_token_ids",
+    "prompt_logprobs",
+    "experts",
+    "error",
+)  # left out of the line if they are None
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Answer:
     ttft_s: float | None
     latency_s: float | None
     logprobs: list | None = None
+    prompt_token_ids: list[int] | None = None  # with the next one, because a text's tokens are not known otherwise
+    prompt_logprobs: list | None = None  # as `unpack` in `model/prompt_logprobs.py` makes it
     experts: dict | None = None  # as `ExpertRows.encode` makes it
     error: str | None = None
 

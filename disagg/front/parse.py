@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
-from disagg.request import Request
+from disagg.request import MAX_LOGPROBS, Request
 
-MAX_LOGPROBS = 20
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
+LEAST_TOKENS = "an integer of at least 1, or 0 with prompt_logprobs"
 ALIASES = {"max_completion_tokens": "max_tokens"}  # other name -> name
 
 
@@ -63,6 +63,8 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
             if fields.setdefault(name, raw[alias]) != raw[alias]:
                 raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
     fields = {"seed": secrets.randbits(31)} | served.defaults | fields
+    if fields.get("max_tokens") == 0 and "prompt_logprobs" not in fields:
+        raise ValueError(f"max_tokens is 0; it must be {LEAST_TOKENS}")
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -172,7 +174,7 @@ _CHAT_RULES = {
     ),
 }
 _RULES = {
-    "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
+    "max_tokens": (int, lambda v: v >= 0, LEAST_TOKENS),
     "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
     "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
@@ -180,6 +182,7 @@ _RULES = {
     "ignore_eos": (bool, lambda v: True, "true or false"),
     "return_experts": (bool, lambda v: True, "true or false"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
+    "prompt_logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
 }
 
 
