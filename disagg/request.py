@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from model.sampling import MAX_LOGPROBS
+
 FinishReason = Literal["stop", "length"]
-MAX_LOGPROBS = 20  # likeliest tokens that an answer may show
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greedy
+MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for, per token
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
-from disagg.request import MAX_LOGPROBS, Request
+from disagg.request import Request
+from model.sampling import MAX_LOGPROBS
 
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
