@@ -65,7 +65,8 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
                 raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
     fields = {"seed": secrets.randbits(31)} | served.defaults | fields
     if fields.get("max_tokens") == 0 and "prompt_logprobs" not in fields:
-        raise ValueError(f"max_tokens is 0; it must be {LEAST_TOKENS}")
+        name = next(name for name in ("max_tokens", *ALIASES) if name in raw)
+        raise ValueError(f"{name} is 0; it must be {LEAST_TOKENS}")
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
