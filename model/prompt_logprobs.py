@@ -6,7 +6,7 @@ activations: [16384, 129280] float32 is 8.5 GB.
 
     x [T, D] --SLICE rows--> logits [SLICE, V] --log softmax--> the k likeliest tokens, and the prompt's own
 
-A token's *row* has 2 x (k + 1) words of 32 bits: the ids (int32) in the order of `top_logprobs`, then their log
+A token's *prompt row* has 2 x (k + 1) words of 32 bits: the ids (int32) in the order of `top_logprobs`, then their log
 probabilities (float32). Behind the GPU, words are little-endian.
 """
 
