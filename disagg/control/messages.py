@@ -134,9 +134,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     retry: bool = False  # another prefill rank may succeed
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
-    prompt_rows: Piece = (
-        b""  # more of the prompt's log probabilities (`model/prompt_logprobs.py`); all before any token
-    )
+    prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):

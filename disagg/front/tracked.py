@@ -55,7 +55,8 @@ class Tracked:
     def take(self, update: Update) -> None:
         """Keep the rows of an update. Raises ValueError if they are not those that the request must get now."""
         self.experts.add(update.experts)
-        self.prompt_rows.add(update.prompt_rows)
+        if update.prompt_rows:
+            self.prompt_rows.add(update.prompt_rows)
         if update.tokens and self.latest is None:
             self.prompt_rows.check_complete()
 
