@@ -18,6 +18,7 @@ from disagg.handoff.receive_link import ReceiveLink
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
+from model.prompt_logprobs import row_bytes
 
 
 @dataclass(eq=False)
@@ -107,8 +108,11 @@ class Decode(Unified):
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
         link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
-        expected = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
-        link.put(Join(request.uid, opening, expected))
+        experts = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
+        top, rows = request.prompt_logprobs, 0
+        if opening and top is not None:
+            rows = (len(request.prompt) - 1) * row_bytes(top, self.engine.config.vocab_size)
+        link.put(Join(request.uid, opening, experts, rows))
         arrival.link = link
         self.begun.append(request.uid)
         return True
@@ -130,10 +134,9 @@ class Decode(Unified):
         if not arrival.room.may_release:
             return
         del self.incoming[uid]
-        sequence, experts = arrival.sequence, b""
-        if sequence.request.return_experts:
-            assert arrival.link is not None
-            experts = arrival.link.take_experts(uid)
+        sequence = arrival.sequence
+        assert arrival.link is not None
+        experts, prompt_rows = arrival.link.experts.take(uid), arrival.link.prompt_rows.take(uid)
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
@@ -141,6 +144,7 @@ class Decode(Unified):
             token, logprobs = arrival.first
             reason = sequence.append(token)
             self.report_experts(uid, experts)
+            self.report_prompt(uid, prompt_rows)
             self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
             if reason is None:
                 self.scheduler.add(sequence)

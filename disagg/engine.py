@@ -30,6 +30,7 @@ from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
+from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
 from model.weights import DummyWeights, ExpertReader, load_weights
 from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
@@ -204,8 +205,9 @@ class Engine:
         batch: Batch,
         halves: tuple[Batch, Batch] | None,
         chosen: ChosenExperts | None = None,
+        scored: PromptLogprobs | None = None,
     ) -> Tensor:
-        return self.model(batch, self.pool, dispatcher, halves, chosen)
+        return self.model(batch, self.pool, dispatcher, halves, chosen, scored)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Collective. Compile every kernel before the first request, and capture the decode step. No-op on a CPU.
@@ -292,13 +294,16 @@ class Engine:
         records = work.plan.returns_experts and self.config.num_moe_layers > 0
         chosen = ChosenExperts(self.model.placement, self.mesh.attn) if records else None
         latest = self.sampler.latest(work)
+        scores = any(chunk.targets for chunk in work.prompts)
+        scored = PromptLogprobs(work.prompts, self.tokens.device) if scores else None
         if work.decode_rows is None:
-            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen)
+            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen, scored)
         else:
             self.dispatchers.prepare_masked()
             logits = self.decode.run(work.decodes, work.decode_rows, work.eager, chosen)
         logprobs = self.sampler.choose(logits, work, latest)
-        experts = self._experts(chosen) if chosen is not None else None
+        experts = self._reported(chosen.rows()) if chosen is not None else None
+        prompt_rows = self._reported(scored.rows()) if scored is not None else None
         tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
         self._seen.reverse()
         done = None
@@ -308,11 +313,10 @@ class Engine:
         for observer in (self.recording, self.rebalancer):
             if observer is not None:
                 observer.step()
-        return Step(work, started, tokens, logprobs, done, experts)
+        return Step(work, started, tokens, logprobs, done, experts, prompt_rows)
 
-    def _experts(self, chosen: ChosenExperts) -> Tensor | None:
-        """Return the step's chosen experts, on the host once the step is done. None, unless this rank reports them."""
-        rows = chosen.rows()
+    def _reported(self, rows: Tensor) -> Tensor | None:
+        """Return rows of the step, on the host once the step is done. None, unless this rank reports them."""
         return to_host(rows) if self.mesh.leads else None
 
     def check_experts(self) -> None:

@@ -12,7 +12,19 @@ from disagg.control.messages import Back, Forget, Gone, Load, Member, Updates, i
 from disagg.engine import Engine
 from disagg.handoff.connect import Door, link_key, listen
 from disagg.handoff.links import Links
-from disagg.handoff.protocol import Chosen, Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
+from disagg.handoff.protocol import (
+    Chosen,
+    Closed,
+    Join,
+    Knock,
+    Open,
+    Room,
+    RoomEnded,
+    RoomState,
+    Scored,
+    SendLast,
+    SendPages,
+)
 from disagg.handoff.send_link import SendLink
 from disagg.role import Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
@@ -132,11 +144,12 @@ class Prefill(Role):
 
     def take_up(self, step: Step) -> int:
         sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
-        for sequence, experts in step.chosen_experts():
-            departure = self.outgoing.get(sequence.uid)
-            if departure is not None and departure.sequence is sequence:
-                for piece in in_pieces(experts):
-                    departure.links[0].put(Chosen(sequence.uid, piece))  # to the decode replica's first rank
+        for kind, found in ((Chosen, step.chosen_experts()), (Scored, step.prompt_logprobs())):
+            for sequence, data in found:
+                departure = self.outgoing.get(sequence.uid)
+                if departure is not None and departure.sequence is sequence:
+                    for piece in in_pieces(data):
+                        departure.links[0].put(kind(sequence.uid, piece))  # to the decode replica's first rank
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.uid

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from model.sampling import MAX_LOGPROBS
+
 FinishReason = Literal["stop", "length"]
 Token = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -23,7 +25,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
 
     uid: int
     prompt: Annotated[list[Token], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(ge=1)] = 16
+    max_tokens: Annotated[int, Meta(ge=0)] = 16  # 0, which only prompt_logprobs allows: the answer has no token
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -39,15 +41,23 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: Annotated[int, Meta(ge=0)] = 0
     stop_token_ids: Annotated[list[Token], Meta(max_length=MOST_ENTRIES)] = []
     resumed: Annotated[int, Meta(ge=0)] = 0
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # likeliest tokens per prompt token
 
     def __post_init__(self) -> None:
         if self.resumed and self.resumed >= len(self.prompt):
             raise ValueError(f"resumed is {self.resumed}; it must be below the prompt's {len(self.prompt)} tokens")
+        if self.max_tokens < 1 and self.prompt_logprobs is None:
+            raise ValueError(f"max_tokens is {self.max_tokens}; without prompt_logprobs it must be at least 1")
 
     @property
     def most_tokens(self) -> int:
         """Tokens of the prompt plus the tokens that may be generated."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def most_fed(self) -> int:
+        """Tokens that may run through the model: the last generated one does not."""
+        return len(self.prompt) + max(self.max_tokens, 1) - 1
 
     @property
     def has_penalties(self) -> bool:

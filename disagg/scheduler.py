@@ -55,10 +55,19 @@ class Sequence:
         """
         return max(0, self.computed + 1 - len(self.tokens))
 
+    def targets(self, count: int) -> list[int]:
+        """Return the tokens after each of the next `count` prompt tokens, if their log probabilities are wanted.
+
+        The last row of a chunk predicts the first token of the next chunk. That of a prompt predicts no prompt token.
+        """
+        if self.request.prompt_logprobs is None:
+            return []
+        return self.request.prompt[self.computed + 1 : self.computed + 1 + count]
+
     def append(self, token: int) -> FinishReason | None:
         """Add a sampled token. Returns the finish reason if it is the last one."""
         self.tokens.append(token)
-        if token in self.stop_tokens:
+        if token in self.stop_tokens and self.request.max_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
@@ -108,7 +117,14 @@ class Plan:
 
     def prompt_chunks(self) -> list[Chunk]:
         return [
-            Chunk(s.tokens[s.computed : s.computed + n], s.computed, s.pages, s.computed + n == len(s.tokens))
+            Chunk(
+                s.tokens[s.computed : s.computed + n],
+                s.computed,
+                s.pages,
+                s.computed + n == len(s.tokens),
+                s.targets(n),
+                s.request.prompt_logprobs or 0,
+            )
             for s, n in self.prefills
         ]
 

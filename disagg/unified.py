@@ -57,6 +57,9 @@ class Unified(Role):
         for sequence, experts in step.chosen_experts():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_experts(sequence.uid, experts)
+        for sequence, rows in step.prompt_logprobs():
+            if self.sequences.get(sequence.uid) is sequence:
+                self.report_prompt(sequence.uid, rows)
         nothing_else = not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
@@ -82,6 +85,10 @@ class Unified(Role):
         """Report the chosen experts of the sequence's next tokens. Call it before `emit` of a later token."""
         self.updates += [Update(uid, experts=piece) for piece in in_pieces(experts)]
 
+    def report_prompt(self, uid: int, rows: bytes) -> None:
+        """Report log probabilities of the next prompt tokens. Call it before `emit` of the first token."""
+        self.updates += [Update(uid, prompt_rows=piece) for piece in in_pieces(rows)]
+
     def emit(
         self,
         sequence: Sequence,
@@ -90,8 +97,14 @@ class Unified(Role):
         reason: FinishReason | None,
         parts: Parts | None = None,
     ) -> None:
-        """Report a token that needs an Update of its own. With a `reason` it is the request's last token."""
-        self.updates.append(Update(sequence.uid, [token], [logprobs] if logprobs else [], reason, parts=parts))
+        """Report a token that needs an Update of its own. With a `reason` it is the request's last token.
+
+        A request with `max_tokens` 0 only ends here: its token is dropped.
+        """
+        tokens = [token] if sequence.request.max_tokens else []
+        self.updates.append(
+            Update(sequence.uid, tokens, [logprobs] if logprobs and tokens else [], reason, parts=parts)
+        )
         if reason:
             self.finish(sequence)
 

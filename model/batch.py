@@ -32,6 +32,8 @@ class Chunk(NamedTuple):
     start: int
     pages: abc.Sequence[int]  # every page of the sequence, in order
     wants_logits: bool = True
+    targets: abc.Sequence[int] = ()  # the tokens after the first rows, if their log probabilities are wanted
+    top: int = 0  # with `targets`: that many likeliest tokens, too
 
 
 class Decodes(NamedTuple):

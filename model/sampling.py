@@ -12,6 +12,7 @@ from torch import Tensor
 from model.batch import to_device
 
 COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greedy
+MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for, per token
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ from disagg.control.messages import (
     Withdraw,
     encode,
 )
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Sending
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
 REQUEST = Request(
     3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20, True, 0.25, -2.0, 2.0, 100.0, {0: -100.0, 128_000: 0.5},
-    9, [5, 128_000], 2,
+    9, [5, 128_000], 2, 0,
 )  # fmt: skip
 BY_DEFAULT = Request(4, [1])
 UPDATE = Update(3, [5, 6], [[(5, -0.5), (9, -1.25)], []], "length")
@@ -45,6 +45,7 @@ TO_WORKER = (
     Welcome(),
     Submit(REQUEST, [MEMBER, Member("b", "h")]),
     Submit(BY_DEFAULT, None),
+    Submit(Request(4, [1], 0, prompt_logprobs=20), None),
     Withdraw([3, 2**40]),
     Abort(2**40),
     Gone(["a", "b"]),
@@ -65,6 +66,7 @@ TO_ROUTER = (
             Update(4, error="boom", retry=True),
             Update(5),
             Update(6, experts=b"\0\xff"),
+            Update(7, prompt_rows=b"\xff\0"),
         ],
         [5],
         [6],
@@ -79,11 +81,13 @@ ON_A_LINK = (
     Cancel(5),
     Sending([5], [9, 8]),
     Chosen(5, b"\0\1"),
+    Scored(5, b"\1\0"),
     Last(5, 128_000, [(128_000, -0.5)]),
     Closed(5, "the prompt\ndoes not fit"),
 )
 DECODERS = {
-    kind: Decoder(kind) for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Last | Closed)
+    kind: Decoder(kind)
+    for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Scored | Last | Closed)
 }
 EXAMPLES = dict(zip(DECODERS, (TO_WORKER, TO_ROUTER, ON_A_LINK), strict=True))
 
@@ -129,6 +133,7 @@ NO_MESSAGES = {
     "a token beyond 31 bits": encode(Updates([Update(3, [2**40])])),
     "a negative token": encode(Updates([Tokens({3: -1})])),
     "a piece of experts that is too large": encode(Updates([Update(3, experts=b"x" * (PIECE + 1))])),
+    "a piece of log probabilities that is too large": encode(Updates([Update(3, prompt_rows=b"x" * (PIECE + 1))])),
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
     "a load below nothing": forged(Beat("a", 1, False), load=load(kv_pages=-1)),
     "a load that no float can hold": forged(Beat("a", 1, False), load=load(queued_tokens=2**53)),
@@ -152,7 +157,6 @@ def test_what_is_no_message_to_the_router_is_a_value_error(body: bytes) -> None:
 NOT_TO_SERVE = {
     "no prompt": Submit(Request(1, []), None),
     "a negative token": Submit(Request(1, [-1]), None),
-    "nothing to generate": Submit(Request(1, [1], 0), None),
     "a prefill replica without ranks": Submit(Request(1, [1]), []),
     "a penalty that is no number": Submit(Request(1, [1], presence_penalty=float("nan")), None),
     "a penalty over 2": Submit(Request(1, [1], frequency_penalty=2.5), None),
@@ -166,6 +170,15 @@ NOT_TO_SERVE = {
 }
 
 
+@pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"max_tokens": -1, "prompt_logprobs": 1},
+                                    {"prompt_logprobs": -1}, {"prompt_logprobs": 21}, {"prompt_logprobs": True},
+                                    {"prompt_logprobs": 1.5}])  # fmt: skip
+def test_a_request_with_forged_numbers_is_no_message(fields: dict[str, Any]) -> None:
+    """A request without max_tokens may only ask for its prompt's log probabilities."""
+    with pytest.raises(ValueError, match="not a message"):
+        DECODERS[ToWorker](forged(Submit(BY_DEFAULT, None), request={"uid": 1, "prompt": [1], **fields}))
+
+
 @pytest.mark.parametrize("message", NOT_TO_SERVE.values(), ids=NOT_TO_SERVE)
 def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
     with pytest.raises(ValueError, match="not a message"):
@@ -174,7 +187,7 @@ def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
 
 @pytest.mark.parametrize("message", [Open(REQUEST, [0], [MEMBER]), Open(REQUEST, [1], []), Sending([], [1]),
                                      Sending([1], []), Last(1, -1, []), Knock(MEMBER, -1),
-                                     Chosen(1, b"x" * (PIECE + 1))])  # fmt: skip
+                                     Chosen(1, b"x" * (PIECE + 1)), Scored(1, b"x" * (PIECE + 1))])  # fmt: skip
 def test_pages_and_rooms_that_cannot_be_are_no_message(message: msgspec.Struct) -> None:
     with pytest.raises(ValueError, match="not a message"):
         list(DECODERS.values())[2](encode(message))

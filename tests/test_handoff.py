@@ -45,6 +45,7 @@ from disagg.handoff.protocol import (
     Room,
     RoomEnded,
     RoomState,
+    Scored,
     Sending,
     SendLast,
     SendPages,
@@ -997,28 +998,34 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
     assert "1 pages for 65 tokens" in pair.prefill.link._down
 
 
-def test_chosen_experts_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:
+def test_rows_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:
     pair = make_pair()
-    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=5))
+    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=5, row_bytes=3))
     pair.prefill.hear_open(1)
     pair.prefill.link.put(Join(1))
-    for command in (Chosen(1, b"ab"), Chosen(2, b"of no room here"), Chosen(1, b"cde"), SendLast(1, 7, [])):
+    first = Chosen(1, b"ab"), Scored(1, b"x"), Chosen(2, b"of no room here"), Scored(2, b"nor this")
+    for command in (*first, Chosen(1, b"cde"), Scored(1, b"yz"), SendLast(1, 7, [])):
         pair.prefill.link.put(command)
     pair.decode.hear_end(1)
-    assert pair.decode.link.take_experts(1) == b"abcde" and pair.decode.link.take_experts(1) == b""
+    for pieces, data in ((pair.decode.link.experts, b"abcde"), (pair.decode.link.prompt_rows, b"xyz")):
+        assert pieces.take(1) == data and pieces.take(1) == b""
     pair.prefill.hear_end(1)
     pair.hush()
 
 
 @pytest.mark.parametrize("expected", [0, 5])
-def test_more_chosen_experts_than_a_prompt_has_end_the_link(make_pair: Any, expected: int) -> None:
+@pytest.mark.parametrize("kind, limit, what", [(Chosen, "expert_bytes", "chosen experts"),
+                                               (Scored, "row_bytes", "prompt log probabilities")])  # fmt: skip
+def test_more_rows_than_a_prompt_has_end_the_link(
+    make_pair: Any, kind: Any, limit: str, what: str, expected: int
+) -> None:
     pair = make_pair()
-    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=expected))
+    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), **{limit: expected}))
     pair.prefill.hear_open(1)
     pair.prefill.link.put(Join(1))
     for piece in (b"x" * expected, b"y"):
-        pair.prefill.link.put(Chosen(1, piece))
-    pair.decode.hear_end(1, f"over {expected} bytes of chosen experts for room 1")
+        pair.prefill.link.put(kind(1, piece))
+    pair.decode.hear_end(1, f"over {expected} bytes of {what} for room 1")
     pair.prefill.hear_end(1, "has gone")
 
 

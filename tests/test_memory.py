@@ -28,7 +28,8 @@ from model.footprint import (
     weight_bytes,
 )
 from model.kv_cache import make_pool
-from model.sampling import SamplingRows, sample
+from model.prompt_logprobs import PromptLogprobs
+from model.sampling import MAX_LOGPROBS, SamplingRows, sample
 from model.transformer import Transformer
 from parallel.dispatch import most_copies
 from parallel.dispatchers import plain_dispatchers
@@ -203,10 +204,11 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         "more wanted than there are": ({"n_routed_experts": max(4, ranks)}, 1024, 1024, 64),
         "decode, wide experts": (latent, 512, 512, 512),
         "decode, wide rows": (latent | {"hidden_size": 2048, "moe_intermediate_size": 128}, 512, 512, 512),
-        "logits": ({"vocab_size": 100_000}, 256, 256, 256),
+        "logits": ({"vocab_size": 50_000}, 512, 512, 512),
+        "prompts' log probabilities": ({"vocab_size": 20_000}, 512, 512, 4),
     }
     for name, (changes, tokens, context, most) in cases.items():
-        config = replace(SMALL, **changes)
+        config, scores = replace(SMALL, **changes), name == "prompts' log probabilities"
         net = make(config, ranks, attn_tp, fp8=fp8)
         contiguous, masked = plain_dispatchers(
             Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops,
@@ -218,14 +220,15 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         # One decode among the prompts: then what prefill attention gives stays in bf16, and is the larger.
         table, lens = torch.zeros(1, 2).int(), torch.ones(1).int()
         mixed = Batch(ids, ids, ids + PAGE, table, lens, bounds, bounds, rows, ids[:most], tokens, context)
+        prompt = Chunk([0] * tokens, 0, [], targets=[0] * tokens, top=MAX_LOGPROBS)
         decode = Batch.decode(ids[:most], ids[:most], torch.ones(most, 2, dtype=torch.int32))
         pool = make_pool(config, 2, torch.bfloat16, "cpu")
-        for batch, dispatcher, want in (
-            (mixed, contiguous, contiguous_step(job, tokens, context, most)),
-            (decode, masked, masked_step(job, most)),
+        for batch, dispatcher, prompts, want in (
+            (mixed, contiguous, [prompt], contiguous_step(job, tokens, context, most)),
+            (decode, masked, [], masked_step(job, most)),
         ):
             with Peak() as peak:
-                net(batch, pool, dispatcher)
+                net(batch, pool, dispatcher, scored=PromptLogprobs(prompts, "cpu") if scores and prompts else None)
             assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
 
 

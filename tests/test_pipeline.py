@@ -174,7 +174,7 @@ def test_a_step_is_staged_the_same_whatever_was_staged_before() -> None:
     rng = random.Random(0)
 
     def make() -> DecodeStep:
-        forward = lambda batch, halves, chosen: torch.zeros(batch.num_tokens, 5)  # noqa: E731
+        forward = lambda batch, halves, *_: torch.zeros(batch.num_tokens, 5)  # noqa: E731
         return DecodeStep(forward, torch.zeros(8, dtype=torch.int64), [2, 4, 8], 3, lambda rows: rows == 4)
 
     one = make()

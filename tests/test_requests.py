@@ -79,6 +79,7 @@ def test_what_is_given_is_taken() -> None:
         "repetition_penalty": 1.1,
         "min_tokens": 40,
         "stop_token_ids": [3, 256],
+        "prompt_logprobs": 0,
     }
     user = parse(
         {"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], "session_id": "a b" * 85, **given}
@@ -136,6 +137,15 @@ def test_the_tokenizer_adds_bos_to_a_prompt_and_the_chat_template_to_messages() 
 def test_a_prompt_may_fill_the_model_exactly() -> None:
     request = parse({"prompt_token_ids": [1] * (LIMIT - 1), "max_tokens": 1}).request
     assert len(request.prompt) == LIMIT - 1
+
+
+def test_a_prompt_may_be_scored_without_generating() -> None:
+    request = parse({"prompt_token_ids": [1] * LIMIT, "max_tokens": 0, "prompt_logprobs": 0}).request
+    assert (request.max_tokens, request.prompt_logprobs, request.most_tokens) == (0, 0, LIMIT)
+    assert parse({"prompt": "hi", "prompt_logprobs": None}).request.prompt_logprobs is None
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(ValueError, match=f"{name} is 0; .* at least 1, or 0 with prompt_logprobs"):
+            parse({"prompt": "hi", name: 0, "prompt_logprobs": None})
 
 
 def test_max_tokens_has_another_name_and_may_be_left_out() -> None:
@@ -201,6 +211,7 @@ BAD_FIELDS = (
         ("stop_token_ids", value, "a list of at most 1024 tokens")
         for value in (5, "5", {}, [-1], [1.0], [True], ["1"], [[1]], [None], [1] * 1025)
     ),
+    *(("prompt_logprobs", value, "in 0..20") for value in (21, -1, 0.0, True, "1", {})),
     *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),
 )
 
@@ -401,7 +412,9 @@ MESSAGES = st.lists(
 
 @given(
     st.dictionaries(
-        st.sampled_from((*FIELDS, "ignore_eos", "logprobs", "return_experts")) | st.text(max_size=3), JSON, max_size=6
+        st.sampled_from((*FIELDS, "ignore_eos", "logprobs", "return_experts", "prompt_logprobs")) | st.text(max_size=3),
+        JSON,
+        max_size=6,
     )
     | st.fixed_dictionaries(
         {},
@@ -422,6 +435,7 @@ MESSAGES = st.lists(
             "logit_bias": st.dictionaries(st.text("0123456789", max_size=3), st.floats(-101, 101), max_size=3),
             "min_tokens": st.integers(-1, 70),
             "stop_token_ids": st.lists(st.integers(-1, VOCAB_SIZE), max_size=3),
+            "prompt_logprobs": st.integers(-1, 21),
             "stop": st.text(max_size=1) | st.lists(st.text(max_size=2), max_size=2),
         },
     )
@@ -438,7 +452,9 @@ def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> 
     request = user.request
     assert 1 <= len(request.prompt) <= LIMIT - request.max_tokens
     assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in request.prompt)
-    assert request.max_tokens >= 1 and request.temperature >= 0 and 0 < request.top_p <= 1
+    assert (
+        request.max_tokens >= (request.prompt_logprobs is None) and request.temperature >= 0 and 0 < request.top_p <= 1
+    )
     assert 0 <= request.top_k < 2**31 and 0 <= request.seed < 2**63 and 0 <= request.logprobs <= 20
     assert all(isinstance(stop, str) and stop for stop in user.stop)
     request.check_vocabulary(VOCAB_SIZE)

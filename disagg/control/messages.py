@@ -19,7 +19,8 @@ Name = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=0, lt=2**53)]  # exact as a float, too
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-PIECE = 2**20  # bytes: chosen experts travel in pieces, because those of a long prompt are over `ports.MOST_BYTES`
+# Chosen experts and prompts' log probabilities travel in pieces: those of a long prompt are over `ports.MOST_BYTES`.
+PIECE = 2**20  # bytes
 PIECES = 8  # per message to the router
 MOST_LEFT = 256  # prompts that one report names
 Piece = Annotated[bytes, Meta(max_length=PIECE)]
@@ -147,6 +148,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     retry: bool = False  # another prefill rank may succeed
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
+    prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):
@@ -167,16 +169,16 @@ def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
-    """Cut chosen experts into pieces that a message may carry."""
+    """Cut chosen experts, or rows of log probabilities, into pieces that a message may carry."""
     return (data[at : at + PIECE] for at in range(0, len(data), PIECE))
 
 
 def in_messages(news: Updates) -> Iterator[Updates]:
-    """Yield the news, in order, in messages with at most PIECES pieces of chosen experts. There is always one."""
+    """Yield the news, in order, in messages with at most PIECES updates that have a piece. There is always one."""
     begin = count = 0
     begun, returned = news.begun, news.returned
     for i, update in enumerate(news.updates):
-        if isinstance(update, Update) and update.experts:
+        if isinstance(update, Update) and (update.experts or update.prompt_rows):
             if count == PIECES:
                 yield Updates(news.updates[begin:i], begun, returned)
                 begin, count, begun, returned = i, 0, [], []

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
-OPTIONAL = ("logprobs", "experts", "error")  # left out of the line if they are None
+# Left out of the line if they are None.
+OPTIONAL = ("logprobs", "prompt_token_ids", "prompt_logprobs", "experts", "error")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Answer:
     ttft_s: float | None
     latency_s: float | None
     logprobs: list | None = None
+    prompt_token_ids: list[int] | None = None  # beside prompt_logprobs: which of its tokens are the prompt's own
+    prompt_logprobs: list | None = None  # as `PromptRows.encode` makes it
     experts: dict | None = None  # as `ExpertRows.encode` makes it
     error: str | None = None
 

@@ -12,11 +12,12 @@ import msgspec
 
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
 from disagg.request import MOST_ENTRIES, Request
+from model.sampling import MAX_LOGPROBS
 
-MAX_LOGPROBS = 20
 MAX_STOPS = 64  # stop strings; each of them is searched at each token
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
+LEAST_TOKENS = "an integer of at least 1, or 0 with prompt_logprobs"
 ALIASES = {"max_completion_tokens": "max_tokens"}  # other name -> name
 
 
@@ -72,6 +73,9 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
     for name in ("logit_bias", "stop_token_ids"):
         if (largest := max(fields.get(name, ()), default=0)) >= served.vocab_size:
             raise ValueError(f"{name}: token {largest} is not in the model's vocabulary of {served.vocab_size}")
+    if fields.get("max_tokens") == 0 and "prompt_logprobs" not in fields:
+        name = next(name for name in ("max_tokens", *ALIASES) if name in raw)
+        raise ValueError(f"{name} is 0; it must be {LEAST_TOKENS}")
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -199,7 +203,7 @@ _CHAT_RULES = {
     ),
 }
 _RULES = {
-    "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
+    "max_tokens": (int, lambda v: v >= 0, LEAST_TOKENS),
     "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
     "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
@@ -215,6 +219,7 @@ _RULES = {
     "return_experts": (bool, lambda v: True, "true or false"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
     "session_id": (str, lambda v: 0 < len(v) <= 256 and is_id(v), "a string of Unicode with 1 to 256 characters"),
+    "prompt_logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
 }
 
 

@@ -23,6 +23,7 @@ from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
 from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
+from disagg.front.prompt_rows import PromptRows
 from disagg.front.replica import Replica
 from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
@@ -90,8 +91,9 @@ class Router:
         """Take a request. The next turns serve it."""
         request = user.request
         stream = TextStream(self.tokenizer, user.stop, user.marks, request.min_tokens)
-        experts = ExpertRows(self.expert_shape, request.most_tokens - 1 if request.return_experts else 0)
-        tracked = Tracked(user, client, stream, time.monotonic(), experts=experts)
+        experts = ExpertRows(self.expert_shape, request.most_fed if request.return_experts else 0)
+        prompt_rows = PromptRows(request, self.vocab_size)
+        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows)
         self._queue(tracked)
         return tracked
 
@@ -186,7 +188,7 @@ class Router:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
-        tracked.experts.clear()
+        tracked.restart()
         decode.add_request(request.uid, pages_for(request.most_tokens))
         prefill.add_prompt(request.uid, len(request.prompt))
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
@@ -234,7 +236,7 @@ class Router:
             self._fail(update, tracked)
             return
         try:
-            tracked.experts.add(update.experts)
+            tracked.take(update)
         except ValueError as error:
             self._refuse(update.uid, tracked.decode, str(error))
             return
@@ -306,14 +308,14 @@ class Router:
 
     def _end(self, uid: int, reason: str, error: str | None = None) -> None:
         tracked, now = self._leave(uid), time.monotonic()
-        request, stream, experts = tracked.user.request, tracked.stream, None
+        request, stream, rows = tracked.user.request, tracked.stream, {}
         shown = stream.shown
         stream.close()
         if stream.shown > shown:
             tracked.client.show(stream.text[shown:], [], [])
-        if request.return_experts and error is None:
-            try:  # all tokens but the last one, which is not fed back
-                experts = tracked.experts.encode(len(request.prompt) + len(stream.token_ids) - 1)
+        if error is None:
+            try:
+                rows = tracked.rows()
             except ValueError as wrong:
                 reason, error = "error", f"the replica serving it {wrong}"
         self._count(reason, tracked)
@@ -327,8 +329,8 @@ class Router:
             ttft_s=None if tracked.first is None else round(tracked.first - tracked.submitted, 4),
             latency_s=round(now - tracked.submitted, 4),
             logprobs=tracked.logprobs if request.logprobs else None,
-            experts=experts,
             error=error,
+            **rows,
         )
         tracked.client.deliver(answer)
 

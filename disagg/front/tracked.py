@@ -1,13 +1,16 @@
 """Tracked: what the router knows of a request that has no answer yet."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
+from disagg.control.messages import Update
 from disagg.front.client import Client
-from disagg.front.expert_rows import NO_EXPERTS, ExpertRows
+from disagg.front.expert_rows import ExpertRows
 from disagg.front.fleet import Replica
 from disagg.front.parse import UserRequest
+from disagg.front.prompt_rows import PromptRows
 from disagg.front.text_stream import TextStream
 from disagg.request import Request
 
@@ -20,8 +23,9 @@ class Tracked:
     client: Client
     stream: TextStream
     submitted: float
+    experts: ExpertRows
+    prompt_rows: PromptRows
     uid: int = -1  # of its current attempt
-    experts: ExpertRows = field(default_factory=lambda: ExpertRows(NO_EXPERTS, 0))
     logprobs: list = field(default_factory=list)
     first: float | None = None  # when the first token arrived
     latest: float | None = None  # when the latest token arrived
@@ -32,9 +36,40 @@ class Tracked:
     suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
 
     def request(self, uid: int) -> Request:
-        """Return the rest of the request: the tokens so far join the prompt."""
+        """Return the rest of the request: the tokens so far join the prompt.
+
+        The log probabilities of the user's prompt came before the first token, and are not computed again after it.
+        """
         request, done = self.user.request, self.stream.token_ids
-        max_tokens = request.max_tokens - len(done)
         return msgspec.structs.replace(
-            request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens, resumed=len(done)
+            request,
+            uid=uid,
+            prompt=request.prompt + done,
+            max_tokens=request.max_tokens - len(done),
+            resumed=len(done),
+            prompt_logprobs=None if done else request.prompt_logprobs,
         )
+
+    def restart(self) -> None:
+        """Forget what the next attempt sends again."""
+        self.experts.clear()
+        if not self.stream.token_ids:
+            self.prompt_rows.clear()
+
+    def take(self, update: Update) -> None:
+        """Keep the rows of an update. Raises ValueError if they are not those that the request must get now."""
+        self.experts.add(update.experts)
+        if update.prompt_rows:
+            self.prompt_rows.add(update.prompt_rows)
+        if update.tokens and self.latest is None:
+            self.prompt_rows.check_complete()
+
+    def rows(self) -> dict[str, Any]:
+        """Return the answer's fields that the rows make. Raises ValueError if they are not those of this answer."""
+        request, found = self.user.request, {}
+        if request.return_experts:  # of all tokens but the last generated one, which is not fed back
+            found["experts"] = self.experts.encode(len(request.prompt) + max(len(self.stream.token_ids), 1) - 1)
+        if request.prompt_logprobs is not None:
+            found["prompt_token_ids"] = request.prompt
+            found["prompt_logprobs"] = self.prompt_rows.encode()
+        return found
