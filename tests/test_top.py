@@ -74,6 +74,16 @@ def test_rates_are_those_between_two_looks(text: str) -> None:
     assert row(drawn(top.parse(text, 1.0), top.parse(then, 2.0)), "decode")["tok/s"] == "-", "a counter began anew"
 
 
+def test_a_jobs_rates_are_those_between_its_reports(text: str) -> None:
+    """The looks are 2 s apart, and the reports 5 s; or there was none in between."""
+    then = changed(text, "moesaic_step_tokens_total", 'phase="decode"', 40)
+    before = changed(then, "moesaic_report_age_seconds", 'role="decode"', 4.0)
+    now = changed(text, "moesaic_report_age_seconds", 'role="decode"', 1.0)
+    assert row(drawn(top.parse(before, 10.0), top.parse(now, 12.0)), "decode")["tok/s"] == "10"
+    same = changed(text, "moesaic_report_age_seconds", 'role="decode"', 3.0)
+    assert row(drawn(top.parse(now, 10.0), top.parse(same, 12.0)), "decode")["tok/s"] == "-"
+
+
 def changed(text: str, name: str, label: str, value: float) -> str:
     lines = text.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith(f"{name}{{") and label in line]

@@ -2,7 +2,8 @@
 
     scripts/top http://127.0.0.1:8000
 
-A rate is the growth between two scrapes, so rates need a second one. Ctrl-C ends it.
+A rate is the growth over the last WINDOW_S, so rates need a second look. Replicas report every few seconds. So a job's
+rates are those between its reports, whose age the metrics say. Ctrl-C ends it.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 TIMEOUT_S = 5.0
+WINDOW_S = 15.0
 MOST_BYTES = 64 * 2**20  # of an answer
 Labels = tuple[tuple[str, str], ...]
 JOB = ("role", "job")
@@ -82,6 +84,21 @@ def rate(before: Scrape | None, now: Scrape, name: str, **labels: str) -> float 
     return growth / (now.at - before.at) if growth >= 0 else None
 
 
+def job_rate(before: Scrape | None, now: Scrape, name: str, job: dict[str, str]) -> float | None:
+    """Return the growth per second between the job's reports. None if there was no report in between."""
+    if before is None:
+        return None
+    elapsed = now.at - report_age(now, job) - (before.at - report_age(before, job))
+    growth = now.sum(name, **job) - before.sum(name, **job)
+    return growth / elapsed if growth >= 0 and elapsed > 0.1 else None
+
+
+def report_age(scrape: Scrape, job: dict[str, str]) -> float:
+    """Return the mean age of the reports of a job's replicas."""
+    ages = scrape.of("moesaic_report_age_seconds", **job).values()
+    return sum(ages) / len(ages) if ages else 0.0
+
+
 def quantile(before: Scrape | None, now: Scrape, name: str, share: float) -> float | None:
     """Return the upper bound of the bucket with this share of the observations since `before`, or None."""
     counts = dict(now.samples.get(f"{name}_bucket", {}))
@@ -141,11 +158,11 @@ def _numbers(before: Scrape | None, now: Scrape, job: dict[str, str]) -> Iterabl
     yield shown(now.sum("moesaic_waiting_requests", **job))
     yield ratio(sum(pages.values()) if pages else None, sum(capacity.values()), "{:.0%}")
     yield shown(max(shares, default=None), "{:.0%}")
-    yield shown(rate(before, now, "moesaic_step_tokens_total", **job))
-    steps, time_spent = (rate(before, now, f"moesaic_{name}_total", **job) for name in ("steps", "step_seconds"))
+    yield shown(job_rate(before, now, "moesaic_step_tokens_total", job))
+    steps, time_spent = (job_rate(before, now, f"moesaic_{name}_total", job) for name in ("steps", "step_seconds"))
     yield ratio(None if time_spent is None else time_spent * 1e3, steps, "{:.1f}")
-    yield ratio(rate(before, now, "moesaic_overlapped_steps_total", **job), steps, "{:.0%}")
-    moved, busy = (rate(before, now, f"moesaic_transfer_{name}_total", **job) for name in ("bytes", "seconds"))
+    yield ratio(job_rate(before, now, "moesaic_overlapped_steps_total", job), steps, "{:.0%}")
+    moved, busy = (job_rate(before, now, f"moesaic_transfer_{name}_total", job) for name in ("bytes", "seconds"))
     yield ratio(None if moved is None else moved / 1e9, busy, "{:.2f}")
     yield shown(now.sum("moesaic_transfer_failures_total", **job))
     yield shown(max(now.of("moesaic_balancedness", **job).values(), default=None), "{:.3f}")
@@ -174,18 +191,22 @@ def main() -> int:
     args, console = parse_args(), Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     try:
-        before, now = None, fetch(args.url)
+        looks = deque([fetch(args.url)])
         if args.once:
-            console.print(view(None, now))
+            console.print(view(None, looks[0]))
             return 0
-        with Live(view(None, now), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        with Live(view(None, looks[0]), console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
                 time.sleep(args.every)
+                problem = Text()
                 try:
-                    before, now = now, fetch(args.url)
-                    live.update(view(before, now), refresh=True)
+                    looks.append(fetch(args.url))
                 except ValueError as error:  # the router may come back
-                    live.update(Group(view(before, now), Text(f"\n{error}", style="bold")), refresh=True)
+                    problem = Text(f"\n{error}", style="bold")
+                while len(looks) > 2 and looks[-1].at - looks[0].at > WINDOW_S:
+                    looks.popleft()
+                before = looks[0] if len(looks) > 1 else None
+                live.update(Group(view(before, looks[-1]), problem), refresh=True)
     except ValueError as error:
         print(f"scripts/top: error: {error}", file=sys.stderr)
         return 1

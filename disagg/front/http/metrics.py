@@ -177,7 +177,7 @@ def _histogram(name: str, help: str, labels: Iterable[str], histograms: dict[tup
 
 
 def render(router: Router) -> bytes:
-    """Return all metrics in Prometheus' text form. It takes about half a millisecond per replica, in the router's thread."""
+    """Return all metrics in Prometheus' text form. Call it in the router's thread: half a millisecond per replica."""
     registry = CollectorRegistry()  # of its own: nothing of this process or of Python is in it
     registry.register(Families(router))
     return generate_latest(registry)
