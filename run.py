@@ -31,6 +31,7 @@ from model.hub import find_model
 from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
+LOG_HTTP_S = 10.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,12 +83,18 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
     add("--prompt", metavar="TEXT", help="one prompt; its continuation is printed while it is generated")
     add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate for --prompt (64)")
     add("--input", metavar="FILE", help="requests, one JSON object per line (-: from stdin)")
-    add("--output", metavar="FILE", help="answers, one JSON object per line, in input order")
+    add("--output", metavar="FILE", help="answers, one JSON object per line, in input order (-: to stdout)")
     add(
         "--existing",
         choices=("refuse", "overwrite", "resume"),
         default="refuse",
         help="if the --output file exists: refuse it, replace it, or append the missing answers (refuse)",
+    )
+    add(
+        "--log-interval",
+        type=float,
+        metavar="S",
+        help=f"seconds between two lines per job on stderr, 0: none ({LOG_HTTP_S:g} with HTTP, else 0)",
     )
 
 
@@ -146,6 +153,12 @@ def check_requests(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         raise ValueError(f"--role {args.role} needs exactly one of --prompt and --input")
     if (args.input is None) != (args.output is None):
         raise ValueError("--input and --output go together: requests from one file, answers to another")
+    if args.log_interval is None:
+        args.log_interval = LOG_HTTP_S if vars(args).get("http") else 0.0
+    if not 0 <= args.log_interval < float("inf"):
+        raise ValueError(f"--log-interval is {args.log_interval:g}; it must be 0 or a number of seconds above it")
+    if args.output == "-" and args.existing != "refuse":
+        raise ValueError(f"--existing {args.existing} is for a file; --output - is stdout")
     if args.output is None and args.existing != "refuse":
         raise ValueError(f"--existing {args.existing} is for --output; a --prompt has none")
     if args.input is not None and args.max_tokens != parser.get_default("max_tokens"):

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from disagg.control.address import format_address
-from disagg.control.messages import Bye, Forget, Hello, Load, Member, RoleName, ToWorker, Updates, in_messages
+from disagg.control.messages import Bye, Forget, Hello, Load, Member, RoleName, Stats, ToWorker, Updates, in_messages
 from disagg.control.ports import WorkerPort
 from disagg.control.pulse import Beacon
 from disagg.engine import Engine
+from disagg.reports import about
 from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
@@ -35,7 +36,7 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas)
+            hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas, about(engine))
             self.port = WorkerPort(hello, *router)
         self._next_load = 0.0
         self._state = ""
@@ -74,7 +75,7 @@ class Connection:
         yield
         self.beacon.waits = False
 
-    def report(self, news: Updates | Bye | None) -> None:
+    def report(self, news: Updates | Stats | Bye | None) -> None:
         if self.port is not None and news is not None:
             for message in in_messages(news) if isinstance(news, Updates) else [news]:
                 self.port.send(message)

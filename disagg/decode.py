@@ -44,6 +44,7 @@ class Decode(Unified):
         self.queue: deque[Incoming] = deque()  # waiting for pages
         self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
         self.links = Links(self.make_link)
+        self.failures = 0  # handoffs that ended with an error, and were not cancelled
         self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
 
     def collect(self) -> abc.Sequence[Event]:
@@ -151,6 +152,7 @@ class Decode(Unified):
             return
         self.scheduler.release(sequence)
         if arrival.wanted:
+            self.failures += 1
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
 
     def parts(self, arrival: Incoming, ended: RoomEnded) -> Parts:
@@ -189,7 +191,8 @@ class Decode(Unified):
         return bool(self.incoming)
 
     def stats(self) -> dict[str, float]:
-        return self.links.stats()
+        failures = self.failures if self.rank == 0 else 0  # every rank of the replica has counted the same ones
+        return self.links.stats() | {"transfer_failures": failures}
 
     def close(self) -> None:
         self.links.close()

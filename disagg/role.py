@@ -67,6 +67,7 @@ class Role(ABC):
         )
 
     def stats(self) -> dict[str, float]:
+        """Return what only this rank knows. The statistics of a replica are the sums over its ranks."""
         return {}
 
     @abstractmethod

@@ -98,6 +98,7 @@ class DecodeStep:
         self._staging = [torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
         self._staged: tuple | None = None  # the rows, and the pages in page_table
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.replays = 0  # of a graph
 
     def bucket(self, count: int) -> int:
         """Return the rows of a step with `count` sequences."""
@@ -119,6 +120,7 @@ class DecodeStep:
             assert chosen is None, "a graph records no experts"
             graph, logits = self._graphs[rows]
             graph.replay()
+            self.replays += 1
             return logits
         return self._forward(rows, chosen)
 

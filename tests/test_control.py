@@ -19,6 +19,7 @@ from disagg.control.messages import (
     Load,
     Member,
     Ping,
+    Stats,
     Submit,
     Tokens,
     ToRouter,
@@ -39,7 +40,7 @@ REQUEST = Request(
 )  # fmt: skip
 BY_DEFAULT = Request(4, [1])
 UPDATE = Update(3, [5, 6], [[(5, -0.5), (9, -1.25)], []], "length")
-HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2)
+HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2, {"overlap": "on"})
 
 TO_WORKER = (
     Welcome(),
@@ -72,6 +73,7 @@ TO_ROUTER = (
         [6],
     ),
     Updates([]),
+    Stats({"decode_steps": 3, "seconds": 0.125}),
     Bye({"decode_steps": 3, "seconds": 0.125}),
     Bye({}),
 )
@@ -145,6 +147,9 @@ NO_MESSAGES = {
     "an unknown role": forged(HELLO, role="router"),
     "a batch of none": forged(HELLO, max_batch=0),
     "a name of 300 characters": forged(HELLO, job="x" * 300),
+    "a reason of 300 characters": forged(HELLO, about={"overlap": "x" * 300}),
+    "5,000 statistics": encode(Stats({f"s{i}": 0.0 for i in range(5000)})),
+    "a statistic that is no number": forged(Stats({}), stats={"decode_steps": "3"}),
 }
 
 

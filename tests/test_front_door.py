@@ -240,6 +240,12 @@ def test_the_router_says_where_it_listens_and_who_can_come(
 BAD_FLAGS = {
     "--prompt x --existing overwrite": "--existing overwrite is for --output; a --prompt has none",
     "--prompt x --existing resume": "--existing resume is for --output; a --prompt has none",
+    "--input i --output - --existing resume": "--existing resume is for a file; --output - is stdout",
+    "--input i --output - --existing overwrite": "--existing overwrite is for a file; --output - is stdout",
+    "--prompt x --log-interval -1": "--log-interval is -1; it must be 0 or a number of seconds above it",
+    "--prompt x --log-interval nan": "--log-interval is nan; it must be 0 or a number of seconds above it",
+    "--prompt x --log-interval soon": "argument --log-interval: invalid float value: 'soon'",
+    "--role decode --router a:1 --log-interval 5": "--role decode does not take --log-interval",
     "--input i --output o --existing both": "argument --existing: invalid choice: 'both'",
     "--role decode --router a:1 --existing resume": "--role decode does not take --existing",
     "--role prefill --router a:1 --existing overwrite": "--role prefill does not take --existing",

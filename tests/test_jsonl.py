@@ -194,6 +194,21 @@ def test_lines_are_read_as_they_are_taken(files: tuple[Path, Path], batch: Calla
     assert [line["id"] for line in written(files[1])] == list(range(count))
 
 
+def test_lines_are_not_read_while_many_answers_wait_for_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path], batch: Callable[..., JsonLines]
+) -> None:
+    """Otherwise one slow request would make the router hold all answers behind it."""
+    monkeypatch.setattr(module, "MOST_HELD", 2000)
+    made = batch([good(id=i) for i in range(100)])
+    asked = made.take(10)
+    (user, client), *others = asked
+    for other, its_client in others:
+        its_client.deliver(answer(other, "x" * 300))
+    assert made.take(10) == [] and not made.exhausted and files[1].read_text() == ""
+    client.deliver(answer(user))
+    assert len(written(files[1])) == 10 and len(made.take(10)) == 10
+
+
 def test_taking_ends_soon_however_much_there_is(
     monkeypatch: pytest.MonkeyPatch, batch: Callable[..., JsonLines], encoder: PromptEncoder
 ) -> None:

@@ -18,6 +18,7 @@ OPTIONAL = {  # library -> the only files that may import it, and there inside f
     "flash_mla": "kernels/",
     "flash_attn": "kernels/",
     "deep_ep": "parallel/deepep.py",
+    "prometheus_client": "disagg/front/http/",
     "huggingface_hub": "model/hub.py",  # always installed, but importing it takes half a second
 }
 LONGEST_SENTENCE = 30  # words
@@ -58,7 +59,7 @@ WINGS = {  # within disagg/: what may not be imported from there
     "handoff": ("front", *ENGINE[2:]),
     "front": ("handoff", *ENGINE[2:]),
     **dict.fromkeys(ENGINE, ("control", "front", "handoff")),
-    **dict.fromkeys(("role", "unified", "prefill", "decode", "pipeline", "connection", "loop"), ("front",)),
+    **dict.fromkeys(("role", "unified", "prefill", "decode", "pipeline", "connection", "loop", "reports"), ("front",)),
 }
 
 

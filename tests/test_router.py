@@ -1,6 +1,5 @@
 """The router over its real port: what it reports while it waits, whom it believes, where requests and retries go."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,6 @@ from disagg.control.pulse import Beacon
 from disagg.front import fleet
 from disagg.front import router as module
 from disagg.front.answer import Answer
-from disagg.front.metrics import percentile
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
@@ -268,12 +266,6 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny: Path) -> None:
     assert not thread.is_alive() and answers[0].error == "interrupted" and answers[0].token_ids
     worker.close()
     port.close()
-
-
-def test_percentiles_are_the_nearest_ranks() -> None:
-    values = [float(x) for x in range(100, 0, -1)]
-    assert [percentile(values, share) for share in (0, 0.5, 0.99, 1)] == [1, 50, 99, 100]
-    assert percentile([7.0], 0.99) == 7 and math.isnan(percentile([], 0.5))
 
 
 def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:

@@ -18,6 +18,8 @@ RoleName = Literal["unified", "prefill", "decode"]
 Name = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=0, lt=2**53)]  # exact as a float, too
+MOST_STATS = 4096  # per message; one is a layer's balancedness
+Statistics = Annotated[dict[Name, float], Meta(max_length=MOST_STATS)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 # Chosen experts and prompts' log probabilities travel in pieces: those of a long prompt are over `ports.MOST_BYTES`.
 PIECE = 2**20  # bytes
@@ -48,6 +50,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     kv: Annotated[dict[Name, Name], Meta(max_length=16)]  # the KV layout; replicas that serve together have the same
     job: Name  # the same for all replicas of a job; if one of them dies, the job ends
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
+    about: Annotated[dict[Name, Name], Meta(max_length=16)] = {}  # how it runs, in words, for the metrics
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -186,14 +189,20 @@ def in_messages(news: Updates) -> Iterator[Updates]:
     yield Updates(news.updates[begin:], begun, returned) if begin else news
 
 
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """A replica to the router, every few seconds: its statistics so far. The router keeps the latest."""
+
+    stats: Statistics
+
+
 class Bye(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router, as its last message: its statistics."""
 
-    stats: dict[str, float]
+    stats: Statistics
 
 
 ToWorker = Welcome | Submit | Withdraw | Abort | Gone | Back | Finish | Ping
-ToRouter = Hello | Beat | Updates | Bye
+ToRouter = Hello | Beat | Updates | Stats | Bye
 
 encode = msgspec.msgpack.encode
 

@@ -7,9 +7,10 @@ messages.py, chat_template.py      messages to text, in a process of its own
 text_stream.py                     tokens to text, up to a stop string
 lines.py, source.py, jsonl.py      input, read when needed; output.py and answer.py write the answers
 expert_rows.py                     an answer's chosen experts
-router.py                          gives requests to replicas, and moves them; metrics.py counts
+router.py                          gives requests to replicas, and moves them
 routing.py                         which replicas a request gets; recent.py remembers, spread.py sums up
 fleet.py, replica.py               which replicas live, and how loaded each is
+metrics.py, histogram.py           what is counted; progress.py prints lines about it, http/ serves it to Prometheus
 streams.py                         the process's own stdout and stderr
 
 May import disagg/control/, disagg/request.py and disagg/config.py. Knows nothing of the engine and of links.

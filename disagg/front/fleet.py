@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, ToWorker
+from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, Stats, ToWorker
 from disagg.control.ports import RouterPort
 from disagg.control.pulse import Pulses
 from disagg.front.replica import Replica
@@ -59,12 +59,16 @@ class Fleet:
         for replica in replicas:
             self.port.send(replica.id, message)
 
-    def hear(self, id: str, message: Hello | Beat | Bye) -> None:
+    def hear(self, id: str, message: Hello | Beat | Stats | Bye) -> None:
         match message:
             case Beat():
                 self._pulses.beat(message)
                 if message.load is not None and (beating := self.replicas.get(message.id)):
                     beating.hear(message.load)
+            case Stats(stats):
+                if id in self.replicas:
+                    self.replicas[id].stats = stats
+                    self.replicas[id].reported = time.monotonic()
             case Hello():
                 self._welcome(Replica(id, message))
             case Bye(stats):

@@ -35,6 +35,7 @@ class FrontDoor:
             raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
+        self.log_interval = args.log_interval
         served = Served(encoder, config.vocab_size, longest, read_defaults(args.model))
         self.output: Output | None = None  # this and `batch` are None for a --prompt
         self.batch: JsonLines | None = None
@@ -57,7 +58,8 @@ class FrontDoor:
 
     def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:
         """Serve all requests, and print the metrics. `stopped` and `expected` as in `Router`."""
-        self.router = Router(self.port, self.tokenizer, self.vocab_size, stopped, expected, self.expert_shape)
+        model = self.tokenizer, self.vocab_size
+        self.router = Router(self.port, *model, stopped, expected, self.expert_shape, self.log_interval)
         answered = len(self.output.kept) if self.output is not None else 0
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:
@@ -79,7 +81,7 @@ class FrontDoor:
 
     def _refused(self, answer: Answer) -> None:
         """Count the answer to a line that never became a request."""
-        self.router.metrics.finished["error"] += 1
+        self.router.metrics.refused()
 
     def _count(self, answer: Answer) -> None:
         self._answers += 1

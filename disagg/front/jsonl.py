@@ -11,6 +11,7 @@ from disagg.front.parse import Served, UserRequest, is_id, parse_line, read_obje
 from disagg.front.source import Asked
 
 TAKE_S = 0.02  # how long `take` may keep the router from its other work
+MOST_HELD = 2**27  # characters of answers that wait for an earlier one, while lines are read
 
 
 class Line:
@@ -59,7 +60,9 @@ class JsonLines:
         Raises ValueError if the input cannot be read, or does not match the existing answers.
         """
         until, taken = time.monotonic() + TAKE_S, []
-        while len(taken) < most and time.monotonic() < until and (line := self._lines.next()) is not None:
+        while len(taken) < most and time.monotonic() < until and self._output.held < MOST_HELD:
+            if (line := self._lines.next()) is None:
+                break
             self.read += 1
             if not line.strip():
                 continue

@@ -23,6 +23,8 @@ class Replica:
     id: str
     hello: Hello
     load: Load | None = None  # as reported
+    stats: dict[str, float] = field(default_factory=dict)  # as reported, every few seconds
+    reported: float = 0.0  # time.monotonic() when `stats` came
     _pages: dict[int, int] = field(default_factory=dict)  # by uid: of KV that a request may fill in the end
     _left: dict[int, int] = field(default_factory=dict)  # by uid: tokens left of a prompt without a first token
     pages: int = 0  # the sum of `_pages`

@@ -11,11 +11,11 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from tokenizers import Tokenizer
 
-from disagg.control.messages import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
+from disagg.control.messages import Abort, Beat, Bye, Hello, Stats, Submit, ToRouter, Update, Updates, Withdraw, singly
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.client import Client
@@ -24,6 +24,7 @@ from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
 from disagg.front.prompt_rows import PromptRows
+from disagg.front.progress import Progress
 from disagg.front.replica import Replica
 from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
@@ -49,15 +50,18 @@ class Router:
         stopped: Callable[[], bool],
         expected: int = 0,
         expert_shape: RowShape = NO_EXPERTS,
+        log_interval: float = 0.0,
     ) -> None:
         """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
 
         `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`. `expert_shape`: the model's.
+        `log_interval`: as in `Progress`.
         """
         self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
         self.metrics = Metrics(self.fleet.spreads)
+        self._progress = Progress(log_interval)
         self._routing = Routing()
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
@@ -68,7 +72,7 @@ class Router:
 
     def run(self, source: Source) -> None:
         """Serve all requests of `source`, then end all replicas."""
-        self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
+        self.metrics.begin(time.monotonic())
         try:
             while (self._tracked or not source.exhausted) and not self.stopped():
                 self.turn(source, 20)
@@ -86,6 +90,7 @@ class Router:
         self.fleet.check(lambda: self._listen(0))
         self._look_for_missing_roles()
         self._assign()
+        self._progress.tick(self.fleet.replicas.values(), self.tracked, self.metrics.finished.total())
 
     def submit(self, user: UserRequest, client: Client) -> Tracked:
         """Take a request. The next turns serve it."""
@@ -125,6 +130,11 @@ class Router:
         """Requests that no replica has got yet."""
         return len(self._waiting)
 
+    @property
+    def tracked(self) -> Collection[Tracked]:
+        """The requests without their answer yet."""
+        return self._tracked.values()
+
     def _read(self, source: Source) -> int:
         """Take requests from the source, so that up to MOST_WAITING wait here. Returns how many were taken."""
         wanted = MOST_WAITING - len(self._waiting)
@@ -144,7 +154,7 @@ class Router:
 
     def _handle(self, replica_id: str, message: ToRouter) -> None:
         match message:
-            case Hello() | Beat() | Bye():
+            case Hello() | Beat() | Stats() | Bye():
                 self.fleet.hear(replica_id, message)
             case Updates(updates, begun, returned):
                 for uid in begun:
@@ -202,7 +212,7 @@ class Router:
     def _start_clocks(self) -> None:
         """Restart all clocks when the first replica can serve: latencies do not include the start of the jobs."""
         self._open, now = True, time.monotonic()
-        self.metrics.first_submit = now
+        self.metrics.begin(now)
         for tracked in self._tracked.values():
             tracked.submitted = now
 
@@ -247,12 +257,10 @@ class Router:
                 return
             self._prompt_done(update.uid, tracked)
             if tracked.latest is None:
-                self.metrics.ttft.append(now - tracked.submitted)
+                self.metrics.first_token(now - tracked.submitted, update.parts)
                 tracked.first = now
-                if update.parts is not None:
-                    self.metrics.parts.append(update.parts)
-            else:
-                self.metrics.inter_token.append(now - tracked.latest)
+            elif i == 0:
+                self.metrics.next_token(now - tracked.latest)
             tracked.latest = now
             logprobs = update.logprobs[i : i + 1]
             tracked.logprobs.extend(logprobs)
@@ -300,8 +308,8 @@ class Router:
         tracked.decode = None
         return tracked
 
-    def _retry(self, uid: int, failed: Replica) -> None:
-        self.metrics.retries += 1
+    def _retry(self, uid: int, failed: Replica, is_lost: bool = False) -> None:
+        self.metrics.retried(is_lost)
         tracked = self._leave(uid)
         tracked.suspects[failed.hello.job] = time.monotonic() + SUSPECT_S
         self._queue(tracked)
@@ -335,10 +343,8 @@ class Router:
         tracked.client.deliver(answer)
 
     def _count(self, reason: str, tracked: Tracked) -> None:
-        self.metrics.finished[reason] += 1
-        self.metrics.prompt_tokens += len(tracked.user.request.prompt)
-        self.metrics.generated_tokens += len(tracked.stream.token_ids)
-        self.metrics.last_finish = time.monotonic()
+        tokens, now = (len(tracked.user.request.prompt), len(tracked.stream.token_ids)), time.monotonic()
+        self.metrics.ended(reason, now, now - tracked.submitted, *tokens)
 
     def _lose(self, lost: Replica, how: str) -> None:
         """Move the requests of a replica that the fleet has given up to other replicas."""
@@ -354,4 +360,4 @@ class Router:
                 error = INTERRUPTED if self.stopped() else f"the {role} replica serving it {how}"
                 self._end(uid, "error", error)
             else:
-                self._retry(uid, lost)
+                self._retry(uid, lost, is_lost=True)

@@ -14,6 +14,8 @@ from disagg.front.prompt_rows import PromptRows
 from disagg.front.text_stream import TextStream
 from disagg.request import Request
 
+STATES = ("waiting", "queued", "prefill", "decode")
+
 
 @dataclass(eq=False)
 class Tracked:
@@ -34,6 +36,18 @@ class Tracked:
     prefill: Replica | None = None  # until it has made a token
     begun: bool = False  # at its current replica
     suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
+
+    @property
+    def state(self) -> str:
+        """Return how far it is, one of STATES.
+
+        It waits here, or is queued on a decode replica that has no pages for it yet. Then its prompt is computed and
+        transferred, until this attempt's first token arrives. A unified replica does not say when it begins.
+        """
+        if self.decode is None:
+            return "waiting"
+        begun = self.begun or self.prefill is self.decode
+        return "decode" if self.prefill is None else "prefill" if begun else "queued"
 
     def request(self, uid: int) -> Request:
         """Return the rest of the request: the tokens so far join the prompt.
