@@ -23,8 +23,8 @@ from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
 from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
-from disagg.front.prompt_rows import PromptRows
 from disagg.front.progress import Progress
+from disagg.front.prompt_rows import PromptRows
 from disagg.front.replica import Replica
 from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
