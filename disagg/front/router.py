@@ -274,10 +274,7 @@ class Router:
             tracked.latest = now
             logprobs = update.logprobs[i : i + 1]
             tracked.logprobs.extend(logprobs)
-            shown = tracked.stream.shown
-            stopped = tracked.stream.push(token)
-            tracked.client.show(tracked.stream.text[shown : tracked.stream.shown], [token], logprobs)
-            if stopped:
+            if tracked.push(token, logprobs):
                 self.port.send(tracked.decode.id, Abort(update.uid))
                 self._end(update.uid, "stop")
                 return
@@ -327,10 +324,7 @@ class Router:
     def _end(self, uid: int, reason: str, error: str | None = None, refused: bool = False) -> None:
         tracked, now = self._leave(uid), time.monotonic()
         request, stream, rows = tracked.user.request, tracked.stream, {}
-        shown = stream.shown
-        stream.close()
-        if stream.shown > shown:
-            tracked.client.show(stream.text[shown:], [], [])
+        tracked.close()
         if error is None:
             try:
                 rows = tracked.rows()

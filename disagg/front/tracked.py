@@ -87,3 +87,17 @@ class Tracked:
             found["prompt_token_ids"] = request.prompt
             found["prompt_logprobs"] = self.prompt_rows.encode()
         return found
+
+    def push(self, token: int, logprobs: list) -> bool:
+        """Add a token, and show what may be shown now. Returns True if a stop string is complete."""
+        shown = self.stream.shown
+        stopped = self.stream.push(token)
+        self.client.show(self.stream.text[shown : self.stream.shown], [token], logprobs)
+        return stopped
+
+    def close(self) -> None:
+        """End the text, and show the rest of it."""
+        shown = self.stream.shown
+        self.stream.close()
+        if self.stream.shown > shown:
+            self.client.show(self.stream.text[shown:], [], [])
