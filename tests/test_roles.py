@@ -94,6 +94,7 @@ def test_what_has_not_begun_is_given_back(decode: Decode) -> None:
         decode.handle(RoomEnded(uid, "cut"))
     decode.admit()
     assert decode.news().begun == [3], "the one that was given back must not begin"
+    assert decode.failures == 2
 
 
 def test_a_request_that_is_here_is_not_taken_twice(decode: Decode) -> None:
@@ -124,6 +125,7 @@ def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_h
     for uid in (0, 1):
         decode.handle(RoomEnded(uid, "cancelled"))
     assert allocator.num_free == allocator.capacity and decode.news() is None, "nobody wants to hear of them"
+    assert decode.failures == 0, "what was cancelled has not failed"
     submit(decode, 0)
     decode.admit()
     assert decode.news().begun == [0], "the same number may come again, of another router"
