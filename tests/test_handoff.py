@@ -4,7 +4,6 @@ Pages arrive at their places bit for bit. Every room ends exactly once on either
 the end nothing writes its pages.
 """
 
-import multiprocessing
 import os
 import queue
 import random
@@ -57,6 +56,7 @@ from disagg.request import Request
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
 from tests.conftest import ROOT, eventually
+from tests.processes import fork_server
 
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
@@ -75,7 +75,7 @@ OPS = st.one_of(
 
 
 @given(st.integers(1, 4), st.lists(OPS, max_size=12))
-@settings(deadline=None, derandomize=True, max_examples=400)
+@settings(deadline=None, derandomize=True, max_examples=150)
 def test_a_room_only_rises_or_fails_and_lets_go_of_its_pages_last(links: int, ops: list[tuple[str, Any]]) -> None:
     room = Room(links)
     seen, ends, errors = [room.state], [], []
@@ -881,9 +881,8 @@ def decode_that_dies(prefill: Member, decode: Member, takes_some: bool, doing: A
 
 
 def spawn(target: Any, *args: Any) -> tuple[Any, Any]:
-    context = multiprocessing.get_context("spawn")
-    doing = context.Queue()
-    process = context.Process(target=target, args=(*args, doing), daemon=True)
+    doing = fork_server.Queue()
+    process = fork_server.Process(target=target, args=(*args, doing), daemon=True)
     process.start()
     return process, doing
 
@@ -891,7 +890,7 @@ def spawn(target: Any, *args: Any) -> tuple[Any, Any]:
 def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms() -> None:
     decode = Member("d", HOST)
     process, doing = spawn(prefill_that_dies, Member("p", HOST), decode)
-    prefill = doing.get(timeout=60)  # it imports torch first
+    prefill = doing.get(timeout=60)
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
     end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events, Credits())
     end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))

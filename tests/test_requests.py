@@ -441,7 +441,7 @@ MESSAGES = st.lists(
     )
 )
 @example({"prompt": "hi"})
-@settings(deadline=None, derandomize=True, max_examples=600)
+@settings(deadline=None, derandomize=True, max_examples=200)
 def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> None:
     try:
         user = parse(fields)
