@@ -46,7 +46,10 @@ class Histogram:
         raise AssertionError("the buckets hold fewer values than were counted")
 
     def up_to(self, bounds: Iterable[float]) -> list[int]:
-        """Return how many values are at most each bound: exact for TIMES, else without some that are 1 % below it."""
+        """Return how many values are at most each bound.
+
+        Exact for TIMES. For another bound, values up to 1 % below it may be missing.
+        """
         last = [math.floor(PER_DOUBLING * math.log2(max(bound, LOW) / LOW)) for bound in bounds]
         return [sum(self._counts[: bucket + 1]) for bucket in last]
 
