@@ -5,6 +5,7 @@ from typing import Any
 
 INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
 OPTIONAL = ("logprobs", "experts", "error")  # left out of the line if they are None
+UNWRITTEN = ("refused",)  # never part of the line
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class Answer:
     logprobs: list | None = None
     experts: dict | None = None  # as `ExpertRows.encode` makes it
     error: str | None = None
+    refused: bool = False  # is the error the request's own? Then no replica of this kind can serve it.
 
     def as_dict(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in OPTIONAL or value is not None}
+        """Return the fields of the line."""
+        fields = {name: value for name, value in vars(self).items() if name not in UNWRITTEN}
+        return {name: value for name, value in fields.items() if name not in OPTIONAL or value is not None}
 
 
 def refusal(id: Any, error: str) -> Answer:

@@ -1,9 +1,11 @@
-"""The front door: serves the user's prompt or batch of lines, and delivers the answers."""
+"""The front door: serves the user's prompt, batch of lines or HTTP clients, and delivers the answers."""
 
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,10 +38,13 @@ class FrontDoor:
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
         served = Served(encoder, config.vocab_size, longest, read_defaults(args.model))
-        self.output: Output | None = None  # this and `batch` are None for a --prompt
+        self.output: Output | None = None  # this and `batch` are None without an --input, `source` and `http` for it
         self.batch: JsonLines | None = None
-        self.source: Source
-        if args.prompt is not None:
+        self.source: Source | None = None
+        self.http = load_http()(args, served) if args.http is not None else None
+        if self.http is not None:
+            pass
+        elif args.prompt is not None:
             fields = {"prompt": args.prompt, "max_tokens": args.max_tokens, "temperature": 0}
             self.source = Listed([(parse_request(fields, 1, served), Printer(self._count))])
         else:
@@ -62,7 +67,10 @@ class FrontDoor:
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:
             with tqdm(initial=answered, unit="request", disable=hidden) as self.bar:
-                self.router.run(self.source)
+                if self.http is not None:
+                    self._serve_http(self.http, stopped)
+                elif self.source is not None:
+                    self.router.run(self.source)
         finally:
             self.port.close()
         if self.output is not None:
@@ -71,6 +79,13 @@ class FrontDoor:
             unread = f"what the input has after line {self.batch.read} was not read and has no answer"
             print(f"router: interrupted; {unread}", file=sys.stderr)
         print(self.router.metrics.table(), file=sys.stderr, flush=True)
+
+    def _serve_http(self, door: Any, stopped: Callable[[], bool]) -> None:
+        try:
+            door.announce()
+            door.run(self.router, stopped)
+        finally:
+            self.router.close()
 
     @property
     def failed(self) -> bool:
@@ -106,6 +121,14 @@ class Printer:
         self._answered(answer)
 
 
+def load_http() -> type:
+    """Import the HTTP door. Raises ValueError if a package that it needs is missing."""
+    try:
+        return import_module("disagg.front.http.server").HttpDoor
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--http needs the package {error.name}: pip install '.[serve]'") from None
+
+
 def say_about_text(encoder: PromptEncoder) -> None:
     if encoder.tokenizer is None:
         print(f"router: {NO_TOKENIZER}: requests need prompt_token_ids, answers have no text", file=sys.stderr)
@@ -115,9 +138,9 @@ def say_about_text(encoder: PromptEncoder) -> None:
 
 
 class RouterThread(threading.Thread):
-    """The router in the process of a unified job's rank 0. An error in it also ends the job, and `join` raises it."""
+    """The router's thread. An error in it also ends a unified job, whose rank 0 has it, and `join` raises it."""
 
-    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int) -> None:
+    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int = 0) -> None:
         super().__init__(name="router")
         self.front, self.interrupt, self.expected = front, interrupt, expected
         self.error: Exception | None = None

@@ -50,14 +50,12 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
     `uid`: stands for an `id` that is not given. A field that is None counts as not given.
     """
     raw = {name: value for name, value in raw.items() if value is not None}
-    known = {"id", *PROMPTS, *CHAT, *ALIASES, *_RULES, "stop"}
+    known = known_fields()
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     if not is_id(raw.get("id", uid)):
         raise ValueError(f"id is {raw['id']!r:.60}; it must be a string of Unicode or an integer")
-    given = [name for name in PROMPTS if name in raw]
-    if len(given) != 1:
-        raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
+    source = _source(raw)
     fields: dict[str, Any] = {name: check_field(name, raw[name]) for name in _RULES if name in raw}
     for alias, name in ALIASES.items():
         if alias in raw:
@@ -73,7 +71,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
         raise ValueError(f"stop is {raw['stop']!r:.60}; it must have at most {MAX_STOPS} strings")
     if stop and served.encoder.tokenizer is None:
         raise ValueError(f"stop: {NO_TOKENIZER}, so its answers have no text")
-    prompt = _tokens(given[0], raw, served)
+    prompt = _tokens(source, raw, served)
     room = served.max_model_len - len(prompt)
     if "max_tokens" not in fields and room < 1:
         raise ValueError(
@@ -89,9 +87,28 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
     return UserRequest(raw.get("id", uid), request, stop)
 
 
+def parse_prompt(raw: dict[str, Any], served: Served, add_special_tokens: bool = True) -> list[int]:
+    """Return the tokens of a request's prompt or messages; other fields are ignored. Raises ValueError.
+
+    `add_special_tokens`: does a `prompt` get those that the tokenizer adds?
+    """
+    raw = {name: value for name, value in raw.items() if value is not None}
+    return _tokens(_source(raw), raw, served, add_special_tokens)
+
+
 def check_field(name: str, value: Any) -> Any:
     """Check one field that the engine gets as it is. Returns its value. Raises ValueError."""
     return _check(name, value, *_RULES[name])
+
+
+def known_fields() -> frozenset[str]:
+    """Return the names of all fields that a request may have."""
+    return frozenset({"id", *PROMPTS, *CHAT, *ALIASES, *_RULES, "stop"})
+
+
+def field_rules() -> dict[str, tuple[type, str]]:
+    """Return the fields that the engine gets as they are: name -> type, rule in words."""
+    return {name: (kind, words) for name, (kind, _, words) in _RULES.items()}
 
 
 def engine_fields() -> frozenset[str]:
@@ -121,24 +138,32 @@ def read_object(line: str) -> dict:
     return raw
 
 
-def _tokens(name: str, raw: dict, served: Served) -> list[int]:
+def _source(raw: dict) -> str:
+    """Return the name of the field that has the prompt."""
+    given = [name for name in PROMPTS if name in raw]
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
+    return given[0]
+
+
+def _tokens(name: str, raw: dict, served: Served, add_special_tokens: bool = True) -> list[int]:
     """Return the prompt's tokens. `name`: of the field that has the prompt."""
     if name == "messages":
         prompt = _chat(raw, served.encoder)
     elif beside := [other for other in CHAT if other in raw]:
         raise ValueError(f"{beside[0]} goes with messages, not with {name}")
     else:
-        prompt = _prompt(name, raw[name], served.encoder, served.vocab_size)
+        prompt = _prompt(name, raw[name], served.encoder, served.vocab_size, add_special_tokens)
     if max(prompt) >= served.vocab_size:
         raise ValueError(f"{name}: token {max(prompt)} is not in the model's vocabulary of {served.vocab_size}")
     return prompt
 
 
-def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> list[int]:
+def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int, add_special_tokens: bool) -> list[int]:
     if name == "prompt":
         if not isinstance(value, str) or not value:
             raise ValueError(f"prompt is {value!r:.60}; it must be a non-empty string")
-        return encoder.text(value)
+        return encoder.text(value, add_special_tokens)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is {value!r:.60}; it must be a non-empty list")
     for token in value:

@@ -119,7 +119,6 @@ class Router:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that no replica has got yet."""
         return len(self._waiting)
 
     def _read(self, source: Source) -> int:
@@ -238,16 +237,27 @@ class Router:
         for tracked in self._tracked.values():
             tracked.submitted = now
 
+    def missing_roles(self) -> list[str]:
+        """Return the roles without which no request can be served now. It is empty if one can."""
+        unified = "unified" in self.fleet.roles or self.fleet.expected > 0
+        needed = ("unified",) if unified else ("prefill", "decode")
+        missing = [role for role in needed if not self.fleet.in_role(role)]
+        return [] if self.fleet.able_to_serve() else missing
+
+    @property
+    def unavailable(self) -> list[str]:
+        """The missing roles, unless a replacement may still come in time."""
+        late = time.monotonic() - self._short_of_replicas_since > REPLACEMENT_S
+        return self.missing_roles() if late or not self._open else []
+
     def _look_for_missing_roles(self) -> None:
         """End waiting requests, or print a line, if a role has been missing for too long.
 
         Before any request has been served, wait for ever. After that, wait REPLACEMENT_S for a replacement.
         """
         now = time.monotonic()
-        short_s = now - self._short_of_replicas_since
-        needed = ("unified",) if "unified" in self.fleet.roles else ("prefill", "decode")
-        roles = [role for role in needed if not self.fleet.in_role(role)]
-        if self.fleet.able_to_serve():
+        short_s, roles = now - self._short_of_replicas_since, self.missing_roles()
+        if not roles:
             self._short_of_replicas_since, self._notice_s = now, NOTICE_S
         elif self._open and short_s > REPLACEMENT_S:
             missing = " and no ".join(roles)
@@ -316,7 +326,7 @@ class Router:
             self.fleet.ping_soon()  # its prefill replica may have died: find out before the request is sent again
             self._retry(update.uid, prefill)
         else:
-            self._end(update.uid, "error", update.error)
+            self._end(update.uid, "error", update.error, refused=not update.retry)
 
     def _prompt_done(self, uid: int, tracked: Tracked) -> None:
         if tracked.prefill is not None:
@@ -339,7 +349,7 @@ class Router:
         tracked.suspects[failed.hello.job] = time.monotonic() + SUSPECT_S
         self._queue(tracked)
 
-    def _end(self, uid: int, reason: str, error: str | None = None) -> None:
+    def _end(self, uid: int, reason: str, error: str | None = None, refused: bool = False) -> None:
         tracked, now = self._leave(uid), time.monotonic()
         request, stream, experts = tracked.user.request, tracked.stream, None
         shown = stream.shown
@@ -364,6 +374,7 @@ class Router:
             logprobs=tracked.logprobs if request.logprobs else None,
             experts=experts,
             error=error,
+            refused=refused,
         )
         tracked.client.deliver(answer)
 

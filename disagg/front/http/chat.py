@@ -1,0 +1,141 @@
+"""The answers of /v1/chat/completions: whole, and in pieces."""
+
+import msgspec
+
+from disagg.front.answer import Answer
+from disagg.front.http.completions import Usage, usage
+from disagg.front.http.exchange import Prompt
+from disagg.front.http.fields import Asked
+from disagg.front.http.token_text import TokenText
+
+
+class Alternative(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[Alternative]
+
+
+class Logprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    """What a piece adds to the message. `role`: only in the first one."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | None
+    refusal: str | None = None
+
+
+class Choice(msgspec.Struct, omit_defaults=True):
+    index: int
+    message: Message
+    finish_reason: str | None
+    logprobs: Logprobs | None
+    experts: dict | None = None  # with return_experts
+
+
+class Piece(msgspec.Struct, omit_defaults=True):
+    index: int
+    delta: Delta
+    finish_reason: str | None
+    logprobs: Logprobs | None
+    experts: dict | None = None
+
+
+class ChatCompletion(msgspec.Struct, omit_defaults=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ChatChunk(msgspec.Struct, omit_defaults=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Piece]
+    usage: Usage | None = None
+
+
+class ChatText:
+    """The one place that the text of a chat answer passes, piece by piece, whether it is streamed or not."""
+
+    def push(self, piece: str) -> list[Delta]:
+        """Return what the next piece of text adds to the message."""
+        return [Delta(content=piece)] if piece else []
+
+    def close(self) -> list[Delta]:
+        """Return what the end of the text adds."""
+        return []
+
+
+class Chat:
+    """Makes the answers to one request."""
+
+    prefix = "chatcmpl-"
+
+    def __init__(self, id: str, created: int, model: str, asked: Asked, words: TokenText) -> None:
+        self._id, self._rest, self._asked, self._words = id, (created, model), asked, words
+        self._text = ChatText()
+        self._begun = False
+
+    def whole(self, prompts: list[Prompt]) -> ChatCompletion:
+        answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
+        (answer,) = answers
+        deltas = [*self._text.push(answer.text or ""), *self._text.close()]
+        message = Message("assistant", "".join(delta.content or "" for delta in deltas))
+        logprobs = self._logprobs(answer.token_ids, answer.logprobs or [])
+        choice = Choice(0, message, answer.finish_reason, logprobs, answer.experts)
+        return ChatCompletion(self._id, "chat.completion", *self._rest, [choice], usage(answers))
+
+    def pieces(self, prompt: Prompt) -> list[ChatChunk]:
+        """Return the events of a prompt's news."""
+        text, tokens, logprobs, answer = prompt.take()
+        deltas = [] if self._begun else [Delta("assistant", "")]
+        self._begun = True
+        deltas += self._text.push(text)
+        if answer is not None:
+            deltas += self._text.close()
+        shown = self._logprobs(tokens, logprobs)
+        if shown is not None and tokens and (not deltas or deltas[-1].role is not None):
+            deltas.append(Delta(content=""))  # log probabilities of tokens that show no text yet
+        events = [self._chunk(Piece(0, delta, None, None)) for delta in deltas]
+        if shown is not None and tokens:
+            events[-1].choices[0].logprobs = shown
+        if answer is not None:
+            events.append(self._chunk(Piece(0, Delta(), answer.finish_reason, None, answer.experts)))
+        return events
+
+    def last(self, prompts: list[Prompt]) -> ChatChunk:
+        """Return the event with the usage."""
+        answers: list[Answer] = [prompt.answer for prompt in prompts if prompt.answer is not None]
+        return ChatChunk(self._id, "chat.completion.chunk", *self._rest, [], usage(answers))
+
+    def _chunk(self, piece: Piece) -> ChatChunk:
+        return ChatChunk(self._id, "chat.completion.chunk", *self._rest, [piece])
+
+    def _logprobs(self, tokens: list[int], logprobs: list) -> Logprobs | None:
+        top, words = self._asked.top_logprobs, self._words
+        if top is None:
+            return None
+        made = []
+        for token, pairs in zip(tokens, logprobs, strict=True):
+            others = [Alternative(words.text(one), value, list(words.bytes(one))) for one, value in pairs[:top]]
+            made.append(TokenLogprob(words.text(token), dict(pairs)[token], list(words.bytes(token)), others))
+        return Logprobs(made)
