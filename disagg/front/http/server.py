@@ -48,7 +48,7 @@ class HttpDoor:
         self.served, self.timeouts = served, Timeouts.parse(args.request_timeout)
         self.keys, self.names = Keys.read(args.api_key_file), model_names(args.model_name)
         self.host, port = parse_address("--http", args.http)
-        self._sock = _bind(self.host, port)
+        self._sock = bind(self.host, port)
         self.port = self._sock.getsockname()[1]
 
     def announce(self) -> None:
@@ -130,7 +130,7 @@ def model_names(name: str) -> list[str]:
     return list(dict.fromkeys([Path(name).resolve().name, name]))
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Return a socket that has the address, and does not listen yet. Raises ValueError."""
     try:
         number = resolve(host)
