@@ -52,7 +52,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer | None, stop: list[str], marks: Set[int] = frozenset()) -> None:
         """`marks`: added tokens that are kept in the text, special or not, and whose places are noted in `places`.
 
-        A stop string can contain a whole mark, but neither a part of one nor the text on both its sides alone.
+        A stop string may contain a whole mark. It never matches a part of one, or text that only a mark interrupts.
         """
         self._tokenizer = tokenizer
         self._words = read_words(tokenizer) if tokenizer is not None else Words({}, {}, frozenset())
