@@ -298,10 +298,7 @@ class Router:
             tracked.latest = now
             logprobs = update.logprobs[i : i + 1]
             tracked.logprobs.extend(logprobs)
-            shown = tracked.stream.shown
-            stopped = tracked.stream.push(token)
-            tracked.client.show(tracked.stream.text[shown : tracked.stream.shown], [token], logprobs)
-            if stopped:
+            if tracked.push(token, logprobs):
                 self.port.send(tracked.decode.id, Abort(update.uid))
                 self._end(update.uid, "stop")
                 return
@@ -352,10 +349,7 @@ class Router:
     def _end(self, uid: int, reason: str, error: str | None = None, refused: bool = False) -> None:
         tracked, now = self._leave(uid), time.monotonic()
         request, stream, experts = tracked.user.request, tracked.stream, None
-        shown = stream.shown
-        stream.close()
-        if stream.shown > shown:
-            tracked.client.show(stream.text[shown:], [], [])
+        tracked.close()
         if request.return_experts and error is None:
             try:  # all tokens but the last one, which is not fed back
                 experts = tracked.experts.encode(len(request.prompt) + len(stream.token_ids) - 1)

@@ -36,3 +36,17 @@ class Tracked:
         request, done = self.user.request, self.stream.token_ids
         max_tokens = request.max_tokens - len(done)
         return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens)
+
+    def push(self, token: int, logprobs: list) -> bool:
+        """Add a token, and show what may be shown now. Returns True if a stop string is complete."""
+        shown = self.stream.shown
+        stopped = self.stream.push(token)
+        self.client.show(self.stream.text[shown : self.stream.shown], [token], logprobs)
+        return stopped
+
+    def close(self) -> None:
+        """End the text, and show the rest of it."""
+        shown = self.stream.shown
+        self.stream.close()
+        if self.stream.shown > shown:
+            self.client.show(self.stream.text[shown:], [], [])
