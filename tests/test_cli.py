@@ -301,7 +301,17 @@ def test_a_bad_line_ruins_only_itself(tiny: Path, tmp_path: Path) -> None:
 BAD_COMMANDS = {
     "no router": (("--role", "decode"), "the following arguments are required: --router"),
     "no address": (("--role", "router", "--prompt", "x"), "the following arguments are required: --router"),
-    "no work": ((), "--role unified needs exactly one of --prompt and --input"),
+    "no work": ((), "--role unified needs exactly one of --prompt, --input and --http"),
+    "two kinds of work": (("--prompt", "x", "--http", "a:1"), "needs exactly one of --prompt, --input and --http"),
+    "limit of HTTP": (("--http", "a:1", "--max-tokens", "8"), "a request of --http has its own max_tokens"),
+    "keys without HTTP": (("--prompt", "x", "--api-key-file", "k"), "--api-key-file is for --http"),
+    "time limit without HTTP": (("--prompt", "x", "--request-timeout", "5"), "--request-timeout is for --http"),
+    "no keys": (("--http", "127.0.0.1:0", "--api-key-file", "no/such"), "--api-key-file no/such: cannot be read"),
+    "bad time limit": (
+        ("--http", "127.0.0.1:0", "--request-timeout", "x"),
+        "--request-timeout is 'x'; it must be S",
+    ),
+    "HTTP at no host": (("--http", ":8000"), "--http is ':8000'; it must be HOST:PORT"),
     "work for prefill": (("--role", "prefill", "--router", "a:1", "--prompt", "x"), "prefill does not take --prompt"),
     "an address of nobody": (("--prompt", "x", "--router", "a:1"), "--role unified does not take --router"),
     "a router's sizes": (
@@ -394,7 +404,8 @@ def test_experts_that_do_not_divide_spell_the_equation(tiny: Path) -> None:
     assert err.count("run.py: error:") == 1 and "n_routed_experts % ranks must be 0, not 32 % 3 = 2" in err
 
 
-REQUESTS = {"--prompt", "--max-tokens", "--input", "--output", "--existing"}
+REQUESTS = {"--prompt", "--max-tokens", "--input", "--output", "--existing", "--http"}
+REQUESTS |= {"--api-key-file", "--request-timeout"}
 ENGINE = {"--attn-tp", "--dtype", "--backend", "--overlap", "--graphs", "--redundant-experts", "--expert-map"}
 ENGINE |= {"--record-experts", "--rebalance", "--max-batch", "--max-tokens-per-step", "--kv-tokens"}
 ENGINE |= {"--gpu-memory-fraction", "--load"}
@@ -414,7 +425,7 @@ def test_the_flags_are_these_and_each_role_shows_its_own(role: str, capsys: pyte
         parse_args(["--role", role, "--help"])
     listed = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
     assert set(listed) == FLAGS[role] and len(listed) == len(set(listed))
-    assert len(set().union(*FLAGS.values())) <= 23
+    assert len(set().union(*FLAGS.values())) <= 26
 
 
 def test_help_is_worth_reading() -> None:

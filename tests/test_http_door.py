@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -322,7 +323,7 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool, tiny: Path) -> N
             assert all(sock.recv(1) for sock in socks[1::2])
         began = time.monotonic()
         for sock in socks:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # as a killed client does: RST
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as if killed
             sock.close()
         assert eventually(lambda: len(door.actor.aborts) == 80, 2), len(door.actor.aborts)
         assert time.monotonic() - began < 2 and not door.front.router._tracked

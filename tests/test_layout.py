@@ -18,6 +18,7 @@ OPTIONAL = {  # library -> the only files that may import it, and there inside f
     "flash_mla": "kernels/",
     "flash_attn": "kernels/",
     "deep_ep": "parallel/deepep.py",
+    **dict.fromkeys(("starlette", "uvicorn", "uvloop", "prometheus_client"), "disagg/front/http/"),
     "huggingface_hub": "model/hub.py",  # always installed, but importing it takes half a second
 }
 LONGEST_SENTENCE = 30  # words

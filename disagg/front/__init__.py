@@ -1,7 +1,8 @@
 """Front: from the user's input to the user's output.
 
-front_door.py                      serves a prompt or a batch of lines, and delivers the answers
-parse.py                           a line to a request
+front_door.py                      serves a prompt, a batch of lines, or HTTP clients through http/
+client.py, tracked.py              what a door gives to the router, and what the router knows of it
+parse.py                           a request's fields to a request; generation_defaults.py has the checkpoint's
 tokenizer.py                       text and messages to tokens; tokenizer_files.py and tiktoken_file.py read the folder
 messages.py, chat_template.py      messages to text, in a process of its own
 text_stream.py                     tokens to text, up to a stop string
