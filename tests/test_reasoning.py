@@ -99,3 +99,8 @@ def test_a_stop_string_works_on_the_text_that_the_client_sees(stop: str, reasoni
 
 def test_without_the_marks_in_the_vocabulary_all_is_content() -> None:
     assert split("a</think>b", R1, form=ChatFormat(make_tokenizer()))[:2] == (None, "a</think>b")
+
+
+def test_a_mark_whose_end_could_begin_a_stop_string_is_no_text_meanwhile() -> None:
+    reasoning, content, deltas = split("a<think>bz", "hi", "k>b<think>")
+    assert (reasoning, content) == ("bz", "a") and deltas[0] == {"content": "a"}
