@@ -1,8 +1,10 @@
 """The answers of /v1/chat/completions: whole, and in pieces."""
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from disagg.front.answer import Answer
+from disagg.front.chat_text import whole_message
 from disagg.front.http.completions import Usage, usage
 from disagg.front.http.exchange import Prompt
 from disagg.front.http.fields import Asked
@@ -31,12 +33,16 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict] | None = None
 
 
 class Message(msgspec.Struct):
     role: str
     content: str | None
     refusal: str | None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[dict] | UnsetType = UNSET
 
 
 class Choice(msgspec.Struct, omit_defaults=True):
@@ -73,18 +79,6 @@ class ChatChunk(msgspec.Struct, omit_defaults=True):
     usage: Usage | None = None
 
 
-class ChatText:
-    """The one place that the text of a chat answer passes, piece by piece, whether it is streamed or not."""
-
-    def push(self, piece: str) -> list[Delta]:
-        """Return what the next piece of text adds to the message."""
-        return [Delta(content=piece)] if piece else []
-
-    def close(self) -> list[Delta]:
-        """Return what the end of the text adds."""
-        return []
-
-
 class Chat:
     """Makes the answers to one request."""
 
@@ -92,26 +86,24 @@ class Chat:
 
     def __init__(self, id: str, created: int, model: str, asked: Asked, words: TokenText) -> None:
         self._id, self._rest, self._asked, self._words = id, (created, model), asked, words
-        self._text = ChatText()
         self._begun = False
 
     def whole(self, prompts: list[Prompt]) -> ChatCompletion:
-        answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
-        (answer,) = answers
-        deltas = [*self._text.push(answer.text or ""), *self._text.close()]
-        message = Message("assistant", "".join(delta.content or "" for delta in deltas))
+        (prompt,) = prompts
+        chat, answer = prompt.chat, prompt.answer
+        assert chat is not None and answer is not None
+        message = Message(**whole_message(chat.deltas()))
         logprobs = self._logprobs(answer.token_ids, answer.logprobs or [])
-        choice = Choice(0, message, answer.finish_reason, logprobs, answer.experts)
-        return ChatCompletion(self._id, "chat.completion", *self._rest, [choice], usage(answers))
+        choice = Choice(0, message, chat.finish_reason(answer.finish_reason), logprobs, answer.experts)
+        return ChatCompletion(self._id, "chat.completion", *self._rest, [choice], usage([answer]))
 
     def pieces(self, prompt: Prompt) -> list[ChatChunk]:
         """Return the events of a prompt's news."""
-        text, tokens, logprobs, answer = prompt.take()
+        assert prompt.chat is not None
+        _, tokens, logprobs, answer = prompt.take()
         deltas = [] if self._begun else [Delta("assistant", "")]
         self._begun = True
-        deltas += self._text.push(text)
-        if answer is not None:
-            deltas += self._text.close()
+        deltas += [Delta(**delta) for delta in prompt.chat.deltas()]
         shown = self._logprobs(tokens, logprobs)
         if shown is not None and tokens and (not deltas or deltas[-1].role is not None):
             deltas.append(Delta(content=""))  # log probabilities of tokens that show no text yet
@@ -119,7 +111,8 @@ class Chat:
         if shown is not None and tokens:
             events[-1].choices[0].logprobs = shown
         if answer is not None:
-            events.append(self._chunk(Piece(0, Delta(), answer.finish_reason, None, answer.experts)))
+            reason = prompt.chat.finish_reason(answer.finish_reason)
+            events.append(self._chunk(Piece(0, Delta(), reason, None, answer.experts)))
         return events
 
     def last(self, prompts: list[Prompt]) -> ChatChunk:

@@ -8,10 +8,12 @@ from typing import Any
 from starlette.types import Receive
 
 from disagg.front.answer import Answer
+from disagg.front.chat_text import ChatText
 from disagg.front.http.errors import HttpError
 from disagg.front.http.limits import Timeouts
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
+from disagg.front.tracked import Tracked
 
 LATER = {"retry-after": "1"}
 
@@ -26,6 +28,8 @@ class Prompt:
         self.piece, self.tokens, self.logprobs = "", list[int](), list[list]()  # since the task's last look
         self.answer: Answer | None = None
         self.seen = False  # has the task taken the answer?
+        self.tracked: Tracked
+        self.chat: ChatText | None = None  # only for messages
 
     def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
         self.piece += piece
@@ -64,7 +68,8 @@ class Exchange:
         self._router, self._timeouts, self._wake = router, timeouts, wake
         self._began, self._heard = time.monotonic(), asyncio.Event()
         self.prompts = [Prompt(i, user, texts[i], hold, self._heard.set) for i, user in enumerate(users)]
-        self._tracked = [router.submit(prompt.user, prompt) for prompt in self.prompts]
+        for prompt in self.prompts:
+            prompt.tracked = router.submit(prompt.user, prompt)
         wake()
 
     @property
@@ -102,8 +107,8 @@ class Exchange:
 
     def close(self) -> None:
         """Cancel what has no answer yet."""
-        for tracked in self._tracked:
-            self._router.cancel(tracked)
+        for prompt in self.prompts:
+            self._router.cancel(prompt.tracked)
         self._wake()
 
 

@@ -12,6 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from disagg.front.chat_text import ChatFormat, ChatText
 from disagg.front.http import fields
 from disagg.front.http.body import read_object
 from disagg.front.http.chat import Chat
@@ -40,6 +41,7 @@ class Service:
     wake: Callable[[], None]  # starts the router's next turn
     encoder: ThreadPoolExecutor  # one thread: a long text, or a chat template, must not stop the loop
     words: TokenText
+    chat_format: ChatFormat | None  # None: the model has no tokenizer, and so no chat
 
     def refuse_if_full(self, prompts: int) -> None:
         """Raise HttpError if so many more prompts cannot be served soon."""
@@ -60,7 +62,10 @@ class Service:
         users = []
         for i, line in enumerate(lines):
             try:
-                users.append(parse_request(line, i, self.served))
+                user = parse_request(line, i, self.served)
+                if "messages" in line and self.chat_format is not None:
+                    user = msgspec.structs.replace(user, marks=self.chat_format.marks(line.get("tools")))
+                users.append(user)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(lines) > 1 else str(error)) from None
         return users
@@ -103,6 +108,10 @@ class Reply:
             texts = [line.get("prompt") or words.decode(user.request.prompt) for line, user in lines]
         hold = asked.echo and asked.top_logprobs is not None
         exchange = Exchange(service.router, self._users, texts, hold, service.timeouts, service.wake)
+        for line, prompt in zip(asked.lines, exchange.prompts, strict=True):
+            if "messages" in line and service.chat_format is not None:
+                stream, tokens = prompt.tracked.stream, prompt.user.request.prompt
+                prompt.chat = ChatText(service.chat_format, stream, tokens, line.get("tools"))
         try:
             await while_connected(receive, (self._stream if asked.stream else self._whole)(exchange, send))
         finally:

@@ -21,6 +21,7 @@ import uvicorn
 import uvloop
 
 from disagg.control.address import format_address, is_wildcard, parse_address, resolve
+from disagg.front.chat_text import ChatFormat
 from disagg.front.http.app import make_app
 from disagg.front.http.generate import Service
 from disagg.front.http.limits import Keys, Timeouts
@@ -66,9 +67,11 @@ class HttpDoor:
         with ThreadPoolExecutor(1, "encoder") as encoder:
             words = TokenText(self.served.encoder.tokenizer)
             shared = router, self.served, self.names, self.keys, self.timeouts, wake.set, encoder, words
+            tokenizer = self.served.encoder.tokenizer
+            chat_format = None if tokenizer is None else ChatFormat(tokenizer)
             server = Server(
                 uvicorn.Config(
-                    make_app(Service(*shared)),
+                    make_app(Service(*shared, chat_format)),
                     loop="none",
                     http=LimitedProtocol,
                     ws="none",
