@@ -163,7 +163,7 @@ def check_requests(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     if (args.input is None) != (args.output is None):
         raise ValueError("--input and --output go together: requests from one file, answers to another")
     if args.log_interval is None:
-        args.log_interval = LOG_HTTP_S if vars(args).get("http") else 0.0
+        args.log_interval = LOG_HTTP_S if args.http else 0.0
     if not 0 <= args.log_interval < float("inf"):
         raise ValueError(f"--log-interval is {args.log_interval:g}; it must be 0 or a number of seconds above it")
     if args.output == "-" and args.existing != "refuse":

@@ -180,6 +180,8 @@ def their_experts(folder: Path, texts: Sequence[list[int]]) -> list[Tensor]:
 @torch.inference_mode()
 def their_logprobs(folder: Path, texts: Sequence[list[int]]) -> list[Tensor]:
     """Return the log probabilities [tokens, V] of each text: row i is the distribution of token i + 1."""
+    from transformers import DeepseekV3ForCausalLM
+
     theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return [theirs(torch.tensor([text])).logits[0].log_softmax(-1) for text in texts]
 
