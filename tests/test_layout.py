@@ -140,7 +140,7 @@ def test_the_repository_stays_small() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     files = [ROOT / name for name in listed.decode().split("\0") if name]
     sizes = [path.stat().st_size for path in files if path.exists() and path.suffix != ".safetensors"]
-    assert sum(sizes) < 3_500_000
+    assert sum(sizes) < 5_000_000
 
 
 def test_functions_around_kernels_are_annotated() -> None:
