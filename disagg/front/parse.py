@@ -97,7 +97,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
             f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
             f"max_model_len ({served.max_model_len})"
         )
-    return UserRequest(raw.get("id", uid), request, stop, session_id)
+    return UserRequest(raw.get("id", uid), request, stop, session_id=session_id)
 
 
 def parse_prompt(raw: dict[str, Any], served: Served, add_special_tokens: bool = True) -> list[int]:
