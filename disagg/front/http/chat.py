@@ -3,7 +3,7 @@
 import msgspec
 
 from disagg.front.answer import Answer
-from disagg.front.http.completions import Usage, usage
+from disagg.front.http.completions import Usage, own_fields, usage
 from disagg.front.http.exchange import Prompt
 from disagg.front.http.fields import Asked
 from disagg.front.http.token_text import TokenText
@@ -39,20 +39,26 @@ class Message(msgspec.Struct):
     refusal: str | None = None
 
 
-class Choice(msgspec.Struct, omit_defaults=True):
+class OwnFields(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The fields that OpenAI's API does not have, in the last piece of an answer: see `own_fields`."""
+
+    experts: dict | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list | None = None
+
+
+class Choice(OwnFields, omit_defaults=True):
     index: int
     message: Message
     finish_reason: str | None
     logprobs: Logprobs | None
-    experts: dict | None = None  # with return_experts
 
 
-class Piece(msgspec.Struct, omit_defaults=True):
+class Piece(OwnFields, omit_defaults=True):
     index: int
     delta: Delta
     finish_reason: str | None
     logprobs: Logprobs | None
-    experts: dict | None = None
 
 
 class ChatCompletion(msgspec.Struct, omit_defaults=True):
@@ -101,7 +107,7 @@ class Chat:
         deltas = [*self._text.push(answer.text or ""), *self._text.close()]
         message = Message("assistant", "".join(delta.content or "" for delta in deltas))
         logprobs = self._logprobs(answer.token_ids, answer.logprobs or [])
-        choice = Choice(0, message, answer.finish_reason, logprobs, answer.experts)
+        choice = Choice(0, message, answer.finish_reason, logprobs, **own_fields(answer, self._asked))
         return ChatCompletion(self._id, "chat.completion", *self._rest, [choice], usage(answers))
 
     def pieces(self, prompt: Prompt) -> list[ChatChunk]:
@@ -119,7 +125,8 @@ class Chat:
         if shown is not None and tokens:
             events[-1].choices[0].logprobs = shown
         if answer is not None:
-            events.append(self._chunk(Piece(0, Delta(), answer.finish_reason, None, answer.experts)))
+            own = own_fields(answer, self._asked)
+            events.append(self._chunk(Piece(0, Delta(), answer.finish_reason, None, **own)))
         return events
 
     def last(self, prompts: list[Prompt]) -> ChatChunk:
