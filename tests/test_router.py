@@ -413,7 +413,9 @@ def test_a_session_goes_on_where_it_was() -> None:
     """After one request each, both replicas are equally loaded, and the third request would go to the first of them."""
     port, answers = RouterPort(HOST, 0), {}
     router = make_router(port)
-    users = [UserRequest(i, Request(i, [5], 1), [], session) for i, session in enumerate(("a", "b", "b", "a"))]
+    users = [
+        UserRequest(i, Request(i, [5], 1), [], session_id=session) for i, session in enumerate(("a", "b", "b", "a"))
+    ]
     work = listed(users, answers.__setitem__)
     thread = threading.Thread(target=lambda: router.run(work), daemon=True)
     thread.start()

@@ -55,6 +55,12 @@ class Fleet:
         """Return the replicas that can take requests: unified ones, and decode ones if there is a prefill replica."""
         return self.in_role("unified") + (self.in_role("decode") if self.in_role("prefill") else [])
 
+    def missing_roles(self) -> list[str]:
+        """Return the roles without which no request can be served now. It is empty if one can."""
+        unified = "unified" in self.roles or self.expected > 0
+        needed = ("unified",) if unified else ("prefill", "decode")
+        return [] if self.able_to_serve() else [role for role in needed if not self.in_role(role)]
+
     def tell(self, replicas: list[Replica], message: ToWorker) -> None:
         for replica in replicas:
             self.port.send(replica.id, message)

@@ -215,18 +215,11 @@ class Router:
         for tracked in self._tracked.values():
             tracked.submitted = now
 
-    def missing_roles(self) -> list[str]:
-        """Return the roles without which no request can be served now. It is empty if one can."""
-        unified = "unified" in self.fleet.roles or self.fleet.expected > 0
-        needed = ("unified",) if unified else ("prefill", "decode")
-        missing = [role for role in needed if not self.fleet.in_role(role)]
-        return [] if self.fleet.able_to_serve() else missing
-
     @property
     def unavailable(self) -> list[str]:
         """The missing roles, unless a replacement may still come in time."""
         late = time.monotonic() - self._short_of_replicas_since > REPLACEMENT_S
-        return self.missing_roles() if late or not self._open else []
+        return self.fleet.missing_roles() if late or not self._open else []
 
     def _look_for_missing_roles(self) -> None:
         """End waiting requests, or print a line, if a role has been missing for too long.
@@ -234,7 +227,7 @@ class Router:
         Before any request has been served, wait for ever. After that, wait REPLACEMENT_S for a replacement.
         """
         now = time.monotonic()
-        short_s, roles = now - self._short_of_replicas_since, self.missing_roles()
+        short_s, roles = now - self._short_of_replicas_since, self.fleet.missing_roles()
         if not roles:
             self._short_of_replicas_since, self._notice_s = now, NOTICE_S
         elif self._open and short_s > REPLACEMENT_S:

@@ -5,7 +5,7 @@ from msgspec import UNSET, UnsetType
 
 from disagg.front.answer import Answer
 from disagg.front.chat_text import whole_message
-from disagg.front.http.completions import Usage, usage
+from disagg.front.http.completions import Usage, own_fields, usage
 from disagg.front.http.exchange import Prompt
 from disagg.front.http.fields import Asked
 from disagg.front.http.token_text import TokenText
@@ -45,20 +45,26 @@ class Message(msgspec.Struct):
     tool_calls: list[dict] | UnsetType = UNSET
 
 
-class Choice(msgspec.Struct, omit_defaults=True):
+class OwnFields(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The fields that OpenAI's API does not have, in the last piece of an answer: see `own_fields`."""
+
+    experts: dict | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list | None = None
+
+
+class Choice(OwnFields, omit_defaults=True):
     index: int
     message: Message
     finish_reason: str | None
     logprobs: Logprobs | None
-    experts: dict | None = None  # with return_experts
 
 
-class Piece(msgspec.Struct, omit_defaults=True):
+class Piece(OwnFields, omit_defaults=True):
     index: int
     delta: Delta
     finish_reason: str | None
     logprobs: Logprobs | None
-    experts: dict | None = None
 
 
 class ChatCompletion(msgspec.Struct, omit_defaults=True):
@@ -94,7 +100,8 @@ class Chat:
         assert chat is not None and answer is not None
         message = Message(**whole_message(chat.deltas()))
         logprobs = self._logprobs(answer.token_ids, answer.logprobs or [])
-        choice = Choice(0, message, chat.finish_reason(answer.finish_reason), logprobs, answer.experts)
+        reason, own = chat.finish_reason(answer.finish_reason), own_fields(answer, self._asked)
+        choice = Choice(0, message, reason, logprobs, **own)
         return ChatCompletion(self._id, "chat.completion", *self._rest, [choice], usage([answer]))
 
     def pieces(self, prompt: Prompt) -> list[ChatChunk]:
@@ -111,8 +118,8 @@ class Chat:
         if shown is not None and tokens:
             events[-1].choices[0].logprobs = shown
         if answer is not None:
-            reason = prompt.chat.finish_reason(answer.finish_reason)
-            events.append(self._chunk(Piece(0, Delta(), reason, None, answer.experts)))
+            reason, own = prompt.chat.finish_reason(answer.finish_reason), own_fields(answer, self._asked)
+            events.append(self._chunk(Piece(0, Delta(), reason, None, **own)))
         return events
 
     def last(self, prompts: list[Prompt]) -> ChatChunk:

@@ -31,6 +31,8 @@ class Choice(msgspec.Struct, omit_defaults=True):
     finish_reason: str | None
     logprobs: Logprobs | None
     experts: dict | None = None  # with return_experts
+    prompt_token_ids: list[int] | None = None  # this and the next one with prompt_logprobs
+    prompt_logprobs: list | None = None
 
 
 class Completion(msgspec.Struct, omit_defaults=True):
@@ -46,6 +48,12 @@ def usage(answers: list[Answer], only_prompt: bool = False) -> Usage:
     prompt = sum(answer.prompt_tokens for answer in answers)
     generated = 0 if only_prompt else sum(answer.completion_tokens for answer in answers)
     return Usage(prompt, generated, prompt + generated)
+
+
+def own_fields(answer: Answer | None, asked: Asked) -> dict[str, Any]:
+    """Return the fields of a choice that OpenAI's API does not have. `answer`: None as long as more comes."""
+    names = ["experts"] if asked.echo else ["experts", "prompt_token_ids", "prompt_logprobs"]
+    return {name: getattr(answer, name, None) for name in names}
 
 
 class Completions:
@@ -88,19 +96,24 @@ class Completions:
             if asked.echo and begins:
                 prompt_logprobs = getattr(answer, "prompt_logprobs", None) or []
                 rows = list(zip(prompt.user.request.prompt, prompt_logprobs, strict=True)) + rows
-            shown = self._logprobs(prompt.index, rows, asked.top_logprobs)
+            shown = self._logprobs(prompt, rows, asked.top_logprobs)
         if asked.echo and begins:
             text = prompt.prompt_text + text
         reason = answer.finish_reason if answer is not None else None
-        return Choice(prompt.index, text, reason, shown, answer.experts if answer is not None else None)
+        return Choice(prompt.index, text, reason, shown, **own_fields(answer, asked))
 
-    def _logprobs(self, index: int, rows: list[tuple[int, Any]], top: int) -> Logprobs:
-        """`rows`: each token with its pairs (token, log probability), or None: the `top` likeliest and itself."""
+    def _logprobs(self, prompt: Prompt, rows: list[tuple[int, Any]], top: int) -> Logprobs:
+        """`rows`: each token with its pairs (token, log probability): the `top` likeliest, and the token itself.
+
+        The first token of an echoed prompt has None. If it is a BOS that the tokenizer added, the text has no place
+        for it.
+        """
         made = Logprobs([], [], [], [])
         for token, pairs in rows:
             word = self._words.text(token)
-            made.text_offset.append(self._offsets.get(index, 0))
-            self._offsets[index] = made.text_offset[-1] + len(word)
+            made.text_offset.append(self._offsets.get(prompt.index, 0))
+            is_unseen = pairs is None and not prompt.prompt_text.startswith(word)
+            self._offsets[prompt.index] = made.text_offset[-1] + (0 if is_unseen else len(word))
             made.tokens.append(word)
             own = dict(pairs)[token] if pairs is not None else None
             made.token_logprobs.append(own)

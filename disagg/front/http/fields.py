@@ -12,7 +12,7 @@ from disagg.front.parse import CHAT, known_fields
 
 MOST_PROMPTS = 1_000  # of one request
 MOST_TOP_LOGPROBS = 20
-OWN = {"id", "prompt", "prompt_token_ids", "messages", "logprobs", "prompt_logprobs"}  # not passed as they are
+OWN = {"id", "prompt", "prompt_token_ids", "messages", "logprobs"}  # not passed as they are
 # name -> the values with which it changes nothing; all others are refused, unless parse.py knows the field
 REFUSED: dict[str, tuple] = {
     "n": (1,),
@@ -57,6 +57,7 @@ REFUSED: dict[str, tuple] = {
     "min_tokens": (0,),
     "logit_bias": ({},),
     "stop_token_ids": ([],),
+    "prompt_logprobs": (),
     "session_id": (),
 }
 
@@ -80,11 +81,11 @@ def completion(body: dict[str, Any]) -> Asked:
     if top is not None:
         _check_top("logprobs", top)
         common["logprobs"] = max(top, 1)
-    if body.get("prompt_logprobs") is not None:
-        common["prompt_logprobs"] = body["prompt_logprobs"]
     if echo and top is not None:
         if "prompt_logprobs" not in known_fields():
-            raise HttpError(400, "echo is true; with logprobs it is not supported yet", "echo")
+            raise ValueError("echo is True; with logprobs it is not supported yet")
+        if "prompt_logprobs" in common:
+            raise ValueError("prompt_logprobs is for answers without echo and logprobs, which have them")
         common["prompt_logprobs"] = max(top, 1)
     if only_prompt:
         common["max_tokens"] = 1

@@ -43,7 +43,7 @@ class Information:
 
     async def health(self, request: Request) -> Response:
         """200 only if a request could be served now."""
-        if missing := self._service.router.missing_roles():
+        if missing := self._service.router.fleet.missing_roles():
             raise HttpError(503, f"no {' and no '.join(missing)} replica", headers=LATER)
         return _json({"status": "ok"})
 
