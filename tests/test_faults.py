@@ -226,8 +226,8 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
 ) -> None:
     """What waits for pages on the decode side has not begun, and so has not failed.
 
-    31 pages hold a short request and 15 long ones. The first answer shows that these no longer need the prefill job.
-    The other four wait.
+    31 pages hold a short request and 15 long ones, which fail once. The first answer shows that they no longer need a
+    prefill job. The other four wait.
     """
     wanted = [LONG[0] | {"max_tokens": 4}, *LONG[1:]]
     with town(tmp_path, tiny, **QUICK) as place:
@@ -235,12 +235,11 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
         place.worker("decode", 1, "--kv-tokens", "1984")
         prefill = place.worker("prefill")
         joined(place, router, 2)
-        busy(place, "out")
         for again in range(3):
             prefill.signal(signal.SIGKILL)
             prefill = place.worker("prefill")
             joined(place, router, 3 + again)
-            time.sleep(0.5)
+            busy(place, "out")
         all_right(place, router, "out", wanted, expected)
 
 
