@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from disagg.control.messages import Submit, Update
-from disagg.front import router as router_module
 from disagg.front.http import body as body_module
 from disagg.front.http import fields, protocol
 from disagg.front.http.limits import Keys, Timeouts
@@ -285,8 +284,8 @@ def test_requests_that_take_too_long_are_ended(tiny: Path) -> None:
 
 def test_a_full_queue_asks_to_come_later(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disagg.front.http.generate.MOST_WAITING", 2)
-    monkeypatch.setattr(router_module, "LEAST_AHEAD", 1)
-    monkeypatch.setattr(router_module, "STEPS_AHEAD", 0)
+    monkeypatch.setattr("disagg.front.routing.LEAST_AHEAD", 1)
+    monkeypatch.setattr("disagg.front.routing.STEPS_AHEAD", 0)
     with open_door(tiny, never) as door:
         socks = []
         for waiting in (0, 1, 2):  # one runs, two wait

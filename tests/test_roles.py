@@ -20,6 +20,7 @@ from disagg.front.replica import Replica
 from disagg.front.router import Router
 from disagg.handoff.connect import Door
 from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded, SendPages
+from disagg.handoff.receive_link import Pieces
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.prefill import Prefill
@@ -42,6 +43,7 @@ class FakeLink:
     def __init__(self, peer: Member, generation: int) -> None:
         self.peer, self.generation, self.told, self.is_down = peer, generation, [], False
         self.bytes_moved = self.seconds_moving = 0
+        self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
 
     def put(self, command: Any) -> None:
         self.told.append(command)
