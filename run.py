@@ -2,6 +2,7 @@
 
     python run.py --model model/tiny --prompt "In the beginning"
     torchrun --nproc-per-node 4 run.py --model model/tiny --input prompts.jsonl --output out.jsonl
+    python run.py --model model/tiny --http 127.0.0.1:8000
 
 Prefill and decode in separate jobs, started in any order. --router is the address where the router listens:
 
@@ -31,6 +32,7 @@ from model.hub import find_model
 from parallel.mesh import Mesh, launched_local_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
+LOG_HTTP_S = 10.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--role {role} does not take {unknown[0]}; --role {role} --help lists its flags")
     if role in ("unified", "router"):
         check_requests(args, parser)
+    args.model_name = args.model  # `model` becomes the folder of a hub id
     return args
 
 
@@ -82,12 +85,25 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
     add("--prompt", metavar="TEXT", help="one prompt; its continuation is printed while it is generated")
     add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate for --prompt (64)")
     add("--input", metavar="FILE", help="requests, one JSON object per line (-: from stdin)")
-    add("--output", metavar="FILE", help="answers, one JSON object per line, in input order")
+    add("--output", metavar="FILE", help="answers, one JSON object per line, in input order (-: to stdout)")
+    add("--http", metavar="HOST:PORT", help="serve OpenAI's API at this address until Ctrl-C")
+    add("--api-key-file", metavar="FILE", help="keys that --http accepts, one per line (it needs none)")
+    add(
+        "--request-timeout",
+        metavar="S[,F]",
+        help="seconds that a request of --http may take: in all, and to its first token (no limit)",
+    )
     add(
         "--existing",
         choices=("refuse", "overwrite", "resume"),
         default="refuse",
         help="if the --output file exists: refuse it, replace it, or append the missing answers (refuse)",
+    )
+    add(
+        "--log-interval",
+        type=float,
+        metavar="S",
+        help=f"seconds between two lines per job on stderr, 0: none ({LOG_HTTP_S:g} with HTTP, else 0)",
     )
 
 
@@ -142,14 +158,23 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def check_requests(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if (args.prompt is None) == (args.input is None):
-        raise ValueError(f"--role {args.role} needs exactly one of --prompt and --input")
+    if sum(given is not None for given in (args.prompt, args.input, args.http)) != 1:
+        raise ValueError(f"--role {args.role} needs exactly one of --prompt, --input and --http")
     if (args.input is None) != (args.output is None):
         raise ValueError("--input and --output go together: requests from one file, answers to another")
+    if args.log_interval is None:
+        args.log_interval = LOG_HTTP_S if args.http else 0.0
+    if not 0 <= args.log_interval < float("inf"):
+        raise ValueError(f"--log-interval is {args.log_interval:g}; it must be 0 or a number of seconds above it")
+    if args.output == "-" and args.existing != "refuse":
+        raise ValueError(f"--existing {args.existing} is for a file; --output - is stdout")
     if args.output is None and args.existing != "refuse":
         raise ValueError(f"--existing {args.existing} is for --output; a --prompt has none")
-    if args.input is not None and args.max_tokens != parser.get_default("max_tokens"):
-        raise ValueError(f"--max-tokens {args.max_tokens} is for --prompt; a line of --input has its own max_tokens")
+    if args.prompt is None and args.max_tokens != parser.get_default("max_tokens"):
+        has = "a line of --input" if args.http is None else "a request of --http"
+        raise ValueError(f"--max-tokens {args.max_tokens} is for --prompt; {has} has its own max_tokens")
+    if args.http is None and (name := next((n for n in ("api_key_file", "request_timeout") if vars(args)[n]), None)):
+        raise ValueError(f"--{name.replace('_', '-')} is for --http")
 
 
 def main() -> int:

@@ -1,17 +1,20 @@
 """Connection: a rank's connection to the router, and the user's lines about it."""
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from disagg.control.address import format_address
-from disagg.control.messages import Bye, Forget, Hello, Member, RoleName, ToWorker, Updates, in_messages
+from disagg.control.messages import Bye, Forget, Hello, Load, Member, RoleName, Stats, ToWorker, Updates, in_messages
 from disagg.control.ports import WorkerPort
 from disagg.control.pulse import Beacon
 from disagg.engine import Engine
+from disagg.reports import about
 from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
+LOAD_S = 0.1  # how old a reported load may be, apart from the turn that is running
 SAYING = {
     "waiting": "waiting for the router",
     "joined": "joined the router",
@@ -33,8 +36,9 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas)
+            hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas, about(engine))
             self.port = WorkerPort(hello, *router)
+        self._next_load = 0.0
         self._state = ""
         self._update_state()
 
@@ -71,10 +75,16 @@ class Connection:
         yield
         self.beacon.waits = False
 
-    def report(self, news: Updates | Bye | None) -> None:
+    def report(self, news: Updates | Stats | Bye | None) -> None:
         if self.port is not None and news is not None:
             for message in in_messages(news) if isinstance(news, Updates) else [news]:
                 self.port.send(message)
+
+    def report_load(self, load: Callable[[], Load]) -> None:
+        """Give the beacon of a replica's first rank the load to send. Calls `load()` every LOAD_S at most."""
+        if self.port is not None and (now := time.monotonic()) >= self._next_load:
+            self._next_load = now + LOAD_S
+            self.beacon.load = load()
 
     def close(self, bye: Bye) -> None:
         self.report(bye)

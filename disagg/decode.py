@@ -7,7 +7,9 @@ import time
 from collections import abc, deque
 from dataclasses import dataclass, field
 
-from disagg.control.messages import Abort, Back, Forget, Gone, Member, Parts, Submit, Update, Withdraw
+import msgspec
+
+from disagg.control.messages import Abort, Back, Forget, Gone, Load, Member, Parts, Submit, Update, Withdraw
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
@@ -16,6 +18,7 @@ from disagg.handoff.receive_link import ReceiveLink
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
+from model.prompt_logprobs import row_bytes
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ class Decode(Unified):
         self.queue: deque[Incoming] = deque()  # waiting for pages
         self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
         self.links = Links(self.make_link)
+        self.failures = 0  # handoffs that ended with an error, and were not cancelled
         self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
 
     def collect(self) -> abc.Sequence[Event]:
@@ -52,7 +56,8 @@ class Decode(Unified):
                 if prefill is None:
                     self.updates.append(Update(request.uid, error="a decode replica needs a prefill replica"))
                 elif self.fits(request):
-                    self.queue.append(Incoming(Sequence(request), prefill, Room(len(self.members))))
+                    sequence = Sequence(request, self.engine.config.eos_token_ids)
+                    self.queue.append(Incoming(sequence, prefill, Room(len(self.members))))
             case RoomEnded() as ended:
                 self.room_ended(ended)
             case Abort(uid) if uid in self.incoming:
@@ -104,8 +109,11 @@ class Decode(Unified):
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
         opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
         link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
-        expected = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
-        link.put(Join(request.uid, opening, expected))
+        experts = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
+        top, rows = request.prompt_logprobs, 0
+        if opening and top is not None:
+            rows = (len(request.prompt) - 1) * row_bytes(top, self.engine.config.vocab_size)
+        link.put(Join(request.uid, opening, experts, rows))
         arrival.link = link
         self.begun.append(request.uid)
         return True
@@ -127,23 +135,24 @@ class Decode(Unified):
         if not arrival.room.may_release:
             return
         del self.incoming[uid]
-        sequence, experts = arrival.sequence, b""
-        if sequence.request.return_experts:
-            assert arrival.link is not None
-            experts = arrival.link.take_experts(uid)
+        sequence = arrival.sequence
+        assert arrival.link is not None
+        experts, prompt_rows = arrival.link.experts.take(uid), arrival.link.prompt_rows.take(uid)
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
             self.sequences[uid] = sequence
             assert arrival.first is not None  # every link has ended the room without an error
             token, logprobs = arrival.first
-            reason = sequence.append(token, self.engine.config.eos_token_ids)
+            reason = sequence.append(token)
             self.report_experts(uid, experts)
+            self.report_prompt(uid, prompt_rows)
             self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
             if reason is None:
                 self.scheduler.add(sequence)
             return
         self.scheduler.release(sequence)
         if arrival.wanted:
+            self.failures += 1
             self.updates.append(Update(uid, error=arrival.room.error, retry=True))
 
     def parts(self, arrival: Incoming, ended: RoomEnded) -> Parts:
@@ -171,12 +180,19 @@ class Decode(Unified):
         for leader in leaders:
             self.generations[leader] = self.generations.get(leader, 0) + 1
 
+    def load(self) -> Load:
+        load = super().load()
+        waiting = load.waiting + len(self.queue) + len(self.incoming)
+        unwanted = sum(len(arrival.sequence.pages) for arrival in self.incoming.values() if not arrival.wanted)
+        return msgspec.structs.replace(load, waiting=waiting, unwanted_pages=unwanted)
+
     @property
     def is_waiting(self) -> bool:
         return bool(self.incoming)
 
     def stats(self) -> dict[str, float]:
-        return self.links.stats()
+        failures = self.failures if self.rank == 0 else 0  # every rank of the replica has counted the same ones
+        return self.links.stats() | {"transfer_failures": failures}
 
     def close(self) -> None:
         self.links.close()

@@ -19,7 +19,8 @@ from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
 from disagg.memory import Budget, check_weights, claim_memory, lift_limit, pages_on_host, plan_parts
 from disagg.rebalance import BUSY, Rebalancer
-from disagg.scheduler import Plan, Scheduler, Sequence
+from disagg.sampler import Sampler
+from disagg.scheduler import Plan, Scheduler
 from disagg.step import NO_WORK, Step, Work
 from disagg.steps import DecodeStep, PromptStep, make_buckets
 from kernels.ops import Ops
@@ -29,7 +30,7 @@ from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import PageAllocator, make_pool, pages_for
 from model.precision import decide
-from model.sampling import COLDEST, SamplingRows, sample, top_logprobs
+from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
 from model.weights import DummyWeights, ExpertReader, load_weights
 from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
@@ -100,6 +101,7 @@ class Engine:
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
         self.decode = DecodeStep(masked, self.tokens, buckets, max_pages, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
+        self.sampler = Sampler(self.tokens, mesh.attn)
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -203,8 +205,9 @@ class Engine:
         batch: Batch,
         halves: tuple[Batch, Batch] | None,
         chosen: ChosenExperts | None = None,
+        scored: PromptLogprobs | None = None,
     ) -> Tensor:
-        return self.model(batch, self.pool, dispatcher, halves, chosen)
+        return self.model(batch, self.pool, dispatcher, halves, chosen, scored)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Collective. Compile every kernel before the first request, and capture the decode step. No-op on a CPU.
@@ -290,13 +293,17 @@ class Engine:
         started = time.perf_counter()
         records = work.plan.returns_experts and self.config.num_moe_layers > 0
         chosen = ChosenExperts(self.model.placement, self.mesh.attn) if records else None
+        latest = self.sampler.latest(work)
+        scores = any(chunk.targets for chunk in work.prompts)
+        scored = PromptLogprobs(work.prompts, self.tokens.device) if scores else None
         if work.decode_rows is None:
-            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen)
+            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen, scored)
         else:
             self.dispatchers.prepare_masked()
             logits = self.decode.run(work.decodes, work.decode_rows, work.eager, chosen)
-        logprobs = None if work.plan.is_plain else self._sample(logits, work.sequences, work.rows)
-        experts = self._experts(chosen) if chosen is not None else None
+        logprobs = self.sampler.choose(logits, work, latest)
+        experts = self._reported(chosen.rows()) if chosen is not None else None
+        prompt_rows = self._reported(scored.rows()) if scored is not None else None
         tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
         self._seen.reverse()
         done = None
@@ -306,11 +313,10 @@ class Engine:
         for observer in (self.recording, self.rebalancer):
             if observer is not None:
                 observer.step()
-        return Step(work, started, tokens, logprobs, done, experts)
+        return Step(work, started, tokens, logprobs, done, experts, prompt_rows)
 
-    def _experts(self, chosen: ChosenExperts) -> Tensor | None:
-        """Return the step's chosen experts, on the host once the step is done. None, unless this rank reports them."""
-        rows = chosen.rows()
+    def _reported(self, rows: Tensor) -> Tensor | None:
+        """Return rows of the step, on the host once the step is done. None, unless this rank reports them."""
         return to_host(rows) if self.mesh.leads else None
 
     def check_experts(self) -> None:
@@ -339,28 +345,6 @@ class Engine:
         if self.rebalancer is not None:
             return dict(self.rebalancer.stats)
         return self.recording.stats() if self.recording is not None else {}
-
-    def _sample(self, logits: Tensor, sequences: list[Sequence], rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """Sample from `logits` into `self.tokens`, unless all requests are greedy.
-
-        Returns the ids and log probabilities that were requested, on the host once the step is done, or None.
-        """
-        max_logprobs = max((s.request.logprobs for s in sequences), default=0)
-        warm = any(s.request.temperature > COLDEST for s in sequences)
-        index = torch.from_numpy(rows).to(logits.device)
-        logits, tokens = logits[index], self.tokens[index]
-        if warm:
-            how = [
-                (s.request.temperature, s.request.top_p, s.request.top_k, s.request.seed, s.computed) for s in sequences
-            ]
-            # All ranks of the replica take the first one's choice: their sums over many probabilities may differ in the
-            # last bits.
-            tokens = self.mesh.attn.broadcast(sample(logits, SamplingRows.build(how, logits.device)))
-            self.tokens[index] = tokens
-        if not max_logprobs:
-            return None
-        ids, values = top_logprobs(logits, tokens, max_logprobs)
-        return to_host(ids), to_host(values)
 
     def close(self) -> None:
         """Collective. Call it before the process groups end."""

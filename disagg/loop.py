@@ -18,6 +18,7 @@ from disagg.interrupt import Interrupt
 from disagg.pipeline import CUT_OFF, FINISHED, GOING_ON, LEAVING, Pipeline, Turn
 from disagg.prefill import Prefill
 from disagg.rebalance import short_switches
+from disagg.reports import RankStats, Reports
 from disagg.role import Role
 from disagg.unified import Unified
 from parallel.mesh import Mesh
@@ -52,14 +53,18 @@ def _serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], 
     connection = Connection(name, engine, mesh, members, router)
     mesh.limit_waits(COLLECTIVE_S)
     pipeline = Pipeline(role, engine, mesh, connection.waiting)
+    reports = Reports(role, pipeline)
     nap_ms, finished, problem = 1, False, None
     while True:
         connection.beacon.turn += 1
-        inbox = [*connection.poll(), *role.collect()]
+        inbox = [*connection.poll(), *role.collect(), *reports.due()]
         with connection.waiting():
             shared = mesh.attn.exchange(inbox)
         for events in shared:
             for event in events:
+                if isinstance(event, RankStats):
+                    reports.hear(event)
+                    continue
                 if isinstance(event, Finish):
                     finished, problem = True, event.error
                 role.handle(event)
@@ -77,6 +82,8 @@ def _serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], 
             nap_ms = 1 if role.is_waiting else min(2 * nap_ms, LONGEST_NAP_MS)
             connection.port.wait(nap_ms)
         connection.report(role.news())
+        connection.report_load(role.load)
+        connection.report(reports.news())
 
     connection.report(role.news())  # of the step that was in flight at the end
     role.close()

@@ -5,15 +5,28 @@ import time
 from collections import abc
 from dataclasses import dataclass
 
+import msgspec
 import zmq
 
-from disagg.control.messages import Back, Forget, Gone, Member, Updates, in_pieces
+from disagg.control.messages import Back, Forget, Gone, Load, Member, Updates, in_pieces
 from disagg.engine import Engine
 from disagg.handoff.connect import Door, link_key, listen
 from disagg.handoff.links import Links
-from disagg.handoff.protocol import Chosen, Closed, Join, Knock, Open, Room, RoomEnded, RoomState, SendLast, SendPages
+from disagg.handoff.protocol import (
+    Chosen,
+    Closed,
+    Join,
+    Knock,
+    Open,
+    Room,
+    RoomEnded,
+    RoomState,
+    Scored,
+    SendLast,
+    SendPages,
+)
 from disagg.handoff.send_link import SendLink
-from disagg.role import Event, Role
+from disagg.role import Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
 from model.batch import PAGE
@@ -82,7 +95,9 @@ class Prefill(Role):
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
         links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
-        departure = Outgoing(Sequence(request), event.pages, links, Room(len(event.decode)))
+        departure = Outgoing(
+            Sequence(request, self.engine.config.eos_token_ids), event.pages, links, Room(len(event.decode))
+        )
         departure.room.rise(RoomState.WAITING)
         self.outgoing[request.uid] = departure
         for link in links:
@@ -129,11 +144,12 @@ class Prefill(Role):
 
     def take_up(self, step: Step) -> int:
         sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
-        for sequence, experts in step.chosen_experts():
-            departure = self.outgoing.get(sequence.uid)
-            if departure is not None and departure.sequence is sequence:
-                for piece in in_pieces(experts):
-                    departure.links[0].put(Chosen(sequence.uid, piece))  # to the decode replica's first rank
+        for kind, found in ((Chosen, step.chosen_experts()), (Scored, step.prompt_logprobs())):
+            for sequence, data in found:
+                departure = self.outgoing.get(sequence.uid)
+                if departure is not None and departure.sequence is sequence:
+                    for piece in in_pieces(data):
+                        departure.links[0].put(kind(sequence.uid, piece))  # to the decode replica's first rank
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.uid
@@ -142,6 +158,11 @@ class Prefill(Role):
                 for link in departure.links:
                     link.put(SendLast(uid, token, logprobs, now - departure.began, now))
         return len(tokens)
+
+    def load(self) -> Load:
+        """Return the replica's load. A computed prompt has no tokens left, though its first token may be on its way."""
+        left = tokens_left(departure.sequence for departure in self.outgoing.values())
+        return msgspec.structs.replace(super().load(), tokens_left=left)
 
     @property
     def is_waiting(self) -> bool:

@@ -108,8 +108,10 @@ class Rebalancer:
         self._requested: Tensor | None = None
         self._reason = ""  # of the last failure that was printed
         self.stats: defaultdict[str, float] = defaultdict(
-            int, rebalances_total=0, rebalance_failures=0, rebalance_seconds=0.0
+            int, rebalances_total=0, rebalance_failures=0, rebalance_seconds=0.0, rebalance_looks=0
         )
+        self._looked_at: float | None = None  # time.perf_counter() at the end of the latest complete look
+        self._moved_at: float | None = None  # and of the latest complete move
         self._rounds = self._run()
         self._waits_for: Vote = next(self._rounds)
 
@@ -130,6 +132,11 @@ class Rebalancer:
             f"looks every {self.interval} steps, moves up to balancedness {self.threshold:g}; layers at once: "
             f"{self.chunk}; an expert is {size / 1e6:.3f} MB"
         )
+
+    def ages(self) -> dict[str, float]:
+        """Return the seconds since the latest complete look and the latest complete move, as far as there was one."""
+        now, times = time.perf_counter(), {"look_age_seconds": self._looked_at, "move_age_seconds": self._moved_at}
+        return {name: now - then for name, then in times.items() if then is not None}
 
     def step(self) -> None:
         """Count a launched step."""
@@ -176,11 +183,14 @@ class Rebalancer:
                 self._fail(problem, deciding)
                 continue
             wanted = deciding.result()
+            self._looked_at = time.perf_counter()
+            self.stats["rebalance_looks"] += 1
             if wanted is None:
                 continue
             if (yield from self._move(wanted)):
                 self.stats["rebalances_total"] += 1
-                self.stats["rebalance_seconds"] += time.perf_counter() - began
+                self._moved_at = time.perf_counter()
+                self.stats["rebalance_seconds"] += self._moved_at - began
 
     def _due(self) -> int:
         if self._requested is not None:

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections import abc
+from itertools import islice
 
-from disagg.control.messages import Forget, ToWorker, Updates
+from disagg.control.messages import MOST_LEFT, Forget, Load, ToWorker, Updates
 from disagg.engine import Engine
 from disagg.handoff.protocol import LinkEvent
-from disagg.scheduler import Plan
+from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
 
 Event = ToWorker | Forget | LinkEvent
@@ -54,9 +55,27 @@ class Role(ABC):
     def is_waiting(self) -> bool:
         """Is anything in progress outside the scheduler that will soon make work?"""
 
+    def load(self) -> Load:
+        """Return the replica's load. It takes less than a microsecond per request."""
+        scheduler = self.scheduler
+        return Load(
+            queued_tokens=scheduler.queued_tokens,
+            kv_pages=scheduler.allocator.capacity - scheduler.allocator.num_free,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            tokens_left=tokens_left(s for s in scheduler.running if s.in_prompt),
+        )
+
     def stats(self) -> dict[str, float]:
+        """Return what only this rank knows. The statistics of a replica are the sums over its ranks."""
         return {}
 
     @abstractmethod
     def close(self) -> None:
         """Free the role's resources. Called when the loop has ended."""
+
+
+def tokens_left(sequences: abc.Iterable[Sequence]) -> dict[int, int]:
+    """Return uid -> prompt tokens left, for up to MOST_LEFT of the prompts that have begun."""
+    begun = ((s.uid, max(0, s.prompt_len - s.computed)) for s in sequences if s.computed)
+    return dict(islice(begun, MOST_LEFT))

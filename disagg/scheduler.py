@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from disagg.history import History
 from disagg.request import FinishReason, Request
 from model.batch import PAGE, Chunk
 from model.kv_cache import PageAllocator, pages_for
@@ -22,6 +23,7 @@ class Sequence:
     """A request that is queued or running."""
 
     request: Request
+    eos_token_ids: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)  # the prompt, then the generated tokens that the host has seen
     computed: int = 0  # tokens with their KV in `pages`, once all launched steps are done
     pages: list[int] = field(default_factory=list)
@@ -31,7 +33,15 @@ class Sequence:
         self.tokens = self.tokens or list(self.request.prompt)
         self.prompt_len = len(self.request.prompt)
         self.limit = self.request.most_tokens
-        self.is_plain = self.request.temperature <= COLDEST and not self.request.logprobs  # greedy choice is all
+        self.stop_tokens = self.request.stop_tokens(self.eos_token_ids)
+        # Is the argmax of the model's logits all that the request needs?
+        self.is_plain = (
+            self.request.temperature <= COLDEST and not self.request.logprobs and not self.request.processes_logits
+        )
+
+    @cached_property
+    def history(self) -> History:
+        return History(self.request, self.stop_tokens)
 
     @property
     def in_prompt(self) -> bool:
@@ -45,10 +55,19 @@ class Sequence:
         """
         return max(0, self.computed + 1 - len(self.tokens))
 
-    def append(self, token: int, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
+    def targets(self, count: int) -> list[int]:
+        """Return the tokens after each of the next `count` prompt tokens, if their log probabilities are wanted.
+
+        The last row of a chunk predicts the first token of the next chunk. That of a prompt predicts no prompt token.
+        """
+        if self.request.prompt_logprobs is None:
+            return []
+        return self.request.prompt[self.computed + 1 : self.computed + 1 + count]
+
+    def append(self, token: int) -> FinishReason | None:
         """Add a sampled token. Returns the finish reason if it is the last one."""
         self.tokens.append(token)
-        if token in eos_token_ids and not self.request.ignore_eos:
+        if token in self.stop_tokens and self.request.max_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
@@ -66,6 +85,11 @@ class Plan:
         return all(s.is_plain for s in self.decodes) and all(s.is_plain for s, _ in self.prefills)
 
     @cached_property
+    def processes_logits(self) -> bool:
+        """Does a request in this step change its logits before a token is chosen?"""
+        return any(s.request.processes_logits for s in [*self.decodes, *(s for s, _ in self.prefills)])
+
+    @cached_property
     def returns_experts(self) -> bool:
         """Does a request in this step ask for its chosen experts?"""
         return any(s.request.return_experts for s in [*self.decodes, *(s for s, _ in self.prefills)])
@@ -78,6 +102,11 @@ class Plan:
         return dict.fromkeys(s.uid for s in self.decodes)
 
     @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens of which one or another ends a decoding sequence."""
+        return frozenset().union(*(s.stop_tokens for s in self.decodes))
+
+    @cached_property
     def appends(self) -> list[Callable[[int], None]]:
         """Per decoding sequence, the function that appends a token to it."""
         return [s.tokens.append for s in self.decodes]
@@ -88,7 +117,14 @@ class Plan:
 
     def prompt_chunks(self) -> list[Chunk]:
         return [
-            Chunk(s.tokens[s.computed : s.computed + n], s.computed, s.pages, s.computed + n == len(s.tokens))
+            Chunk(
+                s.tokens[s.computed : s.computed + n],
+                s.computed,
+                s.pages,
+                s.computed + n == len(s.tokens),
+                s.targets(n),
+                s.request.prompt_logprobs or 0,
+            )
             for s, n in self.prefills
         ]
 
@@ -187,6 +223,11 @@ class Scheduler:
         """Free a sequence's pages. Never call it while a transfer may still write them."""
         self.allocator.free(sequence.pages)
         sequence.pages = []
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that no launched step computes."""
+        return sum(s.prompt_len - s.computed for s in (*self.running, *self.waiting) if s.in_prompt)
 
     @property
     def has_work(self) -> bool:

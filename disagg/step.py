@@ -8,6 +8,7 @@ from torch import Tensor
 
 from disagg.scheduler import Plan, Sequence
 from model.batch import NO_DECODES, Chunk, Decodes
+from model.prompt_logprobs import pack
 from model.sampling import logprob_pairs
 
 
@@ -55,6 +56,7 @@ class Step:
     logprobs: tuple[Tensor, Tensor] | None  # ids and values, both [sequences, ...]
     done: torch.cuda.Event | None  # None on a CPU, where the step is done already
     chosen: Tensor | None = None  # [T, MoE layers, K] int16, at the replica's first rank if a request asks
+    prompt_rows: Tensor | None = None  # [targets, 2, K + 1] int32 of `model/prompt_logprobs.py`, likewise
 
     def sampled(self) -> list[int]:
         """Wait for the step. Returns the new token of each of work.sequences."""
@@ -93,4 +95,19 @@ class Step:
             if sequence.request.return_experts:
                 found.append((sequence, chosen[first : first + count].tobytes()))
             first += count
+        return found
+
+    def prompt_logprobs(self) -> list[tuple[Sequence, bytes]]:
+        """Return (sequence, rows of the prompt tokens that its chunk predicts) for the sequences whose requests ask.
+
+        `model/prompt_logprobs.py` says what a row is. Call it after `sampled`. The replica's other ranks return
+        nothing.
+        """
+        if self.prompt_rows is None:
+            return []
+        found, first = [], 0
+        for (sequence, _), chunk in zip(self.work.plan.prefills, self.work.prompts, strict=True):
+            if count := len(chunk.targets):
+                found.append((sequence, pack(self.prompt_rows[first : first + count], chunk.top)))
+                first += count
         return found

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
+from model.prompt_logprobs import PromptLogprobs
 from parallel.chosen_experts import ChosenExperts
 
 
@@ -37,8 +38,8 @@ def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
     return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
 
 
-# A batch, its halves if they overlap, where to record the chosen experts -> logits
-Forward = Callable[[Batch, tuple[Batch, Batch] | None, ChosenExperts | None], Tensor]
+# A batch, its halves if they overlap, where to record chosen experts and prompts' log probabilities -> logits
+Forward = Callable[[Batch, tuple[Batch, Batch] | None, ChosenExperts | None, PromptLogprobs | None], Tensor]
 
 
 class PromptStep:
@@ -56,6 +57,7 @@ class PromptStep:
         prompts: list[Chunk],
         overlapped: bool = False,
         chosen: ChosenExperts | None = None,
+        scored: PromptLogprobs | None = None,
     ) -> Tensor:
         """Return the logits [N, V] of the rows that want them, decodes first. Writes their argmax to `tokens`.
 
@@ -69,7 +71,7 @@ class PromptStep:
             halves = Batch.build(*first, device), Batch.build(*second, device)
         batch = Batch.build(chunks, prompts, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
-        logits = self.forward(batch, halves, chosen)
+        logits = self.forward(batch, halves, chosen, scored)
         self.tokens[: logits.shape[0]] = logits.argmax(-1)
         return logits
 
@@ -96,6 +98,7 @@ class DecodeStep:
         self._staging = [torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
         self._staged: tuple | None = None  # the rows, and the pages in page_table
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.replays = 0  # of a graph
 
     def bucket(self, count: int) -> int:
         """Return the rows of a step with `count` sequences."""
@@ -117,6 +120,7 @@ class DecodeStep:
             assert chosen is None, "a graph records no experts"
             graph, logits = self._graphs[rows]
             graph.replay()
+            self.replays += 1
             return logits
         return self._forward(rows, chosen)
 
@@ -128,7 +132,7 @@ class DecodeStep:
         if self.overlaps(rows):
             first, second = zip(*(column.chunk(2) for column in columns), strict=True)
             halves = Batch.decode(*first), Batch.decode(*second)
-        logits = self.forward(Batch.decode(*columns), halves, chosen)
+        logits = self.forward(Batch.decode(*columns), halves, chosen, None)
         self.tokens[:rows] = logits.argmax(-1)
         return logits
 

@@ -11,7 +11,6 @@ from disagg.step import Step
 class Unified(Role):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.stop_tokens = frozenset(engine.config.eos_token_ids)
         self.sequences: dict[int, Sequence] = {}  # by uid: queued or running
         self.updates: list[Update | Tokens] = []  # news for the router, as are the next two
         self.begun: list[int] = []
@@ -21,7 +20,7 @@ class Unified(Role):
         match event:
             case Submit(request, _) if request.uid not in self.sequences:
                 if self.fits(request):
-                    self.sequences[request.uid] = Sequence(request)
+                    self.sequences[request.uid] = Sequence(request, self.engine.config.eos_token_ids)
                     self.scheduler.add(self.sequences[request.uid])
             case Abort(uid) if uid in self.sequences:
                 self.finish(self.sequences[uid])
@@ -54,11 +53,14 @@ class Unified(Role):
         return True
 
     def take_up(self, step: Step) -> int:
-        eos, plan, tokens = self.engine.config.eos_token_ids, step.work.plan, step.sampled()
+        plan, tokens = step.work.plan, step.sampled()
         for sequence, experts in step.chosen_experts():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_experts(sequence.uid, experts)
-        nothing_else = not plan.may_end and step.logprobs is None and self.stop_tokens.isdisjoint(tokens)
+        for sequence, rows in step.prompt_logprobs():
+            if self.sequences.get(sequence.uid) is sequence:
+                self.report_prompt(sequence.uid, rows)
+        nothing_else = not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
                 append(token)
@@ -66,7 +68,7 @@ class Unified(Role):
             return len(tokens)
         going_on, useless = {}, 0
         for sequence, token, logprobs in zip(step.work.sequences, tokens, step.pairs(), strict=True):
-            reason, uid = sequence.append(token, eos), sequence.uid
+            reason, uid = sequence.append(token), sequence.uid
             if uid not in self.sequences:  # it ended while this token was in flight
                 useless += 1
                 if not sequence.unseen:
@@ -83,6 +85,10 @@ class Unified(Role):
         """Report the chosen experts of the sequence's next tokens. Call it before `emit` of a later token."""
         self.updates += [Update(uid, experts=piece) for piece in in_pieces(experts)]
 
+    def report_prompt(self, uid: int, rows: bytes) -> None:
+        """Report log probabilities of the next prompt tokens. Call it before `emit` of the first token."""
+        self.updates += [Update(uid, prompt_rows=piece) for piece in in_pieces(rows)]
+
     def emit(
         self,
         sequence: Sequence,
@@ -91,8 +97,14 @@ class Unified(Role):
         reason: FinishReason | None,
         parts: Parts | None = None,
     ) -> None:
-        """Report a token that needs an Update of its own. With a `reason` it is the request's last token."""
-        self.updates.append(Update(sequence.uid, [token], [logprobs] if logprobs else [], reason, parts=parts))
+        """Report a token that needs an Update of its own. With a `reason` it is the request's last token.
+
+        A request with `max_tokens` 0 only ends here: its token is dropped.
+        """
+        tokens = [token] if sequence.request.max_tokens else []
+        self.updates.append(
+            Update(sequence.uid, tokens, [logprobs] if logprobs and tokens else [], reason, parts=parts)
+        )
         if reason:
             self.finish(sequence)
 

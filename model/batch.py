@@ -32,6 +32,8 @@ class Chunk(NamedTuple):
     start: int
     pages: abc.Sequence[int]  # every page of the sequence, in order
     wants_logits: bool = True
+    targets: abc.Sequence[int] = ()  # the tokens after the first rows, if their log probabilities are wanted
+    top: int = 0  # with `targets`: that many likeliest tokens, too
 
 
 class Decodes(NamedTuple):
@@ -115,10 +117,7 @@ class Batch:
         table = page_rows([c.pages for c in decodes])
 
         def tensor(parts: list, dtype: torch.dtype) -> Tensor:
-            host = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(dtype)
-            if torch.device(device).type == "cuda":
-                host = host.pin_memory()  # else the copy would wait for the GPU's current step
-            return host.to(device, non_blocking=True)
+            return to_device(torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(dtype), device)
 
         return cls(
             token_ids=tensor([c.token_ids for c in chunks], torch.int64),
@@ -184,6 +183,14 @@ def page_rows(pages: abc.Sequence[abc.Sequence[int]], width: int | None = None) 
 def _rows(pages: abc.Sequence[int], positions: np.ndarray) -> np.ndarray:
     """Return the pool rows of these positions. Padding has no pages and gets the null page's first row."""
     return np.asarray(pages or [NULL_PAGE])[positions // PAGE] * PAGE + positions % PAGE
+
+
+def to_device(x: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """Copy x from the host to the device, without waiting for the GPU. On a CPU it may stay where it is."""
+    host = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()  # otherwise the copy would wait for the GPU's current step
+    return host.to(device, non_blocking=True)
 
 
 def to_host(x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 from model.batch import PAGE
 from model.config import ModelConfig
+from model.prompt_logprobs import SLICE, row_bytes
+from model.sampling import MAX_LOGPROBS
 from parallel.dispatch import most_copies
 
 INDEX = 8  # bytes of an id or a row number
@@ -153,6 +155,7 @@ def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int)
         _dense(shape, tokens),
         _experts(shape, tokens, rows, sent, received, sliced),
         _head(shape, tokens, max_batch),
+        _scores(shape, tokens),
     )
 
 
@@ -252,8 +255,22 @@ def _experts(shape: StepShape, tokens: int, rows: int, sent: int, received: int,
 
 
 def _head(shape: StepShape, tokens: int, rows: int) -> int:
-    c = shape.config
-    logits = rows * c.vocab_size * FLOAT
-    if shape.attn_tp > 1:  # this rank's logits, all ranks' as gathered, and these in order
-        logits = logits // shape.attn_tp + 2 * logits
-    return shape.row((tokens + 2 * rows) * c.hidden_size) + logits
+    return shape.row((tokens + 2 * rows) * shape.config.hidden_size) + _logits(shape, rows)
+
+
+def _logits(shape: StepShape, rows: int) -> int:
+    """Return the peak of making logits. With attention TP: this rank's, all ranks' as gathered, and these in order."""
+    logits = rows * shape.config.vocab_size * FLOAT
+    return logits // shape.attn_tp + 2 * logits if shape.attn_tp > 1 else logits
+
+
+def _scores(shape: StepShape, tokens: int) -> int:
+    """Return the peak of a step in which all tokens are of prompts that want MAX_LOGPROBS (`prompt_logprobs.py`).
+
+    The head runs on a slice of the rows: its logits, then with their log softmax. What is kept grows with the tokens,
+    not with the vocabulary.
+    """
+    c, rows = shape.config, min(SLICE, tokens)
+    kept = tokens * (2 * INDEX + row_bytes(MAX_LOGPROBS, c.vocab_size))
+    head = shape.row(2 * rows * c.hidden_size) + _logits(shape, rows)
+    return shape.row(tokens * c.hidden_size) + kept + max(head, 2 * rows * c.vocab_size * FLOAT)

@@ -21,7 +21,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Return logits [N, V] float32 of x [T, D] at batch.logit_rows, equal on all ranks of mesh.attn."""
-        rows = x if batch.logit_rows is None else x[batch.logit_rows]
+        return self.logits(x if batch.logit_rows is None else x[batch.logit_rows])
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Return logits [N, V] float32 of rows [N, D], equal on all ranks of mesh.attn. Collective in the replica."""
         logits = self.linear_float32(self.norm(rows), self.lm_head.weight)
         if self.attn.size == 1:
             return logits

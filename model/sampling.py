@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.batch import to_device
+
 COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greedy
+MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for, per token
 
 
 @dataclass(frozen=True)
@@ -21,35 +24,52 @@ class SamplingRows:
     top_k: Tensor  # int64; 0 = off
     seed: Tensor  # int64
     position: Tensor  # int64: the number of tokens before the sampled one
+    min_p: Tensor | None = None  # float32 in [0, 1]; 0 = off; None: off in all rows
 
     @classmethod
-    def build(cls, rows: list[tuple[float, float, int, int, int]], device: torch.device | str) -> "SamplingRows":
-        columns = zip(*rows, strict=True) if rows else ([],) * 5
-        kinds = (torch.float32, torch.float32, torch.int64, torch.int64, torch.int64)
-        return cls(*(torch.tensor(c, dtype=k).to(device) for c, k in zip(columns, kinds, strict=True)))
+    def build(
+        cls,
+        rows: list[tuple[float, float, int, int, int]],
+        device: torch.device | str,
+        min_p: list[float] | None = None,
+    ) -> "SamplingRows":
+        """`rows`: temperature, top_p, top_k, seed and position of each."""
+        columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[]] * 5
+        kinds = [torch.float32, torch.float32, torch.int64, torch.int64, torch.int64]
+        if min_p is not None:
+            columns.append(min_p)
+            kinds.append(torch.float32)
+        return cls(*(to_device(torch.tensor(c, dtype=k), device) for c, k in zip(columns, kinds, strict=True)))
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """Return a token [N] int64 per row of logits [N, V] float32: the argmax if temperature is 0, else a sample.
 
-    Samples obey temperature, top-k and top-p. The argmax of logits plus Gumbel noise is a sample from their softmax.
+    Samples obey temperature, then top-k, top-p and min-p. The argmax of logits plus Gumbel noise is a sample from their
+    softmax.
     """
     greedy = logits.argmax(-1)
     warm = rows.temperature > COLDEST
     scaled = logits / rows.temperature.where(warm, 1.0)[:, None]
-    noisy = keep_top(scaled, rows.top_k, rows.top_p) + gumbel(rows.seed, rows.position, logits.shape[1])
+    noisy = keep_top(scaled, rows.top_k, rows.top_p, rows.min_p) + gumbel(rows.seed, rows.position, logits.shape[1])
     return noisy.argmax(-1).where(warm, greedy)
 
 
-def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set logits to -inf outside the k likeliest tokens, then outside their smallest set with probability >= top_p."""
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None = None) -> Tensor:
+    """Set logits to -inf outside the k likeliest tokens, then outside their smallest set with probability >= top_p.
+
+    With min_p, also those less than min_p times as likely as the likeliest token (Nguyen et al., arXiv 2407.01082).
+    """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     limit = top_k.where(top_k > 0, logits.shape[1])[:, None]
     ordered = ordered.masked_fill(rank >= limit, float("-inf"))
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability  # of likelier tokens; 0 for the first, so one always stays
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
+    enough = top_p.where(top_p < 1, float("inf"))[:, None]  # a rounded sum may reach 1 too early
+    ordered = ordered.masked_fill((before >= enough) & (rank > 0), float("-inf"))
+    if min_p is not None:
+        ordered = ordered.masked_fill(probability < min_p[:, None] * probability[:, :1], float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, ordered)
 
 
@@ -75,7 +95,8 @@ def _mix(x: Tensor) -> Tensor:
 def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return ids and log probabilities, both [N, count + 1]: the `count` likeliest tokens, then the chosen one.
 
-    The likeliest token is first. Probabilities are the model's own: before temperature, top-k and top-p.
+    The likeliest token is first. Probabilities are the model's own: before logits processors, temperature, top-k,
+    top-p and min-p.
     """
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, logits.shape[1]), dim=-1)

@@ -26,6 +26,7 @@ from model.layers import FP8, Embedding, RMSNorm, rope_table
 from model.mla import MLA
 from model.moe import MoE
 from model.precision import misfit
+from model.prompt_logprobs import PromptLogprobs
 from parallel.chosen_experts import ChosenExperts, Part
 from parallel.dispatchers import Dispatcher
 from parallel.load_counter import LoadCounter
@@ -167,11 +168,13 @@ class Transformer(nn.Module):
         dispatcher: Dispatcher,
         halves: tuple[Batch, Batch] | None = None,
         chosen: ChosenExperts | None = None,
+        scored: PromptLogprobs | None = None,
     ) -> Tensor:
         """Run a step: return logits [N, V] of batch.logit_rows. kv_pool [layers, pages, 64, C + R] is written in place.
 
         `halves`: the batch's first and last rows, which overlap in all layers with experts. Meanwhile the products
-        leave the dispatcher's SMs free. `chosen`: where to record the experts that the gates choose.
+        leave the dispatcher's SMs free. `chosen`: where to record the experts that the gates choose. `scored`: the
+        prompt tokens whose log probabilities are wanted, and where to put them.
         """
         batch = self.planned(batch)
         part = chosen.part if chosen is not None else lambda: None
@@ -179,12 +182,15 @@ class Transformer(nn.Module):
         if halves is None or not batch.max_q:
             self.dense_layers([(residual, batch)], kv_pool)
         if halves is None:
-            return self.head(run(self.moe_steps(residual, batch, kv_pool, dispatcher, part())), batch)
-        parts = list(zip(residual.cut(halves[0].num_tokens), map(self.planned, halves), strict=True))
-        if batch.max_q:
-            self.dense_layers(parts, kv_pool)
-        with self.ops.leave_sms(dispatcher.num_sms):
-            out = torch.cat(run_two(*(self.moe_steps(*half, kv_pool, dispatcher, part()) for half in parts)))
+            out = run(self.moe_steps(residual, batch, kv_pool, dispatcher, part()))
+        else:
+            parts = list(zip(residual.cut(halves[0].num_tokens), map(self.planned, halves), strict=True))
+            if batch.max_q:
+                self.dense_layers(parts, kv_pool)
+            with self.ops.leave_sms(dispatcher.num_sms):
+                out = torch.cat(run_two(*(self.moe_steps(*half, kv_pool, dispatcher, part()) for half in parts)))
+        if scored is not None:
+            scored.compute(out, self.head.logits)
         return self.head(out, batch)
 
     def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:

@@ -1,15 +1,20 @@
-"""Run commands as a user types them, in new processes that import everything themselves."""
+"""Run commands as a user types them, in new processes that import everything themselves.
+
+Time limits are far above what the commands take, for slow machines with other work: nothing waits for them.
+"""
 
 import os
 import signal
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, eventually
+from tests.processes import Process
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+LIMIT_S = 240  # below pytest's 300
 
 
 def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -20,7 +25,20 @@ def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 90) -> tuple[int, str, str]:
+def torchrun(ranks: int, *flags: str) -> Process:
+    """Start run.py with torchrun. The launcher is a fork, which saves importing torch; the ranks are new processes."""
+    return Process(["--standalone", "--nproc-per-node", str(ranks), "run.py", *flags], module="torch.distributed.run")
+
+
+def finish_torchrun(launcher: Process) -> tuple[int, str, str]:
+    """Return the exit status, stdout and stderr of torchrun. If it runs too long, end its ranks too and raise."""
+    if not eventually(lambda: launcher.status is not None, LIMIT_S):
+        for pid in descendants(launcher.pid):
+            os.kill(pid, signal.SIGKILL)
+    return launcher.finish(10)
+
+
+def finish(process: subprocess.Popen, timeout: float = LIMIT_S) -> tuple[int, str, str]:
     """Return its exit status, stdout and stderr. If it runs longer, end it and raise AssertionError."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -54,7 +72,9 @@ def descendants(ancestor: int) -> list[int]:
     return found[1:]
 
 
-def run(*flags: str, ranks: int = 0, timeout: float = 90, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+def run(
+    *flags: str, ranks: int = 0, timeout: float = LIMIT_S, env: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Run run.py, with torchrun if `ranks` is over 0. Return the exit status, stdout and stderr."""
     launcher = (*TORCHRUN, str(ranks)) if ranks else PYTHON
     return finish(start(*launcher, "run.py", *flags, env=env), timeout)

@@ -1,14 +1,15 @@
-"""Random checkpoints made by transformers, its answers, and a small driver for our model."""
+"""Random checkpoints made by transformers, its answers, and a small driver for our model.
+
+Only functions import transformers, because that takes seconds. The ranks of a world that load a model need none of it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
@@ -20,6 +21,9 @@ from model.weights import load_weights
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 YARN = {
     "rope_type": "yarn",
@@ -82,6 +86,8 @@ SEEDS = {"v3": 0, "no_q_lora": 1, "one_group": 5, "top_8": 1, "one_dense": 4, "n
 
 def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes: Any) -> Path:
     """Write a random checkpoint of SHAPES[shape] in float32, with widely spread logits and a large gate bias."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
     config = DeepseekV3Config(**{**BASE, **SHAPES[shape], **changes})
     theirs = DeepseekV3ForCausalLM(config).float()
     randomize(theirs, SEEDS[shape])
@@ -90,7 +96,7 @@ def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes
 
 
 @torch.no_grad()
-def randomize(theirs: PreTrainedModel, seed: int) -> None:
+def randomize(theirs: "PreTrainedModel", seed: int) -> None:
     """Fill transformers' model so that its logits spread widely and its gate biases are large."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in theirs.state_dict().items():
@@ -129,12 +135,16 @@ class Answer:
 
 def their_answer(folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> Answer:
     """Generate greedily with transformers' DeepSeek-V3."""
+    from transformers import DeepseekV3ForCausalLM
+
     return answer_of(DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32), prompts, new_tokens)
 
 
 @torch.inference_mode()
-def answer_of(theirs: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: int) -> Answer:
+def answer_of(theirs: "PreTrainedModel", prompts: Sequence[list[int]], new_tokens: int) -> Answer:
     """Generate greedily with transformers. Log probabilities come from one forward over the generated texts."""
+    from transformers import GenerationConfig
+
     theirs.eval()
     theirs.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     longest = max(map(len, prompts))
@@ -151,6 +161,9 @@ def answer_of(theirs: PreTrainedModel, prompts: Sequence[list[int]], new_tokens:
 @torch.inference_mode()
 def their_experts(folder: Path, texts: Sequence[list[int]]) -> list[Tensor]:
     """Return the experts [tokens, MoE layers, K] that transformers' gates choose for each text."""
+    from transformers import DeepseekV3ForCausalLM
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
     theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chosen: list[Tensor] = []
     for module in theirs.modules():
@@ -162,6 +175,15 @@ def their_experts(folder: Path, texts: Sequence[list[int]]) -> list[Tensor]:
         theirs(torch.tensor([text]))
         found.append(torch.stack(chosen, dim=1))
     return found
+
+
+@torch.inference_mode()
+def their_logprobs(folder: Path, texts: Sequence[list[int]]) -> list[Tensor]:
+    """Return the log probabilities [tokens, V] of each text: row i is the distribution of token i + 1."""
+    from transformers import DeepseekV3ForCausalLM
+
+    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return [theirs(torch.tensor([text])).logits[0].log_softmax(-1) for text in texts]
 
 
 def our_answer(

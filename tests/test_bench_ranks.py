@@ -5,9 +5,12 @@ from pathlib import Path
 from scripts.bench.lib.measurements import Measurement, load
 from tests.processes import run_module
 
+QUICK = {"scripts.bench.ranks.skew.TOKENS": 1024}  # test_skew.py checks the fit of gates' biases to its own number
+
 
 def run(module: str, flags: str, out: Path) -> tuple[str, dict[str, Measurement]]:
-    done = run_module(f"scripts.bench.{module}", "--device", "cpu", *flags.split(), "--out", str(out), ranks=2)
+    words = "--device", "cpu", *flags.split(), "--out", str(out)
+    done = run_module(f"scripts.bench.{module}", *words, ranks=2, constants=QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, {record.name: record for record in load(out)}
 

@@ -97,11 +97,11 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_that_overruns_costs_one_request(bomb: str) -> None:
     source = "{% if messages[0].role == 'bomb' %}" + BOMBS[bomb] + "{% endif %}{{ messages[0].content }}"
-    template = compiled(source, render_s=1.0)
+    template = compiled(source, render_s=0.5)
     assert render(template) == TALK[0]["content"]
     for _ in range(chat_template.MOST_OVERRUNS + 1):  # a template that has worked is tried again each time
         begun = time.monotonic()
-        with pytest.raises(ValueError, match="it takes over 1 s|bytes of memory|it makes 67,108,8.. characters"):
+        with pytest.raises(ValueError, match="it takes over 0.5 s|bytes of memory|it makes 67,108,8.. characters"):
             render(template, [{"role": "bomb", "content": ""}])
         assert time.monotonic() - begun < 10
         assert render(template) == TALK[0]["content"]

@@ -1,4 +1,7 @@
-"""The experts of an answer are those that transformers' gates choose for its tokens, in every arrangement of ranks."""
+"""The experts of an answer are those that transformers' gates choose for its tokens, in every arrangement of ranks.
+
+The same world shows the other rows that an answer may carry: the log probabilities of its prompt.
+"""
 
 import base64
 import json
@@ -37,13 +40,13 @@ from disagg.front.answer import Answer
 from disagg.front.expert_rows import ExpertRows, RowShape
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
-from disagg.front.source import Listed
 from disagg.request import Request
 from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel.chosen_experts import Part
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
+from tests.clients import listed
 from tests.test_router import HOST, SOON_S, joining
 from tests.test_worlds import Jobs, answers_to, tokenizer_of
 from tests.worlds import run_world, sub_mesh
@@ -59,13 +62,17 @@ def decoded(experts: dict[str, Any]) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
+TOPS = (3, 0, 20, 1, None, 2)  # prompt_logprobs
+
+
 def requests(vocab_size: int) -> list[UserRequest]:
-    """Chunked prompts, one token, sampling; one among them does not ask, and shares steps with the others."""
+    """Chunked prompts, one token or none, sampling; one among them does not ask, and shares steps with the others."""
     generator, made = torch.Generator().manual_seed(0), []
-    for i, (length, max_tokens) in enumerate(((65, 9), (1, 12), (130, 1), (20, 24), (100, 8))):
+    for i, (length, max_tokens) in enumerate(((65, 9), (1, 12), (130, 1), (20, 24), (100, 8), (49, 0))):
         prompt = torch.randint(vocab_size, (length,), generator=generator).tolist()
-        warm = {"temperature": 0.9} if i == 1 else {}
-        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, return_experts=i != 4, **warm)
+        more = {"temperature": 0.9} if i == 1 else {}
+        more |= {"return_experts": i != 4, "prompt_logprobs": TOPS[i]}
+        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, **more)
         made.append(UserRequest(i, request, []))
     return made
 
@@ -100,7 +107,7 @@ def body(rank: int, folder: Path, tokenizer: Path, out: Path) -> None:
         interrupt = Leaving(leaves)
         answers = answers_to(users, jobs, tokenizer, interrupt, shape, replicas)
         assert interrupt.left == (leaves is not None), "it was over before: the test shows no retry"
-        found[name] = [(answer.token_ids, answer.experts, answer.error) for _, answer in sorted(answers.items())]
+        found[name] = [answers[i].as_dict() for i in sorted(answers)]
         for _, engine, _ in jobs:
             if engine is not None:
                 engine.close()
@@ -118,20 +125,62 @@ def body(rank: int, folder: Path, tokenizer: Path, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def test_they_are_those_of_transformers(tiny: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def world(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """The checkpoint, and by arrangement the lines of the answers."""
     from tests import hf  # the ranks import this file, and need no transformers
 
-    folder, out = hf.save(tmp_path / "model"), tmp_path / "answers.json"
+    scratch = tmp_path_factory.mktemp("world")
+    folder, out = hf.save(scratch / "model"), scratch / "answers.json"
     run_world(4, body, folder, tiny, out)
-    users, arrangements = requests(hf.BASE["vocab_size"]), json.loads(out.read_text())
+    arrangements = json.loads(out.read_text())
     assert len(arrangements) == 4
+    return folder, arrangements
+
+
+def test_they_are_those_of_transformers(world: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
+    from tests import hf
+
+    folder, arrangements = world
+    users = requests(hf.BASE["vocab_size"])
     for name, answers in arrangements.items():
-        assert [error for *_, error in answers] == [None] * len(users), name
-        texts = [user.request.prompt + tokens[:-1] for user, (tokens, *_) in zip(users, answers, strict=True)]
-        for user, (_, experts, _), theirs in zip(users, answers, hf.their_experts(folder, texts), strict=True):
-            assert (experts is not None) == user.request.return_experts, (name, user.id)
-            if experts is not None:
-                assert torch.equal(decoded(experts).sort(-1)[0], theirs.sort(-1)[0]), (name, user.id)
+        assert ["error" in answer for answer in answers] == [False] * len(users), name
+        texts = [u.request.prompt + answer["token_ids"][:-1] for u, answer in zip(users, answers, strict=True)]
+        for user, answer, theirs in zip(users, answers, hf.their_experts(folder, texts), strict=True):
+            assert ("experts" in answer) == user.request.return_experts, (name, user.id)
+            if "experts" in answer:
+                assert torch.equal(decoded(answer["experts"]).sort(-1)[0], theirs.sort(-1)[0]), (name, user.id)
+
+
+def test_a_prompts_log_probabilities_are_those_of_transformers(
+    world: tuple[Path, dict[str, list[dict[str, Any]]]],
+) -> None:
+    """So are those of a request that went on elsewhere, and of one that generates nothing."""
+    from tests import hf
+
+    folder, arrangements = world
+    users = requests(hf.BASE["vocab_size"])
+    expected = hf.their_logprobs(folder, [user.request.prompt for user in users])
+    for name, answers in arrangements.items():
+        assert (answers[-1]["token_ids"], answers[-1]["text"], answers[-1]["finish_reason"]) == ([], "", "length")
+        for user, answer, theirs in zip(users, answers, expected, strict=True):
+            if user.request.prompt_logprobs is None:
+                assert answer.keys().isdisjoint({"prompt_logprobs", "prompt_token_ids"})
+            else:
+                assert answer["prompt_token_ids"] == user.request.prompt
+                check_prompt(answer["prompt_logprobs"], user.request, theirs, f"{name}, request {user.id}")
+
+
+def check_prompt(rows: list, request: Request, theirs: Tensor, where: str = "") -> None:
+    """Compare an answer's `prompt_logprobs` with theirs [prompt, V]: the k likeliest tokens, and the prompt's own."""
+    top = request.prompt_logprobs
+    assert top is not None and len(rows) == len(request.prompt) and rows[0] is None, where
+    for row, token, logprobs in zip(rows[1:], request.prompt[1:], theirs[:-1], strict=True):
+        ids, values = zip(*row, strict=True)
+        assert len(set(ids)) == len(ids) and token in ids, where
+        assert len(ids) == top if token in ids[:top] else ids[top:] == (token,), where
+        assert torch.allclose(torch.tensor(values), logprobs[list(ids)], rtol=0, atol=1e-4), where
+        assert torch.allclose(torch.tensor(values[:top]), logprobs.topk(top)[0], rtol=0, atol=1e-4), where
 
 
 # One rank's choices.
@@ -158,20 +207,21 @@ def test_the_largest_expert_survives_its_sixteen_bits() -> None:
 
 def test_nothing_is_sent_of_them_where_nobody_asks() -> None:
     for message in (Update(1, [2]), Submit(Request(1, [2], logprobs=1), None), Updates([Tokens({1: 2})], [3], [4])):
-        assert b"experts" not in encode(message)
+        assert b"experts" not in encode(message) and b"prompt_" not in encode(message)
 
 
+@pytest.mark.parametrize("field", ["experts", "prompt_rows"])
 @pytest.mark.parametrize("size", [0, 1, PIECE, 2 * PIECES * PIECE + 1])
-def test_they_travel_in_order_in_messages_of_bounded_size(size: int) -> None:
+def test_they_travel_in_order_in_messages_of_bounded_size(size: int, field: str) -> None:
     data = np.random.default_rng(0).bytes(size)
-    updates = [Update(1, experts=piece) for piece in in_pieces(data)]
+    updates = [Update(1, **{field: piece}) for piece in in_pieces(data)]
     news = Updates([Tokens({2: 3}), *updates, Update(1, [4])], [5], [6])
     messages = list(in_messages(news))
     assert len(messages) == max(1, -(-len(updates) // PIECES))
     assert all(len(encode(message)) < MOST_BYTES for message in messages)
     assert [update for message in messages for update in message.updates] == news.updates
     assert [message.begun + message.returned for message in messages] == [[5, 6]] + [[]] * (len(messages) - 1)
-    assert b"".join(update.experts for update in updates) == data
+    assert b"".join(getattr(update, field) for update in updates) == data
 
 
 # The router.
@@ -181,8 +231,8 @@ def test_they_travel_in_order_in_messages_of_bounded_size(size: int) -> None:
 def serving(folder: Path, request: Request, shape: RowShape) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with this request, and its answer."""
     router, answers = Router(RouterPort(HOST, 0), tokenizer_of(folder), 4096, lambda: False, 0, shape), {}
-    work = Listed([UserRequest("x", request, [])])
-    thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
+    work = listed([UserRequest("x", request, [])], answers.__setitem__)
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
     thread.start()
     yield router, answers
     thread.join(SOON_S)

@@ -16,8 +16,10 @@ from disagg.control.messages import (
     Finish,
     Gone,
     Hello,
+    Load,
     Member,
     Ping,
+    Stats,
     Submit,
     Tokens,
     ToRouter,
@@ -28,19 +30,23 @@ from disagg.control.messages import (
     Withdraw,
     encode,
 )
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Sending
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
-REQUEST = Request(3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20, True)
+REQUEST = Request(
+    3, [0, 128_000, 7], 99, 0.75, 0.9, 40, 2**63 - 1, True, 20, True, 0.25, -2.0, 2.0, 100.0, {0: -100.0, 128_000: 0.5},
+    9, [5, 128_000], 2, 0,
+)  # fmt: skip
 BY_DEFAULT = Request(4, [1])
 UPDATE = Update(3, [5, 6], [[(5, -0.5), (9, -1.25)], []], "length")
-HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2)
+HELLO = Hello("decode", [MEMBER, Member("b", "::1")], 64, 1024, 2**40, {"layers": "5"}, "a", 2, {"overlap": "on"})
 
 TO_WORKER = (
     Welcome(),
     Submit(REQUEST, [MEMBER, Member("b", "h")]),
     Submit(BY_DEFAULT, None),
+    Submit(Request(4, [1], 0, prompt_logprobs=20), None),
     Withdraw([3, 2**40]),
     Abort(2**40),
     Gone(["a", "b"]),
@@ -53,6 +59,7 @@ TO_WORKER = (
 TO_ROUTER = (
     HELLO,
     Beat("a", 2**40, True),
+    Beat("a", 0, False, Load(2**40, 3, 2, 1, {2**40: 0, 7: 5}, 1)),
     Updates(
         [
             UPDATE,
@@ -60,11 +67,13 @@ TO_ROUTER = (
             Update(4, error="boom", retry=True),
             Update(5),
             Update(6, experts=b"\0\xff"),
+            Update(7, prompt_rows=b"\xff\0"),
         ],
         [5],
         [6],
     ),
     Updates([]),
+    Stats({"decode_steps": 3, "seconds": 0.125}),
     Bye({"decode_steps": 3, "seconds": 0.125}),
     Bye({}),
 )
@@ -74,11 +83,13 @@ ON_A_LINK = (
     Cancel(5),
     Sending([5], [9, 8]),
     Chosen(5, b"\0\1"),
+    Scored(5, b"\1\0"),
     Last(5, 128_000, [(128_000, -0.5)]),
     Closed(5, "the prompt\ndoes not fit"),
 )
 DECODERS = {
-    kind: Decoder(kind) for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Last | Closed)
+    kind: Decoder(kind)
+    for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Scored | Last | Closed)
 }
 EXAMPLES = dict(zip(DECODERS, (TO_WORKER, TO_ROUTER, ON_A_LINK), strict=True))
 
@@ -102,11 +113,17 @@ def test_numbers_keep_their_type_on_the_way() -> None:
     assert type(token) is int and type(logprob) is float
     request = DECODERS[ToWorker](encode(Submit(Request(1, [1], temperature=1, top_p=1), None))).request
     assert type(request.temperature) is float and type(request.top_p) is float
+    request = DECODERS[ToWorker](encode(Submit(Request(1, [1], min_p=1, logit_bias={5: 1}), None))).request
+    assert type(request.min_p) is float and request.logit_bias == {5: 1.0} and type(request.logit_bias[5]) is float
 
 
 def forged(message: msgspec.Struct, **fields: Any) -> bytes:
     """`message`, with other values than it may have."""
     return encode(msgspec.to_builtins(message) | fields)
+
+
+def load(**fields: Any) -> dict:
+    return msgspec.to_builtins(Load(1, 1, 1, 1)) | fields
 
 
 NO_MESSAGES = {
@@ -118,12 +135,21 @@ NO_MESSAGES = {
     "a token beyond 31 bits": encode(Updates([Update(3, [2**40])])),
     "a negative token": encode(Updates([Tokens({3: -1})])),
     "a piece of experts that is too large": encode(Updates([Update(3, experts=b"x" * (PIECE + 1))])),
+    "a piece of log probabilities that is too large": encode(Updates([Update(3, prompt_rows=b"x" * (PIECE + 1))])),
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
+    "a load below nothing": forged(Beat("a", 1, False), load=load(kv_pages=-1)),
+    "a load that no float can hold": forged(Beat("a", 1, False), load=load(queued_tokens=2**53)),
+    "a load of half a request": forged(Beat("a", 1, False), load=load(running=0.5)),
+    "a prompt with fewer than no tokens left": forged(Beat("a", 1, False), load=load(tokens_left={3: -1})),
+    "a load that names 257 prompts": forged(Beat("a", 1, False), load=load(tokens_left=dict.fromkeys(range(257), 1))),
     "a replica without ranks": forged(HELLO, members=[]),
     "a replica of 300,000 ranks": forged(HELLO, members=[msgspec.to_builtins(MEMBER)] * 300_000),
     "an unknown role": forged(HELLO, role="router"),
     "a batch of none": forged(HELLO, max_batch=0),
     "a name of 300 characters": forged(HELLO, job="x" * 300),
+    "a reason of 300 characters": forged(HELLO, about={"overlap": "x" * 300}),
+    "5,000 statistics": encode(Stats({f"s{i}": 0.0 for i in range(5000)})),
+    "a statistic that is no number": forged(Stats({}), stats={"decode_steps": "3"}),
 }
 
 
@@ -136,9 +162,26 @@ def test_what_is_no_message_to_the_router_is_a_value_error(body: bytes) -> None:
 NOT_TO_SERVE = {
     "no prompt": Submit(Request(1, []), None),
     "a negative token": Submit(Request(1, [-1]), None),
-    "nothing to generate": Submit(Request(1, [1], 0), None),
     "a prefill replica without ranks": Submit(Request(1, [1]), []),
+    "a penalty that is no number": Submit(Request(1, [1], presence_penalty=float("nan")), None),
+    "a penalty over 2": Submit(Request(1, [1], frequency_penalty=2.5), None),
+    "a penalty by which one cannot divide": Submit(Request(1, [1], repetition_penalty=0.0), None),
+    "a min_p over 1": Submit(Request(1, [1], min_p=1.5), None),
+    "an infinite bias": Submit(Request(1, [1], logit_bias={1: float("inf")}), None),
+    "a bias for a negative token": Submit(Request(1, [1], logit_bias={-1: 1.0}), None),
+    "1,025 biases": Submit(Request(1, [1], logit_bias=dict.fromkeys(range(1025), 1.0)), None),
+    "a negative stop token": Submit(Request(1, [1], stop_token_ids=[-1]), None),
+    "1,025 stop tokens": Submit(Request(1, [1], stop_token_ids=[1] * 1025), None),
 }
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"max_tokens": -1, "prompt_logprobs": 1},
+                                    {"prompt_logprobs": -1}, {"prompt_logprobs": 21}, {"prompt_logprobs": True},
+                                    {"prompt_logprobs": 1.5}])  # fmt: skip
+def test_a_request_with_forged_numbers_is_no_message(fields: dict[str, Any]) -> None:
+    """A request without max_tokens may only ask for its prompt's log probabilities."""
+    with pytest.raises(ValueError, match="not a message"):
+        DECODERS[ToWorker](forged(Submit(BY_DEFAULT, None), request={"uid": 1, "prompt": [1], **fields}))
 
 
 @pytest.mark.parametrize("message", NOT_TO_SERVE.values(), ids=NOT_TO_SERVE)
@@ -149,10 +192,21 @@ def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
 
 @pytest.mark.parametrize("message", [Open(REQUEST, [0], [MEMBER]), Open(REQUEST, [1], []), Sending([], [1]),
                                      Sending([1], []), Last(1, -1, []), Knock(MEMBER, -1),
-                                     Chosen(1, b"x" * (PIECE + 1))])  # fmt: skip
+                                     Chosen(1, b"x" * (PIECE + 1)), Scored(1, b"x" * (PIECE + 1))])  # fmt: skip
 def test_pages_and_rooms_that_cannot_be_are_no_message(message: msgspec.Struct) -> None:
     with pytest.raises(ValueError, match="not a message"):
         list(DECODERS.values())[2](encode(message))
+
+
+def test_a_later_attempt_has_a_token_of_its_users() -> None:
+    with pytest.raises(ValueError, match="^resumed is 2; it must be below the prompt's 2 tokens$"):
+        Request(1, [1, 2], resumed=2)
+    body = encode(msgspec.to_builtins(Submit(Request(1, [1, 2]), None)))
+    assert DECODERS[ToWorker](body)
+    with pytest.raises(ValueError, match="not a message: resumed is 9"):
+        DECODERS[ToWorker](
+            encode({"type": "Submit", "request": {"uid": 1, "prompt": [1], "resumed": 9}, "prefill": None})
+        )
 
 
 def test_random_bytes_are_a_value_error() -> None:

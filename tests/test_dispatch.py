@@ -188,9 +188,11 @@ def body(rank: int) -> None:
         if mesh is None:
             continue
         check_collectives(mesh)
+        if (size, attn_tp) == (4, 4):
+            continue  # its experts' group is that of (4, 2)
         for kind in ("random", "ragged", "one rank", "nowhere"):
             for tokens in (0, 1, 5 * rank, ROWS if rank % 2 else 0):  # ragged over ranks; some have nothing
-                for fp8 in (False, True):
+                for fp8 in (False, True) if kind in ("random", "ragged") else (bool(size % 2),):
                     check_round_trip(mesh.ep, EXPERTS, kind, min(tokens, ROWS), fp8)
         for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
             check_provenance(mesh.ep, 4, dtype)

@@ -11,6 +11,7 @@ from run import ROLES, parse_args
 from scripts.bench.lib.measurements import Measurement, load
 from scripts.tools.plan.__main__ import parse_args as plan_args
 from scripts.tools.results_chart import SHOWN
+from scripts.tools.top import parse_args as top_args
 from tests.conftest import ROOT
 
 README, USAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "usage.md", ROOT / "docs" / "results.md"
@@ -154,19 +155,22 @@ def test_every_command_takes_its_flags(page: Path, capsys: pytest.CaptureFixture
 
 
 def test_prose_of_usage_names_flags_that_exist(capsys: pytest.CaptureFixture) -> None:
-    """torchrun's own flags stand before run.py; those of scripts/plan have a section."""
+    """torchrun's own flags stand before run.py; those of scripts/plan and scripts/top have a section each."""
     known = set().union(*flags_of_run(capsys).values()) | {"--help"}
+    others = {}
+    for section, parse in {"Planning": plan_args, "Metrics": top_args}.items():
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        others[section] = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) - known
     torchrun = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
-    with pytest.raises(SystemExit):
-        plan_args(["--help"])
-    plan = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert set(FLAG.findall(USAGE.read_text())) - known - torchrun - plan == set()
-    planning = USAGE.read_text().split("\n## Planning\n")[1].split("\n## ")[0]
-    assert plan - known <= set(FLAG.findall(planning)), "a flag of scripts/plan is missing there"
+    assert set(FLAG.findall(USAGE.read_text())) - known - torchrun - set().union(*others.values()) == set()
+    for section, flags in others.items():
+        text = USAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+        assert flags <= set(FLAG.findall(text)), f"a flag is missing in {section}"
 
 
 def test_scripts_start() -> None:
     """The commands of the README that are files can be executed."""
-    for name in ("scripts/demo", "scripts/plan", "scripts/test", "scripts/setup"):
+    for name in ("scripts/demo", "scripts/plan", "scripts/test", "scripts/setup", "scripts/top"):
         mode = subprocess.run(["git", "ls-files", "-s", name], cwd=ROOT, capture_output=True, text=True).stdout
         assert mode.startswith("100755"), name

@@ -112,7 +112,7 @@ def test_a_part_of_another_parameter_is_filled_with_it() -> None:
 
 def body(rank: int, folder: Path) -> None:
     engine = make(folder, interval=0, load="dummy")
-    alone = {replica: generate(engine, work(replica, 2)) for replica in {rank, rank // 2}}
+    alone = {replica: generate(engine, work(replica, 2, 8)) for replica in {rank, rank // 2}}
     for size, attn_tp, redundant, interval in ((4, 1, 0, 0), (4, 2, 0, 0), (2, 1, 4, 10**9)):
         mesh = sub_mesh(0, size, attn_tp)
         if mesh is None:
@@ -123,7 +123,7 @@ def body(rank: int, folder: Path) -> None:
             if engine.rebalancer is not None and turn in (3, 9):
                 engine.rebalancer.request(random_map(*engine.rebalancer.map.shape[:1], 32, 36, turn))
 
-        assert generate(engine, work(mesh.replica, 2), ask) == alone[mesh.replica], (size, attn_tp, interval)
+        assert generate(engine, work(mesh.replica, 2, 8), ask) == alone[mesh.replica], (size, attn_tp, interval)
         if interval:
             settle(engine)
             assert engine.rebalancer.stats["rebalances_total"] and not engine.rebalancer.stats["rebalance_failures"]

@@ -35,21 +35,23 @@ def recorded(name: str) -> NDArray:
     return load_recording(ROOT / "docs" / "recordings" / f"{name}.safetensors", 4, 32).numpy().reshape(-1, 32) * 1.0
 
 
-def published(load: NDArray, slots: int, ranks: int, groups: int, nodes: int) -> NDArray:
+def published(load: list[float], slots: int, ranks: int, groups: int, nodes: int) -> NDArray:
     """DeepSeek's algorithm for one layer, written out item by item from its description: groups packed on nodes,
     replicas within a node by the largest share, then packed on its ranks."""
 
     def packed(weights: list[float], bins: int) -> list[list[int]]:
         held: list[list[int]] = [[] for _ in range(bins)]
+        sums = [0.0] * bins
         for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
-            free = [b for b in range(bins) if len(held[b]) < len(weights) // bins]
-            held[min(free, key=lambda b: sum(weights[j] for j in held[b]))].append(i)
+            lightest = min((b for b in range(bins) if len(held[b]) < len(weights) // bins), key=sums.__getitem__)
+            held[lightest].append(i)
+            sums[lightest] += weights[i]
         return held
 
     if groups % nodes:
         groups, nodes = 1, 1
     size, out = len(load) // groups, []
-    for members in packed([load[g * size : (g + 1) * size].sum() for g in range(groups)], nodes):
+    for members in packed([sum(load[g * size : (g + 1) * size]) for g in range(groups)], nodes):
         experts = [g * size + i for g in members for i in range(size)]
         copies = dict.fromkeys(experts, 1)
         for _ in range(slots // nodes - len(experts)):
@@ -71,7 +73,7 @@ SETTINGS = [  # experts, slots, ranks, groups, nodes
 
 def compare(load: NDArray, slots: int, ranks: int, groups: int, nodes: int) -> None:
     ours = balance(load, slots, ranks, groups, nodes)
-    theirs = np.stack([published(row, slots, ranks, groups, nodes) for row in load])
+    theirs = np.stack([published(row, slots, ranks, groups, nodes) for row in load.tolist()])
     mine, other = balancedness(load, ours, ranks), balancedness(load, theirs, ranks)
     print(f"{slots}/{ranks}: {mine.mean():.4f}, published {other.mean():.4f}")
     assert mine.mean() >= other.mean() - 1e-9

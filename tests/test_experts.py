@@ -136,7 +136,7 @@ def body(rank: int, tiny: Path, scratch: Path) -> None:
         save_recording(other, [skewed(config).roll(rank, 1)], config.num_moe_layers, config.n_routed_experts)
         with pytest.raises(ValueError, match="the ranks have 3 different maps; all must read the same one"):
             make_placement(config, mesh, EXTRA, str(other))
-    arrangements = ((3, 1, None, "off"), (6, 1, str(skew), "on"), (6, 2, str(skew), "off"), (12, 1, str(skew), "off"))
+    arrangements = ((3, 1, None, "off"), (6, 1, str(skew), "on"), (6, 2, str(skew), "off"))
     for size, attn_tp, recording, overlap in arrangements:
         mesh = sub_mesh(0, size, attn_tp)
         engine, path = None, scratch / f"{size}x{attn_tp}.safetensors"
@@ -177,14 +177,14 @@ def check_recordings(scratch: Path, config: ModelConfig) -> None:
     shape = config.num_moe_layers, config.n_routed_experts
     one = load_recording(scratch / "one.safetensors", *shape).sum(0)
     assert (one.sum(1) == one.sum(1)[0]).all() and one.sum(1)[0] % config.num_experts_per_tok == 0
-    for name in ("3x1", "6x1", "6x2", "12x1"):
+    for name in ("3x1", "6x1", "6x2"):
         counts = load_recording(scratch / f"{name}.safetensors", *shape).sum(0)
         assert (counts.sum(1) == counts.sum(1)[0]).all()
         assert (counts - one).abs().sum() <= 0.05 * one.sum(), "other experts than one rank's"  # and a step too many
 
 
 def test_any_map_gives_the_same_tokens(small: Path, tmp_path: Path) -> None:
-    run_world(12, body, small, tmp_path, timeout_s=280)
+    run_world(6, body, small, tmp_path, timeout_s=280)
 
 
 def test_a_map_is_better_balanced_than_none(tiny: Path) -> None:

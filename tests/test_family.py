@@ -28,29 +28,23 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteTopkRouter as GlmRouter
 
-from disagg.config import EngineConfig
-from disagg.engine import Engine
-from disagg.front.parse import UserRequest
-from disagg.interrupt import Interrupt
-from disagg.request import Request
 from kernels.ops import Ops
 from model.checkpoint import checkpoint_table
 from model.config import MOST_SIZE, MOST_WEIGHT_BYTES, ModelConfig
 from model.model_types import MISSING, MISSING_FIELDS, SUPPORTED
 from model.moe import Gate
-from parallel.mesh import Mesh
 from scripts.bench.lib.shapes import SHAPES
 from tests import hf
 from tests.test_config import MINIMAL, refused
-from tests.test_worlds import one_run
-from tests.worlds import run_world, sub_mesh
+from tests.test_worlds import serve_members
+from tests.worlds import run_world
 
 V2 = DeepseekV2Config, DeepseekV2ForCausalLM
 V3 = DeepseekV3Config, DeepseekV3ForCausalLM
 GLM = Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 ORACLES = {"deepseek_v2": V2, "deepseek_v3": V3, "glm4_moe_lite": GLM, "kimi_k2": V3}
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 LENGTHS = (5, 64)
 VOCAB = hf.BASE["vocab_size"]
 
@@ -238,42 +232,12 @@ def test_both_spellings_of_a_config_mean_the_same(name: str, checkpoint: Checkpo
 
 
 IN_A_WORLD = ["v2_lite", "v2", "v3", "moonlight", "kimi_k2", "glm_4_7_flash"]
-FEW = 8  # tokens
-SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=48, kv_tokens=1024, max_model_len=256)
-
-
-def world(rank: int, checkpoints: list[tuple[Path, list[list[int]]]]) -> None:
-    """Four ranks: one job with attention TP 2, then a prefill and a decode job of two ranks each."""
-    interrupt = Interrupt()
-    unified, prefill, decode = sub_mesh(0, 4, 2), sub_mesh(0, 2), sub_mesh(2, 2)
-
-    def requests(_: int) -> list[UserRequest]:
-        made = [Request(0, prompt, FEW, ignore_eos=True) for prompt in prompts()]
-        return [UserRequest(i, request, []) for i, request in enumerate(made)]
-
-    for folder, tokens in checkpoints:
-        config = ModelConfig.from_pretrained(folder)
-
-        def engine(mesh: Mesh | None) -> tuple[Engine | None, Mesh | None]:
-            made = mesh and Engine.from_pretrained(SETTINGS, config, folder, mesh, Ops())  # noqa: B023
-            return made, mesh
-
-        for jobs in (
-            [("unified", *engine(unified))],
-            [("prefill", *engine(prefill)), ("decode", *engine(decode))],
-        ):
-            answers = one_run(jobs, folder, interrupt, requests)
-            if rank == 0:
-                assert answers == [(answer[:FEW], "length", None) for answer in tokens], (
-                    folder.name,
-                    [j[0] for j in jobs],
-                )
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_members_answer_the_same_on_four_ranks_and_disaggregated(checkpoint: Checkpoints) -> None:
     made = [checkpoint(name) for name in IN_A_WORLD]
-    run_world(4, world, [(folder, answer.tokens) for folder, answer in made])
+    run_world(4, serve_members, prompts(), [(folder, answer.tokens) for folder, answer in made])
 
 
 ROUTERS = {"deepseek_v2": DeepseekV2TopkRouter, "deepseek_v3": DeepseekV3TopkRouter, "glm4_moe_lite": GlmRouter}

@@ -1,5 +1,6 @@
 """The front door over its real port, with a replica that answers every request with one token at once."""
 
+import gc
 import io
 import json
 import os
@@ -111,6 +112,33 @@ def test_a_batch_is_answered_bad_lines_and_all(
     assert [line["token_ids"] for line in written(files[1])] == [[9], [9], [9], [], [9], [9]]
     out, err = capsys.readouterr()
     assert out == "" and "1 error, 5 length" in err
+
+
+def test_stdout_has_the_answers_and_stderr_all_else(
+    serve: Callable[..., Serving], files: tuple[Path, Path], capfd: pytest.CaptureFixture
+) -> None:
+    files[0].write_text(lines(3) + "bad\n")
+    serving = serve("--input", str(files[0]), "--output", "-")
+    serving.finish()
+    out, err = capfd.readouterr()
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 2, 3, 4]
+    assert "1 error, 3 length" in err and serving.error is None
+
+
+def test_a_batch_of_any_length_takes_the_same_memory(tiny: Path, tmp_path: Path) -> None:
+    """After 1,000 requests a front door keeps as many objects as after 10."""
+    kept, made = [], []
+    for count in (10, 10, 1000):
+        files = tmp_path / f"{len(made)}.in", tmp_path / f"{len(made)}.out"
+        files[0].write_text(lines(count))
+        gc.collect()
+        before = len(gc.get_objects())
+        made.append(Serving(tiny, *work(files)))
+        made[-1].finish()
+        gc.collect()
+        kept.append(len(gc.get_objects()) - before)
+        assert made[-1].front._answers == count
+    assert abs(kept[2] - kept[1]) < 300, kept
 
 
 def test_a_folder_without_a_tokenizer_serves_token_ids(
@@ -240,6 +268,12 @@ def test_the_router_says_where_it_listens_and_who_can_come(
 BAD_FLAGS = {
     "--prompt x --existing overwrite": "--existing overwrite is for --output; a --prompt has none",
     "--prompt x --existing resume": "--existing resume is for --output; a --prompt has none",
+    "--input i --output - --existing resume": "--existing resume is for a file; --output - is stdout",
+    "--input i --output - --existing overwrite": "--existing overwrite is for a file; --output - is stdout",
+    "--prompt x --log-interval -1": "--log-interval is -1; it must be 0 or a number of seconds above it",
+    "--prompt x --log-interval nan": "--log-interval is nan; it must be 0 or a number of seconds above it",
+    "--prompt x --log-interval soon": "argument --log-interval: invalid float value: 'soon'",
+    "--role decode --router a:1 --log-interval 5": "--role decode does not take --log-interval",
     "--input i --output o --existing both": "argument --existing: invalid choice: 'both'",
     "--role decode --router a:1 --existing resume": "--role decode does not take --existing",
     "--role prefill --router a:1 --existing overwrite": "--role prefill does not take --existing",

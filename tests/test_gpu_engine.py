@@ -15,7 +15,10 @@ from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
 from kernels.backend import choose
+from model.batch import Batch, Chunk
 from model.dummy import randomize
+from model.kv_cache import pages_for
+from model.prompt_logprobs import SLICE, PromptLogprobs
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement
@@ -25,10 +28,23 @@ pytestmark = pytest.mark.gpu
 MESH = Mesh(device=torch.device("cuda"))
 
 
+PROCESSED = {
+    "min_p": 0.02,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.25,
+    "repetition_penalty": 1.25,
+    "logit_bias": {7: 3.0, 11: -100.0},
+    "min_tokens": 40,  # so that no answer ends early
+    "stop_token_ids": list(range(50)),
+}
+
+
 def requests(rng: random.Random) -> list[Request]:
-    made = []
+    """Some change their logits in every way, and join steps of others that do not."""
+    made: list[Request] = []
     for i, length in enumerate((1, 63, 64, 65, 200, 129, 31, 5, 90, 64)):
         warm = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "logprobs": 3} if i % 3 == 2 else {"logprobs": i % 2}
+        warm |= PROCESSED if i in (3, 8, 9) else {}
         prompt = [rng.randrange(V3_LIKE.vocab_size) for _ in range(length)]
         made.append(Request(i, prompt, rng.randrange(1, 40), seed=i, ignore_eos=True, **warm))
     return made
@@ -134,3 +150,31 @@ def test_graphs_change_nothing(backend: str, overlap: str, fp8: bool) -> None:
     for request in work:
         assert len(answers[0][request.uid][0]) == request.max_tokens
     assert not differences(answers[1], answers[0]), f"{seed=}"
+
+
+def test_a_prompts_log_probabilities_are_those_of_all_its_logits() -> None:
+    """A slice of many rows and a last one of three, which another kernel serves. The head sees the same rows twice."""
+    ops, _ = choose(op_shape(V3_LIKE), torch.bfloat16, MESH.device, ["auto"])
+    placement = Placement.identity(V3_LIKE.num_moe_layers, V3_LIKE.n_routed_experts, 1, MESH.device)
+    model = Transformer(V3_LIKE, MESH, placement, ops, torch.bfloat16, 512, False)
+    randomize(model)
+    engine = Engine(EngineConfig(6, 400, 2000, 512, graphs="off"), model, MESH)
+    prompt = torch.randint(V3_LIKE.vocab_size, (SLICE + 4,)).tolist()
+    whole = Chunk(prompt, 0, range(1, 1 + pages_for(len(prompt))))
+    batch = replace(Batch.build([], [whole], MESH.device), logit_rows=None)
+    logits = engine.model(batch, engine.pool, engine.dispatchers.contiguous)[:-1]
+    targets = torch.tensor(prompt[1:], device=MESH.device)
+    targets[::2] = logits.argmax(-1)[::2]  # so that half of them are the likeliest
+    step = PromptLogprobs([whole._replace(targets=targets.tolist(), top=3)], MESH.device)
+    again = engine.model(batch, engine.pool, engine.dispatchers.contiguous, scored=step)[:-1]
+    assert torch.equal(again, logits), "the step itself is not the same twice"
+    ids, bits = step.rows().unbind(1)
+    values = bits.view(torch.float32)
+    expected = logits.log_softmax(-1)
+    assert torch.equal(ids[:, -1].long(), targets)
+    torch.testing.assert_close(values, expected.gather(1, ids.long()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values[:, :-1], expected.topk(3)[0], rtol=1e-4, atol=1e-4)
+    likeliest = ids[:, 0] == ids[:, -1]
+    assert likeliest.sum() >= len(targets) // 2 - 3
+    assert torch.equal(values[likeliest, 0], values[likeliest, -1]), "two floats for one token"
+    engine.close()

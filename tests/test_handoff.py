@@ -4,7 +4,6 @@ Pages arrive at their places bit for bit. Every room ends exactly once on either
 the end nothing writes its pages.
 """
 
-import multiprocessing
 import os
 import queue
 import random
@@ -45,6 +44,7 @@ from disagg.handoff.protocol import (
     Room,
     RoomEnded,
     RoomState,
+    Scored,
     Sending,
     SendLast,
     SendPages,
@@ -56,6 +56,7 @@ from disagg.request import Request
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
 from tests.conftest import ROOT, eventually
+from tests.processes import fork_server
 
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
@@ -74,7 +75,7 @@ OPS = st.one_of(
 
 
 @given(st.integers(1, 4), st.lists(OPS, max_size=12))
-@settings(deadline=None, derandomize=True, max_examples=400)
+@settings(deadline=None, derandomize=True, max_examples=150)
 def test_a_room_only_rises_or_fails_and_lets_go_of_its_pages_last(links: int, ops: list[tuple[str, Any]]) -> None:
     room = Room(links)
     seen, ends, errors = [room.state], [], []
@@ -880,9 +881,8 @@ def decode_that_dies(prefill: Member, decode: Member, takes_some: bool, doing: A
 
 
 def spawn(target: Any, *args: Any) -> tuple[Any, Any]:
-    context = multiprocessing.get_context("spawn")
-    doing = context.Queue()
-    process = context.Process(target=target, args=(*args, doing), daemon=True)
+    doing = fork_server.Queue()
+    process = fork_server.Process(target=target, args=(*args, doing), daemon=True)
     process.start()
     return process, doing
 
@@ -890,7 +890,7 @@ def spawn(target: Any, *args: Any) -> tuple[Any, Any]:
 def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms() -> None:
     decode = Member("d", HOST)
     process, doing = spawn(prefill_that_dies, Member("p", HOST), decode)
-    prefill = doing.get(timeout=60)  # it imports torch first
+    prefill = doing.get(timeout=60)
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
     end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events, Credits())
     end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
@@ -997,28 +997,34 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
     assert "1 pages for 65 tokens" in pair.prefill.link._down
 
 
-def test_chosen_experts_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:
+def test_rows_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:
     pair = make_pair()
-    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=5))
+    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=5, row_bytes=3))
     pair.prefill.hear_open(1)
     pair.prefill.link.put(Join(1))
-    for command in (Chosen(1, b"ab"), Chosen(2, b"of no room here"), Chosen(1, b"cde"), SendLast(1, 7, [])):
+    first = Chosen(1, b"ab"), Scored(1, b"x"), Chosen(2, b"of no room here"), Scored(2, b"nor this")
+    for command in (*first, Chosen(1, b"cde"), Scored(1, b"yz"), SendLast(1, 7, [])):
         pair.prefill.link.put(command)
     pair.decode.hear_end(1)
-    assert pair.decode.link.take_experts(1) == b"abcde" and pair.decode.link.take_experts(1) == b""
+    for pieces, data in ((pair.decode.link.experts, b"abcde"), (pair.decode.link.prompt_rows, b"xyz")):
+        assert pieces.take(1) == data and pieces.take(1) == b""
     pair.prefill.hear_end(1)
     pair.hush()
 
 
 @pytest.mark.parametrize("expected", [0, 5])
-def test_more_chosen_experts_than_a_prompt_has_end_the_link(make_pair: Any, expected: int) -> None:
+@pytest.mark.parametrize("kind, limit, what", [(Chosen, "expert_bytes", "chosen experts"),
+                                               (Scored, "row_bytes", "prompt log probabilities")])  # fmt: skip
+def test_more_rows_than_a_prompt_has_end_the_link(
+    make_pair: Any, kind: Any, limit: str, what: str, expected: int
+) -> None:
     pair = make_pair()
-    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=expected))
+    pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), **{limit: expected}))
     pair.prefill.hear_open(1)
     pair.prefill.link.put(Join(1))
     for piece in (b"x" * expected, b"y"):
-        pair.prefill.link.put(Chosen(1, piece))
-    pair.decode.hear_end(1, f"over {expected} bytes of chosen experts for room 1")
+        pair.prefill.link.put(kind(1, piece))
+    pair.decode.hear_end(1, f"over {expected} bytes of {what} for room 1")
     pair.prefill.hear_end(1, "has gone")
 
 

@@ -20,7 +20,8 @@ from disagg.front.answer import INTERRUPTED, Answer, refusal
 from disagg.front.jsonl import JsonLines
 from disagg.front.lines import Lines
 from disagg.front.output import Output
-from disagg.front.parse import UserRequest
+from disagg.front.parse import Served, UserRequest
+from disagg.front.source import Asked
 from disagg.front.tokenizer import PromptEncoder
 from tests.conftest import eventually
 
@@ -61,7 +62,9 @@ def batch(files: tuple[Path, Path], encoder: PromptEncoder) -> Callable[..., Jso
         source, path = files
         source.touch()
         output = Output(str(path), source.stat(), **flags)
-        return JsonLines(Lines(str(source)) if lines is None else Given(lines), output, encoder, VOCAB_SIZE, LIMIT)
+        return JsonLines(
+            Lines(str(source)) if lines is None else Given(lines), output, Served(encoder, VOCAB_SIZE, LIMIT)
+        )
 
     return make
 
@@ -70,8 +73,8 @@ def good(**fields: Any) -> str:
     return json.dumps({"prompt_token_ids": [1], **fields})
 
 
-def take_all(batch: JsonLines, most: int = 1000) -> list[UserRequest]:
-    taken: list[UserRequest] = []
+def take_all(batch: JsonLines, most: int = 1000) -> list[Asked]:
+    taken: list[Asked] = []
 
     def exhausted() -> bool:
         taken.extend(batch.take(most))
@@ -79,6 +82,10 @@ def take_all(batch: JsonLines, most: int = 1000) -> list[UserRequest]:
 
     assert eventually(exhausted)
     return taken
+
+
+def ids_of(taken: list[Asked]) -> list[str | int]:
+    return [user.id for user, _ in taken]
 
 
 def answer(user: UserRequest, text: str = "") -> Answer:
@@ -97,12 +104,13 @@ def test_answers_are_written_in_input_order_each_as_soon_as_it_can_be(
     ids = ["a", "b", 4, "c", "d"]  # the bad line is answered when it is read
     made = batch(lines)
     users = take_all(made)
-    assert [user.id for user in users] == ["a", "b", "c", "d"] and made.total == 5
+    assert ids_of(users) == ["a", "b", "c", "d"] and made.total == 5
     finished = {4}
     assert written(files[1]) == []
     for position in order:
-        made.deliver(position, answer(users[position], f"text {position}"))
-        finished.add(users[position].id)
+        user, client = users[position]
+        client.deliver(answer(user, f"text {position}"))
+        finished.add(user.id)
         ready = list(itertools.takewhile(lambda one: one in finished, ids))
         assert [line["id"] for line in written(files[1])] == ready
     assert [line["text"] for line in written(files[1])] == ["text 0", "text 1", "", "text 2", "text 3"]
@@ -122,7 +130,7 @@ def test_a_bad_line_is_answered_by_its_own_id_or_else_its_number(
         good(),
         good(id="fine"),
     ]
-    assert [user.id for user in take_all(batch(lines))] == [7, "fine"]
+    assert ids_of(take_all(batch(lines))) == [7, "fine"]
     refused = [(line["id"], line["finish_reason"], line["error"][:8]) for line in written(files[1])]
     assert refused == [
         ("mine", "error", "line 1: "),
@@ -151,8 +159,8 @@ def test_bytes_that_are_not_utf8_ruin_no_other_line(files: tuple[Path, Path], ba
     )
     made = batch()
     users = take_all(made)
-    assert [user.id for user in users] == [1, 4]
-    made.deliver(0, answer(users[0]))
+    assert ids_of(users) == [1, 4]
+    users[0][1].deliver(answer(users[0][0]))
     refused = [(line["id"], line["error"]) for line in written(files[1])[1:]]
     what = "line 2: not UTF-8: byte 0xff, character 1", "line 3: not UTF-8: byte 0xe9, character 9"
     assert refused == list(enumerate(what, 2))
@@ -162,7 +170,7 @@ def test_a_line_that_is_too_long_is_refused_without_being_parsed(
     monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path], batch: Callable[..., JsonLines]
 ) -> None:
     monkeypatch.setattr(module, "LONGEST", 1000)
-    assert [user.id for user in take_all(batch([good(id="x" * 1000), good(id="next")]))] == ["next"]
+    assert ids_of(take_all(batch([good(id="x" * 1000), good(id="next")]))) == ["next"]
     assert "line 1: it is too long; a line must have at most 1,000 characters" in written(files[1])[0]["error"]
 
 
@@ -176,14 +184,29 @@ def test_lines_are_read_as_they_are_taken(files: tuple[Path, Path], batch: Calla
     while not made.exhausted:
         taken = made.take(10)
         assert len(taken) <= 10
-        for user in taken:
-            made.deliver(position, answer(user))
+        for user, client in taken:
+            client.deliver(answer(user))
             position += 1
         most = max(most, tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert position == count == made.total
     assert most < 5e6  # bytes, of which 2 MiB are read ahead
     assert [line["id"] for line in written(files[1])] == list(range(count))
+
+
+def test_lines_are_not_read_while_many_answers_wait_for_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path], batch: Callable[..., JsonLines]
+) -> None:
+    """Otherwise one slow request would make the router hold all answers behind it."""
+    monkeypatch.setattr(module, "MOST_HELD", 2000)
+    made = batch([good(id=i) for i in range(100)])
+    asked = made.take(10)
+    (user, client), *others = asked
+    for other, its_client in others:
+        its_client.deliver(answer(other, "x" * 300))
+    assert made.take(10) == [] and not made.exhausted and files[1].read_text() == ""
+    client.deliver(answer(user))
+    assert len(written(files[1])) == 10 and len(made.take(10)) == 10
 
 
 def test_taking_ends_soon_however_much_there_is(
@@ -215,20 +238,17 @@ LINES = [good(id="a"), "", good(), "bad", good(id="a"), '{"id": "e", "prompt": "
 
 def serve(batch: JsonLines, rng: random.Random, answers: float = float("inf")) -> None:
     """Answer requests in any order; after so many, the user presses Ctrl-C."""
-    users: list[UserRequest] = []
-    open_ones: list[int] = []
+    open_ones: list[Asked] = []
     while not (batch.exhausted and not open_ones):
-        new = batch.take(rng.randint(1, 3))
-        open_ones += range(len(users), len(users) + len(new))
-        users += new
+        open_ones += batch.take(rng.randint(1, 3))
         if answers <= 0:
             break
         if open_ones:
-            position = open_ones.pop(rng.randrange(len(open_ones)))
-            batch.deliver(position, answer(users[position], f"text of {users[position].id}"))
+            user, client = open_ones.pop(rng.randrange(len(open_ones)))
+            client.deliver(answer(user, f"text of {user.id}"))
             answers -= 1
-    for position in open_ones:
-        batch.deliver(position, refusal(users[position].id, INTERRUPTED))
+    for user, client in open_ones:
+        client.deliver(refusal(user.id, INTERRUPTED))
     batch._output.close()
 
 
@@ -281,8 +301,8 @@ def test_an_id_that_was_taken_can_be_written_from_however_deep_in_the_program(
     for depth in range(900, 1000):
         files[1].unlink(missing_ok=True)
         made = batch([f'{{"id": {"[" * depth}{"]" * depth}, "prompt": "x"}}'])
-        users: list[UserRequest] = []
+        users: list[Asked] = []
         down(30, lambda made=made, users=users: users.extend(made.take(1)))
-        for position, user in enumerate(users):
-            down(30, lambda made=made, user=user, position=position: made.deliver(position, answer(user)))
+        for user, client in users:
+            down(30, lambda user=user, client=client: client.deliver(answer(user)))
         assert len(files[1].read_text().split("\n")) == 2

@@ -18,6 +18,7 @@ OPTIONAL = {  # library -> the only files that may import it, and there inside f
     "flash_mla": "kernels/",
     "flash_attn": "kernels/",
     "deep_ep": "parallel/deepep.py",
+    **dict.fromkeys(("starlette", "uvicorn", "uvloop", "prometheus_client"), "disagg/front/http/"),
     "huggingface_hub": "model/hub.py",  # always installed, but importing it takes half a second
 }
 LONGEST_SENTENCE = 30  # words
@@ -58,7 +59,7 @@ WINGS = {  # within disagg/: what may not be imported from there
     "handoff": ("front", *ENGINE[2:]),
     "front": ("handoff", *ENGINE[2:]),
     **dict.fromkeys(ENGINE, ("control", "front", "handoff")),
-    **dict.fromkeys(("role", "unified", "prefill", "decode", "pipeline", "connection", "loop"), ("front",)),
+    **dict.fromkeys(("role", "unified", "prefill", "decode", "pipeline", "connection", "loop", "reports"), ("front",)),
 }
 
 
@@ -139,7 +140,7 @@ def test_the_repository_stays_small() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     files = [ROOT / name for name in listed.decode().split("\0") if name]
     sizes = [path.stat().st_size for path in files if path.exists() and path.suffix != ".safetensors"]
-    assert sum(sizes) < 3_500_000
+    assert sum(sizes) < 5_000_000
 
 
 def test_functions_around_kernels_are_annotated() -> None:

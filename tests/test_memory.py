@@ -11,6 +11,9 @@ import torch
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
 from disagg.memory import GIB, WORKSPACES, Budget, host_memory, pages_on_host, plan_parts, share_of_gpu, share_of_torch
+from disagg.request import Request
+from disagg.sampler import process, sampling_rows
+from disagg.scheduler import Sequence
 from kernels.ops import Ops
 from model.batch import PAGE, Batch, Chunk, split
 from model.config import ModelConfig
@@ -25,7 +28,8 @@ from model.footprint import (
     weight_bytes,
 )
 from model.kv_cache import make_pool
-from model.sampling import SamplingRows, sample
+from model.prompt_logprobs import PromptLogprobs
+from model.sampling import MAX_LOGPROBS, SamplingRows, sample
 from model.transformer import Transformer
 from parallel.dispatch import most_copies
 from parallel.dispatchers import plain_dispatchers
@@ -200,10 +204,11 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         "more wanted than there are": ({"n_routed_experts": max(4, ranks)}, 1024, 1024, 64),
         "decode, wide experts": (latent, 512, 512, 512),
         "decode, wide rows": (latent | {"hidden_size": 2048, "moe_intermediate_size": 128}, 512, 512, 512),
-        "logits": ({"vocab_size": 100_000}, 256, 256, 256),
+        "logits": ({"vocab_size": 50_000}, 512, 512, 512),
+        "prompts' log probabilities": ({"vocab_size": 20_000}, 512, 512, 4),
     }
     for name, (changes, tokens, context, most) in cases.items():
-        config = replace(SMALL, **changes)
+        config, scores = replace(SMALL, **changes), name == "prompts' log probabilities"
         net = make(config, ranks, attn_tp, fp8=fp8)
         contiguous, masked = plain_dispatchers(
             Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops,
@@ -215,14 +220,15 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         # One decode among the prompts: then what prefill attention gives stays in bf16, and is the larger.
         table, lens = torch.zeros(1, 2).int(), torch.ones(1).int()
         mixed = Batch(ids, ids, ids + PAGE, table, lens, bounds, bounds, rows, ids[:most], tokens, context)
+        prompt = Chunk([0] * tokens, 0, [], targets=[0] * tokens, top=MAX_LOGPROBS)
         decode = Batch.decode(ids[:most], ids[:most], torch.ones(most, 2, dtype=torch.int32))
         pool = make_pool(config, 2, torch.bfloat16, "cpu")
-        for batch, dispatcher, want in (
-            (mixed, contiguous, contiguous_step(job, tokens, context, most)),
-            (decode, masked, masked_step(job, most)),
+        for batch, dispatcher, prompts, want in (
+            (mixed, contiguous, [prompt], contiguous_step(job, tokens, context, most)),
+            (decode, masked, [], masked_step(job, most)),
         ):
             with Peak() as peak:
-                net(batch, pool, dispatcher)
+                net(batch, pool, dispatcher, scored=PromptLogprobs(prompts, "cpu") if scores and prompts else None)
             assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
 
 
@@ -258,6 +264,15 @@ def test_sampling_has_room() -> None:
     with Peak() as peak:
         sample(logits, parameters)
     assert logits.nbytes + peak.most < sampling(replace(SMALL, vocab_size=vocab), rows) < 2 * peak.most
+    fields = {"presence_penalty": 1.0, "repetition_penalty": 2.0, "min_p": 0.1, "temperature": 0.9}
+    sequences = [Sequence(Request(0, [1], **fields), (2,), [1, 3, 3]) for _ in range(rows)]
+    for sequence in sequences:
+        sequence.computed = 3
+    with Peak() as more:  # in the same room: the processors' tensors are gone when a token is sampled
+        mine = logits[torch.arange(rows)]
+        process(mine, sequences, torch.full((rows,), 3))
+        sample(mine, sampling_rows(sequences, torch.device("cpu")))
+    assert logits.nbytes + more.most < sampling(replace(SMALL, vocab_size=vocab), rows)
 
 
 def test_the_table_of_a_plan() -> None:

@@ -11,13 +11,12 @@ import torch
 from model.transformer import Transformer
 from tests import hf
 
-NEW_TOKENS = 64
+NEW_TOKENS = 36
 LENGTHS = (1, 5, 63, 64, 65, 30)  # the page boundary, and prompts that cross it while decoding
 STYLES = {  # chunk size, arrivals
     "one prompt token a step": (1, None),
-    "chunks of 7": (7, None),
     "whole prompts": (1000, None),
-    "chunks of 16 beside decodes": (16, (0, 2, 5, 14, 20, 27)),
+    "chunks of 7 beside decodes": (7, (0, 2, 5, 14, 20, 27)),
 }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,54 @@ def test_resuming_goes_on_behind_the_answers_that_stay(tail: str, tmp_path: Path
     path, kept = tmp_path / "out", line("a") + line(2, "line 2: not JSON")
     path.write_text(kept + TAILS[tail])
     output = Output(str(path), NOBODY, existing="resume")
-    assert list(output.kept) == ["a", 2] and path.read_text() == kept + TAILS[tail]
-    output.kept.clear()  # as when the input has been compared
+    assert len(output.kept) == 2 and path.read_text() == kept + TAILS[tail]
+    assert [output.kept.popleft(), output.kept.popleft()] == ["a", 2]  # as when the input is compared
     output.put(0, answer("c"))
     assert path.read_text() == kept + line("c")
+    output.close()
+
+
+def test_resuming_keeps_no_answer_in_memory(tmp_path: Path) -> None:
+    """A file of 4 MB takes the memory of a few lines. Its ids alone would take over 50 kB."""
+    path, count = tmp_path / "out", 400
+    path.write_text("".join(json.dumps(answer(f"{i:0100}", "x" * 10_000).as_dict()) + "\n" for i in range(count)))
+    tracemalloc.start()
+    output = Output(str(path), NOBODY, existing="resume")
+    assert tracemalloc.get_traced_memory()[0] < 50_000
+    assert [int(output.kept.popleft()) for _ in range(len(output.kept))] == list(range(count))
+    assert tracemalloc.get_traced_memory()[1] < 150_000
+    tracemalloc.stop()
+
+
+def test_what_waits_for_an_earlier_answer_is_known(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), NOBODY)
+    for place in (2, 1):
+        output.put(place, answer(place))
+    assert output.held == len(line(2) + line(1))
+    output.put(0, answer(0))
+    assert output.held == 0
+
+
+def test_a_dash_is_stdout(capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written even if it leads to a file with content, which the shell has opened."""
+    monkeypatch.chdir(tmp_path)
+    print("before", flush=True)
+    output = Output("-", NOBODY)
+    for place in (1, 0):
+        output.put(place, answer(place))
+    output.close()
+    print("after", flush=True)
+    assert capfd.readouterr().out == f"before\n{line(0)}{line(1)}after\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_stdout_who_leaves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    monkeypatch.setattr(os, "dup", lambda fd: {1: writer}[fd])
+    output = Output("-", NOBODY)
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        output.put(0, answer(0))
     output.close()
 
 

@@ -4,6 +4,7 @@ A rank that cannot read stops the move on all ranks. An expert in the wrong slot
 """
 
 import io
+import json
 import os
 import random
 import re
@@ -157,10 +158,11 @@ def test_a_file_that_changes_is_an_error(tiny: Path, tmp_path: Path) -> None:
 # Whole jobs, in one process.
 
 
-def work(seed: int = 0, count: int = 6) -> list[Request]:
+def work(seed: int = 0, count: int = 6, tokens: int = 12) -> list[Request]:
+    """`tokens`: of the first request; each later one has three more."""
     rng = random.Random(seed)
     return [
-        Request(i, [rng.randrange(4096) for _ in range(rng.choice((1, 20, 65)))], 24 + 3 * i, ignore_eos=True)
+        Request(i, [rng.randrange(4096) for _ in range(rng.choice((1, 20, 65)))], tokens + 3 * i, ignore_eos=True)
         for i in range(count)
     ]
 
@@ -215,7 +217,7 @@ def alone(small: Path) -> tuple[Engine, list[list[int]]]:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 2**32 - 1)), min_size=1, max_size=5))
+@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 2**32 - 1)), min_size=1, max_size=5))
 def test_any_maps_at_any_time_give_the_same_tokens(
     alone: tuple[Engine, list[list[int]]], requests: list[tuple[int, int]]
 ) -> None:
@@ -380,7 +382,7 @@ def check_failure(r: Rank, mesh: Mesh) -> None:
     wanted = [random_map(layers, 32, 36, seed) for seed in (1, 2)]
 
     def shrink_or_ask(turn: int) -> None:
-        if turn in (3, 30):
+        if turn in (3, 15):
             rebalancer.request(wanted[0])
         if bad and (rebalancer.map != before).any():
             os.truncate(path, 1000)
@@ -452,10 +454,12 @@ def body(rank: int, tiny: Path, small: Path, scratch: Path, maps: list[list[tupl
         mesh = sub_mesh(0, size)
         for redundant in (0, EXTRA):
             for overlap in ("off", "on"):
+                if size == 2 and (redundant > 0) != (overlap == "on"):
+                    continue  # four ranks and one show these two as well
                 at = next(turns)
                 if mesh is not None:
                     check_tokens(r, mesh, redundant, overlap, at)
-        if mesh is not None and size > 1:
+        if size == 4:
             check_failure(of_more_layers, mesh)
             check_threshold(r, mesh)
             check_counts(r, mesh)
@@ -465,8 +469,8 @@ def body(rank: int, tiny: Path, small: Path, scratch: Path, maps: list[list[tupl
 def test_tokens_do_not_change_when_experts_move(tiny: Path, small: Path, tmp_path: Path) -> None:
     drawn: list[list[tuple[int, int]]] = []
 
-    @settings(max_examples=12, database=None, derandomize=True)
-    @given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 2**32 - 1)), min_size=1, max_size=4))
+    @settings(max_examples=10, database=None, derandomize=True)
+    @given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 2**32 - 1)), min_size=1, max_size=4))
     def draw(maps: list[tuple[int, int]]) -> None:
         drawn.append(maps)
 
@@ -492,10 +496,14 @@ def test_a_job_that_does_not_move_says_nothing() -> None:
 
 
 def test_the_summary_says_what_moved(tiny: Path, tmp_path: Path) -> None:
-    tokens = []
+    tokens, source = [], tmp_path / "in.jsonl"
+    rows = [
+        {"prompt": text, "max_tokens": 24, "ignore_eos": True} for text in ("In the beginning", "def ", "import os")
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for flags in ((), ("--rebalance", "4,1,2", "--redundant-experts", "4")):
         out = tmp_path / "out.jsonl"
-        work = ("--model", str(tiny), "--input", "scripts/prompts.jsonl", "--output", str(out))
+        work = ("--model", str(tiny), "--input", str(source), "--output", str(out))
         work += ("--existing", "overwrite")
         code, _, err = run(*work, *flags, ranks=2)
         assert code == 0, err

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from disagg.front.parse import UserRequest, parse_request
+from disagg.front.parse import Served, UserRequest, parse_line
 from disagg.front.tokenizer import PromptEncoder
+from disagg.request import Request
 
 VOCAB_SIZE = 257
 BOS = 256
@@ -45,15 +47,19 @@ ENCODER = PromptEncoder(TOKENIZER, TEMPLATE)
 
 def parse(fields: dict | str, encoder: PromptEncoder = ENCODER) -> UserRequest:
     line = fields if isinstance(fields, str) else json.dumps(fields)
-    return parse_request(line, 7, encoder, VOCAB_SIZE, LIMIT)
+    return parse_line(line, 7, Served(encoder, VOCAB_SIZE, LIMIT))
 
 
 def test_what_is_not_given_has_its_default() -> None:
     user = parse({"prompt": "hi"})
     request = user.request
     assert (user.id, user.stop, request.uid) == (7, [], 7)
-    assert (request.max_tokens, request.temperature, request.top_p, request.top_k) == (16, 0.0, 1.0, 0)
+    assert request.max_tokens == LIMIT - len(request.prompt), "to the model's limit"
+    assert (request.temperature, request.top_p, request.top_k) == (0.0, 1.0, 0)
     assert (request.ignore_eos, request.logprobs, request.return_experts) == (False, 0, False)
+    assert (request.min_p, request.presence_penalty, request.frequency_penalty) == (0, 0, 0)
+    assert (request.repetition_penalty, request.logit_bias, request.min_tokens) == (1, {}, 0)
+    assert (request.stop_token_ids, request.resumed) == ([], 0)
     assert 0 <= request.seed < 2**31
 
 
@@ -67,11 +73,41 @@ def test_what_is_given_is_taken() -> None:
         "ignore_eos": True,
         "logprobs": 20,
         "return_experts": True,
+        "min_p": 0.25,
+        "presence_penalty": -2,
+        "frequency_penalty": 1.5,
+        "repetition_penalty": 1.1,
+        "min_tokens": 40,
+        "stop_token_ids": [3, 256],
+        "prompt_logprobs": 0,
     }
-    user = parse({"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], **given})
+    user = parse(
+        {"id": "mine", "prompt_token_ids": [0, 3, 256], "stop": ["a", "bc"], "session_id": "a b" * 85, **given}
+    )
+    assert user.session_id == "a b" * 85 and parse({"prompt": "hi"}).session_id is None
     assert user.id == "mine" and user.stop == ["a", "bc"]
     assert user.request.prompt == [0, 3, 256]
     assert {name: getattr(user.request, name) for name in given} == given
+
+
+def test_biases_are_named_by_their_tokens_digits() -> None:
+    given = {"0": -100, "256": 0.5, "0017": 100}
+    assert parse({"prompt": "hi", "logit_bias": given}).request.logit_bias == {0: -100, 256: 0.5, 17: 100}
+    many = {str(token): 1 for token in range(VOCAB_SIZE)}
+    assert len(parse({"prompt": "hi", "logit_bias": many}).request.logit_bias) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("fields", ({"logit_bias": {"3": 1, "257": 1}}, {"stop_token_ids": [2, 257, 1]}))
+def test_a_token_outside_the_vocabulary_is_named_with_its_field(fields: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(fields))}: token 257 is not in the model's vocabulary of 257$"):
+        parse({"prompt": "hi", **fields})
+
+
+def test_fewer_tokens_than_are_asked_for_at_least_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^min_tokens \(9\) is over max_tokens \(8\)$"):
+        parse({"prompt": "hi", "max_tokens": 8, "min_tokens": 9})
+    with pytest.raises(ValueError, match=rf"^min_tokens \({LIMIT}\) is over max_tokens \({LIMIT - 3}\)$"):
+        parse({"prompt": "hi", "min_tokens": LIMIT})
 
 
 def test_requests_without_a_seed_draw_different_ones() -> None:
@@ -103,6 +139,28 @@ def test_a_prompt_may_fill_the_model_exactly() -> None:
     assert len(request.prompt) == LIMIT - 1
 
 
+def test_a_prompt_may_be_scored_without_generating() -> None:
+    request = parse({"prompt_token_ids": [1] * LIMIT, "max_tokens": 0, "prompt_logprobs": 0}).request
+    assert (request.max_tokens, request.prompt_logprobs, request.most_tokens) == (0, 0, LIMIT)
+    assert parse({"prompt": "hi", "prompt_logprobs": None}).request.prompt_logprobs is None
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(ValueError, match=f"{name} is 0; .* at least 1, or 0 with prompt_logprobs"):
+            parse({"prompt": "hi", name: 0, "prompt_logprobs": None})
+
+
+def test_max_tokens_has_another_name_and_may_be_left_out() -> None:
+    assert parse({"prompt": "hi", "max_completion_tokens": 3}).request.max_tokens == 3
+    assert parse({"prompt": "hi", "max_completion_tokens": 3, "max_tokens": 3}).request.max_tokens == 3
+    with pytest.raises(ValueError, match="max_completion_tokens is 3, but max_tokens is 4; give one of them"):
+        parse({"prompt": "hi", "max_completion_tokens": 3, "max_tokens": 4})
+    with pytest.raises(ValueError, match="max_completion_tokens is 0; it must be an integer of at least 1"):
+        parse({"prompt": "hi", "max_completion_tokens": 0})
+    with pytest.raises(
+        ValueError, match=rf"prompt \({LIMIT} tokens\) leaves no room for a token: max_model_len is {LIMIT}"
+    ):
+        parse({"prompt_token_ids": [1] * LIMIT})
+
+
 BAD_FIELDS = (
     *(("max_tokens", value, "at least 1") for value in (0, -1, 1.0, True, "5", [])),
     *(("top_p", value, r"in \(0, 1\]") for value in (0, -0.1, 1.0001, 2, "1", True, float("nan"))),
@@ -115,7 +173,45 @@ BAD_FIELDS = (
     *(("ignore_eos", value, "true or false") for value in (0, 1, "true")),
     *(("id", value, "a string of Unicode or an integer") for value in (1.5, [], "a\ud800", "\udfff")),
     *(("return_experts", value, "true or false") for value in (0, 1, "true", [], {})),
+    *(("session_id", value, "1 to 256 characters") for value in ("", "x" * 257, 5, True, ["a"], "\udfff")),
     *(("logprobs", value, "in 0..20") for value in (21, -1, 1.0, True, [])),
+    ("stop", ["a"] * 65, "at most 64 strings"),
+    *(("min_p", value, r"in 0..1 \(0 = off\)") for value in (-0.1, 1.1, True, "0", float("nan"))),
+    *(
+        (name, value, r"in -2..2 \(0 = off\)")
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (-2.1, 2.01, 10**400, float("nan"), False, "1")
+    ),
+    *(("repetition_penalty", value, r"in 0.01..100") for value in (0, -1, 1e-30, 101, float("inf"), float("nan"), "1")),
+    *(("min_tokens", value, "at least 0") for value in (-1, 0.5, True, "1")),
+    *(
+        ("logit_bias", value, "at most 1024 tokens, each with a number in -100..100")
+        for value in (
+            5,
+            [],
+            [[3, 1]],
+            {"a": 1},
+            {"-1": 1},
+            {"1.0": 1},
+            {"": 1},
+            {"\u0663": 1},
+            {"9" * 5000: 1},
+            {"3": "1"},
+            {"3": None},
+            {"3": True},
+            {"3": 101},
+            {"3": -100.5},
+            {"3": float("nan")},
+            {"3": 10**400},
+            {"3": 1, "03": 2},
+            {str(token): 0 for token in range(1025)},
+        )
+    ),
+    *(
+        ("stop_token_ids", value, "a list of at most 1024 tokens")
+        for value in (5, "5", {}, [-1], [1.0], [True], ["1"], [[1]], [None], [1] * 1025)
+    ),
+    *(("prompt_logprobs", value, "in 0..20") for value in (21, -1, 0.0, True, "1", {})),
     *(("stop", value, "non-empty string") for value in ("", [""], ["a", ""], ["a", 1], 5, {}, True, [None])),
 )
 
@@ -304,6 +400,10 @@ FIELDS = (
     "top_p",
     "top_k",
     "seed",
+    "logit_bias",
+    "stop_token_ids",
+    "repetition_penalty",
+    "min_tokens",
 )
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(("user", "system")), "content": st.text(st.characters())})
@@ -312,7 +412,9 @@ MESSAGES = st.lists(
 
 @given(
     st.dictionaries(
-        st.sampled_from((*FIELDS, "ignore_eos", "logprobs", "return_experts")) | st.text(max_size=3), JSON, max_size=6
+        st.sampled_from((*FIELDS, "ignore_eos", "logprobs", "return_experts", "prompt_logprobs")) | st.text(max_size=3),
+        JSON,
+        max_size=6,
     )
     | st.fixed_dictionaries(
         {},
@@ -327,12 +429,19 @@ MESSAGES = st.lists(
             "top_p": st.floats(-0.5, 1.5),
             "top_k": st.integers(-1, 2**31),
             "logprobs": st.integers(-1, 21),
+            "min_p": st.floats(),
+            "frequency_penalty": st.floats(-3, 3),
+            "repetition_penalty": st.floats(0, 101),
+            "logit_bias": st.dictionaries(st.text("0123456789", max_size=3), st.floats(-101, 101), max_size=3),
+            "min_tokens": st.integers(-1, 70),
+            "stop_token_ids": st.lists(st.integers(-1, VOCAB_SIZE), max_size=3),
+            "prompt_logprobs": st.integers(-1, 21),
             "stop": st.text(max_size=1) | st.lists(st.text(max_size=2), max_size=2),
         },
     )
 )
 @example({"prompt": "hi"})
-@settings(deadline=None, derandomize=True, max_examples=600)
+@settings(deadline=None, derandomize=True, max_examples=200)
 def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> None:
     try:
         user = parse(fields)
@@ -343,9 +452,13 @@ def test_any_object_is_a_request_that_can_run_or_a_value_error(fields: dict) -> 
     request = user.request
     assert 1 <= len(request.prompt) <= LIMIT - request.max_tokens
     assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in request.prompt)
-    assert request.max_tokens >= 1 and request.temperature >= 0 and 0 < request.top_p <= 1
+    assert (
+        request.max_tokens >= (request.prompt_logprobs is None) and request.temperature >= 0 and 0 < request.top_p <= 1
+    )
     assert 0 <= request.top_k < 2**31 and 0 <= request.seed < 2**63 and 0 <= request.logprobs <= 20
     assert all(isinstance(stop, str) and stop for stop in user.stop)
+    request.check_vocabulary(VOCAB_SIZE)
+    assert msgspec.convert(msgspec.to_builtins(request), Request) == request, "the ranks would not take it"
 
 
 @given(st.text(max_size=60))

@@ -1,24 +1,36 @@
 """The prefill and decode roles handle messages in any order: repeated, late or senseless ones too."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
+from disagg import connection
 from disagg import prefill as prefill_module
 from disagg.config import EngineConfig
-from disagg.control.messages import Abort, Back, Forget, Gone, Member, Submit, Update, Withdraw, encode
+from disagg.control import pulse
+from disagg.control.messages import Abort, Back, Forget, Gone, Load, Member, Submit, Update, Withdraw, encode
+from disagg.control.ports import RouterPort
 from disagg.decode import Decode
 from disagg.engine import Engine
+from disagg.front.parse import UserRequest
+from disagg.front.replica import Replica
+from disagg.front.router import Router
 from disagg.handoff.connect import Door
 from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded, SendPages
+from disagg.handoff.receive_link import Pieces
+from disagg.interrupt import Interrupt
+from disagg.loop import serve
 from disagg.prefill import Prefill
 from disagg.request import Request
+from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh
+from tests.clients import listed
 from tests.conftest import eventually
 
 HOST = "127.0.0.1"
@@ -31,6 +43,7 @@ class FakeLink:
     def __init__(self, peer: Member, generation: int) -> None:
         self.peer, self.generation, self.told, self.is_down = peer, generation, [], False
         self.bytes_moved = self.seconds_moving = 0
+        self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
 
     def put(self, command: Any) -> None:
         self.told.append(command)
@@ -83,6 +96,7 @@ def test_what_has_not_begun_is_given_back(decode: Decode) -> None:
         decode.handle(RoomEnded(uid, "cut"))
     decode.admit()
     assert decode.news().begun == [3], "the one that was given back must not begin"
+    assert decode.failures == 2
 
 
 def test_a_request_that_is_here_is_not_taken_twice(decode: Decode) -> None:
@@ -113,6 +127,7 @@ def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_h
     for uid in (0, 1):
         decode.handle(RoomEnded(uid, "cancelled"))
     assert allocator.num_free == allocator.capacity and decode.news() is None, "nobody wants to hear of them"
+    assert decode.failures == 0, "what was cancelled has not failed"
     submit(decode, 0)
     decode.admit()
     assert decode.news().begun == [0], "the same number may come again, of another router"
@@ -156,6 +171,32 @@ def test_an_abort_reaches_a_request_wherever_it_is(decode: Decode) -> None:
     for uid in (0, 2, 5):
         decode.handle(Abort(uid))
     assert not decode.queue and not decode.incoming[0].wanted and decode.incoming[1].wanted
+
+
+def test_a_decode_replica_reports_its_pages_and_those_that_nobody_wants(decode: Decode) -> None:
+    """Two of three requests fit; one of these is aborted while its KV may be on its way, and one is in the batch."""
+    assert decode.load() == Load(0, 0, 0, 0)
+    for uid in range(3):
+        submit(decode, uid)
+    decode.admit()
+    assert decode.load() == Load(0, 4, 0, 3)
+    decode.handle(Abort(0))
+    assert decode.load() == Load(0, 4, 0, 3, {}, 2)
+    decode.handle(RoomEnded(1, None, 7, []))
+    decode.schedule()
+    assert decode.load() == Load(0, 4, 1, 2, {}, 2)
+    decode.handle(RoomEnded(0, "cancelled"))
+    assert decode.load() == Load(0, 2, 1, 1)
+
+
+def test_a_unified_replica_reports_the_prompt_that_it_computes(engine: Engine) -> None:
+    role = Unified(engine)
+    for uid in range(2):
+        role.handle(Submit(Request(uid, [5] * 100, 20), None))
+    role.schedule().advance()
+    assert role.load() == Load(136, 2, 1, 1, {0: 36})
+    role.schedule().advance()
+    assert role.load() == Load(72, 4, 2, 0, {1: 72})
 
 
 # ---- prefill
@@ -205,7 +246,11 @@ def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(pr
             computed = prefill.outgoing[uid].sequence.computed
             full = computed // PAGE if computed < length else 2
             assert pages == [10 * uid, 10 * uid + 1][:full], (uid, computed)
-    assert not prefill.scheduler.has_work
+        left = {uid: length - outgoing.sequence.computed for uid, outgoing in prefill.outgoing.items()}
+        begun = {uid: tokens for uid, tokens in left.items() if tokens < length}
+        load = prefill.load()
+        assert (load.queued_tokens, load.tokens_left) == (sum(left.values()), begun)
+    assert not prefill.scheduler.has_work and load.tokens_left == {3: 0, 4: 0}
 
 
 def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypatch: Any, capsys: Any) -> None:
@@ -231,3 +276,38 @@ def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypat
     sock.send(encode(Knock(OTHER, 0)))
     assert eventually(lambda: not prefill.collect() and len(links(prefill)) == 4)
     sock.close()
+
+
+# ---- the loop
+
+
+class Never(Interrupt):
+    """Leaves the signals of this process alone."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+
+def test_the_router_hears_the_load_with_the_beats(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt of four chunks, while it is computed and afterwards."""
+    for where, name, value in ((pulse, "BEAT_S", 0.002), (connection, "LOAD_S", 0.0)):
+        monkeypatch.setattr(where, name, value)
+    port, answers, heard = RouterPort(HOST, 0), {}, []
+    router = Router(port, None, engine.config.vocab_size, lambda: False)
+    work = listed([UserRequest("x", Request(0, [5] * 240, 10), [])], answers.__setitem__)
+    hear = Replica.hear
+    monkeypatch.setattr(Replica, "hear", lambda replica, load: (heard.append(load), hear(replica, load)))
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
+    thread.start()
+    assert serve("unified", engine, engine.mesh, (HOST, port.port), Never()) is None
+    thread.join(20)
+    port.close()
+    assert answers[0].error is None
+    chunks = [load for load in heard if load.tokens_left]
+    assert chunks and {(load.queued_tokens, *load.tokens_left.values()) for load in chunks} <= {
+        (176, 176),
+        (112, 112),
+        (48, 48),
+    }
+    assert {(load.kv_pages, load.running, load.waiting) for load in chunks} == {(4, 1, 0)}
+    assert any((load.queued_tokens, load.kv_pages, load.tokens_left) == (0, 4, {}) for load in heard)

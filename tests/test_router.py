@@ -1,6 +1,5 @@
 """The router over its real port: what it reports while it waits, whom it believes, where requests and retries go."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from disagg.control.messages import (
     Forget,
     Gone,
     Hello,
+    Load,
     Member,
     Submit,
     Tokens,
@@ -33,12 +33,11 @@ from disagg.control.pulse import Beacon
 from disagg.front import fleet
 from disagg.front import router as module
 from disagg.front.answer import Answer
-from disagg.front.metrics import percentile
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
-from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request
+from tests.clients import listed
 from tests.conftest import ROOT, eventually
 
 HOST = "127.0.0.1"
@@ -104,8 +103,8 @@ def serving(*requests: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with these requests, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
     router = make_router(port)
-    work = Listed([UserRequest("x", request, []) for request in requests])
-    thread = threading.Thread(target=lambda: router.run(work, answers.__setitem__), daemon=True)
+    work = listed([UserRequest("x", request, []) for request in requests], answers.__setitem__)
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
     thread.start()
     yield router, answers
     thread.join(SOON_S)
@@ -224,11 +223,12 @@ def test_it_says_what_it_waits_for(
     """At 0.2 s, at 0.6 s, and not again before 1.8 s."""
     monkeypatch.setattr(module, "NOTICE_S", 0.2)
     monkeypatch.setattr(fleet, "FAREWELL_S", 0.1)
-    port, end = RouterPort(HOST, 0), time.monotonic() + 1.2
+    port = RouterPort(HOST, 0)
     workers = [replica(role, role, port.port) for role in joined]
     router = make_router(port, lambda: time.monotonic() > end)
+    end = time.monotonic() + 1.2
     answers = {}
-    router.run(Listed([UserRequest(i, Request(i, [5], 2), []) for i in range(3)]), answers.__setitem__)
+    router.run(listed([UserRequest(i, Request(i, [5], 2), []) for i in range(3)], answers.__setitem__))
     for one in (*workers, port):
         one.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
@@ -253,7 +253,7 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny: Path) -> None:
     shown: list[str] = []
 
     def serve() -> None:
-        router.run(Listed([request]), answers.__setitem__, show)
+        router.run(listed([request], answers.__setitem__, show))
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -268,12 +268,6 @@ def test_ctrl_c_that_the_replica_sees_first_is_no_failure(tiny: Path) -> None:
     port.close()
 
 
-def test_percentiles_are_the_nearest_ranks() -> None:
-    values = [float(x) for x in range(100, 0, -1)]
-    assert [percentile(values, share) for share in (0, 0.5, 0.99, 1)] == [1, 50, 99, 100]
-    assert percentile([7.0], 0.99) == 7 and math.isnan(percentile([], 0.5))
-
-
 def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
     """The first of two fails on its way to the user; the replica goes home meanwhile."""
     port, delivered = RouterPort(HOST, 0), []
@@ -285,7 +279,7 @@ def test_answers_that_cannot_be_delivered_blame_no_replica() -> None:
 
     def serve() -> None:
         with pytest.raises(ValueError, match="the disk is full"):
-            router.run(Listed([UserRequest(i, Request(i, [5], 1), []) for i in range(2)]), deliver)
+            router.run(listed([UserRequest(i, Request(i, [5], 1), []) for i in range(2)], deliver))
         ended.set()
 
     ended, worker = threading.Event(), replica("u", "unified", port.port)
@@ -395,6 +389,52 @@ def test_a_prefill_replica_gets_prompts_for_two_steps_and_no_less_than_four() ->
         assert len(answers) == 10
 
 
+def test_a_beat_says_that_a_prefill_replica_has_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its four prompts of 60 tokens are over two steps of 64. With three of them done, there is time for the fifth."""
+    monkeypatch.setattr(pulse, "BEAT_S", 0.05)
+    with serving(*[Request(0, [5] * 60, 1)] * 5) as (router, answers):
+        decode, prefill = (joining(role, role, router, None, 64_000) for role in ("decode", "prefill"))
+        submits = [decode.hear(Submit) for _ in range(4)]
+        assert waits(decode, Submit)
+        beacon, stranger = (Beacon(name, HOST, router.port.port) for name in ("prefill", "stranger"))
+        stranger.load = Load(1, 1, 1, 1)
+        beacon.load = Load(60, 4, 4, 0, {submit.request.uid: 0 for submit in submits[:3]})
+        submits.append(decode.hear(Submit))
+        assert router.fleet.replicas["prefill"].load == beacon.load
+        for submit in submits[1:]:
+            decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
+        finish(decode, submits[0], prefill)
+        for one in (beacon, stranger):
+            one.close()
+    assert len(answers) == 5
+
+
+def test_a_session_goes_on_where_it_was() -> None:
+    """After one request each, both replicas are equally loaded, and the third request would go to the first of them."""
+    port, answers = RouterPort(HOST, 0), {}
+    router = make_router(port)
+    users = [
+        UserRequest(i, Request(i, [5], 1), [], session_id=session) for i, session in enumerate(("a", "b", "b", "a"))
+    ]
+    work = listed(users, answers.__setitem__)
+    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
+    thread.start()
+    prefill = joining("p", "prefill", router)
+    decodes = {name: joining(name, "decode", router, "ab", replicas=2) for name in ("a", "b")}
+    got = {name: [worker.hear(Submit).request.uid for _ in range(2)] for name, worker in decodes.items()}
+    first = min(uid for uids in got.values() for uid in uids)
+    assert sorted(sorted(uid - first for uid in uids) for uids in got.values()) == [[0, 3], [1, 2]]
+    for name, worker in decodes.items():
+        worker.send(Updates([Update(uid, [9], finish="length") for uid in got[name]]))
+    for worker in (prefill, *decodes.values()):
+        worker.hear(Finish)
+        worker.send(Bye({}))
+        worker.close()
+    thread.join(SOON_S)
+    assert not thread.is_alive() and len(answers) == 4
+    port.close()
+
+
 def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
     with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
         decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
@@ -463,7 +503,7 @@ def test_a_job_takes_part_once_it_is_whole() -> None:
 
 def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.CaptureFixture) -> None:
     """Its stop string is found across the move; an answer's log probabilities are those of all its tokens."""
-    with serving(Request(0, [5, 6], 5, seed=7, logprobs=1)) as (router, answers):
+    with serving(Request(0, [5, 6], 5, seed=7, logprobs=1, min_tokens=4)) as (router, answers):
         prefill, dying = joining("p", "prefill", router), joining("d", "decode", router)
         uid = dying.hear(Submit).request.uid
         dying.send(Updates([Update(uid, [10], [[(10, -1.0)]]), Update(uid, [11], [[(11, -2.0)]])], [uid]))
@@ -472,7 +512,8 @@ def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.
         other = joining("e", "decode", router)
         submit = other.hear(Submit)
         assert (
-            submit.request == Request(submit.request.uid, [5, 6, 10, 11], 3, seed=7, logprobs=1)
+            submit.request
+            == Request(submit.request.uid, [5, 6, 10, 11], 3, seed=7, logprobs=1, min_tokens=4, resumed=2)
             and submit.request.uid != uid
         )
         assert [member.id for member in submit.prefill] == ["p"]
@@ -628,3 +669,84 @@ def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:
         decode = joining("d", "decode", router)
         finish(decode, decode.hear(Submit), prefill)
     assert answers[0].error is None and "lost" not in capsys.readouterr().err
+
+
+# ---- what a door does: submit, cancel, turn
+
+
+class Heard:
+    """A client that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.tokens: list[int] = []
+        self.answers: list[Answer] = []
+
+    def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
+        self.pieces.append(piece)
+        self.tokens += tokens
+
+    def deliver(self, answer: Answer) -> None:
+        self.answers.append(answer)
+
+
+def test_a_cancelled_request_is_stopped_where_it_is_and_forgotten(tiny: Path) -> None:
+    """One that waits, one that runs, and one that has its answer."""
+    router = make_router(RouterPort(HOST, 0))
+    users = [UserRequest(i, Request(0, [5, 6], 4), []) for i in range(3)]
+    clients = [Heard() for _ in users]
+    waiting = router.submit(users[0], clients[0])
+    router.turn(None, 0)
+    router.cancel(waiting)
+    assert not router._tracked and not router._waiting
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    running, done = (router.submit(user, client) for user, client in zip(users[1:], clients[1:], strict=True))
+    router.turn(None, 0)
+    first, second = worker.hear(Submit), worker.hear(Submit)
+    worker.send(Updates([Tokens({first.request.uid: 45}), Update(second.request.uid, [45], finish="length")]))
+    assert eventually(lambda: bool([router.turn(None, 10), clients[2].answers][1]))
+    for tracked in (running, done, waiting):
+        router.cancel(tracked)
+        router.cancel(tracked)
+    assert worker.hear(Abort).uid == first.request.uid
+    only = router.fleet.replicas["u"]
+    assert (only.requests, only.pages, only.prompts, router._tracked) == (set(), 0, set(), {})
+    worker.send(Updates([Tokens({first.request.uid: 46})]))  # was under way
+    for _ in range(3):
+        router.turn(None, 10)
+    assert [client.tokens for client in clients] == [[], [45], [45]]
+    assert [len(client.answers) for client in clients] == [0, 0, 1] and not worker.has(Abort)
+    assert clients[2].answers[0].text == "".join(clients[2].pieces)
+    assert dict(router.metrics.finished) == {"cancelled": 2, "length": 1}
+    worker.send(Bye({}))
+    router.close()
+    worker.close()
+    router.port.close()
+
+
+def test_no_client_sees_the_beginning_of_its_stop_string(tiny: Path) -> None:
+    """One answer ends with it. In the other it never comes, and a failure ends that answer: the text is shown then."""
+    router = make_router(RouterPort(HOST, 0))
+    text = "a state in the Irish Interior"
+    tokens = router.tokenizer.encode(text, add_special_tokens=False).ids
+    users = [UserRequest(i, Request(0, [5, 6], 40), [stop]) for i, stop in enumerate(("in the Irish", "riorities"))]
+    clients = [Heard() for _ in users]
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    for user, client in zip(users, clients, strict=True):
+        router.submit(user, client)
+    router.turn(None, 0)
+    uids = [worker.hear(Submit).request.uid for _ in users]
+    worker.send(Updates([Tokens(dict.fromkeys(uids, token)) for token in tokens], uids))
+    assert eventually(lambda: bool([router.turn(None, 10), clients[0].answers][1]))
+    assert "".join(clients[1].pieces) == text.removesuffix("rior")
+    worker.send(Updates([Update(uids[1], [], error="it broke")]))
+    assert eventually(lambda: bool([router.turn(None, 10), clients[1].answers][1]))
+    shown = ["".join(client.pieces) for client in clients]
+    assert shown == ["a state ", text] == [client.answers[0].text for client in clients]
+    assert [client.answers[0].finish_reason for client in clients] == ["stop", "error"]
+    worker.send(Bye({}))
+    router.close()
+    worker.close()
+    router.port.close()

@@ -56,7 +56,7 @@ def make_scheduler(max_batch: int, max_tokens_per_step: int, capacity: int = CAP
 
 
 def make_sequence(uid: int, prompt_len: int, max_tokens: int = 1) -> Sequence:
-    return Sequence(Request(uid, [OTHER] * prompt_len, max_tokens))
+    return Sequence(Request(uid, [OTHER] * prompt_len, max_tokens), (EOS,))
 
 
 def shape_of(plan: Plan) -> tuple[list, list]:
@@ -119,7 +119,7 @@ class Life(RuleBasedStateMachine):
                 if twin.sequences.get(sequence.uid) is sequence:
                     self.sampled(twin, sequence, EOS if end else OTHER)
                 elif sequence in twin.over:
-                    sequence.append(OTHER, (EOS,))
+                    sequence.append(OTHER)
                     assert not sequence.unseen
                     twin.over.remove(sequence)
                     twin.scheduler.release(sequence)
@@ -163,7 +163,7 @@ class Life(RuleBasedStateMachine):
 
     def sampled(self, twin: Replica, sequence: Sequence, token: int) -> None:
         before = len(sequence.tokens) - sequence.prompt_len
-        reason = sequence.append(token, (EOS,))
+        reason = sequence.append(token)
         assert len(sequence.tokens) - sequence.prompt_len == before + 1 <= sequence.request.max_tokens
         assert (reason == "stop") == (token == EOS)
         assert (reason is not None) == (token == EOS or before + 1 == sequence.request.max_tokens)
@@ -277,7 +277,7 @@ class DecodeLife(Life):
         for twin in self.twins:
             sequence = twin.sequences[uid]
             sequence.computed = len(sequence.tokens)
-            if sequence.append(OTHER, (EOS,)):
+            if sequence.append(OTHER):
                 self.drop(twin, uid)
         if uid in self.one.sequences:
             self.add(uid)
@@ -333,7 +333,7 @@ def test_running_requests_decode_before_prompts_share_what_is_left_of_the_budget
     old = make_sequence(0, prompt_len=4, max_tokens=9)
     scheduler.add(old)
     scheduler.schedule().advance()
-    old.append(OTHER, (EOS,))
+    old.append(OTHER)
     for uid, length in ((1, 6), (2, 6), (3, 6)):
         scheduler.add(make_sequence(uid, length))
     plan = scheduler.schedule()
@@ -347,7 +347,7 @@ def test_a_request_that_was_handed_over_takes_its_token_out_of_the_budget() -> N
     handed_over = make_sequence(0, prompt_len=30, max_tokens=5)
     assert scheduler.reserve(handed_over, 35)
     handed_over.computed = 30
-    handed_over.append(OTHER, (EOS,))
+    handed_over.append(OTHER)
     scheduler.add(handed_over)
     scheduler.add(make_sequence(1, prompt_len=20))
     plan = scheduler.schedule()
@@ -398,10 +398,17 @@ def test_a_batch_larger_than_a_step_is_refused_with_the_numbers() -> None:
 
 
 def test_the_end_of_text_token_ends_a_request_unless_it_is_to_be_ignored() -> None:
-    request = Request(0, [5], max_tokens=3)
-    assert Sequence(request).append(EOS, (7, EOS)) == "stop"
-    ignoring = Sequence(Request(0, [5], max_tokens=3, ignore_eos=True))
-    assert [ignoring.append(EOS, (7, EOS)) for _ in range(3)] == [None, None, "length"]
+    assert Sequence(Request(0, [5], max_tokens=3), (7, EOS)).append(EOS) == "stop"
+    ignoring = Sequence(Request(0, [5], max_tokens=3, ignore_eos=True), (7, EOS))
+    assert [ignoring.append(EOS) for _ in range(3)] == [None, None, "length"]
+
+
+def test_stop_token_ids_end_a_request_even_if_eos_does_not() -> None:
+    stopping = Sequence(Request(0, [5], max_tokens=9, ignore_eos=True, stop_token_ids=[3, 4]), (7, EOS))
+    assert [stopping.append(token) for token in (EOS, 7, 5, 4)] == [None, None, None, "stop"]
+    assert stopping.tokens == [5, EOS, 7, 5, 4]
+    also = Sequence(Request(0, [5], max_tokens=9, stop_token_ids=[3]), (7, EOS))
+    assert [also.append(token) for token in (5, 7)] == [None, "stop"]
 
 
 def test_the_allocator_gives_all_or_nothing_and_takes_only_what_it_gave() -> None:

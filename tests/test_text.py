@@ -145,6 +145,31 @@ def test_a_token_that_completes_two_stop_strings_is_cut_at_the_earlier() -> None
     assert stream.text == "a"
 
 
+@pytest.mark.parametrize(
+    "stop, min_tokens, tokens, text",
+    (
+        (["b"], 0, "abab", "a"),
+        (["b"], 1, "abab", "a"),
+        (["b"], 2, "abab", "aba"),
+        (["b"], 3, "abab", "aba"),
+        (["b"], 4, "abab", None),
+        (["aa"], 2, "aaa", "a"),  # its first half may come early
+        (["aab"], 3, "aabxab", None),
+        (["ab", "b"], 2, "abcb", "abc"),
+        (["\u20ac"], 3, "\u20ac\u20ac", "\u20ac"),  # of 3 tokens
+        (["\u20ac"], 2, "\u20ac", ""),  # the third completes it
+        (["a<eos>"], 2, "a<eos>xa<eos>", "ax"),
+        (["<eos>a"], 1, "<eos>a", ""),
+    ),
+)
+def test_the_first_tokens_complete_no_stop_string(
+    stop: list[str], min_tokens: int, tokens: str, text: str | None
+) -> None:
+    stream = TextStream(TOKENIZER, stop, min_tokens=min_tokens)
+    assert (push_all(stream, TOKENIZER.encode(tokens).ids) is None) == (text is None)
+    assert stream.text == (tokens if text is None else text)
+
+
 @given(st.lists(st.sampled_from("aabE nD\u00e9\u20ac😀"), max_size=12).map("".join), st.data())
 @settings(deadline=None, derandomize=True, max_examples=400)
 def test_it_stops_at_the_first_token_that_completes_a_stop_string(text: str, data: st.DataObject) -> None:
@@ -222,10 +247,11 @@ def test_what_is_shown_goes_on_after_such_bytes() -> None:
     seen = []
     for token in tokens:
         stream.push(token)
-        seen.append(stream.text)
-    assert seen == ["a", "a", "aé", "aé", "aé\ufffd the", "aé\ufffd theend", "aé\ufffd theend a"]
+        seen.append(stream.text[: stream.shown])
+    whole = "a\ufffd\ufffd\ufffd theend a"
+    assert seen == ["a", "a", "a", "a", whole[:8], whole[:11], whole]
     stream.close()
-    assert stream.text == "a\ufffd\ufffd\ufffd theend a"
+    assert stream.text == whole and stream.shown == len(whole)
 
 
 @pytest.mark.parametrize("token", [-1, 2**31, 2**32, 2**40, 10**30, EOS + 1])
@@ -235,7 +261,7 @@ def test_a_token_that_there_is_not_adds_nothing(token: int) -> None:
     assert stream.text == "ab" and stream.token_ids == [*ids("a"), token, *ids("b")]
     assert push_all(stream, [token, *ids("END"), token]) == 4
     stream.close()
-    assert stream.text == "abEND"
+    assert stream.text == "ab"
 
 
 def test_a_panic_while_decoding_ends_nothing(capfd: pytest.CaptureFixture) -> None:

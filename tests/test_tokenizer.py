@@ -299,9 +299,9 @@ class Spy:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.characters = tokenizer, 0
 
-    def encode(self, text: str, **how: object) -> Encoding:
-        self.characters += len(text)
-        return self.tokenizer.encode(text, **how)
+    def encode_batch(self, texts: list[str], **how: object) -> list[Encoding]:
+        self.characters += sum(map(len, texts))
+        return self.tokenizer.encode_batch(texts, **how)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from scripts.tools import demo
-from tests.commands import TORCHRUN, descendants, finish, listed, processes, run, start
+from tests.commands import LIMIT_S, descendants, finish, finish_torchrun, listed, processes, run, start, torchrun
 from tests.conftest import eventually
-from tests.deployment import Deployment, answers_alone, read, timeless, write_lines
+from tests.deployment import LINES, Deployment, answers_alone, read, timeless
 
 
 def test_what_takes_too_long_is_ended_alone() -> None:
@@ -38,13 +38,14 @@ def test_prompt_prints_its_continuation(tiny: Path) -> None:
     assert "1 length" in err and "TTFT" in err and "Traceback" not in err
 
 
-def test_torchrun_gives_the_same_answers(tiny: Path, tmp_path: Path) -> None:
-    prompts, out = write_lines(tmp_path / "prompts.jsonl"), tmp_path / "out.jsonl"
-    flags = ("--model", str(tiny), "--input", str(prompts), "--output", str(out), "--attn-tp", "2")
-    code, _, err = run(*flags, ranks=4)
+def test_torchrun_gives_the_same_answers(small: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps(line | {"max_tokens": min(line["max_tokens"], 8)}) + "\n" for line in LINES))
+    flags = ("--model", str(small), "--input", str(prompts), "--output", str(out), "--attn-tp", "2")
+    code, _, err = finish_torchrun(torchrun(4, *flags))
     assert code == 0 and "Traceback" not in err, err
     assert "4 ranks in 2 attention replicas" in err
-    assert timeless(read(out)) == timeless(answers_alone(tiny, prompts, tmp_path / "alone.jsonl"))
+    assert timeless(read(out)) == timeless(answers_alone(small, prompts, tmp_path / "alone.jsonl"))
 
 
 def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
@@ -66,12 +67,12 @@ def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> N
     source.write_text('{"prompt": "In", "max_tokens": 1}\n{"prompt": "In", "max_tokens": 2000, "ignore_eos": true}\n')
     out = tmp_path / "out.jsonl"
     flags = ("--model", str(tiny), "--input", str(source), "--output", str(out))
-    process = start(*TORCHRUN, "2", "run.py", *flags)
-    assert eventually(lambda: out.exists() and read(out), 60)  # the short one has been answered
-    ranks = [pid for pid in processes(str(out)) if pid != process.pid]
+    process = torchrun(2, *flags)
+    assert eventually(lambda: out.exists() and read(out), LIMIT_S)  # the short one has been answered
+    ranks = processes(str(out))
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = finish_torchrun(process)
     assert code == 0 and "Traceback" not in err, err
     assert [answer["finish_reason"] for answer in read(out)] == ["length", "error"]
 
@@ -79,21 +80,21 @@ def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> N
 def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(tiny: Path, tmp_path: Path) -> None:
     """Its other replica outlives that for a moment, in which no retry may go there."""
     source = tmp_path / "long.jsonl"
-    rows = [{"prompt_token_ids": [7 + i] * 1500, "max_tokens": 2, "ignore_eos": True} for i in range(12)]
+    rows = [{"prompt_token_ids": [7 + i] * 700, "max_tokens": 2, "ignore_eos": True} for i in range(12)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
     flags = deployment.job_flags("prefill", "--max-tokens-per-step", "64")
-    killed = start(*TORCHRUN, "2", "run.py", *flags)
+    killed = torchrun(2, *flags)
     deployment.start_job("decode", 1)
     deployment.start_router()
-    deployment.wait_for_answers(1)
-    ranks = [pid for pid in processes(deployment.address, "--role prefill") if pid != killed.pid]
+    deployment.wait_for_answers(1, LIMIT_S)
+    ranks = processes(deployment.address, "--role prefill")
     assert len(ranks) == 2
     os.kill(ranks[-1], signal.SIGKILL)
     assert len(read(deployment.out)) < 11, "it was nearly over before the rank died: the test shows nothing"
     deployment.start_job("prefill", ranks=1)
     ended = deployment.finish()
-    finish(killed)
+    finish_torchrun(killed)
     assert not processes(deployment.address), "it left ranks behind"
     for role, (code, _, err) in ended.items():
         assert code == 0, f"{role}: {err}"
@@ -110,17 +111,20 @@ def test_a_reader_who_leaves_early_is_no_traceback(tiny: Path) -> None:
     assert code == 1 and "run.py: error: nobody reads what it prints" in err and "Traceback" not in err, err
 
 
-def test_the_demo_ends_with_equal_tokens() -> None:
-    code, out, err = finish(start(sys.executable, "-m", "scripts.tools.demo"))
+def test_the_demo_ends_with_equal_tokens(tmp_path: Path) -> None:
+    """As a user types it, with the first, a sampled and a chat prompt of its own file, and fewer tokens."""
+    prompts, lines = tmp_path / "prompts.jsonl", Path(demo.ROOT, demo.PROMPTS).read_text().splitlines()
+    rows = [json.loads(line) | {"max_tokens": 16} for line in lines]
+    prompts.write_text("".join(json.dumps(rows[i]) + "\n" for i in (0, 3, 5, 9)))
+    code, out, err = finish(start(sys.executable, "-m", "scripts.tools.demo", str(prompts)))
     assert code == 0, err
     assert "ranks equal those of one process." in out.splitlines()[-1]
     assert "--- genesis: " in out and "KV transfer" in err
 
 
-def test_the_demo_ends_with_its_router(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_ends_with_its_router(capfd: pytest.CaptureFixture[str]) -> None:
     """Otherwise its jobs would wait for another router. They end with it, and so do their ranks."""
-    monkeypatch.setattr(demo, "PROMPTS", "scripts/none.jsonl")
-    assert demo.main() == 1
+    assert demo.main("scripts/none.jsonl") == 1
     told = capfd.readouterr()
     assert "scripts/none.jsonl" in told.err and "failed:" in told.out
     address = re.search(r"--router (\S+)", told.out)[1]

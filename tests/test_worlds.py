@@ -1,7 +1,7 @@
 """The same request gives the same tokens in every arrangement, and no page leaks on any rank.
 
-Arrangements: any world size, any attention TP, idle ranks, unified, or disaggregated with any pairing of two sides
-(of two sides of eight ranks, one pair).
+Arrangements: any world size, any attention TP, idle ranks, unified, or disaggregated with two sides of any shape
+(`PAIRS` of the 81 there are, with every pair of attention TPs).
 """
 
 import functools
@@ -22,7 +22,6 @@ from disagg.front.answer import Answer
 from disagg.front.expert_rows import NO_EXPERTS, RowShape
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
-from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
@@ -31,23 +30,36 @@ from kernels.ops import Ops
 from model.batch import NULL_PAGE
 from model.config import ModelConfig
 from parallel.mesh import Mesh
+from tests.clients import listed
 from tests.worlds import run_world, sub_mesh
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
-LARGEST = (8, 2), (8, 4)  # the one pair of two sides of eight ranks; the other eight such pairs would take 20 s
+PAIRS = [  # prefill, decode: every side in either role, and every pair of attention TPs
+    *itertools.product([(1, 1), (2, 2), (4, 2)], repeat=2),
+    *itertools.product([(2, 1), (4, 1), (4, 4)], repeat=2),
+    *[((8, 1), (2, 2)), ((8, 2), (4, 4)), ((8, 4), (1, 1)), ((8, 2), (8, 4))],
+    *[((1, 1), (8, 1)), ((4, 4), (8, 2)), ((2, 1), (8, 4)), ((4, 2), (8, 1))],
+]
 SIDE = 8  # the most ranks a side has: the prefill (or unified) job starts at rank 0, the decode job at rank 8
+FAVOURED = 5, 900, 2000  # tokens that the last two requests favour; the first ends them
 SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=96, kv_tokens=1024, max_model_len=512)
 
 
 def requests(vocab_size: int) -> list[UserRequest]:
-    """Fewer than ranks, so that some idle: one token, both sides of a page boundary, several chunks, sampling."""
+    """Fewer than ranks, so that some idle: one token, both sides of a page boundary, several chunks, sampling.
+
+    The last two change their logits in every way, one of them greedily. Each token ends them once min_tokens allows it.
+    """
     rng = random.Random(0)
-    lengths, outputs = (1, 63, 64, 65, 130), (4, 2, 1, 3, 2)
+    lengths, outputs = (1, 63, 64, 65, 130, 100, 2), (4, 2, 1, 3, 2, 9, 9)
     made = []
     for i, (length, max_tokens) in enumerate(zip(lengths, outputs, strict=True)):
         prompt = [rng.randrange(vocab_size) for _ in range(length)]
-        warm = {"temperature": 0.8, "top_p": 0.9, "top_k": 40} if i % 2 else {}
-        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, logprobs=2, **warm)
+        fields = {"temperature": 0.8, "top_p": 0.9, "top_k": 40} if i % 2 else {}
+        if i > 4:
+            fields |= {"min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 2.0, "repetition_penalty": 1.5}
+            fields |= {"logit_bias": dict.fromkeys(FAVOURED, 25.0), "min_tokens": 3, "stop_token_ids": [FAVOURED[0]]}
+        request = Request(0, prompt, max_tokens, seed=i, ignore_eos=True, logprobs=2, **fields)
         made.append(UserRequest(i, request, []))
     return made
 
@@ -86,8 +98,8 @@ def answers_to(
         tokenizer = tokenizer_of(folder)
         where = RouterPort("127.0.0.1", 0)
         router = Router(where, tokenizer, tokenizer.get_vocab_size(), lambda: False, expected, expert_shape)
-        work = Listed(users)
-        thread = threading.Thread(target=router.run, args=(work, answers.__setitem__))
+        work = listed(users, answers.__setitem__)
+        thread = threading.Thread(target=router.run, args=(work,))
         port = [router.port.port]
     dist.broadcast_object_list(port)
     if thread is not None:
@@ -104,6 +116,37 @@ def answers_to(
     return answers
 
 
+def serve_members(rank: int, prompts: list[list[int]], checkpoints: list[tuple[Path, list[list[int]]]]) -> None:
+    """Four ranks, for `test_family.py`: a job with attention TP 2, then a prefill and a decode job of two ranks each.
+
+    checkpoints: a folder with the tokens that transformers answers. It is here because ranks import its file, and
+    `test_family.py` imports transformers, which takes seconds.
+    """
+    interrupt, few = Interrupt(), 4
+    settings = replace(SETTINGS, max_tokens_per_step=48, max_model_len=256)
+    unified, prefill, decode = sub_mesh(0, 4, 2), sub_mesh(0, 2), sub_mesh(2, 2)
+
+    def requests(_: int) -> list[UserRequest]:
+        made = [Request(0, prompt, few, ignore_eos=True) for prompt in prompts]
+        return [UserRequest(i, request, []) for i, request in enumerate(made)]
+
+    for folder, tokens in checkpoints:
+        config = ModelConfig.from_pretrained(folder)
+
+        def engine(mesh: Mesh | None) -> tuple[Engine | None, Mesh | None]:
+            made = mesh and Engine.from_pretrained(settings, config, folder, mesh, Ops())  # noqa: B023
+            return made, mesh
+
+        for jobs in (
+            [("unified", *engine(unified))],
+            [("prefill", *engine(prefill)), ("decode", *engine(decode))],
+        ):
+            answers = one_run(jobs, folder, interrupt, requests)
+            if rank == 0:
+                expected = [(answer[:few], "length", None) for answer in tokens]
+                assert answers == expected, (folder.name, [role for role, *_ in jobs])
+
+
 def body(rank: int, folder: Path) -> None:
     config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
 
@@ -118,15 +161,15 @@ def body(rank: int, folder: Path) -> None:
     left, right = engines(0), engines(SIDE)
     expected = one_run([("unified", *left[(1, 1)])], folder, interrupt)
     if rank == 0:
-        assert [len(tokens) for tokens, *_ in expected] == [4, 2, 1, 3, 2]
-        assert len({tuple(tokens) for tokens, *_ in expected}) == 5
+        assert [len(tokens) for tokens, *_ in expected] == [4, 2, 1, 3, 2, 4, 4]
+        assert len({tuple(tokens) for tokens, *_ in expected}) == 7
+        assert all(tokens[-1] == FAVOURED[0] and reason == "stop" for tokens, reason, _ in expected[5:])
     for shape in SHAPES[1:]:
         got = one_run([("unified", *left[shape])], folder, interrupt)
         assert got == expected or rank, f"unified {shape}: {got} instead of {expected}"
-    for shape, other in itertools.product(SHAPES, SHAPES):
-        if shape[0] + other[0] < 2 * SIDE or (shape, other) == LARGEST:
-            got = one_run([("prefill", *left[shape]), ("decode", *right[other])], folder, interrupt)
-            assert got == expected or rank, f"prefill {shape}, decode {other}: {got} instead of {expected}"
+    for shape, other in PAIRS:
+        got = one_run([("prefill", *left[shape]), ("decode", *right[other])], folder, interrupt)
+        assert got == expected or rank, f"prefill {shape}, decode {other}: {got} instead of {expected}"
     for shape in ((1, 1), (4, 2)):  # every step in two halves
         mesh = sub_mesh(0, *shape)
         settings = replace(SETTINGS, overlap="on")

@@ -17,9 +17,14 @@ T = TypeVar("T")
 RoleName = Literal["unified", "prefill", "decode"]
 Name = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(ge=0, lt=2**53)]  # exact as a float, too
+MOST_STATS = 4096  # per message; one is a layer's balancedness
+Statistics = Annotated[dict[Name, float], Meta(max_length=MOST_STATS)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-PIECE = 2**20  # bytes: chosen experts travel in pieces, because those of a long prompt are over `ports.MOST_BYTES`
+# Chosen experts and prompts' log probabilities travel in pieces: those of a long prompt are over `ports.MOST_BYTES`.
+PIECE = 2**20  # bytes
 PIECES = 8  # per message to the router
+MOST_LEFT = 256  # prompts that one report names
 Piece = Annotated[bytes, Meta(max_length=PIECE)]
 
 
@@ -45,6 +50,18 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     kv: Annotated[dict[Name, Name], Meta(max_length=16)]  # the KV layout; replicas that serve together have the same
     job: Name  # the same for all replicas of a job; if one of them dies, the job ends
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
+    about: Annotated[dict[Name, Name], Meta(max_length=16)] = {}  # how it runs, in words, for the metrics
+
+
+class Load(msgspec.Struct, frozen=True):
+    """The load of a replica. The tokens of a launched step count as computed."""
+
+    queued_tokens: Size  # of prompts, not computed yet
+    kv_pages: Size  # that are not free
+    running: Size  # requests in the batch
+    waiting: Size  # other requests
+    tokens_left: Annotated[dict[int, Size], Meta(max_length=MOST_LEFT)] = {}  # by uid, of begun prompts
+    unwanted_pages: Size = 0  # part of `kv_pages`: of aborted requests, because a transfer may still write them
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
@@ -53,6 +70,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     id: Name  # the member's
     turn: Count
     waits: bool  # in a collective, for other ranks of its job
+    load: Load | None = None  # of a replica, from its first rank
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -133,6 +151,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     retry: bool = False  # another prefill rank may succeed
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
+    prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):
@@ -153,16 +172,16 @@ def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
-    """Cut chosen experts into pieces that a message may carry."""
+    """Cut chosen experts, or rows of log probabilities, into pieces that a message may carry."""
     return (data[at : at + PIECE] for at in range(0, len(data), PIECE))
 
 
 def in_messages(news: Updates) -> Iterator[Updates]:
-    """Yield the news, in order, in messages with at most PIECES pieces of chosen experts. There is always one."""
+    """Yield the news, in order, in messages with at most PIECES updates that have a piece. There is always one."""
     begin = count = 0
     begun, returned = news.begun, news.returned
     for i, update in enumerate(news.updates):
-        if isinstance(update, Update) and update.experts:
+        if isinstance(update, Update) and (update.experts or update.prompt_rows):
             if count == PIECES:
                 yield Updates(news.updates[begin:i], begun, returned)
                 begin, count, begun, returned = i, 0, [], []
@@ -170,14 +189,20 @@ def in_messages(news: Updates) -> Iterator[Updates]:
     yield Updates(news.updates[begin:], begun, returned) if begin else news
 
 
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """A replica to the router, every few seconds: its statistics so far. The router keeps the latest."""
+
+    stats: Statistics
+
+
 class Bye(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router, as its last message: its statistics."""
 
-    stats: dict[str, float]
+    stats: Statistics
 
 
 ToWorker = Welcome | Submit | Withdraw | Abort | Gone | Back | Finish | Ping
-ToRouter = Hello | Beat | Updates | Bye
+ToRouter = Hello | Beat | Updates | Stats | Bye
 
 encode = msgspec.msgpack.encode
 

@@ -117,6 +117,15 @@ class RouterPort:
             return False
         return is_next
 
+    @property
+    def descriptor(self) -> int:
+        """A file descriptor for an event loop. It shows changes only, so ask `has_messages` before waiting for it."""
+        return self._sock.fileno()
+
+    @property
+    def has_messages(self) -> bool:
+        return bool(self._sock.poll(0))
+
     def close(self) -> None:
         self._sock.close()
         self._context.term()

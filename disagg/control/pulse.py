@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import zmq
 
 from disagg.control.address import connect_to
-from disagg.control.messages import Beat, Member, encode
+from disagg.control.messages import Beat, Load, Member, encode
 from disagg.control.ports import new_socket
 from disagg.control.session import Header
 
@@ -20,12 +20,16 @@ BEAT_S = 1.0
 
 
 class Beacon(threading.Thread):
-    """Sends a Beat every second. The loop counts up `turn`, and sets `waits` while it is in a collective."""
+    """Sends a Beat every second.
+
+    The loop counts up `turn`, and sets `waits` while it is in a collective. On a replica's first rank it sets `load`.
+    """
 
     def __init__(self, id: str, host: str, port: int) -> None:
         """Raises ValueError if `host` cannot be resolved."""
         super().__init__(name="beacon", daemon=True)
         self.turn, self.waits = 0, False
+        self.load: Load | None = None
         self._id, self._ended = id, threading.Event()
         self._sock = new_socket(zmq.DEALER)
         self._sock.setsockopt_string(zmq.IDENTITY, f"beacon of {id}")
@@ -36,10 +40,9 @@ class Beacon(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(BEAT_S):
+            beat = Beat(self._id, self.turn, self.waits, self.load)
             try:
-                self._sock.send_multipart(
-                    (encode(Header("")), encode(Beat(self._id, self.turn, self.waits))), zmq.DONTWAIT
-                )
+                self._sock.send_multipart((encode(Header("")), encode(beat)), zmq.DONTWAIT)
             except zmq.Again:
                 continue
         self._sock.close()

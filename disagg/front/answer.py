@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
-OPTIONAL = ("logprobs", "experts", "error")  # left out of the line if they are None
+# Left out of the line if they are None.
+OPTIONAL = ("logprobs", "prompt_token_ids", "prompt_logprobs", "experts", "error")
+UNWRITTEN = ("refused",)  # never part of the line
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,16 @@ class Answer:
     ttft_s: float | None
     latency_s: float | None
     logprobs: list | None = None
+    prompt_token_ids: list[int] | None = None  # beside prompt_logprobs: which of its tokens are the prompt's own
+    prompt_logprobs: list | None = None  # as `PromptRows.encode` makes it
     experts: dict | None = None  # as `ExpertRows.encode` makes it
     error: str | None = None
+    refused: bool = False  # is the error the request's own? Then no replica of this kind can serve it.
 
     def as_dict(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in OPTIONAL or value is not None}
+        """Return the fields of the line."""
+        fields = {name: value for name, value in vars(self).items() if name not in UNWRITTEN}
+        return {name: value for name, value in fields.items() if name not in OPTIONAL or value is not None}
 
 
 def refusal(id: Any, error: str) -> Answer:

@@ -9,12 +9,12 @@ is taken back, in new sessions.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, ToWorker
+from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, Stats, ToWorker
 from disagg.control.ports import RouterPort
 from disagg.control.pulse import Pulses
-from model.kv_cache import PAGE
+from disagg.front.replica import Replica
+from disagg.front.spread import Spreads
 
 SILENT_S = 10.0  # a rank without a beat for longer counts as frozen
 STUCK_S = 60.0  # a rank in one turn for longer counts as stuck
@@ -23,25 +23,6 @@ PAUSE_S = 3.0  # if the router's loop paused for longer, the router itself was s
 GRACE_S = 10.0  # how long it then assumes that all replicas are alive
 FAREWELL_S = 15.0  # how long to wait for the replicas' last messages
 LAST_BEAT_S = 3.0  # do not wait for the last message of a replica without a beat for longer
-
-
-@dataclass(eq=False)
-class Replica:
-    """Ranks that serve together, and the requests that the router has given them."""
-
-    id: str
-    hello: Hello
-    requests: set[int] = field(default_factory=set)  # uids of the requests that decode here
-    pages: int = 0  # of KV that these may fill in the end
-    prompts: dict[int, int] = field(default_factory=dict)  # uid -> prompt tokens, for prompts without a first token yet
-
-    @property
-    def capacity(self) -> int:
-        return self.hello.kv_tokens // PAGE
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(self.prompts.values())
 
 
 class Fleet:
@@ -62,6 +43,7 @@ class Fleet:
         self.roles: set[str] = set()  # of all replicas so far
         self.leaving = False
         self.changes = 0  # how often a replica came or went
+        self.spreads = Spreads()  # of the replicas' loads, over time
 
     def in_role(self, role: str) -> list[Replica]:
         """Return the replicas in this role whose jobs are complete."""
@@ -73,14 +55,26 @@ class Fleet:
         """Return the replicas that can take requests: unified ones, and decode ones if there is a prefill replica."""
         return self.in_role("unified") + (self.in_role("decode") if self.in_role("prefill") else [])
 
+    def missing_roles(self) -> list[str]:
+        """Return the roles without which no request can be served now. It is empty if one can."""
+        unified = "unified" in self.roles or self.expected > 0
+        needed = ("unified",) if unified else ("prefill", "decode")
+        return [] if self.able_to_serve() else [role for role in needed if not self.in_role(role)]
+
     def tell(self, replicas: list[Replica], message: ToWorker) -> None:
         for replica in replicas:
             self.port.send(replica.id, message)
 
-    def hear(self, id: str, message: Hello | Beat | Bye) -> None:
+    def hear(self, id: str, message: Hello | Beat | Stats | Bye) -> None:
         match message:
             case Beat():
                 self._pulses.beat(message)
+                if message.load is not None and (beating := self.replicas.get(message.id)):
+                    beating.hear(message.load)
+            case Stats(stats):
+                if id in self.replicas:
+                    self.replicas[id].stats = stats
+                    self.replicas[id].reported = time.monotonic()
             case Hello():
                 self._welcome(Replica(id, message))
             case Bye(stats):
@@ -161,6 +155,7 @@ class Fleet:
             self._next_ping = now + PING_S
             self._ping(listen)
             self._feel()
+            self.spreads.add(self.replicas.values())
 
     def ping_soon(self) -> None:
         """Check for dead replicas in the next `check`, because something failed."""

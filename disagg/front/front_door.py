@@ -1,10 +1,11 @@
-"""The front door: serves the user's prompt or batch of lines, and delivers the answers."""
+"""The front door: serves the user's prompt, batch of lines or HTTP clients, and delivers the answers."""
 
-import json
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,10 +14,11 @@ from disagg.control.address import format_address, is_wildcard
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.expert_rows import RowShape
+from disagg.front.generation_defaults import read_defaults
 from disagg.front.jsonl import JsonLines
 from disagg.front.lines import Lines
 from disagg.front.output import Output
-from disagg.front.parse import parse_request
+from disagg.front.parse import Served, parse_request
 from disagg.front.router import Router
 from disagg.front.source import Listed, Source
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder, load_tokenizer
@@ -35,17 +37,21 @@ class FrontDoor:
             raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
-        limits = config.vocab_size, longest
-        self.output: Output | None = None  # this and `batch` are None for a --prompt
+        self.log_interval = args.log_interval
+        served = Served(encoder, config.vocab_size, longest, read_defaults(args.model))
+        self.output: Output | None = None  # this and `batch` are None without an --input, `source` and `http` for it
         self.batch: JsonLines | None = None
-        self.source: Source
-        if args.prompt is not None:
-            line = json.dumps({"prompt": args.prompt, "max_tokens": args.max_tokens})
-            self.source = Listed([parse_request(line, 1, encoder, *limits)])
+        self.source: Source | None = None
+        self.http = load_http()(args, served) if args.http is not None else None
+        if self.http is not None:
+            pass
+        elif args.prompt is not None:
+            fields = {"prompt": args.prompt, "max_tokens": args.max_tokens, "temperature": 0}
+            self.source = Listed([(parse_request(fields, 1, served), Printer(self._count))])
         else:
             lines = Lines(args.input)
             self.output = Output(args.output, lines.stat, args.existing)
-            self.source = self.batch = JsonLines(lines, self.output, encoder, *limits, self._refused)
+            self.source = self.batch = JsonLines(lines, self.output, served, self._count, self._refused)
         self.port = RouterPort(*listen)
         say_about_text(encoder)
         self._answers = self._failures = 0
@@ -57,12 +63,16 @@ class FrontDoor:
 
     def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:
         """Serve all requests, and print the metrics. `stopped` and `expected` as in `Router`."""
-        self.router = Router(self.port, self.tokenizer, self.vocab_size, stopped, expected, self.expert_shape)
+        model = self.tokenizer, self.vocab_size
+        self.router = Router(self.port, *model, stopped, expected, self.expert_shape, self.log_interval)
         answered = len(self.output.kept) if self.output is not None else 0
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:
             with tqdm(initial=answered, unit="request", disable=hidden) as self.bar:
-                self.router.run(self.source, self._deliver, self._show)
+                if self.http is not None:
+                    self._serve_http(self.http, stopped)
+                elif self.source is not None:
+                    self.router.run(self.source)
         finally:
             self.port.close()
         if self.output is not None:
@@ -72,6 +82,13 @@ class FrontDoor:
             print(f"router: interrupted; {unread}", file=sys.stderr)
         print(self.router.metrics.table(), file=sys.stderr, flush=True)
 
+    def _serve_http(self, door: Any, stopped: Callable[[], bool]) -> None:
+        try:
+            door.announce()
+            door.run(self.router, stopped)
+        finally:
+            self.router.close()
+
     @property
     def failed(self) -> bool:
         """Did every request fail, not counting interrupted ones as failures?"""
@@ -79,17 +96,7 @@ class FrontDoor:
 
     def _refused(self, answer: Answer) -> None:
         """Count the answer to a line that never became a request."""
-        self.router.metrics.finished["error"] += 1
-        self._count(answer)
-
-    def _deliver(self, position: int, answer: Answer) -> None:
-        if self.batch is not None:
-            self.batch.deliver(position, answer)
-        else:
-            self._print("\n")
-            if answer.error is not None:
-                print(f"run.py: error: {answer.error}", file=sys.stderr, flush=True)
-        self._count(answer)
+        self.router.metrics.refused()
 
     def _count(self, answer: Answer) -> None:
         self._answers += 1
@@ -98,14 +105,30 @@ class FrontDoor:
             self.bar.total = self.batch.total
         self.bar.update()
 
-    def _show(self, position: int, piece: str) -> None:
-        if self.output is None:
-            self._print(piece)
 
-    def _print(self, text: str) -> None:
-        """Raises BrokenPipeError if stdout's reader has closed it."""
-        tqdm.write(text, file=sys.stdout, end="")
+class Printer:
+    """The client of a --prompt: prints the text while it is generated. Raises BrokenPipeError if nobody reads it."""
+
+    def __init__(self, answered: Callable[[Answer], None]) -> None:
+        self._answered = answered
+
+    def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
+        tqdm.write(piece, file=sys.stdout, end="")
         sys.stdout.flush()
+
+    def deliver(self, answer: Answer) -> None:
+        self.show("\n", [], [])
+        if answer.error is not None:
+            print(f"run.py: error: {answer.error}", file=sys.stderr, flush=True)
+        self._answered(answer)
+
+
+def load_http() -> type:
+    """Import the HTTP door. Raises ValueError if a package that it needs is missing."""
+    try:
+        return import_module("disagg.front.http.server").HttpDoor
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--http needs the package {error.name}: pip install '.[serve]'") from None
 
 
 def say_about_text(encoder: PromptEncoder) -> None:
@@ -117,9 +140,9 @@ def say_about_text(encoder: PromptEncoder) -> None:
 
 
 class RouterThread(threading.Thread):
-    """The router in the process of a unified job's rank 0. An error in it also ends the job, and `join` raises it."""
+    """The router's thread. An error in it also ends a unified job, whose rank 0 has it, and `join` raises it."""
 
-    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int) -> None:
+    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int = 0) -> None:
         super().__init__(name="router")
         self.front, self.interrupt, self.expected = front, interrupt, expected
         self.error: Exception | None = None

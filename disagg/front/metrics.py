@@ -1,19 +1,16 @@
-"""Metrics: the numbers of a run, as a table."""
+"""Metrics: what the router counts while it serves, and the summary table at the end.
 
-import math
+The router calls the methods. `http/metrics.py` and `progress.py` read the counts. Nothing here grows with the number of
+requests.
+"""
+
 from collections import Counter
-from statistics import median
 
 from disagg.control.messages import Parts
+from disagg.front.histogram import Histogram
+from disagg.front.spread import Spreads
 
 ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decode": ("decode",)}
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Return the nearest-rank percentile, or nan for an empty list."""
-    if not values:
-        return float("nan")
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def balancedness(stats: dict[str, float]) -> str:
@@ -25,21 +22,57 @@ def balancedness(stats: dict[str, float]) -> str:
 class Metrics:
     """The router's numbers: latencies that it measures, and the replicas' statistics, sent when they leave."""
 
-    def __init__(self) -> None:
-        self.finished: Counter = Counter()  # by finish_reason
-        self.prompt_tokens = self.generated_tokens = self.retries = 0
-        self.ttft: list[float] = []
-        self.inter_token: list[float] = []
-        self.parts: list[Parts] = []  # of the TTFT of each handed-over request
-        self.first_submit = self.last_finish = 0.0
+    def __init__(self, spreads: Spreads | None = None) -> None:
+        """`spreads`: the loads of the replicas over time."""
+        self._spreads = spreads or Spreads()
+        self.finished: Counter[str] = Counter()  # requests, by finish_reason
+        self.prompt_tokens = self.generated_tokens = 0  # of the requests that have ended
+        self.retries = 0  # attempts that followed another one
+        self.migrations = 0  # retries because a replica was lost
+        self.ttft, self.inter_token, self.latency = Histogram(), Histogram(), Histogram()
+        self.parts = {name: Histogram() for name in Parts.__struct_fields__}  # of the TTFT of handed-over requests
+        self._began = self._latest_end = 0.0  # time.monotonic()
         self._stats: list[tuple[str, dict[str, float]]] = []
+
+    def begin(self, now: float) -> None:
+        """Start the wall time."""
+        self._began = self._latest_end = now
+
+    def first_token(self, seconds: float, parts: Parts | None = None) -> None:
+        """Count a request's first token, `seconds` after it was submitted."""
+        self.ttft.add(seconds)
+        if parts is not None:
+            for name, histogram in self.parts.items():
+                histogram.add(getattr(parts, name))
+
+    def next_token(self, seconds: float) -> None:
+        """Count the time between two updates of a request. Several tokens in one update are one observation."""
+        self.inter_token.add(seconds)
+
+    def retried(self, lost: bool) -> None:
+        """Count a request that begins again. `lost`: because its replica was lost, so that it must move."""
+        self.retries += 1
+        self.migrations += lost
+
+    def refused(self) -> None:
+        """Count a request that the front door refused, which never reached the router."""
+        self.finished["error"] += 1
+
+    def ended(self, reason: str, now: float, seconds: float, prompt_tokens: int, generated_tokens: int) -> None:
+        """Count a request's end, `seconds` after it was submitted. `reason`: its finish_reason, or "cancelled"."""
+        self.finished[reason] += 1
+        if reason not in ("error", "cancelled"):
+            self.latency.add(seconds)
+        self.prompt_tokens += prompt_tokens
+        self.generated_tokens += generated_tokens
+        self._latest_end = now
 
     def replica_left(self, role: str, stats: dict[str, float]) -> None:
         self._stats.append((role, stats))
 
     def table(self) -> str:
         rows = [("requests", ", ".join(f"{n} {reason}" for reason, n in sorted(self.finished.items()) if n) or "none")]
-        seconds = self.last_finish - self.first_submit
+        seconds = self._latest_end - self._began
         rows.append(("wall time", f"{seconds:.2f} s"))
         rows.append(("tokens", f"{self.prompt_tokens} prompt, {self.generated_tokens} generated"))
         if seconds > 0:
@@ -48,14 +81,13 @@ class Metrics:
         for phase, tokens in (("prefill", "prompt_tokens"), ("decode", "decode_step_tokens")):
             if rate := self._rate(phase, tokens):
                 rows.append((phase, rate))
-        for name, values in (("TTFT", self.ttft), ("inter-token", self.inter_token)):
-            if values:
-                rows.append(
-                    (name, f"median {median(values) * 1e3:.1f} ms, p99 {percentile(values, 0.99) * 1e3:.1f} ms")
-                )
-        if self.parts:
-            names = Parts.__struct_fields__
-            medians = [f"{name} {median(getattr(p, name) for p in self.parts) * 1e3:.1f}" for name in names]
+        for name, times in (("TTFT", self.ttft), ("inter-token", self.inter_token)):
+            if times.count:
+                median, p99 = (times.percentile(share) * 1e3 for share in (0.5, 0.99))
+                rows.append((name, f"median {median:.1f} ms, p99 {p99:.1f} ms"))
+        rows += self._spreads.rows()
+        if self.parts["queue"].count:
+            medians = [f"{name} {times.percentile(0.5) * 1e3:.1f}" for name, times in self.parts.items()]
             rows.append(("TTFT parts", f"medians, ms: {', '.join(medians)}"))
         moved = sum(stats.get("transfer_bytes", 0) for _, stats in self._stats)
         if moved:

@@ -1,61 +1,132 @@
-"""Parse a user's request, and check all rules about it. Errors name the field, the value and the rule."""
+"""Parse a user's request, and check all rules about it. Errors name the field, the value and the rule.
+
+This is the one place that does so: a line of a batch and the body of an HTTP request become the same dict of fields.
+"""
 
 import json
 import secrets
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
-from disagg.request import Request
+from disagg.request import MOST_ENTRIES, Request
+from model.sampling import MAX_LOGPROBS
 
-MAX_LOGPROBS = 20
+MAX_STOPS = 64  # stop strings; each of them is searched at each token
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
+LEAST_TOKENS = "an integer of at least 1, or 0 with prompt_logprobs"
+ALIASES = {"max_completion_tokens": "max_tokens"}  # other name -> name
 
 
 class UserRequest(msgspec.Struct, frozen=True):
-    """One parsed input line: the request, and the fields that only the router needs."""
+    """One parsed request, and the fields that only the router needs."""
 
     id: str | int
     request: Request
     stop: list[str]
+    marks: frozenset[int] = frozenset()  # tokens that structure its text: see `TextStream` and `ChatFormat.marks`
+    session_id: str | None = None
 
 
-def parse_request(line: str, uid: int, encoder: PromptEncoder, vocab_size: int, max_model_len: int) -> UserRequest:
-    """Parse one JSON object into a request that the engine can run. Raises ValueError."""
-    raw = {name: value for name, value in read_object(line).items() if value is not None}  # null = not given
-    known = {"id", *PROMPTS, *CHAT, *_RULES, "stop"}
+@dataclass(frozen=True)
+class Served:
+    """What the rules must know of the model that is served."""
+
+    encoder: PromptEncoder
+    vocab_size: int
+    max_model_len: int
+    defaults: dict[str, Any] = field(default_factory=dict)  # of `read_defaults`: for fields that a request leaves out
+
+
+def parse_line(line: str, uid: int, served: Served) -> UserRequest:
+    """Parse one JSON object. Raises ValueError."""
+    return parse_request(read_object(line), uid, served)
+
+
+def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
+    """Turn a request's fields into a request that the engine can run. Raises ValueError.
+
+    `uid`: stands for an `id` that is not given. A field that is None counts as not given.
+    """
+    raw = {name: value for name, value in raw.items() if value is not None}
+    known = known_fields()
     if unknown := sorted(raw.keys() - known):
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     if not is_id(raw.get("id", uid)):
         raise ValueError(f"id is {raw['id']!r:.60}; it must be a string of Unicode or an integer")
-    given = [name for name in PROMPTS if name in raw]
-    if len(given) != 1:
-        raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
-    fields = {name: _check(name, raw[name], *_RULES[name]) for name in _RULES if name in raw}
-    fields.setdefault("seed", secrets.randbits(31))
+    source = _source(raw)
+    fields: dict[str, Any] = {name: check_field(name, raw[name]) for name in _RULES if name in raw}
+    for alias, name in ALIASES.items():
+        if alias in raw:
+            _check(alias, raw[alias], *_RULES[name])
+            if fields.setdefault(name, raw[alias]) != raw[alias]:
+                raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
+    session_id = fields.pop("session_id", None)
+    fields = {"seed": secrets.randbits(31)} | served.defaults | fields
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    for name in ("logit_bias", "stop_token_ids"):
+        if (largest := max(fields.get(name, ()), default=0)) >= served.vocab_size:
+            raise ValueError(f"{name}: token {largest} is not in the model's vocabulary of {served.vocab_size}")
+    if fields.get("max_tokens") == 0 and "prompt_logprobs" not in fields:
+        name = next(name for name in ("max_tokens", *ALIASES) if name in raw)
+        raise ValueError(f"{name} is 0; it must be {LEAST_TOKENS}")
     stop = raw.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {raw['stop']!r:.60}; it must be a non-empty string or a list of them")
-    if stop and encoder.tokenizer is None:
+    if len(stop) > MAX_STOPS:
+        raise ValueError(f"stop is {raw['stop']!r:.60}; it must have at most {MAX_STOPS} strings")
+    if stop and served.encoder.tokenizer is None:
         raise ValueError(f"stop: {NO_TOKENIZER}, so its answers have no text")
-    if given[0] == "messages":
-        prompt = _chat(raw, encoder)
-    else:
-        if beside := [name for name in CHAT if name in raw]:
-            raise ValueError(f"{beside[0]} goes with messages, not with {given[0]}")
-        prompt = _prompt(given[0], raw[given[0]], encoder, vocab_size)
-    if max(prompt) >= vocab_size:
-        raise ValueError(f"{given[0]}: token {max(prompt)} is not in the model's vocabulary of {vocab_size}")
+    prompt = _tokens(source, raw, served)
+    room = served.max_model_len - len(prompt)
+    if "max_tokens" not in fields and room < 1:
+        raise ValueError(
+            f"prompt ({len(prompt)} tokens) leaves no room for a token: max_model_len is {served.max_model_len}"
+        )
+    fields.setdefault("max_tokens", room)
     request = Request(uid, prompt, **fields)
-    if request.most_tokens > max_model_len:
+    if request.min_tokens > request.max_tokens:
+        raise ValueError(f"min_tokens ({request.min_tokens}) is over max_tokens ({request.max_tokens})")
+    if request.most_tokens > served.max_model_len:
         raise ValueError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
-            f"max_model_len ({max_model_len})"
+            f"max_model_len ({served.max_model_len})"
         )
-    return UserRequest(raw.get("id", uid), request, stop)
+    return UserRequest(raw.get("id", uid), request, stop, session_id=session_id)
+
+
+def parse_prompt(raw: dict[str, Any], served: Served, add_special_tokens: bool = True) -> list[int]:
+    """Return the tokens of a request's prompt or messages; other fields are ignored. Raises ValueError.
+
+    `add_special_tokens`: does a `prompt` get those that the tokenizer adds?
+    """
+    raw = {name: value for name, value in raw.items() if value is not None}
+    return _tokens(_source(raw), raw, served, add_special_tokens)
+
+
+def check_field(name: str, value: Any) -> Any:
+    """Check one field that the engine gets as it is. Returns its value. Raises ValueError."""
+    return _check(name, value, *_RULES[name])
+
+
+def known_fields() -> frozenset[str]:
+    """Return the names of all fields that a request may have."""
+    return frozenset({"id", *PROMPTS, *CHAT, *ALIASES, *_RULES, "stop"})
+
+
+def field_rules() -> dict[str, tuple[type, str]]:
+    """Return the fields that the engine gets as they are: name -> type, rule in words."""
+    return {name: (kind, words) for name, (kind, _, words) in _RULES.items()}
+
+
+def engine_fields() -> frozenset[str]:
+    """Return the names of all fields that `check_field` knows."""
+    return frozenset(_RULES)
 
 
 def is_id(value: Any) -> bool:
@@ -80,11 +151,32 @@ def read_object(line: str) -> dict:
     return raw
 
 
-def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int) -> list[int]:
+def _source(raw: dict) -> str:
+    """Return the name of the field that has the prompt."""
+    given = [name for name in PROMPTS if name in raw]
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(PROMPTS)} must be given, not {' and '.join(given) or 'none'}")
+    return given[0]
+
+
+def _tokens(name: str, raw: dict, served: Served, add_special_tokens: bool = True) -> list[int]:
+    """Return the prompt's tokens. `name`: of the field that has the prompt."""
+    if name == "messages":
+        prompt = _chat(raw, served.encoder)
+    elif beside := [other for other in CHAT if other in raw]:
+        raise ValueError(f"{beside[0]} goes with messages, not with {name}")
+    else:
+        prompt = _prompt(name, raw[name], served.encoder, served.vocab_size, add_special_tokens)
+    if max(prompt) >= served.vocab_size:
+        raise ValueError(f"{name}: token {max(prompt)} is not in the model's vocabulary of {served.vocab_size}")
+    return prompt
+
+
+def _prompt(name: str, value: Any, encoder: PromptEncoder, vocab_size: int, add_special_tokens: bool) -> list[int]:
     if name == "prompt":
         if not isinstance(value, str) or not value:
             raise ValueError(f"prompt is {value!r:.60}; it must be a non-empty string")
-        return encoder.text(value)
+        return encoder.text(value, add_special_tokens)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is {value!r:.60}; it must be a non-empty list")
     for token in value:
@@ -111,6 +203,20 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
+def _are_tokens(value: list) -> bool:
+    return len(value) <= MOST_ENTRIES and all(type(token) is int and token >= 0 for token in value)
+
+
+def _are_biases(value: dict) -> bool:
+    """Are they biases by token? JSON has only strings as names, so a token is its digits."""
+    names_are_tokens = all(name.isdecimal() and name.isascii() and len(name) < 10 for name in value)
+    return (
+        names_are_tokens
+        and len({int(name) for name in value}) == len(value) <= MOST_ENTRIES
+        and all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in value.values())
+    )
+
+
 # name -> type, test, the rule in words
 _CHAT_RULES = {
     "tools": (list, _are_objects, "a list of objects"),
@@ -122,14 +228,23 @@ _CHAT_RULES = {
     ),
 }
 _RULES = {
-    "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
+    "max_tokens": (int, lambda v: v >= 0, LEAST_TOKENS),
     "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
     "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
+    "min_p": (float, lambda v: 0 <= v <= 1, "a number in 0..1 (0 = off)"),
+    "presence_penalty": (float, lambda v: -2 <= v <= 2, "a number in -2..2 (0 = off)"),
+    "frequency_penalty": (float, lambda v: -2 <= v <= 2, "a number in -2..2 (0 = off)"),
+    "repetition_penalty": (float, lambda v: 0.01 <= v <= 100, "a number in 0.01..100 (1 = off)"),
+    "logit_bias": (dict, _are_biases, f"an object of at most {MOST_ENTRIES} tokens, each with a number in -100..100"),
+    "min_tokens": (int, lambda v: v >= 0, "an integer of at least 0"),
+    "stop_token_ids": (list, _are_tokens, f"a list of at most {MOST_ENTRIES} tokens"),
     "seed": (int, lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1"),
     "ignore_eos": (bool, lambda v: True, "true or false"),
     "return_experts": (bool, lambda v: True, "true or false"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
+    "session_id": (str, lambda v: 0 < len(v) <= 256 and is_id(v), "a string of Unicode with 1 to 256 characters"),
+    "prompt_logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
 }
 
 

@@ -11,21 +11,25 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 
-import msgspec
 from tokenizers import Tokenizer
 
-from disagg.control.messages import Abort, Beat, Bye, Hello, Submit, ToRouter, Update, Updates, Withdraw, singly
+from disagg.control.messages import Abort, Beat, Bye, Hello, Stats, Submit, ToRouter, Update, Updates, Withdraw, singly
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
+from disagg.front.client import Client
 from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
-from disagg.front.fleet import Fleet, Replica
+from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
 from disagg.front.parse import UserRequest
+from disagg.front.progress import Progress
+from disagg.front.prompt_rows import PromptRows
+from disagg.front.replica import Replica
+from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
 from disagg.front.text_stream import TextStream
+from disagg.front.tracked import Tracked
 from disagg.request import Request
 from model.kv_cache import pages_for
 
@@ -34,35 +38,7 @@ REPLACEMENT_S = 30.0  # how long requests wait for a lost role to come back
 NOTICE_S = 10.0  # how long requests wait for a missing role before the first line about it
 NOTICE_FACTOR = 3  # the wait before each further line grows by this factor
 ATTEMPTS = 3  # how often a request may begin
-BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
-STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
-LEAST_AHEAD = 4  # or this many prompts, whichever is more
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
-
-
-@dataclass(eq=False)
-class Tracked:
-    """A request without its answer yet. Times are time.monotonic()."""
-
-    user: UserRequest
-    position: int  # in the input
-    stream: TextStream
-    submitted: float
-    experts: ExpertRows = field(default_factory=lambda: ExpertRows(NO_EXPERTS, 0))
-    logprobs: list = field(default_factory=list)
-    first: float | None = None  # when the first token arrived
-    latest: float | None = None  # when the latest token arrived
-    attempts: int = 0
-    decode: Replica | None = None
-    prefill: Replica | None = None  # until it has made a token
-    begun: bool = False  # at its current replica
-    suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
-
-    def request(self, uid: int) -> Request:
-        """Return the rest of the request: the tokens so far join the prompt."""
-        request, done = self.user.request, self.stream.token_ids
-        max_tokens = request.max_tokens - len(done)
-        return msgspec.structs.replace(request, uid=uid, prompt=request.prompt + done, max_tokens=max_tokens)
 
 
 class Router:
@@ -74,64 +50,102 @@ class Router:
         stopped: Callable[[], bool],
         expected: int = 0,
         expert_shape: RowShape = NO_EXPERTS,
+        log_interval: float = 0.0,
     ) -> None:
         """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
 
         `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`. `expert_shape`: the model's.
+        `log_interval`: as in `Progress`.
         """
         self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
         self.fleet = Fleet(port, self._lose, expected)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.fleet.spreads)
+        self._progress = Progress(log_interval)
+        self._routing = Routing()
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
-        self._positions = itertools.count()
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
 
-    def run(
-        self,
-        source: Source,
-        deliver: Callable[[int, Answer], None],
-        show: Callable[[int, str], None] = lambda position, piece: None,
-    ) -> None:
-        """Serve all requests of `source`, then end all replicas.
-
-        `show(position, piece)` is called with each piece of text, `deliver(position, answer)` at the end of each
-        request. A position is a request's index in the source.
-        """
-        self._deliver, self._show = deliver, show
-        self.metrics.first_submit = self.metrics.last_finish = time.monotonic()
+    def run(self, source: Source) -> None:
+        """Serve all requests of `source`, then end all replicas."""
+        self.metrics.begin(time.monotonic())
         try:
             while (self._tracked or not source.exhausted) and not self.stopped():
-                came = self._read(source)
-                self._listen(0 if came else 20)
-                self.fleet.check(lambda: self._listen(0))
-                self._look_for_missing_roles()
-                self._assign()
-            for uid in list(self._tracked):
-                self._end(uid, "error", INTERRUPTED)
-        finally:  # also if `deliver` fails: no replica must be left waiting
-            self.fleet.farewell(self._listen)
-            for role, stats in self.fleet.stats:
-                self.metrics.replica_left(role, stats)
+                self.turn(source, 20)
+            self.interrupt()
+        finally:  # also if a client fails: no replica must be left waiting
+            self.close()
+
+    def turn(self, source: Source | None, timeout_ms: int) -> None:
+        """Do what is due: take requests from the source, handle messages, and hand out waiting requests.
+
+        Without a new request it waits up to `timeout_ms` for a message. `source`: None if all requests are submitted.
+        """
+        came = self._read(source) if source is not None else 0
+        self._listen(0 if came else timeout_ms)
+        self.fleet.check(lambda: self._listen(0))
+        self._look_for_missing_roles()
+        self._assign()
+        self._progress.tick(self.fleet.replicas.values(), self.tracked, self.metrics.finished.total())
+
+    def submit(self, user: UserRequest, client: Client) -> Tracked:
+        """Take a request. The next turns serve it."""
+        request = user.request
+        stream = TextStream(self.tokenizer, user.stop, user.marks, request.min_tokens)
+        experts = ExpertRows(self.expert_shape, request.most_fed if request.return_experts else 0)
+        prompt_rows = PromptRows(request, self.vocab_size)
+        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows)
+        self._queue(tracked)
+        return tracked
+
+    def cancel(self, tracked: Tracked) -> None:
+        """Forget a request whose client has gone, and stop it where it runs. Without effect if it has its answer."""
+        if self._tracked.get(tracked.uid) is not tracked:
+            return
+        if tracked.decode is None:
+            self._waiting.remove(tracked.uid)
+        else:
+            self.port.send(tracked.decode.id, Abort(tracked.uid))
+        self._leave(tracked.uid)
+        self._count("cancelled", tracked)
+
+    def interrupt(self) -> None:
+        """End all requests, because the user wants to stop."""
+        for uid in list(self._tracked):
+            self._end(uid, "error", INTERRUPTED)
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """End all replicas, and wait for their statistics."""
+        self.fleet.farewell(self._listen)
+        for role, stats in self.fleet.stats:
+            self.metrics.replica_left(role, stats)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def tracked(self) -> Collection[Tracked]:
+        """The requests without their answer yet."""
+        return self._tracked.values()
 
     def _read(self, source: Source) -> int:
         """Take requests from the source, so that up to MOST_WAITING wait here. Returns how many were taken."""
         wanted = MOST_WAITING - len(self._waiting)
         came = source.take(wanted) if wanted > 0 and not source.exhausted else []
-        for user in came:
-            stream, request = TextStream(self.tokenizer, user.stop), user.request
-            experts = ExpertRows(self.expert_shape, request.most_tokens - 1 if request.return_experts else 0)
-            self._queue(Tracked(user, next(self._positions), stream, time.monotonic(), experts))
+        for user, client in came:
+            self.submit(user, client)
         return len(came)
 
     def _queue(self, tracked: Tracked) -> None:
-        uid = next(self._uids)
-        self._tracked[uid] = tracked
-        self._waiting.append(uid)
+        tracked.uid = next(self._uids)
+        self._tracked[tracked.uid] = tracked
+        self._waiting.append(tracked.uid)
 
     def _listen(self, timeout_ms: int) -> None:
         for replica_id, message in self.port.poll(timeout_ms):
@@ -139,7 +153,7 @@ class Router:
 
     def _handle(self, replica_id: str, message: ToRouter) -> None:
         match message:
-            case Hello() | Beat() | Bye():
+            case Hello() | Beat() | Stats() | Bye():
                 self.fleet.hear(replica_id, message)
             case Updates(updates, begun, returned):
                 for uid in begun:
@@ -159,10 +173,7 @@ class Router:
         return tracked if serves else None
 
     def _assign(self) -> None:
-        """Give waiting requests, in order, to the least loaded replicas that can begin them.
-
-        A decode replica's load is the share of its KV in use. A prefill replica's load is its prompt tokens.
-        """
+        """Give waiting requests, in order, to replicas that can begin them."""
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
         if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes
@@ -172,13 +183,13 @@ class Router:
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
             request = tracked.request(uid)
-            suitable = self._suitable(tracked, able, request.most_tokens)
-            sources = self._suitable(tracked, prefills, len(request.prompt))
-            if pair := self._choose(request, suitable, sources):
+            decodes = suitable(able, request.most_tokens, tracked.suspects)
+            sources = suitable(prefills, len(request.prompt), tracked.suspects)
+            if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):
                 self._submit(tracked, request, *pair)
                 continue
             unassigned.append(uid)
-            if suitable and (sources or suitable[0].hello.role == "unified"):
+            if decodes and (sources or decodes[0].hello.role == "unified"):
                 break  # it waits for room, which later requests must not take
         self._waiting.extendleft(reversed(unassigned))
 
@@ -186,42 +197,10 @@ class Router:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
-        tracked.experts.clear()
-        decode.requests.add(request.uid)
-        decode.pages += pages_for(request.most_tokens)
-        prefill.prompts[request.uid] = len(request.prompt)
+        tracked.restart()
+        decode.add_request(request.uid, pages_for(request.most_tokens))
+        prefill.add_prompt(request.uid, len(request.prompt))
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
-
-    def _choose(
-        self, request: Request, decodes: list[Replica], prefills: list[Replica]
-    ) -> tuple[Replica, Replica] | None:
-        """Return a decode and a prefill replica that can begin it now, or None. A unified replica is returned twice."""
-        pages = pages_for(request.most_tokens)
-        decodes = [r for r in decodes if not r.requests or r.pages + pages <= r.capacity]
-        decodes = [r for r in decodes if len(r.requests) < BATCHES * r.hello.max_batch]
-        if decodes and decodes[0].hello.role == "unified":
-            decodes = prefills = self._with_time(decodes)
-        else:
-            prefills = self._with_time(prefills)
-        if not decodes or not prefills:
-            return None
-        decode = min(decodes, key=lambda r: r.pages / r.capacity)
-        return decode, decode if prefills is decodes else min(prefills, key=lambda r: r.prompt_tokens)
-
-    def _with_time(self, replicas: list[Replica]) -> list[Replica]:
-        """Return the replicas that can soon begin another prompt."""
-        return [
-            r for r in replicas if len(r.prompts) < LEAST_AHEAD or r.prompt_tokens < STEPS_AHEAD * r.hello.step_tokens
-        ]
-
-    def _suitable(self, tracked: Tracked, replicas: list[Replica], tokens: int) -> list[Replica]:
-        """Return the replicas whose KV can hold a request's `tokens`, except those where it has just failed.
-
-        If no KV can hold them, any replica is suitable: it will answer with the error.
-        """
-        now = time.monotonic()
-        replicas = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
-        return [r for r in replicas if tracked.suspects.get(r.hello.job, now) <= now]
 
     def _withdraw(self, replicas: list[Replica]) -> None:
         """Take back the requests that have not begun."""
@@ -232,9 +211,15 @@ class Router:
     def _start_clocks(self) -> None:
         """Restart all clocks when the first replica can serve: latencies do not include the start of the jobs."""
         self._open, now = True, time.monotonic()
-        self.metrics.first_submit = now
+        self.metrics.begin(now)
         for tracked in self._tracked.values():
             tracked.submitted = now
+
+    @property
+    def unavailable(self) -> list[str]:
+        """The missing roles, unless a replacement may still come in time."""
+        late = time.monotonic() - self._short_of_replicas_since > REPLACEMENT_S
+        return self.fleet.missing_roles() if late or not self._open else []
 
     def _look_for_missing_roles(self) -> None:
         """End waiting requests, or print a line, if a role has been missing for too long.
@@ -242,10 +227,8 @@ class Router:
         Before any request has been served, wait for ever. After that, wait REPLACEMENT_S for a replacement.
         """
         now = time.monotonic()
-        short_s = now - self._short_of_replicas_since
-        needed = ("unified",) if "unified" in self.fleet.roles else ("prefill", "decode")
-        roles = [role for role in needed if not self.fleet.in_role(role)]
-        if self.fleet.able_to_serve():
+        short_s, roles = now - self._short_of_replicas_since, self.fleet.missing_roles()
+        if not roles:
             self._short_of_replicas_since, self._notice_s = now, NOTICE_S
         elif self._open and short_s > REPLACEMENT_S:
             missing = " and no ".join(roles)
@@ -266,7 +249,7 @@ class Router:
             self._fail(update, tracked)
             return
         try:
-            tracked.experts.add(update.experts)
+            tracked.take(update)
         except ValueError as error:
             self._refuse(update.uid, tracked.decode, str(error))
             return
@@ -277,25 +260,18 @@ class Router:
                 return
             self._prompt_done(update.uid, tracked)
             if tracked.latest is None:
-                self.metrics.ttft.append(now - tracked.submitted)
+                self.metrics.first_token(now - tracked.submitted, update.parts)
                 tracked.first = now
-                if update.parts is not None:
-                    self.metrics.parts.append(update.parts)
-            else:
-                self.metrics.inter_token.append(now - tracked.latest)
+            elif i == 0:
+                self.metrics.next_token(now - tracked.latest)
             tracked.latest = now
-            tracked.logprobs.extend(update.logprobs[i : i + 1])
-            shown = len(tracked.stream.text)
-            stopped = tracked.stream.push(token)
-            self._show(tracked.position, tracked.stream.text[shown:])
-            if stopped:
+            logprobs = update.logprobs[i : i + 1]
+            tracked.logprobs.extend(logprobs)
+            if tracked.push(token, logprobs):
                 self.port.send(tracked.decode.id, Abort(update.uid))
                 self._end(update.uid, "stop")
                 return
         if update.finish:
-            shown = len(tracked.stream.text)
-            tracked.stream.close()
-            self._show(tracked.position, tracked.stream.text[shown:])
             self._end(update.uid, update.finish)
 
     def _refuse(self, uid: int, decode: Replica, what: str) -> None:
@@ -316,11 +292,11 @@ class Router:
             self.fleet.ping_soon()  # its prefill replica may have died: find out before the request is sent again
             self._retry(update.uid, prefill)
         else:
-            self._end(update.uid, "error", update.error)
+            self._end(update.uid, "error", update.error, refused=not update.retry)
 
     def _prompt_done(self, uid: int, tracked: Tracked) -> None:
         if tracked.prefill is not None:
-            del tracked.prefill.prompts[uid]
+            tracked.prefill.end_prompt(uid)
             tracked.prefill = None
 
     def _leave(self, uid: int) -> Tracked:
@@ -328,29 +304,26 @@ class Router:
         tracked = self._tracked.pop(uid)
         self._prompt_done(uid, tracked)
         if tracked.decode is not None:
-            tracked.decode.requests.discard(uid)
-            tracked.decode.pages -= pages_for(tracked.user.request.most_tokens)
+            tracked.decode.end_request(uid)
         tracked.decode = None
         return tracked
 
-    def _retry(self, uid: int, failed: Replica) -> None:
-        self.metrics.retries += 1
+    def _retry(self, uid: int, failed: Replica, is_lost: bool = False) -> None:
+        self.metrics.retried(is_lost)
         tracked = self._leave(uid)
         tracked.suspects[failed.hello.job] = time.monotonic() + SUSPECT_S
         self._queue(tracked)
 
-    def _end(self, uid: int, reason: str, error: str | None = None) -> None:
+    def _end(self, uid: int, reason: str, error: str | None = None, refused: bool = False) -> None:
         tracked, now = self._leave(uid), time.monotonic()
-        request, stream, experts = tracked.user.request, tracked.stream, None
-        if request.return_experts and error is None:
-            try:  # all tokens but the last one, which is not fed back
-                experts = tracked.experts.encode(len(request.prompt) + len(stream.token_ids) - 1)
+        request, stream, rows = tracked.user.request, tracked.stream, {}
+        tracked.close()
+        if error is None:
+            try:
+                rows = tracked.rows()
             except ValueError as wrong:
                 reason, error = "error", f"the replica serving it {wrong}"
-        self.metrics.finished[reason] += 1
-        self.metrics.prompt_tokens += len(request.prompt)
-        self.metrics.generated_tokens += len(stream.token_ids)
-        self.metrics.last_finish = now
+        self._count(reason, tracked)
         answer = Answer(
             id=tracked.user.id,
             text=stream.text if self.tokenizer is not None else None,
@@ -361,10 +334,15 @@ class Router:
             ttft_s=None if tracked.first is None else round(tracked.first - tracked.submitted, 4),
             latency_s=round(now - tracked.submitted, 4),
             logprobs=tracked.logprobs if request.logprobs else None,
-            experts=experts,
             error=error,
+            refused=refused,
+            **rows,
         )
-        self._deliver(tracked.position, answer)
+        tracked.client.deliver(answer)
+
+    def _count(self, reason: str, tracked: Tracked) -> None:
+        tokens, now = (len(tracked.user.request.prompt), len(tracked.stream.token_ids)), time.monotonic()
+        self.metrics.ended(reason, now, now - tracked.submitted, *tokens)
 
     def _lose(self, lost: Replica, how: str) -> None:
         """Move the requests of a replica that the fleet has given up to other replicas."""
@@ -380,4 +358,4 @@ class Router:
                 error = INTERRUPTED if self.stopped() else f"the {role} replica serving it {how}"
                 self._end(uid, "error", error)
             else:
-                self._retry(uid, lost)
+                self._retry(uid, lost, is_lost=True)

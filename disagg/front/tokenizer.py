@@ -55,10 +55,12 @@ class PromptEncoder:
             if tokenizer.normalizer is not None:
                 self.longest *= CHARACTER_BYTES
 
-    def text(self, prompt: str) -> list[int]:
+    def text(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenise a prompt. Raises ValueError if it cannot be tokenised, or is too long."""
-        tokens = self._encode("prompt", prompt, add_special_tokens=True)
-        return tokens if self.bos is None or tokens[0] == self.bos else [self.bos, *tokens]
+        tokens = self._encode("prompt", prompt, add_special_tokens)
+        if not add_special_tokens or self.bos is None or tokens[0] == self.bos:
+            return tokens
+        return [self.bos, *tokens]
 
     def chat(
         self,
@@ -94,7 +96,7 @@ class PromptEncoder:
             self._check_size(size, "bytes")
             self._try_pieces(self.tokenizer, text)
         with refusing(f"{field}: the tokenizer refuses it"):
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = encode(self.tokenizer, text, add_special_tokens)
         if not ids:
             raise ValueError(f"{field}: the tokenizer makes no token of it")
         return ids
@@ -120,13 +122,18 @@ class PromptEncoder:
             return
         count, limit = 0, 2 * self.max_tokens
         for start in range(0, len(text), PIECE):
-            count += len(tokenizer.encode(text[start : start + PIECE], add_special_tokens=False).ids)
+            count += len(encode(tokenizer, text[start : start + PIECE], add_special_tokens=False))
             limit += self.longest
             if count > limit:
                 raise ValueError(
                     f"its first {start + PIECE:,} of {len(text):,} characters make about {count:,} tokens; "
                     f"max_model_len is {self.max_tokens}"
                 )
+
+
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Tokenise a text. Other threads go on meanwhile: `encode_batch` releases Python's lock, and `encode` does not."""
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def characters(value: Any) -> int:

@@ -19,7 +19,7 @@ from disagg.control.address import bind, connect_to, resolve
 from disagg.control.messages import Decoder, Member, encode
 from disagg.control.ports import MOST_POLLED, new_socket
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Sending
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
 from disagg.handoff.transports.torch_dist import TIMEOUT, TorchTransport
 
 KNOCK_AGAIN = datetime.timedelta(seconds=3)
@@ -80,7 +80,7 @@ def dial(
     def connect(key: str) -> tuple[Pipe, TorchTransport]:
         store = TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
         port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe"))
-        pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Last | Closed)
+        pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed)
         return pipe, TorchTransport(PrefixStore(key, store), 1, device)
 
     return connect

@@ -38,6 +38,11 @@ class Share:
         self._mine = threading.Semaphore(OF_A_LINK)
         self._held, self._closed = 0, False
 
+    @property
+    def held(self) -> int:
+        """Transfers of this link in flight."""
+        return self._held
+
     def take(self, check: Callable[[], None]) -> None:
         """Wait for a credit. `check()` is called every LOOK_S meanwhile, and may raise to stop waiting.
 

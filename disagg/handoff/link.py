@@ -60,7 +60,7 @@ class Link(threading.Thread, ABC):
         `credits`: shared by all links of the process."""
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
-        self.bytes_moved, self.seconds_moving = 0, 0.0
+        self.transfers, self.bytes_moved, self.seconds_moving = 0, 0, 0.0
         self._connect, self._events = connect, events
         self._commands: deque[Command] = deque()
         self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
@@ -105,6 +105,11 @@ class Link(threading.Thread, ABC):
             if self._down is None:
                 self._commands.append(command)
                 self._wake.send(b"", zmq.DONTWAIT)
+
+    @property
+    def in_flight(self) -> int:
+        """Transfers that have begun and are not complete."""
+        return self._credits.held
 
     @property
     def is_down(self) -> bool:
@@ -176,6 +181,7 @@ class Link(threading.Thread, ABC):
                     began, ended = max(transfer.began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
                     self.bytes_moved += transfer.x.nbytes
+                    self.transfers += 1
                 then()
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")

@@ -70,6 +70,8 @@ class Links(Generic[L]):
     def stats(self) -> dict[str, float]:
         links = [*self._links.values(), *self._dropped.values()]
         return {
+            "transfers": sum(link.transfers for link in links),
+            "transfers_in_flight": sum(link.in_flight for link in links),
             "transfer_bytes": sum(link.bytes_moved for link in links),
             "transfer_seconds": sum(link.seconds_moving for link in links),
         }

@@ -108,6 +108,16 @@ class Chosen(msgspec.Struct, frozen=True, tag=True):
     experts: Piece  # a piece of [tokens, MoE layers, K] uint16, cut anywhere
 
 
+class Scored(msgspec.Struct, frozen=True, tag=True):
+    """prefill -> decode's first rank: log probabilities of the next prompt tokens, if the request asks for them.
+
+    Like `Chosen`: in order, before `Last`, and also a command.
+    """
+
+    uid: int
+    rows: Piece  # a piece of the rows of `model/prompt_logprobs.py`, cut anywhere
+
+
 class Last(msgspec.Struct, frozen=True, tag=True):
     """prefill -> decode: all pages have been sent, and this is the first token."""
 
@@ -134,6 +144,7 @@ class Join(msgspec.Struct, frozen=True):
     uid: int
     opening: Open | None = None
     expert_bytes: int = 0  # the most bytes of chosen experts that may come over this link
+    row_bytes: int = 0  # the most bytes of the prompt's log probabilities
 
 
 class SendPages(msgspec.Struct, frozen=True):
@@ -168,6 +179,6 @@ class RoomEnded(msgspec.Struct, frozen=True):
     at: float = 0.0  # time.perf_counter() when all KV had arrived
 
 
-Message = Open | Cancel | Sending | Chosen | Last | Closed  # over the pipe
-Command = Join | Cancel | SendPages | Chosen | SendLast | Closed  # from the rank's loop
+Message = Open | Cancel | Sending | Chosen | Scored | Last | Closed  # over the pipe
+Command = Join | Cancel | SendPages | Chosen | Scored | SendLast | Closed  # from the rank's loop
 LinkEvent = Open | RoomEnded  # to the rank's loop

@@ -8,9 +8,47 @@ import torch
 from torch import Tensor
 
 from disagg.handoff.link import Link
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Command, Join, Last, Message, Open, RoomEnded, Sending
+from disagg.handoff.protocol import (
+    Cancel,
+    Chosen,
+    Closed,
+    Command,
+    Join,
+    Last,
+    Message,
+    Open,
+    RoomEnded,
+    Scored,
+    Sending,
+)
 from disagg.handoff.transports.torch_dist import TIMEOUT
 from kernels import ref
+
+
+class Pieces:
+    """Bytes that come in pieces, per room."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._rooms: dict[int, tuple[int, bytearray]] = {}  # the most bytes that may come, and those so far
+
+    def expect(self, uid: int, max_bytes: int) -> None:
+        if max_bytes:
+            self._rooms[uid] = max_bytes, bytearray()
+
+    def add(self, uid: int, piece: bytes) -> None:
+        """Raises ValueError if more bytes have come than were expected."""
+        max_bytes, data = self._rooms.get(uid, (0, bytearray()))
+        if len(data) + len(piece) > max_bytes:
+            raise ValueError(f"the other end sent over {max_bytes} bytes of {self.what} for room {uid}")
+        data += piece
+
+    def take(self, uid: int) -> bytes:
+        """Return the bytes of a room that has ended, and forget them. Called by the rank's loop.
+
+        They are no event, because the loop shares events with the replica, and only its first rank needs them.
+        """
+        return bytes(self._rooms.pop(uid, (0, b""))[1])
 
 
 class ReceiveLink(Link):
@@ -22,21 +60,23 @@ class ReceiveLink(Link):
 
     def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:
         self._unpack_pages = unpack_pages
-        self._experts: dict[int, tuple[int, bytearray]] = {}  # by room: the most bytes that may come, and those so far
+        self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
         super().__init__(*args)
 
     def handle(self, item: Message | Command) -> None:
         match item:
-            case Join(uid, Open() as opening, expert_bytes):
-                if expert_bytes:
-                    self._experts[uid] = expert_bytes, bytearray()
+            case Join(uid, Open() as opening, expert_bytes, row_bytes):
+                self.experts.expect(uid, expert_bytes)
+                self.prompt_rows.expect(uid, row_bytes)
                 self.pipe.send(opening)
             case Cancel(uid) if self.is_open(uid):
                 self.pipe.send(item)
             case Sending(uids, pages):
                 self._receive(uids, pages)
             case Chosen(uid, experts) if self.is_open(uid):
-                self._collect(uid, experts)
+                self.experts.add(uid, experts)
+            case Scored(uid, rows) if self.is_open(uid):
+                self.prompt_rows.add(uid, rows)
             case Last(uid) as last:
                 self._await(uid)
                 came = time.perf_counter()
@@ -52,19 +92,6 @@ class ReceiveLink(Link):
         layers, _, *page = self.pool.shape
         packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # before the bytes arrive
         self.then(lambda: self._unpack(packed, ids), self.transport.recv(packed))
-
-    def _collect(self, uid: int, experts: bytes) -> None:
-        max_bytes, collected = self._experts.get(uid, (0, bytearray()))
-        if len(collected) + len(experts) > max_bytes:
-            raise ValueError(f"the other end sent over {max_bytes} bytes of chosen experts for room {uid}")
-        collected += experts
-
-    def take_experts(self, uid: int) -> bytes:
-        """Return the chosen experts that came for a room that has ended, and forget them. Called by the rank's loop.
-
-        They are no event, because the loop shares events with the replica, and only its first rank needs them.
-        """
-        return bytes(self._experts.pop(uid, (0, b""))[1])
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:
         with self._writing:

@@ -20,6 +20,7 @@ from disagg.handoff.protocol import (
     Message,
     Open,
     RoomEnded,
+    Scored,
     Sending,
     SendLast,
     SendPages,
@@ -79,7 +80,7 @@ class SendLink(Link):
                 self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
             case SendPages(uid) if uid in self._sending:
                 self._send(item)
-            case Chosen(uid) if uid in self._sending:
+            case Chosen(uid) | Scored(uid) if uid in self._sending:
                 self.pipe.send(item)
             case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
                 waited = time.perf_counter() - sampled

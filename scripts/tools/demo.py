@@ -1,7 +1,7 @@
 """Serve prompts with separate prefill and decode jobs on this machine, then with one process, and compare the tokens.
 
-`scripts/demo` runs this. It starts the commands that a user would type, and prints them. It shows each text as soon as
-it is finished, then the router's table.
+`scripts/demo [FILE]` runs this. FILE has other prompts, in the format of `--input`. It starts the commands that a user
+would type, and prints them. It shows each text as soon as it is finished, then the router's table.
 """
 
 import json
@@ -63,7 +63,7 @@ def show_texts(path: Path, router: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def main() -> int:
+def main(prompts: str = PROMPTS) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         apart, together = Path(scratch, "disaggregated.jsonl"), Path(scratch, "unified.jsonl")
         address = f"127.0.0.1:{free_port()}"
@@ -73,7 +73,7 @@ def main() -> int:
             for role in ("prefill", "decode")
         ]
         router = ("run.py", "--role", "router", "--router", address, "--model", MODEL)
-        jobs.append(start(*router, "--input", PROMPTS, "--output", str(apart)))
+        jobs.append(start(*router, "--input", prompts, "--output", str(apart)))
         try:
             show_texts(apart, jobs[-1])
             # The router first: without it, the jobs would wait for another.
@@ -91,7 +91,7 @@ def main() -> int:
             return 1
 
         print("\nThe same requests in one unified process:", flush=True)
-        one = start("run.py", "--model", MODEL, "--input", PROMPTS, "--output", str(together))
+        one = start("run.py", "--model", MODEL, "--input", prompts, "--output", str(together))
         if one.wait(timeout=300):
             return 1
         different = [id for id, tokens in read_tokens(together).items() if read_tokens(apart)[id] != tokens]
@@ -104,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))

@@ -29,9 +29,8 @@ from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.fleet import Replica
 from disagg.front.parse import UserRequest
-from disagg.front.router import Router, Tracked
+from disagg.front.router import Router
 from disagg.front.source import Listed
-from disagg.front.text_stream import TextStream
 from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request
 from model.batch import PAGE
@@ -181,6 +180,19 @@ def write_thin_model(folder: Path, layers: int, device: torch.device) -> ModelCo
     return config
 
 
+class Asker:
+    """The client of one request. It keeps the answer under its position."""
+
+    def __init__(self, position: int, answers: dict[int, Answer]) -> None:
+        self.position, self._answers = position, answers
+
+    def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
+        """Ignore it: `Watched` notes the time of every token."""
+
+    def deliver(self, answer: Answer) -> None:
+        self._answers[self.position] = answer
+
+
 class Watched(Router):
     """A router that notes the time of every message, and submits requests over time.
 
@@ -194,7 +206,7 @@ class Watched(Router):
         self.script: Generator | None = None
         self.problem: str | None = None
         self.complete = False  # whether all replicas have joined
-        self.tokens: dict[int, list[float]] = defaultdict(list)  # time of each token, by the request's position
+        self.tokens: dict[int, list[float]] = defaultdict(list)  # time of each token, by its client's position
         self.parts: dict[int, Parts] = {}
         self.answers: dict[int, Answer] = {}
         self.lost_at: list[float] = []
@@ -205,9 +217,6 @@ class Watched(Router):
         if time.monotonic() > self.deadline:
             self.problem = self.problem or "it took too long"
         return self.problem is not None or self.script is None
-
-    def submit(self, position: int, user: UserRequest) -> None:
-        self._queue(Tracked(user, position, TextStream(self.tokenizer, []), time.monotonic()))
 
     def _assign(self) -> None:
         self.complete = self.complete or len(self.fleet.replicas) == self.expected_replicas
@@ -220,7 +229,7 @@ class Watched(Router):
             self.script = None
 
     def _update(self, update: Update) -> None:
-        position, now = self._tracked[update.uid].position, time.monotonic()
+        position, now = self._tracked[update.uid].client.position, time.monotonic()
         self.tokens[position] += [now] * len(update.tokens)
         if update.parts is not None:
             self.parts[position] = update.parts
@@ -232,7 +241,7 @@ class Watched(Router):
         super()._lose(lost, how)
 
     def _retry(self, uid: int, failed: Replica) -> None:
-        self.retried.setdefault(self._tracked[uid].position, time.monotonic())
+        self.retried.setdefault(self._tracked[uid].client.position, time.monotonic())
         super()._retry(uid, failed)
 
 
@@ -279,13 +288,13 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             for i, (position, user) in enumerate(stream.items()):
                 while time.monotonic() < moments["talking"] + i * args.interval:
                     yield
-                router.submit(position, user)
+                router.submit(user, Asker(position, router.answers))
             while not stream.keys() <= router.answers.keys():
                 yield
             if not kills:
                 return
             for position, user in burst.items():
-                router.submit(position, user)
+                router.submit(user, Asker(position, router.answers))
             while sum(bool(router.tokens[position]) for position in burst) < 2:
                 yield
             moments["killed"] = time.monotonic()
@@ -295,7 +304,7 @@ def through_jobs(args: Namespace, kills: bool, limit_s: float) -> dict[str, Any]
             moments["answered"] = time.monotonic()
 
         router.script = script()
-        router.run(Listed(request(SHORT, output) for _ in range(TALKERS)), router.answers.__setitem__)
+        router.run(Listed((request(SHORT, output), Asker(i, router.answers)) for i in range(TALKERS)))
         port.close()
         if router.problem is not None:
             raise RuntimeError(router.problem)

@@ -21,7 +21,6 @@ from model.config import ModelConfig
 from model.dummy import randomize
 from model.kv_cache import make_pool, pages_for
 from model.transformer import Transformer, op_shape
-from parallel.chosen_experts import ChosenExperts
 from parallel.mesh import Mesh, pick_device
 from parallel.placement import Placement
 from scripts.bench.lib.flags import natural, new_file, positive
@@ -165,8 +164,8 @@ class Rank:
         )  # fmt: skip
         tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
 
-        def forward(rows: Batch, halves: tuple[Batch, Batch] | None, chosen: ChosenExperts | None) -> Tensor:
-            return self.model(rows, self.pool, masked, halves, chosen)
+        def forward(rows: Batch, halves: tuple[Batch, Batch] | None, *_: None) -> Tensor:
+            return self.model(rows, self.pool, masked, halves)
 
         eager, captured = (DecodeStep(forward, tokens, [batch], each, lambda rows: overlap) for _ in range(2))
         pages = [range(1 + i * each, 1 + (i + 1) * each) for i in range(batch)]

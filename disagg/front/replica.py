@@ -1,0 +1,79 @@
+"""Replica: what the router knows of one attention replica, and how loaded it takes it to be.
+
+The router's book has every request that it has sent. So all of them count, whether the replica knows of them yet or
+not. The replica reports what the book cannot know. Its reports come with beats, about a second old, and in no order
+with its news about requests. They therefore hold only what an old report cannot make wrong:
+
+- The tokens left of a prompt, by uid. They only fall, so the smallest number counts. A prompt that no report names
+  counts in full.
+- The pages of aborted requests that a transfer may still write. No request of the book owns them.
+"""
+
+from collections.abc import KeysView
+from dataclasses import dataclass, field
+
+from disagg.control.messages import Hello, Load
+from model.kv_cache import PAGE
+
+
+@dataclass(eq=False)
+class Replica:
+    """Ranks that serve together, the requests that the router has given them, and their latest report."""
+
+    id: str
+    hello: Hello
+    load: Load | None = None  # as reported
+    stats: dict[str, float] = field(default_factory=dict)  # as reported, every few seconds
+    reported: float = 0.0  # time.monotonic() when `stats` came
+    _pages: dict[int, int] = field(default_factory=dict)  # by uid: of KV that a request may fill in the end
+    _left: dict[int, int] = field(default_factory=dict)  # by uid: tokens left of a prompt without a first token
+    pages: int = 0  # the sum of `_pages`
+    queued_tokens: int = 0  # the sum of `_left`
+
+    @property
+    def requests(self) -> KeysView[int]:
+        """The uids of the requests that decode here."""
+        return self._pages.keys()
+
+    @property
+    def prompts(self) -> KeysView[int]:
+        """The uids of the prompts that are computed here, until the router has their first token."""
+        return self._left.keys()
+
+    @property
+    def capacity(self) -> int:
+        """Pages of KV."""
+        return max(1, self.hello.kv_tokens // PAGE)
+
+    @property
+    def kv_pages(self) -> int:
+        """Pages of KV that are taken: promised to requests, or still held for aborted ones."""
+        unwanted = self.load.unwanted_pages if self.load is not None else 0
+        return self.pages + min(unwanted, self.capacity)
+
+    @property
+    def kv_share(self) -> float:
+        return self.kv_pages / self.capacity
+
+    def add_request(self, uid: int, pages: int) -> None:
+        self._pages[uid] = pages
+        self.pages += pages
+
+    def end_request(self, uid: int) -> None:
+        self.pages -= self._pages.pop(uid, 0)
+
+    def add_prompt(self, uid: int, tokens: int) -> None:
+        self._left[uid] = tokens
+        self.queued_tokens += tokens
+
+    def end_prompt(self, uid: int) -> None:
+        self.queued_tokens -= self._left.pop(uid, 0)
+
+    def hear(self, load: Load) -> None:
+        """Take a report, however old it is."""
+        self.load = load
+        for uid, tokens in load.tokens_left.items():
+            known = self._left.get(uid, 0)
+            if tokens < known:
+                self._left[uid] = tokens
+                self.queued_tokens -= known - tokens

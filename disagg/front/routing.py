@@ -1,0 +1,109 @@
+"""Routing: which decode replica and which prefill replica a request gets.
+
+A request waits in the router until replicas have room. Of those with room, the least loaded ones get it: in decode by
+the share of the KV, in prefill by the queued tokens.
+
+But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and in prefill the
+one that served the same prefix last, because it may still hold that KV. The skew says how much more loaded it may be
+than the least loaded one. It is limited by the work that the KV could save.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from disagg.front.recent import Recent, prefix_keys, session_key
+from disagg.front.replica import Replica
+from disagg.request import Request
+from model.batch import PAGE
+from model.kv_cache import pages_for
+
+BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
+STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
+LEAST_AHEAD = 4  # or this many prompts, whichever is more
+KV_SKEW = 0.02  # the largest skew, as a share of the KV: with more, simulated loads are visibly less even
+
+
+class Routing:
+    """Chooses replicas, and remembers its choices."""
+
+    def __init__(self) -> None:
+        self._recent = Recent()
+
+    def choose(
+        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica]
+    ) -> tuple[Replica, Replica] | None:
+        """Return a decode and a prefill replica that can begin the request now, or None.
+
+        `decodes`: the suitable decode replicas, or unified ones, of which one is returned twice. The choice is
+        remembered, so the request must go there.
+        """
+        decodes = with_room(decodes, pages_for(request.most_tokens))
+        is_unified = bool(decodes) and decodes[0].hello.role == "unified"
+        prefills = with_time(decodes if is_unified else prefills)
+        if is_unified:
+            decodes = prefills
+        if not decodes or not prefills:
+            return None
+        return self._pick(request, session_id, decodes, None if is_unified else prefills)
+
+    def _pick(
+        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
+    ) -> tuple[Replica, Replica]:
+        """Return one decode and one prefill replica. `prefills`: None if `decodes` are unified."""
+        prefix = prefix_keys(request.prompt)
+        session = [] if session_id is None else [session_key(session_id)]
+        least = min(decodes, key=lambda r: (r.kv_share, r.queued_tokens, len(r.requests)))
+        saved = pages_for(len(request.prompt))  # at most: the prompt may repeat what the session had before
+        near = [r for r in decodes if r.kv_share <= least.kv_share + min(saved / r.capacity, KV_SKEW)]
+        if prefills is None:
+            decode = self._with_prefix(prefix, near) or self._with_session(session, near) or least
+            prefill = decode
+        else:
+            decode = self._with_session(session, near) or least
+            prefill = self._with_prefix(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
+        for key in session:
+            self._recent.put(key, decode.id)
+        for key in prefix:
+            self._recent.put(key, prefill.id)
+        return decode, prefill
+
+    def _with_session(self, session: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
+        """Return the replica that served the session last, if it is among `replicas`."""
+        last = {self._recent.get(key) for key in session}
+        return next((r for r in replicas if r.id in last), None)
+
+    def _with_prefix(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
+        """Return the replica that served the longest prefix of the prompt last, within the skew limit.
+
+        The limit is the length of that prefix: the replica saves it, if it still has its KV. The limit is never more
+        than one step's tokens, because a guess may not cost more than a step.
+        """
+        by_id = {r.id: r for r in replicas}
+        least = min(r.queued_tokens for r in replicas)
+        for num_pages in range(len(prefix), 0, -1):
+            last = by_id.get(self._recent.get(prefix[num_pages - 1]) or "")
+            if last is not None and last.queued_tokens <= least + min(num_pages * PAGE, last.hello.step_tokens):
+                return last
+        return None
+
+
+def suitable(replicas: Sequence[Replica], tokens: int, suspects: Mapping[str, float]) -> list[Replica]:
+    """Return the replicas whose KV can hold a request's `tokens`, except those where it has just failed.
+
+    If no KV can hold them, any replica is suitable: it will answer with the error. `suspects`: by job, until when
+    (time.monotonic()) the request avoids it.
+    """
+    now = time.monotonic()
+    large_enough = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
+    return [r for r in large_enough if suspects.get(r.hello.job, now) <= now]
+
+
+def with_room(replicas: Sequence[Replica], pages: int) -> list[Replica]:
+    """Return the replicas that have KV for a request, and a place behind their batch. One without requests has both."""
+    fitting = [r for r in replicas if not r.requests or r.kv_pages + pages <= r.capacity]
+    return [r for r in fitting if len(r.requests) < BATCHES * r.hello.max_batch]
+
+
+def with_time(replicas: Sequence[Replica]) -> list[Replica]:
+    """Return the replicas that can soon begin another prompt."""
+    return [r for r in replicas if len(r.prompts) < LEAST_AHEAD or r.queued_tokens < STEPS_AHEAD * r.hello.step_tokens]

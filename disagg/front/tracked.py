@@ -1,0 +1,103 @@
+"""Tracked: what the router knows of a request that has no answer yet."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from disagg.control.messages import Update
+from disagg.front.client import Client
+from disagg.front.expert_rows import ExpertRows
+from disagg.front.fleet import Replica
+from disagg.front.parse import UserRequest
+from disagg.front.prompt_rows import PromptRows
+from disagg.front.text_stream import TextStream
+from disagg.request import Request
+
+STATES = ("waiting", "queued", "prefill", "decode")
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A request without its answer yet. Times are time.monotonic()."""
+
+    user: UserRequest
+    client: Client
+    stream: TextStream
+    submitted: float
+    experts: ExpertRows
+    prompt_rows: PromptRows
+    uid: int = -1  # of its current attempt
+    logprobs: list = field(default_factory=list)
+    first: float | None = None  # when the first token arrived
+    latest: float | None = None  # when the latest token arrived
+    attempts: int = 0
+    decode: Replica | None = None
+    prefill: Replica | None = None  # until it has made a token
+    begun: bool = False  # at its current replica
+    suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
+
+    @property
+    def state(self) -> str:
+        """Return how far it is, one of STATES.
+
+        It waits here, or is queued on a decode replica that has no pages for it yet. Then its prompt is computed and
+        transferred, until this attempt's first token arrives. A unified replica does not say when it begins.
+        """
+        if self.decode is None:
+            return "waiting"
+        begun = self.begun or self.prefill is self.decode
+        return "decode" if self.prefill is None else "prefill" if begun else "queued"
+
+    def request(self, uid: int) -> Request:
+        """Return the rest of the request: the tokens so far join the prompt.
+
+        The log probabilities of the user's prompt came before the first token, and are not computed again after it.
+        """
+        request, done = self.user.request, self.stream.token_ids
+        return msgspec.structs.replace(
+            request,
+            uid=uid,
+            prompt=request.prompt + done,
+            max_tokens=request.max_tokens - len(done),
+            resumed=len(done),
+            prompt_logprobs=None if done else request.prompt_logprobs,
+        )
+
+    def restart(self) -> None:
+        """Forget what the next attempt sends again."""
+        self.experts.clear()
+        if not self.stream.token_ids:
+            self.prompt_rows.clear()
+
+    def take(self, update: Update) -> None:
+        """Keep the rows of an update. Raises ValueError if they are not those that the request must get now."""
+        self.experts.add(update.experts)
+        if update.prompt_rows:
+            self.prompt_rows.add(update.prompt_rows)
+        if update.tokens and self.latest is None:
+            self.prompt_rows.check_complete()
+
+    def rows(self) -> dict[str, Any]:
+        """Return the answer's fields that the rows make. Raises ValueError if they are not those of this answer."""
+        request, found = self.user.request, {}
+        if request.return_experts:  # of all tokens but the last generated one, which is not fed back
+            found["experts"] = self.experts.encode(len(request.prompt) + max(len(self.stream.token_ids), 1) - 1)
+        if request.prompt_logprobs is not None:
+            found["prompt_token_ids"] = request.prompt
+            found["prompt_logprobs"] = self.prompt_rows.encode()
+        return found
+
+    def push(self, token: int, logprobs: list) -> bool:
+        """Add a token, and show what may be shown now. Returns True if a stop string is complete."""
+        shown = self.stream.shown
+        stopped = self.stream.push(token)
+        self.client.show(self.stream.text[shown : self.stream.shown], [token], logprobs)
+        return stopped
+
+    def close(self) -> None:
+        """End the text, and show the rest of it."""
+        shown = self.stream.shown
+        self.stream.close()
+        if self.stream.shown > shown:
+            self.client.show(self.stream.text[shown:], [], [])
