@@ -69,6 +69,10 @@ class Replica:
     def end_prompt(self, uid: int) -> None:
         self.queued_tokens -= self._left.pop(uid, 0)
 
+    def tokens_left(self, uid: int) -> int | None:
+        """Return how many tokens of a prompt are not computed, as far as reported. None if it is not here."""
+        return self._left.get(uid)
+
     def hear(self, load: Load) -> None:
         """Take a report, however old it is."""
         self.load = load

@@ -197,6 +197,7 @@ class Router:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
+        tracked.path = prefill.id, decode.id
         tracked.restart()
         decode.add_request(request.uid, pages_for(request.most_tokens))
         prefill.add_prompt(request.uid, len(request.prompt))
@@ -261,7 +262,7 @@ class Router:
             self._prompt_done(update.uid, tracked)
             if tracked.latest is None:
                 self.metrics.first_token(now - tracked.submitted, update.parts)
-                tracked.first = now
+                tracked.first, tracked.parts = now, update.parts
             elif i == 0:
                 self.metrics.next_token(now - tracked.latest)
             tracked.latest = now

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from disagg.control.messages import Update
+from disagg.control.messages import Parts, Update
 from disagg.front.client import Client
 from disagg.front.expert_rows import ExpertRows
 from disagg.front.fleet import Replica
@@ -31,10 +31,12 @@ class Tracked:
     logprobs: list = field(default_factory=list)
     first: float | None = None  # when the first token arrived
     latest: float | None = None  # when the latest token arrived
+    parts: Parts | None = None  # of the time to first token, if the prompt was computed elsewhere
     attempts: int = 0
     decode: Replica | None = None
     prefill: Replica | None = None  # until it has made a token
     begun: bool = False  # at its current replica
+    path: tuple[str, str] = ("", "")  # ids of the latest attempt's prefill and decode replica
     suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
 
     @property

@@ -12,5 +12,6 @@ token_text.py   tokens as log probabilities show them
 openapi.py      the description of all this at /openapi.json
 errors.py       errors in OpenAI's shape
 limits.py       time limits and keys, from the flags
+deployment.py, page.html    a page to try the model, and the picture of the deployment on it
 metrics.py      the router's and the replicas' numbers in Prometheus' text form
 """

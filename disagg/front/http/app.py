@@ -16,7 +16,7 @@ from disagg.front.http.information import Information
 from disagg.front.http.metrics import render
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_PATHS = ("/health",)  # need no key
+OPEN_PATHS = ("/", "/health")  # need no key; the page asks for it
 
 
 class NeedsKey:
@@ -48,6 +48,8 @@ def make_app(service: Service) -> ASGIApp:
     routes = [
         Route("/v1/completions", endpoint(service, fields.completion, Completions), methods=["POST"]),
         Route("/v1/chat/completions", endpoint(service, fields.chat, Chat), methods=["POST"]),
+        Route("/", about.page, methods=["GET"]),
+        Route("/deployment", about.deployment, methods=["GET"]),
         Route("/v1/models", about.models, methods=["GET"]),
         Route("/v1/models/{name:path}", about.model, methods=["GET"]),
         Route("/tokenize", about.tokenize, methods=["POST"]),

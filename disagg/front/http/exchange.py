@@ -28,6 +28,7 @@ class Prompt:
         self.piece, self.tokens, self.logprobs = "", list[int](), list[list]()  # since the task's last look
         self.answer: Answer | None = None
         self.seen = False  # has the task taken the answer?
+        self.closed = False  # has the client got all it wants, or gone?
         self.tracked: Tracked
         self.chat: ChatText | None = None  # only for messages
 
@@ -109,6 +110,7 @@ class Exchange:
         """Cancel what has no answer yet."""
         for prompt in self.prompts:
             self._router.cancel(prompt.tracked)
+            prompt.closed = True
         self._wake()
 
 

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -17,6 +17,7 @@ from disagg.front.http import fields
 from disagg.front.http.body import read_object
 from disagg.front.http.chat import Chat
 from disagg.front.http.completions import Completions
+from disagg.front.http.deployment import Watched
 from disagg.front.http.errors import HttpError, refusal
 from disagg.front.http.exchange import LATER, Exchange, while_connected
 from disagg.front.http.fields import Asked
@@ -42,6 +43,7 @@ class Service:
     encoder: ThreadPoolExecutor  # one thread: a long text, or a chat template, must not stop the loop
     words: TokenText
     chat_format: ChatFormat | None  # None: the model has no tokenizer, and so no chat
+    watched: Watched = field(default_factory=Watched)
 
     def refuse_if_full(self, prompts: int) -> None:
         """Raise HttpError if so many more prompts cannot be served soon."""
@@ -89,7 +91,8 @@ def endpoint(service: Service, read: Callable[[dict], Asked], form: type[Complet
         users = await service.parse(asked.lines)
         service.refuse_if_full(len(users))  # others may have come meanwhile
         id = form.prefix + secrets.token_hex(12)
-        return Reply(service, users, asked, form(id, int(time.time()), service.names[0], asked, service.words))
+        form_of = form(id, int(time.time()), service.names[0], asked, service.words)
+        return Reply(service, users, asked, form_of, request.headers.get("x-request-id", ""))
 
     return answer
 
@@ -97,8 +100,11 @@ def endpoint(service: Service, read: Callable[[dict], Asked], form: type[Complet
 class Reply:
     """The response to one request. It ends early, and cancels the request, if the client leaves."""
 
-    def __init__(self, service: Service, users: list[UserRequest], asked: Asked, form: Completions | Chat) -> None:
-        self._service, self._users, self._asked, self._form = service, users, asked, form
+    def __init__(
+        self, service: Service, users: list[UserRequest], asked: Asked, form: Completions | Chat, name: str
+    ) -> None:
+        """`name`: the client's own id of the request, which may be empty."""
+        self._service, self._users, self._asked, self._form, self._name = service, users, asked, form, name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, asked, words = self._service, self._asked, self._service.words
@@ -112,6 +118,7 @@ class Reply:
             if "messages" in line and service.chat_format is not None:
                 stream, tokens = prompt.tracked.stream, prompt.user.request.prompt
                 prompt.chat = ChatText(service.chat_format, stream, tokens, line.get("tools"))
+        service.watched.add(self._name, exchange.prompts[0])
         try:
             await while_connected(receive, (self._stream if asked.stream else self._whole)(exchange, send))
         finally:

@@ -1,7 +1,8 @@
-"""The paths that generate nothing: models, tokens, health, and the description of the API."""
+"""The paths that generate nothing: the page, models, tokens, health, and descriptions of deployment and API."""
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from disagg.front.http.body import read_object
+from disagg.front.http.deployment import picture
 from disagg.front.http.errors import HttpError
 from disagg.front.http.exchange import LATER
 from disagg.front.http.fields import check_model
@@ -18,6 +20,12 @@ from disagg.front.parse import parse_prompt
 from disagg.front.tokenizer import NO_TOKENIZER
 
 MOST_TOKENS = 2**20  # of /detokenize
+PAGE = Path(__file__).with_name("page.html")
+# The page loads nothing, and talks to this server alone.
+FOR_THE_PAGE = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
 
 
 class Information:
@@ -46,6 +54,15 @@ class Information:
         if missing := self._service.router.fleet.missing_roles():
             raise HttpError(503, f"no {' and no '.join(missing)} replica", headers=LATER)
         return _json({"status": "ok"})
+
+    async def page(self, request: Request) -> Response:
+        return Response(PAGE.read_bytes(), media_type="text/html", headers=FOR_THE_PAGE)
+
+    async def deployment(self, request: Request) -> Response:
+        """The replicas and their loads, and where the request is that the query names by its X-Request-Id."""
+        service = self._service
+        prompt = service.watched.get(request.query_params.get("request", ""))
+        return _json(picture(service.router, service.names[0], prompt))
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a prompt or of messages, as a request with them would have."""
