@@ -29,6 +29,7 @@ BESIDE |= {
     "documents",
     "session_id",
 }  # the client knows none
+LIMIT = 1024  # tokens of a request, and of a pool
 RIVER = [{"role": "user", "content": "river"}]
 LINES: list[dict[str, Any]] = [
     {"prompt": "In the beginning", "max_tokens": 8},
@@ -78,13 +79,13 @@ def expected(small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 @pytest.fixture(scope="module", params=["unified", "disaggregated"])
 def client(request: pytest.FixtureRequest, small: Path) -> Iterator[openai.OpenAI]:
     address, http = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-    model = ["--model", str(small)]
+    model, pool = ["--model", str(small), "--max-model-len", str(LIMIT)], ["--kv-tokens", str(LIMIT)]
     if request.param == "unified":
-        jobs = [Job([*model, "--http", http, "--kv-tokens", "2048"])]
+        jobs = [Job([*model, "--http", http, *pool])]
     else:
         where = ["--router", address]
         jobs = [Job([*model, "--role", "router", *where, "--http", http])]
-        jobs += [Job([*model, "--role", role, *where, "--kv-tokens", "2048"], 2) for role in ("prefill", "decode")]
+        jobs += [Job([*model, "--role", role, *where, *pool], 2) for role in ("prefill", "decode")]
     client = openai.OpenAI(base_url=f"http://{http}/v1", api_key="none", max_retries=0, timeout=60)
     try:
         deadline = time.monotonic() + 60
@@ -221,10 +222,9 @@ def test_a_content_may_have_parts_and_tools_may_be_kept_from_the_template(client
 
 
 def test_without_max_tokens_an_answer_goes_to_the_models_limit(client: openai.OpenAI) -> None:
-    """The pool has as many tokens as the model's limit."""
-    prompt = [9] * 2040
+    prompt = [9] * (LIMIT - 8)
     answer = client.completions.create(model="", prompt=prompt, extra_body={"ignore_eos": True})
-    assert answer.usage.completion_tokens == 2048 - 2040 and answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 8 and answer.choices[0].finish_reason == "length"
 
 
 def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
@@ -235,7 +235,7 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4", messages=RIVER)
     with pytest.raises(openai.BadRequestError, match="n is 2; it must be 1"):
         client.chat.completions.create(model="", messages=RIVER, n=2)
-    with pytest.raises(openai.BadRequestError, match=re.escape("is over max_model_len (2048)")):
+    with pytest.raises(openai.BadRequestError, match=re.escape("is over max_model_len (1024)")):
         client.chat.completions.create(model="", messages=RIVER, max_tokens=4000, stream=True)
 
 
@@ -244,11 +244,11 @@ def test_clients_that_leave_leave_no_page_behind(client: openai.OpenAI) -> None:
     url = client.base_url
     socks = [socket.create_connection((url.host, url.port)) for _ in range(64)]
     for i, sock in enumerate(socks):
-        body = {"prompt": [9 + i] * (700 if i % 2 else 3), "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = {"prompt": [9 + i] * (300 if i % 2 else 3), "max_tokens": 200, "ignore_eos": True, "stream": True}
         sock.sendall(request_bytes("/v1/completions", body))
     assert socks[0].recv(1) and socks[2].recv(1)  # some have their first tokens
     for sock in socks:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as if killed
         sock.close()
-    whole = client.completions.create(model="", prompt=[[7] * 2046, [8] * 2046], max_tokens=2)
+    whole = client.completions.create(model="", prompt=[[7] * (LIMIT - 2), [8] * (LIMIT - 2)], max_tokens=2)
     assert [choice.finish_reason for choice in whole.choices] == ["length", "length"]

@@ -9,7 +9,7 @@ MOST_KEY_BYTES = 1_000_000  # of --api-key-file
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds that a request may take, from its whole body on. None: no limit."""
+    """Seconds that a request may take, from its submission to the router on. None: no limit."""
 
     total: float | None = None
     first_token: float | None = None
