@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
+import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM
 
-from disagg.front.parse import known_fields
 from scripts.tools.demo import free_port
+from tests.conftest import eventually
 from tests.deployment import answers_alone
 from tests.http_door import request_bytes
 from tests.processes import Job
@@ -41,19 +44,10 @@ LINES: list[dict[str, Any]] = [
     {"messages": RIVER, "max_tokens": 6, "logprobs": 2},
     {"messages": RIVER, "max_completion_tokens": 5, "temperature": 0.7, "seed": 5, "ignore_eos": True},
     {"messages": RIVER, "max_tokens": 4, "tools": [{"type": "function", "function": {"name": "f"}}]},
-    *(
-        {"prompt": "In the beginning", "max_tokens": 6, "temperature": 0.8, "seed": 4, name: value}
-        for name, value in (
-            ("min_p", 0.2),
-            ("presence_penalty", 1.0),
-            ("frequency_penalty", 1.0),
-            ("repetition_penalty", 1.3),
-            ("logit_bias", {"45": 50}),
-            ("min_tokens", 2),
-            ("stop_token_ids", [45]),
-        )
-        if name in known_fields()
-    ),
+    {"prompt": "The", "max_tokens": 8, "min_p": 0.2, "temperature": 0.8, "seed": 4, "session_id": "me"},
+    {"prompt": "The", "max_tokens": 8, "presence_penalty": 1.5, "frequency_penalty": 1.0},
+    {"prompt": "The", "max_tokens": 8, "repetition_penalty": 1.8, "logit_bias": {"45": 7.5}, "min_tokens": 4},
+    {"prompt": "The", "max_tokens": 8, "logit_bias": {"45": 100}, "stop_token_ids": [45]},
 ]
 
 
@@ -211,6 +205,35 @@ def test_echo_puts_the_prompt_in_front(client: openai.OpenAI, expected: list[dic
     assert [choice.text for choice in only.choices] == ["In the", "beginning"] and only.usage.completion_tokens == 0
 
 
+def test_echo_with_logprobs_has_those_of_the_prompt(client: openai.OpenAI, small: Path) -> None:
+    """As lm-evaluation-harness asks for them: one more entry than the prompt has tokens, the first one None."""
+    prompts = [[5, 6, 7, 8, 9], list(range(40, 170))]
+    answer = client.completions.create(
+        model="", prompt=prompts, max_tokens=1, temperature=0, logprobs=1, seed=1234, echo=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    for choice, ids in zip(answer.choices, prompts, strict=True):
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        shown = choice.logprobs
+        assert len(shown.token_logprobs) == len(shown.top_logprobs) == len(shown.tokens) == len(ids) + 1
+        assert shown.token_logprobs[0] is None and shown.top_logprobs[0] is None
+        wanted = rows[range(len(ids) - 1), ids[1:]].tolist() + [rows[-1].max().item()]
+        assert shown.token_logprobs[1:] == pytest.approx(wanted, abs=1e-3)
+        best = [max(top.values()) for top in shown.top_logprobs[1:]]
+        assert best == pytest.approx(rows.max(-1).values.tolist(), abs=1e-3)
+        greedy = [own == top for own, top in zip(shown.token_logprobs[1:], best, strict=True)]  # bitwise
+        assert greedy == [*(rows[:-1].argmax(-1) == torch.tensor(ids[1:])).tolist(), True]
+    whole = client.completions.create(model="", prompt=prompts[0], max_tokens=0, logprobs=2, echo=True)
+    (stream,) = client.completions.create(model="", prompt=prompts[0], max_tokens=0, logprobs=2, echo=True, stream=True)
+    for made in (whole, stream):  # in a step of their own, which rounds otherwise
+        (choice,) = made.choices
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(
+            answer.choices[0].logprobs.token_logprobs[1:-1], abs=1e-4
+        )
+        assert choice.text == answer.choices[0].text[: len(choice.text)] and len(choice.logprobs.top_logprobs[1]) >= 2
+
+
 def test_a_content_may_have_parts_and_tools_may_be_kept_from_the_template(client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     whole = create(model="", messages=RIVER, max_tokens=6)
@@ -239,6 +262,14 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="", messages=RIVER, max_tokens=4000, stream=True)
 
 
+def in_use(client: openai.OpenAI) -> tuple[float, float]:
+    """Requests that the router has, and pages that replicas have in use, as of their latest reports."""
+    text = client.get("/../metrics", cast_to=str)
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    used = [sum(s.value for s in samples if s.name == f"moesaic_{name}") for name in ("requests", "kv_pages")]
+    return used[0], used[1]
+
+
 def test_clients_that_leave_leave_no_page_behind(client: openai.OpenAI) -> None:
     """64 of them, amid prompts, transfers and decoding. Then requests come that each need a whole pool."""
     url = client.base_url
@@ -250,5 +281,6 @@ def test_clients_that_leave_leave_no_page_behind(client: openai.OpenAI) -> None:
     for sock in socks:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as if killed
         sock.close()
+    assert eventually(lambda: in_use(client) == (0, 0), 2), in_use(client)
     whole = client.completions.create(model="", prompt=[[7] * (LIMIT - 2), [8] * (LIMIT - 2)], max_tokens=2)
     assert [choice.finish_reason for choice in whole.choices] == ["length", "length"]

@@ -94,8 +94,8 @@ class Completions:
         if asked.top_logprobs is not None:
             rows: list = list(zip(tokens, logprobs, strict=True))
             if asked.echo and begins:
-                prompt_logprobs = getattr(answer, "prompt_logprobs", None) or []
-                rows = list(zip(prompt.user.request.prompt, prompt_logprobs, strict=True)) + rows
+                assert answer is not None and answer.prompt_logprobs is not None  # `Prompt.hold`: it is whole
+                rows = list(zip(prompt.user.request.prompt, answer.prompt_logprobs, strict=True)) + rows
             shown = self._logprobs(prompt, rows, asked.top_logprobs)
         if asked.echo and begins:
             text = prompt.prompt_text + text

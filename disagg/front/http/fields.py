@@ -13,7 +13,7 @@ from disagg.front.parse import CHAT, known_fields
 MOST_PROMPTS = 1_000  # of one request
 MOST_TOP_LOGPROBS = 20
 OWN = {"id", "prompt", "prompt_token_ids", "messages", "logprobs"}  # not passed as they are
-# name -> the values with which it changes nothing; all others are refused, unless parse.py knows the field
+# name -> the values with which it changes nothing; all others are refused
 REFUSED: dict[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
@@ -50,15 +50,6 @@ REFUSED: dict[str, tuple] = {
     "continue_final_message": (False,),
     "lora_path": (),
     "lora_request": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "stop_token_ids": ([],),
-    "prompt_logprobs": (),
-    "session_id": (),
 }
 
 
@@ -82,8 +73,6 @@ def completion(body: dict[str, Any]) -> Asked:
         _check_top("logprobs", top)
         common["logprobs"] = max(top, 1)
     if echo and top is not None:
-        if "prompt_logprobs" not in known_fields():
-            raise ValueError("echo is True; with logprobs it is not supported yet")
         if "prompt_logprobs" in common:
             raise ValueError("prompt_logprobs is for answers without echo and logprobs, which have them")
         common["prompt_logprobs"] = max(top, 1)
@@ -130,7 +119,7 @@ def _common(body: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
     known = known_fields()
     for name, neutral in REFUSED.items():
         value = body.get(name)
-        if name in known or value is None or any(_same(value, one) for one in neutral):
+        if value is None or any(_same(value, one) for one in neutral):
             continue
         rule = f"it must be {' or '.join(map(repr, neutral))}" if neutral else "it is not supported, leave it out"
         raise ValueError(f"{name} is {value!r:.60}; {rule}")
