@@ -50,13 +50,16 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
         reader: ExpertReader | None = None,
         handoff_bytes: int = 0,
+        loaded: str = "",
     ) -> None:
         """Collective. `model` has its weights. `say` is called with the memory table, before the KV pool is made.
 
         `reader` reads experts from the checkpoint; None: they never move. `handoff_bytes`: GPU memory that the KV
-        handoff takes. Raises ValueError if the settings do not fit the model or the memory.
+        handoff takes. `loaded`: how many weights, and how fast, for the log.
+        Raises ValueError if the settings do not fit the model or the memory.
         """
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
+        self.loaded = loaded
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
@@ -125,7 +128,6 @@ class Engine:
     ) -> "Engine":
         """Collective. Make an engine with this rank's share of the weights in `folder`, or of random ones.
 
-        `say` is also called with the size of the weights, once they are loaded.
         Raises ValueError on all ranks if one of them cannot load its share.
         """
         moves, layers = settings.rebalance.interval > 0, settings.rebalance.layers_per_step
@@ -154,8 +156,8 @@ class Engine:
             source.close()
         seconds, gigabytes = time.perf_counter() - began, loaded / 1e9
         rate = f"read in {seconds:.1f} s, {gigabytes / seconds:.2f} GB/s" if not dummy else f"made in {seconds:.1f} s"
-        say(f"{'weights':>10}: {gigabytes:.3f} GB on rank {mesh.rank}, {rate}")
-        return cls(settings, model, mesh, say, ExpertReader(source, config) if moves else None, handoff_bytes)
+        text = f"{gigabytes:.3f} GB on rank {mesh.rank}, {rate}"
+        return cls(settings, model, mesh, say, ExpertReader(source, config) if moves else None, handoff_bytes, text)
 
     def _decide_graphs(self) -> tuple[bool, str]:
         """Decide whether to capture the decode step. Returns that, and a line for the log, which may be empty."""

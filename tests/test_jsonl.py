@@ -214,7 +214,7 @@ def test_taking_ends_soon_however_much_there_is(
 ) -> None:
     """Good lines, bad ones, and those that have an answer."""
 
-    def slow(prompt: str) -> list[int]:
+    def slow(prompt: str, special: bool = True) -> list[int]:
         time.sleep(0.005)
         return [1]
 

@@ -247,7 +247,7 @@ def test_an_attempt_without_a_token_sends_all_rows_again_and_a_later_one_none() 
         second.close()
         third = joining("c", "decode", router)
         submit = third.hear(Submit)
-        assert submit.request == Request(submit.request.uid, [5, 6, 7, 8], 1)
+        assert submit.request == Request(submit.request.uid, [5, 6, 7, 8], 1, resumed=1)
         third.send(Updates([Update(submit.request.uid, [9], finish="length")], [submit.request.uid]))
         for worker in (third, prefill):
             worker.hear(Finish)

@@ -396,7 +396,7 @@ def test_a_panic_in_the_library_costs_one_prompt(capfd: pytest.CaptureFixture) -
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_ctrl_c_is_no_refusal(kind: type[BaseException]) -> None:
     class Interrupted(Spy):
-        def encode(self, text: str, **how: object) -> Never:
+        def encode_batch(self, texts: list[str], **how: object) -> Never:
             raise kind
 
     with pytest.raises(kind):

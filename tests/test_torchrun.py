@@ -123,7 +123,7 @@ def test_the_demo_ends_with_equal_tokens(tmp_path: Path) -> None:
 
 
 def test_the_demo_ends_with_its_router(capfd: pytest.CaptureFixture[str]) -> None:
-    """Otherwise its jobs would wait for another router. They end with it, and so do their ranks."""
+    """Otherwise its jobs would wait for another router. None is left, and no rank."""
     assert demo.main("scripts/none.jsonl") == 1
     told = capfd.readouterr()
     assert "scripts/none.jsonl" in told.err and "failed:" in told.out

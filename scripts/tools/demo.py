@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from disagg.control.address import answers
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = "scripts/prompts.jsonl"
 MODEL = "model/tiny"
@@ -66,18 +68,21 @@ def show_texts(path: Path, router: subprocess.Popen) -> None:
 def main(prompts: str = PROMPTS) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         apart, together = Path(scratch, "disaggregated.jsonl"), Path(scratch, "unified.jsonl")
-        address = f"127.0.0.1:{free_port()}"
+        host, port = "127.0.0.1", free_port()
+        address = f"{host}:{port}"
         torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "run.py")
-        jobs = [
-            start(*torchrun, "--role", role, "--router", address, "--model", MODEL, quiet=True)
-            for role in ("prefill", "decode")
-        ]
-        router = ("run.py", "--role", "router", "--router", address, "--model", MODEL)
-        jobs.append(start(*router, "--input", prompts, "--output", str(apart)))
+        flags = ("--router", address, "--model", MODEL)
+        router = start("run.py", "--role", "router", *flags, "--input", prompts, "--output", str(apart))
+        jobs = [router]
         try:
-            show_texts(apart, jobs[-1])
-            # The router first: without it, the jobs would wait for another.
-            failed = next((job.args for job in reversed(jobs) if job.wait(timeout=300)), None)
+            # Without the router, the jobs would wait for another one. And a torchrun that is ended while it starts its
+            # ranks leaves them behind.
+            while router.poll() is None and not answers(host, port):
+                time.sleep(0.1)
+            if router.poll() is None:
+                jobs += [start(*torchrun, "--role", role, *flags, quiet=True) for role in ("prefill", "decode")]
+            show_texts(apart, router)
+            failed = next((job.args for job in jobs if job.wait(timeout=300)), None)
         except KeyboardInterrupt:  # the router got it too, and ends the jobs
             for job in jobs:
                 job.wait(timeout=60)
