@@ -470,7 +470,7 @@ def test_tokens_do_not_change_when_experts_move(tiny: Path, small: Path, tmp_pat
     drawn: list[list[tuple[int, int]]] = []
 
     @settings(max_examples=10, database=None, derandomize=True)
-    @given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 2**32 - 1)), min_size=1, max_size=4))
+    @given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 2**32 - 1)), min_size=1, max_size=2))
     def draw(maps: list[tuple[int, int]]) -> None:
         drawn.append(maps)
 
