@@ -99,11 +99,12 @@ def make_router(port: RouterPort, stopped: Callable[[], bool] = lambda: False) -
 
 
 @contextmanager
-def serving(*requests: Request) -> Iterator[tuple[Router, dict[int, Answer]]]:
+def serving(*requests: Request | UserRequest) -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with these requests, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
     router = make_router(port)
-    work = listed([UserRequest("x", request, []) for request in requests], answers.__setitem__)
+    users = [one if isinstance(one, UserRequest) else UserRequest("x", one, []) for one in requests]
+    work = listed(users, answers.__setitem__)
     thread = threading.Thread(target=lambda: router.run(work), daemon=True)
     thread.start()
     yield router, answers
@@ -196,6 +197,23 @@ def test_the_requests_on_a_prefill_replica_are_counted(capsys: pytest.CaptureFix
         "a prefill replica is lost: rank 0 on 127.0.0.1 (process 0) died or is frozen; 1 requests were on it"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_only_a_limit_that_nobody_asked_for_is_cut_to_the_kv(limited: bool) -> None:
+    """Else a model with a long context would refuse every request without max_tokens. So is the rest after a loss."""
+    with serving(UserRequest("x", Request(0, [5] * 10, 5000), [], limited=limited)) as (router, answers):
+        first = joining("first", "unified", router, kv_tokens=128)
+        submit = hear(first, Submit)
+        assert submit.request.max_tokens == (5000 if limited else 118)
+        first.send(Updates([Tokens({submit.request.uid: 7})]))
+        assert eventually(lambda: any(tracked.stream.token_ids for tracked in router.tracked))
+        first.close()
+        second = joining("second", "unified", router, kv_tokens=640)
+        again = hear(second, Submit)
+        assert again.request.max_tokens == (4999 if limited else 640 - 11)
+        finish(second, again)
+    assert answers[0].error is None and answers[0].token_ids == [7, 9]
 
 
 @pytest.mark.parametrize("small_role", ["decode", "prefill"])

@@ -29,6 +29,7 @@ class UserRequest(msgspec.Struct, frozen=True):
     stop: list[str]
     marks: frozenset[int] = frozenset()  # tokens that structure its text: see `TextStream` and `ChatFormat.marks`
     session_id: str | None = None
+    limited: bool = True  # has it a max_tokens of its own? Otherwise it may be cut to the KV of the largest replica
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
         raise ValueError(
             f"prompt ({len(prompt)} tokens) leaves no room for a token: max_model_len is {served.max_model_len}"
         )
+    limited = "max_tokens" in fields
     fields.setdefault("max_tokens", room)
     request = Request(uid, prompt, **fields)
     if request.min_tokens > request.max_tokens:
@@ -97,7 +99,7 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
             f"prompt ({len(prompt)} tokens) + max_tokens ({request.max_tokens}) = {request.most_tokens} is over "
             f"max_model_len ({served.max_model_len})"
         )
-    return UserRequest(raw.get("id", uid), request, stop, session_id=session_id)
+    return UserRequest(raw.get("id", uid), request, stop, session_id=session_id, limited=limited)
 
 
 def parse_prompt(raw: dict[str, Any], served: Served, add_special_tokens: bool = True) -> list[int]:

@@ -182,7 +182,7 @@ class Router:
         while self._waiting and able and self.fleet.expected <= 0:
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
-            request = tracked.request(uid)
+            request = tracked.request(uid, max(replica.hello.kv_tokens for replica in able))
             decodes = suitable(able, request.most_tokens, tracked.suspects)
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
             if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):

@@ -51,17 +51,22 @@ class Tracked:
         begun = self.begun or self.prefill is self.decode
         return "decode" if self.prefill is None else "prefill" if begun else "queued"
 
-    def request(self, uid: int) -> Request:
+    def request(self, uid: int, kv_tokens: int) -> Request:
         """Return the rest of the request: the tokens so far join the prompt.
+
+        `kv_tokens`: of the largest replica. A request without a limit of its own is cut to them.
 
         The log probabilities of the user's prompt came before the first token, and are not computed again after it.
         """
         request, done = self.user.request, self.stream.token_ids
+        max_tokens, room = request.max_tokens - len(done), kv_tokens - len(request.prompt) - len(done)
+        if not self.user.limited and 0 < room < max_tokens:
+            max_tokens = room
         return msgspec.structs.replace(
             request,
             uid=uid,
             prompt=request.prompt + done,
-            max_tokens=request.max_tokens - len(done),
+            max_tokens=max_tokens,
             resumed=len(done),
             prompt_logprobs=None if done else request.prompt_logprobs,
         )
