@@ -276,7 +276,7 @@ def test_requests_that_take_too_long_are_ended(tiny: Path) -> None:
         assert "over 0.6 s in all" in refused(door, CHAT, MESSAGES | {"seed": 1}, 504)["message"]
         status, _, body = door.post(CHAT, MESSAGES | {"seed": 1, "stream": True})
         assert status == 200 and "over 0.6 s in all" in events(body)[-1]["error"]["message"]
-        assert eventually(lambda: len(door.actor.aborts) == 4) and not door.front.router._tracked
+        assert eventually(lambda: len(door.actor.aborts) == 4 and not door.front.router._tracked)
 
 
 def test_a_full_queue_asks_to_come_later(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

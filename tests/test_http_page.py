@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,17 @@ def test_only_the_latest_requests_are_remembered() -> None:
 
 
 @pytest.fixture
-def address(tiny: Path) -> Iterator[str]:
+def chromium() -> tuple[Any, str]:
+    """Playwright's API, and the path of a browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser's test needs Playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("the browser's test needs a Chromium")
+    return playwright, path
+
+
+@pytest.fixture
+def address(tiny: Path, chromium: tuple[Any, str]) -> Iterator[str]:
     """The page of a router with a prefill and a decode job."""
     router, http = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     common = ["--router", router, "--model", str(tiny)]
@@ -116,13 +127,10 @@ def address(tiny: Path) -> Iterator[str]:
         assert job.finish()[0] == 0
 
 
-def test_a_talk_in_a_browser(address: str, tmp_path: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser's test needs Playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the browser's test needs a Chromium")
+def test_a_talk_in_a_browser(chromium: tuple[Any, str], address: str, tmp_path: Path) -> None:
+    playwright, path = chromium
     with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = browsers.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1240, "height": 780})
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
