@@ -422,3 +422,13 @@ def test_the_allocator_gives_all_or_nothing_and_takes_only_what_it_gave() -> Non
     with pytest.raises(AssertionError, match="is not allocated"):
         allocator.free([NULL_PAGE])
     assert allocator.num_free == 1
+
+
+@pytest.mark.parametrize(("how", "pages"), [({}, 2), ({"reserve_output": False}, 1)])
+def test_pages_for_the_output_are_reserved_unless_told_otherwise(how: dict[str, bool], pages: int) -> None:
+    """10 tokens of prompt and 100 generated ones need two pages, the prompt alone one."""
+    scheduler = Scheduler(PageAllocator(10), max_batch=4, max_tokens_per_step=64, max_model_len=640)
+    sequence = Sequence(Request(0, [5] * 10, 100))
+    scheduler.add(sequence)
+    scheduler.schedule(**how)
+    assert len(sequence.pages) == pages
