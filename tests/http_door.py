@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from disagg.control.messages import Abort, Bye, Finish, Hello, Member, Submit, Update, Updates
 from disagg.control.ports import WorkerPort
@@ -58,11 +55,7 @@ def at_once(submit: Submit) -> list[Update]:
     request = submit.request
     logprobs = [[(TOKEN, -0.5)]] if request.logprobs else []
     experts = b"" if not request.return_experts else bytes(2 * 4 * 4 * len(request.prompt))
-    more: dict[str, Any] = {}
-    if getattr(request, "prompt_logprobs", 0):
-        more["prompt_logprobs"] = [None, *[[(token, -0.5)] for token in request.prompt[1:]]]
-    update = Update(request.uid, [TOKEN], logprobs, "length", experts=experts)
-    return [msgspec.structs.replace(update, **{k: v for k, v in more.items() if k in Update.__struct_fields__})]
+    return [Update(request.uid, [TOKEN], logprobs, "length", experts=experts)]
 
 
 def never(submit: Submit) -> list[Update]:

@@ -26,12 +26,7 @@ from tests.processes import Job
 from tests.test_worlds import tokenizer_of
 
 BESIDE = {"ignore_eos", "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "return_experts"}
-BESIDE |= {
-    "prompt_token_ids",
-    "chat_template_kwargs",
-    "documents",
-    "session_id",
-}  # the client knows none
+BESIDE |= {"prompt_token_ids", "chat_template_kwargs", "documents", "session_id"}  # the client knows none
 LIMIT = 1024  # tokens of a request, and of a pool
 RIVER = [{"role": "user", "content": "river"}]
 LINES: list[dict[str, Any]] = [

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from disagg.front.parse import check_field, engine_fields
+from disagg.front.parse import check_field
 from model.config import read_json
 
 SAMPLING = {  # field -> its value where do_sample is true and the file has none, as in transformers' generate
@@ -25,8 +25,8 @@ def read_defaults(folder: str | Path) -> dict[str, Any]:
     if raw.get("do_sample") is not True:
         return {}
     defaults = {}
-    for name in SAMPLING.keys() & engine_fields():
-        value = SAMPLING[name] if raw.get(name) is None else raw[name]
+    for name, missing in SAMPLING.items():
+        value = missing if raw.get(name) is None else raw[name]
         try:
             if value is not None:
                 defaults[name] = check_field(name, value)

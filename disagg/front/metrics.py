@@ -10,6 +10,7 @@ from disagg.control.messages import Parts
 from disagg.front.histogram import Histogram
 from disagg.front.spread import Spreads
 
+STEP_TOKENS = {"prefill": "prompt_tokens", "decode": "decode_step_tokens"}  # phase -> the statistic of its tokens
 ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decode": ("decode",)}
 
 
@@ -78,7 +79,7 @@ class Metrics:
         if seconds > 0:
             total = (self.prompt_tokens + self.generated_tokens) / seconds
             rows.append(("overall", f"{total:,.0f} tok/s, {self.generated_tokens / seconds:,.0f} generated tok/s"))
-        for phase, tokens in (("prefill", "prompt_tokens"), ("decode", "decode_step_tokens")):
+        for phase, tokens in STEP_TOKENS.items():
             if rate := self._rate(phase, tokens):
                 rows.append((phase, rate))
         for name, times in (("TTFT", self.ttft), ("inter-token", self.inter_token)):

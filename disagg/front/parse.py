@@ -126,11 +126,6 @@ def field_rules() -> dict[str, tuple[type, str]]:
     return {name: (kind, words) for name, (kind, _, words) in _RULES.items()}
 
 
-def engine_fields() -> frozenset[str]:
-    """Return the names of all fields that `check_field` knows."""
-    return frozenset(_RULES)
-
-
 def is_id(value: Any) -> bool:
     """Is it a valid id? JSON can spell half a surrogate pair, which cannot be printed."""
     return type(value) is int or type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)

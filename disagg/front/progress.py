@@ -15,12 +15,11 @@ from collections.abc import Collection, Iterable
 
 from tqdm import tqdm
 
-from disagg.front.metrics import ROLE_PHASES
+from disagg.front.metrics import ROLE_PHASES, STEP_TOKENS
 from disagg.front.replica import Replica
 from disagg.front.tracked import STATES, Tracked
 
 Report = tuple[float, dict[str, float]]  # when it came, the statistics
-STEP_TOKENS = {"prefill": "prompt_tokens", "decode": "decode_step_tokens"}  # phase -> its statistic
 
 
 class Progress:

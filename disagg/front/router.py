@@ -179,10 +179,11 @@ class Router:
             self._changes = self.fleet.changes
             self._withdraw(able)
         unassigned = []  # uids that stay here for now
+        kv_tokens = max((replica.hello.kv_tokens for replica in able), default=0)
         while self._waiting and able and self.fleet.expected <= 0:
             uid = self._waiting.popleft()
             tracked = self._tracked[uid]
-            request = tracked.request(uid, max(replica.hello.kv_tokens for replica in able))
+            request = tracked.request(uid, kv_tokens)
             decodes = suitable(able, request.most_tokens, tracked.suspects)
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
             if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):

@@ -1,7 +1,7 @@
 """Routing: which decode replica and which prefill replica a request gets.
 
-A request waits in the router until replicas have room. Of those with room, the least loaded ones get it: in decode by
-the share of the KV, in prefill by the queued tokens.
+A request waits in the router until replicas have room. The least loaded replicas with room get it. The load is the
+share of the KV in decode, and the queued tokens in prefill.
 
 But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and in prefill the
 one that served the same prefix last, because it may still hold that KV. The skew says how much more loaded it may be
@@ -51,7 +51,7 @@ class Routing:
     ) -> tuple[Replica, Replica]:
         """Return one decode and one prefill replica. `prefills`: None if `decodes` are unified."""
         prefix = prefix_keys(request.prompt)
-        session = [] if session_id is None else [session_key(session_id)]
+        session = None if session_id is None else session_key(session_id)
         least = min(decodes, key=lambda r: (r.kv_share, r.queued_tokens, len(r.requests)))
         saved = pages_for(len(request.prompt))  # at most: the prompt may repeat what the session had before
         near = [r for r in decodes if r.kv_share <= least.kv_share + min(saved / r.capacity, KV_SKEW)]
@@ -61,16 +61,16 @@ class Routing:
         else:
             decode = self._with_session(session, near) or least
             prefill = self._with_prefix(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
-        for key in session:
-            self._recent.put(key, decode.id)
+        if session is not None:
+            self._recent.put(session, decode.id)
         for key in prefix:
             self._recent.put(key, prefill.id)
         return decode, prefill
 
-    def _with_session(self, session: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
-        """Return the replica that served the session last, if it is among `replicas`."""
-        last = {self._recent.get(key) for key in session}
-        return next((r for r in replicas if r.id in last), None)
+    def _with_session(self, session: bytes | None, replicas: Sequence[Replica]) -> Replica | None:
+        """Return the replica that served the session last, if it is among `replicas`. `session`: its key, if any."""
+        last = self._recent.get(session) if session is not None else None
+        return next((r for r in replicas if r.id == last), None)
 
     def _with_prefix(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
         """Return the replica that served the longest prefix of the prompt last, within the skew limit.

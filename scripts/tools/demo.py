@@ -76,7 +76,7 @@ def main(prompts: str = PROMPTS) -> int:
         jobs = [router]
         try:
             # Without the router, the jobs would wait for another one. And a torchrun that is ended while it starts its
-            # ranks leaves them behind.
+            # ranks may leave them behind.
             while router.poll() is None and not answers(host, port):
                 time.sleep(0.1)
             if router.poll() is None:

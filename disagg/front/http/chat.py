@@ -5,7 +5,7 @@ from msgspec import UNSET, UnsetType
 
 from disagg.front.answer import Answer
 from disagg.front.chat_text import whole_message
-from disagg.front.http.completions import Usage, own_fields, usage
+from disagg.front.http.completions import OwnFields, Usage, own_fields, usage
 from disagg.front.http.exchange import Prompt
 from disagg.front.http.fields import Asked
 from disagg.front.http.token_text import TokenText
@@ -43,14 +43,6 @@ class Message(msgspec.Struct):
     refusal: str | None = None
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[dict] | UnsetType = UNSET
-
-
-class OwnFields(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """The fields that OpenAI's API does not have, in the last piece of an answer: see `own_fields`."""
-
-    experts: dict | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_logprobs: list | None = None
 
 
 class Choice(OwnFields, omit_defaults=True):

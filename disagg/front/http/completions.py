@@ -25,14 +25,19 @@ class Logprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-class Choice(msgspec.Struct, omit_defaults=True):
+class OwnFields(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The fields of a choice that OpenAI's API does not have, in the last piece of an answer: see `own_fields`."""
+
+    experts: dict | None = None  # with return_experts
+    prompt_token_ids: list[int] | None = None  # this and the next one with prompt_logprobs
+    prompt_logprobs: list | None = None
+
+
+class Choice(OwnFields, omit_defaults=True):
     index: int
     text: str
     finish_reason: str | None
     logprobs: Logprobs | None
-    experts: dict | None = None  # with return_experts
-    prompt_token_ids: list[int] | None = None  # this and the next one with prompt_logprobs
-    prompt_logprobs: list | None = None
 
 
 class Completion(msgspec.Struct, omit_defaults=True):
@@ -44,16 +49,19 @@ class Completion(msgspec.Struct, omit_defaults=True):
     usage: Usage | None = None
 
 
-def usage(answers: list[Answer], only_prompt: bool = False) -> Usage:
+def usage(answers: list[Answer]) -> Usage:
     prompt = sum(answer.prompt_tokens for answer in answers)
-    generated = 0 if only_prompt else sum(answer.completion_tokens for answer in answers)
+    generated = sum(answer.completion_tokens for answer in answers)
     return Usage(prompt, generated, prompt + generated)
 
 
 def own_fields(answer: Answer | None, asked: Asked) -> dict[str, Any]:
-    """Return the fields of a choice that OpenAI's API does not have. `answer`: None as long as more comes."""
+    """Return the values of `OwnFields`. An echo shows the prompt's log probabilities elsewhere.
+
+    `answer`: None as long as more comes.
+    """
     names = ["experts"] if asked.echo else ["experts", "prompt_token_ids", "prompt_logprobs"]
-    return {name: getattr(answer, name, None) for name in names}
+    return {} if answer is None else {name: getattr(answer, name) for name in names}
 
 
 class Completions:
@@ -73,7 +81,7 @@ class Completions:
             assert answer is not None
             choices.append(self._choice(prompt, answer.text or "", answer.token_ids, answer.logprobs or [], answer))
         answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
-        return Completion(*self._head, choices, usage(answers, self._asked.only_prompt))
+        return Completion(*self._head, choices, usage(answers))
 
     def pieces(self, prompt: Prompt) -> list[Completion]:
         """Return the events of a prompt's news."""
@@ -82,14 +90,12 @@ class Completions:
     def last(self, prompts: list[Prompt]) -> Completion:
         """Return the event with the usage."""
         answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
-        return Completion(*self._head, [], usage(answers, self._asked.only_prompt))
+        return Completion(*self._head, [], usage(answers))
 
     def _choice(self, prompt: Prompt, text: str, tokens: list[int], logprobs: list, answer: Answer | None) -> Choice:
         """`answer`: None as long as more comes."""
         asked, begins = self._asked, prompt.index not in self._begun
         self._begun.add(prompt.index)
-        if asked.only_prompt:
-            text, tokens, logprobs = "", [], []
         shown = None
         if asked.top_logprobs is not None:
             rows: list = list(zip(tokens, logprobs, strict=True))
@@ -121,7 +127,7 @@ class Completions:
         return made
 
     def _top(self, pairs: list, token: int, own: float | None) -> dict[str, float]:
-        """Return the likeliest tokens' words, best first. Of words that are alike the likelier one stays."""
+        """Return the likeliest tokens' words, best first. If two tokens have the same word, the likelier one stays."""
         found: dict[str, float] = {}
         for other, value in [*pairs, (token, own)]:
             found.setdefault(self._words.text(other), value)

@@ -6,6 +6,8 @@ A request is known by the X-Request-Id that its client chose, so that the pictur
 from collections import OrderedDict
 from typing import Any
 
+import msgspec
+
 from disagg.front.http.exchange import Prompt
 from disagg.front.replica import Replica
 from disagg.front.router import Router
@@ -13,7 +15,6 @@ from model.kv_cache import PAGE
 
 MOST_WATCHED = 256  # requests that are remembered, the latest
 LONGEST_ID = 128  # characters
-PARTS = ("queue", "prefill", "transfer", "join")  # of `Parts`
 
 
 class Watched:
@@ -69,7 +70,7 @@ def whereabouts(prompt: Prompt) -> dict[str, Any]:
     """
     tracked = prompt.tracked
     ttft = None if tracked.first is None else tracked.first - tracked.submitted
-    parts = None if tracked.parts is None else {name: getattr(tracked.parts, name) for name in PARTS}
+    parts = None if tracked.parts is None else msgspec.structs.asdict(tracked.parts)
     prefill, decode = tracked.path
     return {"state": stage(prompt), "prefill": prefill, "decode": decode, "ttft": ttft, "parts": parts}
 

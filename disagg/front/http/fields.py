@@ -62,13 +62,12 @@ class Asked:
     include_usage: bool
     top_logprobs: int | None  # alternatives per token; None: no log probabilities
     echo: bool = False
-    only_prompt: bool = False  # echo with max_tokens 0: the generated token is dropped
 
 
 def completion(body: dict[str, Any]) -> Asked:
     """Read the body of /v1/completions. Raises HttpError or ValueError."""
     common, echo = _common(body, {*CHAT, "messages"}), _flag(body, "echo")
-    top, only_prompt = body.get("logprobs"), echo and _is_zero(body.get("max_tokens"))
+    top = body.get("logprobs")
     if top is not None:
         _check_top("logprobs", top)
         common["logprobs"] = max(top, 1)
@@ -76,10 +75,10 @@ def completion(body: dict[str, Any]) -> Asked:
         if "prompt_logprobs" in common:
             raise ValueError("prompt_logprobs is for answers without echo and logprobs, which have them")
         common["prompt_logprobs"] = max(top, 1)
-    if only_prompt:
-        common["max_tokens"] = 1
+    elif echo and _is_zero(body.get("max_tokens")):
+        common.setdefault("prompt_logprobs", 0)  # with them a request need not generate
     lines = [common | prompt for prompt in _prompts(body)]
-    return Asked(lines, *_stream(body), top, echo, only_prompt)
+    return Asked(lines, *_stream(body), top, echo)
 
 
 def chat(body: dict[str, Any]) -> Asked:

@@ -91,8 +91,8 @@ def endpoint(service: Service, read: Callable[[dict], Asked], form: type[Complet
         users = await service.parse(asked.lines)
         service.refuse_if_full(len(users))  # others may have come meanwhile
         id = form.prefix + secrets.token_hex(12)
-        form_of = form(id, int(time.time()), service.names[0], asked, service.words)
-        return Reply(service, users, asked, form_of, request.headers.get("x-request-id", ""))
+        maker = form(id, int(time.time()), service.names[0], asked, service.words)
+        return Reply(service, users, asked, maker, request.headers.get("x-request-id", ""))
 
     return answer
 
