@@ -15,5 +15,5 @@ fleet.py, replica.py               which replicas live, and how loaded each is
 metrics.py, histogram.py           what is counted; progress.py prints lines about it, http/ serves it to Prometheus
 streams.py                         the process's own stdout and stderr
 
-May import disagg/control/, disagg/request.py, disagg/config.py and disagg/interrupt.py. Knows nothing of the engine and of links.
+May import disagg/control/, and request.py, config.py and interrupt.py of disagg/. Knows no engine and no link.
 """
