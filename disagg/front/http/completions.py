@@ -60,8 +60,10 @@ def own_fields(answer: Answer | None, asked: Asked) -> dict[str, Any]:
 
     `answer`: None as long as more comes.
     """
+    if answer is None:
+        return {}
     names = ["experts"] if asked.echo else ["experts", "prompt_token_ids", "prompt_logprobs"]
-    return {} if answer is None else {name: getattr(answer, name) for name in names}
+    return {name: getattr(answer, name) for name in names}
 
 
 class Completions:

@@ -112,7 +112,7 @@ class Reply:
         if asked.echo:
             lines = zip(asked.lines, self._users, strict=True)
             texts = [line.get("prompt") or words.decode(user.request.prompt) for line, user in lines]
-        hold = asked.echo and asked.top_logprobs is not None
+        hold = not asked.stream or (asked.echo and asked.top_logprobs is not None)
         exchange = Exchange(service.router, self._users, texts, hold, service.timeouts, service.wake)
         for line, prompt in zip(asked.lines, exchange.prompts, strict=True):
             if "messages" in line and service.chat_format is not None:
