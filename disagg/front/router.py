@@ -79,6 +79,7 @@ class Router:
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
+        self._gaps: list[float] = []  # of this message: times between two updates of a request, in seconds
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
@@ -183,6 +184,8 @@ class Router:
                                 self._add(tracked, [token], [], now)
                     elif tracked := self._served(update.uid, replica_id):
                         self._update(tracked, update, now)
+                self.metrics.next_tokens(self._gaps)
+                self._gaps.clear()
 
     def _served(self, uid: int, replica_id: str) -> Tracked | None:
         """Return the request if that replica serves it. News from other replicas is ignored."""
@@ -295,7 +298,7 @@ class Router:
                 self.metrics.first_token(now - tracked.submitted, parts)
                 tracked.first, tracked.parts = now, parts
             elif i == 0:
-                self.metrics.next_token(now - tracked.latest)
+                self._gaps.append(now - tracked.latest)
             tracked.latest = now
             if tracked.push(token, logprobs[i : i + 1]):
                 self.port.send(tracked.decode.id, Abort(tracked.uid))

@@ -62,7 +62,7 @@ class Exchange:
         """Submit the requests. `texts`: of their prompts. `hold`: as in `Prompt`. `wake`: starts the router's turn."""
         self._router, self._wake, self._loop = router, wake, asyncio.get_running_loop()
         self._fresh: dict[int, Prompt] = {}  # those with news, by index
-        self._waiting: asyncio.Future | None = None  # the task waits for it
+        self._change = self._loop.create_future()  # what the task waits for
         self._late: HttpError | None = None
         self._left = len(users)  # prompts whose answer was not among the news yet
         limits = [(timeouts.total, False), (timeouts.first_token, True)]
@@ -85,8 +85,8 @@ class Exchange:
         while not self._fresh:
             if self._late is not None:
                 raise self._late
-            self._waiting = self._loop.create_future()
-            await self._waiting
+            self._change = self._loop.create_future()
+            await self._change
         ready, self._fresh = list(self._fresh.values()), {}
         for prompt in ready:
             if prompt.answer is not None:
@@ -102,12 +102,8 @@ class Exchange:
 
     def _hear(self, prompt: Prompt) -> None:
         self._fresh[prompt.index] = prompt
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """Let the task look again, if it waits."""
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        if not self._change.done():
+            self._change.set_result(None)
 
     def _end(self, seconds: float, to_first: bool) -> None:
         """A time limit is over: in all, or to the first token."""
@@ -115,7 +111,8 @@ class Exchange:
             return
         what = "to its first token" if to_first else "in all"
         self._late = HttpError(504, f"the request took over {seconds:g} s {what} (--request-timeout)")
-        self._go_on()
+        if not self._change.done():
+            self._change.set_result(None)
 
     def close(self) -> None:
         """Cancel what has no answer yet."""

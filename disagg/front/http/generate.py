@@ -133,27 +133,18 @@ class Reply:
 
     async def _stream(self, exchange: Exchange, send: Send) -> None:
         """Send an event for all tokens that wait. The status follows the first news, so that it can be an error."""
-        begun = False
-
-        async def put(data: bytes, more: bool = True) -> None:
-            nonlocal begun
-            if not begun:
-                headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                begun = True
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
+        news = await exchange.news()
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            while not exchange.finished:
-                events = [event for prompt in await exchange.news() for event in self._form.pieces(prompt)]
-                await put(b"".join(map(_event, events)))
+            while news:
+                events = b"".join([_event(event) for prompt in news for event in self._form.pieces(prompt)])
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+                news = [] if exchange.finished else await exchange.news()
+            last = _event(self._form.last(exchange.prompts)) if self._asked.include_usage else b""
         except HttpError as error:
-            if not begun:
-                raise
-            await put(b"data: " + error.body + b"\n\n" + DONE, more=False)
-            return
-        last = _event(self._form.last(exchange.prompts)) if self._asked.include_usage else b""
-        await put(last + DONE, more=False)
+            last = b"data: " + error.body + b"\n\n"
+        await send({"type": "http.response.body", "body": last + DONE})
 
 
 def _event(piece: msgspec.Struct) -> bytes:
