@@ -195,6 +195,8 @@ class Router:
 
     def _assign(self) -> None:
         """Give waiting requests, in order, to replicas that can begin them."""
+        if not self._waiting and self._changes == self.fleet.changes:
+            return
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
         if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes

@@ -17,7 +17,7 @@ from disagg.request import Request
 STATES = ("waiting", "queued", "prefill", "decode")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Tracked:
     """A request without its answer yet. Times are time.monotonic()."""
 

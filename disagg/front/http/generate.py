@@ -27,6 +27,7 @@ from disagg.front.parse import Served, UserRequest, known_fields, parse_request
 from disagg.front.router import MOST_WAITING, Router
 
 DONE = b"data: [DONE]\n\n"
+encode = msgspec.json.Encoder().encode
 OWN_NAMES = frozenset({"n", "best_of", "stream", "stream_options", "echo", "top_logprobs", "tool_choice", "model"})
 
 
@@ -126,7 +127,7 @@ class Reply:
 
     async def _whole(self, exchange: Exchange, send: Send) -> None:
         await exchange.answers()
-        body = msgspec.json.encode(self._form.whole(exchange.prompts))
+        body = encode(self._form.whole(exchange.prompts))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -148,4 +149,4 @@ class Reply:
 
 
 def _event(piece: msgspec.Struct) -> bytes:
-    return b"data: " + msgspec.json.encode(piece) + b"\n\n"
+    return b"data: " + encode(piece) + b"\n\n"
