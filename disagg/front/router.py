@@ -279,10 +279,11 @@ class Router:
         if self._add(tracked, update.tokens, update.logprobs, now, update.parts) and update.finish:
             self._end(update.uid, update.finish)
 
-    def _add(
-        self, tracked: Tracked, tokens: list[int], logprobs: list, now: float, parts: Parts | None = None
-    ) -> bool:
-        """Add tokens that came together, with their log probabilities, or none of these. Returns False if that has ended the request."""
+    def _add(self, tracked: Tracked, tokens: list[int], logprobs: list, now: float, parts: Parts | None = None) -> bool:
+        """Add tokens that came together. `logprobs`: one list per token, or none.
+
+        Returns False if that has ended the request.
+        """
         assert tracked.decode is not None  # see `_served`
         if tokens and tracked.latest is None:
             try:
@@ -294,8 +295,7 @@ class Router:
             if token >= self.vocab_size:
                 self._refuse(tracked, f"made token {token}; the model's vocabulary has {self.vocab_size}")
                 return False
-            if tracked.prefill is not None:
-                self._prompt_done(tracked)
+            self._prompt_done(tracked)
             if tracked.latest is None:
                 self.metrics.first_token(now - tracked.submitted, parts)
                 tracked.first, tracked.parts = now, parts

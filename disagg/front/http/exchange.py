@@ -21,7 +21,7 @@ class Prompt:
     """The client of one prompt. It collects what the router shows until the request's task looks."""
 
     def __init__(self, index: int, user: UserRequest, text: str, hold: bool, heard: Callable[["Prompt"], None]) -> None:
-        """`text`: the prompt's, for echo. `hold`: is only the whole answer news? `heard` is called when there is news."""
+        """`text`: the prompt's, for echo. `hold`: is only the whole answer news? `heard` is called at all news."""
         self.index, self.user, self.prompt_text, self._hold, self._heard = index, user, text, hold, heard
         self.begun = False  # is there a token?
         self._pieces, self._tokens, self._logprobs = list[str](), list[int](), list[list]()  # since the last `take`
