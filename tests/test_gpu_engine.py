@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from disagg.config import EngineConfig
-from disagg.control.messages import Submit, singly
+from disagg.control.messages import Submit
 from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
@@ -22,6 +22,7 @@ from model.prompt_logprobs import SLICE, PromptLogprobs
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from tests.news import singly
 from tests.test_gpu_model import V3_LIKE
 
 pytestmark = pytest.mark.gpu

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from disagg.control.messages import Submit, Update
+from disagg.control.messages import Submit, Update, Updates
 from disagg.front.http import body as body_module
 from disagg.front.http import fields, protocol
+from disagg.front.http.exchange import Exchange
 from disagg.front.http.limits import Keys, Timeouts
 from disagg.front.http.server import bind, model_names
 from tests.conftest import eventually
-from tests.http_door import Door, error_of, events, first_token, never, open_door, read_answer, request_bytes
+from tests.http_door import TOKEN, Door, error_of, events, first_token, never, open_door, read_answer, request_bytes
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = {"prompt": "In the beginning"}
@@ -277,6 +278,29 @@ def test_requests_that_take_too_long_are_ended(tiny: Path) -> None:
         status, _, body = door.post(CHAT, MESSAGES | {"seed": 1, "stream": True})
         assert status == 200 and "over 0.6 s in all" in events(body)[-1]["error"]["message"]
         assert eventually(lambda: len(door.actor.aborts) == 4 and not door.front.router._tracked)
+
+
+def test_only_a_stream_wakes_for_single_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, news = [], Exchange.news
+
+    async def counted(exchange: Exchange) -> list:
+        ready = await news(exchange)
+        looks.append(len(ready))
+        return ready
+
+    monkeypatch.setattr(Exchange, "news", counted)
+    with open_door(tiny, first_token) as door:
+        for stream in (True, False):
+            looks.clear()
+            with door.connect() as sock:
+                sock.sendall(request_bytes(CHAT, MESSAGES | {"stream": stream}))
+                assert eventually(lambda: door.front.router.tracked)
+                (tracked,) = door.front.router.tracked
+                assert eventually(lambda tracked=tracked: tracked.latest is not None)
+                door.actor.worker.send(Updates([Update(tracked.uid, [TOKEN], finish="length")]))
+                status, _, body = read_answer(sock)
+            assert status == 200 and len(tracked.stream.token_ids) == 2 and body
+            assert len(looks) == (2 if stream else 1)
 
 
 def test_a_full_queue_asks_to_come_later(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

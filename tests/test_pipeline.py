@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from disagg.config import EngineConfig
-from disagg.control.messages import Abort, Submit, singly
+from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
 from disagg.pipeline import LEAVING, Pipeline, Turn
 from disagg.request import Request
@@ -19,6 +19,7 @@ from kernels.ops import Ops
 from model.batch import Decodes, page_rows
 from model.config import ModelConfig
 from parallel.mesh import Mesh
+from tests.news import singly
 
 PROMPT = [5, 6, 7]
 

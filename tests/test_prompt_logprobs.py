@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disagg import engine as engine_module
 from disagg.config import EngineConfig
-from disagg.control.messages import Abort, Bye, Finish, Submit, Update, Updates, singly
+from disagg.control.messages import Abort, Bye, Finish, Submit, Update, Updates
 from disagg.engine import Engine
 from disagg.front.prompt_rows import PromptRows
 from disagg.pipeline import Pipeline, Turn
@@ -28,6 +28,7 @@ from model.sampling import MAX_LOGPROBS, top_logprobs
 from parallel.mesh import Mesh
 from tests import hf
 from tests.conftest import eventually
+from tests.news import singly
 from tests.test_chosen_experts import check_prompt
 from tests.test_router import VOCAB_SIZE, joining, serving
 from tests.tracing import Peak

@@ -508,6 +508,40 @@ class Nowhere(dict):
         pass
 
 
+def test_each_time_between_two_updates_is_counted_once() -> None:
+    with serving(Request(0, [5], 4), Request(0, [6], 4)) as (router, answers):
+        worker = joining("u", "unified", router)
+        uids = [worker.hear(Submit).request.uid for _ in range(2)]
+        for step in range(3):
+            worker.send(Updates([Tokens(dict.fromkeys(uids, 9))]))
+            assert eventually(
+                lambda step=step: [len(one.stream.token_ids) for one in list(router.tracked)] == [step + 1] * 2
+            )
+        worker.send(Updates([Update(uids[0], [9, 9], finish="length")]))
+        finish(worker, Submit(Request(uids[1], [6], 1), None))
+    assert [len(answers[i].token_ids) for i in range(2)] == [5, 4]
+    assert router.metrics.ttft.count == 2 and router.metrics.inter_token.count == 2 * 3
+    spans = [answers[i].latency_s - answers[i].ttft_s for i in range(2)]
+    assert router.metrics.inter_token.sum == pytest.approx(sum(spans), abs=0.05)
+
+
+def test_the_next_token_of_a_request_that_has_moved_says_that_its_prompt_is_done() -> None:
+    with serving(Request(0, [5], 3)) as (router, answers):
+        prefill, decode = (joining(role, role, router) for role in ("prefill", "decode"))
+        first = decode.hear(Submit)
+        decode.send(Updates([Update(first.request.uid, [9])], begun=[first.request.uid]))
+        assert eventually(lambda: not router.fleet.replicas["prefill"].prompts)
+        other = joining("other", "decode", router)
+        decode.send(Bye({}))
+        second = other.hear(Submit)
+        assert second.request.prompt == [5, 9] and router.fleet.replicas["prefill"].prompts
+        other.send(Updates([Tokens({second.request.uid: 9})]))
+        assert eventually(lambda: not router.fleet.replicas["prefill"].prompts)
+        finish(other, second, prefill)
+        decode.close()
+    assert answers[0].token_ids == [9, 9, 9]
+
+
 def test_a_job_takes_part_once_it_is_whole() -> None:
     """Its replicas say Hello one after the other; the first must not get everything."""
     with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
