@@ -59,7 +59,7 @@ class Step:
     prompt_rows: Tensor | None = None  # [targets, 2, K + 1] int32 of `model/prompt_logprobs.py`, likewise
 
     def sampled(self) -> list[int]:
-        """Wait for the step. Returns the new token of each of work.sequences."""
+        """Wait for the step. Returns the new token, or NO_TOKEN, of each of work.sequences."""
         if self.done is not None:
             self.done.synchronize()
         return self.tokens.numpy()[self.work.rows].tolist()

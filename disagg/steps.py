@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
 from model.prompt_logprobs import PromptLogprobs
+from model.sampling import likeliest
 from parallel.chosen_experts import ChosenExperts
 
 
@@ -34,8 +35,11 @@ def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> 
 
 
 def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
-    """Replace ids below 0: -1 - r stands for tokens[r], a token of the step before that only the GPU knows yet."""
-    return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
+    """Replace ids below 0: -1 - r stands for tokens[r], a token of the step before that only the GPU knows yet.
+
+    The model goes on with token 0 after NO_TOKEN, until the host has seen it and ends the request.
+    """
+    return tokens[(-1 - ids).clamp(min=0)].clamp(min=0).where(ids < 0, ids)
 
 
 # A batch, its halves if they overlap, where to record chosen experts and prompts' log probabilities -> logits
@@ -72,7 +76,7 @@ class PromptStep:
         batch = Batch.build(chunks, prompts, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
         logits = self.forward(batch, halves, chosen, scored)
-        self.tokens[: logits.shape[0]] = logits.argmax(-1)
+        self.tokens[: logits.shape[0]] = likeliest(logits)
         return logits
 
 
@@ -133,7 +137,7 @@ class DecodeStep:
             first, second = zip(*(column.chunk(2) for column in columns), strict=True)
             halves = Batch.decode(*first), Batch.decode(*second)
         logits = self.forward(Batch.decode(*columns), halves, chosen, None)
-        self.tokens[:rows] = logits.argmax(-1)
+        self.tokens[:rows] = likeliest(logits)
         return logits
 
     def _stage(self, decodes: Decodes, rows: int) -> None:
