@@ -29,7 +29,7 @@ from disagg.handoff.send_link import SendLink
 from disagg.role import NOT_FINITE, Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
-from model.batch import PAGE
+from model.pages import PAGE
 from model.sampling import NO_TOKEN
 
 MOST_LINKS = 256  # alive at once; each has two threads, and any process that reaches the door can ask for one

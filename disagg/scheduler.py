@@ -13,8 +13,8 @@ from functools import cached_property
 
 from disagg.history import History
 from disagg.request import FinishReason, Request
-from model.batch import PAGE, Chunk
-from model.kv_cache import PageAllocator, pages_for
+from model.batch import Chunk
+from model.pages import PAGE, PageAllocator, pages_for
 from model.sampling import COLDEST, NO_TOKEN
 
 

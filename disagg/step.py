@@ -8,7 +8,7 @@ from torch import Tensor
 
 from disagg.scheduler import Plan, Sequence
 from model.batch import NO_DECODES, Chunk, Decodes
-from model.prompt_logprobs import pack
+from model.prompt_row import pack
 from model.sampling import logprob_pairs
 
 
@@ -108,6 +108,6 @@ class Step:
         found, first = [], 0
         for (sequence, _), chunk in zip(self.work.plan.prefills, self.work.prompts, strict=True):
             if count := len(chunk.targets):
-                found.append((sequence, pack(self.prompt_rows[first : first + count], chunk.top)))
+                found.append((sequence, pack(self.prompt_rows[first : first + count].numpy(), chunk.top)))
                 first += count
         return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.fp8 import BLOCK
+from kernels.fp8_format import BLOCK
 from model.config import ModelConfig, read_json, shown
 from model.shard import DTYPES, Part, Shard, Stored
 

@@ -13,7 +13,6 @@ from model.batch import to_device
 
 COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greedy
 NO_TOKEN = -1  # in place of a token, where the model's logits are not finite
-MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for, per token
 
 
 @dataclass(frozen=True)

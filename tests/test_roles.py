@@ -28,8 +28,8 @@ from disagg.request import Request
 from disagg.role import NOT_FINITE
 from disagg.unified import Unified
 from kernels.ops import Ops
-from model.batch import PAGE
 from model.config import ModelConfig
+from model.pages import PAGE
 from parallel.mesh import Mesh
 from tests.clients import listed
 from tests.conftest import eventually

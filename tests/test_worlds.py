@@ -27,8 +27,8 @@ from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.request import Request
 from kernels.ops import Ops
-from model.batch import NULL_PAGE
 from model.config import ModelConfig
+from model.pages import NULL_PAGE
 from parallel.mesh import Mesh
 from tests.clients import listed
 from tests.worlds import run_world, sub_mesh
