@@ -277,7 +277,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object with `read_text`. Raises ValueError if the file holds anything else."""
-    text = read_text(path)
+    return parse_json(path, read_text(path))
+
+
+def parse_json(path: Path, text: str) -> dict:
+    """Parse the text of a file, which must be a JSON object. Raises ValueError with its path."""
     try:
         raw = json.loads(text)
     except RecursionError:
