@@ -18,7 +18,7 @@ from disagg.loop import serve
 from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.footprint import page_bytes
-from model.precision import decide
+from model.precision import decide, dtype_on
 from model.transformer import op_shape
 from parallel.mesh import Mesh
 
@@ -57,7 +57,7 @@ def run_worker(
         router = find_router(args.router)
         if not answers(*router):
             say(f"{args.role}: nobody listens at {args.router} yet; this job will wait for a router there")
-    dtype = settings.torch_dtype(mesh.device)
+    dtype = dtype_on(mesh.device, settings.dtype)
     forced = [text for text in args.backend if not text.startswith(DISPATCH)]
     ops, choices = choose(op_shape(config), dtype, mesh.device, forced)
     handoff_bytes = buffer_bytes(page_bytes(config, dtype.itemsize)) if args.role != "unified" else 0

@@ -17,8 +17,9 @@ from disagg.unified import Unified
 from kernels.backend import choose
 from model.batch import Batch, Chunk
 from model.dummy import randomize
-from model.kv_cache import pages_for
-from model.prompt_logprobs import SLICE, PromptLogprobs
+from model.pages import pages_for
+from model.prompt_logprobs import PromptLogprobs
+from model.prompt_row import SLICE
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from disagg.budget import GIB
 from disagg.config import EngineConfig
 from disagg.control.messages import Submit
 from disagg.engine import Engine
-from disagg.memory import GIB
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified

@@ -53,8 +53,7 @@ from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
 from disagg.handoff.transports.torch_dist import TorchTransfer, TorchTransport
 from disagg.request import Request
-from model.batch import PAGE
-from model.kv_cache import PageAllocator
+from model.pages import PAGE, PageAllocator
 from tests.conftest import ROOT, eventually
 from tests.processes import fork_server
 

@@ -15,7 +15,7 @@ from disagg.front.replica import Replica
 from disagg.front.routing import KV_SKEW, LEAST_AHEAD, Routing
 from disagg.front.spread import Spread, Spreads, spread
 from disagg.request import Request
-from model.batch import PAGE
+from model.pages import PAGE
 from scripts.bench.lib.measurements import load
 from scripts.tools import routing_sim
 from tests.processes import run_module

@@ -24,8 +24,7 @@ from hypothesis.stateful import (
 from disagg.request import Request
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Work
-from model.batch import NULL_PAGE, PAGE
-from model.kv_cache import PageAllocator
+from model.pages import NULL_PAGE, PAGE, PageAllocator
 
 EOS, OTHER = 1, 2
 CAPACITY = 7  # pages

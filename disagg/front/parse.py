@@ -12,7 +12,7 @@ import msgspec
 
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
 from disagg.request import MOST_ENTRIES, Request
-from model.sampling import MAX_LOGPROBS
+from model.prompt_row import MAX_LOGPROBS
 
 MAX_STOPS = 64  # stop strings; each of them is searched at each token
 PROMPTS = ("prompt", "prompt_token_ids", "messages")

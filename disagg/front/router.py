@@ -44,7 +44,7 @@ from disagg.front.source import Source
 from disagg.front.text_stream import TextStream
 from disagg.front.tracked import Tracked
 from disagg.request import Request
-from model.kv_cache import pages_for
+from model.pages import pages_for
 
 SUSPECT_S = 3.0  # how long a request avoids a job where it has failed
 REPLACEMENT_S = 30.0  # how long requests wait for a lost role to come back

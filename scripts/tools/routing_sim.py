@@ -35,7 +35,7 @@ from disagg.request import Request
 from disagg.role import tokens_left
 from disagg.scheduler import Scheduler
 from disagg.scheduler import Sequence as Running
-from model.kv_cache import PAGE, PageAllocator, pages_for
+from model.pages import PAGE, PageAllocator, pages_for
 from scripts.bench.lib.flags import fraction, natural, new_file, positive
 from scripts.bench.lib.measurements import Measurement, save
 

@@ -11,7 +11,7 @@ import msgspec
 from disagg.front.http.exchange import Prompt
 from disagg.front.replica import Replica
 from disagg.front.router import Router
-from model.kv_cache import PAGE
+from model.pages import PAGE
 
 MOST_WATCHED = 256  # requests that are remembered, the latest
 LONGEST_ID = 128  # characters

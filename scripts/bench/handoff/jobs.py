@@ -33,9 +33,9 @@ from disagg.front.router import Router
 from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request
-from model.batch import PAGE
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
+from model.pages import PAGE
 from parallel.mesh import pick_device
 from scripts.tools.demo import MODEL, PROMPTS, ROOT, free_port, read_tokens
 
