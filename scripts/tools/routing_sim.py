@@ -16,7 +16,7 @@ time. Messages take no time, and prefill replicas report their load every second
     routing, sessions   the same, and the requests belong to conversations: a common prefix, and one session_id
 
 The default lengths are those of Azure's conversations: 179 requests in a row of its public trace of November 2023
-(AzureLLMInferenceTrace_conv) have medians of 1,044 and 101 tokens, and a sigma of 1.02 for prompts.
+(AzureLLMInferenceTrace_conv) have medians of 1,044 and 101 tokens, and sigmas of 1.02 and 0.82.
 
 A load is sampled over time, after a warm-up. "Over mean" is the fullest replica's mean load over that of all replicas.
 Many requests per replica are nearly even by chance. "Floor" is what no router can go below: a request is on one
