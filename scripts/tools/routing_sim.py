@@ -3,7 +3,7 @@
 python -m scripts.tools.routing_sim                                                # 3/4 of what the prefill can compute
 python -m scripts.tools.routing_sim --rate 15                                      # half of it
 python -m scripts.tools.routing_sim --rate 8                                       # a quarter
-python -m scripts.tools.routing_sim --output 1000 --kv-tokens 1048576 --out a.json # 230 requests per decode replica
+python -m scripts.tools.routing_sim --output 1000 --kv-tokens 1048576 --out a.json # 150 requests per decode replica
 
 The router's own code chooses (`disagg/front/routing.py`), and the engine's own scheduler and page allocator do what it
 says. Time is simulated. Prompts and outputs are log-normal, and requests arrive at random times. A prefill step takes
