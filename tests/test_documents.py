@@ -155,7 +155,7 @@ def test_every_command_takes_its_flags(page: Path, capsys: pytest.CaptureFixture
 
 
 def test_prose_of_usage_names_flags_that_exist(capsys: pytest.CaptureFixture) -> None:
-    """torchrun's own flags stand before run.py; scripts/plan and scripts/top have sections, and three tools a command."""
+    """torchrun's own flags stand before run.py. scripts/plan and scripts/top have sections, and three tools one."""
     known = set().union(*flags_of_run(capsys).values()) | {"--help"}
     others = {}
     for section, parse in {"Planning": plan_args, "Metrics": top_args}.items():
