@@ -52,16 +52,6 @@ def test_decode_goes_by_the_share_of_kv_and_prefill_by_queued_tokens() -> None:
     assert choose(Routing(), decodes, prefills, [5]) == ("b", "q")
 
 
-def test_the_fullest_decode_replica_gets_what_leaves_it_at_the_mean() -> None:
-    """So a large request finds an emptier one. Without one that stays there, it is the least loaded."""
-    prefills = [replica("p", "prefill")]
-    for pages, chosen in ((1, "b"), (150, "b"), (151, "a"), (800, "a")):
-        decodes = [replica(name, "decode", load) for name, load in (("a", 100), ("b", 200), ("c", 600))]
-        assert choose(Routing(), decodes, prefills, [5] * (pages * PAGE - 1)) == (chosen, "p")
-    even = [replica(name, "decode", 100) for name in "ab"]
-    assert choose(Routing(), even, prefills, [5]) == ("a", "p")
-
-
 def test_a_prompt_counts_by_its_tokens_left_and_a_late_report_takes_nothing_back() -> None:
     prefills = [replica("p", "prefill"), replica("q", "prefill", queued=50)]
     prefills[0].add_prompt(7, 1000)

@@ -1,8 +1,7 @@
 """Routing: which decode replica and which prefill replica a request gets.
 
-A request waits in the router until replicas have room. In prefill, the one with the fewest queued tokens gets it.
-In decode, the load is the share of the KV. The fullest replica gets it that stays at or below the mean with it, so that
-emptier ones keep their room for large requests. If there is none, the least loaded one gets it.
+A request waits in the router until replicas have room. The least loaded replicas with room get it. The load is the
+share of the KV in decode, and the queued tokens in prefill.
 
 But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and in prefill the
 one that served the same prefix last, because it may still hold that KV. The skew says how much more loaded it may be
@@ -60,7 +59,7 @@ class Routing:
             decode = self._with_prefix(prefix, near) or self._with_session(session, near) or least
             prefill = decode
         else:
-            decode = self._with_session(session, near) or best_fit(decodes, pages_for(request.most_tokens)) or least
+            decode = self._with_session(session, near) or least
             prefill = self._with_prefix(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
         if session is not None:
             self._recent.put(session, decode.id)
@@ -97,16 +96,6 @@ def suitable(replicas: Sequence[Replica], tokens: int, suspects: Mapping[str, fl
     now = time.monotonic()
     large_enough = [r for r in replicas if tokens <= r.hello.kv_tokens] or replicas
     return [r for r in large_enough if suspects.get(r.hello.job, now) <= now]
-
-
-def best_fit(replicas: Sequence[Replica], pages: int) -> Replica | None:
-    """Return the fullest replica that a request of `pages` leaves at or below the mean load, or None.
-
-    Emptier replicas then keep their room for large requests. Loads stay more even than on the least loaded one.
-    """
-    mean = (pages + sum(r.kv_pages for r in replicas)) / sum(r.capacity for r in replicas)
-    fitting = [r for r in replicas if (r.kv_pages + pages) / r.capacity <= mean]
-    return max(fitting, key=lambda r: (r.kv_share, -len(r.requests)), default=None)
 
 
 def with_room(replicas: Sequence[Replica], pages: int) -> list[Replica]:
