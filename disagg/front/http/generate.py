@@ -83,7 +83,7 @@ def endpoint(service: Service, read: Callable[[dict], Asked], form: type[Complet
 
     async def answer(request: Request) -> Reply:
         body = await read_object(request)
-        fields.check_model(body, service.names)
+        fields.check_body_model(body, service.names)
         try:
             asked = read(body)
         except ValueError as error:
