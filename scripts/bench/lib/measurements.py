@@ -22,7 +22,7 @@ from scripts.bench.lib.store import STORE, rows
 
 ROOT = Path(__file__).parents[3]
 KINDS = ("measured", "simulated", "modelled")
-LOCAL = ("--out", "--trace", "--chart", "--peer-python")
+LOCAL = ("--out", "--trace", "--chart", "--peer-python", "--generator-python")
 PACKAGES = ("torch", "triton", "deep_gemm", "flash_mla", "deep_ep", "transformers")
 
 
