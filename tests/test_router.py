@@ -658,6 +658,7 @@ def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(
             decode.beacon.close()
         assert prefill.hear(Gone).ids == ["d"]
         assert eventually(lambda: not router.fleet.replicas.keys() & {"d"})
+        assert waits(prefill, Back), "it beats or not, and stands still"
         decode.send(Updates([Tokens({submits[1].request.uid: 99})]))  # too late: nobody believes it any more
         if how == "stuck":
             decode.turns = 1
@@ -773,7 +774,7 @@ def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys: pytest.
 
 def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5], 1)) as (router, answers):
-        prefill = joining("p", "prefill", router)
+        prefill = joining("p", "prefill", router, members=[Member(name, HOST) for name in "pq"])
         forged = Hello("decode", [Member("x", HOST), Member("p", HOST)], 4, 64, 640, {"layers": "5"}, "x")
         stranger = Worker(forged, router.port.port)
         assert stranger.hear(Finish).error == "refused: its ranks are not its own"
