@@ -364,6 +364,7 @@ def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> Non
     assert [s.uid for s in scheduler.waiting] == [1, 2]
     scheduler.remove(first)
     scheduler.release(first)
+    assert not first.pages, "they are another's soon"
     assert [s.uid for s, _ in scheduler.schedule().prefills] == [1, 2]
 
 
