@@ -4,6 +4,9 @@ A job's replicas come and go together, because none of them can end a step witho
 all its replicas have sent Hello. The router gives it up when one of them leaves, or when one of its ranks is frozen or
 stuck. Then the other jobs hear that it is gone, and its requests return to the router. If a lost job answers again, it
 is taken back, in new sessions.
+
+A job one of whose ranks got SIGTERM drains. It gets no new requests, and Finish when its replicas have none left. A
+unified job's router is its own, so then the router itself must drain.
 """
 
 import sys
@@ -38,17 +41,20 @@ class Fleet:
         self.stats: list[tuple[str, dict[str, float]]] = []  # (role, statistics) of the replicas that sent Bye
         self._away: dict[str, tuple[Replica, int]] = {}  # given up but may return: id -> replica, its last turn
         self._broken: set[str] = set()  # jobs that have lost a replica
+        self._draining: set[str] = set()  # jobs that want no new requests
         self._gone: set[str] = set()  # ids of members that were reported as Gone
         self._pulses = Pulses()
         self._next_ping, self._checked_at, self._lenient_until = 0.0, time.monotonic(), 0.0
         self.roles: set[str] = set()  # of all replicas so far
         self.leaving = False
+        self.unified_drains = False
         self.changes = 0  # how often a replica came or went
         self.spreads = Spreads()  # of the replicas' loads, over time
 
     def in_role(self, role: str) -> list[Replica]:
-        """Return the replicas in this role whose jobs are complete."""
-        working = [replica for replica in self.replicas.values() if replica.hello.job not in self._broken]
+        """Return the replicas in this role whose jobs are complete, and take new requests."""
+        unable = self._broken | self._draining
+        working = [replica for replica in self.replicas.values() if replica.hello.job not in unable]
         sizes = Counter(replica.hello.job for replica in working)
         return [r for r in working if r.hello.role == role and sizes[r.hello.job] >= r.hello.replicas]
 
@@ -72,6 +78,8 @@ class Fleet:
                 self._pulses.beat(message)
                 if message.load is not None and (beating := self.replicas.get(message.id)):
                     beating.hear(message.load)
+                if message.draining:
+                    self._drain(message.id)
             case Stats(stats):
                 if id in self.replicas:
                     self.replicas[id].stats = stats
@@ -85,7 +93,7 @@ class Fleet:
                     self.stats.append((replica.hello.role, stats))
                     self._broken.add(replica.hello.job)
                     self._pulses.unwatch(replica.hello.members)
-                    self._give_up(replica, "was stopped")
+                    self._give_up(replica, "has drained" if replica.finished else "was stopped")
 
     def _welcome(self, new: Replica) -> None:
         self.expected -= 1
@@ -152,11 +160,34 @@ class Fleet:
             self._pulses.forgive()
             self._lenient_until = now + GRACE_S
         self._checked_at = now
+        self._release_drained()
         if now >= self._next_ping:
             self._next_ping = now + PING_S
             self._ping(listen)
             self._feel()
             self.spreads.add(self.replicas.values())
+
+    def _drain(self, member: str) -> None:
+        """Give the job of this rank no new requests. Called with each of its beats."""
+        job = next((r.hello for r in self._known() if any(m.id == member for m in r.hello.members)), None)
+        if job is None or job.job in self._draining:
+            return
+        if job.role == "unified":
+            self.unified_drains = True
+            return
+        self._draining.add(job.job)
+        self.changes += 1
+        _say(f"a {job.role} job drains: it gets no new requests")
+
+    def _release_drained(self) -> None:
+        """Send Finish to the jobs that drain and have no requests left."""
+        for job in self._draining if not self.leaving else ():
+            replicas = [replica for replica in self.replicas.values() if replica.hello.job == job]
+            if all(replica.is_idle for replica in replicas):
+                waiting = [replica for replica in replicas if not replica.finished]
+                self.tell(waiting, Finish())
+                for replica in waiting:
+                    replica.finished = True
 
     def ping_soon(self) -> None:
         """Check for dead replicas in the next `check`, because something failed."""
