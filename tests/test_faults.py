@@ -234,3 +234,55 @@ def test_a_job_of_another_dtype_that_came_first_locks_nobody_out(
         place.worker("prefill")
         place.worker("decode")
         all_right(place, router, "out", OTHER, expected)
+
+
+def test_a_router_that_is_started_again_finds_its_jobs_and_goes_on_in_its_file(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    """Meanwhile nobody else may write that file, and the jobs say what they wait for."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(GRADED, "out")
+        jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
+        joined(place, router, 2)
+        busy(place, "out", 3)
+        files = ("--input", str(tmp_path / "out.jsonl"), "--output", str(tmp_path / "out.out"), "--existing", "resume")
+        second = place.start("router", 1, "--router", "127.0.0.1:0", *files)
+        place.until(lambda: second.statuses == [2], SOON)
+        assert "out.out: another process writes it" in second.said and "Traceback" not in second.said
+        router.signal(signal.SIGKILL)
+        place.until(lambda: all("waiting 60 s for the router to come back" in job.said for job in jobs), 10)
+        before = place.answers("out")
+        assert 3 <= len(before) < len(GRADED)
+        again = place.start("router", 1, "--router", f"127.0.0.1:{place.port}", *files)
+        all_right(place, again, "out", GRADED, expected)
+        assert place.answers("out")[: len(before)] == before
+        place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
+        assert all(job.said.count("joined the router") == 2 for job in jobs)
+
+
+def test_a_job_with_a_frozen_rank_ends_with_its_router(tiny: Path, tmp_path: Path) -> None:
+    """As soon as the rank goes on. (If it never does, its peers end the job, after COLLECTIVE_S.)"""
+    with town(tmp_path, tiny, **QUICK, disagg__front__fleet__FAREWELL_S=2.0) as place:
+        router = place.router(GRADED, "out")
+        prefill, decode = place.worker("prefill"), place.worker("decode", 2)
+        joined(place, router, 3)
+        decode.ranks[1].signal(signal.SIGSTOP)
+        router.signal(signal.SIGINT)
+        place.until(lambda: router.statuses == [0] and prefill.statuses == [0], 20)
+        assert decode.statuses == [None, None]
+        decode.ranks[1].signal(signal.SIGCONT)
+        place.until(lambda: decode.statuses == [0, 0], 20)
+
+
+def test_a_job_of_another_model_that_came_first_locks_nobody_out(
+    tiny: Path, small: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    with town(tmp_path, tiny, **QUICK) as place:
+        wrong = place.worker("decode", 1, "--model", str(small))
+        router = place.router(OTHER, "out")
+        joined(place, router, 1)
+        place.worker("decode")
+        place.worker("prefill")
+        all_right(place, router, "out", OTHER, expected)
+        place.until(lambda: wrong.statuses == [1], SOON)
+        assert "its model is not this router's" in wrong.said and "Traceback" not in wrong.said

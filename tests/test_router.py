@@ -702,6 +702,25 @@ def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys: pytest.
     assert answers[0].error is None
 
 
+def test_jobs_of_the_routers_model_send_away_others_that_came_first(capsys: pytest.CaptureFixture) -> None:
+    """Their requests move. What differs otherwise than in its model is refused as ever."""
+    mine, other = {"layers": "5", "config": "mine"}, {"layers": "6", "config": "other"}
+    with serving(Request(0, [5], 1), config="mine") as (router, answers):
+        wrong = [joining(role, role, router, kv=other) for role in ("prefill", "decode")]
+        assert wrong[1].hear(Submit).request.prompt == [5]
+        decode = joining("d", "decode", router, kv=mine)
+        for worker in wrong:
+            assert "refused: its model is not this router's" in worker.hear(Finish).error
+        late = joining("late", "prefill", router, kv=mine | {"layers": "7"})
+        assert "layers is 7, the others have 5" in late.hear(Finish).error and not waits(decode, Gone)
+        prefill = joining("p", "prefill", router, kv=mine)
+        finish(decode, decode.hear(Submit), prefill)
+        for worker in (*wrong, late):
+            worker.close()
+    assert answers[0].error is None
+    assert "a prefill replica has not this router's --model" in capsys.readouterr().err
+
+
 def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5], 1)) as (router, answers):
         prefill = joining("p", "prefill", router, members=[Member(name, HOST) for name in "pq"])

@@ -73,15 +73,15 @@ def hear(worker: Worker, kind: type) -> msgspec.Struct:
     return worker.hear(kind)
 
 
-def make_router(port: RouterPort, stopped: Callable[[], bool] = lambda: False) -> Router:
-    return Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, VOCAB_SIZE, stopped)
+def make_router(port: RouterPort, stopped: Callable[[], bool] = lambda: False, config: str = "") -> Router:
+    return Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, VOCAB_SIZE, stopped, config=config)
 
 
 @contextmanager
-def serving(*requests: Request | UserRequest) -> Iterator[tuple[Router, dict[int, Answer]]]:
+def serving(*requests: Request | UserRequest, config: str = "") -> Iterator[tuple[Router, dict[int, Answer]]]:
     """A router with these requests, in a thread; its answers. It must have ended after the block."""
     port, answers = RouterPort(HOST, 0), {}
-    router = make_router(port)
+    router = make_router(port, config=config)
     users = [one if isinstance(one, UserRequest) else UserRequest("x", one, []) for one in requests]
     work = listed(users, answers.__setitem__)
     thread = threading.Thread(target=lambda: router.run(work), daemon=True)

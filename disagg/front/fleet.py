@@ -30,13 +30,15 @@ LAST_BEAT_S = 3.0  # do not wait for the last message of a replica without a bea
 
 
 class Fleet:
-    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0) -> None:
+    def __init__(
+        self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0, config: str = ""
+    ) -> None:
         """`lost(replica, how)` is called when a replica is given up, while its requests are still listed on it.
 
         `expected`: replicas that will surely come (those of the same job), so the router waits for them even without
-        requests.
+        requests. `config`: the fingerprint of the router's own model; "" if it does not matter.
         """
-        self.port, self.expected, self._lost = port, expected, lost
+        self.port, self.expected, self._lost, self._config = port, expected, lost, config
         self.replicas: dict[str, Replica] = {}
         self.stats: list[tuple[str, dict[str, float]]] = []  # (role, statistics) of the replicas that sent Bye
         self._away: dict[str, tuple[Replica, int]] = {}  # given up but may return: id -> replica, its last turn
@@ -100,12 +102,15 @@ class Fleet:
         if new.id in self.replicas:  # it says Hello outside its session, which it must have lost
             self._lose(self.replicas[new.id], "it lost its session")
         self.port.admit(new.id)
-        if wrong := self._objection(new):
-            error = f"refused: {wrong}"
-            _say(f"a {new.hello.role} replica was {error}")
-            self.port.send(new.id, Finish(error))
-            self.port.dismiss(new.id)
+        wrong = self._objection(new)
+        if wrong and self._has_the_routers_model(new.hello):
+            self._refuse_other_models(new.hello)
+            wrong = self._objection(new)
+        if wrong:
+            self._refuse(new, wrong)
             return
+        if self._config and not self._has_the_routers_model(new.hello):
+            _say(f"a {new.hello.role} replica has not this router's --model; it stays until one comes that has")
         self.roles.add(new.hello.role)
         self._pulses.watch(new.hello.members)
         if new.hello.job in self._broken and not self.leaving:
@@ -149,6 +154,28 @@ class Fleet:
             if mine.get(name) != theirs.get(name)
         ]
         return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
+
+    def _refuse(self, replica: Replica, wrong: str) -> None:
+        error = f"refused: {wrong}"
+        _say(f"a {replica.hello.role} replica was {error}")
+        self.port.send(replica.id, Finish(error))
+        self.port.dismiss(replica.id)
+
+    def _has_the_routers_model(self, hello: Hello) -> bool:
+        return bool(self._config) and hello.kv.get("config") == self._config
+
+    def _refuse_other_models(self, new: Hello) -> None:
+        """Send away the replicas that came before `new`, and have not the router's model as it has."""
+        for replica in self._known():
+            if self._has_the_routers_model(replica.hello):
+                continue
+            if self._away.pop(replica.id, None) is not None:
+                self.port.admit(replica.id)
+            self._broken.add(replica.hello.job)
+            self._pulses.unwatch(replica.hello.members)
+            self._refuse(replica, f"its model is not this router's, which that of a {new.role} replica is (--model)")
+            if self.replicas.pop(replica.id, None) is not None:
+                self._give_up(replica, "was refused")
 
     def check(self, listen: Callable[[], None]) -> None:
         """Find replicas that are gone, frozen, stuck, or back. Call it repeatedly.

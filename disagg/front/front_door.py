@@ -37,7 +37,7 @@ class FrontDoor:
             raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
-        self.log_interval = args.log_interval
+        self.log_interval, self.config = args.log_interval, config.fingerprint
         served = Served(encoder, config.vocab_size, longest, read_defaults(args.model))
         self.output: Output | None = None  # this and `batch` are None without an --input, `source` and `http` for it
         self.batch: JsonLines | None = None
@@ -64,7 +64,8 @@ class FrontDoor:
     def run(self, stopped: Callable[[], bool], expected: int = 0, drains: Callable[[], bool] = lambda: False) -> None:
         """Serve all requests, and print the metrics. The arguments are those of `Router`."""
         model = self.tokenizer, self.vocab_size
-        self.router = Router(self.port, *model, stopped, expected, self.expert_shape, self.log_interval, drains)
+        shown = self.expert_shape, self.log_interval
+        self.router = Router(self.port, *model, stopped, expected, *shown, drains, self.config)
         answered = len(self.output.kept) if self.output is not None else 0
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:

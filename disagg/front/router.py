@@ -66,15 +66,16 @@ class Router:
         expert_shape: RowShape = NO_EXPERTS,
         log_interval: float = 0.0,
         drains: Callable[[], bool] = lambda: False,
+        config: str = "",
     ) -> None:
         """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
 
-        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`. `expert_shape`: the model's.
-        `log_interval`: as in `Progress`. `drains()`: shall it take no requests any more?
+        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`, `config`: as in `Fleet`. `expert_shape`: the
+        model's. `log_interval`: as in `Progress`. `drains()`: shall it take no requests any more?
         """
         self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
-        self.fleet = Fleet(port, self._lose, expected)
+        self.fleet = Fleet(port, self._lose, expected, config)
         self.metrics = Metrics(self.fleet.spreads)
         self._progress = Progress(log_interval)
         self._routing, self._trials, self._missing = Routing(), Trials(), MissingRoles(self.fleet)
