@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from disagg.config import DISPATCH, EngineConfig
+from disagg.control.access import read_secret
 from disagg.control.address import answers, local_host, parse_address
 from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
@@ -45,9 +46,11 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
 
     front, router = None, None
     if args.role == "unified":
+        secret = read_secret(args, mesh.first_host)
         front, router = open_front_door(args, config, mesh)
     else:
         router = find_router(args.router)
+        secret = read_secret(args, router[0], mesh.first_host)
         if not answers(*router):
             say(f"{args.role}: nobody listens at {args.router} yet; this job will wait for a router there")
     dtype = settings.torch_dtype(mesh.device)
@@ -67,10 +70,10 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
-    mesh.ep.exchange(None)  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
+    mesh.ep.barrier()  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
-    problem = serve(args.role, engine, mesh, router, interrupt)
+    problem = serve(args.role, engine, mesh, router, interrupt, secret)
     if thread is not None:
         thread.join()
     engine.close()
@@ -116,7 +119,7 @@ def open_front_door(args: Namespace, config: ModelConfig, mesh: Mesh) -> tuple[F
             address = (host, front.port.port)
         except ValueError as problem:
             error = str(problem)
-    error, address = mesh.ep.exchange((error, address))[0]
+    error, address = mesh.ep.exchange((error, address), tuple[str | None, tuple[str, int] | None])[0]
     if error is not None:
         raise ValueError(error)
     return front, address
