@@ -61,7 +61,7 @@ class Prefill(Role):
         for knock in self.door.poll():
             try:
                 self.answer(knock)
-            except (ValueError, zmq.ZMQError) as error:  # ZMQError: the process has too many open files
+            except (ValueError, zmq.ZMQError, RuntimeError) as error:  # the last two: too many open files, or threads
                 self.door.refusals.add("a link", str(error))
         return self.links.drain()
 

@@ -14,6 +14,8 @@ import datetime
 import functools
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 LOOPBACK = "127.0.0.1"
+INTERFACE = "GLOO_SOCKET_IFNAME"  # where gloo listens
 
 
 @dataclass(frozen=True)
@@ -171,15 +174,17 @@ class Mesh:
             return cls(device=my_device)
         if my_device.type == "cuda":
             torch.cuda.set_device(my_device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if my_device.type == "cuda" else "gloo")
+        first_host = launched_first_host(size)
         grid = torch.arange(size).reshape(-1, attn_tp)
         attn = Group()
-        for row in grid.tolist():  # every rank must call new_group for every row, in the same order
-            handle = dist.new_group(row) if attn_tp > 1 else None
-            if rank in row:
-                assert not isinstance(handle, int)  # new_group returns a number to ranks outside the group
-                attn = Group(attn_tp, row.index(rank), handle)
-        return cls(rank, size, my_device, attn, Group(size, rank, dist.group.WORLD), launched_first_host(size))
+        with gloo_on_loopback() if first_host == LOOPBACK else nullcontext():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if my_device.type == "cuda" else "gloo")
+            for row in grid.tolist():  # every rank must call new_group for every row, in the same order
+                handle = dist.new_group(row) if attn_tp > 1 else None
+                if rank in row:
+                    assert not isinstance(handle, int)  # new_group returns a number to ranks outside the group
+                    attn = Group(attn_tp, row.index(rank), handle)
+        return cls(rank, size, my_device, attn, Group(size, rank, dist.group.WORLD), first_host)
 
     def agree(self, *mine: int) -> list[list[int]]:
         """Exchange numbers: return every rank's, one row per rank. The one small CPU collective of a step."""
@@ -204,6 +209,23 @@ class Mesh:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def gloo_on_loopback() -> Iterator[None]:
+    """Let the groups made meanwhile listen on this machine's loopback alone, unless the user has named an interface.
+
+    Gloo would otherwise listen at the address of this machine's name. Links to other machines are made later.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is None or INTERFACE in os.environ:
+        yield
+        return
+    os.environ[INTERFACE] = loopback
+    try:
+        yield
+    finally:
+        del os.environ[INTERFACE]
 
 
 def gpu_id(device: torch.device) -> str:

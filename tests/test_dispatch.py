@@ -180,6 +180,11 @@ def check_collectives(mesh: Mesh) -> None:
     assert torch.equal(group.all_gather(x[mine]), torch.cat(theirs))
     assert torch.equal(group.all_reduce(x.clone()), total)
     assert group.exchange({"rank": group.rank}, dict[str, int]) == [{"rank": r} for r in range(group.size)]
+    letters = "abc" * 1000 * group.rank + "x"  # of another length on every rank
+    assert [len(text) for text in group.exchange(letters, str)] == [3000 * r + 1 for r in range(group.size)]
+    if group.size > 1:
+        with pytest.raises(ValueError, match="Expected `int`, got `str`"):
+            group.exchange("not a number" if group.rank else 1, int)
     assert mesh.agree(mesh.rank, 7) == [[r, 7] for r in range(mesh.size)]
 
 

@@ -48,8 +48,8 @@ def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
 def watch(sock: zmq.Socket, events: int) -> zmq.Socket:
     """Return a socket that tells of these events of `sock`. End it with `unwatch`.
 
-    Its queue has no limit. At a limit ZeroMQ's I/O thread would wait for a reader, and with it every connection of the
-    context: strangers who come and go could bring that about (pyzmq's `get_monitor_socket` has a limit).
+    Its queue has no limit, other than that of pyzmq's `get_monitor_socket`. At a limit ZeroMQ's I/O thread waits for a
+    reader, and every connection of the context with it. Strangers who come and go could bring that about.
     """
     address = f"inproc://{uuid.uuid4().hex}"
     sock.monitor(address, events)

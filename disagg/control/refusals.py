@@ -31,8 +31,8 @@ class Refusals:
                 return
             self._next[what], unsaid = now + SAY_S, self._unsaid.pop(what, 0)
         more = f"; {unsaid:,} before it" if unsaid else ""
-        shown = "".join(c if c.isprintable() else "?" for c in why[:200])  # a stranger may have written parts of it
-        print(f"{self._port}: refused {what}: {shown}{more}", file=sys.stderr, flush=True)
+        shown = "".join(c if c.isprintable() else "?" for c in why[:300])  # a stranger may have written parts of it
+        print(f"{self._port}: {what} was refused: {shown}{more}", file=sys.stderr, flush=True)
 
     def add_failed(self, monitor: zmq.Socket) -> bool:
         """Count the connections that failed to prove what they are, out of a monitor's events.

@@ -36,7 +36,7 @@ class Door:
     def __init__(self, host: str, secret: Secret | None = None) -> None:
         """`secret`: what decode ranks must have, here and at the links."""
         self.host, self.secret = host, secret
-        self.refusals, self.link_refusals = Refusals("prefill: the door"), Refusals("prefill: a link")
+        self.refusals, self.link_refusals = Refusals("prefill: at the door"), Refusals("prefill: at a link")
         self._decode = Decoder[Knock](Knock)
         number = resolve(host)
         # A listener of its own, because torch's would listen on all of this machine's addresses.
