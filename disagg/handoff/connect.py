@@ -8,6 +8,7 @@ import datetime
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import zmq
@@ -109,7 +110,10 @@ def _knock(prefill: Member, knock: Knock, store: Store, answer: str, secret: Sec
     connect_to(door, prefill.host, prefill.door, secret)
     try:
         while True:
-            door.send(encode(knock))  # repeatedly: a knock may be lost, or be refused because there are too many links
+            # Repeatedly: a knock may be lost, or be refused because there are too many links. Without waiting, because
+            # ZeroMQ gives up a door that does not speak as expected.
+            with suppress(zmq.Again):
+                door.send(encode(knock), zmq.DONTWAIT)
             try:
                 store.wait([answer], KNOCK_AGAIN)
                 return store.get(answer)
