@@ -15,7 +15,7 @@ import functools
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.interface import interface_of
+
 # torch 2.13 renamed these two and warns about the old names; 2.11 knows only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 LOOPBACK = "127.0.0.1"
-INTERFACE = "GLOO_SOCKET_IFNAME"  # where gloo listens
+GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"  # environment variables: the interface where each listens
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Mesh:
         first_host = launched_first_host(size)
         grid = torch.arange(size).reshape(-1, attn_tp)
         attn = Group()
-        with gloo_on_loopback() if first_host == LOOPBACK else nullcontext():
+        with on_interface(first_host):
             dist.init_process_group("cpu:gloo,cuda:nccl" if my_device.type == "cuda" else "gloo")
             for row in grid.tolist():  # every rank must call new_group for every row, in the same order
                 handle = dist.new_group(row) if attn_tp > 1 else None
@@ -212,20 +214,36 @@ class Mesh:
 
 
 @contextmanager
-def gloo_on_loopback() -> Iterator[None]:
-    """Let the groups made meanwhile listen on this machine's loopback alone, unless the user has named an interface.
+def on_interface(first_host: str) -> Iterator[None]:
+    """Let gloo and NCCL listen at the interface towards rank 0, unless the user has named one.
 
-    Gloo would otherwise listen at the address of this machine's name. Links to other machines are made later.
+    Gloo would otherwise listen at the address of this machine's name, and NCCL at any interface. On one machine that is
+    the loopback, and only for the groups made meanwhile: links to other machines are made later. Over several machines
+    it is where the machines reach one another.
     """
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback is None or INTERFACE in os.environ:
+    here = first_host == LOOPBACK
+    name = interface_of(LOOPBACK if here else _source_address(first_host))
+    wanted = [variable for variable in ((GLOO,) if here else (GLOO, NCCL)) if variable not in os.environ]
+    if name is None:
         yield
         return
-    os.environ[INTERFACE] = loopback
+    os.environ.update(dict.fromkeys(wanted, name))
     try:
         yield
     finally:
-        del os.environ[INTERFACE]
+        for variable in wanted if here else ():
+            del os.environ[variable]
+
+
+def _source_address(host: str) -> str:
+    """Return the address from which this machine reaches `host`. Raises ValueError if there is no route."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # a datagram socket: this sends nothing
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"no way to reach rank 0 at {host!r}: {error.strerror}") from None
 
 
 def gpu_id(device: torch.device) -> str:

@@ -29,9 +29,10 @@ from disagg.control.secret import KeyPair, Secret, stop_guarding
 from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import Cancel, Knock
-from parallel.mesh import INTERFACE, Group, gloo_on_loopback, launched_first_host
+from parallel.interface import interface_of
+from parallel.mesh import GLOO, LOOPBACK, NCCL, Group, launched_first_host, on_interface
 from scripts.tools.demo import free_port
-from tests.conftest import ROOT, eventually, write_secret
+from tests.conftest import ROOT, eventually, has_ipv6, write_secret
 from tests.deployment import run
 from tests.processes import Process
 from tests.worlds import run_world
@@ -319,14 +320,29 @@ def test_a_job_whose_ranks_are_all_here_uses_the_loopback(
 
 
 def test_gloo_listens_on_the_loopback_while_a_job_meets_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(INTERFACE, raising=False)
-    with gloo_on_loopback():
-        assert os.environ[INTERFACE] in ("lo", "lo0")
-    assert INTERFACE not in os.environ
-    monkeypatch.setenv(INTERFACE, "eth7")
-    with gloo_on_loopback():
-        assert os.environ[INTERFACE] == "eth7"
-    assert os.environ[INTERFACE] == "eth7"
+    monkeypatch.delenv(GLOO, raising=False)
+    with on_interface(LOOPBACK):
+        assert os.environ[GLOO] in ("lo", "lo0")
+    assert GLOO not in os.environ
+    monkeypatch.setenv(GLOO, "eth7")
+    with on_interface(LOOPBACK):
+        assert os.environ[GLOO] == "eth7"
+    assert os.environ[GLOO] == "eth7"
+
+
+def test_an_interface_is_found_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several machines it stays named, because links and NCCL's groups are made later."""
+    assert interface_of("127.0.0.1") in ("lo", "lo0") and interface_of("192.0.2.1") is None
+    if has_ipv6():
+        assert interface_of("::1") == interface_of("127.0.0.1")
+    for name in (GLOO, NCCL):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(NCCL, "eth7")
+    with on_interface("127.0.0.2"):
+        pass
+    assert os.environ.pop(GLOO) in ("lo", "lo0") and os.environ[NCCL] == "eth7"
+    with pytest.raises(ValueError, match="no way to reach rank 0"), on_interface("no.such.host.invalid"):
+        pass
 
 
 def test_a_job_over_several_machines_needs_a_secret(tiny: Path) -> None:

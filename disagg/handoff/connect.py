@@ -81,7 +81,7 @@ def listen(
         # One client per link: while a client waits, perhaps for a frozen peer, no other link could use it.
         store = TCPStore(host, store_port, is_master=False, timeout=TIMEOUT)
         store.set(f"{key}/pipe", str(pipe.port))
-        return pipe, TorchTransport(PrefixStore(key, store), 0, device)
+        return pipe, TorchTransport(PrefixStore(key, store), 0, device, host)
 
     return connect
 
@@ -95,7 +95,7 @@ def dial(
         store = TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
         port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe", secret))
         pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed, secret)
-        return pipe, TorchTransport(PrefixStore(key, store), 1, device)
+        return pipe, TorchTransport(PrefixStore(key, store), 1, device, me.host)
 
     return connect
 
