@@ -27,7 +27,7 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.transports.torch_dist import TIMEOUT
 from kernels import ref
-from model.kv_cache import pages_for
+from model.pages import pages_for
 
 
 class SendLink(Link):
