@@ -28,7 +28,7 @@ from disagg.control.messages import encode
 from disagg.control.session import Header
 from scripts.tools.demo import free_port
 from tests.conftest import eventually, write_secret
-from tests.deployment import answers_alone, write_lines
+from tests.deployment import LINES, answers_alone, write_lines
 from tests.processes import Process
 from tests.test_control import EXAMPLES
 
@@ -79,10 +79,10 @@ def frames(rng: random.Random, messages: list[Any]) -> list[bytes]:
     return rng.choice(([body], [header, body], [number, body], [header, body, body], [b""], [rng.randbytes(9), body]))
 
 
-def greeting(rng: random.Random) -> bytes:
+def greeting(rng: random.Random, kind: bytes | None = None) -> bytes:
     """Return what a ZeroMQ peer without keys says first."""
     name = rng.choice((b"", b"stranger", b"\0", rng.randbytes(20)))
-    ready = b"\x05READY\x0bSocket-Type" + _sized(rng.choice(SOCKETS)) + b"\x08Identity" + _sized(name)
+    ready = b"\x05READY\x0bSocket-Type" + _sized(kind or rng.choice(SOCKETS)) + b"\x08Identity" + _sized(name)
     hello = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
     return hello + b"\x04" + bytes([len(ready)]) + ready
 
@@ -207,11 +207,22 @@ def deployed(model: Path, flags: list[str]) -> Iterator[Deployment]:
 # ---- the attack
 
 
-def attack(model: Path, folder: Path, secret: bool, count: int, idle: int, frame: int) -> Figures:
-    """Send `count` messages and `idle` silent connections to every port. `frame`: bytes that are announced."""
+def one_process(model: Path, folder: Path) -> dict[str, str]:
+    """Return the texts, by id, that one process answers to the lines with a prompt."""
     source = write_lines(folder / "lines.jsonl")
-    lines = [line for line in map(json.loads, source.read_text().splitlines()) if "prompt" in line]
-    expected = {answer["id"]: answer["text"] for answer in answers_alone(model, source, folder / "alone.jsonl")}
+    prompts = {line["id"] for line in LINES if "prompt" in line}
+    answers = answers_alone(model, source, folder / "alone.jsonl")
+    return {answer["id"]: answer["text"] for answer in answers if answer["id"] in prompts}
+
+
+def attack(
+    model: Path, folder: Path, secret: bool, count: int, idle: int, frame: int, expected: dict[str, str]
+) -> Figures:
+    """Send `count` messages and `idle` silent connections to every port. `frame`: bytes that are announced.
+
+    `expected`: the texts of `one_process`.
+    """
+    lines = [line for line in LINES if line["id"] in expected]
     figures, began, over = Figures(), time.monotonic(), threading.Event()
     flags = ["--secret-file", str(write_secret(folder))] if secret else []
     with deployed(model, flags) as place:
@@ -263,6 +274,8 @@ def send_everything(ports: list[int], count: int, idle: int, frame: int) -> list
         for _ in range(idle):
             with suppress(OSError):
                 silent.append(socket.create_connection((HOST, port), timeout=5))
+        for kind in SOCKETS[:2]:  # one of them is heard for certain, and refused
+            send_to(port, greeting(rng, kind), on_the_wire([b"junk", b"junk"]))
         sent = 0
         while sent < count:
             several = min(rng.choice((1, 10, MANY)), count - sent)
@@ -289,6 +302,7 @@ def check(figures: Figures, grown: int) -> None:
 if __name__ == "__main__":
     for with_secret in (False, True):
         with tempfile.TemporaryDirectory() as scratch:
-            found = attack(Path("model/tiny"), Path(scratch), with_secret, int(sys.argv[1]), 500, 2**30)
+            texts = one_process(Path("model/tiny"), Path(scratch))
+            found = attack(Path("model/tiny"), Path(scratch), with_secret, int(sys.argv[1]), 500, 2**30, texts)
             print("with a secret" if with_secret else "without a secret", json.dumps(vars(found), indent=1))
             check(found, 100)

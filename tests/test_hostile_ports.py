@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile_ports import attack, check
+from tests.hostile_ports import attack, check, one_process
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return one_process(tiny, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds the ports in /proc")
 @pytest.mark.parametrize("secret", (False, True), ids=("without a secret", "with one"))
-def test_strangers_change_nothing(secret: bool, tiny: Path, tmp_path: Path) -> None:
-    figures = attack(tiny, tmp_path, secret, count=100, idle=20, frame=2**26)
+def test_strangers_change_nothing(secret: bool, tiny: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    figures = attack(tiny, tmp_path, secret, count=60, idle=20, frame=2**26, expected=expected)
     assert len(figures.ports["router"]) == 2 and len(figures.ports["prefill"]) >= 4 and figures.ports["decode"]
     check(figures, grown=40)
     kind = "a connection was refused" if secret else "a message that is no knock was refused"

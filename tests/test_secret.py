@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import signal
 import socket
 import threading
 import time
@@ -151,6 +152,30 @@ def test_every_role_refuses_to_start_where_others_can_reach_it(role: str, tiny: 
     prompt = ("--prompt", "x") if role == "router" else ()
     code, _, err = run("--model", str(tiny), "--role", role, "--router", "0.0.0.0:7000", *prompt)
     assert code == 2 and err.startswith("run.py: error: other machines can reach 0.0.0.0: give all jobs the same "), err
+
+
+def test_a_job_says_once_that_the_router_refuses_its_secret(tiny: Path, tmp_path: Path) -> None:
+    """It joins when the right router comes. A unified job has its own router, with the same secret."""
+    paths = [write_secret(tmp_path / name, name * 40) for name in ("a", "b")]
+    address = f"{HOST}:{free_port()}"
+    flags = ["--model", str(tiny), "--router", address]
+    router = ["--role", "router", "--prompt", "In", *flags]
+    wrong = Process([*router, "--secret-file", str(paths[0])])
+    decode = Process(["--role", "decode", *flags, "--secret-file", str(paths[1])])
+    bare = Process(["--role", "prefill", *flags])
+    said = f"decode: the router at {address} refuses this job's secret, or has none (--secret-file)\n"
+    decode.until(said)
+    bare.until(f"prefill: the router at {address} refuses this job, which has no secret (--secret-file)\n")
+    wrong.until("router: a connection was refused: ")
+    for process in (wrong, bare):
+        process.end()
+    right = Process([*router, "--secret-file", str(paths[1])])
+    decode.until(f"decode: joined the router at {address}\n")
+    assert decode.err.count(said) == 1 and "joined" not in wrong.err + bare.err
+    os.kill(right.pid, signal.SIGINT)
+    assert [process.finish()[0] for process in (right, decode)] == [0, 0]
+    code, out, err = run("--model", str(tiny), "--prompt", "In", "--max-tokens", "2", "--secret-file", str(paths[0]))
+    assert code == 0 and out.strip() and "refus" not in err, err
 
 
 # ---- the ports
