@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from disagg.control.messages import Abort, Back, Forget, Gone, Load, Member, Parts, Submit, Update, Withdraw
+from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
@@ -36,10 +37,10 @@ class Incoming:
 
 
 class Decode(Unified):
-    def __init__(self, engine: Engine, members: list[Member]) -> None:
-        """`members`: the ranks of this replica, in order."""
+    def __init__(self, engine: Engine, members: list[Member], secret: Secret | None = None) -> None:
+        """`members`: the ranks of this replica, in order. `secret`: of the prefill ranks."""
         super().__init__(engine)
-        self.members = members
+        self.members, self.secret = members, secret
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Incoming] = deque()  # waiting for pages
         self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
@@ -120,7 +121,8 @@ class Decode(Unified):
 
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
         me, pool = self.members[self.rank], self.engine.pool
-        connect, unpack_pages = dial(prefill, me, pool.device, generation), self.engine.ops.unpack_pages
+        connect = dial(prefill, me, pool.device, generation, self.secret)
+        unpack_pages = self.engine.ops.unpack_pages
         key = link_key(prefill, me, generation)
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 

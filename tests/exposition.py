@@ -32,6 +32,7 @@ DECODE_STATS = {
     "transfer_seconds": 0.25,
     "transfer_failures": 1,
     "transfers_in_flight": 2,
+    "refusals": 6,
     "rebalance_looks": 7,
     "rebalances_total": 2,
     "rebalance_failures": 1,

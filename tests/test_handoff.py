@@ -732,7 +732,7 @@ def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monke
     key = link_key(Member("p", HOST), decode)
     link = SendLink(key, listen(door.store.port, HOST, CPU), make_pool(None), queue.SimpleQueue(), Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
-    transport = TorchTransport(PrefixStore(key, store), 1, CPU)
+    transport = TorchTransport(PrefixStore(key, store), 1, CPU, "127.0.0.1")
     time.sleep(0.3)  # now it waits at the pipe
     link.stop()
     link.join(SOON)
@@ -885,7 +885,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     end = End(make_pool(None), None, queue.SimpleQueue())
     end.link = SendLink(key, listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
-    transport = TorchTransport(PrefixStore(key, store), 1, CPU)
+    transport = TorchTransport(PrefixStore(key, store), 1, CPU, "127.0.0.1")
     end.link.put(Join(1))
     end.link.put(SendLast(1, 5, [], sampled=time.perf_counter()))
     time.sleep(0.3)

@@ -156,9 +156,8 @@ class Fleet:
         return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
 
     def _refuse(self, replica: Replica, wrong: str) -> None:
-        error = f"refused: {wrong}"
-        _say(f"a {replica.hello.role} replica was {error}")
-        self.port.send(replica.id, Finish(error))
+        self.port.refusals.add(f"a {replica.hello.role} replica", wrong)
+        self.port.send(replica.id, Finish(f"refused: {wrong}"))
         self.port.dismiss(replica.id)
 
     def _has_the_routers_model(self, hello: Hello) -> bool:

@@ -166,7 +166,7 @@ class SendLast(msgspec.Struct, frozen=True):
     sampled: float = 0.0  # time.perf_counter() when the token was known
 
 
-class RoomEnded(msgspec.Struct, frozen=True):
+class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     """This link will not touch the room's pages any more. Exactly one per link and room that it joined."""
 
     uid: int

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
+from disagg.control.address import resolve
+
 TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, also per tensor
 
 
@@ -34,8 +36,11 @@ class TorchTransfer:
 
 
 class TorchTransport:
-    def __init__(self, store: Store, me: int, device: torch.device) -> None:
-        """`me` is 0 or 1. With gloo this blocks until the peer has connected. Raises RuntimeError if that fails."""
+    def __init__(self, store: Store, me: int, device: torch.device, host: str) -> None:
+        """`me` is 0 or 1. `host`: where gloo listens, this machine's address as the peer reaches it.
+
+        With gloo this blocks until the peer has connected. Raises RuntimeError if that fails.
+        """
         self.me, self.peer, self.device, self._aborted = me, 1 - me, device, False
         if device.type == "cuda":
             # Before the steps' kernels: while one end waits for room on its GPU, the other end's SMs wait, too.
@@ -45,7 +50,10 @@ class TorchTransport:
             # turn, and nothing else here asks for this priority. (NCCL's own streams have the highest, -3.)
             self._stream = torch.cuda.Stream(device, priority=-2)
         else:
-            self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
+            options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
+            options._timeout = TIMEOUT
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=resolve(host))]
+            self.group = dist.ProcessGroupGloo(store, me, 2, options)
             self._stream = None
 
     def greet(self) -> None:
