@@ -87,9 +87,9 @@ class Connection:
             self._say(SAYING["draining"])
 
     @property
-    def has_nothing(self) -> bool:
-        """Does the job drain, and has no router given it anything?"""
-        return self.beacon.draining and self.port is not None and not self.port.welcomed
+    def drains_alone(self) -> bool:
+        """Does this rank drain, while no router could take its answers?"""
+        return self.beacon.draining and self.port is not None and not self.stands
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ def _serve(
                     finished, problem = True, event.error
                 role.handle(event)
         end = FINISHED if finished else GOING_ON if connection.stands else CUT_OFF
-        if interrupt.seen or (end == CUT_OFF and (connection.problem is not None or connection.has_nothing)):
+        if interrupt.seen or (end == CUT_OFF and (connection.problem is not None or connection.drains_alone)):
             end = LEAVING
         turn = pipeline.turn(end)
         if turn == Turn.OVER:
