@@ -1,14 +1,14 @@
 """How long after SIGKILL to a job does its replacement serve? A router, a prefill and a decode job, of one rank each.
 
     SIGKILL ----------------> the router says that the job is lost      noticed
-       |--> a new process --> it begins to read its weights             started
-                          --> they are read                             weights
+       |--> a new process --> it says that its weights are read         started + weights
                           --> the router says that it has joined        joined
                           --> the first token of a request              first token
 
 The replacement is started at once, so the time that a supervisor takes is not in it. Nor is a second job of the role,
 which would have gone on with the requests. The request whose first token counts is sent just after the kill. Times are
-read from the processes' lines, every few milliseconds. The parts from `started` on add up to the total.
+read from the processes' lines, every few milliseconds. `weights` is what the line says, to a tenth of a second, and
+`started` is the rest until that line: mostly imports. The parts from `started` on add up to the total.
 """
 
 import argparse
