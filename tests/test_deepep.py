@@ -121,7 +121,7 @@ def choose(choice: str = "auto", mesh: Mesh | None = None, **changed: object) ->
 
 def mesh_of(monkeypatch: pytest.MonkeyPatch, *others: object, device: torch.device = GPU) -> Mesh:
     """Rank 0 of a job whose other ranks give these answers; None: the same as rank 0."""
-    monkeypatch.setattr(Group, "exchange", lambda self, mine: [mine, *(other or mine for other in others)])
+    monkeypatch.setattr(Group, "exchange", lambda self, mine, kind: [mine, *(other or mine for other in others)])
     return Mesh(0, len(others) + 1, device, Group(), Group(len(others) + 1, 0))
 
 
