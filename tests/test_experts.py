@@ -55,12 +55,11 @@ def test_the_nearest_replica_is_chosen_and_equal_ones_take_turns(
                 assert max(counts) - min(counts) <= 1, "ranks that are as far from all do not take turns"
 
 
-def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there() -> None:
     """Four ranks on two nodes, and hot experts with replicas on both."""
-    monkeypatch.setattr(Mesh, "nodes", lambda mesh: 2)
     loads, chances = torch.randint(1, 100, (6, 8)) ** 2, 0
     for rank in range(4):
-        placement = balanced(loads, 16, 1, Mesh(rank, 4, ep=Group(4, rank)))
+        placement = balanced(loads, 16, 1, Mesh(rank, 4, ep=Group(4, rank), node_of_rank=(0, 0, 1, 1)))
         for layer, row in enumerate(placement.expert_of_slot):
             for expert in range(8):
                 nodes = ((row == expert).nonzero()[:, 0] // 8).tolist()
