@@ -13,9 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from disagg import engine
+from disagg.config import EngineConfig
 from kernels.ops import Ops
+from model.config import ModelConfig
 from parallel import rdma
 from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP
 from parallel.deepep_sizes import QUEUE_ROWS, Sizes, buffer_bytes
@@ -248,6 +252,38 @@ def test_the_table_is_read_from_a_wheel(tmp_path: Path) -> None:
         "combine_configs": {"4": [5]},
     }
     assert json.loads(as_text(found)) == found
+
+
+def test_a_job_asks_each_rank_once_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second rank of three, of which the last is on another machine of the same name."""
+    environment = {"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "first"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked: list[str] = []
+
+    def exchange(group: Group, mine: str) -> list[str]:
+        asked.append(mine)
+        return [mine, mine, mine.split()[0] + " other-boot"]
+
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(Group, "exchange", exchange)
+    mesh = Mesh.create(device="cpu")
+    assert mesh.node_of_rank == (0, 0, 1) and mesh.ranks_per_node is None and asked == [machine_id()]
+    assert mesh.first_host == "first"
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_the_engine_says_whether_its_job_decodes(decodes: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict = {}
+
+    def make(*args: object, **options: object) -> Dispatchers:
+        given.update(options)
+        return make_dispatchers(*args, **options)
+
+    monkeypatch.setattr(engine, "make_dispatchers", make)
+    settings = EngineConfig(max_batch=2, kv_tokens=256, max_tokens_per_step=64, max_model_len=64, decodes=decodes)
+    engine.Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+    assert given["decodes"] == decodes
 
 
 def test_machines_are_told_apart() -> None:

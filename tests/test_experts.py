@@ -69,6 +69,14 @@ def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there() -
     assert chances > 20, "the maps leave nothing to choose"
 
 
+def test_a_group_of_experts_stays_on_its_node() -> None:
+    """Four groups of two experts each, on two nodes. With groups as here, half of the experts can be on each node."""
+    mesh = Mesh(0, 4, ep=Group(4, 0), node_of_rank=(0, 0, 1, 1))
+    of_slot = balanced(torch.arange(1, 49).view(6, 8) ** 2, 16, 4, mesh).expert_of_slot
+    for layer in of_slot.view(6, 2, 8) // 2:
+        assert not set(layer[0].tolist()) & set(layer[1].tolist()), layer
+
+
 def test_the_recorder_counts_tokens_of_experts() -> None:
     of_slot = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     load_counter = LoadCounter(Placement(torch.zeros(2, 3), of_slot, 2), 3)
