@@ -184,6 +184,14 @@ def test_decode_by_hand() -> None:
     assert masked_step(deepep, 256) == layer + routing + rows * (512 + 2 * 256) * 2
 
 
+def test_prompts_take_what_the_all_to_all_takes_where_deepep_serves_decode_steps_alone() -> None:
+    deepep = replace(HAND, ranks=4, slots=1, capacity=300)
+    mixed, plain = replace(deepep, normal=False), replace(deepep, capacity=None)
+    assert masked_step(mixed, 1024) == masked_step(replace(mixed, normal=True), 1024)
+    sizes = [contiguous_step(shape, 16384, 16384, 1) for shape in (deepep, mixed, plain)]
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
 def test_graphs_hold_their_logits() -> None:
     """Each graph's logits stay; the largest is captured first, and a small one may need as much beside them."""
     job = replace(HAND, config=replace(SMALL, kv_lora_rank=64))
