@@ -379,7 +379,7 @@ def test_a_share_of_a_gpu() -> None:
 class Hosts(Group):
     """Ranks of which two are on my GPU; the one beside me has a GiB less left."""
 
-    def exchange(self, item: Any) -> list[Any]:
+    def exchange(self, item: Any, kind: Any) -> list[Any]:
         if isinstance(item, Budget):
             return [item, replace(item, available=item.available - GIB)]
         return [item, item, "another", "and another"]
@@ -454,7 +454,7 @@ def test_a_pool_over_a_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatc
     )
 
     class Machines(Group):
-        def exchange(self, item: Any) -> list[Any]:
+        def exchange(self, item: Any, kind: Any) -> list[Any]:
             return [item, item, ("elsewhere", 6 * GIB)]
 
     mesh = Mesh(0, 3, ep=Machines(3))
