@@ -22,6 +22,7 @@ SAYING = {
     "lost": f"waiting {HOLD_S:.0f} s for the router to come back at {{}}",
     "shut out": "the router at {} refuses this job's secret, or has none (--secret-file)",
     "shut out without one": "the router at {} refuses this job, which has no secret (--secret-file)",
+    "draining": "draining: it finishes what it has, and then leaves the router at {}",
 }
 
 
@@ -78,6 +79,17 @@ class Connection:
         """The reason to end the job, if the router has been away for too long."""
         gone = self.port is not None and self.port.lost_s > HOLD_S
         return f"the router at {self._where} has been gone for {HOLD_S:.0f} s" if gone else None
+
+    def drain(self, draining: bool) -> None:
+        """Tell the router, with the next beats, that this rank wants no new requests."""
+        if draining and not self.beacon.draining:
+            self.beacon.draining = True
+            self._say(SAYING["draining"])
+
+    @property
+    def has_nothing(self) -> bool:
+        """Does the job drain, and has no router given it anything?"""
+        return self.beacon.draining and self.port is not None and not self.port.welcomed
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -368,9 +367,11 @@ class Engine:
     def kv_layout(self) -> dict[str, str]:
         """Return the properties in which both sides of a KV handoff must agree: the pool's rows, and the model.
 
-        The model is identified by a hash of its configuration and its norms, which every rank holds unsplit.
+        The model is identified by a hash of its configuration and its norms, which every rank holds unsplit. The
+        configuration's own hash is what a router can compare, which has no weights.
         """
-        model_hash = hashlib.sha256(repr(replace(self.config, fp8=False, eos_token_ids=())).encode())
+        config = self.config.fingerprint
+        model_hash = hashlib.sha256(config.encode())
         for name, weight in self.model.named_parameters():
             if "norm" in name:
                 norm = weight.detach().cpu().bfloat16()  # the same for every --dtype
@@ -378,6 +379,7 @@ class Engine:
         layers, _, page, width = self.pool.shape
         dtype = str(self.pool.dtype).removeprefix("torch.")
         shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": model_hash.hexdigest()[:8]}
+        shape["config"] = config
         return {name: str(value) for name, value in shape.items()}
 
     @property

@@ -30,7 +30,7 @@ def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> in
     front = FrontDoor(args, config, (host, port))
     front.announce(host)
     interrupt.hold()
-    RouterThread(front, lambda: interrupt.seen).join()  # not in the main thread, whose signals an event loop would take
+    RouterThread(front, interrupt).join()  # not in the main thread, whose signals an event loop would take
     return 1 if front.failed else 0
 
 

@@ -75,6 +75,7 @@ def _serve(
     nap_ms, finished, problem = 1, False, None
     while True:
         connection.beacon.turn += 1
+        connection.drain(interrupt.draining)
         inbox = [*connection.poll(), *role.collect(), *reports.due()]
         with connection.waiting():
             shared = mesh.attn.exchange(inbox, INBOX)
@@ -87,7 +88,7 @@ def _serve(
                     finished, problem = True, event.error
                 role.handle(event)
         end = FINISHED if finished else GOING_ON if connection.stands else CUT_OFF
-        if interrupt.seen or (end == CUT_OFF and connection.problem is not None):
+        if interrupt.seen or (end == CUT_OFF and (connection.problem is not None or connection.has_nothing)):
             end = LEAVING
         turn = pipeline.turn(end)
         if turn == Turn.OVER:

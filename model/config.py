@@ -3,6 +3,7 @@
 `model/model_types.py` says what the field `model_type` decides.
 """
 
+import hashlib
 import json
 import reprlib
 from dataclasses import dataclass, field, fields, replace
@@ -95,6 +96,11 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """Width of one cached token: the latent and the shared rope key, C + R."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the architecture: of what the file says, but for end-of-text tokens and how weights are stored."""
+        return hashlib.sha256(repr(replace(self, fp8=False, eos_token_ids=())).encode()).hexdigest()[:8]
 
     @property
     def num_moe_layers(self) -> int:

@@ -80,6 +80,8 @@ def requests(vocab_size: int) -> list[UserRequest]:
 class Leaving:
     """The interrupt of a job that leaves in the middle of a request. Without an engine it stays."""
 
+    draining = False
+
     def __init__(self, engine: Engine | None = None) -> None:
         self.engine, self.left = engine, False
 

@@ -59,6 +59,7 @@ TO_WORKER = (
 TO_ROUTER = (
     HELLO,
     Beat("a", 2**40, True),
+    Beat("a", 3, False, None, True),
     Beat("a", 0, False, Load(2**40, 3, 2, 1, {2**40: 0, 7: 5}, 1)),
     Updates(
         [
@@ -139,6 +140,7 @@ NO_MESSAGES = {
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
     "a load below nothing": forged(Beat("a", 1, False), load=load(kv_pages=-1)),
     "a load that no float can hold": forged(Beat("a", 1, False), load=load(queued_tokens=2**53)),
+    "a drain that is no truth value": forged(Beat("a", 1, False), draining=1),
     "a load of half a request": forged(Beat("a", 1, False), load=load(running=0.5)),
     "a prompt with fewer than no tokens left": forged(Beat("a", 1, False), load=load(tokens_left={3: -1})),
     "a load that names 257 prompts": forged(Beat("a", 1, False), load=load(tokens_left=dict.fromkeys(range(257), 1))),

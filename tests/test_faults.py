@@ -4,7 +4,6 @@ Nothing hangs longer than the documented time, and every answer has the tokens t
 processes (tests/town.py), with the timeouts made short and checked in proportion.
 """
 
-import json
 import os
 import re
 import signal
@@ -12,66 +11,15 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.processes import Job
-from tests.town import Town, town
-
-# ZeroMQ's own word of a dead connection, which would come at 10 s; and the beats.
-QUICK = {
-    "disagg__control__ports__HEARTBEAT_MS": 200,
-    "disagg__control__ports__DEAD_AFTER_MS": 1_000,
-    "disagg__control__pulse__BEAT_S": 0.1,
-    "disagg__front__fleet__SILENT_S": 1.5,
-    "disagg__front__fleet__PING_S": 0.2,
-    "disagg__front__router__SUSPECT_S": 0.5,
-}
-SOON = 60
-POOL = ("--kv-tokens", "2048")  # for a few requests at a time
-
-
-def requests(text: str, count: int, max_tokens: int) -> list[dict]:
-    return [
-        {"id": f"{text} {i}", "prompt": f"{text} {i}", "max_tokens": max_tokens, "ignore_eos": True}
-        for i in range(count)
-    ]
-
-
-LONG, OTHER = requests("And the LORD spake", 20, 80), requests("import os", 16, 20)
-GRADED = [request | {"max_tokens": 4 + 4 * i} for i, request in enumerate(LONG)]  # the first answer comes early
+from tests.town import GRADED, LONG, OTHER, POOL, QUICK, SOON, all_right, busy, joined, town, undisturbed
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Path, tmp_path_factory: Any) -> dict[str, list[int]]:
-    """The tokens of all requests, of one process that nothing disturbs; by id."""
-    with town(tmp_path_factory.mktemp("alone"), tiny) as place:
-        source, out = place.folder / "in.jsonl", place.folder / "all.out"
-        source.write_text("".join(json.dumps(request) + "\n" for request in LONG + OTHER))
-        alone = place.start("unified", 1, "--input", str(source), "--output", str(out))
-        place.until(lambda: alone.statuses == [0], SOON)
-        return {answer["id"]: answer["token_ids"] for answer in place.answers("all")}
-
-
-def joined(place: Town, router: Job, count: int) -> None:
-    place.until(lambda: router.said.count("joined") >= count, SOON)
-
-
-def busy(place: Town, name: str, count: int = 1) -> None:
-    """Until so many have been answered."""
-    place.until(lambda: len(place.answers(name)) >= count, SOON)
-
-
-def all_right(place: Town, router: Job, name: str, wanted: list[dict], expected: dict[str, list[int]]) -> None:
-    """The router ends well, with the tokens that each of its requests should have."""
-    place.until(lambda: router.statuses != [None], SOON)
-    answers = place.answers(name)
-    assert router.statuses == [0] and "Traceback" not in router.said, place.said
-    assert [answer["id"] for answer in answers] == [request["id"] for request in wanted]
-    lengths = {request["id"]: request["max_tokens"] for request in wanted}
-    wrong = {a["id"]: a for a in answers if a.get("error") or a["token_ids"] != expected[a["id"]][: lengths[a["id"]]]}
-    assert not wrong, f"{wrong}\n{place.said}"
+def expected(tiny: Path) -> dict[str, list[int]]:
+    return undisturbed(tiny)
 
 
 def test_a_router_with_other_work_takes_the_address_of_one_that_was_killed(
@@ -232,10 +180,10 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
     """What waits for pages on the decode side has not begun, and so has not failed.
 
     31 pages hold a short request and 15 long ones, which fail once. The first answer shows that they no longer need a
-    prefill job. The other four wait.
+    prefill job, because here no suspected request waits for a trial of its own. The other four wait.
     """
     wanted = [LONG[0] | {"max_tokens": 4}, *LONG[1:]]
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, tiny, **QUICK, disagg__front__trials__TRIAL_WAIT_S=0.0) as place:
         router = place.router(wanted, "out")
         place.worker("decode", 1, "--kv-tokens", "1984")
         prefill = place.worker("prefill")
@@ -291,3 +239,55 @@ def test_a_job_of_another_dtype_that_came_first_locks_nobody_out(
         place.worker("prefill")
         place.worker("decode")
         all_right(place, router, "out", OTHER, expected)
+
+
+def test_a_router_that_is_started_again_finds_its_jobs_and_goes_on_in_its_file(
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    """Meanwhile nobody else may write that file, and the jobs say what they wait for."""
+    with town(tmp_path, tiny, **QUICK) as place:
+        router = place.router(GRADED, "out")
+        jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
+        joined(place, router, 2)
+        busy(place, "out", 3)
+        files = ("--input", str(tmp_path / "out.jsonl"), "--output", str(tmp_path / "out.out"), "--existing", "resume")
+        second = place.start("router", 1, "--router", "127.0.0.1:0", *files)
+        place.until(lambda: second.statuses == [2], SOON)
+        assert "out.out: another process writes it" in second.said and "Traceback" not in second.said
+        router.signal(signal.SIGKILL)
+        place.until(lambda: all("waiting 60 s for the router to come back" in job.said for job in jobs), 10)
+        before = place.answers("out")
+        assert 3 <= len(before) < len(GRADED)
+        again = place.start("router", 1, "--router", f"127.0.0.1:{place.port}", *files)
+        all_right(place, again, "out", GRADED, expected)
+        assert place.answers("out")[: len(before)] == before
+        place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
+        assert all(job.said.count("joined the router") == 2 for job in jobs)
+
+
+def test_a_job_with_a_frozen_rank_ends_with_its_router(tiny: Path, tmp_path: Path) -> None:
+    """As soon as the rank goes on. (If it never does, its peers end the job, after COLLECTIVE_S.)"""
+    with town(tmp_path, tiny, **QUICK, disagg__front__fleet__FAREWELL_S=2.0) as place:
+        router = place.router(GRADED, "out")
+        prefill, decode = place.worker("prefill"), place.worker("decode", 2)
+        joined(place, router, 3)
+        decode.ranks[1].signal(signal.SIGSTOP)
+        router.signal(signal.SIGINT)
+        place.until(lambda: router.statuses == [0] and prefill.statuses == [0], 20)
+        assert decode.statuses == [None, None]
+        decode.ranks[1].signal(signal.SIGCONT)
+        place.until(lambda: decode.statuses == [0, 0], 20)
+
+
+def test_a_job_of_another_model_that_came_first_locks_nobody_out(
+    tiny: Path, small: Path, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    with town(tmp_path, tiny, **QUICK) as place:
+        wrong = place.worker("decode", 1, "--model", str(small))
+        router = place.router(OTHER, "out")
+        joined(place, router, 1)
+        place.worker("decode")
+        place.worker("prefill")
+        all_right(place, router, "out", OTHER, expected)
+        place.until(lambda: wrong.statuses == [1], SOON)
+        assert "its model is not this router's" in wrong.said and "Traceback" not in wrong.said

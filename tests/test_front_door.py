@@ -343,12 +343,13 @@ def test_ctrl_c_before_serving_ends_the_process_at_once(number: int, said: str) 
     assert process.communicate(timeout=30) == ("", said) and process.returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_serving_is_remembered_and_a_second_one_kills(number: int) -> None:
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, "seen"), (signal.SIGTERM, "draining")])
+def test_a_signal_while_serving_is_remembered_and_a_second_one_kills(number: int, kind: str) -> None:
     code = (
         "from disagg.interrupt import Interrupt; import time\n"
         "interrupt = Interrupt(); interrupt.hold(); print('ready', flush=True)\n"
-        "while not interrupt.seen: time.sleep(0.01)\n"
+        f"while not interrupt.{kind}: time.sleep(0.01)\n"
+        f"assert interrupt.seen == ({kind!r} == 'seen')\n"
         "print('seen', flush=True); time.sleep(60)"
     )
     process = python(code)
@@ -356,3 +357,19 @@ def test_ctrl_c_while_serving_is_remembered_and_a_second_one_kills(number: int) 
         assert process.stdout.readline() == word
         process.send_signal(number)
     assert process.communicate(timeout=30) == ("", "") and process.returncode == 128 + number
+
+
+def test_a_drain_that_takes_too_long_becomes_an_end_and_a_second_signal_still_kills() -> None:
+    code = (
+        "import disagg.interrupt as module; import time\n"
+        "module.DRAIN_S = 0.3; interrupt = module.Interrupt(); interrupt.hold()\n"
+        "interrupt.on_seen(lambda: print('over', flush=True)); print('ready', flush=True)\n"
+        "while not interrupt.seen: time.sleep(0.01)\n"
+        "assert interrupt.draining; time.sleep(60)"
+    )
+    process = python(code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "over\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 128 + signal.SIGTERM

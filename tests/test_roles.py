@@ -302,7 +302,7 @@ class Never(Interrupt):
     """Leaves the signals of this process alone."""
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen = self.draining = False
 
 
 def test_the_router_hears_the_load_with_the_beats(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 
 from disagg.control import pulse
@@ -23,14 +19,13 @@ from disagg.control.messages import (
     Member,
     Submit,
     Tokens,
-    ToRouter,
     Update,
     Updates,
     Withdraw,
 )
-from disagg.control.ports import RouterPort, WorkerPort
+from disagg.control.ports import RouterPort
 from disagg.control.pulse import Beacon
-from disagg.front import fleet
+from disagg.front import fleet, missing_roles
 from disagg.front import router as module
 from disagg.front.answer import Answer
 from disagg.front.parse import UserRequest
@@ -38,93 +33,22 @@ from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
 from disagg.request import Request
 from tests.clients import listed
-from tests.conftest import ROOT, eventually
-
-HOST = "127.0.0.1"
-SOON_S = 20
-VOCAB_SIZE = 4096
-
-
-class Worker:
-    """A replica whose part the test plays, without a beacon: it must be done before its silence counts."""
-
-    def __init__(self, hello: Hello, port: int) -> None:
-        self.port = WorkerPort(hello, HOST, port)
-        self._heard = self.port.poll(1000 * SOON_S)  # now it is connected, and Hello is on its way
-
-    def joined(self) -> bool:
-        self._heard += self.port.poll(10)
-        return self.port.welcomed
-
-    def hear(self, kind: type) -> msgspec.Struct:
-        """The next message of this kind; those before it are forgotten."""
-        deadline = time.monotonic() + SOON_S
-        while time.monotonic() < deadline:
-            self._heard += self.port.poll(0 if self._heard else 100)
-            while self._heard:
-                if isinstance(message := self._heard.pop(0), kind):
-                    return message
-        raise AssertionError(f"no {kind.__name__} in {SOON_S} s")
-
-    def has(self, kind: type) -> bool:
-        """Has one come that was not heard yet?"""
-        return any(isinstance(message, kind) for message in self._heard)
-
-    def send(self, message: ToRouter) -> None:
-        self.port.send(message)
-
-    def close(self) -> None:
-        self.port.close()
-
-
-def replica(name: str, role: str, port: int, job: str | None = None, kv_tokens: int = 640, **more: Any) -> Worker:
-    """`job`: one of its own, unless said otherwise."""
-    hello = Hello(role, [Member(name, HOST)], 4, 64, kv_tokens, {"layers": "5"}, job or name)
-    return Worker(msgspec.structs.replace(hello, **more), port)
-
-
-def joining(name: str, role: str, router: Router, *more: Any, **others: Any) -> Worker:
-    """A replica of a router that runs, which has welcomed it."""
-    worker = replica(name, role, router.port.port, *more, **others)
-    assert eventually(worker.joined)
-    return worker
-
-
-def hear(worker: Worker, kind: type) -> msgspec.Struct:
-    return worker.hear(kind)
-
-
-def make_router(port: RouterPort, stopped: Callable[[], bool] = lambda: False) -> Router:
-    return Router(port, load_tokenizer(ROOT / "model/tiny").tokenizer, VOCAB_SIZE, stopped)
-
-
-@contextmanager
-def serving(*requests: Request | UserRequest) -> Iterator[tuple[Router, dict[int, Answer]]]:
-    """A router with these requests, in a thread; its answers. It must have ended after the block."""
-    port, answers = RouterPort(HOST, 0), {}
-    router = make_router(port)
-    users = [one if isinstance(one, UserRequest) else UserRequest("x", one, []) for one in requests]
-    work = listed(users, answers.__setitem__)
-    thread = threading.Thread(target=lambda: router.run(work), daemon=True)
-    thread.start()
-    yield router, answers
-    thread.join(SOON_S)
-    assert not thread.is_alive()
-    port.close()
-
-
-def fail(decode: Worker, submit: Submit) -> Submit:
-    """The link to its prefill replica breaks; where it is tried next."""
-    decode.send(Updates([Update(submit.request.uid, error="link down", retry=True)]))
-    return hear(decode, Submit)
-
-
-def finish(decode: Worker, submit: Submit, *others: Worker) -> None:
-    decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
-    for worker in (decode, *others):
-        hear(worker, Finish)
-        worker.send(Bye({}))
-        worker.close()
+from tests.conftest import eventually
+from tests.workers import (
+    HOST,
+    SOON_S,
+    VOCAB_SIZE,
+    Beating,
+    Worker,
+    fail,
+    finish,
+    hear,
+    joining,
+    make_router,
+    replica,
+    serving,
+    waits,
+)
 
 
 def test_a_retry_does_not_go_to_the_prefill_replica_that_has_just_died() -> None:
@@ -245,7 +169,7 @@ def test_it_says_what_it_waits_for(
         ends.append(ends[1] if len(ends) > 1 else time.monotonic() + 1.2)
         return time.monotonic() > ends[-1]
 
-    monkeypatch.setattr(module, "NOTICE_S", 0.2)
+    monkeypatch.setattr(missing_roles, "NOTICE_S", 0.2)
     monkeypatch.setattr(fleet, "FAREWELL_S", 0.1)
     port = RouterPort(HOST, 0)
     workers = [replica(role, role, port.port) for role in joined]
@@ -368,14 +292,6 @@ def test_a_token_that_the_model_does_not_have_ends_its_request_alone() -> None:
 
 
 # ---- handing out
-
-
-def waits(worker: Worker, kind: type) -> bool:
-    """Nothing of that kind comes for a while."""
-    deadline = time.monotonic() + 0.3
-    while time.monotonic() < deadline:
-        worker.joined()
-    return not worker.has(kind)
 
 
 def test_a_replica_gets_what_its_kv_can_hold_and_the_rest_waits() -> None:
@@ -502,15 +418,16 @@ def test_an_attempt_counts_once_it_has_begun_or_was_refused_for_nothing() -> Non
 
 
 def test_a_request_whose_replicas_keep_dying_begins_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be the request that kills them."""
+    """Also if it has gone on each time. One that kills them as it begins is found earlier (test_trials.py)."""
     monkeypatch.setattr(fleet, "PING_S", 0.05)
-    with serving(Request(0, [5], 4)) as (router, answers):
+    with serving(Request(0, [5], 40)) as (router, answers):
         prefill = joining("p", "prefill", router)
         for number in range(3):
             assert not answers
             decode = joining(f"d{number}", "decode", router)
-            decode.send(Updates(begun=[decode.hear(Submit).request.uid]))
-            assert eventually(lambda: any(tracked.begun for tracked in router.tracked))
+            uid = decode.hear(Submit).request.uid
+            decode.send(Updates([Tokens({uid: 9}), Tokens({uid: 9})], begun=[uid]))
+            assert eventually(lambda n=number: [len(t.stream.token_ids) for t in list(router.tracked)] == [2 * n + 2])
             decode.close()
             assert eventually(lambda: list(router.fleet.replicas) == ["p"])
         assert prefill.hear(Finish)
@@ -608,7 +525,7 @@ def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.
 
 def test_what_waits_for_a_lost_role_ends_if_none_comes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until a first request was given to a replica there is no such limit, because jobs may start slowly."""
-    monkeypatch.setattr(module, "REPLACEMENT_S", 0.5)
+    monkeypatch.setattr(missing_roles, "REPLACEMENT_S", 0.5)
     monkeypatch.setattr(fleet, "PING_S", 0.05)
     with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
         prefill = joining("p", "prefill", router)
@@ -641,27 +558,6 @@ def test_a_latency_does_not_include_the_start_of_the_jobs() -> None:
 
 
 # ---- who is frozen, and who is back
-
-
-class Beating(Worker):
-    """With a beacon whose turn the test counts up."""
-
-    def __init__(self, hello: Hello, port: int) -> None:
-        super().__init__(hello, port)
-        self.beacon = Beacon(hello.members[0].id, HOST, port)
-        self.ended = threading.Event()
-        threading.Thread(target=self._turn, daemon=True).start()
-
-    def _turn(self) -> None:
-        while not self.ended.wait(0.05):
-            self.beacon.turn += self.turns
-
-    turns = 1
-
-    def close(self) -> None:
-        self.ended.set()
-        self.beacon.close()
-        super().close()
 
 
 @pytest.mark.parametrize("how", ["silent", "stuck"])
@@ -804,6 +700,25 @@ def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys: pytest.
         for worker in (wrong, right):
             worker.close()
     assert answers[0].error is None
+
+
+def test_jobs_of_the_routers_model_send_away_others_that_came_first(capsys: pytest.CaptureFixture) -> None:
+    """Their requests move. What differs otherwise than in its model is refused as ever."""
+    mine, other = {"layers": "5", "config": "mine"}, {"layers": "6", "config": "other"}
+    with serving(Request(0, [5], 1), config="mine") as (router, answers):
+        wrong = [joining(role, role, router, kv=other) for role in ("prefill", "decode")]
+        assert wrong[1].hear(Submit).request.prompt == [5]
+        decode = joining("d", "decode", router, kv=mine)
+        for worker in wrong:
+            assert "refused: its model is not this router's" in worker.hear(Finish).error
+        late = joining("late", "prefill", router, kv=mine | {"layers": "7"})
+        assert "layers is 7, the others have 5" in late.hear(Finish).error and not waits(decode, Gone)
+        prefill = joining("p", "prefill", router, kv=mine)
+        finish(decode, decode.hear(Submit), prefill)
+        for worker in (*wrong, late):
+            worker.close()
+    assert answers[0].error is None
+    assert "a prefill replica has not this router's --model" in capsys.readouterr().err
 
 
 def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:

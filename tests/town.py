@@ -1,15 +1,40 @@
 """A deployment of real processes on this machine that a test can freeze, kill and replace."""
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from scripts.tools.demo import free_port
 from tests.hosts import Host
 from tests.processes import Job
+
+# ZeroMQ's own word of a dead connection, which would come at 10 s; and the beats.
+QUICK = {
+    "disagg__control__ports__HEARTBEAT_MS": 200,
+    "disagg__control__ports__DEAD_AFTER_MS": 1_000,
+    "disagg__control__pulse__BEAT_S": 0.1,
+    "disagg__front__fleet__SILENT_S": 1.5,
+    "disagg__front__fleet__PING_S": 0.2,
+    "disagg__front__router__SUSPECT_S": 0.5,
+}
+SOON = 60
+POOL = ("--kv-tokens", "2048")  # for a few requests at a time
+
+
+def requests(text: str, count: int, max_tokens: int) -> list[dict]:
+    return [
+        {"id": f"{text} {i}", "prompt": f"{text} {i}", "max_tokens": max_tokens, "ignore_eos": True}
+        for i in range(count)
+    ]
+
+
+LONG, OTHER = requests("And the LORD spake", 20, 80), requests("import os", 16, 20)
+GRADED = [request | {"max_tokens": 4 + 4 * i} for i, request in enumerate(LONG)]  # the first answer comes early
 
 
 class Town:
@@ -70,3 +95,34 @@ def town(folder: Path, model: Path, host: Host | None = None, **constants: Any) 
         yield place
     finally:
         place.end()
+
+
+@cache
+def undisturbed(model: Path) -> dict[str, list[int]]:
+    """Return the tokens of all requests, of one process that nothing disturbs; by id."""
+    with tempfile.TemporaryDirectory() as folder, town(Path(folder), model) as place:
+        source, out = place.folder / "in.jsonl", place.folder / "all.out"
+        source.write_text("".join(json.dumps(request) + "\n" for request in LONG + OTHER))
+        alone = place.start("unified", 1, "--input", str(source), "--output", str(out))
+        place.until(lambda: alone.statuses == [0], SOON)
+        return {answer["id"]: answer["token_ids"] for answer in place.answers("all")}
+
+
+def joined(place: Town, router: Job, count: int) -> None:
+    place.until(lambda: router.said.count("joined") >= count, SOON)
+
+
+def busy(place: Town, name: str, count: int = 1) -> None:
+    """Until so many have been answered."""
+    place.until(lambda: len(place.answers(name)) >= count, SOON)
+
+
+def all_right(place: Town, router: Job, name: str, wanted: list[dict], expected: dict[str, list[int]]) -> None:
+    """The router ends well, with the tokens that each of its requests should have."""
+    place.until(lambda: router.statuses != [None], SOON)
+    answers = place.answers(name)
+    assert router.statuses == [0] and "Traceback" not in router.said, place.said
+    assert [answer["id"] for answer in answers] == [request["id"] for request in wanted]
+    lengths = {request["id"]: request["max_tokens"] for request in wanted}
+    wrong = {a["id"]: a for a in answers if a.get("error") or a["token_ids"] != expected[a["id"]][: lengths[a["id"]]]}
+    assert not wrong, f"{wrong}\n{place.said}"

@@ -71,6 +71,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     turn: Count
     waits: bool  # in a collective, for other ranks of its job
     load: Load | None = None  # of a replica, from its first rank
+    draining: bool = False  # the rank got SIGTERM: its job wants no new requests, and Finish once it is idle
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

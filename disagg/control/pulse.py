@@ -25,12 +25,13 @@ class Beacon(threading.Thread):
     """Sends a Beat every second.
 
     The loop counts up `turn`, and sets `waits` while it is in a collective. On a replica's first rank it sets `load`.
+    `draining`, once set, is said with every beat, because one may be lost.
     """
 
     def __init__(self, id: str, host: str, port: int, secret: Secret | None = None) -> None:
         """`secret`: the router's. Raises ValueError if `host` cannot be resolved."""
         super().__init__(name="beacon", daemon=True)
-        self.turn, self.waits = 0, False
+        self.turn, self.waits, self.draining = 0, False, False
         self.load: Load | None = None
         self._id, self._ended = id, threading.Event()
         self._sock = new_socket(zmq.DEALER)
@@ -46,7 +47,7 @@ class Beacon(threading.Thread):
             if self._monitor.poll(0):
                 self._monitor.recv_multipart()
                 connect_again(self._sock, *self._router)
-            beat = Beat(self._id, self.turn, self.waits, self.load)
+            beat = Beat(self._id, self.turn, self.waits, self.load, self.draining)
             try:
                 self._sock.send_multipart((encode(Header("")), encode(beat)), zmq.DONTWAIT)
             except zmq.Again:

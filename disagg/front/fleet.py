@@ -4,6 +4,9 @@ A job's replicas come and go together, because none of them can end a step witho
 all its replicas have sent Hello. The router gives it up when one of them leaves, or when one of its ranks is frozen or
 stuck. Then the other jobs hear that it is gone, and its requests return to the router. If a lost job answers again, it
 is taken back, in new sessions.
+
+A job one of whose ranks got SIGTERM drains. It gets no new requests, and Finish when its replicas have none left. A
+unified job's router is its own, so then the router itself must drain.
 """
 
 import sys
@@ -27,28 +30,33 @@ LAST_BEAT_S = 3.0  # do not wait for the last message of a replica without a bea
 
 
 class Fleet:
-    def __init__(self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0) -> None:
+    def __init__(
+        self, port: RouterPort, lost: Callable[[Replica, str], None], expected: int = 0, config: str = ""
+    ) -> None:
         """`lost(replica, how)` is called when a replica is given up, while its requests are still listed on it.
 
         `expected`: replicas that will surely come (those of the same job), so the router waits for them even without
-        requests.
+        requests. `config`: the fingerprint of the router's own model; "" if it does not matter.
         """
-        self.port, self.expected, self._lost = port, expected, lost
+        self.port, self.expected, self._lost, self._config = port, expected, lost, config
         self.replicas: dict[str, Replica] = {}
         self.stats: list[tuple[str, dict[str, float]]] = []  # (role, statistics) of the replicas that sent Bye
         self._away: dict[str, tuple[Replica, int]] = {}  # given up but may return: id -> replica, its last turn
         self._broken: set[str] = set()  # jobs that have lost a replica
+        self._draining: set[str] = set()  # jobs that want no new requests
         self._gone: set[str] = set()  # ids of members that were reported as Gone
         self._pulses = Pulses()
         self._next_ping, self._checked_at, self._lenient_until = 0.0, time.monotonic(), 0.0
         self.roles: set[str] = set()  # of all replicas so far
         self.leaving = False
+        self.unified_drains = False
         self.changes = 0  # how often a replica came or went
         self.spreads = Spreads()  # of the replicas' loads, over time
 
     def in_role(self, role: str) -> list[Replica]:
-        """Return the replicas in this role whose jobs are complete."""
-        working = [replica for replica in self.replicas.values() if replica.hello.job not in self._broken]
+        """Return the replicas in this role whose jobs are complete, and take new requests."""
+        unable = self._broken | self._draining
+        working = [replica for replica in self.replicas.values() if replica.hello.job not in unable]
         sizes = Counter(replica.hello.job for replica in working)
         return [r for r in working if r.hello.role == role and sizes[r.hello.job] >= r.hello.replicas]
 
@@ -72,6 +80,8 @@ class Fleet:
                 self._pulses.beat(message)
                 if message.load is not None and (beating := self.replicas.get(message.id)):
                     beating.hear(message.load)
+                if message.draining:
+                    self._drain(message.id)
             case Stats(stats):
                 if id in self.replicas:
                     self.replicas[id].stats = stats
@@ -85,19 +95,22 @@ class Fleet:
                     self.stats.append((replica.hello.role, stats))
                     self._broken.add(replica.hello.job)
                     self._pulses.unwatch(replica.hello.members)
-                    self._give_up(replica, "was stopped")
+                    self._give_up(replica, "has drained" if replica.finished else "was stopped")
 
     def _welcome(self, new: Replica) -> None:
         self.expected -= 1
         if new.id in self.replicas:  # it says Hello outside its session, which it must have lost
             self._lose(self.replicas[new.id], "it lost its session")
         self.port.admit(new.id)
-        if wrong := self._objection(new):
-            error = f"refused: {wrong}"
-            self.port.refusals.add(f"a {new.hello.role} replica", wrong)
-            self.port.send(new.id, Finish(error))
-            self.port.dismiss(new.id)
+        wrong = self._objection(new)
+        if wrong and self._has_the_routers_model(new.hello):
+            self._refuse_other_models(new.hello)
+            wrong = self._objection(new)
+        if wrong:
+            self._refuse(new, wrong)
             return
+        if self._config and not self._has_the_routers_model(new.hello):
+            _say(f"a {new.hello.role} replica has not this router's --model; it stays until one comes that has")
         self.roles.add(new.hello.role)
         self._pulses.watch(new.hello.members)
         if new.hello.job in self._broken and not self.leaving:
@@ -142,6 +155,27 @@ class Fleet:
         ]
         return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
 
+    def _refuse(self, replica: Replica, wrong: str) -> None:
+        self.port.refusals.add(f"a {replica.hello.role} replica", wrong)
+        self.port.send(replica.id, Finish(f"refused: {wrong}"))
+        self.port.dismiss(replica.id)
+
+    def _has_the_routers_model(self, hello: Hello) -> bool:
+        return bool(self._config) and hello.kv.get("config") == self._config
+
+    def _refuse_other_models(self, new: Hello) -> None:
+        """Send away the replicas that came before `new`, and have not the router's model as it has."""
+        for replica in self._known():
+            if self._has_the_routers_model(replica.hello):
+                continue
+            if self._away.pop(replica.id, None) is not None:
+                self.port.admit(replica.id)
+            self._broken.add(replica.hello.job)
+            self._pulses.unwatch(replica.hello.members)
+            self._refuse(replica, f"its model is not this router's, which that of a {new.role} replica is (--model)")
+            if self.replicas.pop(replica.id, None) is not None:
+                self._give_up(replica, "was refused")
+
     def check(self, listen: Callable[[], None]) -> None:
         """Find replicas that are gone, frozen, stuck, or back. Call it repeatedly.
 
@@ -152,11 +186,34 @@ class Fleet:
             self._pulses.forgive()
             self._lenient_until = now + GRACE_S
         self._checked_at = now
+        self._release_drained()
         if now >= self._next_ping:
             self._next_ping = now + PING_S
             self._ping(listen)
             self._feel()
             self.spreads.add(self.replicas.values())
+
+    def _drain(self, member: str) -> None:
+        """Give the job of this rank no new requests. Called with each of its beats."""
+        job = next((r.hello for r in self._known() if any(m.id == member for m in r.hello.members)), None)
+        if job is None or job.job in self._draining:
+            return
+        if job.role == "unified":
+            self.unified_drains = True
+            return
+        self._draining.add(job.job)
+        self.changes += 1
+        _say(f"a {job.role} job drains: it gets no new requests")
+
+    def _release_drained(self) -> None:
+        """Send Finish to the jobs that drain and have no requests left."""
+        for job in self._draining if not self.leaving else ():
+            replicas = [replica for replica in self.replicas.values() if replica.hello.job == job]
+            if all(replica.is_idle for replica in replicas):
+                waiting = [replica for replica in replicas if not replica.finished]
+                self.tell(waiting, Finish())
+                for replica in waiting:
+                    replica.finished = True
 
     def ping_soon(self) -> None:
         """Check for dead replicas in the next `check`, because something failed."""

@@ -23,6 +23,7 @@ from disagg.front.parse import Served, parse_request
 from disagg.front.router import Router
 from disagg.front.source import Listed, Source
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder, load_tokenizer
+from disagg.interrupt import Interrupt
 from model.config import ModelConfig
 
 
@@ -38,7 +39,7 @@ class FrontDoor:
             raise ValueError(f"--prompt: {NO_TOKENIZER}; it can only serve prompt_token_ids of an --input")
         self.tokenizer, self.vocab_size = encoder.tokenizer, config.vocab_size
         self.expert_shape = RowShape(config.num_moe_layers, config.num_experts_per_tok)
-        self.log_interval = args.log_interval
+        self.log_interval, self.config = args.log_interval, config.fingerprint
         served = Served(encoder, config.vocab_size, longest, read_defaults(args.model))
         self.output: Output | None = None  # this and `batch` are None without an --input, `source` and `http` for it
         self.batch: JsonLines | None = None
@@ -62,10 +63,11 @@ class FrontDoor:
         if self.secret is None and not is_loopback(host):
             print("router: anybody who reaches that port can take part and read the prompts", file=sys.stderr)
 
-    def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:
-        """Serve all requests, and print the metrics. `stopped` and `expected` as in `Router`."""
+    def run(self, stopped: Callable[[], bool], expected: int = 0, drains: Callable[[], bool] = lambda: False) -> None:
+        """Serve all requests, and print the metrics. The arguments are those of `Router`."""
         model = self.tokenizer, self.vocab_size
-        self.router = Router(self.port, *model, stopped, expected, self.expert_shape, self.log_interval)
+        shown = self.expert_shape, self.log_interval
+        self.router = Router(self.port, *model, stopped, expected, *shown, drains, self.config)
         answered = len(self.output.kept) if self.output is not None else 0
         hidden = True if self.output is None else None  # a bar would mix with a prompt's text; None: on terminals only
         try:
@@ -143,15 +145,15 @@ def say_about_text(encoder: PromptEncoder) -> None:
 class RouterThread(threading.Thread):
     """The router's thread. `join` raises an error in it."""
 
-    def __init__(self, front: FrontDoor, stopped: Callable[[], bool]) -> None:
+    def __init__(self, front: FrontDoor, interrupt: Interrupt) -> None:
         super().__init__(name="router")
-        self.front, self.stopped = front, stopped
+        self.front, self.interrupt = front, interrupt
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self.front.run(self.stopped)
+            self.front.run(lambda: self.interrupt.seen, drains=lambda: self.interrupt.draining)
         except Exception as error:
             self.error = error
 

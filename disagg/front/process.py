@@ -61,7 +61,7 @@ class RouterProcess:
     def start(self, replicas: int, interrupt: Interrupt) -> None:
         """Serve requests. A router that is killed ends the job, as Ctrl-C would."""
         self._tell(replicas)
-        interrupt.on_signal(lambda: self._tell(None))
+        interrupt.on_seen(lambda: self._tell(None))
         self._watch = threading.Thread(target=self._wait, args=(interrupt,), name="router")
         self._watch.start()
 

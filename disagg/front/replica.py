@@ -25,6 +25,7 @@ class Replica:
     load: Load | None = None  # as reported
     stats: dict[str, float] = field(default_factory=dict)  # as reported, every few seconds
     reported: float = 0.0  # time.monotonic() when `stats` came
+    finished: bool = False  # was Finish sent, because its job drains?
     _pages: dict[int, int] = field(default_factory=dict)  # by uid: of KV that a request may fill in the end
     _left: dict[int, int] = field(default_factory=dict)  # by uid: tokens left of a prompt without a first token
     pages: int = 0  # the sum of `_pages`
@@ -39,6 +40,10 @@ class Replica:
     def prompts(self) -> KeysView[int]:
         """The uids of the prompts that are computed here, until the router has their first token."""
         return self._left.keys()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._pages and not self._left
 
     @property
     def capacity(self) -> int:

@@ -4,6 +4,8 @@ It holds only the tokenizer and the configuration. Replicas may start before or 
 here until a replica can begin them. The requests of a lost replica continue elsewhere: the prompt plus the tokens so
 far become the new prompt. A token depends only on the text before it, the seed and the position, so the answer is the
 same, up to rounding. A job where a request failed does not get it again for a while.
+
+A router that drains takes no request any more, and ends when those that it has are answered.
 """
 
 import itertools
@@ -30,11 +32,12 @@ from disagg.control.messages import (
     Withdraw,
 )
 from disagg.control.ports import RouterPort
-from disagg.front.answer import INTERRUPTED, Answer
+from disagg.front.answer import INTERRUPTED
 from disagg.front.client import Client
 from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
 from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
+from disagg.front.missing_roles import MissingRoles
 from disagg.front.parse import UserRequest
 from disagg.front.progress import Progress
 from disagg.front.prompt_rows import PromptRows
@@ -43,13 +46,11 @@ from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
 from disagg.front.text_stream import TextStream
 from disagg.front.tracked import Tracked
+from disagg.front.trials import DEATHS, Trials
 from disagg.request import Request
 from model.pages import pages_for
 
 SUSPECT_S = 3.0  # how long a request avoids a job where it has failed
-REPLACEMENT_S = 30.0  # how long requests wait for a lost role to come back
-NOTICE_S = 10.0  # how long requests wait for a missing role before the first line about it
-NOTICE_FACTOR = 3  # the wait before each further line grows by this factor
 ATTEMPTS = 3  # how often a request may begin
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
 
@@ -64,31 +65,33 @@ class Router:
         expected: int = 0,
         expert_shape: RowShape = NO_EXPERTS,
         log_interval: float = 0.0,
+        drains: Callable[[], bool] = lambda: False,
+        config: str = "",
     ) -> None:
         """`tokenizer`: None if the model has none; then answers have no text. `vocab_size`: the model's.
 
-        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`: as in `Fleet`. `expert_shape`: the model's.
-        `log_interval`: as in `Progress`.
+        `stopped()`: did the user ask to end early (Ctrl-C)? `expected`, `config`: as in `Fleet`. `expert_shape`: the
+        model's. `log_interval`: as in `Progress`. `drains()`: shall it take no requests any more?
         """
         self.expert_shape = expert_shape
         self.port, self.tokenizer, self.vocab_size, self.stopped = port, tokenizer, vocab_size, stopped
-        self.fleet = Fleet(port, self._lose, expected)
+        self.fleet = Fleet(port, self._lose, expected, config)
         self.metrics = Metrics(self.fleet.spreads)
         self._progress = Progress(log_interval)
-        self._routing = Routing()
+        self._routing, self._trials, self._missing = Routing(), Trials(), MissingRoles(self.fleet)
+        self._drains, self.draining = drains, False
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
         self._gaps: list[float] = []  # of this message: times between two updates of a request, in seconds
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
-        self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
 
     def run(self, source: Source) -> None:
         """Serve all requests of `source`, then end all replicas."""
         self.metrics.begin(time.monotonic())
         try:
-            while (self._tracked or not source.exhausted) and not self.stopped():
+            while (self._tracked or not (source.exhausted or self.draining)) and not self.stopped():
                 self.turn(source, 20)
             self.interrupt()
         finally:  # also if a client fails: no replica must be left waiting
@@ -99,7 +102,8 @@ class Router:
 
         Without a new request it waits up to `timeout_ms` for a message. `source`: None if all requests are submitted.
         """
-        came = self._read(source) if source is not None else 0
+        self._look_for_drain()
+        came = self._read(source) if source is not None and not self.draining else 0
         self._listen(0 if came else timeout_ms)
         self.fleet.check(lambda: self._listen(0))
         self._look_for_missing_roles()
@@ -148,6 +152,15 @@ class Router:
     def tracked(self) -> Collection[Tracked]:
         """The requests without their answer yet."""
         return self._tracked.values()
+
+    @property
+    def has_drained(self) -> bool:
+        return self.draining and not self._tracked
+
+    def _look_for_drain(self) -> None:
+        if not self.draining and (self._drains() or self.fleet.unified_drains):
+            self.draining = True
+            print(f"router: takes no more requests; {len(self._tracked)} are unfinished", file=sys.stderr, flush=True)
 
     def _read(self, source: Source) -> int:
         """Take requests from the source, so that up to MOST_WAITING wait here. Returns how many were taken."""
@@ -201,7 +214,7 @@ class Router:
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
         if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes
-            self._withdraw(able)
+            self._withdraw(list(self.fleet.replicas.values()))
         unassigned = []  # uids that stay here for now
         kv_tokens = max((replica.hello.kv_tokens for replica in able), default=0)
         while self._waiting and able and self.fleet.expected <= 0:
@@ -210,6 +223,7 @@ class Router:
             request = tracked.request(uid, kv_tokens)
             decodes = suitable(able, request.most_tokens, tracked.suspects)
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
+            decodes, sources = (self._trials.places(tracked, replicas) for replicas in (decodes, sources))
             if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):
                 self._submit(tracked, request, *pair)
                 continue
@@ -226,6 +240,7 @@ class Router:
         tracked.restart()
         decode.add_request(request.uid, pages_for(request.most_tokens))
         prefill.add_prompt(request.uid, len(request.prompt))
+        self._trials.begin(tracked)
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
 
     def _withdraw(self, replicas: list[Replica]) -> None:
@@ -244,29 +259,14 @@ class Router:
     @property
     def unavailable(self) -> list[str]:
         """The missing roles, unless a replacement may still come in time."""
-        late = time.monotonic() - self._short_of_replicas_since > REPLACEMENT_S
-        return self.fleet.missing_roles() if late or not self._open else []
+        return self.fleet.missing_roles() if self._missing.is_late or not self._open else []
 
     def _look_for_missing_roles(self) -> None:
-        """End waiting requests, or print a line, if a role has been missing for too long.
-
-        Before any request has been served, wait for ever. After that, wait REPLACEMENT_S for a replacement.
-        """
-        now = time.monotonic()
-        short_s, roles = now - self._short_of_replicas_since, self.fleet.missing_roles()
-        if not roles:
-            self._short_of_replicas_since, self._notice_s = now, NOTICE_S
-        elif self._open and short_s > REPLACEMENT_S:
-            missing = " and no ".join(roles)
+        """End waiting requests if a role has been missing for too long."""
+        if error := self._missing.look(len(self._waiting), self._open):
             for uid in self._waiting:
-                self._end(
-                    uid, "error", f"no {missing} replica left to serve it, and none came in {REPLACEMENT_S:.0f} s"
-                )
+                self._end(uid, "error", error)
             self._waiting.clear()
-        elif self._waiting and self.fleet.expected <= 0 and short_s > self._notice_s:
-            count, self._notice_s = len(self._waiting), NOTICE_FACTOR * self._notice_s
-            missing = " and a ".join(roles)
-            print(f"router: {count} requests still waiting for a {missing} replica", file=sys.stderr, flush=True)
 
     def _update(self, tracked: Tracked, update: Update, now: float) -> None:
         if update.error is not None:
@@ -307,6 +307,7 @@ class Router:
                 self.port.send(tracked.decode.id, Abort(tracked.uid))
                 self._end(tracked.uid, "stop")
                 return False
+        self._trials.progress(tracked)
         return True
 
     def _refuse(self, tracked: Tracked, what: str) -> None:
@@ -339,6 +340,7 @@ class Router:
         """Take the request from its replicas. Its uid is not valid any more."""
         tracked = self._tracked.pop(uid)
         self._prompt_done(tracked)
+        self._trials.end(tracked)
         if tracked.decode is not None:
             tracked.decode.end_request(uid)
         tracked.decode = None
@@ -351,8 +353,7 @@ class Router:
         self._queue(tracked)
 
     def _end(self, uid: int, reason: str, error: str | None = None, refused: bool = False) -> None:
-        tracked, now = self._leave(uid), time.monotonic()
-        request, stream, rows = tracked.user.request, tracked.stream, {}
+        tracked, rows = self._leave(uid), {}
         tracked.close()
         if error is None:
             try:
@@ -360,21 +361,7 @@ class Router:
             except ValueError as wrong:
                 reason, error = "error", f"the replica serving it {wrong}"
         self._count(reason, tracked)
-        answer = Answer(
-            id=tracked.user.id,
-            text=stream.text if self.tokenizer is not None else None,
-            token_ids=stream.token_ids,
-            finish_reason=reason,
-            prompt_tokens=len(request.prompt),
-            completion_tokens=len(stream.token_ids),
-            ttft_s=None if tracked.first is None else round(tracked.first - tracked.submitted, 4),
-            latency_s=round(now - tracked.submitted, 4),
-            logprobs=tracked.logprobs if request.logprobs else None,
-            error=error,
-            refused=refused,
-            **rows,
-        )
-        tracked.client.deliver(answer)
+        tracked.client.deliver(tracked.answer(reason, error, refused, self.tokenizer is not None, rows))
 
     def _count(self, reason: str, tracked: Tracked) -> None:
         tokens, now = (len(tracked.user.request.prompt), len(tracked.stream.token_ids)), time.monotonic()
@@ -389,9 +376,22 @@ class Router:
         if not is_final:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
             print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)
+        if self.fleet.may_return(lost):
+            self._count_deaths(lost, how)
         for uid in sorted(lost.requests):  # in the order in which they were submitted
             if is_final or self._tracked[uid].attempts >= ATTEMPTS:
                 error = INTERRUPTED if self.stopped() else f"the {role} replica serving it {how}"
                 self._end(uid, "error", error)
             else:
                 self._retry(uid, lost, is_lost=True)
+
+    def _count_deaths(self, lost: Replica, how: str) -> None:
+        """End the requests that have been begun by too many replicas that died."""
+        for tracked in list(self._tracked.values()):
+            if self._trials.died(tracked, lost):
+                error = f"given up: {DEATHS} jobs died as they began it; the {lost.hello.role} replica serving it {how}"
+                if tracked.decode is None:
+                    self._waiting.remove(tracked.uid)
+                elif tracked.decode is not lost:
+                    self.port.send(tracked.decode.id, Abort(tracked.uid))
+                self._end(tracked.uid, "error", error)

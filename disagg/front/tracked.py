@@ -1,11 +1,13 @@
 """Tracked: what the router knows of a request that has no answer yet."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from disagg.control.messages import Parts, Update
+from disagg.front.answer import Answer
 from disagg.front.client import Client
 from disagg.front.expert_rows import ExpertRows
 from disagg.front.fleet import Replica
@@ -38,6 +40,10 @@ class Tracked:
     begun: bool = False  # at its current replica
     path: tuple[str, str] = ("", "")  # ids of the latest attempt's prefill and decode replica
     suspects: dict[str, float] = field(default_factory=dict)  # job where it failed -> until when it avoids that job
+    began_with: int = 0  # tokens that it had when its current attempt began
+    deaths: int = 0  # jobs that have died as they began it, since it last went on
+    blamed: bool = False  # has its latest attempt been counted among them?
+    held_since: float = 0.0  # when `Trials` first kept it from all replicas, 0.0: not yet
 
     @property
     def state(self) -> str:
@@ -50,6 +56,18 @@ class Tracked:
             return "waiting"
         begun = self.begun or self.prefill is self.decode
         return "decode" if self.prefill is None else "prefill" if begun else "queued"
+
+    @property
+    def is_fresh(self) -> bool:
+        """Has its current attempt not gone on yet?
+
+        The first token is prefill's. The second one shows that decode serves it.
+        """
+        return len(self.stream.token_ids) < self.began_with + 2
+
+    def avoids(self, job: str) -> bool:
+        """Did it fail there a moment ago?"""
+        return self.suspects.get(job, 0.0) > time.monotonic()
 
     def request(self, uid: int, kv_tokens: int) -> Request:
         """Return the rest of the request: the tokens so far join the prompt.
@@ -73,6 +91,7 @@ class Tracked:
 
     def restart(self) -> None:
         """Forget what the next attempt sends again."""
+        self.began_with, self.blamed = len(self.stream.token_ids), False
         self.experts.clear()
         if not self.stream.token_ids:
             self.prompt_rows.clear()
@@ -102,6 +121,24 @@ class Tracked:
         stopped = stream.push(token)
         self.client.show(stream.text[shown : stream.shown], [token], logprobs)
         return stopped
+
+    def answer(self, reason: str, error: str | None, refused: bool, has_text: bool, rows: dict[str, Any]) -> Answer:
+        """Return its answer. `has_text`: does the model have a tokenizer? `rows`: as from `rows`."""
+        request, stream, now = self.user.request, self.stream, time.monotonic()
+        return Answer(
+            id=self.user.id,
+            text=stream.text if has_text else None,
+            token_ids=stream.token_ids,
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=len(stream.token_ids),
+            ttft_s=None if self.first is None else round(self.first - self.submitted, 4),
+            latency_s=round(now - self.submitted, 4),
+            logprobs=self.logprobs if request.logprobs else None,
+            error=error,
+            refused=refused,
+            **rows,
+        )
 
     def close(self) -> None:
         """End the text, and show the rest of it."""

@@ -46,8 +46,14 @@ class Service:
     chat_format: ChatFormat | None  # None: the model has no tokenizer, and so no chat
     watched: Watched = field(default_factory=Watched)
 
+    def refuse_if_draining(self) -> None:
+        """Raise HttpError if the server ends when its requests are answered."""
+        if self.router.draining:
+            raise HttpError(503, "the server is ending, and takes no more requests", headers=LATER)
+
     def refuse_if_full(self, prompts: int) -> None:
         """Raise HttpError if so many more prompts cannot be served soon."""
+        self.refuse_if_draining()
         if missing := self.router.unavailable:
             raise HttpError(503, f"no request can be served: no {' and no '.join(missing)} replica", headers=LATER)
         if self.router.num_waiting + prompts > MOST_WAITING:

@@ -70,6 +70,7 @@ class Information:
 
     async def health(self, request: Request) -> Response:
         """200 only if a request could be served now."""
+        self._service.refuse_if_draining()
         if missing := self._service.router.fleet.missing_roles():
             raise HttpError(503, f"no {' and no '.join(missing)} replica", headers=LATER)
         return _json(Health("ok"))

@@ -31,7 +31,7 @@ from disagg.front.parse import Served
 from disagg.front.router import Router
 
 TURN_S = 0.1  # the longest time between two turns; an idle router costs one turn per TURN_S
-FLUSH_S = 5  # how long answers may still be sent after Ctrl-C
+FLUSH_S = 5  # how long answers may still be sent at the end
 BACKLOG = 4096  # connections that wait to be accepted
 
 
@@ -58,7 +58,10 @@ class HttpDoor:
             print("router: anybody who reaches that address can use the model: no --api-key-file", file=sys.stderr)
 
     def run(self, router: Router, stopped: Callable[[], bool]) -> None:
-        """Serve until `stopped`. Then requests without an answer get the error "interrupted"."""
+        """Serve until `stopped`, or until the router has drained.
+
+        Requests without an answer then get the error "interrupted".
+        """
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(router, stopped))
 
@@ -88,7 +91,7 @@ class HttpDoor:
             )
             serving = asyncio.create_task(server.serve(sockets=[self._sock]))
             try:
-                await take_turns(router, wake, lambda: stopped() or serving.done())
+                await take_turns(router, wake, lambda: stopped() or router.has_drained or serving.done())
                 router.interrupt()
             finally:
                 server.should_exit = True
