@@ -26,6 +26,7 @@ import sys
 from typing import NoReturn
 
 from disagg.config import DTYPES, EngineConfig
+from disagg.handoff.endpoints import TRANSPORTS
 from disagg.launch import run_router, run_worker
 from model.config import ModelConfig
 from model.hub import find_model
@@ -65,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if role != "unified":
         text = "address to listen on" if role == "router" else "address of the router"
         parser.add_argument("--router", required=True, metavar="HOST:PORT", help=text)
+    if role in ("prefill", "decode"):
+        add_handoff(parser)
     if role in ("unified", "router"):
         add_requests(parser)
     if role != "router":
@@ -105,6 +108,11 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"seconds between two lines per job on stderr, 0: none ({LOG_HTTP_S:g} with HTTP, else 0)",
     )
+
+
+def add_handoff(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("handoff, the same in both roles").add_argument
+    add("--transport", choices=TRANSPORTS, default="torch", help="the library that moves the KV (torch)")
 
 
 def add_engine(parser: argparse.ArgumentParser, role: str) -> None:

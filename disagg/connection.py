@@ -26,9 +26,15 @@ class Connection:
     """A rank's connection to the router: its beacon and, on the first rank of a replica, the port."""
 
     def __init__(
-        self, name: RoleName, engine: Engine, mesh: Mesh, members: list[Member], router: tuple[str, int]
+        self,
+        name: RoleName,
+        engine: Engine,
+        mesh: Mesh,
+        members: list[Member],
+        router: tuple[str, int],
+        handoff: dict[str, str],
     ) -> None:
-        """Collective."""
+        """Collective. `handoff`: flags of the handoff that prefill and decode must share."""
         self._name, self._where = name, format_address(*router)
         self._says = mesh.rank == 0 and name != "unified"  # print lines?
         job = mesh.ep.exchange(members[0].id)[0]
@@ -36,7 +42,7 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas, about(engine))
+            hello = Hello(name, members, *sizes, engine.kv_layout() | handoff, job, mesh.num_replicas, about(engine))
             self.port = WorkerPort(hello, *router)
         self._next_load = 0.0
         self._state = ""

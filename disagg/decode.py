@@ -15,6 +15,7 @@ from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Cancel, Join, Open, Room, RoomEnded, RoomState
 from disagg.handoff.receive_link import ReceiveLink
+from disagg.handoff.transport import Endpoint
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
@@ -36,10 +37,10 @@ class Incoming:
 
 
 class Decode(Unified):
-    def __init__(self, engine: Engine, members: list[Member]) -> None:
-        """`members`: the ranks of this replica, in order."""
+    def __init__(self, engine: Engine, members: list[Member], endpoint: Endpoint) -> None:
+        """`members`: the ranks of this replica, in order. `endpoint`: this rank's."""
         super().__init__(engine)
-        self.members = members
+        self.members, self.endpoint = members, endpoint
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Incoming] = deque()  # waiting for pages
         self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
@@ -120,7 +121,7 @@ class Decode(Unified):
 
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
         me, pool = self.members[self.rank], self.engine.pool
-        connect, unpack_pages = dial(prefill, me, pool.device, generation), self.engine.ops.unpack_pages
+        connect, unpack_pages = dial(prefill, me, self.endpoint, generation), self.engine.ops.unpack_pages
         key = link_key(prefill, me, generation)
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 

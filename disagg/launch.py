@@ -12,6 +12,7 @@ from disagg.control.address import answers, local_host, parse_address
 from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
 from disagg.handoff.credits import buffer_bytes
+from disagg.handoff.endpoints import Handoff
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from kernels.backend import choose, table
@@ -43,6 +44,7 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
         if mesh.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    handoff = Handoff() if args.role == "unified" else Handoff(args.transport)
     front, router = None, None
     if args.role == "unified":
         front, router = open_front_door(args, config, mesh)
@@ -70,7 +72,7 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
     mesh.ep.exchange(None)  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
     thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
-    problem = serve(args.role, engine, mesh, router, interrupt)
+    problem = serve(args.role, engine, mesh, router, interrupt, handoff)
     if thread is not None:
         thread.join()
     engine.close()

@@ -14,6 +14,7 @@ from disagg.control.messages import Bye, Finish, Member, RoleName
 from disagg.decode import Decode
 from disagg.engine import Engine
 from disagg.handoff.connect import Door
+from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
 from disagg.pipeline import CUT_OFF, FINISHED, GOING_ON, LEAVING, Pipeline, Turn
 from disagg.prefill import Prefill
@@ -27,30 +28,44 @@ LONGEST_NAP_MS = 20
 COLLECTIVE_S = 300.0  # a rank that waits longer than this in a collective ends its job
 
 
-def make_role(name: RoleName, engine: Engine, mesh: Mesh, router_host: str) -> tuple[Role, list[Member]]:
+def make_role(
+    name: RoleName, engine: Engine, mesh: Mesh, router_host: str, handoff: Handoff
+) -> tuple[Role, list[Member]]:
     """Collective. Return the role, and the members of this replica."""
     host = local_host(router_host)
     door = Door(host) if name == "prefill" else None
     ports = (door.port, door.store.port) if door else (0, 0)
     me = Member(uuid.uuid4().hex, host, *ports, mesh.rank, os.getpid())
     members = mesh.attn.exchange(me)
+    if name == "unified":
+        return Unified(engine), members
+    endpoint = handoff.make_endpoint(host, engine.pool[:, 0].nbytes, engine.pool.device)
     if door is not None:
-        return Prefill(engine, members, door), members
-    return Unified(engine) if name == "unified" else Decode(engine, members), members
+        return Prefill(engine, members, door, endpoint), members
+    return Decode(engine, members, endpoint), members
 
 
-def serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
+def serve(
+    name: RoleName,
+    engine: Engine,
+    mesh: Mesh,
+    router: tuple[str, int],
+    interrupt: Interrupt,
+    handoff: Handoff = BY_DEFAULT,
+) -> str | None:
     """Collective. Run until the router sends Finish, or a signal interrupts.
 
     Returns the problem, if that was not the reason for the end.
     """
     with short_switches() if engine.rebalancer is not None else nullcontext():
-        return _serve(name, engine, mesh, router, interrupt)
+        return _serve(name, engine, mesh, router, interrupt, handoff)
 
 
-def _serve(name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt) -> str | None:
-    role, members = make_role(name, engine, mesh, router[0])
-    connection = Connection(name, engine, mesh, members, router)
+def _serve(
+    name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt, handoff: Handoff
+) -> str | None:
+    role, members = make_role(name, engine, mesh, router[0], handoff)
+    connection = Connection(name, engine, mesh, members, router, handoff.as_layout() if name != "unified" else {})
     mesh.limit_waits(COLLECTIVE_S)
     pipeline = Pipeline(role, engine, mesh, connection.waiting)
     reports = Reports(role, pipeline)

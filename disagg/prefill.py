@@ -26,6 +26,7 @@ from disagg.handoff.protocol import (
     SendPages,
 )
 from disagg.handoff.send_link import SendLink
+from disagg.handoff.transport import Endpoint
 from disagg.role import Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
@@ -47,10 +48,10 @@ class Outgoing:
 
 
 class Prefill(Role):
-    def __init__(self, engine: Engine, members: list[Member], door: Door) -> None:
-        """`members`: the ranks of this replica, in order. `door`: this rank's."""
+    def __init__(self, engine: Engine, members: list[Member], door: Door, endpoint: Endpoint) -> None:
+        """`members`: the ranks of this replica, in order. `door`, `endpoint`: this rank's."""
         super().__init__(engine)
-        self.door = door
+        self.door, self.endpoint = door, endpoint
         self.rank, self.members = engine.mesh.attn.rank, members
         self.outgoing: dict[int, Outgoing] = {}
         self.links = Links(self.make_link)
@@ -118,7 +119,7 @@ class Prefill(Role):
             link.put(Closed(departure.sequence.uid, error))  # ignored by a link where the room has ended already
 
     def make_link(self, decode: Member, generation: int) -> SendLink:
-        connect = listen(self.door.store.port, self.door.host, self.engine.pool.device)
+        connect = listen(self.door.store.port, self.door.host, self.endpoint)
         key = link_key(self.members[self.rank], decode, generation)
         pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
         return SendLink(key, connect, pool, self.links.events, self.links.credits, pack_pages=pack_pages)

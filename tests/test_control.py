@@ -30,7 +30,7 @@ from disagg.control.messages import (
     Withdraw,
     encode,
 )
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
@@ -82,6 +82,8 @@ ON_A_LINK = (
     Open(REQUEST, [4, 1], [MEMBER]),
     Cancel(5),
     Sending([5], [9, 8]),
+    Sending([5], [9], b"\0\xff"),
+    Read(),
     Chosen(5, b"\0\1"),
     Scored(5, b"\1\0"),
     Last(5, 128_000, [(128_000, -0.5)]),
@@ -89,7 +91,7 @@ ON_A_LINK = (
 )
 DECODERS = {
     kind: Decoder(kind)
-    for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Scored | Last | Closed)
+    for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed)
 }
 EXAMPLES = dict(zip(DECODERS, (TO_WORKER, TO_ROUTER, ON_A_LINK), strict=True))
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -51,7 +51,8 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transports.torch_dist import TorchTransfer, TorchTransport
+from disagg.handoff.transport import Transfer
+from disagg.handoff.transports.torch_dist import TorchEndpoint, TorchTransport
 from disagg.request import Request
 from model.batch import PAGE
 from model.kv_cache import PageAllocator
@@ -59,6 +60,7 @@ from tests.conftest import ROOT, eventually
 from tests.processes import fork_server
 
 CPU = torch.device("cpu")
+TORCH = TorchEndpoint(CPU)
 HOST = "127.0.0.1"
 LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
 CANARY = -7.5
@@ -209,11 +211,11 @@ def make_pair() -> Iterator[Any]:
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
         pool = make_pool(CANARY, dtype)
-        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours, Credits())
+        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), pool, ours, Credits())
         (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
-        connect = listen(door.store.port, HOST, CPU)
+        connect = listen(door.store.port, HOST, TORCH)
         send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, credits or Credits())
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
@@ -257,18 +259,15 @@ class Gate:
 
     def __init__(self, link: Link) -> None:
         self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
-        for name in ("send", "recv"):
-            setattr(link.transport, name, self.held(getattr(link.transport, name)))
+        send, recv = link.transport.send, link.transport.recv
+        link.transport.send = lambda x: (self.held(x, (sent := send(x))[0]), sent[1])
+        link.transport.recv = lambda x, location: self.held(x, recv(x, location))
 
-    def held(self, start: Callable[[Tensor], TorchTransfer]) -> Callable[[Tensor], TorchTransfer]:
-        def held(x: Tensor) -> TorchTransfer:
-            self.started.append(x.shape[1])
-            transfer = start(x)
-            wait = transfer.wait
-            transfer.wait = lambda: self.opened.wait(SOON) and wait()
-            return transfer
-
-        return held
+    def held(self, x: Tensor, transfer: Transfer) -> Transfer:
+        self.started.append(x.shape[1])
+        wait = transfer.wait
+        transfer.wait = lambda: self.opened.wait(SOON) and wait()
+        return transfer
 
     def await_start(self, count: int) -> None:
         assert eventually(lambda: len(self.started) >= count, SOON)
@@ -667,9 +666,9 @@ def test_links_that_are_over_keep_no_sockets() -> None:
     for generation in range(3):
         ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
         key, (source, sink) = link_key(prefill, decode, generation), ends
-        sink.link = ReceiveLink(key, dial(prefill, decode, CPU, generation), sink.pool, sink.events, Credits())
+        sink.link = ReceiveLink(key, dial(prefill, decode, TORCH, generation), sink.pool, sink.events, Credits())
         assert door.poll(SOON * 1000)
-        source.link = SendLink(key, listen(door.store.port, HOST, CPU), source.pool, source.events, Credits())
+        source.link = SendLink(key, listen(door.store.port, HOST, TORCH), source.pool, source.events, Credits())
         pair = Pair(source, sink, decode)
         pair.open(1, [4])
         source.link.put(SendPages(1, [1], [4]))
@@ -718,7 +717,7 @@ def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monke
     monkeypatch.setattr(TorchTransport, "greet", lambda self: greeted.set())
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
-    link = SendLink(key, listen(door.store.port, HOST, CPU), make_pool(None), queue.SimpleQueue(), Credits())
+    link = SendLink(key, listen(door.store.port, HOST, TORCH), make_pool(None), queue.SimpleQueue(), Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU)
     time.sleep(0.3)  # now it waits at the pipe
@@ -824,7 +823,7 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     pair.decode.link.stop()
     pair.decode.hear_end(1, "stopped")
     pair.decode.pool[:, [4, 5]] = 8.5  # another room's
-    transport.send(pair.prefill.pool[:, [1, 2]]).wait()
+    transport.send(pair.prefill.pool[:, [1, 2]])[0].wait()
     pair.decode.hush()
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
 
@@ -834,7 +833,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
     end = End(make_pool(None), None, queue.SimpleQueue())
-    end.link = SendLink(key, listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
+    end.link = SendLink(key, listen(door.store.port, HOST, TORCH), end.pool, end.events, Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU)
     end.link.put(Join(1))
@@ -857,7 +856,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
     door = Door(HOST)
     doing.put(Member(prefill.id, HOST, door.port, door.store.port))
     assert door.poll(SOON * 1000)
-    pipe, transport = listen(door.store.port, HOST, CPU)(link_key(prefill, decode))
+    pipe, transport = listen(door.store.port, HOST, TORCH)(link_key(prefill, decode))
     (opening,) = pipe.poll(SOON * 1000)
     pipe.send(Sending([opening.request.uid], opening.pages))
     doing.put("sending")
@@ -867,7 +866,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
 
 def decode_that_dies(prefill: Member, decode: Member, takes_some: bool, doing: Any) -> None:
     """A peer process: asks for KV, and never takes it or only its beginning."""
-    pipe, transport = dial(prefill, decode, CPU)(link_key(prefill, decode))
+    pipe, transport = dial(prefill, decode, TORCH)(link_key(prefill, decode))
     pipe.send(Open(Request(1, [1]), [1, 2], [decode]))
     for message in pipe.poll(SOON * 1000):
         doing.put(type(message).__name__)
@@ -892,7 +891,7 @@ def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms()
     process, doing = spawn(prefill_that_dies, Member("p", HOST), decode)
     prefill = doing.get(timeout=60)
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
-    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events, Credits())
+    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), end.pool, end.events, Credits())
     end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
     end.link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
@@ -915,7 +914,9 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
     process, doing = spawn(decode_that_dies, prefill, decode, takes_some)
     assert door.poll(60_000)
     end = End(torch.randn(HUGE), None, queue.SimpleQueue())
-    end.link = SendLink(link_key(prefill, decode), listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
+    end.link = SendLink(
+        link_key(prefill, decode), listen(door.store.port, HOST, TORCH), end.pool, end.events, Credits()
+    )
     end.hear_open(1)
     for uid in (1, 2):
         end.link.put(Join(uid))
@@ -943,12 +944,12 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     source, pool = make_pool(None), make_pool(CANARY)
     sending = Links(
         lambda peer, g: SendLink(
-            link_key(prefill, peer, g), listen(door.store.port, HOST, CPU), source, sending.events, sending.credits
+            link_key(prefill, peer, g), listen(door.store.port, HOST, TORCH), source, sending.events, sending.credits
         )
     )
     receiving = Links(
         lambda peer, g: ReceiveLink(
-            link_key(peer, decode, g), dial(peer, decode, CPU, g), pool, receiving.events, receiving.credits
+            link_key(peer, decode, g), dial(peer, decode, TORCH, g), pool, receiving.events, receiving.credits
         )
     )
     for generation in range(3):
@@ -1034,12 +1035,12 @@ def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
     pool, events = make_pool(CANARY), queue.SimpleQueue()
-    link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, events, Credits())
+    link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), pool, events, Credits())
     assert door.poll(SOON * 1000)  # and nothing comes of it
     time.sleep(0.4)
     (knock, *_) = door.poll(SOON * 1000)
     send = SendLink(
-        link_key(prefill, knock.decode), listen(door.store.port, HOST, CPU), make_pool(None), events, Credits()
+        link_key(prefill, knock.decode), listen(door.store.port, HOST, TORCH), make_pool(None), events, Credits()
     )
     link.put(Join(1, Open(Request(1, [1]), [4], [decode])))
     assert isinstance(events.get(timeout=SOON), Open)

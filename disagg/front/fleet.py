@@ -139,7 +139,8 @@ class Fleet:
             for name in theirs | mine
             if mine.get(name) != theirs.get(name)
         ]
-        return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
+        hint = "" if all(one.startswith("--") for one in wrong) else " (--model, --dtype)"
+        return f"its KV is not the others': {'; '.join(wrong)}{hint}" if wrong else ""
 
     def check(self, listen: Callable[[], None]) -> None:
         """Find replicas that are gone, frozen, stuck, or back. Call it repeatedly.

@@ -6,10 +6,10 @@ into its store. The transport connects through the same store.
 
 import datetime
 import socket
+import sys
 import time
 from collections.abc import Callable
 
-import torch
 import zmq
 
 # Public by torch's documentation, though not by its __init__.py, which has no __all__.
@@ -19,8 +19,8 @@ from disagg.control.address import bind, connect_to, resolve
 from disagg.control.messages import Decoder, Member, encode
 from disagg.control.ports import MOST_POLLED, new_socket
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
-from disagg.handoff.transports.torch_dist import TIMEOUT, TorchTransport
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
+from disagg.handoff.transport import TIMEOUT, Endpoint, Transport
 
 KNOCK_AGAIN = datetime.timedelta(seconds=3)
 
@@ -59,29 +59,31 @@ class Door:
         self._sock.close()
 
 
-def listen(store_port: int, host: str, device: torch.device) -> Callable[[str], tuple[Pipe, TorchTransport]]:
+def listen(store_port: int, host: str, endpoint: Endpoint) -> Callable[[str], tuple[Pipe, Transport]]:
     """Return the prefill end's `connect`: open a pipe, and put its port into the store that this rank hosts."""
 
-    def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        pipe = Pipe.listen(host, key, Open | Cancel)
+    def connect(key: str) -> tuple[Pipe, Transport]:
+        pipe = Pipe.listen(host, key, Open | Cancel | Read)
         # One client per link: while a client waits, perhaps for a frozen peer, no other link could use it.
         store = TCPStore(host, store_port, is_master=False, timeout=TIMEOUT)
         store.set(f"{key}/pipe", str(pipe.port))
-        return pipe, TorchTransport(PrefixStore(key, store), 0, device)
+        return pipe, endpoint.connect(PrefixStore(key, store), 0)
 
     return connect
 
 
 def dial(
-    prefill: Member, me: Member, device: torch.device, generation: int = 0
-) -> Callable[[str], tuple[Pipe, TorchTransport]]:
+    prefill: Member, me: Member, endpoint: Endpoint, generation: int = 0
+) -> Callable[[str], tuple[Pipe, Transport]]:
     """Return the decode end's `connect`: knock at the prefill rank's door, then meet it in its store."""
 
-    def connect(key: str) -> tuple[Pipe, TorchTransport]:
+    def connect(key: str) -> tuple[Pipe, Transport]:
         store = TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
         port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe"))
         pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed)
-        return pipe, TorchTransport(PrefixStore(key, store), 1, device)
+        transport = endpoint.connect(PrefixStore(key, store), 1)
+        print(f"decode: link to prefill rank {prefill.rank} at {prefill.host}: {endpoint.about}", file=sys.stderr)
+        return pipe, transport
 
     return connect
 

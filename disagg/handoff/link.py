@@ -11,6 +11,7 @@ Pages that become ready while the wire is busy share the next transfer, across r
 transfer is hidden behind the wire.
 
 A link can fail or be stopped. Either way its rooms end at once, with an error, and the pool is not written any more.
+A receive that the library cannot cancel goes on in the mover, into its own buffer, which keeps its credit until then.
 """
 
 import functools
@@ -33,7 +34,8 @@ from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import Command, Join, LinkEvent, Message, RoomEnded
 from disagg.handoff.transport import Transfer, Transport
 
-Started = tuple[Transfer | None, Callable[[], None]]  # a transfer, and what to do when it has completed
+# A transfer with its credit, and what to do when it has completed.
+Started = tuple[tuple[Transfer, int] | None, Callable[[], None]]
 
 
 @functools.cache
@@ -118,8 +120,8 @@ class Link(threading.Thread, ABC):
     def stop(self) -> None:
         """End the link; the peer may be dead. Its rooms end at once, and the pool is not written any more.
 
-        With NCCL, a transfer in flight ends too. With gloo it stays in the thread, with its own buffer, until its
-        time-out.
+        With NCCL, a transfer in flight ends too. Otherwise a receive stays in the mover, with its own buffer: with gloo
+        until its time-out, with a one-sided library until that is done with it.
         """
         self._go_down("stopped")
 
@@ -139,7 +141,10 @@ class Link(threading.Thread, ABC):
             if self._transport is not None:
                 self._transport.abort()
         finally:  # only after the abort, which frees the buffers
-            self._credits.close()
+            if self._transport is not None and self._transport.one_sided:
+                self._credits.shut()  # the mover gives back each credit, when its buffer is free
+            else:
+                self._credits.close()
             self._aborted.set()
         return True
 
@@ -162,9 +167,12 @@ class Link(threading.Thread, ABC):
                 self._wake.close()
             self._woken.close()
 
-    def then(self, then: Callable[[], None], transfer: Transfer | None = None) -> None:
-        """Have the mover call `then()` when `transfer`, and everything given to it before, has completed."""
-        self._in_flight.put((transfer, then))
+    def then(self, then: Callable[[], None], moving: tuple[Transfer, int] | None = None) -> None:
+        """Have the mover call `then()` when a transfer, and everything given to it before, has completed.
+
+        `moving`: the transfer and its credit, which the mover gives back after `then()`.
+        """
+        self._in_flight.put((moving, then))
 
     def _see_through(self) -> None:
         """The mover's thread."""
@@ -173,8 +181,8 @@ class Link(threading.Thread, ABC):
             torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # not a priority whose streams may wait for a peer
         ended = 0.0
         while (started := self._in_flight.get()) is not None:
-            transfer, then = started
-            moved = transfer is not None
+            moving, then = started
+            transfer, credit = moving if moving is not None else (None, None)
             try:
                 if transfer is not None:
                     transfer.wait()
@@ -185,13 +193,14 @@ class Link(threading.Thread, ABC):
                 then()
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")
-            transfer = started = then = None  # free the buffer before giving back its credit
-            if moved:
-                self._credits.give_back()
+            moving = transfer = started = then = None  # free the buffer before giving back its credit
+            if credit is not None:
+                self._credits.give_back(credit)
         self._aborted.wait()
         if self._transport is not None:
             self._transport.abort()  # it may have connected after the link went down
             self._transport = None  # frees its sockets and threads
+        self._credits.close()  # one may have been taken for a transfer that never began
 
     def meet(self) -> None:
         """Wait until the peer is at the pipe. Only the end that opened the pipe needs to.
@@ -224,6 +233,11 @@ class Link(threading.Thread, ABC):
     @abstractmethod
     def handle(self, item: Message | Command) -> None:
         """Handle a message from the peer or a command from the loop."""
+
+    def buffer(self, credit: int, num_pages: int) -> Tensor:
+        """Return an empty tensor for packed pages: [layers, pages, 64, C + R]."""
+        layers, _, *page = self.pool.shape
+        return self.transport.buffer(credit, (layers, num_pages, *page), self.pool.dtype)
 
     def page_ids(self, pages: list[int]) -> Tensor:
         """Return `pages` on the pool's device. Checks their range, because kernels do not."""

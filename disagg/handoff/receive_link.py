@@ -17,11 +17,12 @@ from disagg.handoff.protocol import (
     Last,
     Message,
     Open,
+    Read,
     RoomEnded,
     Scored,
     Sending,
 )
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
 from kernels import ref
 
 
@@ -71,8 +72,10 @@ class ReceiveLink(Link):
                 self.pipe.send(opening)
             case Cancel(uid) if self.is_open(uid):
                 self.pipe.send(item)
-            case Sending(uids, pages):
-                self._receive(uids, pages)
+            case Sending():
+                self._receive(item)
+            case Read():
+                self.pipe.send(item)
             case Chosen(uid, experts) if self.is_open(uid):
                 self.experts.add(uid, experts)
             case Scored(uid, rows) if self.is_open(uid):
@@ -85,15 +88,18 @@ class ReceiveLink(Link):
                 self._await(uid)
                 self.then(lambda: self.end(RoomEnded(uid, error)))
 
-    def _receive(self, uids: list[int], pages: list[int]) -> None:
-        for uid in uids:
+    def _receive(self, sending: Sending) -> None:
+        for uid in sending.uids:
             self._await(uid)
-        self._credits.take(self.check)
-        layers, _, *page = self.pool.shape
-        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # before the bytes arrive
-        self.then(lambda: self._unpack(packed, ids), self.transport.recv(packed))
+        ids = self.page_ids(sending.pages)
+        credit = self._credits.take(self.check)
+        packed = self.buffer(credit, len(sending.pages))
+        transfer = self.transport.recv(packed, sending.location)
+        self.then(lambda: self._unpack(packed, ids), (transfer, credit))
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:
+        if self.transport.one_sided:
+            self.put(Read())
         with self._writing:
             if self._down is None:  # otherwise the room has ended, and its pages may belong to another request
                 self._unpack_pages(packed, self.pool, ids)

@@ -11,6 +11,7 @@ from torch import Tensor
 from disagg.handoff.credits import most_pages
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
+    AllRead,
     Cancel,
     Chosen,
     Closed,
@@ -19,19 +20,22 @@ from disagg.handoff.protocol import (
     Last,
     Message,
     Open,
+    Read,
     RoomEnded,
     Scored,
     Sending,
     SendLast,
     SendPages,
 )
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
 from kernels import ref
 from model.kv_cache import pages_for
 
+LISTEN_MS = 2  # while no credit is free: how long another link's credit may go unnoticed
+
 
 class SendLink(Link):
-    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages) -> None:
+    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.pack_pages) -> None:
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
         self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
         self._pack_pages = pack_pages
@@ -82,29 +86,47 @@ class SendLink(Link):
                 self._send(item)
             case Chosen(uid) | Scored(uid) if uid in self._sending:
                 self.pipe.send(item)
-            case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
-                waited = time.perf_counter() - sampled
-                self._conclude(Last(uid, token, logprobs, prefill, waited), RoomEnded(uid))
+            case SendLast(uid) if uid in self._sending:
+                if self.transport.one_sided:
+                    self.then(lambda: self.put(AllRead(item)))
+                else:
+                    self._finish(item)
+            case AllRead(SendLast(uid) as last) if uid in self._sending:
+                self._finish(last)
             case Closed(uid, error) if uid in self._sending:
                 self._conclude(item, RoomEnded(uid, error))
+            case Read():
+                self.transport.was_read()
 
     def _send(self, first: SendPages) -> None:
         """Start the next transfer: these pages, and all ready pages queued after them."""
         if first.ready is not None:
             first.ready.synchronize()
-        self._credits.take(self.check)
+        credit = self._take_credit()
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
-        packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
+        if not uids:  # the peer has cancelled them meanwhile
+            self._credits.give_back(credit)
+            return
+        packed = self.buffer(credit, len(mine))
+        self._pack_pages(self.pool, self.page_ids(mine), packed)
         # The send runs after the packing on the same stream, so this GPU has room for it by then. `Sending` comes after
         # both, because the peer's receive occupies its GPU until the bytes arrive.
-        transfer = self.transport.send(packed)
+        transfer, location = self.transport.send(packed)
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.pipe.send(Sending(uids, theirs))
-        self.then(lambda: None, transfer)
+        self.pipe.send(Sending(uids, theirs, location))
+        self.then(lambda: None, (transfer, credit))
         for word in last_words:
             self.handle(word)
+
+    def _take_credit(self) -> int:
+        """Wait for a credit. With a one-sided transport the peer's messages give them back, so handle those."""
+        while (credit := self._credits.try_take(0)) is None:
+            self.check()
+            for message in self.pipe.poll(LISTEN_MS):
+                self.handle(message)
+        return credit
 
     def _gather(self, max_pages: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
         """Take up to `max_pages` pages from the waiting commands.
@@ -130,6 +152,14 @@ class SendLink(Link):
                 case item:
                     self.handle(item)
         return uids, mine, theirs, last_words
+
+    def _finish(self, last: SendLast) -> None:
+        """Send a room's first token. With a one-sided transport, only when the peer has read its pages.
+
+        Otherwise a link that goes down here could let a buffer be overwritten while the peer reads it for this room.
+        """
+        waited = time.perf_counter() - last.sampled
+        self._conclude(Last(last.uid, last.token, last.logprobs, last.prefill, waited), RoomEnded(last.uid))
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
         """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""

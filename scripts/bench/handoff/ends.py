@@ -29,7 +29,8 @@ from disagg.handoff.credits import Credits
 from disagg.handoff.link import Link
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
+from disagg.handoff.transports.torch_dist import TorchEndpoint
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.kv_cache import make_pool, pages_for
@@ -138,12 +139,12 @@ class End:
         self.meet()  # the sources' pools are full
 
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
-        own = self.pool, self.events, Credits()
+        own, endpoint = (self.pool, self.events, Credits()), TorchEndpoint(self.device)
         if self.sends:
             (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
-            connect = listen(door.store.port, HOST, self.device)
+            connect = listen(door.store.port, HOST, endpoint)
             return SendLink(link_key(me, knock.decode), connect, *own, pack_pages=ops.pack_pages)
-        connect = dial(peer, me, self.device)
+        connect = dial(peer, me, endpoint)
         return ReceiveLink(link_key(peer, me), connect, *own, unpack_pages=ops.unpack_pages)
 
 
