@@ -12,7 +12,7 @@ from disagg.control.address import answers, local_host, parse_address
 from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
 from disagg.handoff.credits import buffer_bytes
-from disagg.handoff.endpoints import Handoff
+from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from kernels.backend import choose, table
@@ -44,7 +44,8 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
         if mesh.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    handoff = Handoff() if args.role == "unified" else Handoff(args.transport)
+    handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport)
+    handoff.check(mesh.device)
     front, router = None, None
     if args.role == "unified":
         front, router = open_front_door(args, config, mesh)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ from torch.distributed import PrefixStore, TCPStore
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.credits import OF_A_LINK, Credits
+from disagg.handoff.endpoints import TRANSPORTS, Handoff
 from disagg.handoff.link import Link
 from disagg.handoff.links import Links
 from disagg.handoff.pipe import Pipe
@@ -51,7 +53,7 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transport import Transfer
+from disagg.handoff.transport import Endpoint, Transfer
 from disagg.handoff.transports.torch_dist import TorchEndpoint, TorchTransport
 from disagg.request import Request
 from model.batch import PAGE
@@ -61,7 +63,9 @@ from tests.processes import fork_server
 
 CPU = torch.device("cpu")
 TORCH = TorchEndpoint(CPU)
+PACKAGES = {"nixl": "nixl_cu13", "mooncake": "mooncake"}
 HOST = "127.0.0.1"
+MADE: list[tuple[str, Endpoint]] = []  # endpoints that no test is using; to make one takes half a second
 LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
 CANARY = -7.5
 SOON = 20  # seconds; nothing here takes one
@@ -200,32 +204,76 @@ class Pair:
             end.hush()
 
 
+def endpoint_of(library: str) -> Endpoint:
+    """An endpoint that no other links use: of a process of its own, as it were. Skips the test without the package."""
+    if library != "torch" and find_spec(PACKAGES[library]) is None:
+        pytest.skip(f"{PACKAGES[library]} is not installed")
+    for i, (name, endpoint) in enumerate(MADE):
+        if name == library:
+            del MADE[i]
+            return endpoint
+    return Handoff(library).make_endpoint(HOST, 2**24, CPU)  # buffers for all pages, however a test limits transfers
+
+
+@pytest.fixture(params=TRANSPORTS)
+def library(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@dataclass
+class Rank:
+    """A prefill rank that several links share."""
+
+    endpoint: Endpoint
+    credits: Credits = field(default_factory=Credits)
+
+
 @pytest.fixture
-def make_pair() -> Iterator[Any]:
+def make_pair(library: str) -> Iterator[Any]:
+    """`make_pair.library`: how its pairs move bytes."""
     pairs: list[Pair] = []
     doors = []  # a door's store ends with it
+    used: list[Endpoint] = []
 
-    def make(dtype: torch.dtype = torch.float32, name: str = "d", credits: Credits | None = None) -> Pair:
-        """`credits`: the prefill rank's, if it has other links."""
+    def make_rank() -> Rank:
+        used.append(endpoint_of(library))
+        return Rank(used[-1])
+
+    def make(dtype: torch.dtype = torch.float32, name: str = "d", rank: Rank | None = None) -> Pair:
+        """`rank`: the prefill rank, if it has other links."""
         doors.append(door := Door(HOST))
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
-        pool = make_pool(CANARY, dtype)
-        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), pool, ours, Credits())
+        pool, here, there = make_pool(CANARY, dtype), make_rank(), rank or make_rank()
+        knock_and_meet = dial(prefill, decode, here.endpoint)
+        receive = ReceiveLink(link_key(prefill, decode), knock_and_meet, pool, ours, here.credits)
         (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
-        connect = listen(door.store.port, HOST, TORCH)
-        send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, credits or Credits())
+        connect = listen(door.store.port, HOST, there.endpoint)
+        send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, there.credits)
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
 
+    make.rank, make.library = make_rank, library
     yield make
+    over = True
     for pair in pairs:
         for end in (pair.prefill, pair.decode):
             end.link.stop()
             end.link.join(1)
-            end.link._transport = None  # a peer that is still inside a transfer sees it end
+            if library == "torch":
+                end.link._transport = None  # a peer that is still inside a transfer sees it end
+            else:
+                end.link._mover.join(SOON)
+                over &= not end.link._mover.is_alive()
+    assert over or library == "torch", "a transfer never ended"
+    MADE.extend((library, endpoint) for endpoint in used)
+
+
+def torch_only(test: Any) -> Any:
+    """Of a two-sided transport: it breaks it by hand, or waits inside it."""
+    return pytest.mark.parametrize("library", ["torch"], indirect=True)(test)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -658,17 +706,18 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_links_that_are_over_keep_no_sockets() -> None:
+def test_links_that_are_over_keep_no_sockets(library: str) -> None:
     """A job that lives long goes through many: one for each time that a peer came and went."""
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
     links, most = [], None  # the links are kept, as a rank's `Links` keeps them
+    here, there = endpoint_of(library), endpoint_of(library)
     for generation in range(3):
         ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
         key, (source, sink) = link_key(prefill, decode, generation), ends
-        sink.link = ReceiveLink(key, dial(prefill, decode, TORCH, generation), sink.pool, sink.events, Credits())
+        sink.link = ReceiveLink(key, dial(prefill, decode, here, generation), sink.pool, sink.events, Credits())
         assert door.poll(SOON * 1000)
-        source.link = SendLink(key, listen(door.store.port, HOST, TORCH), source.pool, source.events, Credits())
+        source.link = SendLink(key, listen(door.store.port, HOST, there), source.pool, source.events, Credits())
         pair = Pair(source, sink, decode)
         pair.open(1, [4])
         source.link.put(SendPages(1, [1], [4]))
@@ -688,8 +737,8 @@ def test_a_peer_that_is_stuck_stops_no_other_and_is_heard_when_it_goes(
 ) -> None:
     """All transfers that a link may have are on their way to it, and the link's thread waits to start another."""
     limit_transfers(monkeypatch, 1)
-    credits = Credits()
-    stuck, other = make_pair(name="d1", credits=credits), make_pair(name="d2", credits=credits)
+    rank = make_pair.rank()
+    stuck, other = make_pair(name="d1", rank=rank), make_pair(name="d2", rank=rank)
     pages = list(range(1, 2 + OF_A_LINK))
     stuck.open(1, pages)
     other.open(2, [5])
@@ -772,6 +821,7 @@ def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> No
     assert not pair.decode.link.is_alive()
 
 
+@torch_only
 def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pair: Any) -> None:
     pair = make_pair()
     for uid in (1, 2):
@@ -795,6 +845,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
     pair.hush()
 
 
+@torch_only
 @pytest.mark.parametrize("side", ("prefill", "decode"))
 def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     """The router said that the peer is gone; its machine may have gone without a word, so no socket knows."""
@@ -813,6 +864,7 @@ def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     end.hear_end(1, "link p/d", within=3)
 
 
+@torch_only
 def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) -> None:
     """stop() lets the pages go at once, and a slow peer may still finish what it has begun."""
     pair = make_pair()

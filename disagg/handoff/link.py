@@ -31,7 +31,7 @@ from torch import Tensor
 from disagg.control.ports import new_socket
 from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Command, Join, LinkEvent, Message, RoomEnded
+from disagg.handoff.protocol import AllRead, Command, Join, LinkEvent, Message, Read, RoomEnded
 from disagg.handoff.transport import Transfer, Transport
 
 # A transfer with its credit, and what to do when it has completed.
@@ -65,6 +65,7 @@ class Link(threading.Thread, ABC):
         self.transfers, self.bytes_moved, self.seconds_moving = 0, 0, 0.0
         self._connect, self._events = connect, events
         self._commands: deque[Command] = deque()
+        self._words: deque[Read | AllRead] = deque()  # from the mover; they must not wait behind commands
         self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
         self._changed = threading.Condition()  # guards _rooms and _down
         self._rooms: set[int] = set()  # joined and not yet ended
@@ -174,6 +175,13 @@ class Link(threading.Thread, ABC):
         """
         self._in_flight.put((moving, then))
 
+    def tell(self, word: Read | AllRead) -> None:
+        """Have the link's thread handle a word of the mover."""
+        with self._changed:
+            if self._down is None:
+                self._words.append(word)
+                self._wake.send(b"", zmq.DONTWAIT)
+
     def _see_through(self) -> None:
         """The mover's thread."""
         if self._stream is not None:
@@ -214,25 +222,34 @@ class Link(threading.Thread, ABC):
             raise RuntimeError(self._down)
 
     def _loop(self) -> None:
+        while self._down is None:
+            self.attend(0 if self._commands else self.pipe.patience_ms)
+            if self._commands:  # after messages: a Cancel must overtake sends that are still queued
+                self.handle(self._commands.popleft())
+
+    def attend(self, timeout_ms: int | None) -> None:
+        """Handle the peer's messages and the mover's words, after waiting for one or for a command.
+
+        Raises ConnectionError if the peer has left.
+        """
         poller = zmq.Poller()
         for sock in (self.pipe.sock, self.pipe.monitor, self._woken):
             poller.register(sock, zmq.POLLIN)
-        while self._down is None:
-            came = dict(poller.poll(0 if self._commands else self.pipe.patience_ms))
-            gone = self.pipe.has_gone  # its last messages may still be unread
-            if gone or self.pipe.sock in came:
-                for message in self.pipe.poll():  # before commands: a Cancel must overtake sends that are still queued
-                    self.handle(message)
-            if gone:
-                raise ConnectionError("the other end has gone")
-            if self._woken in came:
-                self._woken.recv()
-            if self._commands:
-                self.handle(self._commands.popleft())
+        came = dict(poller.poll(timeout_ms))
+        gone = self.pipe.has_gone  # its last messages may still be unread
+        if gone or self.pipe.sock in came:
+            for message in self.pipe.poll():
+                self.handle(message)
+        if gone:
+            raise ConnectionError("the other end has gone")
+        if self._woken in came:
+            self._woken.recv()
+        while self._words:
+            self.handle(self._words.popleft())
 
     @abstractmethod
-    def handle(self, item: Message | Command) -> None:
-        """Handle a message from the peer or a command from the loop."""
+    def handle(self, item: Message | Command | AllRead) -> None:
+        """Handle a message from the peer, a command from the loop, or a word of the mover."""
 
     def buffer(self, credit: int, num_pages: int) -> Tensor:
         """Return an empty tensor for packed pages: [layers, pages, 64, C + R]."""

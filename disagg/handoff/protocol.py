@@ -102,7 +102,7 @@ class Sending(msgspec.Struct, frozen=True, tag=True):
 class Read(msgspec.Struct, frozen=True, tag=True):
     """decode -> prefill, if the transport is one-sided: the oldest tensor that you announced has been read.
 
-    From the mover it is a command to its link.
+    It is also the mover's word to its link.
     """
 
 
@@ -194,5 +194,5 @@ class RoomEnded(msgspec.Struct, frozen=True):
 
 
 Message = Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed  # over the pipe
-Command = Join | Cancel | SendPages | Chosen | Scored | SendLast | Closed | Read | AllRead  # from loop and mover
+Command = Join | Cancel | SendPages | Chosen | Scored | SendLast | Closed  # from the rank's loop
 LinkEvent = Open | RoomEnded  # to the rank's loop

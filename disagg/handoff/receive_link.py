@@ -9,6 +9,7 @@ from torch import Tensor
 
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
+    AllRead,
     Cancel,
     Chosen,
     Closed,
@@ -64,7 +65,7 @@ class ReceiveLink(Link):
         self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
         super().__init__(*args)
 
-    def handle(self, item: Message | Command) -> None:
+    def handle(self, item: Message | Command | AllRead) -> None:
         match item:
             case Join(uid, Open() as opening, expert_bytes, row_bytes):
                 self.experts.expect(uid, expert_bytes)
@@ -99,7 +100,7 @@ class ReceiveLink(Link):
 
     def _unpack(self, packed: Tensor, ids: Tensor) -> None:
         if self.transport.one_sided:
-            self.put(Read())
+            self.tell(Read())
         with self._writing:
             if self._down is None:  # otherwise the room has ended, and its pages may belong to another request
                 self._unpack_pages(packed, self.pool, ids)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import zmq
@@ -31,7 +31,8 @@ from disagg.handoff.transport import TIMEOUT
 from kernels import ref
 from model.kv_cache import pages_for
 
-LISTEN_MS = 2  # while no credit is free: how long another link's credit may go unnoticed
+LOOK_MS = 1  # between two looks at what this thread waits for, while it also listens
+T = TypeVar("T")
 
 
 class SendLink(Link):
@@ -59,13 +60,7 @@ class SendLink(Link):
                 raise TimeoutError("nobody came to the pipe")
         raise RuntimeError(self._down)
 
-    def check(self) -> None:
-        """Raise also if the peer has left: this link's own transfers may hold the credits, and leaving ends none."""
-        super().check()
-        if self.pipe.has_gone:
-            raise ConnectionError("the other end has gone")
-
-    def handle(self, item: Message | Command) -> None:
+    def handle(self, item: Message | Command | AllRead) -> None:
         match item:
             case Open(request, pages):
                 if len(pages) < pages_for(len(request.prompt)):
@@ -88,7 +83,7 @@ class SendLink(Link):
                 self.pipe.send(item)
             case SendLast(uid) if uid in self._sending:
                 if self.transport.one_sided:
-                    self.then(lambda: self.put(AllRead(item)))
+                    self.then(lambda: self.tell(AllRead(item)))
                 else:
                     self._finish(item)
             case AllRead(SendLast(uid) as last) if uid in self._sending:
@@ -100,9 +95,12 @@ class SendLink(Link):
 
     def _send(self, first: SendPages) -> None:
         """Start the next transfer: these pages, and all ready pages queued after them."""
-        if first.ready is not None:
-            first.ready.synchronize()
-        credit = self._take_credit()
+        ready = first.ready
+        if ready is not None and self.transport.one_sided:
+            self._wait(lambda: ready.query() or None)
+        elif ready is not None:
+            ready.synchronize()
+        credit = self._wait(lambda: self._credits.try_take(0))
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
         if not uids:  # the peer has cancelled them meanwhile
@@ -120,13 +118,15 @@ class SendLink(Link):
         for word in last_words:
             self.handle(word)
 
-    def _take_credit(self) -> int:
-        """Wait for a credit. With a one-sided transport the peer's messages give them back, so handle those."""
-        while (credit := self._credits.try_take(0)) is None:
+    def _wait(self, look: Callable[[], T | None]) -> T:
+        """Wait until `look` returns something. Listen meanwhile: the peer's word `Read` gives credits back.
+
+        Raises if the link goes down, or if the peer leaves. That alone would give no credit back.
+        """
+        while (found := look()) is None:
             self.check()
-            for message in self.pipe.poll(LISTEN_MS):
-                self.handle(message)
-        return credit
+            self.attend(LOOK_MS)
+        return found
 
     def _gather(self, max_pages: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
         """Take up to `max_pages` pages from the waiting commands.

@@ -90,7 +90,6 @@ class Transport(Protocol):
 
         With NCCL, no tensor given to `recv` is written afterwards. Gloo and the one-sided libraries cannot cancel a
         receive. Its tensor then stays in use until its `wait` ends, and nothing reads it. One-sided sends end at once.
-        The last call comes when every transfer has ended. It frees what the link has of the library.
         """
         ...
 
