@@ -113,6 +113,7 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
 def add_handoff(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("handoff, the same in both roles").add_argument
     add("--transport", choices=TRANSPORTS, default="torch", help="the library that moves the KV (torch)")
+    add("--kv-checksum", action="store_true", help="compare a checksum of each transfer, to look for a fault (off)")
 
 
 def add_engine(parser: argparse.ArgumentParser, role: str) -> None:

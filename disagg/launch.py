@@ -44,7 +44,7 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
         if mesh.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport)
+    handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport, args.kv_checksum)
     handoff.check(mesh.device)
     front, router = None, None
     if args.role == "unified":

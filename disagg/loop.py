@@ -41,7 +41,7 @@ def make_role(
         return Unified(engine), members
     endpoint = handoff.make_endpoint(host, engine.pool[:, 0].nbytes, engine.pool.device)
     if door is not None:
-        return Prefill(engine, members, door, endpoint), members
+        return Prefill(engine, members, door, endpoint, handoff.checksums), members
     return Decode(engine, members, endpoint), members
 
 

@@ -48,10 +48,12 @@ class Outgoing:
 
 
 class Prefill(Role):
-    def __init__(self, engine: Engine, members: list[Member], door: Door, endpoint: Endpoint) -> None:
-        """`members`: the ranks of this replica, in order. `door`, `endpoint`: this rank's."""
+    def __init__(
+        self, engine: Engine, members: list[Member], door: Door, endpoint: Endpoint, checksums: bool = False
+    ) -> None:
+        """`members`: the ranks of this replica, in order. `door`, `endpoint`: this rank's. `checksums`: send them."""
         super().__init__(engine)
-        self.door, self.endpoint = door, endpoint
+        self.door, self.endpoint, self.checksums = door, endpoint, checksums
         self.rank, self.members = engine.mesh.attn.rank, members
         self.outgoing: dict[int, Outgoing] = {}
         self.links = Links(self.make_link)
@@ -121,8 +123,8 @@ class Prefill(Role):
     def make_link(self, decode: Member, generation: int) -> SendLink:
         connect = listen(self.door.store.port, self.door.host, self.endpoint)
         key = link_key(self.members[self.rank], decode, generation)
-        pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
-        return SendLink(key, connect, pool, self.links.events, self.links.credits, pack_pages=pack_pages)
+        own = self.engine.pool, self.links.events, self.links.credits
+        return SendLink(key, connect, *own, pack_pages=self.engine.ops.pack_pages, checksums=self.checksums)
 
     def schedule(self) -> Plan:
         return self.scheduler.schedule(reserve_output=False)

@@ -410,7 +410,7 @@ ENGINE = {"--attn-tp", "--dtype", "--backend", "--overlap", "--graphs", "--redun
 ENGINE |= {"--record-experts", "--rebalance", "--max-batch", "--max-tokens-per-step", "--kv-tokens"}
 ENGINE |= {"--gpu-memory-fraction", "--load"}
 COMMON = {"--model", "--role", "--max-model-len"}
-HANDOFF = {"--transport"}
+HANDOFF = {"--transport", "--kv-checksum"}
 FLAGS = {
     "unified": COMMON | REQUESTS | ENGINE,
     "router": COMMON | REQUESTS | {"--router"},
@@ -426,7 +426,7 @@ def test_the_flags_are_these_and_each_role_shows_its_own(role: str, capsys: pyte
         parse_args(["--role", role, "--help"])
     listed = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
     assert set(listed) == FLAGS[role] and len(listed) == len(set(listed))
-    assert len(set().union(*FLAGS.values())) <= 28
+    assert len(set().union(*FLAGS.values())) <= 29
 
 
 def test_help_is_worth_reading() -> None:

@@ -30,7 +30,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
-from disagg.handoff.credits import OF_A_LINK, Credits
+from disagg.handoff.credits import IN_FLIGHT, OF_A_LINK, Credits
 from disagg.handoff.endpoints import TRANSPORTS, Handoff
 from disagg.handoff.link import Link
 from disagg.handoff.links import Links
@@ -43,6 +43,7 @@ from disagg.handoff.protocol import (
     Last,
     Message,
     Open,
+    Read,
     Room,
     RoomEnded,
     RoomState,
@@ -239,19 +240,26 @@ def make_pair(library: str) -> Iterator[Any]:
         used.append(endpoint_of(library))
         return Rank(used[-1])
 
-    def make(dtype: torch.dtype = torch.float32, name: str = "d", rank: Rank | None = None) -> Pair:
+    def make(
+        dtype: torch.dtype = torch.float32,
+        name: str = "d",
+        rank: Rank | None = None,
+        decode_rank: Rank | None = None,
+        checksums: bool = False,
+    ) -> Pair:
         """`rank`: the prefill rank, if it has other links."""
         doors.append(door := Door(HOST))
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
-        pool, here, there = make_pool(CANARY, dtype), make_rank(), rank or make_rank()
+        pool, here, there = make_pool(CANARY, dtype), decode_rank or make_rank(), rank or make_rank()
         knock_and_meet = dial(prefill, decode, here.endpoint)
         receive = ReceiveLink(link_key(prefill, decode), knock_and_meet, pool, ours, here.credits)
         (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
         connect = listen(door.store.port, HOST, there.endpoint)
-        send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, there.credits)
+        key = link_key(prefill, knock.decode)
+        send = SendLink(key, connect, source, theirs, there.credits, checksums=checksums)
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
 
@@ -878,6 +886,115 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     transport.send(pair.prefill.pool[:, [1, 2]])[0].wait()
     pair.decode.hush()
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
+
+
+def test_a_buffer_that_may_still_be_written_keeps_its_credit_and_touches_no_page(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the library moves bytes: the mover sees a transfer through after the link went down."""
+    limit_transfers(monkeypatch, 1)
+    rank = make_pair.rank()
+    pair = make_pair(decode_rank=rank)
+    pair.open(1, [4, 5])
+    gate = Gate(pair.decode.link)
+    for mine, theirs in ((1, 4), (2, 5)):
+        pair.prefill.link.put(SendPages(1, [mine], [theirs]))
+    gate.await_start(2)
+    pair.decode.link.stop()
+    pair.decode.hear_end(1, "stopped")
+    pair.decode.pool[:, [4, 5]] = 8.5  # another room's
+    one_sided = make_pair.library != "torch"
+    assert rank.credits.free.qsize() == IN_FLIGHT - 2 * one_sided  # torch allocates a buffer for each transfer
+    gate.opened.set()
+    pair.decode.link._mover.join(SOON)
+    pair.decode.hush()
+    assert (pair.decode.pool[:, [4, 5]] == 8.5).all() and rank.credits.free.qsize() == IN_FLIGHT
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+def test_a_room_is_done_only_when_its_peer_has_read_its_pages(make_pair: Any) -> None:
+    """Until then a link that goes down could let another transfer have the buffer, amid the reading."""
+    pair, told = make_pair(), []
+    pair.open(1, [4])
+    tell = pair.decode.link.tell
+    pair.decode.link.tell = told.append
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    assert eventually(lambda: told == [Read()])
+    assert eventually(lambda: pair.decode.pool[:, 4].equal(pair.prefill.pool[:, 1]))
+    time.sleep(0.2)
+    assert pair.decode.events.empty() and pair.prefill.events.empty()
+    tell(told[0])
+    assert pair.decode.hear_end(1).token == 7
+    pair.prefill.hear_end(1)
+    pair.hush()
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+def test_a_sender_that_goes_down_amid_the_reading_completes_no_room(make_pair: Any) -> None:
+    """Its buffer is another transfer's at once. What the peer then reads is not this room's KV."""
+    pair = make_pair()
+    pair.open(1, [4])
+    gate = Gate(pair.decode.link)
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    gate.await_start(1)
+    pair.prefill.link.stop()
+    pair.prefill.hear_end(1, "stopped")
+    pair.prefill.link._mover.join(SOON)
+    assert not pair.prefill.link._mover.is_alive() and pair.prefill.link.in_flight == 0
+    gate.opened.set()
+    pair.decode.hear_end(1, "the other end has gone")
+    pair.hush()
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+@pytest.mark.parametrize("side, lie", [("decode", Read()), ("prefill", Sending([1], [4], b"nowhere"))])
+def test_a_word_that_means_nothing_ends_the_link(make_pair: Any, side: str, lie: Message) -> None:
+    pair = make_pair()
+    pair.open(1, [4])
+    getattr(pair, side).say(lie)
+    ends = (pair.prefill, pair.decode) if side == "decode" else (pair.decode, pair.prefill)
+    ends[0].hear_end(1, "nothing was sent" if side == "decode" else "a location of 7 bytes")
+    ends[1].hear_end(1, "the other end has gone")
+    pair.hush()
+
+
+def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: Any) -> None:
+    """With --kv-checksum, and never with a token. The others' pages have what was sent."""
+    pair = make_pair(checksums=True)
+    for uid, page in ((1, 4), (2, 5), (3, 6)):
+        pair.open(uid, [page])
+    link = pair.decode.link
+    recv = link.transport.recv
+
+    def flipping(x: Tensor, location: bytes) -> Transfer:
+        transfer = recv(x, location)
+        wait = transfer.wait
+
+        def wait_and_flip() -> None:
+            wait()
+            x.view(torch.uint8).view(-1)[-1] ^= 1
+
+        transfer.wait = wait_and_flip
+        return transfer
+
+    put = pair.prefill.link.put
+    put(SendPages(1, [1], [4]))
+    put(SendLast(1, 10, []))
+    assert pair.decode.hear_end(1).token == 10
+    link.transport.recv = flipping
+    put(SendPages(2, [2], [5]))
+    put(SendLast(2, 20, []))
+    pair.decode.hear_end(2, "other bytes than were sent (--kv-checksum)")
+    link.transport.recv = recv
+    put(SendPages(3, [3], [6]))
+    put(SendLast(3, 30, []))
+    assert pair.decode.hear_end(3).token == 30
+    assert [pair.prefill.hear().uid for _ in range(3)] == [1, 2, 3]
+    assert pair.decode.pool[:, [4, 6]].equal(pair.prefill.pool[:, [1, 3]])
+    assert (pair.decode.pool[:, 5] == CANARY).all() and link.mismatches == 1
+    pair.hush()
 
 
 def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> None:

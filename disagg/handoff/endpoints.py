@@ -18,10 +18,11 @@ class Handoff:
     """The settings of the handoff. Prefill and decode jobs that serve together have the same."""
 
     transport: str = "torch"
+    checksums: bool = False
 
     def as_layout(self) -> dict[str, str]:
         """Return what the router compares between replicas: flag -> value."""
-        return {"--transport": self.transport}
+        return {"--transport": self.transport, "--kv-checksum": "on" if self.checksums else "off"}
 
     def check(self, device: torch.device) -> None:
         """Raise ValueError if the transport's library cannot be used, before the weights are read in vain."""

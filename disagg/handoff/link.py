@@ -31,7 +31,7 @@ from torch import Tensor
 from disagg.control.ports import new_socket
 from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import AllRead, Command, Join, LinkEvent, Message, Read, RoomEnded
+from disagg.handoff.protocol import AllRead, Cancel, Command, Join, LinkEvent, Message, Read, RoomEnded
 from disagg.handoff.transport import Transfer, Transport
 
 # A transfer with its credit, and what to do when it has completed.
@@ -63,9 +63,10 @@ class Link(threading.Thread, ABC):
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
         self.transfers, self.bytes_moved, self.seconds_moving = 0, 0, 0.0
+        self.mismatches = 0  # transfers that did not have their checksum
         self._connect, self._events = connect, events
         self._commands: deque[Command] = deque()
-        self._words: deque[Read | AllRead] = deque()  # from the mover; they must not wait behind commands
+        self._words: deque[Read | AllRead | Cancel] = deque()  # from the mover; they must not wait behind commands
         self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
         self._changed = threading.Condition()  # guards _rooms and _down
         self._rooms: set[int] = set()  # joined and not yet ended
@@ -175,7 +176,7 @@ class Link(threading.Thread, ABC):
         """
         self._in_flight.put((moving, then))
 
-    def tell(self, word: Read | AllRead) -> None:
+    def tell(self, word: Read | AllRead | Cancel) -> None:
         """Have the link's thread handle a word of the mover."""
         with self._changed:
             if self._down is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disagg.handoff.checksum import MISMATCH, checksum
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
     AllRead,
@@ -62,6 +63,7 @@ class ReceiveLink(Link):
 
     def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:
         self._unpack_pages = unpack_pages
+        self._mismatched: set[int] = set()  # rooms with a transfer that did not have its checksum; for the mover
         self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
         super().__init__(*args)
 
@@ -87,7 +89,7 @@ class ReceiveLink(Link):
                 self.then(lambda: self._done(last, came))
             case Closed(uid, error):
                 self._await(uid)
-                self.then(lambda: self.end(RoomEnded(uid, error)))
+                self.then(lambda: self.end(self._judged(RoomEnded(uid, error))))
 
     def _receive(self, sending: Sending) -> None:
         for uid in sending.uids:
@@ -96,11 +98,17 @@ class ReceiveLink(Link):
         credit = self._credits.take(self.check)
         packed = self.buffer(credit, len(sending.pages))
         transfer = self.transport.recv(packed, sending.location)
-        self.then(lambda: self._unpack(packed, ids), (transfer, credit))
+        self.then(lambda: self._unpack(packed, ids, sending), (transfer, credit))
 
-    def _unpack(self, packed: Tensor, ids: Tensor) -> None:
+    def _unpack(self, packed: Tensor, ids: Tensor, sending: Sending) -> None:
         if self.transport.one_sided:
             self.tell(Read())
+        if sending.checksum is not None and checksum(packed) != sending.checksum:
+            self.mismatches += 1
+            for uid in sending.uids:  # the rooms still end by the sender's word, after all that is under way
+                self._mismatched.add(uid)
+                self.tell(Cancel(uid))
+            return
         with self._writing:
             if self._down is None:  # otherwise the room has ended, and its pages may belong to another request
                 self._unpack_pages(packed, self.pool, ids)
@@ -110,7 +118,15 @@ class ReceiveLink(Link):
     def _done(self, last: Last, came: float) -> None:
         now = time.perf_counter()
         transfer = last.waited + now - came
-        self.end(RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now))
+        done = RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now)
+        self.end(self._judged(done))
+
+    def _judged(self, ended: RoomEnded) -> RoomEnded:
+        """Return the end of a room, which is an error if a transfer did not have its checksum."""
+        if ended.uid not in self._mismatched:
+            return ended
+        self._mismatched.remove(ended.uid)
+        return RoomEnded(ended.uid, MISMATCH)
 
     def _await(self, uid: int) -> None:
         """Wait until this rank's own loop has joined the room: another rank of the replica may have opened it earlier.

@@ -8,6 +8,7 @@ import torch
 import zmq
 from torch import Tensor
 
+from disagg.handoff.checksum import checksum
 from disagg.handoff.credits import most_pages
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
@@ -36,10 +37,13 @@ T = TypeVar("T")
 
 
 class SendLink(Link):
-    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.pack_pages) -> None:
+    def __init__(
+        self, *args: Any, pack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.pack_pages, checksums: bool = False
+    ) -> None:
+        """`checksums`: send one with each transfer."""
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
         self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
-        self._pack_pages = pack_pages
+        self._pack_pages, self._checksums = pack_pages, checksums
         super().__init__(*args)
 
     def meet(self) -> None:
@@ -113,7 +117,7 @@ class SendLink(Link):
         transfer, location = self.transport.send(packed)
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.pipe.send(Sending(uids, theirs, location))
+        self.pipe.send(Sending(uids, theirs, location, checksum(packed) if self._checksums else None))
         self.then(lambda: None, (transfer, credit))
         for word in last_words:
             self.handle(word)

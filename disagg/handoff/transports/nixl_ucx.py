@@ -27,6 +27,7 @@ from disagg.handoff.transport import TIMEOUT, Transfer
 from disagg.handoff.transports.one_sided import PAUSE_S, OneSided, Staging
 
 BACKEND = "UCX"
+IDLE_S = 0.01  # between two calls that make progress while no link waits
 Place = tuple[int, int, int]  # address, bytes, device
 
 
@@ -60,6 +61,8 @@ class NixlEndpoint:
         self._peers: dict[bytes, str] = {}  # metadata -> agent; a connection serves all links between two processes
         self._reading: Counter[str] = Counter()  # by agent: reads that go on
         self._failed: set[str] = set()  # agents whose connection is to be made anew
+        if not on_gpu:
+            threading.Thread(target=self._keep_going, name="nixl", daemon=True).start()
         self.about = f"NIXL {version('nixl-cu13')} over {BACKEND}, {self.kind}"
 
     def connect(self, store: Store, me: int) -> "NixlTransport":
@@ -113,6 +116,12 @@ class NixlEndpoint:
             with suppress(Exception):  # after an error the agent may have released it
                 self.agent.release_xfer_handle(handle)
         return state
+
+    def _keep_going(self) -> None:
+        """Serve peers that still read though their link here went down: their buffers are taken until they have."""
+        while True:
+            time.sleep(IDLE_S)
+            self.progress()
 
     def progress(self) -> None:
         with self.lock:
