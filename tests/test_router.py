@@ -36,6 +36,7 @@ from disagg.front.answer import Answer
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
+from disagg.handoff.endpoints import Handoff
 from disagg.request import Request
 from tests.clients import listed
 from tests.conftest import ROOT, eventually
@@ -679,6 +680,24 @@ def test_a_layout_is_forgotten_with_the_last_replica_that_had_it(capsys: pytest.
         finish(decode, decode.hear(Submit), prefill)
         for worker in (wrong, right):
             worker.close()
+    assert answers[0].error is None
+
+
+def test_a_replica_with_another_transport_is_refused() -> None:
+    """Before a prompt is computed for it. The other flags of the hint would not help."""
+    kv = {"layers": "5", **Handoff("torch").as_layout()}
+    with serving(Request(0, [5], 1)) as (router, answers):
+        prefill = joining("p", "prefill", router, kv=kv)
+        for name, handoff, said in (
+            ("w", Handoff("nixl"), "--transport is nixl, the others have torch"),
+            ("x", Handoff(checksums=True), "--kv-checksum is on, the others have off"),
+        ):
+            wrong = joining(name, "decode", router, kv=kv | handoff.as_layout())
+            assert wrong.hear(Finish).error == f"refused: its KV is not the others': {said}"
+            wrong.send(Bye({}))
+            wrong.close()
+        decode = joining("d", "decode", router, kv=kv)
+        finish(decode, decode.hear(Submit), prefill)
     assert answers[0].error is None
 
 

@@ -2,8 +2,8 @@
 
 A process has one agent. Its registered memory and its connections serve all links. The agent is not safe for threads,
 so a lock guards it. UCX copies between processes of one machine inside the call that posts a read, without Python's
-lock. On a CPU nothing makes progress by itself, so whoever waits asks the agent: the reader for its read, and the
-sender for notifications, because UCX serves a read over TCP in the sender's process.
+lock. Over TCP it serves a read in the sender's process. On a CPU nothing makes progress by itself there, so the
+movers ask the agent for notifications while they wait, which does.
 
 NIXL has no way to cancel. A read whose peer has died ends with an error. One whose peer is frozen may last as long as
 that. Its buffer and its credit stay taken until then: at most those of one link's credits.
