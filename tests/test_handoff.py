@@ -958,6 +958,9 @@ def test_a_word_that_means_nothing_ends_the_link(make_pair: Any, side: str, lie:
     ends[0].hear_end(1, "nothing was sent" if side == "decode" else "a location of 7 bytes")
     ends[1].hear_end(1, "the other end has gone")
     pair.hush()
+    for end in ends:
+        end.link._mover.join(SOON)
+        assert end.link._credits._credits.free.qsize() == IN_FLIGHT, "of a transfer that never began"
 
 
 def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: Any) -> None:

@@ -34,6 +34,7 @@ from kernels.ops import Ops
 from model.config import ModelConfig
 from model.footprint import page_bytes
 from tests.conftest import eventually
+from tests.deployment import Deployment, read
 from tests.processes import fork_server
 from tests.test_handoff import CANARY, CPU, HOST, HUGE, PACKAGES, SOON, find_spec
 from tests.test_worlds import one_run
@@ -91,6 +92,22 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
 def test_jobs_of_any_shape_give_the_same_tokens_over_every_transport(small: Path) -> None:
     libraries = [name for name in TRANSPORTS if name == "torch" or find_spec(PACKAGES[name]) is not None]
     run_world(4, body, small, libraries, timeout_s=120)
+
+
+def test_run_py_serves_over_the_library_of_its_flags_and_says_so(tiny: Path, tmp_path: Path) -> None:
+    needs("nixl")
+    source = tmp_path / "one.jsonl"
+    source.write_text('{"prompt": "In the beginning", "max_tokens": 3}\n')
+    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    for role in ("prefill", "decode"):
+        deployment.start_job(role, 1, "--transport", "nixl", "--kv-checksum")
+    deployment.start_router()
+    ended = deployment.finish()
+    assert [code for code, *_ in ended.values()] == [0, 0, 0], ended
+    line = "decode: rank 0 has a link to prefill rank 0 at 127.0.0.1: NIXL "
+    assert ended["decode"][2].count(line) == 1 and ended["decode"][1] == ""
+    (answer,) = read(deployment.out)
+    assert len(answer["token_ids"]) == 3 and "error" not in answer
 
 
 # ---- peers that die

@@ -82,7 +82,8 @@ def dial(
         port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe"))
         pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed)
         transport = endpoint.connect(PrefixStore(key, store), 1)
-        print(f"decode: link to prefill rank {prefill.rank} at {prefill.host}: {endpoint.about}", file=sys.stderr)
+        where = f"prefill rank {prefill.rank} at {prefill.host}"
+        print(f"decode: rank {me.rank} has a link to {where}: {endpoint.about}", file=sys.stderr)
         return pipe, transport
 
     return connect
