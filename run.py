@@ -13,7 +13,7 @@ Prefill and decode in separate jobs, started in any order. --router is the addre
 Each role has its own flags: --role ROLE --help lists them.
 """
 
-from disagg.front.streams import discard_stdout, secure_streams
+from disagg.front.streams import secure_streams
 from disagg.interrupt import Interrupt
 
 if __name__ == "__main__":  # before the slow imports
@@ -26,11 +26,13 @@ import sys
 from typing import NoReturn
 
 from disagg.config import DTYPES, EngineConfig
+from disagg.front.exit_status import exit_status
+from disagg.front.process import RouterProcess
 from disagg.handoff.endpoints import TRANSPORTS
 from disagg.launch import run_router, run_worker
 from model.config import ModelConfig
 from model.hub import find_model
-from parallel.mesh import Mesh, launched_local_rank
+from parallel.mesh import Mesh, launched_rank
 
 ROLES = ("unified", "prefill", "decode", "router")
 LOG_HTTP_S = 10.0
@@ -187,27 +189,19 @@ def check_requests(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 
 def main() -> int:
-    interrupt = Interrupt()
-    try:
-        args = parse_args()
-        if args.role == "router":
-            args.model = find_model(args.model, Mesh(), weights=False)
-            return run_router(args, ModelConfig.from_pretrained(args.model), interrupt)
-        settings, mesh = EngineConfig.from_flags(args), Mesh.create(args.attn_tp)
-        args.model = find_model(args.model, mesh, weights=args.load == "weights")
-        return run_worker(args, settings, ModelConfig.from_pretrained(args.model), mesh, interrupt)
-    except BrokenPipeError:
-        discard_stdout()
-        print("run.py: error: nobody reads what it prints", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        if launched_local_rank() == 0:  # the other ranks of this machine would print the same
-            print(f"run.py: error: {error}", file=sys.stderr)
-        return 2
+    interrupt, args = Interrupt(), parse_args()
+    if args.role == "router":
+        args.model = find_model(args.model, Mesh(), weights=False)
+        return run_router(args, ModelConfig.from_pretrained(args.model), interrupt)
+    settings = EngineConfig.from_flags(args)
+    front = RouterProcess(args) if args.role == "unified" and launched_rank() == 0 else None
+    mesh = Mesh.create(args.attn_tp)
+    args.model = find_model(args.model, mesh, weights=args.load == "weights")
+    return run_worker(args, settings, ModelConfig.from_pretrained(args.model), mesh, interrupt, front)
 
 
 if __name__ == "__main__":
-    status = main()
+    status = exit_status(main)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # without waiting for threads: a link's may be inside a transfer whose peer has died

@@ -5,13 +5,11 @@ from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-
-from model.batch import PAGE
 from model.config import ModelConfig
+from model.pages import PAGE
 
 DISPATCH = "dispatch="  # among the values of --backend
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,3 @@ class EngineConfig:
                 f"({model.max_position_embeddings})"
             )
         return limit
-
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return DTYPES[self.dtype]

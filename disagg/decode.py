@@ -19,7 +19,7 @@ from disagg.handoff.transport import Endpoint
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
-from model.prompt_logprobs import row_bytes
+from model.prompt_row import row_bytes
 
 
 @dataclass(eq=False)

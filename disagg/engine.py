@@ -15,30 +15,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from disagg.buckets import make_buckets
+from disagg.budget import Budget, plan_parts
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
-from disagg.memory import Budget, check_weights, claim_memory, lift_limit, pages_on_host, plan_parts
+from disagg.memory import check_weights, claim_memory, lift_limit, pages_on_host
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
 from disagg.step import NO_WORK, Step, Work
-from disagg.steps import DecodeStep, PromptStep, make_buckets
+from disagg.steps import DecodeStep, PromptStep
 from kernels.ops import Ops
-from model.batch import NO_DECODES, PAGE, Batch, Chunk, to_host
+from model.batch import NO_DECODES, Batch, Chunk, to_host
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
-from model.kv_cache import PageAllocator, make_pool, pages_for
-from model.precision import decide
+from model.kv_cache import make_pool
+from model.pages import PAGE, PageAllocator, pages_for
+from model.precision import decide, dtype_on
 from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
 from model.weights import DummyWeights, ExpertReader, load_weights
 from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
-from parallel.dispatch import most_copies
+from parallel.copies import most_copies
 from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
-from parallel.overlap import Rule
+from parallel.overlap_rule import Rule
 
 
 class Engine:
@@ -139,7 +142,7 @@ class Engine:
         # These two come before anything allocates memory by config.json alone.
         dummy = settings.load == "dummy"
         source = DummyWeights(config, mesh.device) if dummy else open_checkpoint(folder, config)
-        dtype = settings.torch_dtype(mesh.device)
+        dtype = dtype_on(mesh.device, settings.dtype)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         slots = placement.slots_per_rank

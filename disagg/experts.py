@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.divisibility import check_slots
 from parallel.eplb import balance, balancedness
 from parallel.load_counter import LoadCounter, load_recording, save_recording
 from parallel.mesh import Mesh
@@ -42,18 +43,6 @@ def _choose_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording
         except ValueError as error:
             raise ValueError(f"--expert-map {error}") from None
     return balanced(loads, experts + extra, config.n_group, mesh)
-
-
-def check_slots(experts: int, redundant: int, ranks: int) -> None:
-    """Raise ValueError, with the equation, if the job's slots cannot be shared evenly, or are too many."""
-    if left := (experts + redundant) % ranks:
-        equation = f"({experts} + {redundant}) % {ranks} = {left}"
-        raise ValueError(f"(n_routed_experts + --redundant-experts) % ranks must be 0, not {equation}")
-    if redundant > experts * ranks:
-        raise ValueError(
-            f"--redundant-experts is {redundant}; it must be at most one more of every expert on every rank: "
-            f"{experts} x {ranks} = {experts * ranks}"
-        )
 
 
 def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:

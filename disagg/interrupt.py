@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 
 class Interrupt:
@@ -15,6 +16,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.seen = self._held = False
+        self._listeners: list[Callable[[], None]] = []
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._see)
 
@@ -27,6 +29,10 @@ class Interrupt:
             signal.set_wakeup_fd(woken)
             threading.Thread(target=self._hear, args=(heard,), name="interrupt", daemon=True).start()
 
+    def on_signal(self, listener: Callable[[], None]) -> None:
+        """Call `listener` at the first signal, in a thread of its own. Call it before that signal can be missed."""
+        self._listeners.append(listener)
+
     def _hear(self, heard: int) -> None:
         """Run in a thread: a Python handler cannot run while the main thread is in a collective, perhaps for ever."""
         for count in range(2):
@@ -34,6 +40,8 @@ class Interrupt:
             self.seen = True
             if count:
                 os._exit(128 + number)
+            for listener in self._listeners:
+                listener()
 
     def _see(self, number: int, _: object) -> None:
         if not self._held:

@@ -11,6 +11,7 @@ from disagg.config import DISPATCH, EngineConfig
 from disagg.control.address import answers, local_host, parse_address
 from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
+from disagg.front.process import RouterProcess
 from disagg.handoff.credits import buffer_bytes
 from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
@@ -18,7 +19,7 @@ from disagg.loop import serve
 from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.footprint import page_bytes
-from model.precision import decide
+from model.precision import decide, dtype_on
 from model.transformer import op_shape
 from parallel.mesh import Mesh
 
@@ -29,12 +30,19 @@ def run_router(args: Namespace, config: ModelConfig, interrupt: Interrupt) -> in
     front = FrontDoor(args, config, (host, port))
     front.announce(host)
     interrupt.hold()
-    RouterThread(front, interrupt).join()  # not in the main thread, whose signals an event loop would take
+    RouterThread(front, lambda: interrupt.seen).join()  # not in the main thread, whose signals an event loop would take
     return 1 if front.failed else 0
 
 
-def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mesh: Mesh, interrupt: Interrupt) -> int:
-    """Run one rank of a job. Returns the process's exit status.
+def run_worker(
+    args: Namespace,
+    settings: EngineConfig,
+    config: ModelConfig,
+    mesh: Mesh,
+    interrupt: Interrupt,
+    front: RouterProcess | None,
+) -> int:
+    """Run one rank of a job. Returns the process's exit status. `front`: on rank 0 of a unified job, else None.
 
     Raises ValueError for flags that the model or the machine does not allow.
     """
@@ -46,14 +54,13 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
 
     handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport, args.kv_checksum)
     handoff.check(mesh.device)
-    front, router = None, None
     if args.role == "unified":
-        front, router = open_front_door(args, config, mesh)
+        router = open_front_door(front, args.model, mesh)
     else:
         router = find_router(args.router)
         if not answers(*router):
             say(f"{args.role}: nobody listens at {args.router} yet; this job will wait for a router there")
-    dtype = settings.torch_dtype(mesh.device)
+    dtype = dtype_on(mesh.device, settings.dtype)
     forced = [text for text in args.backend if not text.startswith(DISPATCH)]
     ops, choices = choose(op_shape(config), dtype, mesh.device, forced)
     handoff_bytes = buffer_bytes(page_bytes(config, dtype.itemsize)) if args.role != "unified" else 0
@@ -72,15 +79,15 @@ def run_worker(args: Namespace, settings: EngineConfig, config: ModelConfig, mes
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
     mesh.ep.exchange(None)  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
-    thread = RouterThread(front, interrupt, mesh.num_replicas) if front is not None else None
+    if front is not None:
+        front.start(mesh.num_replicas, interrupt)
     problem = serve(args.role, engine, mesh, router, interrupt, handoff)
-    if thread is not None:
-        thread.join()
+    status = front.join() if front is not None else 0
     engine.close()
     mesh.close()
     if problem is not None:
         print(f"{args.role}: {problem}", file=sys.stderr)
-    return 1 if problem is not None or (front is not None and front.failed) else 0
+    return status or int(problem is not None)
 
 
 def find_router(text: str) -> tuple[str, int]:
@@ -106,20 +113,19 @@ def choose_threads(device: torch.device) -> None:
         torch.set_num_threads(1)
 
 
-def open_front_door(args: Namespace, config: ModelConfig, mesh: Mesh) -> tuple[FrontDoor | None, tuple[str, int]]:
-    """Collective. Open the front door on rank 0. Returns it (None on other ranks), and the router's address.
+def open_front_door(front: RouterProcess | None, model: str, mesh: Mesh) -> tuple[str, int]:
+    """Collective. Open the front door on rank 0. Returns the router's address.
 
     An error on rank 0 is raised on all ranks, as a ValueError.
     """
-    front, error, address = None, None, None
-    if mesh.rank == 0:
+    error, address = None, None
+    if front is not None:
         host = local_host(mesh.first_host)
         try:
-            front = FrontDoor(args, config, (host, 0))
-            address = (host, front.port.port)
+            address = (host, front.open(model, host))
         except ValueError as problem:
             error = str(problem)
     error, address = mesh.ep.exchange((error, address))[0]
     if error is not None:
         raise ValueError(error)
-    return front, address
+    return address

@@ -27,10 +27,11 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.send_link import SendLink
 from disagg.handoff.transport import Endpoint
-from disagg.role import Event, Role, tokens_left
+from disagg.role import NOT_FINITE, Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
-from model.batch import PAGE
+from model.pages import PAGE
+from model.sampling import NO_TOKEN
 
 MOST_LINKS = 256  # alive at once; each has two threads, and any process that reaches the door can ask for one
 
@@ -158,6 +159,9 @@ class Prefill(Role):
             uid = sequence.uid
             if uid in self.outgoing:  # otherwise its links ended while the token was in flight
                 departure = self.outgoing[uid]
+                if token == NO_TOKEN:
+                    self.fail(departure, f"prefill: {NOT_FINITE}")
+                    continue
                 for link in departure.links:
                     link.put(SendLast(uid, token, logprobs, now - departure.began, now))
         return len(tokens)

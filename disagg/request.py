@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from model.sampling import MAX_LOGPROBS
+from model.prompt_row import MAX_LOGPROBS
 
 FinishReason = Literal["stop", "length"]
 Token = Annotated[int, Meta(ge=0)]

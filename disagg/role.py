@@ -11,6 +11,7 @@ from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
 
 Event = ToWorker | Forget | LinkEvent
+NOT_FINITE = "the model's logits are not finite numbers; its weights may be damaged"
 
 
 class Role(ABC):

@@ -13,7 +13,7 @@ from disagg.step import Work
 from disagg.steps import resolve
 from model.batch import to_device, to_host
 from model.logits_processors import Penalties, add_bias, ban, penalize
-from model.sampling import COLDEST, SamplingRows, sample, top_logprobs
+from model.sampling import COLDEST, NO_TOKEN, SamplingRows, sample, top_logprobs
 from parallel.mesh import Group
 
 
@@ -47,13 +47,14 @@ class Sampler:
             process(rows, sequences, latest)
         if warm or latest is not None:
             chosen = sample(rows, sampling_rows(sequences, rows.device)) if warm else rows.argmax(-1)
+            chosen = chosen.masked_fill(self.tokens[index] == NO_TOKEN, NO_TOKEN)
             # All ranks of the replica take the first one's choice: their sums over many probabilities may differ in the
             # last bits.
             self.tokens[index] = self.attn.broadcast(chosen)
         if not max_logprobs:
             return None
         rows = logits[index] if latest is not None else rows
-        ids, values = top_logprobs(rows, self.tokens[index], max_logprobs)
+        ids, values = top_logprobs(rows, self.tokens[index].clamp(min=0), max_logprobs)
         return to_host(ids), to_host(values)
 
 

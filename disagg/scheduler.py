@@ -13,9 +13,9 @@ from functools import cached_property
 
 from disagg.history import History
 from disagg.request import FinishReason, Request
-from model.batch import PAGE, Chunk
-from model.kv_cache import PageAllocator, pages_for
-from model.sampling import COLDEST
+from model.batch import Chunk
+from model.pages import PAGE, PageAllocator, pages_for
+from model.sampling import COLDEST, NO_TOKEN
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ class Plan:
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """The tokens of which one or another ends a decoding sequence."""
-        return frozenset().union(*(s.stop_tokens for s in self.decodes))
+        return frozenset({NO_TOKEN}).union(*(s.stop_tokens for s in self.decodes))
 
     @cached_property
     def appends(self) -> list[Callable[[int], None]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from disagg.scheduler import Plan, Sequence
 from model.batch import NO_DECODES, Chunk, Decodes
-from model.prompt_logprobs import pack
+from model.prompt_row import pack
 from model.sampling import logprob_pairs
 
 
@@ -59,7 +59,7 @@ class Step:
     prompt_rows: Tensor | None = None  # [targets, 2, K + 1] int32 of `model/prompt_logprobs.py`, likewise
 
     def sampled(self) -> list[int]:
-        """Wait for the step. Returns the new token of each of work.sequences."""
+        """Wait for the step. Returns the new token, or NO_TOKEN, of each of work.sequences."""
         if self.done is not None:
             self.done.synchronize()
         return self.tokens.numpy()[self.work.rows].tolist()
@@ -108,6 +108,6 @@ class Step:
         found, first = [], 0
         for (sequence, _), chunk in zip(self.work.plan.prefills, self.work.prompts, strict=True):
             if count := len(chunk.targets):
-                found.append((sequence, pack(self.prompt_rows[first : first + count], chunk.top)))
+                found.append((sequence, pack(self.prompt_rows[first : first + count].numpy(), chunk.top)))
                 first += count
         return found

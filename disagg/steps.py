@@ -20,22 +20,16 @@ from torch import Tensor
 
 from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
 from model.prompt_logprobs import PromptLogprobs
+from model.sampling import likeliest
 from parallel.chosen_experts import ChosenExperts
 
 
-def make_buckets(most: int, multiple: Callable[[int], int] = lambda rows: 1) -> list[int]:
-    """Return the row counts of decode steps, ascending: 1, 2, 4, 8, then two per doubling, up to `most`.
-
-    Each is rounded up to a multiple of `multiple(rows)`.
-    """
-    sizes = [2**i for i in range(most.bit_length())]
-    sizes += [size * 3 // 2 for size in sizes if size >= 16]
-    return sorted({-(-size // multiple(size)) * multiple(size) for size in [*(s for s in sizes if s < most), most]})
-
-
 def resolve(ids: Tensor, tokens: Tensor) -> Tensor:
-    """Replace ids below 0: -1 - r stands for tokens[r], a token of the step before that only the GPU knows yet."""
-    return tokens[(-1 - ids).clamp(min=0)].where(ids < 0, ids)
+    """Replace ids below 0: -1 - r stands for tokens[r], a token of the step before that only the GPU knows yet.
+
+    The model goes on with token 0 after NO_TOKEN, until the host has seen it and ends the request.
+    """
+    return tokens[(-1 - ids).clamp(min=0)].clamp(min=0).where(ids < 0, ids)
 
 
 # A batch, its halves if they overlap, where to record chosen experts and prompts' log probabilities -> logits
@@ -72,7 +66,7 @@ class PromptStep:
         batch = Batch.build(chunks, prompts, device)
         batch = replace(batch, token_ids=resolve(batch.token_ids, self.tokens))
         logits = self.forward(batch, halves, chosen, scored)
-        self.tokens[: logits.shape[0]] = logits.argmax(-1)
+        self.tokens[: logits.shape[0]] = likeliest(logits)
         return logits
 
 
@@ -133,7 +127,7 @@ class DecodeStep:
             first, second = zip(*(column.chunk(2) for column in columns), strict=True)
             halves = Batch.decode(*first), Batch.decode(*second)
         logits = self.forward(Batch.decode(*columns), halves, chosen, None)
-        self.tokens[:rows] = logits.argmax(-1)
+        self.tokens[:rows] = likeliest(logits)
         return logits
 
     def _stage(self, decodes: Decodes, rows: int) -> None:

@@ -3,9 +3,10 @@
 from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw, in_pieces
 from disagg.engine import Engine
 from disagg.request import FinishReason, Request
-from disagg.role import Event, Role
+from disagg.role import NOT_FINITE, Event, Role
 from disagg.scheduler import Sequence
 from disagg.step import Step
+from model.sampling import NO_TOKEN
 
 
 class Unified(Role):
@@ -73,6 +74,9 @@ class Unified(Role):
                 useless += 1
                 if not sequence.unseen:
                     self.scheduler.release(sequence)
+            elif token == NO_TOKEN:
+                self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
+                self.finish(sequence)
             elif reason or logprobs:
                 self.emit(sequence, token, logprobs, reason)
             else:

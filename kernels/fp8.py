@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP8_MAX = 448.0  # the largest e4m3 value
-BLOCK = 128
+from kernels.fp8_format import BLOCK, FP8_MAX
+
 Quantized = tuple[Tensor, Tensor]  # e4m3 values [..., D] and their 1x128 scales, float32 [..., D / 128]
 
 

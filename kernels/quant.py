@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import fp8
+from kernels import fp8_format
 from kernels.pdl import after_previous, pdl
 
-GROUP = tl.constexpr(fp8.BLOCK)  # columns that share a scale
-FP8_MAX = tl.constexpr(fp8.FP8_MAX)
+GROUP = tl.constexpr(fp8_format.BLOCK)  # columns that share a scale
+FP8_MAX = tl.constexpr(fp8_format.FP8_MAX)
 SMALLEST = tl.constexpr(1e-4)  # keeps a block of zeros from dividing by zero
 ROWS = 32  # rows of one program's tile
 

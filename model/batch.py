@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = 64  # tokens per page
-NULL_PAGE = 0  # padding rows write here; the allocator never hands it out
+from model.pages import NULL_PAGE, PAGE
 
 
 class Chunk(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.fp8 import BLOCK
+from kernels.fp8_format import BLOCK
 from model.config import ModelConfig, read_json, shown
 from model.shard import DTYPES, Part, Shard, Stored
 
@@ -287,7 +287,10 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _stays_inside(shard: Any) -> bool:
-    return isinstance(shard, str) and not PurePosixPath(shard).is_absolute() and ".." not in PurePosixPath(shard).parts
+    if not isinstance(shard, str):
+        return False
+    path = PurePosixPath(shard)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts  # "." and "" have no parts
 
 
 def needed_shards(index: Path, config: ModelConfig) -> list[str]:

@@ -141,7 +141,7 @@ class ModelConfig:
         config = cls.from_dict(raw, str(path))
         if not generation.is_file():
             return config
-        more = _token_ids(read_json(generation), str(generation))
+        more = _token_ids(read_json(generation), config.vocab_size, str(generation))
         return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
 
     @classmethod
@@ -155,7 +155,7 @@ class ModelConfig:
         if raw["topk_method"] == "greedy":
             raw |= {"n_group": 1, "topk_group": 1}  # published configurations name groups that greedy ignores
         own = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and name not in ("rope", "fp8")}
-        own["eos_token_ids"] = _token_ids(raw, where)
+        own["eos_token_ids"] = ()
         own["rope"] = _read_rope(raw, where)
         own["fp8"] = _read_quantization(raw.get("quantization_config") or raw.get("compression_config"), where)
         required = [f.name for f in fields(cls) if f.default is f.default_factory or f.name in kind.asked_for]
@@ -164,7 +164,7 @@ class ModelConfig:
         config = cls(**own)
         config._check(where)
         _check_size(config, where)
-        return config
+        return replace(config, eos_token_ids=_token_ids(raw, config.vocab_size, where))
 
     def _check(self, where: str) -> None:
         for name, kind in {f.name: f.type for f in fields(self)}.items():
@@ -277,7 +277,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object with `read_text`. Raises ValueError if the file holds anything else."""
-    text = read_text(path)
+    return parse_json(path, read_text(path))
+
+
+def parse_json(path: Path, text: str) -> dict:
+    """Parse the text of a file, which must be a JSON object. Raises ValueError with its path."""
     try:
         raw = json.loads(text)
     except RecursionError:
@@ -289,15 +293,14 @@ def read_json(path: Path) -> dict:
     return raw
 
 
-def _token_ids(raw: dict, where: str) -> tuple[int, ...]:
+def _token_ids(raw: dict, vocab_size: int, where: str) -> tuple[int, ...]:
     """Return the tokens that end a text. `eos_token_id` may be one id, several, or null."""
     eos = raw.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise ValueError(
-            f"{where}: eos_token_id is {shown(eos)}; it must be an integer of at least 0, or a list of them"
-        )
-    return tuple(ids)
+    if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
+        rule = f"an integer in 0..{vocab_size - 1} (vocab_size - 1), or a list of them"
+        raise ValueError(f"{where}: eos_token_id is {shown(eos)}; it must be {rule}")
+    return tuple(dict.fromkeys(ids))
 
 
 def _read_quantization(given: dict | None, where: str) -> bool:

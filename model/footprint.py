@@ -26,11 +26,11 @@ tokens would reserve 130 GiB; with it, 17.
 from collections import abc
 from dataclasses import dataclass
 
-from model.batch import PAGE
+from kernels.fp8_format import BLOCK
 from model.config import ModelConfig
-from model.prompt_logprobs import SLICE, row_bytes
-from model.sampling import MAX_LOGPROBS
-from parallel.dispatch import most_copies
+from model.pages import PAGE
+from model.prompt_row import MAX_LOGPROBS, SLICE, row_bytes
+from parallel.copies import most_copies
 
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
@@ -69,13 +69,13 @@ class StepShape:
 
     def operand(self, width: int) -> int:
         """Return the bytes of a row as a projection takes it. In fp8, it has a float32 scale per 128 columns."""
-        return width + FLOAT * -(-width // 128) if self.fp8 else self.row(width)
+        return width + FLOAT * -(-width // BLOCK) if self.fp8 else self.row(width)
 
     def matrix(self, rows: int, columns: int) -> int:
         """Return the bytes of a projection's weight. In fp8, it has a float32 scale per 128x128 block."""
         if not self.fp8:
             return rows * self.row(columns)
-        return rows * columns + FLOAT * -(-rows // 128) * -(-columns // 128)
+        return rows * columns + FLOAT * -(-rows // BLOCK) * -(-columns // BLOCK)
 
     def align(self, rows: int) -> int:
         return -(-rows // self.alignment) * self.alignment

@@ -1,48 +1,16 @@
-"""Paged latent KV: one pool of pages for all layers, and the allocator of pages.
+"""Paged latent KV: one pool of pages for all layers.
 
 Per token and layer, MLA caches only the normed latent and the rotated shared key: C + R numbers instead of
-2 x heads x head_dim (DeepSeek-V2, section 2.1). No sequence owns page NULL_PAGE: padding rows write there.
+2 x heads x head_dim (DeepSeek-V2, section 2.1).
 """
 
 import torch
 from torch import Tensor
 
-from model.batch import NULL_PAGE, PAGE
 from model.config import ModelConfig
-
-
-def pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE)
+from model.pages import PAGE
 
 
 def make_pool(config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Allocate [layers, pages, PAGE, C + R], zeroed so that a stray read is finite."""
     return torch.zeros(config.num_hidden_layers, num_pages, PAGE, config.kv_dim, dtype=dtype, device=device)
-
-
-class PageAllocator:
-    """Hands out pages 1 .. num_pages - 1. Deterministic: ranks that make the same calls get the same pages."""
-
-    def __init__(self, num_pages: int) -> None:
-        assert num_pages >= 2, f"{num_pages=}: one null page and at least one real page"
-        self.capacity = num_pages - 1
-        self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: the lowest page on top
-        self._owned: set[int] = set()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def alloc(self, count: int) -> list[int] | None:
-        """Take `count` pages. Returns None if there are not enough."""
-        if count > len(self._free):
-            return None
-        pages = [self._free.pop() for _ in range(count)]
-        self._owned.update(pages)
-        return pages
-
-    def free(self, pages: list[int]) -> None:
-        for page in pages:
-            assert page in self._owned, f"{page=} is not allocated"
-            self._owned.remove(page)
-            self._free.append(page)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.fp8 import BLOCK, Quantized, unquantized
+from kernels.fp8 import Quantized, unquantized
+from kernels.fp8_format import BLOCK
 from kernels.ops import Ops
 from model.config import ModelConfig
 

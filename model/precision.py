@@ -4,8 +4,15 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.fp8 import BLOCK
 from model.config import ModelConfig
+from model.divisibility import fp8_misfit
+
+
+def dtype_on(device: torch.device, name: str) -> torch.dtype:
+    """Return the dtype of this name. `auto` is bfloat16 on CUDA, and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
 class Precision(NamedTuple):
@@ -14,35 +21,13 @@ class Precision(NamedTuple):
 
 
 def decide(config: ModelConfig, attn_tp: int, dtype: torch.dtype, device: torch.device) -> Precision:
-    """Decide. fp8 stays on Hopper and newer with bf16 activations, if every share is whole blocks (`misfit`)."""
+    """Decide. fp8 stays on Hopper and newer with bf16 activations, if every share is whole blocks (`fp8_misfit`)."""
     if not config.fp8:
         return Precision(False, "the checkpoint has none")
-    obstacle = _no_hardware(device) or misfit(config, attn_tp, dtype)
+    obstacle = _no_hardware(device) or fp8_misfit(config, attn_tp, dtype_name(dtype))
     if obstacle is None:
         return Precision(True, "kept, 1x128 activations")
-    return Precision(False, f"dequantised to {_name(dtype)} ({obstacle})")
-
-
-def misfit(config: ModelConfig, attn_tp: int, dtype: torch.dtype) -> str | None:
-    """Return why this model cannot run in fp8 on any hardware, as an equation, or None if it can."""
-    if dtype != torch.bfloat16:
-        return f"activations must be bfloat16, not {_name(dtype)}"
-    heads = config.num_attention_heads
-    widths = {"hidden_size": config.hidden_size}
-    if config.q_lora_rank is not None:
-        widths["q_lora_rank"] = config.q_lora_rank
-    widths["num_attention_heads * qk_head_dim / attn-tp"] = heads * config.qk_head_dim // attn_tp
-    widths["num_attention_heads * v_head_dim / attn-tp"] = heads * config.v_head_dim // attn_tp
-    if config.first_k_dense_replace:
-        widths["intermediate_size / attn-tp"] = config.intermediate_size // attn_tp
-    if config.num_moe_layers:
-        widths["moe_intermediate_size"] = config.moe_intermediate_size
-    steps = {name: (width, BLOCK) for name, width in widths.items()}
-    steps["kv_lora_rank + qk_rope_head_dim"] = (config.kv_dim, 64)  # only an output, never split: whole tiles suffice
-    for name, (width, step) in steps.items():
-        if width % step:
-            return f"{name} % {step} must be 0, not {width} % {step} = {width % step}"
-    return None
+    return Precision(False, f"dequantised to {dtype_name(dtype)} ({obstacle})")
 
 
 def _no_hardware(device: torch.device) -> str | None:
@@ -54,5 +39,5 @@ def _no_hardware(device: torch.device) -> str | None:
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -6,8 +6,7 @@ activations: [16384, 129280] float32 is 8.5 GB.
 
     x [T, D] --SLICE rows--> logits [SLICE, V] --log softmax--> the k likeliest tokens, and the prompt's own
 
-A token's *prompt row* has 2 x (k + 1) words of 32 bits: the ids (int32) in the order of `top_logprobs`, then their log
-probabilities (float32). Behind the GPU, words are little-endian.
+`prompt_row.py` says what a row is, and its bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 
 from model.batch import Chunk, to_device
+from model.prompt_row import SLICE
 from model.sampling import top_logprobs
-
-SLICE = 256  # rows of logits at a time
-WORD = 4  # bytes
 
 
 class PromptLogprobs:
@@ -45,22 +42,3 @@ class PromptLogprobs:
     def rows(self) -> Tensor:
         """Return the rows [targets, 2, K + 1] int32 on the device, where K is the largest k of the chunks."""
         return torch.cat(self._found)
-
-
-def row_bytes(top: int, vocab_size: int) -> int:
-    """Return the bytes of a row with the `top` likeliest of `vocab_size` tokens."""
-    return 2 * (min(top, vocab_size) + 1) * WORD
-
-
-def pack(rows: Tensor, top: int) -> bytes:
-    """Return rows [n, 2, K + 1] int32, on the host, as bytes. Each keeps its `top` likeliest tokens and its own."""
-    words = rows.numpy()
-    if top < words.shape[2] - 1:
-        words = np.concatenate((words[..., :top], words[..., -1:]), axis=2)
-    return words.astype("<i4", copy=False).tobytes()
-
-
-def unpack(data: bytes | bytearray, top: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids [n, k + 1] int32 and log probabilities [n, k + 1] float32 of n whole rows."""
-    words = np.frombuffer(data, "<i4").reshape(-1, 2, row_bytes(top, vocab_size) // (2 * WORD))
-    return words[:, 0], words[:, 1].view("<f4")

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.batch import to_device
 
 COLDEST = 1e-5  # at or below this, dividing by the temperature overflows: greedy
-MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for, per token
+NO_TOKEN = -1  # in place of a token, where the model's logits are not finite
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class SamplingRows:
             columns.append(min_p)
             kinds.append(torch.float32)
         return cls(*(to_device(torch.tensor(c, dtype=k), device) for c, k in zip(columns, kinds, strict=True)))
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the argmax [N] int64 of each row of logits [N, V] float32, or NO_TOKEN if the row has NaN or +inf."""
+    tokens = logits.argmax(-1)  # to which NaN is the largest number
+    best = logits.gather(1, tokens[:, None])[:, 0]
+    return tokens.masked_fill(best - best != 0, NO_TOKEN)  # inf - inf is NaN
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:

@@ -20,12 +20,13 @@ from kernels.backend import Shape
 from kernels.ops import Ops
 from model.batch import Batch
 from model.config import ModelConfig
+from model.divisibility import check_split, fp8_misfit
 from model.ffn import FFN
 from model.head import Head
 from model.layers import FP8, Embedding, RMSNorm, rope_table
 from model.mla import MLA
 from model.moe import MoE
-from model.precision import misfit
+from model.precision import dtype_name
 from model.prompt_logprobs import PromptLogprobs
 from parallel.chosen_experts import ChosenExperts, Part
 from parallel.dispatchers import Dispatcher
@@ -148,7 +149,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         check_split(config, mesh.attn.size)
-        if fp8 and (obstacle := misfit(config, mesh.attn.size, dtype)):
+        if fp8 and (obstacle := fp8_misfit(config, mesh.attn.size, dtype_name(dtype))):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
         self.load_counter: LoadCounter | None = None
@@ -225,15 +226,3 @@ def op_shape(config: ModelConfig) -> Shape:
         hidden=config.hidden_size,
         expert_width=config.moe_intermediate_size,
     )
-
-
-def check_split(config: ModelConfig, attn_tp: int) -> None:
-    """Raise ValueError, with the equation, for a size that does not divide over the attention group."""
-    dense = config.intermediate_size if config.first_k_dense_replace else attn_tp
-    for name, value in (
-        ("num_attention_heads", config.num_attention_heads),
-        ("intermediate_size", dense),
-        ("vocab_size", config.vocab_size),
-    ):
-        if rest := value % attn_tp:
-            raise ValueError(f"--attn-tp {attn_tp}: {name} % attn-tp must be 0, not {value} % {attn_tp} = {rest}")

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.fp8 import BLOCK, dequantize_128x128
+from kernels.fp8 import dequantize_128x128
+from kernels.fp8_format import BLOCK
 from model.checkpoint import Entry, blocks, checkpoint_table
 from model.config import ModelConfig
 from model.dummy import deviation, random_part

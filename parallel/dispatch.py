@@ -33,7 +33,6 @@ from kernels.ops import Ops
 from parallel.mesh import Group
 
 FEW_COPIES = 16  # the most that use `Copies`, which reads an expert's weights once per copy but starts few kernels
-IMBALANCE = 2  # above this ratio of received copies to their mean, a rank's experts take slices
 Result = TypeVar("Result")
 
 
@@ -265,14 +264,6 @@ class LocalMasked(LocalContiguous):
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
         return Masked(rows, counts, (index, weights), *scale)
-
-
-def most_copies(tokens: int, top_k: int) -> int:
-    """Return how many copies a rank groups at once: IMBALANCE times the mean.
-
-    Each rank sends `tokens` tokens, which want `top_k` experts each. So a rank receives `tokens * top_k` on average.
-    """
-    return IMBALANCE * tokens * top_k
 
 
 def group_by_expert(

@@ -139,7 +139,7 @@ class Mesh:
 
         `device`: auto, cpu or cuda. Raises ValueError with the equation that does not hold.
         """
-        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), launched_rank()
         local_rank = launched_local_rank()
         if attn_tp < 1:
             raise ValueError(f"--attn-tp is {attn_tp}; it must be at least 1")
@@ -188,6 +188,11 @@ class Mesh:
 def gpu_id(device: torch.device) -> str:
     """Return the GPU's identity over all machines, independent of the number that a process sees."""
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def launched_rank() -> int:
+    """Return this rank's number in the job, known before there is a mesh; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
 
 
 def launched_local_rank() -> int:

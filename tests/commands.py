@@ -60,15 +60,17 @@ def processes(*words: str) -> list[int]:
     return [int(line.split()[0]) for line in listed("pid=,args=") if all(word in line for word in words)]
 
 
+def children(parent: int) -> list[int]:
+    """Return the ids of its children."""
+    pairs = [tuple(map(int, line.split())) for line in listed("pid=,ppid=")]
+    return [pid for pid, its_parent in pairs if its_parent == parent]
+
+
 def descendants(ancestor: int) -> list[int]:
     """Return the ids of its children, their children, and so on."""
-    children: dict[int, list[int]] = {}
-    for line in listed("pid=,ppid="):
-        pid, parent = map(int, line.split())
-        children.setdefault(parent, []).append(pid)
     found = [ancestor]
     for pid in found:
-        found += children.get(pid, [])
+        found += children(pid)
     return found[1:]
 
 

@@ -15,7 +15,8 @@ from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
-from model.kv_cache import PageAllocator, make_pool, pages_for
+from model.kv_cache import make_pool
+from model.pages import PageAllocator, pages_for
 from model.transformer import Transformer
 from model.weights import load_weights
 from parallel.dispatchers import Dispatcher, plain_dispatchers

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kernels.ops import Ops
-from model.batch import NULL_PAGE, PAGE, Batch, Chunk
+from model.batch import Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import make_pool
 from model.layers import rope_table
 from model.mla import MLA
+from model.pages import NULL_PAGE, PAGE
 from model.transformer import Transformer
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Pending
 from parallel.mesh import Mesh

@@ -20,8 +20,8 @@ from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank import overlap as bench_overlap
 from scripts.bench.one_rank import run as bench_rank
 from scripts.bench.one_rank import timeline as overlap_timeline
+from scripts.bench.one_rank.delay import Delay
 from scripts.bench.one_rank.run import Figures, cluster_steps, coarse
-from scripts.bench.one_rank.simulated_link import Delay
 from scripts.bench.one_rank.timeline import kernel_spans, lanes_of, overlapped_share, without
 from tests.processes import run_module
 

@@ -3,6 +3,7 @@
 `test_torchrun.py` has the tests that need torchrun, or processes outside the fork server.
 """
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from disagg.launch import choose_threads
 from parallel.load_counter import save_recording
 from run import parse_args
 from scripts.tools.demo import free_port
+from tests.commands import children
 from tests.conftest import eventually, has_ipv6
 from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines
 from tests.processes import Process
@@ -91,6 +93,21 @@ def test_ctrl_c_on_one_process(tiny: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = process.finish()
     assert code == 0 and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("killed", ["the router", "rank 0"])
+def test_a_unified_job_ends_with_its_router_and_the_router_with_the_job(tiny: Path, killed: str) -> None:
+    port = free_port()
+    job = Process(["--model", str(tiny), "--http", f"127.0.0.1:{port}"])
+    job.until("HTTP at")
+    (router,) = children(job.pid)
+    os.kill(router if killed == "the router" else job.pid, signal.SIGKILL)
+    if killed == "the router":
+        status, _, err = job.finish(20)
+        assert status == 1 and "the router's process has ended with status -9" in err
+    assert eventually(lambda: not Path(f"/proc/{router}").exists(), 20)
+    with socket.socket() as sock:
+        assert sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_unknown_fields_are_let_be() -> None:
     assert ModelConfig.from_dict(MINIMAL | {"architectures": ["x"], "rope": 7}) == ModelConfig.from_dict(MINIMAL)
 
 
-@pytest.mark.parametrize(("given", "want"), [(None, ()), (1, (1,)), (0, (0,)), ([1, 5], (1, 5))])
+@pytest.mark.parametrize(("given", "want"), [(None, ()), (1, (1,)), (0, (0,)), ([1, 5], (1, 5)), ([1, 5, 1], (1, 5))])
 def test_end_of_sequence_is_one_id_or_several(given: Any, want: tuple[int, ...]) -> None:
     assert ModelConfig.from_dict(MINIMAL | {"eos_token_id": given}).eos_token_ids == want
 
@@ -230,11 +230,15 @@ def test_the_tokens_that_end_a_text_are_also_in_the_generation_config(tmp_path: 
     for given, want in ((None, (1,)), (1, (1,)), ([7, 1, 9], (1, 7, 9))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given, "temperature": 0.6}))
         assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == want
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, VOCAB]}))
+    with pytest.raises(ValueError, match=rf"generation_config.json: eos_token_id is \[1, {VOCAB}\]; it must be"):
+        ModelConfig.from_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config.json: it must hold a JSON object, not list"):
         ModelConfig.from_pretrained(tmp_path)
 
 
+VOCAB = MINIMAL["vocab_size"]
 YARN_4 = {"rope_type": "yarn", "factor": 4.0}
 WRONG = {
     "number as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number in 1e-15..1e+15"),
@@ -244,7 +248,11 @@ WRONG = {
     "not finite": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
     "truth as text": ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false'; it must be true or false"),
     "truth as number": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
-    "end as text": ({"eos_token_id": "1"}, "eos_token_id is '1'; it must be an integer of at least 0, or a list"),
+    "end as text": (
+        {"eos_token_id": "1"},
+        f"eos_token_id is '1'; it must be an integer in 0..{VOCAB - 1} (vocab_size - 1)",
+    ),
+    "an end that the model does not have": ({"eos_token_id": [1, VOCAB]}, f"eos_token_id is [1, {VOCAB}]; it must be"),
     "one end as text": ({"eos_token_id": [1, "2"]}, "eos_token_id is [1, '2']"),
     "theta": ({"rope_theta": -5}, "rope_theta is -5; it must be a number in 2..1e+15"),
     "factor": ({"rope_scaling": YARN_4 | {"factor": 0}}, "yarn's factor is 0; it must be a number in 1e-15..1e+15"),

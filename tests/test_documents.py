@@ -155,7 +155,7 @@ def test_every_command_takes_its_flags(page: Path, capsys: pytest.CaptureFixture
 
 
 def test_prose_of_usage_names_flags_that_exist(capsys: pytest.CaptureFixture) -> None:
-    """torchrun's own flags stand before run.py; scripts/plan and scripts/top have sections, and two tools a command."""
+    """torchrun's own flags stand before run.py. scripts/plan and scripts/top have sections, and three tools one."""
     known = set().union(*flags_of_run(capsys).values()) | {"--help"}
     others = {}
     for section, parse in {"Planning": plan_args, "Metrics": top_args}.items():
@@ -164,6 +164,7 @@ def test_prose_of_usage_names_flags_that_exist(capsys: pytest.CaptureFixture) ->
         others[section] = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) - known
     torchrun = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
     tools = {"--profile", "--constraint", "--tokenizer", "--data", "--disable-progress", "--tasks", "--include"}
+    tools |= {"--phases", "--exclude-checks", "--seed", "--continue-on-failure", "--no-shrink"}
     known_here = known | torchrun | tools | set().union(*others.values())
     assert set(FLAG.findall(USAGE.read_text())) - known_here == set()
     for section, flags in others.items():

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disagg.engine import Engine
-from disagg.experts import balance_stats, make_placement
+from disagg.experts import balance_stats, balanced, make_placement
 from disagg.front.metrics import Metrics
 from disagg.interrupt import Interrupt
 from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel.eplb import balance, balancedness
 from parallel.load_counter import LoadCounter, load_recording, save_recording
-from parallel.mesh import Mesh
+from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from tests.test_worlds import SETTINGS, one_run
 from tests.worlds import run_world, sub_mesh
@@ -53,6 +53,21 @@ def test_the_nearest_replica_is_chosen_and_equal_ones_take_turns(
             if len(homes) > 1 and len(far_only) == ranks - ranks_per_node and nodes == 2:
                 counts = [far_only.count(slot) for slot, _ in homes]
                 assert max(counts) - min(counts) <= 1, "ranks that are as far from all do not take turns"
+
+
+def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks on two nodes, and hot experts with replicas on both."""
+    monkeypatch.setattr(Mesh, "nodes", lambda mesh: 2)
+    loads, chances = torch.randint(1, 100, (6, 8)) ** 2, 0
+    for rank in range(4):
+        placement = balanced(loads, 16, 1, Mesh(rank, 4, ep=Group(4, rank)))
+        for layer, row in enumerate(placement.expert_of_slot):
+            for expert in range(8):
+                nodes = ((row == expert).nonzero()[:, 0] // 8).tolist()
+                used = int(placement.slot_of_expert[layer, expert]) // 8
+                chances += {0, 1} <= set(nodes)
+                assert used == rank // 2 or rank // 2 not in nodes, (rank, layer, expert)
+    assert chances > 20, "the maps leave nothing to choose"
 
 
 def test_the_recorder_counts_tokens_of_experts() -> None:

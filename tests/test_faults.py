@@ -106,28 +106,33 @@ def test_a_decode_job_that_slept_through_a_change_of_routers(
         all_right(place, second, "second", OTHER, expected)
 
 
-@pytest.mark.parametrize(("role", "flags"), [("decode", ()), ("decode", ("--attn-tp", "2")), ("prefill", ())])
+@pytest.mark.parametrize(
+    ("role", "flags", "at_once"), [("decode", (), 1), ("decode", ("--attn-tp", "2"), 2), ("prefill", (), 4)]
+)
 def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]], role: str, flags: tuple[str, ...]
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]], role: str, flags: tuple[str, ...], at_once: int
 ) -> None:
-    """Not the rank that talks to the router. Another job of its role serves meanwhile."""
+    """Not the rank that talks to the router. Another job of its role serves meanwhile.
+
+    `at_once`: how many requests a decode replica serves, so that the batch outlasts the time until the loss is noticed.
+    """
     with town(tmp_path, tiny, **QUICK) as place:
-        router = place.router(GRADED, "out")
-        other = "prefill" if role == "decode" else "decode"
-        place.worker(other, 1, *(POOL if other == "decode" else ()))
-        frozen = place.worker(role, 2, *flags, *(POOL if role == "decode" else ()))
-        place.worker(role, 1, *(POOL if role == "decode" else ()))
+        router = place.router(LONG, "out")
+        other, few = "prefill" if role == "decode" else "decode", ("--max-batch", str(at_once))
+        place.worker(other, 1, *(few if other == "decode" else ()))
+        frozen = place.worker(role, 2, *flags, *(few if role == "decode" else ()))
+        place.worker(role, 1, *(few if role == "decode" else ()))
         joined(place, router, 3 if flags else 4)
         frozen.ranks[1].signal(signal.SIGSTOP)
         stopped = time.monotonic()
         place.until(lambda: re.search(r"is lost: .*rank 1 on 127.0.0.1", router.said) is not None, 10)
         assert time.monotonic() - stopped < 5
         count = len(place.answers("out"))
-        busy(place, "out", min(count + 2, len(GRADED)))
+        busy(place, "out", min(count + 2, len(LONG)))
         frozen.ranks[1].signal(signal.SIGCONT)
-        if router.statuses == [None] and len(place.answers("out")) < len(GRADED) // 2:
+        if router.statuses == [None] and len(place.answers("out")) < len(LONG) // 2:
             place.until(lambda: f"a {role} replica is back" in router.said, 10)
-        all_right(place, router, "out", GRADED, expected)
+        all_right(place, router, "out", LONG, expected)
         place.until(lambda: frozen.statuses == [0, 0], SOON)
 
 

@@ -23,7 +23,8 @@ from model.batch import Batch, Chunk
 from model.kv_cache import make_pool
 from model.moe import Experts
 from model.transformer import Transformer, op_shape
-from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, buffer_bytes
+from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP
+from parallel.deepep_sizes import buffer_bytes
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll
 from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.mesh import Group, Mesh

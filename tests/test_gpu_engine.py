@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from disagg.config import EngineConfig
-from disagg.control.messages import Submit, singly
+from disagg.control.messages import Submit
 from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
@@ -17,11 +17,13 @@ from disagg.unified import Unified
 from kernels.backend import choose
 from model.batch import Batch, Chunk
 from model.dummy import randomize
-from model.kv_cache import pages_for
-from model.prompt_logprobs import SLICE, PromptLogprobs
+from model.pages import pages_for
+from model.prompt_logprobs import PromptLogprobs
+from model.prompt_row import SLICE
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from tests.news import singly
 from tests.test_gpu_model import V3_LIKE
 
 pytestmark = pytest.mark.gpu

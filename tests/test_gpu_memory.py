@@ -9,16 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from disagg.budget import GIB
 from disagg.config import EngineConfig
-from disagg.control.messages import Submit, singly
+from disagg.control.messages import Submit
 from disagg.engine import Engine
-from disagg.memory import GIB
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
 from parallel.mesh import Mesh
 from scripts.bench.engine.run import random_model
 from scripts.bench.lib.shapes import SHAPES
+from tests.news import singly
 
 pytestmark = pytest.mark.gpu
 BATCH, PROMPT, OUTPUT = 128, 256, 4

@@ -6,8 +6,9 @@ from statistics import median
 import pytest
 import torch
 
+from scripts.bench.one_rank.delay import Delay
 from scripts.bench.one_rank.rank import captured
-from scripts.bench.one_rank.simulated_link import Delay, SimulatedLink
+from scripts.bench.one_rank.simulated_link import SimulatedLink
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

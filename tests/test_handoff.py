@@ -57,8 +57,7 @@ from disagg.handoff.send_link import SendLink
 from disagg.handoff.transport import Endpoint, Transfer
 from disagg.handoff.transports.torch_dist import TorchEndpoint, TorchTransport
 from disagg.request import Request
-from model.batch import PAGE
-from model.kv_cache import PageAllocator
+from model.pages import PAGE, PageAllocator
 from tests.conftest import ROOT, eventually
 from tests.processes import fork_server
 
@@ -280,7 +279,7 @@ def make_pair(library: str) -> Iterator[Any]:
 
 
 def torch_only(test: Any) -> Any:
-    """Of a two-sided transport: it breaks it by hand, or waits inside it."""
+    """Of a two-sided transport: it breaks it by hand, waits inside it, or hears `Last` before the bytes are there."""
     return pytest.mark.parametrize("library", ["torch"], indirect=True)(test)
 
 
@@ -299,7 +298,7 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
     known = time.perf_counter() - 100
     pair.prefill.link.put(SendLast(1, 77, [(77, -0.25), (3, -1.5)], 0.25, known))
     ended = pair.decode.hear_end(1)
-    assert (ended.token, ended.logprobs) == (77, [(77, -0.25), (3, -1.5)])
+    assert (ended.token, ended.logprobs, ended.link_down) == (77, [(77, -0.25), (3, -1.5)], False)
     assert ended.prefill == 0.25 and 100 < ended.transfer < 100 + SOON and 0 < ended.at - known < 100 + SOON
     pair.prefill.hear_end(1)
     assert bits(pair.decode.pool[:, [9, 14, 2, 4]]).equal(bits(pair.prefill.pool[:, [3, 11, 5, 1]]))
@@ -362,7 +361,7 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
     pair, not_computed = make_pair(), threading.Event()
     not_computed.query, not_computed.synchronize = not_computed.is_set, lambda: not_computed.wait(SOON)
     alone = list(range(8, 8 + OF_A_LINK))
-    for uid, pages in ((1, alone), (2, [1, 2]), (3, [3, 4, 5, 6]), (4, [7])):
+    for uid, pages in ((1, alone), (2, [1, 2]), (3, [3, 4, 5, 6, 11]), (4, [7])):
         pair.open(uid, pages)
     gate = Gate(pair.prefill.link)
     put = pair.prefill.link.put
@@ -373,7 +372,7 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
     put(SendLast(1, 100, []))
     put(SendPages(2, [10], [2]))
     put(SendLast(2, 200, []))
-    put(SendPages(3, [11, 12, 13, 14], [3, 4, 5, 6]))
+    put(SendPages(3, [11, 12, 13, 14, 8], [3, 4, 5, 6, 11]))
     put(SendLast(3, 300, []))
     put(SendPages(4, [15], [7], not_computed))
     put(SendLast(4, 400, []))
@@ -381,11 +380,12 @@ def test_what_is_ready_while_the_wire_is_busy_shares_a_transfer_up_to_the_limit(
     assert gate.started == [1] * OF_A_LINK
     gate.opened.set()
     assert [pair.decode.hear_end(uid).token for uid in (1, 2, 3)] == [100, 200, 300]
-    shared = [1] * OF_A_LINK + [3, 3]
+    shared = [1] * OF_A_LINK + [3, 3, 1]  # the last has room for room 4, whose page is not computed yet
     assert gate.started == shared and pair.decode.events.empty()
     not_computed.set()
     assert pair.decode.hear_end(4).token == 400 and gate.started == [*shared, 1]
     assert pair.decode.pool[:, 1:8].equal(pair.prefill.pool[:, 9:16])
+    assert pair.decode.pool[:, 11].equal(pair.prefill.pool[:, 8])
     assert pair.decode.pool[:, alone].equal(pair.prefill.pool[:, 1 : 1 + OF_A_LINK])
     assert [pair.prefill.hear().uid for _ in range(4)] == [1, 2, 3, 4]
     pair.hush()
@@ -456,6 +456,18 @@ def test_kv_that_comes_before_this_rank_has_joined_waits_for_it(make_pair: Any) 
     assert pair.decode.hear_end(1).token == 5
     assert pair.decode.pool[:, 8].equal(pair.prefill.pool[:, 3])
     pair.prefill.hear_end(1)
+    pair.hush()
+
+
+def test_a_senders_error_that_comes_before_this_rank_has_joined_waits_for_it(make_pair: Any) -> None:
+    """Otherwise its room would never end."""
+    pair = make_pair()
+    pair.prefill.link.put(Join(1))
+    pair.prefill.link.put(Closed(1, "the prompt does not fit"))
+    pair.prefill.hear_end(1, "the prompt does not fit")
+    time.sleep(0.2)
+    pair.decode.link.put(Join(1))
+    pair.decode.hear_end(1, "the prompt does not fit")
     pair.hush()
 
 
@@ -811,10 +823,48 @@ def test_stop_ends_the_rooms_that_are_open(make_pair: Any, side: str) -> None:
     pair.open(1, [4])
     end = getattr(pair, side)
     end.link.stop()
-    end.hear_end(1, "stopped")
     other = pair.decode if side == "prefill" else pair.prefill
-    other.hear_end(1, "the other end has gone")
+    for ended in (end.hear_end(1, "stopped"), other.hear_end(1, "the other end has gone")):
+        assert ended.link_down, "the room itself has not failed"
     pair.hush()
+
+
+@torch_only
+def test_a_room_whose_last_word_came_before_the_link_went_down_ends_once(make_pair: Any) -> None:
+    """Its bytes are still on their way when the link is stopped, and arrive afterwards."""
+    pair = make_pair()
+    pair.open(1, [4])
+    gate = Gate(pair.decode.link)
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    gate.await_start(1)
+    assert eventually(lambda: not pair.decode.link._in_flight.empty()), "the room's end waits for its bytes"
+    pair.decode.link.stop()
+    pair.decode.hear_end(1, "stopped")
+    gate.opened.set()
+    pair.decode.link._mover.join(SOON)
+    pair.decode.hush()
+
+
+def test_a_transport_that_connects_after_the_link_was_stopped_is_aborted() -> None:
+    may_connect, aborted = threading.Event(), threading.Event()
+
+    class Late:
+        def greet(self) -> None:
+            pass
+
+        def abort(self) -> None:
+            aborted.set()
+
+    def connect(key: str) -> Any:
+        may_connect.wait(SOON)
+        return Pipe.listen(HOST, key, Cancel), Late()
+
+    link = ReceiveLink("p/d", connect, make_pool(CANARY), queue.SimpleQueue(), Credits())
+    link.stop()
+    may_connect.set()
+    link.join(SOON)
+    assert aborted.wait(SOON)
 
 
 def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> None:

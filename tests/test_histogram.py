@@ -32,6 +32,12 @@ def test_percentiles_are_the_nearest_ranks_within_one_percent(values: list[float
     assert (histogram.count, histogram.sum) == (len(values), pytest.approx(sum(values)))
 
 
+def test_a_value_may_be_counted_several_times_at_once() -> None:
+    histogram = made([0.5])
+    histogram.add(0.25, 3)
+    assert vars(histogram) == vars(made([0.5, 0.25, 0.25, 0.25]))
+
+
 def test_values_by_hand() -> None:
     histogram = made([0.001, 0.001, 0.002, 0.0021, 4.0])
     assert histogram.percentile(0.5) == pytest.approx(0.002, rel=1e-9)

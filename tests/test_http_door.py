@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from disagg.control.messages import Submit, Update
+from disagg.control.messages import Submit, Update, Updates
 from disagg.front.http import body as body_module
 from disagg.front.http import fields, protocol
+from disagg.front.http.exchange import Exchange
 from disagg.front.http.limits import Keys, Timeouts
 from disagg.front.http.server import bind, model_names
 from tests.conftest import eventually
-from tests.http_door import Door, error_of, events, first_token, never, open_door, read_answer, request_bytes
+from tests.http_door import TOKEN, Door, error_of, events, first_token, never, open_door, read_answer, request_bytes
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = {"prompt": "In the beginning"}
@@ -48,6 +49,7 @@ BAD = {
     "stream": (CHAT, {"stream": "yes"}, "stream is 'yes'; it must be true or false"),
     "stream_options": (CHAT, {"stream": True, "stream_options": 1}, "stream_options is 1; it must be an object"),
     "top_logprobs": (CHAT, {"top_logprobs": 3}, "top_logprobs is 3; it needs logprobs: true"),
+    "top_logprobs as a text": (CHAT, {"top_logprobs": ""}, "top_logprobs is ''; it must be an integer in 0..20"),
     "logprobs of a chat": (CHAT, {"logprobs": 3}, "logprobs is 3; it must be true or false"),
     "logprobs": (COMPLETIONS, {"logprobs": 21}, "logprobs is 21; it must be an integer in 0..20"),
     "tool_choice": (CHAT, {"tool_choice": "required"}, "tool_choice is 'required'; it must be 'auto' or 'none'"),
@@ -189,7 +191,8 @@ def test_paths_methods_and_models_that_do_not_exist(door: Door) -> None:
     error = refused(door, CHAT, MESSAGES | {"model": "gpt-4"}, 404)
     assert error["message"] == "model is 'gpt-4'; it must be 'tiny'" and error["code"] == "model_not_found"
     assert refused(door, CHAT, MESSAGES | {"model": ["tiny"]}, 404)["param"] == "model"
-    assert door.get("/v1/models/gpt-4")[0] == 404 and door.get("/v1/models/tiny")[0] == 200
+    assert [door.get(f"/v1/models/{name}")[0] for name in ("gpt-4", "")] == [404, 404]
+    assert door.get("/v1/models/tiny")[0] == 200
 
 
 # ---- what it says of itself
@@ -205,15 +208,6 @@ def test_tokens_there_and_back(door: Door) -> None:
     assert refused(door, "/detokenize", {"tokens": [4096]})["param"] == "tokens"
     assert refused(door, "/detokenize", {"tokens": 5})["param"] == "tokens"
     assert refused(door, "/tokenize", {})["message"].startswith("exactly one of prompt, ")
-
-
-def test_its_description_names_its_fields(door: Door) -> None:
-    document = json.loads(door.get("/openapi.json")[2])
-    schemas = document["components"]["schemas"]
-    assert {"prompt", "temperature", "seed", "stop"} <= set(schemas["CompletionBody"]["properties"])
-    assert schemas["CompletionBody"]["required"] == ["prompt"] and schemas["ChatBody"]["required"] == ["messages"]
-    for path in document["paths"]:
-        assert door.get(path)[0] in (200, 405)
 
 
 def test_health_says_what_is_missing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +271,29 @@ def test_requests_that_take_too_long_are_ended(tiny: Path) -> None:
         status, _, body = door.post(CHAT, MESSAGES | {"seed": 1, "stream": True})
         assert status == 200 and "over 0.6 s in all" in events(body)[-1]["error"]["message"]
         assert eventually(lambda: len(door.actor.aborts) == 4 and not door.front.router._tracked)
+
+
+def test_only_a_stream_wakes_for_single_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, news = [], Exchange.news
+
+    async def counted(exchange: Exchange) -> list:
+        ready = await news(exchange)
+        looks.append(len(ready))
+        return ready
+
+    monkeypatch.setattr(Exchange, "news", counted)
+    with open_door(tiny, first_token) as door:
+        for stream in (True, False):
+            looks.clear()
+            with door.connect() as sock:
+                sock.sendall(request_bytes(CHAT, MESSAGES | {"stream": stream}))
+                assert eventually(lambda: door.front.router.tracked)
+                (tracked,) = door.front.router.tracked
+                assert eventually(lambda tracked=tracked: tracked.latest is not None)
+                door.actor.worker.send(Updates([Update(tracked.uid, [TOKEN], finish="length")]))
+                status, _, body = read_answer(sock)
+            assert status == 200 and len(tracked.stream.token_ids) == 2 and body
+            assert len(looks) == (2 if stream else 1)
 
 
 def test_a_full_queue_asks_to_come_later(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,9 @@ def test_a_handed_over_request_goes_through_the_stages() -> None:
     assert stage(prompt) == "decode"
     prompt.answer = object()
     found = whereabouts(prompt)
-    assert found["state"] == "done" and (found["prefill"], found["decode"]) == ("prefill", "decode")
-    assert found["parts"] == {"queue": 0.1, "prefill": 0.25, "transfer": 0.125, "join": 0.025}
-    assert found["ttft"] == pytest.approx(0.5)
+    assert found.state == "done" and (found.prefill, found.decode) == ("prefill", "decode")
+    assert found.parts == Parts(0.1, 0.25, 0.125, 0.025)
+    assert found.ttft == pytest.approx(0.5)
 
 
 def test_only_the_latest_requests_are_remembered() -> None:

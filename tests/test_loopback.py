@@ -16,8 +16,10 @@ from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
 from parallel.dispatch import Contiguous, Masked
-from scripts.bench.one_rank.loopback import LoopbackContiguous, LoopbackMasked, SimulatedLoad, share_of_tokens
-from scripts.bench.one_rank.simulated_link import Delay, SimulatedLink
+from scripts.bench.one_rank.delay import Delay
+from scripts.bench.one_rank.loopback import LoopbackContiguous, LoopbackMasked
+from scripts.bench.one_rank.simulated_link import SimulatedLink
+from scripts.bench.one_rank.simulated_load import SimulatedLoad, share_of_tokens
 
 CPU, D, K = torch.device("cpu"), 256, 8
 CONFIG = ModelConfig(

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from disagg.budget import GIB, WORKSPACES, Budget, plan_parts, share_of_gpu
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
-from disagg.memory import GIB, WORKSPACES, Budget, host_memory, pages_on_host, plan_parts, share_of_gpu, share_of_torch
+from disagg.memory import host_memory, pages_on_host, share_of_torch
 from disagg.request import Request
 from disagg.sampler import process, sampling_rows
 from disagg.scheduler import Sequence
 from kernels.ops import Ops
-from model.batch import PAGE, Batch, Chunk, split
+from model.batch import Batch, Chunk, split
 from model.config import ModelConfig
 from model.footprint import (
     StepShape,
@@ -28,14 +29,17 @@ from model.footprint import (
     weight_bytes,
 )
 from model.kv_cache import make_pool
+from model.pages import PAGE
 from model.prompt_logprobs import PromptLogprobs
-from model.sampling import MAX_LOGPROBS, SamplingRows, sample
+from model.prompt_row import MAX_LOGPROBS
+from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
-from parallel.dispatch import most_copies
+from parallel.copies import most_copies
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
-from scripts.bench.one_rank.loopback import LoopbackContiguous, SimulatedLoad
+from scripts.bench.one_rank.loopback import LoopbackContiguous
+from scripts.bench.one_rank.simulated_load import SimulatedLoad
 from tests.tracing import FakeGroup, Peak, allocating_ops
 
 V3 = ModelConfig(  # DeepSeek-V3's widths, of each kind of layer two

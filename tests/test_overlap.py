@@ -21,7 +21,8 @@ from model.kv_cache import make_pool
 from model.transformer import Residual, Transformer
 from parallel import overlap
 from parallel.dispatchers import Dispatcher, plain_dispatchers
-from parallel.overlap import STAGES, Rule, run, run_two
+from parallel.overlap import STAGES, run, run_two
+from parallel.overlap_rule import Rule
 from tests import hf
 from tests.worlds import run_world, sub_mesh
 

@@ -3,22 +3,25 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from disagg.config import EngineConfig
-from disagg.control.messages import Abort, Submit, singly
+from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
 from disagg.pipeline import LEAVING, Pipeline, Turn
 from disagg.request import Request
+from disagg.role import NOT_FINITE
 from disagg.steps import DecodeStep, resolve
 from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import Decodes, page_rows
 from model.config import ModelConfig
 from parallel.mesh import Mesh
+from tests.news import singly
 
 PROMPT = [5, 6, 7]
 
@@ -86,6 +89,42 @@ def test_a_request_that_has_ended_counts_no_more(engine: Engine, ahead: bool, mo
     assert [(u.tokens, u.finish) for u in role.updates] == [([token], "stop")]
     assert pipeline.stats["decode_step_tokens"] == 0 and pipeline.stats["prefill_step_tokens"] == 1
     assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_whose_logits_are_not_finite_ends_with_an_error(
+    small: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token's embedding is damaged: a prompt with it fails at once, and a request that is made to say it, then.
+
+    The request beside them gets the same tokens as without the damage.
+    """
+    engine = make_engine(small, "auto")
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
+    damaged, embedding = 9, engine.model.embed_tokens.weight
+    reads = {"prompt": [5, damaged, 7]}, [([], None, NOT_FINITE)]
+    says = {"prompt": PROMPT, "logit_bias": {damaged: 100.0}}, [([damaged], None, None), ([], None, NOT_FINITE)]
+
+    def serve(way: dict[str, Any], other: dict[str, Any]) -> dict[int, list[tuple]]:
+        role, said = Unified(engine), {}
+        pipeline = Pipeline(role, engine, engine.mesh)
+        for uid, fields in enumerate(({"prompt": PROMPT} | way, other | way)):
+            role.handle(Submit(Request(uid, max_tokens=6, ignore_eos=True, **fields), None))
+        while pipeline.turn() == Turn.WORKED:
+            pass
+        for update in singly(role.updates):
+            said.setdefault(update.uid, []).append((update.tokens, update.finish, update.error))
+        assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+        return said
+
+    for way in ({}, {"temperature": 0.9, "seed": 3}, {"logprobs": 2, "repetition_penalty": 1.5}):
+        for fields, expected in (reads, says):
+            whole, before = embedding[damaged].clone(), serve(way, fields)
+            embedding[damaged] = float("nan")
+            got = serve(way, fields)
+            embedding[damaged] = whole
+            assert [len(tokens) for tokens in before.values()] == [6, 6]
+            assert got == {0: before[0], 1: expected}
 
 
 def test_a_step_in_flight_when_all_stop_is_still_taken_up(engine: Engine) -> None:

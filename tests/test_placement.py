@@ -85,6 +85,18 @@ def test_a_placement_has_a_map_of_its_own() -> None:
     assert placement.expert_of_slot[0].tolist() == [0, 1, 2, 3]
 
 
+def test_a_layers_row_is_replaced_in_place_in_both_tables() -> None:
+    """CUDA graphs read at these addresses."""
+    placement, source = Placement.identity(3, 8, 2), Placement.of_map(torch.arange(8).flip(0).repeat(2, 1), 8, 2)
+    tables = placement.slot_of_expert, placement.expert_of_slot
+    at = [table.data_ptr() for table in tables]
+    placement.replace(1, source, 0)
+    for layer in range(3):
+        wanted = torch.arange(8).flip(0) if layer == 1 else torch.arange(8)
+        assert all(table[layer].equal(wanted) for table in tables), layer
+    assert at == [table.data_ptr() for table in (placement.slot_of_expert, placement.expert_of_slot)]
+
+
 def test_every_collective_in_a_group_of_one_gives_back_what_it_got() -> None:
     group, x = Group(), torch.randn(5, 3)
     before = x.clone()

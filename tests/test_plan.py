@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.batch import PAGE
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes, weight_bytes
-from parallel.deepep import RANKS, buffer_bytes
+from model.pages import PAGE
+from parallel.deepep_sizes import RANKS, buffer_bytes
 from run import parse_args
 from scripts.bench.lib.measurements import load
 from scripts.bench.lib.shapes import SHAPES
@@ -224,6 +226,17 @@ def test_the_text_and_the_json(
             assert sum(job["bytes"].values()) == job["limit_bytes"] and "modelled" in job
         assert [one["name"] for one in seen["deployments"]] == ["prefill and decode apart", "unified"]
         assert all(f" {model if model == str(tiny) else 'DIR'}" in one["commands"][-1] for one in seen["deployments"])
+
+
+def test_a_plan_imports_no_torch() -> None:
+    """Importing it takes longer than the whole plan."""
+    program = (
+        "import sys; from scripts.tools.plan.__main__ import main; code = main(); "
+        "print(code, sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    flags = ("v3", "--gpus", "16", "--gpu", "h200")
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "prefill : decode" in done.stdout and done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
 @pytest.mark.parametrize(

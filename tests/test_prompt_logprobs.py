@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disagg import engine as engine_module
 from disagg.config import EngineConfig
-from disagg.control.messages import Abort, Bye, Finish, Submit, Update, Updates, singly
+from disagg.control.messages import Abort, Bye, Finish, Submit, Update, Updates
 from disagg.engine import Engine
 from disagg.front.prompt_rows import PromptRows
 from disagg.pipeline import Pipeline, Turn
@@ -23,11 +23,13 @@ from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import Chunk
 from model.config import ModelConfig
-from model.prompt_logprobs import SLICE, PromptLogprobs, pack, row_bytes, unpack
-from model.sampling import MAX_LOGPROBS, top_logprobs
+from model.prompt_logprobs import PromptLogprobs
+from model.prompt_row import MAX_LOGPROBS, SLICE, pack, row_bytes, unpack
+from model.sampling import top_logprobs
 from parallel.mesh import Mesh
 from tests import hf
 from tests.conftest import eventually
+from tests.news import singly
 from tests.test_chosen_experts import check_prompt
 from tests.test_router import VOCAB_SIZE, joining, serving
 from tests.tracing import Peak
@@ -145,7 +147,7 @@ def test_slices_give_what_the_whole_gives(lengths: tuple[int, ...]) -> None:
     assert torch.allclose(rows[:, 1].view(torch.float32), values, atol=1e-6)
     first = 0
     for one in chunks:
-        data = pack(rows[first : first + len(one.targets)], one.top)
+        data = pack(rows[first : first + len(one.targets)].numpy(), one.top)
         assert len(data) == len(one.targets) * row_bytes(one.top, vocab_size)
         got_ids, got_values = unpack(data, one.top, vocab_size)
         kept = [*range(one.top), -1]
@@ -156,7 +158,7 @@ def test_slices_give_what_the_whole_gives(lengths: tuple[int, ...]) -> None:
 
 def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
     rows = scored([chunk(3, MAX_LOGPROBS, 5)], torch.randn(3, 8), torch.randn(8, 5))
-    ids, values = unpack(pack(rows, MAX_LOGPROBS), MAX_LOGPROBS, 5)
+    ids, values = unpack(pack(rows.numpy(), MAX_LOGPROBS), MAX_LOGPROBS, 5)
     assert ids.shape == values.shape == (3, 6)
     assert np.allclose(np.exp(values[:, :5]).sum(1), 1)
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from disagg.config import EngineConfig, Rebalance
-from disagg.control.messages import Submit, singly
+from disagg.control.messages import Submit
 from disagg.engine import Engine
 from disagg.front.metrics import Metrics
 from disagg.pipeline import Pipeline, Turn
@@ -41,6 +41,7 @@ from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
 from scripts.tools.quantize import quantize_folder
 from tests.deployment import read, run
+from tests.news import singly
 from tests.test_gpu_rebalance import check_what_arrives
 from tests.test_precision import fp8, load  # noqa: F401 - a fixture
 from tests.worlds import run_world, sub_mesh

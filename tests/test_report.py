@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench.lib.measurements import KINDS, STORE, Measurement, load, merge, save
+from scripts.bench.lib.measurements import KINDS, Measurement, load, merge, save
 from scripts.bench.lib.report import render
+from scripts.bench.lib.store import STORE
 
 ENVIRONMENT = {"machine": "m", "versions": {"torch": "2"}, "command": "c", "commit": "abc", "date": "2026-01-01"}
 

@@ -21,7 +21,7 @@ from disagg.request import Request
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.footprint import page_bytes
-from model.kv_cache import pages_for
+from model.pages import pages_for
 from tests.exposition import Keeper, value
 from tests.worlds import run_world, sub_mesh
 

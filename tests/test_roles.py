@@ -26,10 +26,11 @@ from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.prefill import Prefill
 from disagg.request import Request
+from disagg.role import NOT_FINITE
 from disagg.unified import Unified
 from kernels.ops import Ops
-from model.batch import PAGE
 from model.config import ModelConfig
+from model.pages import PAGE
 from parallel.mesh import Mesh
 from tests.clients import listed
 from tests.conftest import eventually
@@ -227,6 +228,19 @@ def test_a_token_that_the_model_does_not_have_closes_the_room(prefill: Prefill) 
     assert not prefill.scheduler.has_work
     prefill.handle(RoomEnded(3, "closed"))
     assert not prefill.outgoing
+
+
+def test_a_prompt_whose_logits_are_not_finite_closes_its_room(prefill: Prefill) -> None:
+    engine = prefill.engine
+    engine.model.head.norm.weight.data.fill_(float("nan"))
+    prefill.handle(Open(Request(3, [5, 6], 1), [1], [PEER]))
+    step = engine.launch(prefill.schedule(), None, 2)
+    prefill.launched(step)
+    prefill.take_up(step)
+    (link,) = links(prefill)
+    assert link.told[-1] == Closed(3, f"prefill: {NOT_FINITE}")
+    prefill.handle(RoomEnded(3, "closed"))
+    assert not prefill.outgoing and engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
 
 
 def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(prefill: Prefill) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from model.config import ModelConfig
-from scripts.bench.lib.roofline import Ceilings, Cost, Part, decode, prefill, total
 from scripts.bench.lib.shapes import SHAPES
+from scripts.bench.lib.step_cost import Ceilings, Cost, Part, decode, prefill, total
 
 H100 = Ceilings(798e12, 1400e12, 3.0e12)
 EASY = ModelConfig(

@@ -502,11 +502,63 @@ def test_an_attempt_counts_once_it_has_begun_or_was_refused_for_nothing() -> Non
     assert [answers[i].error for i in range(2)] == ["cut"] * 2
 
 
+def test_a_request_whose_replicas_keep_dying_begins_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the request that kills them."""
+    monkeypatch.setattr(fleet, "PING_S", 0.05)
+    with serving(Request(0, [5], 4)) as (router, answers):
+        prefill = joining("p", "prefill", router)
+        for number in range(3):
+            assert not answers
+            decode = joining(f"d{number}", "decode", router)
+            decode.send(Updates(begun=[decode.hear(Submit).request.uid]))
+            assert eventually(lambda: any(tracked.begun for tracked in router.tracked))
+            decode.close()
+            assert eventually(lambda: list(router.fleet.replicas) == ["p"])
+        assert prefill.hear(Finish)
+        prefill.send(Bye({}))
+        prefill.close()
+    assert "the decode replica serving it is lost" in answers[0].error
+
+
 class Nowhere(dict):
     """No job is kept away from."""
 
     def __setitem__(self, job: str, until: float) -> None:
         pass
+
+
+def test_each_time_between_two_updates_is_counted_once() -> None:
+    with serving(Request(0, [5], 4), Request(0, [6], 4)) as (router, answers):
+        worker = joining("u", "unified", router)
+        uids = [worker.hear(Submit).request.uid for _ in range(2)]
+        for step in range(3):
+            worker.send(Updates([Tokens(dict.fromkeys(uids, 9))]))
+            assert eventually(
+                lambda step=step: [len(one.stream.token_ids) for one in list(router.tracked)] == [step + 1] * 2
+            )
+        worker.send(Updates([Update(uids[0], [9, 9], finish="length")]))
+        finish(worker, Submit(Request(uids[1], [6], 1), None))
+    assert [len(answers[i].token_ids) for i in range(2)] == [5, 4]
+    assert router.metrics.ttft.count == 2 and router.metrics.inter_token.count == 2 * 3
+    spans = [answers[i].latency_s - answers[i].ttft_s for i in range(2)]
+    assert router.metrics.inter_token.sum == pytest.approx(sum(spans), abs=0.05)
+
+
+def test_the_next_token_of_a_request_that_has_moved_says_that_its_prompt_is_done() -> None:
+    with serving(Request(0, [5], 3)) as (router, answers):
+        prefill, decode = (joining(role, role, router) for role in ("prefill", "decode"))
+        first = decode.hear(Submit)
+        decode.send(Updates([Update(first.request.uid, [9])], begun=[first.request.uid]))
+        assert eventually(lambda: not router.fleet.replicas["prefill"].prompts)
+        other = joining("other", "decode", router)
+        decode.send(Bye({}))
+        second = other.hear(Submit)
+        assert second.request.prompt == [5, 9] and router.fleet.replicas["prefill"].prompts
+        other.send(Updates([Tokens({second.request.uid: 9})]))
+        assert eventually(lambda: not router.fleet.replicas["prefill"].prompts)
+        finish(other, second, prefill)
+        decode.close()
+    assert answers[0].token_ids == [9, 9, 9]
 
 
 def test_a_job_takes_part_once_it_is_whole() -> None:
@@ -553,6 +605,40 @@ def test_a_request_goes_on_elsewhere_with_the_tokens_that_it_has(capsys: pytest.
         "a decode replica is lost: rank 0 on 127.0.0.1 (process 0) died or is frozen; 1 requests were on it"
         in capsys.readouterr().err
     )
+
+
+def test_what_waits_for_a_lost_role_ends_if_none_comes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a first request was given to a replica there is no such limit, because jobs may start slowly."""
+    monkeypatch.setattr(module, "REPLACEMENT_S", 0.5)
+    monkeypatch.setattr(fleet, "PING_S", 0.05)
+    with serving(Request(0, [5], 1), Request(0, [6], 1)) as (router, answers):
+        prefill = joining("p", "prefill", router)
+        time.sleep(0.7)
+        decode = joining("d", "decode", router)
+        assert [decode.hear(Submit).request.prompt for _ in range(2)] == [[5], [6]] and not answers
+        decode.close()
+        prefill.hear(Finish)
+        prefill.send(Bye({}))
+        prefill.close()
+    assert len(answers) == 2
+    for answer in answers.values():
+        assert answer.error.startswith("no decode replica left to serve it, and none came in")
+
+
+def test_a_latency_does_not_include_the_start_of_the_jobs() -> None:
+    with serving(Request(0, [5], 1)) as (router, answers):
+        prefill = joining("p", "prefill", router)
+        time.sleep(0.7)
+        start = time.monotonic()
+        decode = joining("d", "decode", router)
+        decode.send(Updates([Update(decode.hear(Submit).request.uid, [9], finish="length")]))
+        assert eventually(lambda: 0 in answers)
+        most = time.monotonic() - start + 1e-3  # an answer's times are rounded
+        for worker in (decode, prefill):
+            worker.hear(Finish)
+            worker.send(Bye({}))
+            worker.close()
+    assert 0 < answers[0].ttft_s <= answers[0].latency_s <= most
 
 
 # ---- who is frozen, and who is back
@@ -607,6 +693,7 @@ def test_a_replica_that_stands_still_is_given_up_and_taken_back_when_it_goes_on(
             decode.beacon.close()
         assert prefill.hear(Gone).ids == ["d"]
         assert eventually(lambda: not router.fleet.replicas.keys() & {"d"})
+        assert waits(prefill, Back), "it beats or not, and stands still"
         decode.send(Updates([Tokens({submits[1].request.uid: 99})]))  # too late: nobody believes it any more
         if how == "stuck":
             decode.turns = 1
@@ -662,6 +749,43 @@ def test_a_router_that_was_stopped_itself_gives_nobody_up(monkeypatch: pytest.Mo
     port.close()
 
 
+def test_a_router_that_was_stopped_itself_waits_for_those_who_have_to_connect_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("PAUSE_S", 0.3), ("PING_S", 0.05), ("GRACE_S", 0.5)):
+        monkeypatch.setattr(fleet, name, value)
+    router = make_router(RouterPort(HOST, 0))
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    worker.close()
+    time.sleep(0.5)
+    router.fleet.check(lambda: None)
+    assert list(router.fleet.replicas) == ["u"]
+    assert eventually(lambda: bool([router.fleet.check(lambda: None), not router.fleet.replicas][1]))
+    router.port.close()
+
+
+def test_the_end_is_told_to_who_was_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on later, and would wait for ever."""
+    monkeypatch.setattr(fleet, "SILENT_S", 0.2)
+    monkeypatch.setattr(fleet, "PING_S", 0.05)
+    router = make_router(RouterPort(HOST, 0))
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    assert eventually(lambda: bool([router.turn(None, 10), not router.fleet.replicas][1]))
+    router.close()
+    assert worker.hear(Finish)
+    worker.close()
+    router.port.close()
+
+
+def test_a_router_that_nobody_joined_ends_at_once() -> None:
+    router, start = make_router(RouterPort(HOST, 0)), time.monotonic()
+    router.close()
+    assert time.monotonic() - start < fleet.FAREWELL_S / 3
+    router.port.close()
+
+
 # ---- what a deployment hands over
 
 
@@ -703,7 +827,7 @@ def test_a_replica_with_another_transport_is_refused() -> None:
 
 def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:
     with serving(Request(0, [5], 1)) as (router, answers):
-        prefill = joining("p", "prefill", router)
+        prefill = joining("p", "prefill", router, members=[Member(name, HOST) for name in "pq"])
         forged = Hello("decode", [Member("x", HOST), Member("p", HOST)], 4, 64, 640, {"layers": "5"}, "x")
         stranger = Worker(forged, router.port.port)
         assert stranger.hear(Finish).error == "refused: its ranks are not its own"

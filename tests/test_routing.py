@@ -15,7 +15,7 @@ from disagg.front.replica import Replica
 from disagg.front.routing import KV_SKEW, LEAST_AHEAD, Routing
 from disagg.front.spread import Spread, Spreads, spread
 from disagg.request import Request
-from model.batch import PAGE
+from model.pages import PAGE
 from scripts.bench.lib.measurements import load
 from scripts.tools import routing_sim
 from tests.processes import run_module
@@ -347,7 +347,7 @@ def test_the_command_writes_figures_that_say_that_they_are_simulated(tmp_path: P
     done = run_module("scripts.tools.routing_sim", "--requests", "40", "--out", str(tmp_path / "o.json"), timeout=60)
     assert done.returncode == 0, done.stderr
     records = load(tmp_path / "o.json")
-    assert {record.kind for record in records} == {"simulated"} and len({record.name for record in records}) == 10
+    assert {record.kind for record in records} == {"simulated"} and len({record.name for record in records}) == 16
     assert "simulated" in done.stdout and "chance, with room" in done.stdout
 
 

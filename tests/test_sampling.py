@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.sampling import SamplingRows, gumbel, keep_top, logprob_pairs, sample, top_logprobs
+from model.sampling import NO_TOKEN, SamplingRows, gumbel, keep_top, likeliest, logprob_pairs, sample, top_logprobs
 
 Row = tuple[float, float, int, int, int]  # temperature, top_p, top_k, seed, position
 
@@ -27,6 +27,15 @@ def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
     best = logits.argmax(-1).tolist()
     assert draw(logits, [(0.0, 1.0, 0, i, i) for i in range(6)]) == best
     assert draw(logits, [(0.0, 0.3, 5, i, i) for i in range(6)]) == best
+
+
+def test_a_row_that_is_not_finite_has_no_likeliest_token() -> None:
+    """A banned token's -inf is no fault, but a row of nothing else has none to choose."""
+    nan, inf = float("nan"), float("inf")
+    rows = [[1, 2, 0], [1, nan, 9], [nan] * 3, [0, inf, 1], [-inf] * 3, [nan, inf, -inf], [-inf, -5, -inf]]
+    tokens = likeliest(torch.tensor(rows, dtype=torch.float32)).tolist()
+    assert tokens == [1, NO_TOKEN, NO_TOKEN, NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]
+    assert likeliest(torch.zeros(0, 5)).tolist() == []
 
 
 def test_greedy_rows_stay_greedy_beside_sampled_rows() -> None:

@@ -24,8 +24,7 @@ from hypothesis.stateful import (
 from disagg.request import Request
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Work
-from model.batch import NULL_PAGE, PAGE
-from model.kv_cache import PageAllocator
+from model.pages import NULL_PAGE, PAGE, PageAllocator
 
 EOS, OTHER = 1, 2
 CAPACITY = 7  # pages
@@ -365,6 +364,7 @@ def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> Non
     assert [s.uid for s in scheduler.waiting] == [1, 2]
     scheduler.remove(first)
     scheduler.release(first)
+    assert not first.pages, "they are another's soon"
     assert [s.uid for s, _ in scheduler.schedule().prefills] == [1, 2]
 
 

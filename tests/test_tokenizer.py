@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from disagg.front import tokenizer as module
@@ -57,6 +58,24 @@ def test_a_tokenizers_settings_are_an_object(folder: Path) -> None:
 def test_a_tokenizer_that_cannot_be_read_is_named(folder: Path, data: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(data)
     with pytest.raises(ValueError, match=f"^{folder}/tokenizer.json: "):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_merge_without_the_prefix_of_its_second_part_is_refused(folder: Path, pairs: bool) -> None:
+    """The library cuts the prefix off unseen. If that is inside a character, the whole process ends."""
+    raw = json.loads(
+        Tokenizer(BPE({"a": 0, "##b": 1, "ab": 2}, [("a", "##b")], continuing_subword_prefix="##")).to_str()
+    )
+    for second in ("##b", "b"):
+        raw["model"]["vocab"] = {"a": 0, second: 1, "ab": 2}
+        raw["model"]["merges"] = [["a", second]] if pairs else [f"a {second}"]
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+        if second == "##b":
+            load_tokenizer(folder)
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json: model has the merge .*; its second part must begin with .*'##'"
+    ):
         load_tokenizer(folder)
 
 

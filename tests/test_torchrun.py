@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from scripts.tools import demo
-from tests.commands import LIMIT_S, descendants, finish, finish_torchrun, listed, processes, run, start, torchrun
+from tests.commands import (
+    LIMIT_S,
+    children,
+    descendants,
+    finish,
+    finish_torchrun,
+    listed,
+    processes,
+    run,
+    start,
+    torchrun,
+)
 from tests.conftest import eventually
 from tests.deployment import LINES, Deployment, answers_alone, read, timeless
 
@@ -22,10 +33,10 @@ def test_what_takes_too_long_is_ended_alone() -> None:
     other = start(sys.executable, "-c", sleep, "x")
     process = start(sys.executable, "-c", parent, "x")
     assert eventually(lambda: descendants(process.pid))
-    children = descendants(process.pid)
+    ended = descendants(process.pid)
     with pytest.raises(AssertionError, match="still running after 0.1 s"):
         finish(process, timeout=0.1)
-    assert process.returncode == -signal.SIGKILL and not [pid for pid in children if pid in processes(sleep)]
+    assert process.returncode == -signal.SIGKILL and not [pid for pid in ended if pid in processes(sleep)]
     assert other.poll() is None
     other.kill()
     other.communicate()
@@ -69,7 +80,7 @@ def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> N
     flags = ("--model", str(tiny), "--input", str(source), "--output", str(out))
     process = torchrun(2, *flags)
     assert eventually(lambda: out.exists() and read(out), LIMIT_S)  # the short one has been answered
-    ranks = processes(str(out))
+    ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGINT)
     code, _, err = finish_torchrun(process)

@@ -28,8 +28,8 @@ from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.request import Request
 from kernels.ops import Ops
-from model.batch import NULL_PAGE
 from model.config import ModelConfig
+from model.pages import NULL_PAGE
 from parallel.mesh import Mesh
 from tests.clients import listed
 from tests.worlds import run_world, sub_mesh
@@ -126,19 +126,21 @@ def answers_to(
 def serve_members(rank: int, prompts: list[list[int]], checkpoints: list[tuple[Path, list[list[int]]]]) -> None:
     """Four ranks, for `test_family.py`: a job with attention TP 2, then a prefill and a decode job of two ranks each.
 
-    checkpoints: a folder with the tokens that transformers answers. It is here because ranks import its file, and
-    `test_family.py` imports transformers, which takes seconds.
+    checkpoints: a folder with the tokens that transformers answers, as many as are compared. It is here because ranks
+    import its file, and `test_family.py` imports transformers, which takes seconds.
     """
-    interrupt, few = Interrupt(), 4
+    interrupt = Interrupt()
     settings = replace(SETTINGS, max_tokens_per_step=48, max_model_len=256)
     unified, prefill, decode = sub_mesh(0, 4, 2), sub_mesh(0, 2), sub_mesh(2, 2)
 
+    count = len(checkpoints[0][1][0])
+
     def requests(_: int) -> list[UserRequest]:
-        made = [Request(0, prompt, few, ignore_eos=True) for prompt in prompts]
+        made = [Request(0, prompt, count, ignore_eos=True) for prompt in prompts]
         return [UserRequest(i, request, []) for i, request in enumerate(made)]
 
     for folder, tokens in checkpoints:
-        config = ModelConfig.from_pretrained(folder)
+        config, expected = ModelConfig.from_pretrained(folder), [(answer, "length", None) for answer in tokens]
 
         def engine(mesh: Mesh | None) -> tuple[Engine | None, Mesh | None]:
             made = mesh and Engine.from_pretrained(settings, config, folder, mesh, Ops())  # noqa: B023
@@ -150,7 +152,6 @@ def serve_members(rank: int, prompts: list[list[int]], checkpoints: list[tuple[P
         ):
             answers = one_run(jobs, folder, interrupt, requests)
             if rank == 0:
-                expected = [(answer[:few], "length", None) for answer in tokens]
                 assert answers == expected, (folder.name, [role for role, *_ in jobs])
 
 

@@ -4,7 +4,7 @@ router  <-- Port (ROUTER) ... DEALER -->  the first rank of each attention repli
 router  <-- Port (ROUTER) ... DEALER ---  the beacon of every rank
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -160,15 +160,6 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
     updates: list[Update | Tokens] = []
     begun: list[int] = []  # requests that have their pages, and whose prompts were requested from prefill
     returned: list[int] = []  # requests that were withdrawn before they began
-
-
-def singly(updates: Iterable[Update | Tokens]) -> Iterator[Update]:
-    """Yield one Update per request and message, in order."""
-    for one in updates:
-        if isinstance(one, Tokens):
-            yield from (Update(uid, [token]) for uid, token in one.by_uid.items())
-        else:
-            yield one
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """Front: from the user's input to the user's output.
 
 front_door.py                      serves a prompt, a batch of lines, or HTTP clients through http/
+process.py                         the router's process beside a unified job; exit_status.py says how a process ends
 client.py, tracked.py              what a door gives to the router, and what the router knows of it
 parse.py                           a request's fields to a request; generation_defaults.py has the checkpoint's
 tokenizer.py                       text and messages to tokens; tokenizer_files.py and tiktoken_file.py read the folder
@@ -14,5 +15,5 @@ fleet.py, replica.py               which replicas live, and how loaded each is
 metrics.py, histogram.py           what is counted; progress.py prints lines about it, http/ serves it to Prometheus
 streams.py                         the process's own stdout and stderr
 
-May import disagg/control/, disagg/request.py and disagg/config.py. Knows nothing of the engine and of links.
+May import disagg/control/, and request.py, config.py and interrupt.py of disagg/. Knows no engine and no link.
 """

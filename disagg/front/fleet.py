@@ -8,6 +8,7 @@ is taken back, in new sessions.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, Stats, ToWorker
@@ -48,8 +49,8 @@ class Fleet:
     def in_role(self, role: str) -> list[Replica]:
         """Return the replicas in this role whose jobs are complete."""
         working = [replica for replica in self.replicas.values() if replica.hello.job not in self._broken]
-        jobs = [replica.hello.job for replica in working]
-        return [r for r in working if r.hello.role == role and jobs.count(r.hello.job) >= r.hello.replicas]
+        sizes = Counter(replica.hello.job for replica in working)
+        return [r for r in working if r.hello.role == role and sizes[r.hello.job] >= r.hello.replicas]
 
     def able_to_serve(self) -> list[Replica]:
         """Return the replicas that can take requests: unified ones, and decode ones if there is a prefill replica."""

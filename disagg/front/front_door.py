@@ -22,12 +22,11 @@ from disagg.front.parse import Served, parse_request
 from disagg.front.router import Router
 from disagg.front.source import Listed, Source
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder, load_tokenizer
-from disagg.interrupt import Interrupt
 from model.config import ModelConfig
 
 
 class FrontDoor:
-    """Runs the router with the user's requests. The router job runs it, or rank 0 of a unified job in a thread."""
+    """Runs the router with the user's requests: in the router job, or in a process beside rank 0 of a unified job."""
 
     def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]) -> None:
         """Check everything that can be refused, then listen. Lines are read in `run`."""
@@ -140,19 +139,19 @@ def say_about_text(encoder: PromptEncoder) -> None:
 
 
 class RouterThread(threading.Thread):
-    """The router's thread. An error in it also ends a unified job, whose rank 0 has it, and `join` raises it."""
+    """The router's thread. `join` raises an error in it."""
 
-    def __init__(self, front: FrontDoor, interrupt: Interrupt, expected: int = 0) -> None:
+    def __init__(self, front: FrontDoor, stopped: Callable[[], bool]) -> None:
         super().__init__(name="router")
-        self.front, self.interrupt, self.expected = front, interrupt, expected
+        self.front, self.stopped = front, stopped
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self.front.run(lambda: self.interrupt.seen, self.expected)
+            self.front.run(self.stopped)
         except Exception as error:
-            self.error, self.interrupt.seen = error, True
+            self.error = error
 
     def join(self, timeout: float | None = None) -> None:
         super().join(timeout)

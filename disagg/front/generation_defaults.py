@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from disagg.front.parse import check_field
+from disagg.front.rules import RULES
 from model.config import read_json
 
 SAMPLING = {  # field -> its value where do_sample is true and the file has none, as in transformers' generate
@@ -29,7 +29,7 @@ def read_defaults(folder: str | Path) -> dict[str, Any]:
         value = missing if raw.get(name) is None else raw[name]
         try:
             if value is not None:
-                defaults[name] = check_field(name, value)
+                defaults[name] = RULES[name].check(name, value)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return defaults

@@ -25,14 +25,17 @@ class Histogram:
         self._least, self._largest = math.inf, 0.0
         self._counts = [0] * (LAST + 1)  # by bucket
 
-    def add(self, value: float) -> None:
-        """Count a value. Other processes measure some of them, so any float is taken: NaN and below 0 count as 0."""
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value `times` times.
+
+        Other processes measure some values, so any float is taken: NaN and below 0 count as 0.
+        """
         value = min(max(0.0, value), LARGEST)  # in this order NaN becomes 0
-        self.count += 1
-        self.sum += value
+        self.count += times
+        self.sum += times * value
         self._least, self._largest = min(self._least, value), max(self._largest, value)
         bucket = math.ceil(PER_DOUBLING * math.log2(value / LOW)) if value > LOW else 0
-        self._counts[bucket] += 1
+        self._counts[bucket] += times
 
     def percentile(self, share: float) -> float:
         """Return the nearest-rank percentile within 1 %, or nan if there are no values."""

@@ -46,9 +46,13 @@ class Metrics:
             for name, histogram in self.parts.items():
                 histogram.add(getattr(parts, name))
 
-    def next_token(self, seconds: float) -> None:
-        """Count the time between two updates of a request. Several tokens in one update are one observation."""
-        self.inter_token.add(seconds)
+    def next_tokens(self, seconds: list[float]) -> None:
+        """Count times between two updates of a request. Several tokens in one update are one observation.
+
+        Most requests of a step share one time, so equal times are counted together.
+        """
+        for value, times in Counter(seconds).items():
+            self.inter_token.add(value, times)
 
     def retried(self, lost: bool) -> None:
         """Count a request that begins again. `lost`: because its replica was lost, so that it must move."""

@@ -10,15 +10,9 @@ from typing import Any
 
 import msgspec
 
+from disagg.front.rules import ALIASES, CHAT_RULES, LEAST_TOKENS, MAX_STOPS, PROMPTS, RULES, is_unicode
 from disagg.front.tokenizer import NO_TOKENIZER, PromptEncoder
-from disagg.request import MOST_ENTRIES, Request
-from model.sampling import MAX_LOGPROBS
-
-MAX_STOPS = 64  # stop strings; each of them is searched at each token
-PROMPTS = ("prompt", "prompt_token_ids", "messages")
-CHAT = ("tools", "documents", "chat_template_kwargs")  # fields beside messages
-LEAST_TOKENS = "an integer of at least 1, or 0 with prompt_logprobs"
-ALIASES = {"max_completion_tokens": "max_tokens"}  # other name -> name
+from disagg.request import Request
 
 
 class UserRequest(msgspec.Struct, frozen=True):
@@ -59,10 +53,10 @@ def parse_request(raw: dict[str, Any], uid: int, served: Served) -> UserRequest:
     if not is_id(raw.get("id", uid)):
         raise ValueError(f"id is {raw['id']!r:.60}; it must be a string of Unicode or an integer")
     source = _source(raw)
-    fields: dict[str, Any] = {name: check_field(name, raw[name]) for name in _RULES if name in raw}
+    fields: dict[str, Any] = {name: rule.check(name, raw[name]) for name, rule in RULES.items() if name in raw}
     for alias, name in ALIASES.items():
         if alias in raw:
-            _check(alias, raw[alias], *_RULES[name])
+            RULES[name].check(alias, raw[alias])
             if fields.setdefault(name, raw[alias]) != raw[alias]:
                 raise ValueError(f"{alias} is {raw[alias]!r:.60}, but {name} is {fields[name]!r:.60}; give one of them")
     session_id = fields.pop("session_id", None)
@@ -111,24 +105,13 @@ def parse_prompt(raw: dict[str, Any], served: Served, add_special_tokens: bool =
     return _tokens(_source(raw), raw, served, add_special_tokens)
 
 
-def check_field(name: str, value: Any) -> Any:
-    """Check one field that the engine gets as it is. Returns its value. Raises ValueError."""
-    return _check(name, value, *_RULES[name])
-
-
 def known_fields() -> frozenset[str]:
     """Return the names of all fields that a request may have."""
-    return frozenset({"id", *PROMPTS, *CHAT, *ALIASES, *_RULES, "stop"})
-
-
-def field_rules() -> dict[str, tuple[type, str]]:
-    """Return the fields that the engine gets as they are: name -> type, rule in words."""
-    return {name: (kind, words) for name, (kind, _, words) in _RULES.items()}
+    return frozenset({"id", *PROMPTS, *CHAT_RULES, *ALIASES, *RULES, "stop"})
 
 
 def is_id(value: Any) -> bool:
-    """Is it a valid id? JSON can spell half a surrogate pair, which cannot be printed."""
-    return type(value) is int or type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)
+    return type(value) is int or type(value) is str and is_unicode(value)
 
 
 def read_object(line: str) -> dict:
@@ -160,7 +143,7 @@ def _tokens(name: str, raw: dict, served: Served, add_special_tokens: bool = Tru
     """Return the prompt's tokens. `name`: of the field that has the prompt."""
     if name == "messages":
         prompt = _chat(raw, served.encoder)
-    elif beside := [other for other in CHAT if other in raw]:
+    elif beside := [other for other in CHAT_RULES if other in raw]:
         raise ValueError(f"{beside[0]} goes with messages, not with {name}")
     else:
         prompt = _prompt(name, raw[name], served.encoder, served.vocab_size, add_special_tokens)
@@ -192,61 +175,9 @@ def _chat(raw: dict, encoder: PromptEncoder) -> list[int]:
         content = message.get("content")
         if not (content is None or isinstance(content, str) or _are_objects(content)):
             raise ValueError(f"messages has the content {content!r:.60}; it must be a string, a list of parts or null")
-    beside = {name: _check(name, raw[name], *_CHAT_RULES[name]) for name in CHAT if name in raw}
-    return encoder.chat(messages, *map(beside.get, CHAT))
+    beside = {name: rule.check(name, raw[name]) for name, rule in CHAT_RULES.items() if name in raw}
+    return encoder.chat(messages, *map(beside.get, CHAT_RULES))
 
 
 def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def _are_tokens(value: list) -> bool:
-    return len(value) <= MOST_ENTRIES and all(type(token) is int and token >= 0 for token in value)
-
-
-def _are_biases(value: dict) -> bool:
-    """Are they biases by token? JSON has only strings as names, so a token is its digits."""
-    names_are_tokens = all(name.isdecimal() and name.isascii() and len(name) < 10 for name in value)
-    return (
-        names_are_tokens
-        and len({int(name) for name in value}) == len(value) <= MOST_ENTRIES
-        and all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in value.values())
-    )
-
-
-# name -> type, test, the rule in words
-_CHAT_RULES = {
-    "tools": (list, _are_objects, "a list of objects"),
-    "documents": (list, _are_objects, "a list of objects"),
-    "chat_template_kwargs": (
-        dict,
-        lambda v: v.keys().isdisjoint(("messages", "tools", "documents")),
-        "an object without messages, tools and documents",
-    ),
-}
-_RULES = {
-    "max_tokens": (int, lambda v: v >= 0, LEAST_TOKENS),
-    "temperature": (float, lambda v: 0 <= v <= 1000, "a number in 0..1000 (0 = greedy)"),
-    "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
-    "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0 = off)"),
-    "min_p": (float, lambda v: 0 <= v <= 1, "a number in 0..1 (0 = off)"),
-    "presence_penalty": (float, lambda v: -2 <= v <= 2, "a number in -2..2 (0 = off)"),
-    "frequency_penalty": (float, lambda v: -2 <= v <= 2, "a number in -2..2 (0 = off)"),
-    "repetition_penalty": (float, lambda v: 0.01 <= v <= 100, "a number in 0.01..100 (1 = off)"),
-    "logit_bias": (dict, _are_biases, f"an object of at most {MOST_ENTRIES} tokens, each with a number in -100..100"),
-    "min_tokens": (int, lambda v: v >= 0, "an integer of at least 0"),
-    "stop_token_ids": (list, _are_tokens, f"a list of at most {MOST_ENTRIES} tokens"),
-    "seed": (int, lambda v: 0 <= v < 2**63, "an integer in 0..2**63 - 1"),
-    "ignore_eos": (bool, lambda v: True, "true or false"),
-    "return_experts": (bool, lambda v: True, "true or false"),
-    "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
-    "session_id": (str, lambda v: 0 < len(v) <= 256 and is_id(v), "a string of Unicode with 1 to 256 characters"),
-    "prompt_logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer in 0..{MAX_LOGPROBS}"),
-}
-
-
-def _check(name: str, value: Any, kind: type, allowed: Any, rule: str) -> Any:
-    exact = type(value) is kind or (kind is float and type(value) is int)
-    if not exact or not allowed(value):
-        raise ValueError(f"{name} is {value!r:.60}; it must be {rule}")
-    return value

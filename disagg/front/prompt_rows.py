@@ -3,7 +3,7 @@
 import numpy as np
 
 from disagg.request import Request
-from model.prompt_logprobs import row_bytes, unpack
+from model.prompt_row import row_bytes, unpack
 from model.sampling import logprob_pairs
 
 Pairs = list[tuple[int, float]]  # (token, log probability): the k likeliest, and the prompt's own token

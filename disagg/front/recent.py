@@ -4,7 +4,7 @@ from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 
-from model.batch import PAGE
+from model.pages import PAGE
 
 MOST_RECENT = 2**16  # entries, about 150 bytes each
 MOST_PAGES = 64  # of a prompt's prefix; hashing them takes about 0.3 ms

@@ -13,7 +13,7 @@ from collections.abc import KeysView
 from dataclasses import dataclass, field
 
 from disagg.control.messages import Hello, Load
-from model.kv_cache import PAGE
+from model.pages import PAGE
 
 
 @dataclass(eq=False)

@@ -15,7 +15,20 @@ from collections.abc import Callable, Collection
 
 from tokenizers import Tokenizer
 
-from disagg.control.messages import Abort, Beat, Bye, Hello, Stats, Submit, ToRouter, Update, Updates, Withdraw, singly
+from disagg.control.messages import (
+    Abort,
+    Beat,
+    Bye,
+    Hello,
+    Parts,
+    Stats,
+    Submit,
+    Tokens,
+    ToRouter,
+    Update,
+    Updates,
+    Withdraw,
+)
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.client import Client
@@ -31,7 +44,7 @@ from disagg.front.source import Source
 from disagg.front.text_stream import TextStream
 from disagg.front.tracked import Tracked
 from disagg.request import Request
-from model.kv_cache import pages_for
+from model.pages import pages_for
 
 SUSPECT_S = 3.0  # how long a request avoids a job where it has failed
 REPLACEMENT_S = 30.0  # how long requests wait for a lost role to come back
@@ -66,6 +79,7 @@ class Router:
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
         self._waiting: deque[int] = deque()  # uids without a replica
         self._uids = itertools.count(secrets.randbits(48))
+        self._gaps: list[float] = []  # of this message: times between two updates of a request, in seconds
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
         self._short_of_replicas_since, self._notice_s = time.monotonic(), NOTICE_S
@@ -162,9 +176,16 @@ class Router:
                 for uid in returned:
                     if self._served(uid, replica_id):
                         self._queue(self._leave(uid))
-                for update in singly(updates):
-                    if self._served(update.uid, replica_id):
-                        self._update(update)
+                now = time.monotonic()
+                for update in updates:
+                    if isinstance(update, Tokens):
+                        for uid, token in update.by_uid.items():
+                            if tracked := self._served(uid, replica_id):
+                                self._add(tracked, [token], [], now)
+                    elif tracked := self._served(update.uid, replica_id):
+                        self._update(tracked, update, now)
+                self.metrics.next_tokens(self._gaps)
+                self._gaps.clear()
 
     def _served(self, uid: int, replica_id: str) -> Tracked | None:
         """Return the request if that replica serves it. News from other replicas is ignored."""
@@ -174,6 +195,8 @@ class Router:
 
     def _assign(self) -> None:
         """Give waiting requests, in order, to replicas that can begin them."""
+        if not self._waiting and self._changes == self.fleet.changes:
+            return
         able, prefills = self.fleet.able_to_serve(), self.fleet.in_role("prefill")
         if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes
@@ -244,42 +267,52 @@ class Router:
             missing = " and a ".join(roles)
             print(f"router: {count} requests still waiting for a {missing} replica", file=sys.stderr, flush=True)
 
-    def _update(self, update: Update) -> None:
-        tracked, now = self._tracked[update.uid], time.monotonic()
-        assert tracked.decode is not None  # see `_served`
+    def _update(self, tracked: Tracked, update: Update, now: float) -> None:
         if update.error is not None:
             self._fail(update, tracked)
             return
         try:
             tracked.take(update)
         except ValueError as error:
-            self._refuse(update.uid, tracked.decode, str(error))
+            self._refuse(tracked, str(error))
             return
-        for i, token in enumerate(update.tokens):
-            if token >= self.vocab_size:
-                error = f"made token {token}; the model's vocabulary has {self.vocab_size}"
-                self._refuse(update.uid, tracked.decode, error)
-                return
-            self._prompt_done(update.uid, tracked)
-            if tracked.latest is None:
-                self.metrics.first_token(now - tracked.submitted, update.parts)
-                tracked.first, tracked.parts = now, update.parts
-            elif i == 0:
-                self.metrics.next_token(now - tracked.latest)
-            tracked.latest = now
-            logprobs = update.logprobs[i : i + 1]
-            tracked.logprobs.extend(logprobs)
-            if tracked.push(token, logprobs):
-                self.port.send(tracked.decode.id, Abort(update.uid))
-                self._end(update.uid, "stop")
-                return
-        if update.finish:
+        if self._add(tracked, update.tokens, update.logprobs, now, update.parts) and update.finish:
             self._end(update.uid, update.finish)
 
-    def _refuse(self, uid: int, decode: Replica, what: str) -> None:
+    def _add(self, tracked: Tracked, tokens: list[int], logprobs: list, now: float, parts: Parts | None = None) -> bool:
+        """Add tokens that came together. `logprobs`: one list per token, or none.
+
+        Returns False if that has ended the request.
+        """
+        assert tracked.decode is not None  # see `_served`
+        if tokens and tracked.latest is None:
+            try:
+                tracked.prompt_rows.check_complete()
+            except ValueError as error:
+                self._refuse(tracked, str(error))
+                return False
+        for i, token in enumerate(tokens):
+            if token >= self.vocab_size:
+                self._refuse(tracked, f"made token {token}; the model's vocabulary has {self.vocab_size}")
+                return False
+            self._prompt_done(tracked)
+            if tracked.latest is None:
+                self.metrics.first_token(now - tracked.submitted, parts)
+                tracked.first, tracked.parts = now, parts
+            elif i == 0:
+                self._gaps.append(now - tracked.latest)
+            tracked.latest = now
+            if tracked.push(token, logprobs[i : i + 1]):
+                self.port.send(tracked.decode.id, Abort(tracked.uid))
+                self._end(tracked.uid, "stop")
+                return False
+        return True
+
+    def _refuse(self, tracked: Tracked, what: str) -> None:
         """End a request whose replica did `what`, which no replica with this model may do."""
-        self.port.send(decode.id, Abort(uid))
-        self._end(uid, "error", f"the replica serving it {what}")
+        assert tracked.decode is not None  # see `_served`
+        self.port.send(tracked.decode.id, Abort(tracked.uid))
+        self._end(tracked.uid, "error", f"the replica serving it {what}")
 
     def _fail(self, update: Update, tracked: Tracked) -> None:
         """Try a failed request again elsewhere, or end it with its error.
@@ -296,15 +329,15 @@ class Router:
         else:
             self._end(update.uid, "error", update.error, refused=not update.retry)
 
-    def _prompt_done(self, uid: int, tracked: Tracked) -> None:
+    def _prompt_done(self, tracked: Tracked) -> None:
         if tracked.prefill is not None:
-            tracked.prefill.end_prompt(uid)
+            tracked.prefill.end_prompt(tracked.uid)
             tracked.prefill = None
 
     def _leave(self, uid: int) -> Tracked:
         """Take the request from its replicas. Its uid is not valid any more."""
         tracked = self._tracked.pop(uid)
-        self._prompt_done(uid, tracked)
+        self._prompt_done(tracked)
         if tracked.decode is not None:
             tracked.decode.end_request(uid)
         tracked.decode = None

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from disagg.front.recent import Recent, prefix_keys, session_key
 from disagg.front.replica import Replica
 from disagg.request import Request
-from model.batch import PAGE
-from model.kv_cache import pages_for
+from model.pages import PAGE, pages_for
 
 BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
 STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,

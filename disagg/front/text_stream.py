@@ -88,7 +88,7 @@ class TextStream:
         settled = self._settled
         if self._tokenizer is not None and token in IDS and not self._is_hidden(token):
             self._grow(self._tokenizer, token)
-        mark = self._note(token, settled)
+        mark = self._note(token, settled) if token in self._marks else None
         if not self._stop:
             self.shown = self._settled
         elif (end := self._search(token, settled, mark)) is not None:
@@ -170,9 +170,8 @@ class TextStream:
             return None
 
     def _note(self, token: int, start: int) -> int | None:
-        """Return where a mark stands in the text from `start` on, and note it. None if the token is no mark."""
-        word = self._marks.get(token)
-        at = -1 if word is None else self.text.rfind(word, start)
+        """Return where a mark stands in the text from `start` on, and note it. None if the library has changed it."""
+        at = self.text.rfind(self._marks[token], start)
         if at < 0:
             return None
         self.places.append((at, token))

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from disagg.front.library_errors import refusing
 from disagg.front.tiktoken_file import read_tiktoken
-from model.config import read_json, read_text, shown
+from model.config import parse_json, read_json, read_text, shown
 
+PREFIXED = ("continuing_subword_prefix", "merges")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 TEMPLATES = ("default", "tool_use")  # the others have no use here
 MOST_EXPANSION = 64  # characters that a normalizer or a decoder may make from one
@@ -76,6 +77,8 @@ def read_tokenizer(folder: Path, added: dict[int, AddedToken], vocab_size: int |
 def _read_json_tokenizer(path: Path, added: dict[int, AddedToken]) -> Tokenizer:
     """Read a tokenizer.json, and add the tokens that only `added` has."""
     text = read_text(path)
+    raw = parse_json(path, text)
+    _check_merges(path, raw)
     with refusing(str(path)):
         tokenizer = Tokenizer.from_str(text)
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -86,10 +89,26 @@ def _read_json_tokenizer(path: Path, added: dict[int, AddedToken]) -> Tokenizer:
             raise _disagreement(path, tokenizer, id, token)
     if missing:
         with refusing(str(path)):
-            tokenizer = _with_tokens(tokenizer, missing, json.loads(text))
+            tokenizer = _with_tokens(tokenizer, missing, raw)
     tokenizer.no_padding()
     tokenizer.no_truncation()  # prompts that are too long are refused, not cut
     return tokenizer
+
+
+def _check_merges(path: Path, raw: dict) -> None:
+    """Raise ValueError if a merge's second part lacks the prefix that all such parts must have.
+
+    The library would cut the part off by the prefix's length, and may end the process.
+    """
+    model = raw.get("model")
+    prefix, merges = (model.get(key) for key in PREFIXED) if isinstance(model, dict) else (None, None)
+    if not (prefix and isinstance(prefix, str) and isinstance(merges, list)):
+        return  # the library refuses what is of another type
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(parts, list) and len(parts) == 2 and not str(parts[1]).startswith(prefix):
+            rule = f"its second part must begin with continuing_subword_prefix, {shown(prefix)}"
+            raise ValueError(f"{path}: model has the merge {shown(merge)}; {rule}")
 
 
 def _with_tokens(tokenizer: Tokenizer, missing: dict[int, AddedToken], raw: dict) -> Tokenizer:

@@ -17,7 +17,7 @@ from disagg.request import Request
 STATES = ("waiting", "queued", "prefill", "decode")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Tracked:
     """A request without its answer yet. Times are time.monotonic()."""
 
@@ -79,11 +79,10 @@ class Tracked:
 
     def take(self, update: Update) -> None:
         """Keep the rows of an update. Raises ValueError if they are not those that the request must get now."""
-        self.experts.add(update.experts)
+        if update.experts:
+            self.experts.add(update.experts)
         if update.prompt_rows:
             self.prompt_rows.add(update.prompt_rows)
-        if update.tokens and self.latest is None:
-            self.prompt_rows.check_complete()
 
     def rows(self) -> dict[str, Any]:
         """Return the answer's fields that the rows make. Raises ValueError if they are not those of this answer."""
@@ -97,9 +96,11 @@ class Tracked:
 
     def push(self, token: int, logprobs: list) -> bool:
         """Add a token, and show what may be shown now. Returns True if a stop string is complete."""
-        shown = self.stream.shown
-        stopped = self.stream.push(token)
-        self.client.show(self.stream.text[shown : self.stream.shown], [token], logprobs)
+        stream = self.stream
+        self.logprobs += logprobs
+        shown = stream.shown
+        stopped = stream.push(token)
+        self.client.show(stream.text[shown : stream.shown], [token], logprobs)
         return stopped
 
     def close(self) -> None:

@@ -127,11 +127,11 @@ class Link(threading.Thread, ABC):
         """
         self._go_down("stopped")
 
-    def _go_down(self, error: str) -> bool:
-        """End all rooms, then abort the transport. Returns False if the link was down already."""
+    def _go_down(self, error: str) -> None:
+        """End all rooms, then abort the transport, unless the link is down already."""
         with self._writing, self._changed:
             if self._down is not None:
-                return False
+                return
             self._down = f"link {self.key}: {error}"
             for uid in self._rooms:
                 self._events.put(RoomEnded(uid, self._down, link_down=True))
@@ -148,7 +148,6 @@ class Link(threading.Thread, ABC):
             else:
                 self._credits.close()
             self._aborted.set()
-        return True
 
     def run(self) -> None:
         try:

@@ -30,7 +30,7 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.transport import TIMEOUT
 from kernels import ref
-from model.kv_cache import pages_for
+from model.pages import pages_for
 
 LOOK_MS = 1  # between two looks at what this thread waits for, while it also listens
 T = TypeVar("T")

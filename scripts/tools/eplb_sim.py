@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from parallel.eplb import balance, balancedness
 from parallel.load_counter import load_recording
 from scripts.bench.lib.charts import save_lines
-from scripts.bench.lib.flags import naturals, new_file, new_png, positive, positives, refusals
+from scripts.bench.lib.flags import naturals, new_file, new_png, positive, positives
 from scripts.bench.lib.measurements import Measurement, save
+from scripts.bench.lib.refusals import refusals
 
 # The share of the experts' kernels in a layer without communication, on H100 with balanced ranks. Prefill: 9.70 of
 # 25.77 ms, digitised from SGLang's report of 2025-05-05. Decode: DeepGEMM's published 0.181 ms, beside the report's

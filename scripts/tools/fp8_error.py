@@ -21,8 +21,9 @@ from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.front.tokenizer import load_tokenizer
 from kernels.ops import Ops
-from model.batch import PAGE, Batch, Chunk
+from model.batch import Batch, Chunk
 from model.config import ModelConfig
+from model.pages import PAGE
 from model.precision import decide
 from parallel.mesh import Mesh
 from scripts.bench.lib.flags import new_file

@@ -8,8 +8,10 @@ import argparse
 from pathlib import Path
 
 from scripts.bench.lib.charts import figure
-from scripts.bench.lib.flags import new_png, refusals
-from scripts.bench.lib.measurements import KINDS, STORE, Measurement, load
+from scripts.bench.lib.flags import new_png
+from scripts.bench.lib.measurements import KINDS, Measurement, load
+from scripts.bench.lib.refusals import refusals
+from scripts.bench.lib.store import STORE
 
 DECODE = "one rank of v3 at EP72, decode 256 x 2048, simulated arrivals (skew 1): "
 PREFILL = "one rank of v3 at EP32, prefill 16384 in 4096s, simulated arrivals (skew 1): "

@@ -1,7 +1,9 @@
 """Simulate routing: how evenly requests lie over prefill and decode replicas, beside choosing at random. SIMULATED.
 
-python -m scripts.tools.routing_sim
-python -m scripts.tools.routing_sim --requests 2000 --rate 10 --sigma 1.5 --out routing.json
+python -m scripts.tools.routing_sim                                                # 3/4 of what the prefill can compute
+python -m scripts.tools.routing_sim --rate 15                                      # half of it
+python -m scripts.tools.routing_sim --rate 8                                       # a quarter
+python -m scripts.tools.routing_sim --output 1000 --kv-tokens 1048576 --out a.json # 150 requests per decode replica
 
 The router's own code chooses (`disagg/front/routing.py`), and the engine's own scheduler and page allocator do what it
 says. Time is simulated. Prompts and outputs are log-normal, and requests arrive at random times. A prefill step takes
@@ -13,9 +15,14 @@ time. Messages take no time, and prefill replicas report their load every second
     routing             the router's choice; no two prompts are alike
     routing, sessions   the same, and the requests belong to conversations: a common prefix, and one session_id
 
+The default lengths are those of Azure's conversations: 179 requests in a row of its public trace of November 2023
+(AzureLLMInferenceTrace_conv) have medians of 1,044 and 101 tokens, and sigmas of 1.02 and 0.82.
+
 A load is sampled over time, after a warm-up. "Over mean" is the fullest replica's mean load over that of all replicas.
-Nothing can be below 1, and many requests per replica are nearly even by chance. "Same replica again" counts requests
-that went where the latest request of their conversation went. There is no prefix cache, so that gains nothing yet.
+Many requests per replica are nearly even by chance. "Floor" is what no router can go below: a request is on one
+replica, so the fullest one has at least the mean, and at least the largest request in the system. "Same replica again"
+counts requests that went where the latest request of their conversation went. There is no prefix cache, so that gains
+nothing yet.
 """
 
 import argparse
@@ -35,7 +42,7 @@ from disagg.request import Request
 from disagg.role import tokens_left
 from disagg.scheduler import Scheduler
 from disagg.scheduler import Sequence as Running
-from model.kv_cache import PAGE, PageAllocator, pages_for
+from model.pages import PAGE, PageAllocator, pages_for
 from scripts.bench.lib.flags import fraction, natural, new_file, positive
 from scripts.bench.lib.measurements import Measurement, save
 
@@ -131,6 +138,9 @@ class Outcome:
     most_queued: float  # tokens, on the fullest prefill replica
     most_kv: float  # share of the KV in use, on the fullest decode replica
     ttft_s: float
+    queued_floor: float  # the least that `queued` could be with these prompts: each is on one replica
+    kv_floor: float
+    per_decode: float  # requests with pages, per decode replica
     same_prefill: float  # share of the requests that went to the prefill replica of their conversation's latest one
     same_decode: float  # and to its decode replica
 
@@ -150,6 +160,8 @@ class Simulation:
         self._ttfts: list[float] = []
         self._queued: list[list[int]] = []  # samples over time: tokens per prefill replica,
         self._used: list[list[float]] = []  # and share of the KV per decode replica
+        self._largest: list[tuple[int, float]] = []  # the largest prompt's tokens left, and the largest request's share
+        self._running: list[int] = []  # requests with pages
         kv_tokens = args.kv_tokens // PAGE * PAGE
 
         def replica(role: RoleName, i: int) -> Replica:
@@ -272,14 +284,26 @@ class Simulation:
     def _sample(self) -> None:
         self._queued.append([one.tokens for one in self.prefills])
         self._used.append([one.used_pages / one.allocator.capacity for one in self.decodes])
+        prompts = [sequence for one in self.prefills for sequence in one.outgoing.values()]
+        left = max((len(one.request.prompt) - one.computed for one in prompts), default=0)
+        shares = [len(pages) / one.allocator.capacity for one in self.decodes for pages in one.pages.values()]
+        self._largest.append((left, max(shares, default=0.0)))
+        self._running.append(len(shares))
 
     def _outcome(self) -> Outcome:
         count, requests = len(self._queued), len(self._ttfts)
         most_queued, most_kv = (sum(map(max, loads)) / count for loads in (self._queued, self._used))
         queued, kv = (sum(map(fmean, loads)) / count for loads in (self._queued, self._used))
+        floors = [
+            sum(max(fmean(one), largest[i]) for one, largest in zip(loads, self._largest, strict=True)) / count
+            for i, loads in enumerate((self._queued, self._used))
+        ]
         return Outcome(
             queued=most_queued / queued,
             kv=most_kv / kv,
+            queued_floor=floors[0] / queued,
+            kv_floor=floors[1] / kv,
+            per_decode=fmean(self._running) / len(self.decodes),
             most_queued=most_queued,
             most_kv=most_kv,
             ttft_s=fmean(self._ttfts),
@@ -334,15 +358,17 @@ def figures(found: dict[str, Outcome], load: str) -> list[Measurement]:
         one = found[kind]
         for name, value, reference, unit in (
             ("queued prefill tokens, fullest over mean", one.queued, chance.queued, ""),
+            ("queued prefill tokens, fullest over mean, floor", one.queued_floor, chance.queued, ""),
             ("queued prefill tokens, fullest", one.most_queued, chance.most_queued, "tokens"),
             ("KV, fullest over mean", one.kv, chance.kv, ""),
+            ("KV, fullest over mean, floor", one.kv_floor, chance.kv, ""),
             ("KV, excess of the fullest over the mean", one.kv - 1, chance.kv - 1, ""),
             ("TTFT, mean", one.ttft_s, chance.ttft_s, "s"),
+            ("requests per decode replica", one.per_decode, None, ""),
         ):
+            reference, source = (None, "") if reference is None else (round(reference, 4), RANDOM)
             made.append(
-                Measurement(
-                    f"{kind}, {load}: {name}", round(value, 4), unit, "lower", round(reference, 4), RANDOM, "simulated"
-                )
+                Measurement(f"{kind}, {load}: {name}", round(value, 4), unit, "lower", reference, source, "simulated")
             )
     return made
 
@@ -352,12 +378,13 @@ def main() -> None:
     found = compare(args)
     load = f"{args.prefills} + {args.decodes} replicas, {args.rate:g}/s of {args.prompt} + {args.output} tokens"
     print(f"{load} (medians), sigma {args.sigma:g}; simulated")
-    print(f"{'':18} {'queued prefill tokens':>24} {'KV':>20} {'TTFT':>7} {'same replica again':>20}")
-    print(f"{'':18} {'fullest':>12} {'over mean':>11} {'fullest':>8} {'over mean':>11} {'mean':>7}", end="")
-    print(f" {'prefill':>12} {'decode':>7}")
+    print(f"{found['routing'].per_decode:.1f} requests per decode replica on average")
+    print(f"{'':18} {'queued prefill tokens':>24} {'KV':>27} {'TTFT':>7} {'same replica again':>20}")
+    print(f"{'':18} {'fullest':>9} {'over mean':>9} {'floor':>6} {'fullest':>8} {'over mean':>11} {'floor':>6}", end="")
+    print(f" {'mean':>7} {'prefill':>12} {'decode':>7}")
     for name, o in found.items():
-        loads = f"{o.most_queued:12,.0f} {o.queued:11.3f} {o.most_kv:8.1%} {o.kv:11.3f}"
-        print(f"{name:18} {loads} {o.ttft_s:5.2f} s {o.same_prefill:12.1%} {o.same_decode:7.1%}")
+        loads = f"{o.most_queued:9,.0f} {o.queued:9.3f} {o.queued_floor:6.3f} {o.most_kv:8.1%} {o.kv:11.3f}"
+        print(f"{name:18} {loads} {o.kv_floor:6.3f} {o.ttft_s:5.2f} s {o.same_prefill:12.1%} {o.same_decode:7.1%}")
     if args.out is not None:
         save(figures(found, load), args.out)
 

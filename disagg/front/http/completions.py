@@ -55,13 +55,10 @@ def usage(answers: list[Answer]) -> Usage:
     return Usage(prompt, generated, prompt + generated)
 
 
-def own_fields(answer: Answer | None, asked: Asked) -> dict[str, Any]:
-    """Return the values of `OwnFields`. An echo shows the prompt's log probabilities elsewhere.
-
-    `answer`: None as long as more comes.
-    """
+def own_fields(answer: Answer, asked: Asked) -> dict[str, Any]:
+    """Return the values of `OwnFields`. An echo shows the prompt's log probabilities elsewhere."""
     names = ["experts"] if asked.echo else ["experts", "prompt_token_ids", "prompt_logprobs"]
-    return {} if answer is None else {name: getattr(answer, name) for name in names}
+    return {name: getattr(answer, name) for name in names}
 
 
 class Completions:
@@ -71,7 +68,7 @@ class Completions:
 
     def __init__(self, id: str, created: int, model: str, asked: Asked, words: TokenText) -> None:
         self._head, self._asked, self._words = (id, "text_completion", created, model), asked, words
-        self._begun: set[int] = set()  # prompts whose first piece was made
+        self._echoed: set[int] = set()  # prompts whose text is part of a piece
         self._offsets: dict[int, int] = {}  # prompt -> characters of its tokens so far, for text_offset
 
     def whole(self, prompts: list[Prompt]) -> Completion:
@@ -94,19 +91,21 @@ class Completions:
 
     def _choice(self, prompt: Prompt, text: str, tokens: list[int], logprobs: list, answer: Answer | None) -> Choice:
         """`answer`: None as long as more comes."""
-        asked, begins = self._asked, prompt.index not in self._begun
-        self._begun.add(prompt.index)
-        shown = None
+        asked, shown = self._asked, None
+        begins = asked.echo and prompt.index not in self._echoed
+        if begins:
+            self._echoed.add(prompt.index)
         if asked.top_logprobs is not None:
             rows: list = list(zip(tokens, logprobs, strict=True))
-            if asked.echo and begins:
+            if begins:
                 assert answer is not None and answer.prompt_logprobs is not None  # `Prompt.hold`: it is whole
                 rows = list(zip(prompt.user.request.prompt, answer.prompt_logprobs, strict=True)) + rows
             shown = self._logprobs(prompt, rows, asked.top_logprobs)
-        if asked.echo and begins:
+        if begins:
             text = prompt.prompt_text + text
-        reason = answer.finish_reason if answer is not None else None
-        return Choice(prompt.index, text, reason, shown, **own_fields(answer, asked))
+        if answer is None:
+            return Choice(prompt.index, text, None, shown)
+        return Choice(prompt.index, text, answer.finish_reason, shown, **own_fields(answer, asked))
 
     def _logprobs(self, prompt: Prompt, rows: list[tuple[int, Any]], top: int) -> Logprobs:
         """`rows`: each token with its pairs (token, log probability): the `top` likeliest, and the token itself.

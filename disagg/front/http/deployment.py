@@ -4,14 +4,14 @@ A request is known by the X-Request-Id that its client chose, so that the pictur
 """
 
 from collections import OrderedDict
-from typing import Any
 
 import msgspec
 
+from disagg.control.messages import Parts
 from disagg.front.http.exchange import Prompt
 from disagg.front.replica import Replica
 from disagg.front.router import Router
-from model.kv_cache import PAGE
+from model.pages import PAGE
 
 MOST_WATCHED = 256  # requests that are remembered, the latest
 LONGEST_ID = 128  # characters
@@ -35,44 +35,69 @@ class Watched:
         return self._prompts.get(id)
 
 
-def picture(router: Router, model: str, prompt: Prompt | None) -> dict[str, Any]:
-    """Return the state of the deployment, ready for JSON, and that of one request if it is given."""
-    replicas = sorted(router.fleet.replicas.values(), key=lambda r: (r.hello.job, r.hello.members[0].rank))
-    return {
-        "model": model,
-        "missing": [f"no {role} replica" for role in router.fleet.missing_roles()],
-        "waiting": router.num_waiting,
-        "replicas": [card(replica) for replica in replicas],
-        "request": None if prompt is None else whereabouts(prompt),
-    }
+class Card(msgspec.Struct):
+    """What the picture says of a replica. What it has not reported yet is what the router has sent."""
+
+    id: str
+    role: str
+    ranks: list[int]
+    kv_tokens: int
+    kv_used: int
+    queued_tokens: int
+    step_tokens: int
+    running: int
+    max_batch: int
 
 
-def card(replica: Replica) -> dict[str, Any]:
-    """Return what the picture says of a replica. What it has not reported yet is what the router has sent."""
-    hello, load = replica.hello, replica.load
-    return {
-        "id": replica.id,
-        "role": hello.role,
-        "ranks": [member.rank for member in hello.members],
-        "kv_tokens": replica.capacity * PAGE,
-        "kv_used": (replica.kv_pages if load is None else load.kv_pages) * PAGE,
-        "queued_tokens": replica.queued_tokens,
-        "step_tokens": hello.step_tokens,
-        "running": len(replica.requests) if load is None else load.running,
-        "max_batch": hello.max_batch,
-    }
-
-
-def whereabouts(prompt: Prompt) -> dict[str, Any]:
-    """Return where a request is: its stage, the replicas of its latest attempt, and its time to first token in parts.
+class Whereabouts(msgspec.Struct):
+    """Where a request is: its stage, the replicas of its latest attempt, and its time to first token in parts.
 
     Times are in seconds. A unified replica hands nothing over, so it has no parts.
     """
+
+    state: str
+    prefill: str
+    decode: str
+    ttft: float | None
+    parts: Parts | None
+
+
+class Picture(msgspec.Struct):
+    model: str
+    missing: list[str]
+    waiting: int
+    replicas: list[Card]
+    request: Whereabouts | None
+
+
+def picture(router: Router, model: str, prompt: Prompt | None) -> Picture:
+    """Return the state of the deployment, and that of one request if it is given."""
+    replicas = sorted(router.fleet.replicas.values(), key=lambda r: (r.hello.job, r.hello.members[0].rank))
+    missing = [f"no {role} replica" for role in router.fleet.missing_roles()]
+    where = None if prompt is None else whereabouts(prompt)
+    return Picture(model, missing, router.num_waiting, [card(replica) for replica in replicas], where)
+
+
+def card(replica: Replica) -> Card:
+    hello, load = replica.hello, replica.load
+    return Card(
+        id=replica.id,
+        role=hello.role,
+        ranks=[member.rank for member in hello.members],
+        kv_tokens=replica.capacity * PAGE,
+        kv_used=(replica.kv_pages if load is None else load.kv_pages) * PAGE,
+        queued_tokens=replica.queued_tokens,
+        step_tokens=hello.step_tokens,
+        running=len(replica.requests) if load is None else load.running,
+        max_batch=hello.max_batch,
+    )
+
+
+def whereabouts(prompt: Prompt) -> Whereabouts:
     tracked = prompt.tracked
     ttft = None if tracked.first is None else tracked.first - tracked.submitted
-    parts = None if tracked.parts is None else msgspec.structs.asdict(tracked.parts)
     prefill, decode = tracked.path
-    return {"state": stage(prompt), "prefill": prefill, "decode": decode, "ttft": ttft, "parts": parts}
+    return Whereabouts(stage(prompt), prefill, decode, ttft, tracked.parts)
 
 
 def stage(prompt: Prompt) -> str:

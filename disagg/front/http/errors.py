@@ -1,12 +1,15 @@
 """Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import re
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-KINDS = {  # status -> OpenAI's type; any other status below 500 is an invalid_request_error
+OTHER_KIND = "invalid_request_error"
+KINDS = {  # status -> OpenAI's type; all others have OTHER_KIND
     401: "authentication_error",
     404: "not_found_error",
     429: "rate_limit_error",
@@ -14,6 +17,17 @@ KINDS = {  # status -> OpenAI's type; any other status below 500 is an invalid_r
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+class Error(msgspec.Struct):
+    message: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": sorted({*KINDS.values(), OTHER_KIND})})]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    error: Error
 
 
 class HttpError(Exception):
@@ -32,9 +46,8 @@ class HttpError(Exception):
 
     @property
     def body(self) -> bytes:
-        kind = KINDS.get(self.status, "invalid_request_error")
-        error = {"message": _printable(str(self)), "type": kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        kind = KINDS.get(self.status, OTHER_KIND)
+        return msgspec.json.encode(ErrorBody(Error(_printable(str(self)), kind, self.param, self.code)))
 
     def response(self) -> Response:
         return Response(self.body, self.status, self.headers, "application/json")

@@ -1,7 +1,6 @@
 """Exchange: one HTTP request's prompts at the router, from their submission to the last answer."""
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -21,37 +20,32 @@ LATER = {"retry-after": "1"}
 class Prompt:
     """The client of one prompt. It collects what the router shows until the request's task looks."""
 
-    def __init__(self, index: int, user: UserRequest, text: str, hold: bool, heard: Callable[[], None]) -> None:
-        """`text`: the prompt's, for echo. `hold`: is only the whole answer news? `heard` is called at every change."""
+    def __init__(self, index: int, user: UserRequest, text: str, hold: bool, heard: Callable[["Prompt"], None]) -> None:
+        """`text`: the prompt's, for echo. `hold`: is only the whole answer news? `heard` is called at all news."""
         self.index, self.user, self.prompt_text, self._hold, self._heard = index, user, text, hold, heard
         self.begun = False  # is there a token?
-        self.piece, self.tokens, self.logprobs = "", list[int](), list[list]()  # since the task's last look
+        self._pieces, self._tokens, self._logprobs = list[str](), list[int](), list[list]()  # since the last `take`
         self.answer: Answer | None = None
-        self.seen = False  # has the task taken the answer?
         self.closed = False  # has the client got all it wants, or gone?
         self.tracked: Tracked
         self.chat: ChatText | None = None  # only for messages
 
     def show(self, piece: str, tokens: list[int], logprobs: list) -> None:
-        self.piece += piece
-        self.tokens += tokens
-        self.logprobs += logprobs
+        self._pieces.append(piece)
+        self._tokens += tokens
+        self._logprobs += logprobs
         self.begun = True
-        self._heard()
+        if not self._hold:
+            self._heard(self)
 
     def deliver(self, answer: Answer) -> None:
         self.answer = answer
-        self._heard()
-
-    @property
-    def has_news(self) -> bool:
-        pending = not self._hold and (self.piece or self.tokens)
-        return bool(pending) or (self.answer is not None and not self.seen)
+        self._heard(self)
 
     def take(self) -> tuple[str, list[int], list[list], Answer | None]:
         """Return the text, tokens and log probabilities since the last call, and the answer once it is there."""
-        news = self.piece, self.tokens, self.logprobs, self.answer
-        self.piece, self.tokens, self.logprobs, self.seen = "", [], [], self.answer is not None
+        news = "".join(self._pieces), self._tokens, self._logprobs, self.answer
+        self._pieces, self._tokens, self._logprobs = [], [], []
         return news
 
 
@@ -66,48 +60,64 @@ class Exchange:
         wake: Callable[[], None],
     ) -> None:
         """Submit the requests. `texts`: of their prompts. `hold`: as in `Prompt`. `wake`: starts the router's turn."""
-        self._router, self._timeouts, self._wake = router, timeouts, wake
-        self._began, self._heard = time.monotonic(), asyncio.Event()
-        self.prompts = [Prompt(i, user, texts[i], hold, self._heard.set) for i, user in enumerate(users)]
+        self._router, self._wake, self._loop = router, wake, asyncio.get_running_loop()
+        self._fresh: dict[int, Prompt] = {}  # those with news, by index
+        self._change = self._loop.create_future()  # what the task waits for
+        self._late: HttpError | None = None
+        self._left = len(users)  # prompts whose answer was not among the news yet
+        limits = [(timeouts.total, False), (timeouts.first_token, True)]
+        self._timers = [
+            self._loop.call_later(seconds, self._end, seconds, to_first)
+            for seconds, to_first in limits
+            if seconds is not None
+        ]
+        self.prompts = [Prompt(i, user, texts[i], hold, self._hear) for i, user in enumerate(users)]
         for prompt in self.prompts:
             prompt.tracked = router.submit(prompt.user, prompt)
         wake()
 
     @property
     def finished(self) -> bool:
-        return all(prompt.seen for prompt in self.prompts)
+        return not self._left
 
     async def news(self) -> list[Prompt]:
         """Wait for news, and return the prompts that have some. Raises HttpError for a prompt without a good answer."""
-        while not (ready := [prompt for prompt in self.prompts if prompt.has_news]):
-            self._heard.clear()
-            await self._wait()
+        while not self._fresh:
+            if self._late is not None:
+                raise self._late
+            self._change = self._loop.create_future()
+            await self._change
+        ready, self._fresh = list(self._fresh.values()), {}
         for prompt in ready:
-            if prompt.answer is not None and prompt.answer.error is not None:
-                raise failure(prompt.answer)
+            if prompt.answer is not None:
+                if prompt.answer.error is not None:
+                    raise failure(prompt.answer)
+                self._left -= 1
         return ready
 
-    async def answers(self) -> list[Answer]:
+    async def answers(self) -> None:
         """Wait for all answers. Raises HttpError if one of them has none."""
         while not self.finished:
-            for prompt in await self.news():
-                prompt.take()
-        return [prompt.answer for prompt in self.prompts if prompt.answer is not None]
+            await self.news()
 
-    async def _wait(self) -> None:
-        limits = [(self._timeouts.total, "in all")]
-        if not any(prompt.begun for prompt in self.prompts):
-            limits.append((self._timeouts.first_token, "to its first token"))
-        seconds, what = min(((s, what) for s, what in limits if s is not None), default=(None, ""))
-        try:
-            left = None if seconds is None else max(0.0, self._began + seconds - time.monotonic())
-            async with asyncio.timeout(left):
-                await self._heard.wait()
-        except TimeoutError:
-            raise HttpError(504, f"the request took over {seconds:g} s {what} (--request-timeout)") from None
+    def _hear(self, prompt: Prompt) -> None:
+        self._fresh[prompt.index] = prompt
+        if not self._change.done():
+            self._change.set_result(None)
+
+    def _end(self, seconds: float, to_first: bool) -> None:
+        """A time limit is over: in all, or to the first token."""
+        if to_first and any(prompt.begun for prompt in self.prompts):
+            return
+        what = "to its first token" if to_first else "in all"
+        self._late = HttpError(504, f"the request took over {seconds:g} s {what} (--request-timeout)")
+        if not self._change.done():
+            self._change.set_result(None)
 
     def close(self) -> None:
         """Cancel what has no answer yet."""
+        for timer in self._timers:
+            timer.cancel()
         for prompt in self.prompts:
             self._router.cancel(prompt.tracked)
             prompt.closed = True

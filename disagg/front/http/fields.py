@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.front.http.errors import HttpError
-from disagg.front.parse import CHAT, known_fields
+from disagg.front.parse import known_fields
+from disagg.front.rules import CHAT_RULES
 
 MOST_PROMPTS = 1_000  # of one request
 MOST_TOP_LOGPROBS = 20
@@ -66,7 +67,7 @@ class Asked:
 
 def completion(body: dict[str, Any]) -> Asked:
     """Read the body of /v1/completions. Raises HttpError or ValueError."""
-    common, echo = _common(body, {*CHAT, "messages"}), _flag(body, "echo")
+    common, echo = _common(body, {*CHAT_RULES, "messages"}), _flag(body, "echo")
     top = body.get("logprobs")
     if top is not None:
         _check_top("logprobs", top)
@@ -83,13 +84,16 @@ def completion(body: dict[str, Any]) -> Asked:
 
 def chat(body: dict[str, Any]) -> Asked:
     """Read the body of /v1/chat/completions. Raises HttpError or ValueError."""
-    common, top = _common(body, set()), None
-    if _flag(body, "logprobs"):
-        top = body.get("top_logprobs") or 0
+    common, top = _common(body, set()), body.get("top_logprobs")
+    if top is not None:
         _check_top("top_logprobs", top)
+    if _flag(body, "logprobs"):
+        top = top or 0
         common["logprobs"] = max(top, 1)
-    elif body.get("top_logprobs"):
-        raise ValueError(f"top_logprobs is {body['top_logprobs']!r:.60}; it needs logprobs: true")
+    elif top:
+        raise ValueError(f"top_logprobs is {top}; it needs logprobs: true")
+    else:
+        top = None
     if _flag(body, "echo"):
         raise ValueError("echo is True; it is for /v1/completions")
     match body.get("tool_choice"):
@@ -106,10 +110,15 @@ def chat(body: dict[str, Any]) -> Asked:
     return Asked([common | {"messages": messages}], *_stream(body), top)
 
 
-def check_model(body: dict[str, Any], names: list[str]) -> None:
+def check_body_model(body: dict[str, Any], names: list[str]) -> None:
     """Raise HttpError if the body names another model than the served one. It may name none."""
-    model = body.get("model")
-    if model not in (None, "", *names):
+    if (model := body.get("model")) not in (None, ""):
+        check_model(model, names)
+
+
+def check_model(model: Any, names: list[str]) -> None:
+    """Raise HttpError if this is not a name of the served model."""
+    if model not in names:
         raise HttpError(404, f"model is {model!r:.60}; it must be {names[0]!r}", "model", "model_not_found")
 
 

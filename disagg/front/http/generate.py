@@ -27,6 +27,7 @@ from disagg.front.parse import Served, UserRequest, known_fields, parse_request
 from disagg.front.router import MOST_WAITING, Router
 
 DONE = b"data: [DONE]\n\n"
+encode = msgspec.json.Encoder().encode
 OWN_NAMES = frozenset({"n", "best_of", "stream", "stream_options", "echo", "top_logprobs", "tool_choice", "model"})
 
 
@@ -82,7 +83,7 @@ def endpoint(service: Service, read: Callable[[dict], Asked], form: type[Complet
 
     async def answer(request: Request) -> Reply:
         body = await read_object(request)
-        fields.check_model(body, service.names)
+        fields.check_body_model(body, service.names)
         try:
             asked = read(body)
         except ValueError as error:
@@ -112,7 +113,7 @@ class Reply:
         if asked.echo:
             lines = zip(asked.lines, self._users, strict=True)
             texts = [line.get("prompt") or words.decode(user.request.prompt) for line, user in lines]
-        hold = asked.echo and asked.top_logprobs is not None
+        hold = not asked.stream or (asked.echo and asked.top_logprobs is not None)
         exchange = Exchange(service.router, self._users, texts, hold, service.timeouts, service.wake)
         for line, prompt in zip(asked.lines, exchange.prompts, strict=True):
             if "messages" in line and service.chat_format is not None:
@@ -126,35 +127,26 @@ class Reply:
 
     async def _whole(self, exchange: Exchange, send: Send) -> None:
         await exchange.answers()
-        body = msgspec.json.encode(self._form.whole(exchange.prompts))
+        body = encode(self._form.whole(exchange.prompts))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, exchange: Exchange, send: Send) -> None:
         """Send an event for all tokens that wait. The status follows the first news, so that it can be an error."""
-        begun = False
-
-        async def put(data: bytes, more: bool = True) -> None:
-            nonlocal begun
-            if not begun:
-                headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                begun = True
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
+        news = await exchange.news()
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            while not exchange.finished:
-                events = [event for prompt in await exchange.news() for event in self._form.pieces(prompt)]
-                await put(b"".join(map(_event, events)))
+            while news:
+                events = b"".join([_event(event) for prompt in news for event in self._form.pieces(prompt)])
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+                news = [] if exchange.finished else await exchange.news()
+            last = _event(self._form.last(exchange.prompts)) if self._asked.include_usage else b""
         except HttpError as error:
-            if not begun:
-                raise
-            await put(b"data: " + error.body + b"\n\n" + DONE, more=False)
-            return
-        last = _event(self._form.last(exchange.prompts)) if self._asked.include_usage else b""
-        await put(last + DONE, more=False)
+            last = b"data: " + error.body + b"\n\n"
+        await send({"type": "http.response.body", "body": last + DONE})
 
 
 def _event(piece: msgspec.Struct) -> bytes:
-    return b"data: " + msgspec.json.encode(piece) + b"\n\n"
+    return b"data: " + encode(piece) + b"\n\n"

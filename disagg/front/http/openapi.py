@@ -1,118 +1,105 @@
-"""The description of the API at /openapi.json, made from the rules of the parser and from the structs of answers."""
+"""The description of the API at /openapi.json, made from the rules of the parser and from the structs of answers.
 
-from typing import Annotated, Any
+It is OpenAPI 3.2, the first that describes the events of a stream.
+"""
+
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
+from disagg.front.http.bodies import request_bodies
 from disagg.front.http.chat import ChatChunk, ChatCompletion
 from disagg.front.http.completions import Completion
-from disagg.front.parse import ALIASES, field_rules
+from disagg.front.http.deployment import Picture
+from disagg.front.http.errors import ErrorBody
+from disagg.front.http.information import Health, Model, Models, Text, Tokens
+from disagg.front.parse import Served
 
 REFERENCE = "#/components/schemas/{name}"
+ANSWERS = (Completion, ChatCompletion, ChatChunk, Models, Model, Tokens, Text, Health, Picture, ErrorBody)
+# status -> when. A path names those of its own; the others are in EVERYWHERE and WITH_BODY.
+ERRORS = {
+    400: "a rule is broken; the message has the field, the value and the rule",
+    401: "the request has no key of this server",
+    404: "there is no such model",
+    408: "the headers or the body took too long",
+    413: "the body is too large",
+    415: "the body is not application/json",
+    429: "too many requests are waiting for a replica",
+    431: "the headers are too large",
+    500: "the server failed",
+    503: "a role is missing, or a replica was lost and no other one came, or the server ends",
+    504: "the request took too long",
+}
+EVERYWHERE = (408, 431, 500)
+WITH_BODY = (400, 404, 413, 415)
+GENERATING = (429, 503, 504)
+LATER = (429, 503)  # have retry-after
 
 
-class StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
+def document(served: Served, names: list[str], has_keys: bool) -> dict[str, Any]:
+    """Return the OpenAPI document. `names`: of the model. `has_keys`: must clients have a key?"""
+    _, answers = msgspec.json.schema_components(ANSWERS, ref_template=REFERENCE)
+    components: dict[str, Any] = {"schemas": answers | request_bodies(served, names)}
+    keys = [401] if has_keys else []
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
 
+    def get(answer: dict[str, Any], *errors: int, open_to_all: bool = False, **more: Any) -> dict[str, Any]:
+        security = [{"key": []}] if has_keys and not open_to_all else []
+        found = _responses(answer, (*errors, *([] if open_to_all else keys)))
+        return {"get": {"responses": found, "security": security, **more}}
 
-class Error(msgspec.Struct):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    def post(body: str, answer: dict[str, Any], *errors: int) -> dict[str, Any]:
+        operation = get(answer, *WITH_BODY, *errors)["get"]
+        content = {"application/json": {"schema": _reference(body)}}
+        return {"post": operation | {"requestBody": {"required": True, "content": content}}}
 
-
-class ErrorBody(msgspec.Struct):
-    error: Error
-
-
-class Models(msgspec.Struct):
-    object: str
-    data: list[dict]
-
-
-class Tokens(msgspec.Struct):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-
-
-class Text(msgspec.Struct):
-    prompt: str
-
-
-class TokenizeBody(msgspec.Struct):
-    prompt: str | None = None
-    messages: list[dict] | None = None
-    add_special_tokens: bool | None = None
-    model: str | None = None
-
-
-class DetokenizeBody(msgspec.Struct):
-    tokens: list[Annotated[int, Meta(ge=0)]]
-    model: str | None = None
-
-
-Field = tuple[str, Any] | tuple[str, Any, Any]
-Prompt = str | list[int | str | list[int]]
-
-
-def document() -> dict:
-    """Return the OpenAPI document."""
-    completion_body = _body("CompletionBody", ("prompt", Prompt), ("echo", bool | None, None))
-    chat_body = _body(
-        "ChatBody",
-        ("messages", list[dict]),
-        ("logprobs", bool | None, None),
-        ("top_logprobs", Annotated[int | None, Meta(description="an integer in 0..20")], None),
-        ("tool_choice", str | None, None),
-    )
-    kinds = {kind.__name__: kind for kind in (completion_body, chat_body, TokenizeBody, DetokenizeBody)}
-    kinds |= {kind.__name__: kind for kind in (Completion, ChatCompletion, ChatChunk, Models, Tokens, Text, ErrorBody)}
-    references, components = msgspec.json.schema_components(list(kinds.values()), ref_template=REFERENCE)
-    schemas = dict(zip(kinds, references, strict=True))
-
-    def path(method: str, answer: str, body: str | None = None, stream: str | None = None) -> dict:
-        good: dict = {"application/json": {"schema": schemas[answer]}}
-        if stream is not None:
-            good["text/event-stream"] = {"schema": schemas[stream]}
-        error = {"description": "an error", "content": {"application/json": {"schema": schemas["ErrorBody"]}}}
-        operation: dict = {"responses": {"200": {"description": "an answer", "content": good}, "default": error}}
-        if body is not None:
-            content = {"application/json": {"schema": schemas[body]}}
-            operation["requestBody"] = {"required": True, "content": content}
-        return {method: operation}
-
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    request = {"name": "request", "in": "query", "description": "an x-request-id", "schema": {"type": "string"}}
+    text = {"schema": {"type": "string"}}
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "moesaic", "version": "0"},
-        "components": {"schemas": components},
+        "components": components,
         "paths": {
-            "/v1/completions": path("post", "Completion", "CompletionBody", "Completion"),
-            "/v1/chat/completions": path("post", "ChatCompletion", "ChatBody", "ChatChunk"),
-            "/v1/models": path("get", "Models"),
-            "/tokenize": path("post", "Tokens", "TokenizeBody"),
-            "/detokenize": path("post", "Text", "DetokenizeBody"),
+            "/v1/completions": post("CompletionBody", _json(Completion) | _events(Completion), *GENERATING),
+            "/v1/chat/completions": post("ChatBody", _json(ChatCompletion) | _events(ChatChunk), *GENERATING),
+            "/tokenize": post("TokenizeBody", _json(Tokens)),
+            "/detokenize": post("DetokenizeBody", _json(Text)),
+            "/v1/models": get(_json(Models)),
+            "/v1/models/{name}": get(_json(Model), 404, parameters=[name]),
+            "/health": get(_json(Health), 503, open_to_all=True),
+            "/deployment": get(_json(Picture), parameters=[request]),
+            "/metrics": get({"text/plain": text}),
+            "/": get({"text/html": text}, open_to_all=True),
+            "/openapi.json": get({"application/json": {"schema": {"type": "object"}}}),
         },
     }
 
 
-def _body(name: str, *own: Field) -> type[msgspec.Struct]:
-    """Return a struct of a path's own fields, of those that all share, and of the parser's rules, in this order."""
-    shared: list[Field] = [
-        ("model", str | None, None),
-        ("stream", bool | None, None),
-        ("stream_options", StreamOptions | None, None),
-        ("stop", str | list[str] | None, None),
-    ]
-    rules = field_rules()
-    for alias, field in ALIASES.items():
-        rules[alias] = rules[field]
-    taken = {field[0] for field in own}
-    engine: list[Field] = [
-        (field, Annotated[kind | None, Meta(description=rule)], None)
-        for field, (kind, rule) in sorted(rules.items())
-        if field not in taken
-    ]
-    return msgspec.defstruct(name, [*own, *shared, *engine])
+def _responses(answer: dict[str, Any], errors: Iterable[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {"200": {"description": "an answer", "content": answer}}
+    for status in sorted({*errors, *EVERYWHERE}):
+        found[str(status)] = {"description": ERRORS[status], "content": _json(ErrorBody)}
+        if status in LATER:
+            seconds = {"description": "seconds", "required": True, "schema": {"type": "string", "pattern": "^[0-9]+$"}}
+            found[str(status)]["headers"] = {"retry-after": seconds}
+    return found
+
+
+def _json(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"application/json": {"schema": _reference(kind.__name__)}}
+
+
+def _events(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return a stream of events: pieces of the answer, or an error as the last of them, and [DONE]."""
+    piece = {"anyOf": [_reference(kind.__name__), _reference(ErrorBody.__name__)]}
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": piece}
+    event = {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, text]}}, "required": ["data"]}
+    return {"text/event-stream": {"itemSchema": event}}
+
+
+def _reference(name: str) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(name=name)}

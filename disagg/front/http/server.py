@@ -30,7 +30,7 @@ from disagg.front.http.token_text import TokenText
 from disagg.front.parse import Served
 from disagg.front.router import Router
 
-TURN_S = 0.02  # the longest time between two turns
+TURN_S = 0.1  # the longest time between two turns; an idle router costs one turn per TURN_S
 FLUSH_S = 5  # how long answers may still be sent after Ctrl-C
 BACKLOG = 4096  # connections that wait to be accepted
 

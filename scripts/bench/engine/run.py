@@ -50,8 +50,9 @@ from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts.bench.engine.peer_config import write_config
 from scripts.bench.lib import roofline
-from scripts.bench.lib.flags import new_file, positive, positives, refusals
+from scripts.bench.lib.flags import new_file, positive, positives
 from scripts.bench.lib.measurements import Measurement, Report, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES, check_size
 
 
@@ -289,7 +290,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     config = SHAPES[args.shape]
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
-    check_size(args.shape, config, mesh.device)
+    check_size(args.shape, config, mesh.device.type)
     peer = run_peer(args, config) if args.peer else None
     report = EngineReport(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
     max_batch, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())

@@ -33,7 +33,8 @@ from disagg.handoff.send_link import SendLink
 from disagg.handoff.transport import TIMEOUT
 from kernels.backend import choose
 from kernels.ops import Ops
-from model.kv_cache import make_pool, pages_for
+from model.kv_cache import make_pool
+from model.pages import pages_for
 from model.transformer import op_shape
 from parallel.mesh import Group, pick_device
 from scripts.bench.handoff.library import read_scattered

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from disagg.control.messages import Parts, Update
+from disagg.control.messages import Parts
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.fleet import Replica
@@ -32,10 +32,11 @@ from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.source import Listed
 from disagg.front.tokenizer import load_tokenizer
+from disagg.front.tracked import Tracked
 from disagg.request import Request
-from model.batch import PAGE
 from model.checkpoint import checkpoint_table
 from model.config import ModelConfig
+from model.pages import PAGE
 from parallel.mesh import pick_device
 from scripts.tools.demo import MODEL, PROMPTS, ROOT, free_port, read_tokens
 
@@ -228,12 +229,12 @@ class Watched(Router):
         if self.script is not None and next(self.script, self) is self:
             self.script = None
 
-    def _update(self, update: Update) -> None:
-        position, now = self._tracked[update.uid].client.position, time.monotonic()
-        self.tokens[position] += [now] * len(update.tokens)
-        if update.parts is not None:
-            self.parts[position] = update.parts
-        super()._update(update)
+    def _add(self, tracked: Tracked, tokens: list[int], logprobs: list, now: float, parts: Parts | None = None) -> bool:
+        position = tracked.client.position
+        self.tokens[position] += [now] * len(tokens)
+        if parts is not None:
+            self.parts[position] = parts
+        return super()._add(tracked, tokens, logprobs, now, parts)
 
     def _lose(self, lost: Replica, how: str) -> None:
         if not self.fleet.leaving:

@@ -35,8 +35,9 @@ from parallel.mesh import pick_device
 from scripts.bench.handoff.ends import run_ends
 from scripts.bench.handoff.jobs import LONGEST, TALKERS, same_tokens, through_jobs
 from scripts.bench.handoff.traffic import AHEAD
-from scripts.bench.lib.flags import fraction, new_file, positive, positives, refusals
+from scripts.bench.lib.flags import fraction, new_file, positive, positives
 from scripts.bench.lib.measurements import Measurement, Report, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES, check_size
 
 PARTS = ("tokens", "wire", "pages", "steps", "requests", "kill")
@@ -159,7 +160,7 @@ def parse() -> argparse.Namespace:
     with refusals(parser):
         device = pick_device(args.device)
         if "steps" in args.only:
-            check_size(args.shape, replace(SHAPES[args.shape], num_hidden_layers=args.layers), device)
+            check_size(args.shape, replace(SHAPES[args.shape], num_hidden_layers=args.layers), device.type)
     return args
 
 

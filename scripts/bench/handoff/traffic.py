@@ -14,7 +14,7 @@ from disagg.handoff.link import Link
 from disagg.handoff.protocol import Join, Open, RoomEnded, SendLast, SendPages
 from disagg.handoff.transport import TIMEOUT
 from disagg.request import Request
-from model.kv_cache import pages_for
+from model.pages import pages_for
 
 AHEAD = 16  # prompts in flight at once
 

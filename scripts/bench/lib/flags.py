@@ -1,14 +1,9 @@
-"""Types of the benchmarks' flags for argparse, and `refusals` for values that only the program can check."""
+"""Types of the benchmarks' flags for argparse."""
 
 import argparse
 import math
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from parallel.mesh import launched_local_rank
 
 PHASES = {"decode": ("batch", "kv"), "prefill": ("tokens", "prompt")}
 SIZES = {  # what a step of one rank is made of
@@ -78,17 +73,3 @@ def new_png(text: str) -> Path:
     if Path(text).suffix != ".png":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
     return new_file(text)
-
-
-@contextmanager
-def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End the process with status 2 on a ValueError inside the block.
-
-    The first rank of each machine prints the error.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if launched_local_rank() == 0:
-            parser.error(str(error))
-        sys.exit(2)

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from scripts.bench.lib.store import STORE, rows
+
 ROOT = Path(__file__).parents[3]
-STORE = ROOT / "docs" / "measurements.json"
 KINDS = ("measured", "simulated", "modelled")
-LOCAL = ("--out", "--trace", "--chart", "--peer-python")
+LOCAL = ("--out", "--trace", "--chart", "--peer-python", "--generator-python")
 PACKAGES = ("torch", "triton", "deep_gemm", "flash_mla", "deep_ep", "transformers")
 
 
@@ -117,18 +118,17 @@ class Report:
 
 def load(path: Path = STORE) -> list[Measurement]:
     """Read a file of measurements; none if it does not exist. Raises ValueError if it holds anything else."""
-    if not path.exists():
-        return []
+    found = rows(path)
     try:
-        return [Measurement(**{k: v for k, v in row.items() if k != "ratio"}) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError, AttributeError) as error:
+        return [Measurement(**{k: v for k, v in row.items() if k != "ratio"}) for row in found]
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a benchmark's records ({error})") from None
 
 
 def save(records: list[Measurement], path: Path = STORE) -> None:
-    rows = [asdict(record) | {"ratio": record.ratio} for record in records]
+    kept = [asdict(record) | {"ratio": record.ratio} for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def merge(new: list[Measurement], old: list[Measurement]) -> list[Measurement]:

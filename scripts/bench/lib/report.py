@@ -9,8 +9,10 @@ import argparse
 from dataclasses import replace
 from itertools import groupby
 
-from scripts.bench.lib.flags import old_file, refusals
-from scripts.bench.lib.measurements import STORE, Measurement, commit, load, merge, save
+from scripts.bench.lib.flags import old_file
+from scripts.bench.lib.measurements import Measurement, commit, load, merge, save
+from scripts.bench.lib.refusals import refusals
+from scripts.bench.lib.store import STORE
 
 INTRO = """# Measurements
 

@@ -4,8 +4,6 @@ A comment names the published config.json. The files were out of reach, so the s
 numbers of parameters are the published ones (docs/models.md).
 """
 
-import torch
-
 from model.config import ModelConfig, Rope
 
 MOST_CPU_BYTES = 2**32  # of weights in bf16
@@ -131,9 +129,9 @@ SHAPES = {
 }
 
 
-def check_size(shape: str, config: ModelConfig, device: torch.device) -> None:
+def check_size(shape: str, config: ModelConfig, device_type: str) -> None:
     """Raise ValueError for a model that is too large for a CPU. `config`: the shape, perhaps with fewer layers."""
-    if device.type == "cpu" and (size := 2 * config.num_parameters) > MOST_CPU_BYTES:
+    if device_type == "cpu" and (size := 2 * config.num_parameters) > MOST_CPU_BYTES:
         raise ValueError(
             f"--shape {shape}: too large for a CPU, and no GPU is used here; --shape tiny runs. Others must have at "
             f"most {MOST_CPU_BYTES:,} bytes of weights (--layers), not {size:,}"

@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.kv_cache import pages_for
+from model.pages import pages_for
 from parallel.load_counter import load_recording
-from scripts.bench.lib.flags import SIZES, positive, refusals
+from scripts.bench.lib.flags import SIZES, positive
 from scripts.bench.lib.measurements import Measurement, save
-from scripts.bench.one_rank.loopback import SimulatedLoad
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.one_rank.rank import (
     Rank,
     add_flags,
@@ -35,6 +35,7 @@ from scripts.bench.one_rank.rank import (
     check_prefill,
     times,
 )
+from scripts.bench.one_rank.simulated_load import SimulatedLoad
 from scripts.tools.eplb_sim import PAPER, THEIRS, Deployment, maps_of
 
 EVEN = "an even load"

@@ -19,8 +19,8 @@ number counts.
 from math import log2
 
 from model.config import ModelConfig
-from scripts.bench.one_rank.loopback import share_of_tokens
-from scripts.bench.one_rank.simulated_link import Delay, DelayModel
+from scripts.bench.one_rank.delay import Delay, DelayModel
+from scripts.bench.one_rank.simulated_load import share_of_tokens
 
 LOW_LATENCY = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
 LOW_LATENCY_BYTES = 128 * 8 * (7168 + 224 + 16), 128 * 8 * 2 * 7168  # for 128 tokens

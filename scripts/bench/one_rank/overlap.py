@@ -18,11 +18,12 @@ from functools import partial
 
 import torch
 
-from disagg.memory import GIB
-from model.kv_cache import pages_for
-from parallel.deepep import NUM_SMS
-from scripts.bench.lib.flags import SIZES, positive, refusals
+from disagg.budget import GIB
+from model.pages import pages_for
+from parallel.deepep_sizes import NUM_SMS
+from scripts.bench.lib.flags import SIZES, positive
 from scripts.bench.lib.measurements import Measurement, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank.rank import (
     Rank,

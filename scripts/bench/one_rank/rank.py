@@ -19,14 +19,16 @@ from kernels.ops import Ops
 from model.batch import Batch, Chunk, Decodes, split
 from model.config import ModelConfig
 from model.dummy import randomize
-from model.kv_cache import make_pool, pages_for
+from model.kv_cache import make_pool
+from model.pages import pages_for
 from model.transformer import Transformer, op_shape
 from parallel.mesh import Mesh, pick_device
 from parallel.placement import Placement
 from scripts.bench.lib.flags import natural, new_file, positive
 from scripts.bench.lib.shapes import SHAPES, check_size
-from scripts.bench.one_rank.loopback import Arriving, LoopbackContiguous, LoopbackMasked, SimulatedLoad, share_of_tokens
+from scripts.bench.one_rank.loopback import Arriving, LoopbackContiguous, LoopbackMasked
 from scripts.bench.one_rank.simulated_link import SimulatedLink
+from scripts.bench.one_rank.simulated_load import SimulatedLoad, share_of_tokens
 
 
 def add_flags(add: Callable[..., object], ep: int, redundant: int = 32) -> None:
@@ -69,7 +71,7 @@ def check_flags(args: argparse.Namespace, **other: int) -> tuple[ModelConfig, to
         raise ValueError(f"--layers {args.layers}: of {args.shape} it must be in [{least}, {all_layers}]")
     device = pick_device(args.device)
     config = replace(config, num_hidden_layers=args.layers or all_layers)
-    check_size(args.shape, config, device)
+    check_size(args.shape, config, device.type)
     return config, device
 
 

@@ -24,15 +24,16 @@ import torch
 from safetensors.torch import save_file
 
 from disagg.rebalance import Rebalancer, short_switches
-from kernels.fp8 import BLOCK
+from kernels.fp8_format import BLOCK
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.kv_cache import pages_for
+from model.pages import pages_for
 from model.slots import IDENTITY, Slots
 from model.weights import ExpertReader
 from parallel.load_counter import LoadCounter
-from scripts.bench.lib.flags import SIZES, positive, refusals
+from scripts.bench.lib.flags import SIZES, positive
 from scripts.bench.lib.measurements import Measurement, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.one_rank.rank import Rank, RankStep, add_flags, add_measuring_flags, check_decode, check_flags
 
 NEVER = 10**9  # steps

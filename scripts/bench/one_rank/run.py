@@ -33,18 +33,20 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from disagg.memory import GIB
+from disagg.budget import GIB
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes, weight_bytes
-from model.kv_cache import pages_for
+from model.pages import pages_for
 from model.transformer import Transformer
-from parallel.deepep import NUM_SMS
+from parallel.deepep_sizes import NUM_SMS
 from scripts.bench.lib import roofline
 from scripts.bench.lib.charts import figure, save_bars
-from scripts.bench.lib.flags import SIZES, new_file, new_png, positive, refusals
+from scripts.bench.lib.flags import SIZES, new_file, new_png, positive
 from scripts.bench.lib.measurements import Measurement, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.one_rank import deepep_times
+from scripts.bench.one_rank.delay import Delay
 from scripts.bench.one_rank.kernel_ranges import export, launched_in, mark_ranges
 from scripts.bench.one_rank.rank import (
     Rank,
@@ -55,7 +57,6 @@ from scripts.bench.one_rank.rank import (
     check_prefill,
     times,
 )
-from scripts.bench.one_rank.simulated_link import Delay
 
 # Milliseconds per MoE layer without communication: SGLang's kernels on H100, digitised from its report of 2025-05-05.
 # In its decode the experts take 0.235 with an imbalance of about 1.3. DeepGEMM's published speed on balanced rows gives

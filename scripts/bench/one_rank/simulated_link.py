@@ -21,35 +21,15 @@ On a CPU nothing runs concurrently; there `wait` returns when the transfer would
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 
 import torch
 
+from scripts.bench.one_rank.delay import Delay, DelayModel
+
 CALIBRATION = (2**20, 2**25)  # bytes
 CALIBRATION_HOLD = 5e-6  # seconds
 IN_A_ROW = 10  # transfers that are timed together, so that the start of a graph hardly counts
-
-
-@dataclass(frozen=True)
-class Delay:
-    """Simulated seconds of one dispatch or combine: `send` and `receive` hold all SMs; `flight` lies between them."""
-
-    flight: float
-    send: float = 0.0
-    receive: float = 0.0
-
-    @property
-    def busy(self) -> float:
-        """Seconds during which all SMs are held."""
-        return self.send + self.receive
-
-    @property
-    def total(self) -> float:
-        return self.flight + self.busy
-
-
-DelayModel = Callable[[str, int], Delay]  # ("dispatch" or "combine", tokens that a rank sends) -> delay
 
 
 class SimulatedLink:

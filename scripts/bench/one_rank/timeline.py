@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from model.kv_cache import pages_for
+from model.pages import pages_for
 from parallel.overlap import STAGES, Steps
 from scripts.bench.lib.charts import figure, save_lanes
-from scripts.bench.lib.flags import SIZES, new_file, new_png, positive, refusals
+from scripts.bench.lib.flags import SIZES, new_file, new_png, positive
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.one_rank.kernel_ranges import export, launched_in, mark_ranges
 from scripts.bench.one_rank.overlap import make_link

@@ -32,12 +32,14 @@ from kernels import ref
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.transformer import op_shape
-from parallel.deepep import NUM_SMS, ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
+from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
+from parallel.deepep_sizes import NUM_SMS
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
-from scripts.bench.lib.flags import new_file, positive, refusals
+from scripts.bench.lib.flags import new_file, positive
 from scripts.bench.lib.measurements import Measurement, Report, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES
 
 # DeepEP's figures for EP8 on H800 over NVLink (its docs/legacy.md): low latency in us, normal in GB/s.

@@ -33,16 +33,16 @@ from torch import Tensor
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
 from disagg.experts import balanced, make_placement
-from model.batch import PAGE
 from model.config import ModelConfig
-from model.kv_cache import pages_for
+from model.pages import PAGE, pages_for
 from parallel.dispatchers import CHOICES
 from parallel.eplb import balancedness
 from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from scripts.bench.engine.run import Bench, generated, random_model
-from scripts.bench.lib.flags import fraction, natural, new_file, positive, positives, refusals
+from scripts.bench.lib.flags import fraction, natural, new_file, positive, positives
 from scripts.bench.lib.measurements import Measurement, Report, save
+from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES, check_size
 from scripts.bench.one_rank.rebalance import StandIns
 from scripts.bench.ranks.plain_tp import plain_tp, sliced_experts
@@ -105,7 +105,7 @@ def check(args: argparse.Namespace, mesh: Mesh) -> ModelConfig:
             f"{config.max_position_embeddings}"
         )
     config = replace(config, num_hidden_layers=args.layers or all_layers)
-    check_size(args.shape, config, mesh.device)
+    check_size(args.shape, config, mesh.device.type)
     return config
 
 

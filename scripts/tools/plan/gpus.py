@@ -9,8 +9,8 @@ in China.) Nothing here was measured by this project, and no kernel reaches thes
 
 from dataclasses import dataclass
 
-from disagg.memory import GIB
-from scripts.bench.lib.roofline import Ceilings
+from disagg.budget import GIB
+from scripts.bench.lib.step_cost import Ceilings
 
 
 @dataclass(frozen=True)

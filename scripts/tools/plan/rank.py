@@ -5,26 +5,24 @@ Where the engine's table depends on the installed libraries, the plan takes thos
 
 from dataclasses import dataclass, replace
 
-import torch
-
+from disagg.buckets import make_buckets
+from disagg.budget import Budget, plan_parts, share_of_gpu
 from disagg.config import EngineConfig
 from disagg.handoff import credits
-from disagg.memory import Budget, plan_parts, share_of_gpu
-from disagg.steps import make_buckets
 from model.config import ModelConfig
+from model.divisibility import fp8_misfit
 from model.footprint import StepShape, page_bytes
-from model.kv_cache import pages_for
-from model.precision import misfit as fp8_misfit
-from parallel import deepep
-from parallel.overlap import Rule
+from model.pages import pages_for
+from parallel import deepep_sizes
+from parallel.overlap_rule import Rule
 from scripts.tools.plan.gpus import Gpu
 from scripts.tools.plan.sizes import job_sizes, least_redundant, splits
 
-DTYPE = torch.bfloat16
+DTYPE, ITEMSIZE = "bfloat16", 2  # of activations; bytes
 DEFAULTS = EngineConfig()
 ALIGNMENT = 128  # of the grouped products' rows, in every GPU kernel
 PROMPT_STEPS = (16384, 8192, 4096, 2048, 1024, 512)  # tokens per step of a prefill job, the best first
-MOST_BATCH = deepep.MAX_CAPACITY  # requests per rank that are considered
+MOST_BATCH = deepep_sizes.MAX_CAPACITY  # requests per rank that are considered
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,13 @@ def dispatch(config: ModelConfig, gpu: Gpu, job: Job) -> tuple[str, int | None]:
         return "none: one rank", None
     capacity = _buckets(config, job)[-1] // job.attn_tp
     slots = config.n_routed_experts + job.redundant
-    why = deepep.misfit(job.ranks, slots, config.hidden_size, config.num_experts_per_tok, capacity, DTYPE)
+    why = deepep_sizes.misfit(job.ranks, slots, config.hidden_size, config.num_experts_per_tok, capacity, DTYPE)
     if job.hosts > 1:
         why = why or f"all ranks must be on one machine, not {job.hosts}"
     if not gpu.hopper:
         why = why or "needs Hopper"
     if why is None:
-        return "DeepEP", deepep.padded(capacity, job.ranks)
+        return "DeepEP", deepep_sizes.padded(capacity, job.ranks)
     return f"all-to-all over NCCL (DeepEP: {why})", None
 
 
@@ -79,7 +77,7 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
     _, capacity = dispatch(config, gpu, job)
     shape = StepShape(
         config,
-        DTYPE.itemsize,
+        ITEMSIZE,
         as_run(config, gpu, job.attn_tp).fp8,
         job.attn_tp,
         job.ranks,
@@ -90,8 +88,8 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
     )
     buffers = 0
     if capacity is not None:
-        buffers = deepep.buffer_bytes(job.ranks, job.ranks * shape.slots, config.hidden_size, capacity)
-    page = page_bytes(config, DTYPE.itemsize)
+        buffers = deepep_sizes.buffer_bytes(job.ranks, job.ranks * shape.slots, config.hidden_size, capacity)
+    page = page_bytes(config, ITEMSIZE)
     parts = plan_parts(
         shape,
         buffers,

@@ -2,7 +2,7 @@
 
     step = roofline on the data sheet's ceilings / achieved fraction + all dispatches and combines
 
-The roofline is `scripts/bench/lib/roofline.py`. The achieved fraction compares it with a committed record per phase:
+The roofline is `scripts/bench/lib/step_cost.py`. The achieved fraction compares it with a committed record per phase:
 the step of one rank on an H100. Small steps achieve less than these. Communication takes the times that DeepEP's
 authors published (`deepep_times.py`), without overlap. Over several hosts this engine sends over NCCL instead, which
 takes longer, so there the rates are too high.
@@ -11,11 +11,12 @@ Loads are even, queues are full, and the all-reduces of attention TP take no tim
 """
 
 from functools import cache
+from typing import Any
 
 from model.config import ModelConfig
-from scripts.bench.lib import roofline
-from scripts.bench.lib.measurements import Measurement, load
+from scripts.bench.lib import step_cost
 from scripts.bench.lib.shapes import SHAPES
+from scripts.bench.lib.store import rows
 from scripts.bench.one_rank import deepep_times
 from scripts.tools.plan.gpus import GPUS, Gpu
 from scripts.tools.plan.rank import Job, Traffic, as_run
@@ -28,9 +29,9 @@ RECORDS = {
 
 
 @cache
-def records() -> dict[str, Measurement]:
-    """Return the committed record of each phase."""
-    by_name = {record.name: record for record in load()}
+def records() -> dict[str, dict[str, Any]]:
+    """Return the committed record of each phase, as a row of the store."""
+    by_name = {row["name"]: row for row in rows()}
     return {phase: by_name[name] for phase, name in RECORDS.items()}
 
 
@@ -38,21 +39,21 @@ def records() -> dict[str, Measurement]:
 def achieved(phase: str) -> float:
     """Return the fraction of an H100's roofline (data sheet) that the recorded step reaches."""
     v3, sheet = SHAPES["v3"], GPUS["h100"].ceilings
-    work = roofline.decode(v3, 256, 2048, 72, 4) if phase == "decode" else roofline.prefill(v3, 16384, 4096, 32, 9)
-    return work.seconds(sheet) / (records()[phase].value * 1e-3)
+    work = step_cost.decode(v3, 256, 2048, 72, 4) if phase == "decode" else step_cost.prefill(v3, 16384, 4096, 32, 9)
+    return work.seconds(sheet) / (records()[phase]["value"] * 1e-3)
 
 
 def decode_step(config: ModelConfig, gpu: Gpu, job: Job, batch: int, kv: float) -> float:
     """Return the seconds of a decode step of `batch` requests per replica, which attend to `kv` tokens on average."""
     run = as_run(config, gpu, job.attn_tp)
-    work = roofline.decode(run, batch, kv, job.ranks, job.slots(config), job.attn_tp)
+    work = step_cost.decode(run, batch, kv, job.ranks, job.slots(config), job.attn_tp)
     return work.seconds(gpu.ceilings) / achieved("decode") + _transfers(run, job, "decode", batch)
 
 
 def prefill_step(config: ModelConfig, gpu: Gpu, job: Job, tokens: int, prompt: int) -> float:
     """Return the seconds of a step of `tokens` prompt tokens per replica, of prompts of `prompt` tokens."""
     run = as_run(config, gpu, job.attn_tp)
-    work = roofline.prefill(run, tokens, prompt, job.ranks, job.slots(config), job.attn_tp)
+    work = step_cost.prefill(run, tokens, prompt, job.ranks, job.slots(config), job.attn_tp)
     return work.seconds(gpu.ceilings) / achieved("prefill") + _transfers(run, job, "prefill", tokens)
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
-from disagg.memory import GIB
-from model.batch import PAGE
+from disagg.budget import GIB
 from model.config import ModelConfig
 from model.footprint import page_bytes
+from model.pages import PAGE
 from scripts.tools.plan.deployment import (
     MOST_LINKS,
     Deployment,
@@ -18,7 +18,7 @@ from scripts.tools.plan.deployment import (
     unified,
 )
 from scripts.tools.plan.gpus import Gpu
-from scripts.tools.plan.rank import DTYPE, Traffic, as_run, budget, dispatch
+from scripts.tools.plan.rank import ITEMSIZE, Traffic, as_run, budget, dispatch
 from scripts.tools.plan.rates import achieved, decode_step, mean_kv, prefill_step, records
 from scripts.tools.plan.sizes import dense_ffn_split, least_redundant, splits
 
@@ -40,7 +40,7 @@ class Plan:
         self.traffic, self.found, self.model = traffic, found, model
         self.deployments = {"prefill and decode apart": apart(found, gpus), "unified": unified(found, gpus)}
         self.splits = list(splits(config, per_host, least_redundant(config, per_host), per_host))
-        self.kv_token = page_bytes(config, DTYPE.itemsize) // PAGE  # bytes
+        self.kv_token = page_bytes(config, ITEMSIZE) // PAGE  # bytes
         self.dense_ffn = {"prefill": dense_ffn_split(config, 2048, 0), "decode": dense_ffn_split(config, 128, 3)}
 
     def describe(self, one: Option) -> dict:
@@ -75,7 +75,9 @@ class Plan:
             "kv_bytes_per_token": self.kv_token,
             "attention_tp_that_divides": self.splits,
             "dense_ffn_tp_by_formula": self.dense_ffn,
-            "modelled_from": {phase: {"record": r.name, "achieved": achieved(phase)} for phase, r in records().items()},
+            "modelled_from": {
+                phase: {"record": r["name"], "achieved": achieved(phase)} for phase, r in records().items()
+            },
             "jobs": [self.describe(one) for one in self.found.jobs],
             "illegal": self.found.illegal,
             "too_small": self.found.too_small,

@@ -7,9 +7,8 @@ ranks, because 288 / 72 = 4 slots per rank. On 12 ranks they need 8, and 32 do a
 from collections.abc import Iterator
 from math import sqrt
 
-from disagg.experts import check_slots
 from model.config import ModelConfig
-from model.transformer import check_split
+from model.divisibility import check_slots, check_split
 
 MOST_EXPERTS = 1024  # the model of routing counts combinations of experts, which takes long beyond this
 

@@ -1,0 +1,24 @@
+"""The exit status of a process, and the line about an error that its user can mend."""
+
+import sys
+from collections.abc import Callable
+
+from disagg.front.streams import discard_stdout
+from parallel.mesh import launched_local_rank
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """Do the work of a process. Returns its exit status: what `work` returns, 1 or 2.
+
+    It is 1 if nobody reads stdout, and 2 for a ValueError, the user's error. Raises all other exceptions.
+    """
+    try:
+        return work()
+    except BrokenPipeError:
+        discard_stdout()
+        print("run.py: error: nobody reads what it prints", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        if launched_local_rank() == 0:  # the other ranks of this machine would print the same
+            print(f"run.py: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,112 @@
+"""The router's process in a unified job: beside the engine, Python's lock would make each wait for the other.
+
+Rank 0 forks it before any other thread exists, and the two talk through a pipe:
+
+    rank 0 --> the model's folder, the host to listen at
+    rank 0 <-- the port, or the error that refuses the user's flags or files
+    rank 0 --> the number of replicas, when all ranks are ready: now requests are served
+    rank 0 --> the user wants to end early
+
+The router ends early, too, when the pipe does, because rank 0 has died.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from argparse import Namespace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from disagg.front.exit_status import exit_status
+from disagg.front.front_door import FrontDoor
+from disagg.interrupt import Interrupt
+from model.config import ModelConfig
+
+STATUSES = (0, 1, 2)  # of a router that came to its own end, and has sent Finish to the replicas
+
+
+class RouterProcess:
+    """Rank 0's handle of the process."""
+
+    def __init__(self, args: Namespace) -> None:
+        """Fork. Call it before `Mesh.create`, which starts threads."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pipe, theirs = Pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._pipe.close()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # rank 0 gets them too, and says so
+            status = exit_status(lambda: _serve(theirs, args))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        theirs.close()
+        self._status = 0
+
+    def open(self, model: str, host: str) -> int:
+        """Open the front door. Returns the router's port. Raises ValueError with what the front door refuses."""
+        try:
+            self._pipe.send((model, host))
+            port, error = self._pipe.recv()
+        except (EOFError, OSError):
+            raise ValueError("the router's process has ended") from None
+        if error is not None:
+            raise ValueError(error)
+        return port
+
+    def start(self, replicas: int, interrupt: Interrupt) -> None:
+        """Serve requests. A router that is killed ends the job, as Ctrl-C would."""
+        self._tell(replicas)
+        interrupt.on_signal(lambda: self._tell(None))
+        self._watch = threading.Thread(target=self._wait, args=(interrupt,), name="router")
+        self._watch.start()
+
+    def join(self) -> int:
+        """Wait until the router has ended. Returns its exit status."""
+        self._watch.join()
+        return self._status
+
+    def _tell(self, message: int | None) -> None:
+        with contextlib.suppress(OSError):  # it has ended, which `_wait` sees
+            self._pipe.send(message)
+
+    def _wait(self, interrupt: Interrupt) -> None:
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        if status not in STATUSES:
+            print(f"unified: the router's process has ended with status {status}", file=sys.stderr, flush=True)
+            self._status, interrupt.seen = 1, True
+        else:
+            self._status = status
+
+
+def _serve(pipe: Connection, args: Namespace) -> int:
+    """Run the router in its process. Returns the exit status."""
+    stop = threading.Event()
+
+    def hear() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            pipe.recv()
+            stop.set()
+            pipe.recv()
+        if stop.is_set():
+            os._exit(1)  # rank 0 has died while the router was ending
+        stop.set()
+
+    try:
+        args.model, host = pipe.recv()
+        try:
+            front = FrontDoor(args, ModelConfig.from_pretrained(args.model), (host, 0))
+        except ValueError as error:
+            pipe.send((None, str(error)))
+            return 2
+        pipe.send((front.port.port, None))
+        replicas = pipe.recv()
+    except (EOFError, OSError):  # rank 0 has ended before it served
+        return 0
+    threading.Thread(target=hear, name="pipe", daemon=True).start()
+    front.run(stop.is_set, replicas)
+    return 1 if front.failed else 0

@@ -1,0 +1,1 @@
+"""The HTTP server under load, beside an offline run and beside vLLM's server."""

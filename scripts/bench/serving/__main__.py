@@ -1,0 +1,5 @@
+"""python -m scripts.bench.serving"""
+
+from scripts.bench.serving.run import main
+
+main()
