@@ -8,7 +8,7 @@ batch the engine's quick question (`transfer_check_status`) tells of the first e
 without a pause, gives up after a time, and frees what may still be written then.
 
 The engine has no way to cancel. A read whose peer has died ends with an error. One whose peer is frozen may last as
-long as that. Its buffer and its credit stay taken until then: at most those of one link's credits.
+long as that. Its buffer and its credit stay taken until then: at most one link's share for each frozen peer.
 """
 
 import os

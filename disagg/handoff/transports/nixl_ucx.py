@@ -6,10 +6,11 @@ lock. Over TCP it serves a read in the sender's process. On a CPU nothing makes 
 movers ask the agent for notifications while they wait, which does.
 
 NIXL has no way to cancel. A read whose peer has died ends with an error. One whose peer is frozen may last as long as
-that. Its buffer and its credit stay taken until then: at most those of one link's credits.
+that. Its buffer and its credit stay taken until then: at most one link's share for each frozen peer.
 """
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -63,7 +64,8 @@ class NixlEndpoint:
         self._failed: set[str] = set()  # agents whose connection is to be made anew
         if not on_gpu:
             threading.Thread(target=self._keep_going, name="nixl", daemon=True).start()
-        self.about = f"NIXL {version('nixl-cu13')} over {BACKEND}, {self.kind}"
+        ways = f" with UCX_TLS={os.environ['UCX_TLS']}" if "UCX_TLS" in os.environ else ""
+        self.about = f"NIXL {version('nixl-cu13')} over {BACKEND}{ways}, {self.kind}"
 
     def connect(self, store: Store, me: int) -> "NixlTransport":
         if me == 0:
@@ -95,6 +97,7 @@ class NixlEndpoint:
                 local, remote = (self.agent.get_xfer_descs([place], mem_type=self.kind) for place in (here, there))
                 handle = self.agent.initialize_xfer("READ", local, remote, peer)
             except Exception as error:  # the library's own types
+                self._failed.add(peer)
                 raise RuntimeError(f"NIXL: {error}") from None
             self._reading[peer] += 1
             return handle, self._settle(handle, peer, self.agent.transfer)
