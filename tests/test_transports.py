@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import PrefixStore, TCPStore
 
 from disagg.config import EngineConfig
 from disagg.control.messages import Member
@@ -28,6 +29,7 @@ from disagg.handoff.endpoints import TRANSPORTS, Handoff
 from disagg.handoff.protocol import Join, Open, RoomEnded, SendLast, SendPages
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
+from disagg.handoff.transports.one_sided import LOCATION
 from disagg.interrupt import Interrupt
 from disagg.request import Request
 from kernels.ops import Ops
@@ -223,6 +225,36 @@ def test_rooms_end_when_decode_dies_before_it_has_read(library: str) -> None:
     assert eventually(lambda: mine.free.qsize() == IN_FLIGHT)
     link.join(SOON)
     process.join(SOON)
+
+
+def test_nixl_meets_a_peer_anew_after_a_failure_and_not_before() -> None:
+    """Both processes live on, so the next link between them must not use the connection that failed."""
+    needs("nixl")
+    prefill, decode = (Handoff("nixl").make_endpoint(HOST, 2**20, CPU) for _ in range(2))
+    agent, met = decode.agent, []
+    add = agent.add_remote_agent
+    agent.add_remote_agent = lambda metadata: met.append(metadata) or add(metadata)
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+
+    def read(generation: int, where: int = 0) -> None:
+        ends = [end.connect(PrefixStore(str(generation), store), me) for me, end in enumerate((prefill, decode))]
+        source, target = (end.buffer(0, (2, 64, 24), torch.float32) for end in ends)
+        source.fill_(generation)
+        _, location = ends[0].send(source)
+        try:
+            ends[1].recv(target, LOCATION.pack(where, 0) if where else location).wait()
+            assert (target == generation).all()
+        finally:
+            for end in ends:
+                end.abort()
+
+    read(1)
+    read(2)
+    assert len(met) == 1, "closing a connection of NIXL's leaves a file open"
+    with pytest.raises(RuntimeError, match="NIXL"):
+        read(3, where=4096)  # no memory of the peer
+    read(4)
+    assert len(met) == 2
 
 
 # ---- libraries that cannot serve
