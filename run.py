@@ -26,6 +26,7 @@ import sys
 from typing import NoReturn
 
 from disagg.config import DTYPES, EngineConfig
+from disagg.control.access import add_access
 from disagg.front.exit_status import exit_status
 from disagg.front.process import RouterProcess
 from disagg.handoff.endpoints import TRANSPORTS
@@ -68,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if role != "unified":
         text = "address to listen on" if role == "router" else "address of the router"
         parser.add_argument("--router", required=True, metavar="HOST:PORT", help=text)
+    add_access(parser)
     if role in ("prefill", "decode"):
         add_handoff(parser)
     if role in ("unified", "router"):

@@ -9,6 +9,7 @@ from disagg.control.address import format_address
 from disagg.control.messages import Bye, Forget, Hello, Load, Member, RoleName, Stats, ToWorker, Updates, in_messages
 from disagg.control.ports import WorkerPort
 from disagg.control.pulse import Beacon
+from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.reports import about
 from parallel.mesh import Mesh
@@ -16,9 +17,11 @@ from parallel.mesh import Mesh
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
 LOAD_S = 0.1  # how old a reported load may be, apart from the turn that is running
 SAYING = {
-    "waiting": "waiting for the router",
-    "joined": "joined the router",
-    "lost": f"waiting {HOLD_S:.0f} s for the router to come back",
+    "waiting": "waiting for the router at {}",
+    "joined": "joined the router at {}",
+    "lost": f"waiting {HOLD_S:.0f} s for the router to come back at {{}}",
+    "shut out": "the router at {} refuses this job's secret, or has none (--secret-file)",
+    "shut out without one": "the router at {} refuses this job, which has no secret (--secret-file)",
 }
 
 
@@ -32,18 +35,20 @@ class Connection:
         mesh: Mesh,
         members: list[Member],
         router: tuple[str, int],
+        secret: Secret | None,
         handoff: dict[str, str],
     ) -> None:
         """Collective. `handoff`: flags of the handoff that prefill and decode must share."""
         self._name, self._where = name, format_address(*router)
+        self._shut_out = "shut out" if secret is not None else "shut out without one"
         self._says = mesh.rank == 0 and name != "unified"  # print lines?
-        job = mesh.ep.exchange(members[0].id)[0]
-        self.beacon = Beacon(members[mesh.attn.rank].id, *router)
+        job = mesh.ep.exchange(members[0].id, str)[0]
+        self.beacon = Beacon(members[mesh.attn.rank].id, *router, secret)
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
             hello = Hello(name, members, *sizes, engine.kv_layout() | handoff, job, mesh.num_replicas, about(engine))
-            self.port = WorkerPort(hello, *router)
+            self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0
         self._state = ""
         self._update_state()
@@ -59,6 +64,7 @@ class Connection:
     def _update_state(self) -> None:
         """Print a line if the connection's state has changed."""
         now = "waiting" if self.port is None or not self.port.welcomed else "lost" if self.port.lost_s else "joined"
+        now = self._shut_out if self.port is not None and self.port.shut_out else now
         if now != self._state:
             self._state = now
             self._say(SAYING[now])
@@ -97,8 +103,8 @@ class Connection:
         self.beacon.close()
         if self.port is not None:
             self.port.close()
-        self._say("has left the router")
+        self._say("has left the router at {}")
 
     def _say(self, what: str) -> None:
         if self._says:
-            print(f"{self._name}: {what} at {self._where}", file=sys.stderr, flush=True)
+            print(f"{self._name}: {what.format(self._where)}", file=sys.stderr, flush=True)

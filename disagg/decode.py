@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from disagg.control.messages import Abort, Back, Forget, Gone, Load, Member, Parts, Submit, Update, Withdraw
+from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
@@ -37,10 +38,10 @@ class Incoming:
 
 
 class Decode(Unified):
-    def __init__(self, engine: Engine, members: list[Member], endpoint: Endpoint) -> None:
-        """`members`: the ranks of this replica, in order. `endpoint`: this rank's."""
+    def __init__(self, engine: Engine, members: list[Member], endpoint: Endpoint, secret: Secret | None = None) -> None:
+        """`members`: the ranks of this replica, in order. `endpoint`: this rank's. `secret`: of the prefill ranks."""
         super().__init__(engine)
-        self.members, self.endpoint = members, endpoint
+        self.members, self.endpoint, self.secret = members, endpoint, secret
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Incoming] = deque()  # waiting for pages
         self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
@@ -121,7 +122,8 @@ class Decode(Unified):
 
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
         me, pool = self.members[self.rank], self.engine.pool
-        connect, unpack_pages = dial(prefill, me, self.endpoint, generation), self.engine.ops.unpack_pages
+        connect = dial(prefill, me, self.endpoint, generation, self.secret)
+        unpack_pages = self.engine.ops.unpack_pages
         key = link_key(prefill, me, generation)
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 

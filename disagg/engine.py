@@ -153,7 +153,7 @@ class Engine:
             loaded = load_weights(model, source, mesh, hide=None if mesh.rank == 0 else True)
         except (OSError, ValueError) as error:
             loaded, problem = 0, f"--model {folder}: {error}"
-        if problems := [other for other in mesh.ep.exchange(problem) if other is not None]:
+        if problems := [other for other in mesh.ep.exchange(problem, str | None) if other is not None]:
             raise ValueError(problems[0])
         if not moves:
             source.close()
@@ -202,7 +202,7 @@ class Engine:
             handoff_bytes,
         )
         own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
-        return min(mesh.ep.exchange(own), key=lambda budget: budget.left)
+        return min(mesh.ep.exchange(own, Budget), key=lambda budget: budget.left)
 
     def _forward(
         self,

@@ -23,7 +23,7 @@ def make_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording: s
     Raises ValueError if the slots cannot be shared evenly, or the recording cannot be used.
     """
     placement = _choose_placement(config, mesh, redundant, recording)
-    maps = set(mesh.ep.exchange(zlib.crc32(placement.expert_of_slot.cpu().numpy().tobytes())))
+    maps = set(mesh.ep.exchange(zlib.crc32(placement.expert_of_slot.cpu().numpy().tobytes()), int))
     if len(maps) > 1:  # tokens would go to ranks that do not have their experts
         raise ValueError(
             f"--expert-map: the ranks have {len(maps)} different maps; all must read the same one (here: {recording})"

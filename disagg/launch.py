@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from disagg.config import DISPATCH, EngineConfig
+from disagg.control.access import read_secret
 from disagg.control.address import answers, local_host, parse_address
 from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
@@ -55,9 +56,11 @@ def run_worker(
     handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport, args.kv_checksum)
     handoff.check(mesh.device)
     if args.role == "unified":
+        secret = read_secret(args, mesh.first_host)
         router = open_front_door(front, args.model, mesh)
     else:
         router = find_router(args.router)
+        secret = read_secret(args, router[0], mesh.first_host)
         if not answers(*router):
             say(f"{args.role}: nobody listens at {args.router} yet; this job will wait for a router there")
     dtype = dtype_on(mesh.device, settings.dtype)
@@ -77,11 +80,11 @@ def run_worker(
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
-    mesh.ep.exchange(None)  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
+    mesh.ep.barrier()  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
     if front is not None:
         front.start(mesh.num_replicas, interrupt)
-    problem = serve(args.role, engine, mesh, router, interrupt, handoff)
+    problem = serve(args.role, engine, mesh, router, interrupt, secret, handoff)
     status = front.join() if front is not None else 0
     engine.close()
     mesh.close()
@@ -125,7 +128,7 @@ def open_front_door(front: RouterProcess | None, model: str, mesh: Mesh) -> tupl
             address = (host, front.open(model, host))
         except ValueError as problem:
             error = str(problem)
-    error, address = mesh.ep.exchange((error, address))[0]
+    error, address = mesh.ep.exchange((error, address), tuple[str | None, tuple[str, int] | None])[0]
     if error is not None:
         raise ValueError(error)
     return address

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from disagg.connection import Connection
 from disagg.control.address import local_host
 from disagg.control.messages import Bye, Finish, Member, RoleName
+from disagg.control.secret import Secret
 from disagg.decode import Decode
 from disagg.engine import Engine
 from disagg.handoff.connect import Door
@@ -20,29 +21,30 @@ from disagg.pipeline import CUT_OFF, FINISHED, GOING_ON, LEAVING, Pipeline, Turn
 from disagg.prefill import Prefill
 from disagg.rebalance import short_switches
 from disagg.reports import RankStats, Reports
-from disagg.role import Role
+from disagg.role import Event, Role
 from disagg.unified import Unified
 from parallel.mesh import Mesh
 
 LONGEST_NAP_MS = 20
+INBOX = list[Event | RankStats]
 COLLECTIVE_S = 300.0  # a rank that waits longer than this in a collective ends its job
 
 
 def make_role(
-    name: RoleName, engine: Engine, mesh: Mesh, router_host: str, handoff: Handoff
+    name: RoleName, engine: Engine, mesh: Mesh, router_host: str, secret: Secret | None, handoff: Handoff
 ) -> tuple[Role, list[Member]]:
     """Collective. Return the role, and the members of this replica."""
     host = local_host(router_host)
-    door = Door(host) if name == "prefill" else None
+    door = Door(host, secret) if name == "prefill" else None
     ports = (door.port, door.store.port) if door else (0, 0)
     me = Member(uuid.uuid4().hex, host, *ports, mesh.rank, os.getpid())
-    members = mesh.attn.exchange(me)
+    members = mesh.attn.exchange(me, Member)
     if name == "unified":
         return Unified(engine), members
     endpoint = handoff.make_endpoint(host, engine.pool[:, 0].nbytes, engine.pool.device)
     if door is not None:
         return Prefill(engine, members, door, endpoint, handoff.checksums), members
-    return Decode(engine, members, endpoint), members
+    return Decode(engine, members, endpoint, secret), members
 
 
 def serve(
@@ -51,21 +53,29 @@ def serve(
     mesh: Mesh,
     router: tuple[str, int],
     interrupt: Interrupt,
+    secret: Secret | None = None,
     handoff: Handoff = BY_DEFAULT,
 ) -> str | None:
-    """Collective. Run until the router sends Finish, or a signal interrupts.
+    """Collective. Run until the router sends Finish, or a signal interrupts. `secret`: the deployment's.
 
     Returns the problem, if that was not the reason for the end.
     """
     with short_switches() if engine.rebalancer is not None else nullcontext():
-        return _serve(name, engine, mesh, router, interrupt, handoff)
+        return _serve(name, engine, mesh, router, interrupt, secret, handoff)
 
 
 def _serve(
-    name: RoleName, engine: Engine, mesh: Mesh, router: tuple[str, int], interrupt: Interrupt, handoff: Handoff
+    name: RoleName,
+    engine: Engine,
+    mesh: Mesh,
+    router: tuple[str, int],
+    interrupt: Interrupt,
+    secret: Secret | None,
+    handoff: Handoff,
 ) -> str | None:
-    role, members = make_role(name, engine, mesh, router[0], handoff)
-    connection = Connection(name, engine, mesh, members, router, handoff.as_layout() if name != "unified" else {})
+    role, members = make_role(name, engine, mesh, router[0], secret, handoff)
+    flags = handoff.as_layout() if name != "unified" else {}
+    connection = Connection(name, engine, mesh, members, router, secret, flags)
     mesh.limit_waits(COLLECTIVE_S)
     pipeline = Pipeline(role, engine, mesh, connection.waiting)
     reports = Reports(role, pipeline)
@@ -74,7 +84,7 @@ def _serve(
         connection.beacon.turn += 1
         inbox = [*connection.poll(), *role.collect(), *reports.due()]
         with connection.waiting():
-            shared = mesh.attn.exchange(inbox)
+            shared = mesh.attn.exchange(inbox, INBOX)
         for events in shared:
             for event in events:
                 if isinstance(event, RankStats):
@@ -89,7 +99,7 @@ def _serve(
         turn = pipeline.turn(end)
         if turn == Turn.OVER:
             # All ranks of a job end for one reason: a rank that the router had not admitted yet knows of none itself.
-            problem = next(filter(None, mesh.ep.exchange(problem or connection.problem)), None)
+            problem = next(filter(None, mesh.ep.exchange(problem or connection.problem, str | None)), None)
             break
         if turn == Turn.WORKED:
             nap_ms = 1
@@ -103,7 +113,10 @@ def _serve(
     connection.report(role.news())  # of the step that was in flight at the end
     role.close()
     stats = pipeline.stats
-    for part in (*mesh.attn.exchange(role.stats()), engine.stats()):  # of each rank of the replica, and of the job
+    for part in (
+        *mesh.attn.exchange(role.stats(), dict[str, float]),
+        engine.stats(),
+    ):  # of each rank of the replica, and of the job
         for key, value in part.items():
             stats[key] += value
     connection.close(Bye(dict(stats)))

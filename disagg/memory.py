@@ -34,7 +34,7 @@ def pages_on_host(mesh: Mesh, tokens: int | None, page: int) -> int:
     """
     pages = (tokens or KV_TOKENS_ON_CPU) // PAGE
     machines: dict[str, list[int]] = {}
-    for host, available in mesh.ep.exchange((socket.gethostname(), host_memory())):
+    for host, available in mesh.ep.exchange((socket.gethostname(), host_memory()), tuple[str, int]):
         machines.setdefault(host, []).append(available)
     ranks = min(machines.values(), key=lambda seen: min(seen) // len(seen))  # the machine with the least per rank
     share, size = min(ranks) // len(ranks), (pages + 1) * page
@@ -53,7 +53,8 @@ def check_weights(mesh: Mesh, shape: StepShape) -> None:
     """Collective. Raise ValueError if a rank's weights are over the memory that it can have, before they take any."""
     on_gpu = mesh.device.type == "cuda"
     place = gpu_id(mesh.device) if on_gpu else socket.gethostname()
-    seen = mesh.ep.exchange((place, torch.cuda.mem_get_info(mesh.device)[0] if on_gpu else host_memory()))
+    mine = place, torch.cuda.mem_get_info(mesh.device)[0] if on_gpu else host_memory()
+    seen = mesh.ep.exchange(mine, tuple[str, int])
     places = [place for place, _ in seen]
     room, parts = min(available // places.count(place) for place, available in seen), weight_bytes(shape)
     if sum(parts.values()) > room:

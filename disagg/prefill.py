@@ -1,6 +1,5 @@
 """The prefill role: compute prompts, and send each chunk's KV to the decode rank while computing the next chunk."""
 
-import sys
 import time
 from collections import abc
 from dataclasses import dataclass
@@ -66,8 +65,8 @@ class Prefill(Role):
         for knock in self.door.poll():
             try:
                 self.answer(knock)
-            except (ValueError, zmq.ZMQError) as error:  # ZMQError: the process has too many open files
-                print(f"prefill: a link was refused, {error}", file=sys.stderr)
+            except (ValueError, zmq.ZMQError, RuntimeError) as error:  # the last two: too many open files, or threads
+                self.door.refusals.add("a link", str(error))
         return self.links.drain()
 
     def answer(self, knock: Knock) -> None:
@@ -122,7 +121,8 @@ class Prefill(Role):
             link.put(Closed(departure.sequence.uid, error))  # ignored by a link where the room has ended already
 
     def make_link(self, decode: Member, generation: int) -> SendLink:
-        connect = listen(self.door.store.port, self.door.host, self.endpoint)
+        door = self.door
+        connect = listen(door.store.port, door.host, self.endpoint, door.secret, door.link_refusals)
         key = link_key(self.members[self.rank], decode, generation)
         own = self.engine.pool, self.links.events, self.links.credits
         return SendLink(key, connect, *own, pack_pages=self.engine.ops.pack_pages, checksums=self.checksums)
@@ -174,6 +174,9 @@ class Prefill(Role):
     @property
     def is_waiting(self) -> bool:
         return bool(self.outgoing)
+
+    def stats(self) -> dict[str, float]:
+        return {"refusals": self.door.refusals.count + self.door.link_refusals.count}
 
     def close(self) -> None:
         self.links.close()

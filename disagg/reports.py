@@ -11,7 +11,8 @@ only by a collective (those of a recording) are not reported; the last message, 
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+
+import msgspec
 
 from disagg.control.messages import Stats
 from disagg.engine import Engine
@@ -21,8 +22,7 @@ from disagg.role import Role
 REPORT_S = 5.0
 
 
-@dataclass(frozen=True)
-class RankStats:
+class RankStats(msgspec.Struct, frozen=True, tag=True):
     """An event of the replica: the statistics that one of its ranks alone knows."""
 
     rank: int  # within the replica

@@ -19,6 +19,7 @@ TEXTS = [
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*tiktoken*", "vocab*", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*"),
 ]
+State = tuple[bool, str | None, str]  # of a fetch: is it done, what went wrong, the folder
 POLL_S = 0.5  # how often ranks ask whether the files are there
 
 
@@ -31,14 +32,15 @@ def find_model(name: str, mesh: Mesh, weights: bool) -> str:
     match = HUB_ID.fullmatch(name)
     if match is None:
         return name
-    local = mesh.ep.exchange(Path(name).exists())
+    local = mesh.ep.exchange(Path(name).exists(), bool)
     if all(local):
         return name
     if any(local):
         raise ValueError(f"--model {name}: it is a folder on some machines only")
     job = Fetch(match["id"], match["revision"], weights) if launched_local_rank() == 0 else None
     while True:
-        states = mesh.ep.exchange(job.state() if job is not None else None)  # short, so no collective waits too long
+        mine = job.state() if job is not None else None
+        states = mesh.ep.exchange(mine, State | None)  # short, so no collective waits too long
         fetching = [state for state in states if state is not None]
         if problems := [problem for _, problem, _ in fetching if problem is not None]:
             raise ValueError(f"--model {name}: {problems[0]}")
@@ -57,8 +59,7 @@ class Fetch:
         self._thread = threading.Thread(target=self._run, args=(repo, revision, weights), daemon=True)
         self._thread.start()
 
-    def state(self) -> tuple[bool, str | None, str]:
-        """Return whether it is done, what went wrong, and the folder."""
+    def state(self) -> State:
         self._thread.join(POLL_S)
         return not self._thread.is_alive(), self.problem, self.folder
 

@@ -63,7 +63,9 @@ def make_dispatchers(
     why_not = "forced"
     if choice != "all_to_all":
         my_obstacle = obstacle(mesh.ep.size, num_slots, hidden, top_k, capacity, dtype, mesh.device)
-        obstacles, hosts = zip(*mesh.ep.exchange((my_obstacle, socket.gethostname())), strict=True)
+        obstacles, hosts = zip(
+            *mesh.ep.exchange((my_obstacle, socket.gethostname()), tuple[str | None, str]), strict=True
+        )
         why_not = next((reason for reason in obstacles if reason), None)
         if why_not is None and len(set(hosts)) > 1:
             why_not = f"all ranks must be on one machine, not {len(set(hosts))}"

@@ -11,18 +11,28 @@ Two groups explain the parallelism. Draw a job's ranks as a reshaped arange, wit
 """
 
 import datetime
+import functools
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.interface import interface_of
+
 # torch 2.13 renamed these two and warns about the old names; 2.11 knows only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+LOOPBACK = "127.0.0.1"
+GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"  # environment variables: the interface where each listens
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,29 @@ class Group:
         out = x.new_empty(sum(recv) if recv is not None else x.shape[0], *x.shape[1:])
         return AllToAll(out, dist.all_to_all_single(out, x, recv, send, group=self.handle, async_op=True), x)
 
-    def exchange(self, item: Any) -> list[Any]:
-        """Return every member's (small, picklable) item, in rank order."""
+    def exchange(self, item: Any, kind: Any) -> list[Any]:
+        """Return every member's (small) item, in rank order. `kind`: its type, which msgspec checks at the other ranks.
+
+        Torch's own exchange of objects unpickles them, and so runs the code of whoever gets between two ranks. Raises
+        ValueError for bytes that are no such item.
+        """
         if self.size == 1:
             return [item]
-        items = [None] * self.size
-        dist.all_gather_object(items, item, group=self.handle)
-        return items
+        mine = torch.frombuffer(bytearray(msgspec.msgpack.encode(item)), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([mine.numel()])).tolist()
+        padded = mine.new_zeros(1, max(sizes))
+        padded[0, : mine.numel()] = mine
+        rows, decode = self.all_gather(padded).numpy(), _decoder(kind).decode
+        return [decode(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait until every member has come here."""
+        self.exchange(None, None)
+
+
+@functools.cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder:
+    return msgspec.msgpack.Decoder(kind)
 
 
 @dataclass
@@ -110,7 +136,7 @@ class Mesh:
     device: torch.device = torch.device("cpu")
     attn: Group = Group()
     ep: Group = Group()
-    first_host: str = "127.0.0.1"  # where rank 0 runs
+    first_host: str = LOOPBACK  # where the other ranks reach rank 0
 
     @property
     def replica(self) -> int:
@@ -123,7 +149,7 @@ class Mesh:
 
     def nodes(self) -> int:
         """Return the number of machines if each has equally many ranks, numbered in a row; else 1. Collective."""
-        hosts = self.ep.exchange(socket.gethostname())
+        hosts = self.ep.exchange(socket.gethostname(), str)
         count = len(set(hosts))
         share = self.size // count
         return count if hosts == [hosts[i * share] for i in range(count) for _ in range(share)] else 1
@@ -150,15 +176,17 @@ class Mesh:
             return cls(device=my_device)
         if my_device.type == "cuda":
             torch.cuda.set_device(my_device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if my_device.type == "cuda" else "gloo")
+        first_host = launched_first_host(size)
         grid = torch.arange(size).reshape(-1, attn_tp)
         attn = Group()
-        for row in grid.tolist():  # every rank must call new_group for every row, in the same order
-            handle = dist.new_group(row) if attn_tp > 1 else None
-            if rank in row:
-                assert not isinstance(handle, int)  # new_group returns a number to ranks outside the group
-                attn = Group(attn_tp, row.index(rank), handle)
-        return cls(rank, size, my_device, attn, Group(size, rank, dist.group.WORLD), os.environ["MASTER_ADDR"])
+        with on_interface(first_host):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if my_device.type == "cuda" else "gloo")
+            for row in grid.tolist():  # every rank must call new_group for every row, in the same order
+                handle = dist.new_group(row) if attn_tp > 1 else None
+                if rank in row:
+                    assert not isinstance(handle, int)  # new_group returns a number to ranks outside the group
+                    attn = Group(attn_tp, row.index(rank), handle)
+        return cls(rank, size, my_device, attn, Group(size, rank, dist.group.WORLD), first_host)
 
     def agree(self, *mine: int) -> list[list[int]]:
         """Exchange numbers: return every rank's, one row per rank. The one small CPU collective of a step."""
@@ -178,11 +206,44 @@ class Mesh:
     def ranks_on_my_gpu(self) -> int:
         """Return the number of ranks in the job that use this rank's GPU. Collective."""
         my_gpu = gpu_id(self.device)
-        return self.ep.exchange(my_gpu).count(my_gpu)
+        return self.ep.exchange(my_gpu, str).count(my_gpu)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def on_interface(first_host: str) -> Iterator[None]:
+    """Let gloo and NCCL listen at the interface towards rank 0, unless the user has named one.
+
+    Gloo would otherwise listen at the address of this machine's name, and NCCL at any interface. On one machine that is
+    the loopback, and only for the groups made meanwhile: links to other machines are made later. Over several machines
+    it is where the machines reach one another.
+    """
+    here = first_host == LOOPBACK
+    name = interface_of(LOOPBACK if here else _source_address(first_host))
+    wanted = [variable for variable in ((GLOO,) if here else (GLOO, NCCL)) if variable not in os.environ]
+    if name is None:
+        yield
+        return
+    os.environ.update(dict.fromkeys(wanted, name))
+    try:
+        yield
+    finally:
+        for variable in wanted if here else ():
+            del os.environ[variable]
+
+
+def _source_address(host: str) -> str:
+    """Return the address from which this machine reaches `host`. Raises ValueError if there is no route."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # a datagram socket: this sends nothing
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"no way to reach rank 0 at {host!r}: {error.strerror}") from None
 
 
 def gpu_id(device: torch.device) -> str:
@@ -198,6 +259,11 @@ def launched_rank() -> int:
 def launched_local_rank() -> int:
     """Return this rank's number on its machine, known before there is a mesh; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def launched_first_host(size: int) -> str:
+    """Return where a job's `size` ranks reach rank 0: on this machine alone, if torchrun says that all are here."""
+    return LOOPBACK if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == size else os.environ["MASTER_ADDR"]
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -28,6 +28,15 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return True
 
 
+def write_secret(folder: Path, text: str = "0123456789abcdef" * 2 + "\n") -> Path:
+    """Write a file for --secret-file."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "secret"
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
 def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as probe:

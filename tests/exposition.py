@@ -33,6 +33,7 @@ DECODE_STATS = {
     "transfer_failures": 1,
     "transfer_mismatches": 2,
     "transfers_in_flight": 2,
+    "refusals": 6,
     "rebalance_looks": 7,
     "rebalances_total": 2,
     "rebalance_failures": 1,

@@ -13,12 +13,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 from scripts.tools.demo import free_port
 from tests.conftest import ROOT
+from tests.hosts import Host
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server inherits the environment, and every process from it
 fork_server = multiprocessing.get_context("forkserver")
@@ -26,16 +28,31 @@ fork_server.set_forkserver_preload(["run", "pytest", "hypothesis"])
 _folder = tempfile.TemporaryDirectory(prefix="moesaic-processes-")
 
 
-def world(ranks: int) -> list[dict[str, str]]:
-    """Return the environment that torchrun gives to each rank. A single rank gets none, as without torchrun."""
+def world(ranks: int, first_host: str | None = None) -> list[dict[str, str]]:
+    """Return the environment that torchrun gives to each rank. A single rank gets none, as without torchrun.
+
+    `first_host`: the address of rank 0, for a job with one rank per machine; None: all are on this machine.
+    """
     if ranks == 1:
         return [{}]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    common = {"MASTER_ADDR": first_host or "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    if first_host is not None:
+        return [common | {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for rank in range(ranks)]
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _child(module: str, argv: list[str], out: Path, err: Path, env: dict[str, str], constants: dict[str, Any]) -> None:
+def _child(
+    module: str,
+    argv: list[str],
+    out: Path,
+    err: Path,
+    env: dict[str, str],
+    constants: dict[str, Any],
+    host: Callable[[], None] | None,
+) -> None:
     os.setsid()
+    if host is not None:
+        host()
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -80,13 +97,17 @@ class Process:
         env: dict[str, str] | None = None,
         constants: dict[str, Any] | None = None,
         module: str = "run",
+        host: Callable[[], None] | None = None,
     ) -> None:
-        """`argv`: the flags. `out`, `err`: files to which its streams are appended; new ones if None."""
+        """`argv`: the flags. `out`, `err`: files to which its streams are appended; new ones if None.
+
+        `host()` moves the process to another host (tests/hosts.py).
+        """
         Process._count += 1
         self._out = out or Path(_folder.name, f"{Process._count}.out")
         self._err = err or Path(_folder.name, f"{Process._count}.err")
         self._argv = argv
-        args = module, argv, self._out, self._err, env or {}, constants or {}
+        args = module, argv, self._out, self._err, env or {}, constants or {}, host
         # A benchmark may start processes in its turn, which a daemon may not.
         self._process = fork_server.Process(target=_child, args=args, daemon=module == "run")
         self._process.start()
@@ -145,9 +166,18 @@ class Job:
         constants: dict[str, Any] | None = None,
         module: str = "run",
         env: dict[str, str] | None = None,
+        hosts: Sequence[Host] = (),
     ) -> None:
-        """`log`: one file for the output of all ranks; a file per rank and stream if None. `env`: for all ranks."""
-        self.ranks = [Process(argv, log, log, (env or {}) | own, constants, module) for own in world(ranks)]
+        """`log`: one file for the output of all ranks; a file per rank and stream if None. `env`: for all ranks.
+
+        `hosts`: one per rank; none: this machine.
+        """
+        environments = world(ranks, hosts[0].address if hosts else None)
+        places = hosts or [None] * ranks
+        self.ranks = [
+            Process(argv, log, log, (env or {}) | own, constants, module, place)
+            for own, place in zip(environments, places, strict=True)
+        ]
 
     def signal(self, number: signal.Signals) -> None:
         for rank in self.ranks:

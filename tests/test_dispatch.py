@@ -108,7 +108,8 @@ def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, 
     ):
         arrived = start(dispatcher, sent, slots, weights).wait()
         if dispatcher is sliced:
-            copies = [(theirs // experts_a_rank == group.rank).sum() for theirs in group.exchange(slots)]
+            everyone = group.exchange(slots.tolist(), list[list[int]])
+            copies = [slot // experts_a_rank == group.rank for theirs in everyone for row in theirs for slot in row]
             assert isinstance(arrived, Sliced) == (sum(copies) > MOST)
         y = apply_experts(arrived, group.rank * experts_a_rank)
         out = dispatcher.combine(y, arrived.way_back).wait()[:tokens]
@@ -130,7 +131,7 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
     x = torch.randn(tokens, HIDDEN, generator=generator)
     sent: Tensor | Quantized = quantize_1x128(x) if dtype == torch.float8_e4m3fn else x.to(dtype)
     mine = keys(sent, None) if isinstance(sent, Tensor) else keys(*sent)
-    everyone = group.exchange((mine, slots.tolist()))
+    everyone = group.exchange((mine, slots.tolist()), tuple[list[bytes], list[list[int]]])
     origin = {key: (source, token) for source, (rows, _) in enumerate(everyone) for token, key in enumerate(rows)}
     first = group.rank * experts_a_rank
     expected = {
@@ -178,7 +179,12 @@ def check_collectives(mesh: Mesh) -> None:
     theirs = [torch.arange(share * r, share * (r + 1.0))[:, None] + 100 * r for r in range(group.size)]
     assert torch.equal(group.all_gather(x[mine]), torch.cat(theirs))
     assert torch.equal(group.all_reduce(x.clone()), total)
-    assert group.exchange({"rank": group.rank}) == [{"rank": r} for r in range(group.size)]
+    assert group.exchange({"rank": group.rank}, dict[str, int]) == [{"rank": r} for r in range(group.size)]
+    letters = "abc" * 1000 * group.rank + "x"  # of another length on every rank
+    assert [len(text) for text in group.exchange(letters, str)] == [3000 * r + 1 for r in range(group.size)]
+    if group.size > 1:
+        with pytest.raises(ValueError, match="Expected `int`, got `str`"):
+            group.exchange("not a number" if group.rank else 1, int)
     assert mesh.agree(mesh.rank, 7) == [[r, 7] for r in range(mesh.size)]
 
 

@@ -19,7 +19,7 @@ from disagg.control.ports import WorkerPort
 from disagg.front.front_door import FrontDoor
 from model.config import ModelConfig
 from run import parse_args
-from tests.conftest import ROOT, eventually
+from tests.conftest import ROOT, eventually, write_secret
 
 HOST = "127.0.0.1"
 SOON_S = 20
@@ -252,11 +252,15 @@ def test_a_prompt_that_nobody_reads_is_given_up(serve: Callable[..., Serving], m
     assert isinstance(serving.error, BrokenPipeError)
 
 
-@pytest.mark.parametrize("host, warns", [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+@pytest.mark.parametrize(
+    "host, access, warns",
+    [("127.0.0.1", "", False), ("localhost", "", False), ("0.0.0.0", "--insecure", True), ("0.0.0.0", "secret", False)],
+)
 def test_the_router_says_where_it_listens_and_who_can_come(
-    host: str, warns: bool, tiny: Path, capsys: pytest.CaptureFixture
+    host: str, access: str, warns: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    args = parse_args(["--model", str(tiny), "--role", "router", "--router", f"{host}:0", "--prompt", "x"])
+    given = ["--secret-file", str(write_secret(tmp_path))] if access == "secret" else access.split()
+    args = parse_args(["--model", str(tiny), "--role", "router", "--router", f"{host}:0", "--prompt", "x", *given])
     front = FrontDoor(args, ModelConfig.from_pretrained(tiny), (host, 0))
     front.announce(host)
     front.port.close()

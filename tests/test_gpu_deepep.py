@@ -175,8 +175,8 @@ def check_provenance(world: World) -> None:
     x = F.pad(marks.repeat_interleave(128, 1), (0, D - 128 * marks.shape[1])).bfloat16().to(DEVICE)
     expected = {
         (source + 1, token + 1, slot)
-        for source, theirs in enumerate(group.exchange(slots))
-        for token, row in enumerate(theirs.tolist())
+        for source, theirs in enumerate(group.exchange(slots.tolist(), list[list[int]]))
+        for token, row in enumerate(theirs)
         for slot in row
         if first <= slot < first + PER_RANK
     }

@@ -62,9 +62,9 @@ from tests.conftest import ROOT, eventually
 from tests.processes import fork_server
 
 CPU = torch.device("cpu")
-TORCH = TorchEndpoint(CPU)
 PACKAGES = {"nixl": "nixl_cu13", "mooncake": "mooncake"}
 HOST = "127.0.0.1"
+TORCH = TorchEndpoint(CPU, HOST)
 MADE: list[tuple[str, Endpoint]] = []  # endpoints that no test is using; to make one takes half a second
 LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
 CANARY = -7.5
@@ -788,7 +788,7 @@ def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monke
     key = link_key(Member("p", HOST), decode)
     link = SendLink(key, listen(door.store.port, HOST, TORCH), make_pool(None), queue.SimpleQueue(), Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
-    transport = TorchTransport(PrefixStore(key, store), 1, CPU)
+    transport = TorchTransport(PrefixStore(key, store), 1, CPU, "127.0.0.1")
     time.sleep(0.3)  # now it waits at the pipe
     link.stop()
     link.join(SOON)
@@ -1057,7 +1057,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     end = End(make_pool(None), None, queue.SimpleQueue())
     end.link = SendLink(key, listen(door.store.port, HOST, TORCH), end.pool, end.events, Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
-    transport = TorchTransport(PrefixStore(key, store), 1, CPU)
+    transport = TorchTransport(PrefixStore(key, store), 1, CPU, "127.0.0.1")
     end.link.put(Join(1))
     end.link.put(SendLast(1, 5, [], sampled=time.perf_counter()))
     time.sleep(0.3)

@@ -82,6 +82,8 @@ def test_replicas_are_shown_as_they_report(text: bytes) -> None:
     for name in (*transfers, "graph_replays"):
         assert value(text, f"moesaic_{name}_total", **DECODE) == DECODE_STATS[name]
     assert value(text, "moesaic_transfers_in_flight", **DECODE) == 2
+    assert value(text, "moesaic_refusals_total", **DECODE) == 6
+    assert value(text, "moesaic_refusals_total", role="router", job="", rank="") == 0
     assert value(text, "moesaic_job_info", role="decode", overlap="auto", overlap_rule=OVERLAP_RULE) == 1
     assert value(text, "moesaic_balancedness", role="decode") == 0.875
     assert value(text, "moesaic_expert_looks_total", role="decode") == 7

@@ -109,7 +109,7 @@ def test_every_collective_in_a_group_of_one_gives_back_what_it_got() -> None:
         group.all_to_all(x, [5], [5]).wait(),
     ):
         assert result.equal(before) and result.data_ptr() == x.data_ptr()
-    assert group.exchange({"a": 1}) == [{"a": 1}]
+    assert group.exchange({"a": 1}, dict[str, int]) == [{"a": 1}]
     assert group.share(5) == 5
     assert group.all_to_all(x[:0], [0], [0]).wait().shape == (0, 3)
 

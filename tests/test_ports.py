@@ -225,14 +225,13 @@ def test_a_stranger_is_not_heard_and_ends_nothing(opened: Any, capsys: Any) -> N
     stranger(router.port, b"\xff\xfe", opened).send_multipart([header, encode(Bye({}))])
     for message in (Updates([Tokens({1: 7})]), Bye({})):
         sock.send_multipart([header, encode(message)])
-    said: list[str] = []
 
-    def dropped() -> int:
+    def refused() -> int:
         assert not router.poll(50)
-        said.append(capsys.readouterr().err)
-        return "".join(said).count("dropped a message that is not a worker's")
+        return router.refusals.count
 
-    assert eventually(lambda: dropped() == 6) and not router.poll(200)
+    assert eventually(lambda: refused() == 6) and not router.poll(200) and router.refusals.count == 6
+    assert capsys.readouterr().err.count("router: a message that is not a worker's was refused: ") == 1
     worker.send(Bye({}))
     assert hear(router, 1) == [("w", Bye({}))]
 

@@ -53,6 +53,9 @@ class FakeLink:
     def stop(self) -> None:
         self.is_down = True
 
+    def is_alive(self) -> bool:
+        return not self.is_down
+
     def join(self, timeout: float) -> None:
         pass
 
@@ -65,7 +68,7 @@ def engine(tiny: Path) -> Engine:
 
 @pytest.fixture
 def decode(engine: Engine) -> Decode:
-    role = Decode(engine, [ME], TorchEndpoint(engine.pool.device))
+    role = Decode(engine, [ME], TorchEndpoint(engine.pool.device, HOST))
     role.links._make = FakeLink
     return role
 
@@ -206,7 +209,7 @@ def test_a_unified_replica_reports_the_prompt_that_it_computes(engine: Engine) -
 
 @pytest.fixture
 def prefill(engine: Engine) -> Any:
-    role = Prefill(engine, [ME], Door(HOST), TorchEndpoint(engine.pool.device))
+    role = Prefill(engine, [ME], Door(HOST), TorchEndpoint(engine.pool.device, HOST))
     role.links._make = FakeLink
     yield role
     role.door.close()
@@ -277,15 +280,15 @@ def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypat
         sock.send(encode(Knock(Member(f"d{number}", HOST), 0)))
     sock.send(b"\x82\xa4type\xa5Knock\xa1z" + b"\x91" * 200_000 + b"\xc0")
     sock.send(encode(Knock(Member("d1", HOST), 0)))
-    refused = "prefill: a link was refused, 3 are open\n"
-    said: list[str] = []
 
     def heard() -> bool:
         prefill.collect()
-        said.append(capsys.readouterr().err)
-        return "".join(said) == 5 * refused
+        return prefill.stats() == {"refusals": 6}
 
-    assert eventually(heard), said
+    assert eventually(heard), prefill.stats()
+    said = capsys.readouterr().err
+    assert said.count("prefill: at the door: a link was refused: 3 are open\n") == 1
+    assert said.count("prefill: at the door: a message that is no knock was refused: ") == 1 == said.count("\n") - 1
     assert sorted(link.peer.id for link in links(prefill)) == ["d0", "d1", "d2"]
     links(prefill)[0].is_down = True
     sock.send(encode(Knock(OTHER, 0)))

@@ -2,8 +2,11 @@
 
 import os
 import socket
+from contextlib import suppress
 
 import zmq
+
+from disagg.control.secret import Secret
 
 
 def parse_address(name: str, address: str) -> tuple[str, int]:
@@ -65,10 +68,15 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
-def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
-    """Bind to host:port (0: any free port). Returns the port. Raises ValueError if the address cannot be used."""
+def bind(sock: zmq.Socket, host: str, port: int = 0, secret: Secret | None = None) -> int:
+    """Bind to host:port (0: any free port), for those who have the secret, or for everybody. Returns the port.
+
+    Raises ValueError if the address cannot be used.
+    """
     try:
         number = resolve(host)
+        if secret is not None:
+            secret.guard(sock)
         sock.setsockopt(zmq.IPV6, ":" in number)
         sock.bind(f"tcp://{format_address(number, port or '*')}")
     except zmq.ZMQError as error:
@@ -79,13 +87,29 @@ def bind(sock: zmq.Socket, host: str, port: int = 0) -> int:
     return int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
 
 
-def connect_to(sock: zmq.Socket, host: str, port: int) -> None:
+def connect_to(sock: zmq.Socket, host: str, port: int, secret: Secret | None = None) -> None:
     """Connect as soon as a process listens there, and reconnect whenever the connection is lost.
 
-    Returns at once. Raises ValueError if the host cannot be resolved.
+    `secret`: what the listener asks for. Returns at once. Raises ValueError if the host cannot be resolved.
     """
     try:
         sock.setsockopt(zmq.IPV6, ":" in resolve(host))
     except OSError as error:
         raise ValueError(f"no way to reach {host!r}: {error.strerror}") from None
-    sock.connect(f"tcp://{format_address(host, port)}")  # the name itself: it may resolve to another machine later
+    if secret is not None:
+        secret.show(sock)
+    sock.connect(_endpoint(host, port))  # the name itself: it may resolve to another machine later
+
+
+def connect_again(sock: zmq.Socket, host: str, port: int) -> None:
+    """Connect anew after a handshake that failed: ZeroMQ gives an address up whose process does not speak as expected.
+
+    Another process may listen there later.
+    """
+    with suppress(zmq.ZMQError):  # it has been given up already
+        sock.disconnect(_endpoint(host, port))
+    sock.connect(_endpoint(host, port))
+
+
+def _endpoint(host: str, port: int) -> str:
+    return f"tcp://{format_address(host, port)}"

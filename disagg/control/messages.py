@@ -121,8 +121,8 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """The router: no content. Sending it shows whether the worker is still connected."""
 
 
-class Forget(msgspec.Struct, frozen=True):
-    """A worker's port to its own loop: the session has ended, so drop its requests. Never sent over the network."""
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """A worker's port to its own loop: the session has ended, so drop its requests. No router can send it."""
 
 
 class Parts(msgspec.Struct, frozen=True):

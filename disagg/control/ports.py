@@ -1,26 +1,31 @@
 """Ports: the router's and a replica's ends of their conversation, over ZeroMQ. `session.py` handles lost connections.
 
-A message has two frames: its session's header and its body. Anything else is dropped, with a line on stderr.
+A message has two frames: its session's header and its body. Anything else is refused, and counted (`refusals.py`).
 """
 
 import secrets
-import sys
 import time
+import uuid
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from disagg.control.address import bind, connect_to
+from disagg.control.address import bind, connect_again, connect_to
 from disagg.control.messages import Beat, Decoder, Forget, Hello, Ping, ToRouter, ToWorker, Welcome, encode
+from disagg.control.refusals import FAILED, Refusals
+from disagg.control.secret import Secret, stop_guarding
 from disagg.control.session import Header, Session
 
 HEARTBEAT_MS = 2_000  # of ZeroMQ; its I/O thread answers, however long a step takes
 DEAD_AFTER_MS = 10_000
 LINGER_MS = 2_000
+FAILURES = 3  # handshakes in a row that broke off: one alone may, because its router has just ended
+AGAIN_S = 1.0  # from a handshake that failed to the next one
 MOST_SOCKETS = 4_096  # per process; ZeroMQ's default limit is 1,023, which 200 links would reach
 MOST_BYTES = 16 * 2**20  # per message; ZeroMQ ends a connection that announces more
 MOST_POLLED = 256  # messages that one poll returns; it also stops after
 POLLED_BYTES = 4 * 2**20  # bytes
+EVENTS = FAILED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 _to_worker = Decoder[ToWorker](ToWorker)
 _to_router = Decoder[ToRouter](ToRouter)
@@ -40,15 +45,37 @@ def new_socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
     return sock
 
 
+def watch(sock: zmq.Socket, events: int) -> zmq.Socket:
+    """Return a socket that tells of these events of `sock`. End it with `unwatch`.
+
+    Its queue has no limit, other than that of pyzmq's `get_monitor_socket`. At a limit ZeroMQ's I/O thread waits for a
+    reader, and every connection of the context with it. Strangers who come and go could bring that about.
+    """
+    address = f"inproc://{uuid.uuid4().hex}"
+    sock.monitor(address, events)
+    monitor = sock.context.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.RCVHWM, 0)
+    monitor.connect(address)
+    return monitor
+
+
+def unwatch(sock: zmq.Socket, monitor: zmq.Socket) -> None:
+    sock.monitor(None, 0)
+    monitor.close()
+
+
 class RouterPort:
     """The router's end. It addresses workers by their id. The router opens one session with each."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, secret: Secret | None = None) -> None:
+        """`secret`: what workers must have. None: every process that reaches the port is heard."""
         self._context = zmq.Context()  # its own, so that `close` can wait until its last messages have left
         self._sock = new_socket(zmq.ROUTER, self._context)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to an absent process is an error
         self._sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker may reconnect while its old connection still exists
-        self.port = bind(self._sock, host, port)
+        self._monitor = watch(self._sock, FAILED)
+        self.refusals = Refusals("router")
+        self.port = bind(self._sock, host, port, secret)
         self._sessions: dict[str, Session] = {}
 
     def admit(self, worker: str) -> bool:
@@ -84,6 +111,7 @@ class RouterPort:
 
     def poll(self, timeout_ms: int) -> list[tuple[str, ToRouter]]:
         """Return the received messages as (worker, message), after waiting up to `timeout_ms` for the first."""
+        self.refusals.add_failed(self._monitor)
         messages, num_bytes = [], 0
         while len(messages) < MOST_POLLED and num_bytes < POLLED_BYTES:
             if not self._sock.poll(0 if num_bytes else timeout_ms):
@@ -96,7 +124,7 @@ class RouterPort:
                 head, body = frames
                 worker, header, message = name.decode(), _header(head), _to_router(body)
             except ValueError as error:
-                print(f"router: dropped a message that is not a worker's ({error!s:.200})", file=sys.stderr)
+                self.refusals.add("a message that is not a worker's", str(error))
                 continue
             if self._counts(worker, header, message):
                 messages.append((worker, message))
@@ -127,23 +155,29 @@ class RouterPort:
         return bool(self._sock.poll(0))
 
     def close(self) -> None:
+        unwatch(self._sock, self._monitor)
         self._sock.close()
+        stop_guarding(self._context)
         self._context.term()
 
 
 class WorkerPort:
     """A replica's end. It connects whenever a router listens at the address, and sends Hello each time."""
 
-    def __init__(self, hello: Hello, host: str, port: int) -> None:
-        """Raises ValueError if `host` cannot be resolved."""
+    def __init__(self, hello: Hello, host: str, port: int, secret: Secret | None = None) -> None:
+        """`secret`: the router's. Raises ValueError if `host` cannot be resolved."""
         self._context = zmq.Context()  # its own, as in RouterPort
         self._sock = new_socket(zmq.DEALER, self._context)
         self._sock.setsockopt_string(zmq.IDENTITY, hello.members[0].id)
-        self._monitor = self._sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        connect_to(self._sock, host, port)
+        self._monitor = watch(self._sock, EVENTS)
+        self._router = host, port
+        connect_to(self._sock, host, port, secret)
         self._hello = encode(hello)
         self._session: Session | None = None
         self._lost_at: float | None = None
+        self._failures = 0  # handshakes in a row that have failed
+        self._again_at = float("inf")
+        self.refusals = Refusals("this job")
         self._poller = zmq.Poller()
         for sock in (self._sock, self._monitor):
             self._poller.register(sock, zmq.POLLIN)
@@ -157,6 +191,11 @@ class WorkerPort:
     def lost_s(self) -> float:
         """Seconds since the connection to the router that admitted this replica broke; 0 while it is connected."""
         return 0.0 if self._lost_at is None else time.monotonic() - self._lost_at
+
+    @property
+    def shut_out(self) -> bool:
+        """Has the process at the address another secret than this replica, which may have none?"""
+        return self._failures >= FAILURES
 
     def send(self, message: ToRouter) -> None:
         """Send a message in the current session. Without a session, drop it: no router has given this replica work."""
@@ -179,7 +218,7 @@ class WorkerPort:
                 head, body = self._sock.recv_multipart()
                 header, message = _header(head), _to_worker(body)
             except ValueError as error:
-                print(f"dropped a message that is not the router's ({error!s:.200})", file=sys.stderr)
+                self.refusals.add("a message that is not the router's", str(error))
                 continue
             if isinstance(message, Welcome):
                 messages += self._welcomed(header)
@@ -189,12 +228,20 @@ class WorkerPort:
         return messages
 
     def _watch(self) -> None:
+        if time.monotonic() >= self._again_at:
+            self._again_at = float("inf")
+            connect_again(self._sock, *self._router)
         while self._monitor.poll(0):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_DISCONNECTED:
                 if self._session is not None and self._lost_at is None:
                     self._lost_at = time.monotonic()
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._failures += 1
+            elif event & FAILED:
+                self._failures, self._again_at = FAILURES, time.monotonic() + AGAIN_S
             else:
+                self._failures = 0
                 self._send(self._session.unnumbered if self._session else Header(""), self._hello)
 
     def _welcomed(self, header: Header) -> list[Forget]:
@@ -214,7 +261,6 @@ class WorkerPort:
 
     def close(self) -> None:
         """Close the port. Returns when all sent messages have left, or after LINGER_MS."""
-        self._sock.disable_monitor()
-        self._monitor.close()
+        unwatch(self._sock, self._monitor)
         self._sock.close()
         self._context.term()

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import zmq
 
-from disagg.control.address import connect_to
+from disagg.control.address import connect_again, connect_to
 from disagg.control.messages import Beat, Load, Member, encode
-from disagg.control.ports import new_socket
+from disagg.control.ports import new_socket, unwatch, watch
+from disagg.control.refusals import FAILED
+from disagg.control.secret import Secret
 from disagg.control.session import Header
 
 BEAT_S = 1.0
@@ -25,8 +27,8 @@ class Beacon(threading.Thread):
     The loop counts up `turn`, and sets `waits` while it is in a collective. On a replica's first rank it sets `load`.
     """
 
-    def __init__(self, id: str, host: str, port: int) -> None:
-        """Raises ValueError if `host` cannot be resolved."""
+    def __init__(self, id: str, host: str, port: int, secret: Secret | None = None) -> None:
+        """`secret`: the router's. Raises ValueError if `host` cannot be resolved."""
         super().__init__(name="beacon", daemon=True)
         self.turn, self.waits = 0, False
         self.load: Load | None = None
@@ -35,16 +37,21 @@ class Beacon(threading.Thread):
         self._sock.setsockopt_string(zmq.IDENTITY, f"beacon of {id}")
         self._sock.setsockopt(zmq.LINGER, 0)
         self._sock.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing while no router is connected
-        connect_to(self._sock, host, port)
+        self._monitor, self._router = watch(self._sock, FAILED), (host, port)
+        connect_to(self._sock, host, port, secret)
         self.start()
 
     def run(self) -> None:
         while not self._ended.wait(BEAT_S):
+            if self._monitor.poll(0):
+                self._monitor.recv_multipart()
+                connect_again(self._sock, *self._router)
             beat = Beat(self._id, self.turn, self.waits, self.load)
             try:
                 self._sock.send_multipart((encode(Header("")), encode(beat)), zmq.DONTWAIT)
             except zmq.Again:
                 continue
+        unwatch(self._sock, self._monitor)
         self._sock.close()
 
     def close(self) -> None:

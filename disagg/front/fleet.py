@@ -94,7 +94,7 @@ class Fleet:
         self.port.admit(new.id)
         if wrong := self._objection(new):
             error = f"refused: {wrong}"
-            _say(f"a {new.hello.role} replica was {error}")
+            self.port.refusals.add(f"a {new.hello.role} replica", wrong)
             self.port.send(new.id, Finish(error))
             self.port.dismiss(new.id)
             return

@@ -10,7 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from disagg.config import EngineConfig
-from disagg.control.address import format_address, is_wildcard
+from disagg.control.access import is_loopback, read_secret
+from disagg.control.address import format_address
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.expert_rows import RowShape
@@ -30,6 +31,7 @@ class FrontDoor:
 
     def __init__(self, args: Namespace, config: ModelConfig, listen: tuple[str, int]) -> None:
         """Check everything that can be refused, then listen. Lines are read in `run`."""
+        self.secret = read_secret(args, listen[0])
         longest = EngineConfig(max_model_len=args.max_model_len).model_len(config)
         encoder = load_tokenizer(args.model, longest, config.vocab_size)
         if encoder.tokenizer is None and args.prompt is not None:
@@ -51,13 +53,13 @@ class FrontDoor:
             lines = Lines(args.input)
             self.output = Output(args.output, lines.stat, args.existing)
             self.source = self.batch = JsonLines(lines, self.output, served, self._count, self._refused)
-        self.port = RouterPort(*listen)
+        self.port = RouterPort(*listen, self.secret)
         say_about_text(encoder)
         self._answers = self._failures = 0
 
     def announce(self, host: str) -> None:
         print(f"router: listening on {format_address(host, self.port.port)}", file=sys.stderr, flush=True)
-        if is_wildcard(host):
+        if self.secret is None and not is_loopback(host):
             print("router: anybody who reaches that port can take part and read the prompts", file=sys.stderr)
 
     def run(self, stopped: Callable[[], bool], expected: int = 0) -> None:

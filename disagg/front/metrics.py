@@ -30,6 +30,7 @@ class Metrics:
         self.prompt_tokens = self.generated_tokens = 0  # of the requests that have ended
         self.retries = 0  # attempts that followed another one
         self.migrations = 0  # retries because a replica was lost
+        self.refusals = 0  # what ports have refused to hear, at the end
         self.ttft, self.inter_token, self.latency = Histogram(), Histogram(), Histogram()
         self.parts = {name: Histogram() for name in Parts.__struct_fields__}  # of the TTFT of handed-over requests
         self._began = self._latest_end = 0.0  # time.monotonic()
@@ -106,6 +107,8 @@ class Metrics:
                 rows.append(("experts", f"{role}: {balancedness(stats)}, of all that was recorded"))
         if self.retries:
             rows.append(("retries", str(self.retries)))
+        if refusals := self.refusals + sum(stats.get("refusals", 0) for _, stats in self._stats):
+            rows.append(("refusals", f"{refusals:,.0f} of connections, messages, links and replicas"))
         return "\n".join(f"{name:>12}  {value}" for name, value in rows)
 
     def _rate(self, phase: str, tokens: str) -> str:

@@ -138,6 +138,7 @@ class Router:
         self.fleet.farewell(self._listen)
         for role, stats in self.fleet.stats:
             self.metrics.replica_left(role, stats)
+        self.metrics.refusals = self.port.refusals.count
 
     @property
     def num_waiting(self) -> int:

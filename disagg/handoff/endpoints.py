@@ -42,7 +42,7 @@ class Handoff:
                 return NixlEndpoint(page, device)
             case "mooncake":
                 return MooncakeEndpoint(host, page, device)
-        return TorchEndpoint(device)
+        return TorchEndpoint(device, host)
 
 
 BY_DEFAULT = Handoff()

@@ -57,7 +57,8 @@ class Links(Generic[L]):
 
     @property
     def num_alive(self) -> int:
-        return sum(not link.is_down for link in self._links.values())
+        """Links that still have a thread. One that was dropped has one until the wait that it is in has ended."""
+        return sum(link.is_alive() for link in (*self._links.values(), *self._dropped.values()))
 
     def __contains__(self, key: tuple[str, int]) -> bool:
         return key in self._links or key in self._dropped

@@ -12,7 +12,9 @@ import zmq
 
 from disagg.control.address import bind, connect_to
 from disagg.control.messages import Decoder, encode
-from disagg.control.ports import MOST_POLLED, new_socket
+from disagg.control.ports import MOST_POLLED, new_socket, unwatch, watch
+from disagg.control.refusals import FAILED, Refusals
+from disagg.control.secret import Secret
 from disagg.handoff.protocol import Message
 
 DOUBT_S = 1.0  # after a peer has disconnected: ZeroMQ may take a moment to tell which one
@@ -23,30 +25,40 @@ PROBE = b""  # an empty message: sending it shows whether the other end is conne
 class Pipe:
     """Made by `listen` or `connect`, and used by one thread only."""
 
-    def __init__(self, sock: zmq.Socket, events: int, kind: type | UnionType, name: str, port: int = 0) -> None:
+    def __init__(self, sock: zmq.Socket, kind: type | UnionType, name: str, refusals: Refusals, port: int = 0) -> None:
         self.sock, self.port = sock, port
-        self._decode = Decoder[Message](kind)
-        self.monitor = sock.get_monitor_socket(events)
+        self._decode, self._refusals = Decoder[Message](kind), refusals
+        self.monitor = watch(sock, zmq.EVENT_DISCONNECTED | FAILED)
         self._to = [name.encode()] if sock.type == zmq.ROUTER else []  # the frames before a message
         self._said = self._heard = 0
         self._doubt_until = 0.0
 
     @classmethod
-    def listen(cls, host: str, name: str, kind: type | UnionType) -> "Pipe":
-        """Listen on any free port for the peer called `name`, which sends messages of the types `kind`."""
+    def listen(
+        cls,
+        host: str,
+        name: str,
+        kind: type | UnionType,
+        secret: Secret | None = None,
+        refusals: Refusals | None = None,
+    ) -> "Pipe":
+        """Listen on any free port for the peer called `name`, which sends messages of the types `kind`.
+
+        `secret`: what it must have. `refusals`: where strangers are counted.
+        """
         sock = new_socket(zmq.ROUTER)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        pipe = cls(sock, zmq.EVENT_DISCONNECTED, kind, name)
-        pipe.port = bind(sock, host)
+        pipe = cls(sock, kind, name, refusals or Refusals("a link"))
+        pipe.port = bind(sock, host, 0, secret)
         return pipe
 
     @classmethod
-    def connect(cls, host: str, port: int, name: str, kind: type | UnionType) -> "Pipe":
+    def connect(cls, host: str, port: int, name: str, kind: type | UnionType, secret: Secret | None = None) -> "Pipe":
         """Connect as the peer called `name`. The end that listens sends messages of the types `kind`."""
         sock = new_socket(zmq.DEALER)
         sock.setsockopt(zmq.IDENTITY, name.encode())
-        pipe = cls(sock, zmq.EVENT_DISCONNECTED, kind, name, port)
-        connect_to(sock, host, port)
+        pipe = cls(sock, kind, name, Refusals("a link"), port)
+        connect_to(sock, host, port, secret)
         pipe._send(PROBE)  # the other end waits for a first message
         return pipe
 
@@ -71,7 +83,9 @@ class Pipe:
         messages = []
         while len(messages) < MOST_POLLED and self.sock.poll(0 if messages else timeout_ms):
             frames = self.sock.recv_multipart()
-            if frames[: len(self._to)] == self._to and frames[len(self._to) :] != [PROBE]:
+            if frames[: len(self._to)] != self._to:
+                self._refusals.add("a message", "it is not the peer's")
+            elif frames[len(self._to) :] != [PROBE]:
                 messages.append(self._next(frames[len(self._to) :]))
         return messages
 
@@ -96,9 +110,7 @@ class Pipe:
     @property
     def has_gone(self) -> bool:
         """Has the other end left? Check it whenever `monitor` is readable, and every `patience_ms`."""
-        left = bool(self.monitor.poll(0))
-        while self.monitor.poll(0):
-            self.monitor.recv_multipart()
+        left = self._refusals.add_failed(self.monitor)
         if not self._to:
             return left
         if left:
@@ -111,6 +123,5 @@ class Pipe:
         return DOUBT_MS if time.monotonic() < self._doubt_until else None
 
     def close(self) -> None:
-        self.sock.disable_monitor()
-        self.monitor.close()
+        unwatch(self.sock, self.monitor)
         self.sock.close()

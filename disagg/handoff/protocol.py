@@ -181,7 +181,7 @@ class AllRead(msgspec.Struct, frozen=True):
     last: SendLast
 
 
-class RoomEnded(msgspec.Struct, frozen=True):
+class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     """This link will not touch the room's pages any more. Exactly one per link and room that it joined."""
 
     uid: int

@@ -60,6 +60,7 @@ class Families(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         replicas = list({_labels(replica): replica for replica in self._router.fleet.replicas.values()}.values())
+        yield self._refusals(replicas)
         yield from _loads(replicas)
         yield from _steps(replicas)
         replicas.sort(key=lambda replica: bool(replica.stats))  # so that one that has reported speaks for its job
@@ -91,6 +92,12 @@ class Families(Collector):
         parts = {(part,): histogram for part, histogram in metrics.parts.items()}
         help = "Parts of the time to first token of requests whose prompt was computed elsewhere."
         yield _histogram("moesaic_first_token_part_seconds", help, ["part"], parts)
+
+    def _refusals(self, replicas: list[Replica]) -> Metric:
+        counts = [(_labels(r), r.stats["refusals"]) for r in replicas if "refusals" in r.stats]
+        help = "Connections, messages, links and replicas that a port has refused; the router's own has no job."
+        router = ("router", "", ""), self._router.port.refusals.count
+        return _counter("moesaic_refusals", help, REPLICA, [router, *counts])
 
 
 def _loads(replicas: list[Replica]) -> Iterator[Metric]:

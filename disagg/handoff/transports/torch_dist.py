@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
+from disagg.control.address import resolve
 from disagg.handoff.transport import TIMEOUT
 
 
@@ -35,8 +36,11 @@ class TorchTransfer:
 class TorchTransport:
     one_sided = False
 
-    def __init__(self, store: Store, me: int, device: torch.device) -> None:
-        """`me` is 0 or 1. With gloo this blocks until the peer has connected. Raises RuntimeError if that fails."""
+    def __init__(self, store: Store, me: int, device: torch.device, host: str) -> None:
+        """`me` is 0 or 1. `host`: where gloo listens, this machine's address as the peer reaches it.
+
+        With gloo this blocks until the peer has connected. Raises RuntimeError if that fails.
+        """
         self.me, self.peer, self.device, self._aborted = me, 1 - me, device, False
         if device.type == "cuda":
             # Before the steps' kernels: while one end waits for room on its GPU, the other end's SMs wait, too.
@@ -46,7 +50,10 @@ class TorchTransport:
             # turn, and nothing else here asks for this priority. (NCCL's own streams have the highest, -3.)
             self._stream = torch.cuda.Stream(device, priority=-2)
         else:
-            self.group = dist.ProcessGroupGloo(store, me, 2, TIMEOUT)
+            options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
+            options._timeout = TIMEOUT
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=resolve(host))]
+            self.group = dist.ProcessGroupGloo(store, me, 2, options)
             self._stream = None
 
     def greet(self) -> None:
@@ -94,9 +101,10 @@ class TorchTransport:
 
 
 class TorchEndpoint:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, host: str) -> None:
+        """`host`: this rank's address, where gloo listens."""
+        self.device, self.host = device, host
         self.about = f"torch.distributed over {'NCCL' if device.type == 'cuda' else 'gloo'}"
 
     def connect(self, store: Store, me: int) -> TorchTransport:
-        return TorchTransport(store, me, self.device)
+        return TorchTransport(store, me, self.device, self.host)

@@ -279,7 +279,7 @@ def named(args: argparse.Namespace, config: ModelConfig, ranks: int) -> str:
 def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
     """Return the ceilings of the first rank's GPU, while the others wait; None on a CPU."""
     measured = roofline.measure_ceilings() if mesh.device.type == "cuda" and mesh.rank == 0 else None
-    return mesh.ep.exchange(measured)[0]
+    return mesh.ep.exchange(measured, roofline.Ceilings | None)[0]
 
 
 def run(args: argparse.Namespace, mesh: Mesh) -> None:

@@ -45,6 +45,7 @@ from scripts.bench.one_rank.rank import Rank
 HOST = "127.0.0.1"
 COPIES = 8  # copies of the large tensor per measurement
 WARM = 2 * AHEAD  # prompts before a measurement: the first transfers allocate their buffers
+MEASURED = tuple[dict[str, dict[int, float] | float], dict[int, float]]  # of one end: received, put_at
 STREAM = 10  # prompts in a row per --repeat, because a few alone would take only 10 ms
 
 
@@ -124,7 +125,7 @@ class End:
     def meet(self) -> None:
         """Wait for all ranks, and for the work of their GPUs."""
         self.sync()
-        self.world.exchange(None)
+        self.world.barrier()
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -138,7 +139,7 @@ class End:
         self.page_bytes = self.pool[:, 0].nbytes
         self.door = door = Door(HOST)  # the decode ends' stays shut; a door's store ends with it
         me = Member(f"rank{self.rank}", HOST, door.port, door.store.port)
-        members = self.world.exchange(me)
+        members = self.world.exchange(me, Member)
         self.link = self._link(me, members[self.peer], door, ops)
         self.worker = Source(self.link, self.events) if self.sends else Sink(self.link, self.events, me)
         self.meet()  # the sources' pools are full
@@ -194,7 +195,7 @@ def wire_bandwidth(end: End) -> list[float]:
                 dist.recv(x, end.peer)
         end.sync()
         seconds.append(time.perf_counter() - start)
-    slowest = [max(ranks) for ranks in zip(*end.world.exchange(seconds), strict=True)]
+    slowest = [max(ranks) for ranks in zip(*end.world.exchange(seconds, list[float]), strict=True)]
     return [COPIES * end.args.pairs * end.args.wire_bytes / one for one in slowest[1:]]
 
 
@@ -226,7 +227,7 @@ def pages_bandwidth(end: End, tokens: int) -> dict[str, float]:
     else:
         end.meet()
     end.meet()
-    shared = end.world.exchange((received, end.worker.put_at if end.sends else {}))
+    shared = end.world.exchange((received, end.worker.put_at if end.sends else {}), MEASURED)
     n = end.args.pairs
     pairs = [(shared[n + i][0], shared[i][1]) for i in range(n)]
     return {
@@ -260,14 +261,14 @@ def steps_beside_transfers(end: End, step: Callable[[], object]) -> dict[str, fl
         if not end.sends:
             end.worker.take(end.args.kv, AHEAD, lambda rooms: rooms >= WARM)
         mean_ms(end, step, 2)
-        idle = end.world.exchange(mean_ms(end, step, end.args.repeat))
+        idle = end.world.exchange(mean_ms(end, step, end.args.repeat), float)
         n = end.args.pairs
         prefill, decode = max(idle[:n]), max(idle[n:])
         repeat = end.args.repeat if end.sends else math.ceil(end.args.repeat * prefill / decode)  # for the same time
         idle = mean_ms(end, step, repeat)
         paced, paced_rate = with_transfers(end, step, repeat, True)
         flooded, flooded_rate = with_transfers(end, step, repeat, False)
-    rows = end.world.exchange((idle, paced, flooded, paced_rate, flooded_rate))
+    rows = end.world.exchange((idle, paced, flooded, paced_rate, flooded_rate), tuple[float, ...])
     found = {"paced GB/s": sum(row[3] for row in rows) / 1e9, "flooded GB/s": sum(row[4] for row in rows) / 1e9}
     for phase, of_phase in (("prefill", rows[:n]), ("decode", rows[n:])):
         for i, name in enumerate(("idle", "paced", "flooded")):
@@ -311,7 +312,7 @@ def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool
 
         end.meet()
         took = mean_ms(end, step, count, computed)
-        end.world.exchange(None)  # until the slower end has finished its steps
+        end.world.barrier()  # until the slower end has finished its steps
         end.meet()  # no new prompts are requested any more
         source.paced = False
         for _ in range(AHEAD):
@@ -325,7 +326,7 @@ def with_transfers(end: End, step: Callable[[], object], count: int, paced: bool
     before, start = end.link.bytes_moved, time.perf_counter()
     took = mean_ms(end, step, count)
     rate = (end.link.bytes_moved - before) / (time.perf_counter() - start)
-    end.world.exchange(None)
+    end.world.barrier()
     stop.set()
     end.meet()
     taking.result()

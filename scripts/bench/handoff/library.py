@@ -36,7 +36,7 @@ def read_scattered(transport: str, world: Group, reader: int, total: int, repeat
         start = time.perf_counter()
         read()
         rates.append(count * PAGE / (time.perf_counter() - start))
-    found = world.exchange(rates[1:])[reader]
+    found = world.exchange(rates[1:], list[float])[reader]
     if world.rank == reader and not pool[mine].equal(sent[theirs]):
         raise RuntimeError("other bytes arrived than were sent")
     return found
@@ -46,7 +46,7 @@ def with_nixl(pool: Tensor, world: Group, reader: int, mine: list[int], theirs: 
     api = nixl_ucx.load(CPU)
     agent = api.nixl_agent(uuid.uuid4().hex, api.nixl_agent_config(backends=["UCX"], enable_prog_thread=False))
     agent.register_memory(pool, backends=["UCX"])
-    metadata, base = world.exchange((agent.get_agent_metadata(), pool.data_ptr()))[0]
+    metadata, base = world.exchange((agent.get_agent_metadata(), pool.data_ptr()), tuple[bytes, int])[0]
 
     def serve() -> None:
         while True:
@@ -79,7 +79,7 @@ def with_mooncake(pool: Tensor, world: Group, reader: int, mine: list[int], thei
     assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
     assert engine.register_memory(pool.data_ptr(), pool.nbytes) == 0
     # `pool` and `engine` must live as long as they are read from: the other ranks' functions keep them.
-    session, base = world.exchange((f"127.0.0.1:{engine.get_rpc_port()}", pool.data_ptr()))[0]
+    session, base = world.exchange((f"127.0.0.1:{engine.get_rpc_port()}", pool.data_ptr()), tuple[str, int])[0]
 
     def read() -> None:
         batches = []

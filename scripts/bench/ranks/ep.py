@@ -140,7 +140,7 @@ class Bench:
         scaled, bare = args.hidden + args.hidden // 128 * 4, 2 * args.hidden
         copies = tokens * args.top_k if masked else self.received(slots)
         sent = {"dispatch": copies * (scaled + 16 * masked), "combine": copies * bare}
-        by_rank = self.mesh.ep.exchange((local, sent))
+        by_rank = self.mesh.ep.exchange((local, sent), tuple[dict[str, float], dict[str, int]])
         slowest = {name: max(times[name] for times, _ in by_rank) for name in local}
         what = f"EP{ranks}, {mode}, {library}, {tokens} tokens a rank"
         for i, (name, inside) in enumerate((("dispatch", "grouping"), ("combine", "summing"))):
@@ -155,7 +155,7 @@ class Bench:
         """Return how many rows this rank receives. A token comes once, however many of its experts are here."""
         local = self.args.experts // self.mesh.size
         asked = torch.stack([(slots // local == rank).any(1).sum() for rank in range(self.mesh.size)]).tolist()
-        return sum(row[self.mesh.rank] for row in self.mesh.ep.exchange(asked))
+        return sum(row[self.mesh.rank] for row in self.mesh.ep.exchange(asked, list[int]))
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None) -> None:
         source = "DeepEP's published figure, EP8 on H800" if reference else ""
@@ -165,7 +165,7 @@ class Bench:
     def together(self) -> None:
         if self.spans.on_gpu:
             torch.cuda.synchronize()
-        self.mesh.ep.exchange(None)
+        self.mesh.ep.barrier()
 
 
 def experts_that_change_nothing(arrived: Contiguous | Masked) -> Tensor:
@@ -189,7 +189,7 @@ def dispatchers(
     why_not_here = obstacle(
         mesh.size, args.experts, args.hidden, args.top_k, args.decode_tokens, torch.bfloat16, mesh.device
     )  # fmt: skip
-    why_not = next((reason for reason in mesh.ep.exchange(why_not_here) if reason), None)
+    why_not = next((reason for reason in mesh.ep.exchange(why_not_here, str | None) if reason), None)
     buffer = None
     if why_not:
         say(f"DeepEP cannot serve: {why_not}")

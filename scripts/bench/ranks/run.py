@@ -213,7 +213,7 @@ class Comparison(Report):
         rebalancer, args = bench.engine.rebalancer, self.args
         for _ in range(-(-LOOKS * args.interval // args.output)):
             bench.drive(max(args.batch), min(args.prompt), args.output)
-            if all(self.mesh.ep.exchange(rebalancer.stats["rebalances_total"] > 0)):
+            if all(self.mesh.ep.exchange(rebalancer.stats["rebalances_total"] > 0, bool)):
                 return
         raise RuntimeError(f"the experts did not move: {dict(rebalancer.stats)}")
 

@@ -11,6 +11,7 @@ from scripts.tools.plan.sizes import check_job, job_sizes, least_redundant, spli
 
 MOST_LINKS = 31  # per rank and GPU; docs/usage.md says why
 ROUTER = "ROUTER_HOST:7000"
+ACCESS = ["--secret-file", "SECRET"]  # of jobs that other machines reach
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def command(job: Job, model: str) -> str:
         words += ["--input", "in.jsonl", "--output", "out.jsonl"]
     else:
         words += ["--router", ROUTER]
+    if job.role != "unified" or job.hosts > 1:
+        words += ACCESS
     sizes = {
         "--attn-tp": job.attn_tp if job.attn_tp > 1 else None,
         "--redundant-experts": job.redundant or None,
@@ -166,7 +169,7 @@ def command(job: Job, model: str) -> str:
 
 
 def router_command(model: str) -> str:
-    words = ["python", "run.py", "--role", "router", "--router", ROUTER, "--model", model]
+    words = ["python", "run.py", "--role", "router", "--router", ROUTER, *ACCESS, "--model", model]
     return shlex.join([*words, "--input", "in.jsonl", "--output", "out.jsonl"])
 
 

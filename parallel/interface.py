@@ -1,0 +1,29 @@
+"""The network interface of an address. Gloo and NCCL are told where to listen by an interface's name."""
+
+import fcntl
+import socket
+import struct
+from pathlib import Path
+
+SIOCGIFADDR = 0x8915  # the IPv4 address of an interface (man netdevice)
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of this machine's interface that has the numeric IPv4 or IPv6 address; None if none has it."""
+    return next((name for _, name in socket.if_nameindex() if address in _addresses(name)), None)
+
+
+def _addresses(interface: str) -> list[str]:
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            packed = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+            found.append(socket.inet_ntoa(packed[20:24]))
+        except OSError:  # it has none
+            pass
+    table = Path("/proc/net/if_inet6")  # Linux; a line has an address in hexadecimal digits first, and a name last
+    for line in table.read_text().splitlines() if table.exists() else []:
+        digits, *_, name = line.split()
+        if name == interface:
+            found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
+    return found

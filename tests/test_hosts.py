@@ -1,0 +1,120 @@
+"""Jobs over several hosts, each with an address of its own (tests/hosts.py), and what a pulled cable does to them.
+
+The router, prefill over two machines, decode over two more, and a decode job on one that serves on meanwhile.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import PYTHON, finish, start
+from tests.deployment import answers_alone
+from tests.hosts import Host, hosts, obstacle
+from tests.test_faults import QUICK, SOON
+from tests.town import Town, town
+
+WHY_NOT = obstacle()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+REQUESTS = [
+    {"id": str(i), "prompt": f"And the LORD spake {i}", "max_tokens": 60, "ignore_eos": True} for i in range(16)
+]
+FEW = ("--max-batch", "1")  # so that the requests outlast what happens to the cable
+COLLECTIVE_S = 6
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[list[Host]]:
+    with hosts(6) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    folder = tmp_path_factory.mktemp("alone")
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
+    return {answer["id"]: answer["token_ids"] for answer in answers_alone(tiny, source, folder / "out.jsonl")}
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, machines: list[Host], tiny: Path, tmp_path: Path) -> Iterator[Town]:
+    """A town whose jobs have a secret, with cables that are plugged in again. Its parameter: more constants."""
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef" * 3)
+    secret.chmod(0o600)
+    with town(tmp_path, tiny, machines[0], **QUICK, **getattr(request, "param", {})) as made:
+        made.flags = ("--secret-file", str(secret))
+        yield made
+    for machine in machines:
+        machine.plug_cable()
+
+
+def all_right(place: Town, expected: dict[str, list[int]]) -> None:
+    router = place.jobs[0]
+    place.until(lambda: router.statuses != [None], SOON)
+    assert router.statuses == [0] and "Traceback" not in router.said, place.said
+    assert {answer["id"]: answer.get("token_ids") for answer in place.answers("out")} == expected, place.said
+
+
+def test_the_tokens_of_one_process_over_five_machines(
+    place: Town, machines: list[Host], expected: dict[str, list[int]]
+) -> None:
+    place.router(REQUESTS, "out")
+    jobs = [
+        place.worker("prefill", 2, "--attn-tp", "2", hosts=machines[1:3]),
+        place.worker("decode", 2, hosts=machines[3:5]),
+    ]
+    all_right(place, expected)
+    place.until(lambda: all(job.statuses == [0, 0] for job in jobs), SOON)
+
+
+def test_a_cable_that_is_pulled_and_plugged_in_again(
+    place: Town, machines: list[Host], expected: dict[str, list[int]]
+) -> None:
+    """A second machine of a decode job is away for some seconds: the other job serves, and this one comes back."""
+    router = place.router(REQUESTS, "out")
+    place.worker("prefill", 1, hosts=machines[1:2])
+    away = place.worker("decode", 2, *FEW, hosts=machines[3:5])
+    place.worker("decode", 1, *FEW, hosts=machines[5:6])
+    place.until(lambda: router.said.count("joined") == 4, SOON)
+    machines[4].pull_cable()
+    pulled = time.monotonic()
+    place.until(lambda: "is lost" in router.said, 10)
+    assert time.monotonic() - pulled < 5
+    count = len(place.answers("out"))
+    place.until(lambda: len(place.answers("out")) > count, SOON)
+    machines[4].plug_cable()
+    place.until(lambda: "is back" in router.said or router.statuses != [None], 20)
+    all_right(place, expected)
+    place.until(lambda: away.statuses == [0, 0], SOON)
+
+
+@pytest.mark.parametrize("place", [{"disagg__loop__COLLECTIVE_S": COLLECTIVE_S}], indirect=True)
+def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expected: dict[str, list[int]]) -> None:
+    """The job that has lost a machine ends on both, in the time that a collective may take, and nothing is lost."""
+    router = place.router(REQUESTS, "out")
+    place.worker("prefill", 1, hosts=machines[1:2])
+    cut = place.worker("decode", 2, *FEW, hosts=machines[3:5])
+    place.worker("decode", 1, *FEW, hosts=machines[5:6])
+    place.until(lambda: router.said.count("joined") == 4, SOON)
+    machines[4].pull_cable()
+    all_right(place, expected)
+    place.until(lambda: None not in cut.statuses, COLLECTIVE_S + 10)
+    assert all(status != 0 for status in cut.statuses), place.said
+
+
+def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: Path) -> None:
+    """As a user types it, one launcher per machine."""
+    prompt = ("--model", str(tiny), "--prompt", "In the beginning", "--max-tokens", "8")
+    alone = finish(start(*PYTHON, "run.py", *prompt))
+    launchers = []
+    for rank, machine in enumerate(machines[1:3]):
+        words = ("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1")
+        meet = (f"--master-addr={machines[1].address}", "--master-port=29500", "run.py")
+        launchers.append(start(*machine.command(*PYTHON, *words, *meet, *prompt, "--insecure")))
+    ended = [finish(launcher) for launcher in launchers]
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert ended[0][1] == alone[1] and not ended[1][1], ended
