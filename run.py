@@ -29,6 +29,7 @@ from disagg.config import DTYPES, EngineConfig
 from disagg.control.access import add_access
 from disagg.front.exit_status import exit_status
 from disagg.front.process import RouterProcess
+from disagg.handoff.endpoints import TRANSPORTS
 from disagg.launch import run_router, run_worker
 from model.config import ModelConfig
 from model.hub import find_model
@@ -69,6 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         text = "address to listen on" if role == "router" else "address of the router"
         parser.add_argument("--router", required=True, metavar="HOST:PORT", help=text)
     add_access(parser)
+    if role in ("prefill", "decode"):
+        add_handoff(parser)
     if role in ("unified", "router"):
         add_requests(parser)
     if role != "router":
@@ -109,6 +112,12 @@ def add_requests(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"seconds between two lines per job on stderr, 0: none ({LOG_HTTP_S:g} with HTTP, else 0)",
     )
+
+
+def add_handoff(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("handoff, the same in both roles").add_argument
+    add("--transport", choices=TRANSPORTS, default="torch", help="the library that moves the KV (torch)")
+    add("--kv-checksum", action="store_true", help="compare a checksum of each transfer, to look for a fault (off)")
 
 
 def add_engine(parser: argparse.ArgumentParser, role: str) -> None:

@@ -237,7 +237,9 @@ class Engine:
             if self.rule.in_prefill(size):
                 self.prompt.run(NO_DECODES, prompts, overlapped=True)
         page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
-        self.ops.unpack_pages(self.ops.pack_pages(self.pool, page), self.pool, page)
+        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
+        self.ops.pack_pages(self.pool, page, packed)
+        self.ops.unpack_pages(packed, self.pool, page)
         if self.graphs:
             self.decode.capture(progress)
         elif self.settings.decodes:
