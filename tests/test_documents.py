@@ -165,7 +165,8 @@ def test_prose_of_usage_names_flags_that_exist(capsys: pytest.CaptureFixture) ->
     torchrun = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
     tools = {"--profile", "--constraint", "--tokenizer", "--data", "--disable-progress", "--tasks", "--include"}
     tools |= {"--phases", "--exclude-checks", "--seed", "--continue-on-failure", "--no-shrink"}
-    known_here = known | torchrun | tools | set().union(*others.values())
+    launch = set(FLAG.findall((ROOT / "scripts" / "launch" / "ssh").read_text())) & {"--dry-run"}
+    known_here = known | torchrun | tools | launch | set().union(*others.values())
     assert set(FLAG.findall(USAGE.read_text())) - known_here == set()
     for section, flags in others.items():
         text = USAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]

@@ -180,7 +180,7 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
     """What waits for pages on the decode side has not begun, and so has not failed.
 
     31 pages hold a short request and 15 long ones, which fail once. The first answer shows that they no longer need a
-    prefill job, because here no suspected request waits for a trial of its own. The other four wait.
+    prefill job, because here no accused request waits for a trial of its own. The other four wait.
     """
     wanted = [LONG[0] | {"max_tokens": 4}, *LONG[1:]]
     with town(tmp_path, tiny, **QUICK, disagg__front__trials__TRIAL_WAIT_S=0.0) as place:

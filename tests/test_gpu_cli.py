@@ -12,7 +12,7 @@ from tests.commands import NO_GPU, run
 from tests.deployment import Deployment, read
 
 pytestmark = pytest.mark.gpu
-PROMPTS = "scripts/prompts.jsonl"
+PROMPTS = "docs/prompts.jsonl"
 TIMEOUT_S = 240  # ranks that share a GPU take turns on it, and the first ones compile
 
 

@@ -142,7 +142,7 @@ def tokens(path: Path) -> list[list[int]]:
     [(2, "0", "off"), (2, "0", "on"), (2, "4", "off"), (2, "4", "on"), (4, "0", "on"), (4, "4", "off")],
 )
 def test_ranks_over_nccl(ranks: int, redundant: str, overlap: str, tmp_path: Path) -> None:
-    common = ("--model", "model/tiny", "--input", "scripts/prompts.jsonl", "--dtype", "float32", "--output")
+    common = ("--model", "model/tiny", "--input", "docs/prompts.jsonl", "--dtype", "float32", "--output")
     code, _, err = run(*common, str(tmp_path / "cpu"), env=NO_GPU)
     assert code == 0, err
     moving = ("--rebalance", "5,1,2", "--redundant-experts", redundant)

@@ -38,7 +38,7 @@ from model.footprint import page_bytes
 from tests.conftest import eventually
 from tests.deployment import Deployment, read
 from tests.processes import fork_server
-from tests.test_handoff import CANARY, CPU, HOST, HUGE, PACKAGES, SOON, find_spec
+from tests.test_handoff import CANARY, CPU, HOST, HUGE, SOON, obstacle
 from tests.test_worlds import one_run
 from tests.worlds import run_world, sub_mesh
 
@@ -50,8 +50,9 @@ JOBS = [((0, 1, 1), (1, 1, 1)), ((0, 2, 2), (2, 1, 1)), ((0, 1, 1), (1, 3, 1)), 
 
 
 def needs(library: str) -> None:
-    if library in PACKAGES and find_spec(PACKAGES[library]) is None:
-        pytest.skip(f"{PACKAGES[library]} is not installed")
+    """Skip the test where the library cannot be used."""
+    if why_not := obstacle(library):
+        pytest.skip(why_not)
 
 
 # ---- tokens
@@ -92,7 +93,7 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
 
 
 def test_jobs_of_any_shape_give_the_same_tokens_over_every_transport(small: Path) -> None:
-    libraries = [name for name in TRANSPORTS if name == "torch" or find_spec(PACKAGES[name]) is not None]
+    libraries = [name for name in TRANSPORTS if obstacle(name) is None]
     run_world(4, body, small, libraries, timeout_s=120)
 
 

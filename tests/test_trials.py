@@ -41,7 +41,7 @@ def test_one_that_kills_decode_jobs_is_given_up_and_those_beside_it_go_on() -> N
         first.close()
         second = joining("d1", "decode", router)
         tried = submits(second, 1)
-        assert list(tried.values()) == [5] and waits(second, Submit), "suspected ones are tried one at a time"
+        assert list(tried.values()) == [5] and waits(second, Submit), "accused ones are tried one at a time"
         begin(second, tried)
         assert waits(second, Submit), "its first token is prefill's, and says nothing of the decode job"
         second.send(Updates([Tokens(dict.fromkeys(tried, 9))]))  # it is past the place where it was

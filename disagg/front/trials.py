@@ -1,7 +1,7 @@
 """Trials: how a request that kills what serves it is found, and the requests beside it are kept.
 
 A job that dies may have been killed by a request that it had just begun. All requests that were in that place are
-suspected, most of them wrongly. So each is tried apart from the others: on jobs where no other suspected request is,
+accused, most of them wrongly. So each is tried apart from the others: on jobs where no other accused request is,
 until it is past the place where it was. One whose second job dies as well is given up.
 """
 
@@ -11,12 +11,12 @@ from disagg.front.replica import Replica
 from disagg.front.tracked import Tracked
 
 DEATHS = 2  # a request is given up when so many jobs have died as they began it
-TRIAL_WAIT_S = 10.0  # how long a suspected request waits for a job of its own; then it goes with the others
+TRIAL_WAIT_S = 10.0  # how long an accused request waits for a job of its own; then it goes with the others
 
 
 class Trials:
     def __init__(self) -> None:
-        self._running: dict[Tracked, set[str]] = {}  # suspected requests -> the jobs that serve them
+        self._running: dict[Tracked, set[str]] = {}  # accused requests -> the jobs that serve them
 
     def died(self, tracked: Tracked, lost: Replica) -> bool:
         """Count the loss of a replica, if it may have been this request's doing. Returns True to give it up.
@@ -33,7 +33,7 @@ class Trials:
         return tracked.deaths >= DEATHS
 
     def places(self, tracked: Tracked, replicas: list[Replica]) -> list[Replica]:
-        """Return the replicas where no other suspected request is. All of them, if this one is not, or waits too long.
+        """Return the replicas where no other accused request is. All of them, if this one is not, or waits too long.
 
         It waits from the first time that a trial of another one kept it from all replicas.
         """

@@ -18,7 +18,7 @@ from pathlib import Path
 from disagg.control.address import answers
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = "scripts/prompts.jsonl"
+PROMPTS = "docs/prompts.jsonl"
 MODEL = "model/tiny"
 RANKS = 2  # on each side
 
