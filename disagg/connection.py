@@ -37,8 +37,9 @@ class Connection:
         members: list[Member],
         router: tuple[str, int],
         secret: Secret | None,
+        handoff: dict[str, str],
     ) -> None:
-        """Collective."""
+        """Collective. `handoff`: flags of the handoff that prefill and decode must share."""
         self._name, self._where = name, format_address(*router)
         self._shut_out = "shut out" if secret is not None else "shut out without one"
         self._says = mesh.rank == 0 and name != "unified"  # print lines?
@@ -47,7 +48,7 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            hello = Hello(name, members, *sizes, engine.kv_layout(), job, mesh.num_replicas, about(engine))
+            hello = Hello(name, members, *sizes, engine.kv_layout() | handoff, job, mesh.num_replicas, about(engine))
             self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0
         self._state = ""

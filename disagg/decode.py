@@ -16,6 +16,7 @@ from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
 from disagg.handoff.protocol import Cancel, Join, Open, Room, RoomEnded, RoomState
 from disagg.handoff.receive_link import ReceiveLink
+from disagg.handoff.transport import Endpoint
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
@@ -37,10 +38,10 @@ class Incoming:
 
 
 class Decode(Unified):
-    def __init__(self, engine: Engine, members: list[Member], secret: Secret | None = None) -> None:
-        """`members`: the ranks of this replica, in order. `secret`: of the prefill ranks."""
+    def __init__(self, engine: Engine, members: list[Member], endpoint: Endpoint, secret: Secret | None = None) -> None:
+        """`members`: the ranks of this replica, in order. `endpoint`: this rank's. `secret`: of the prefill ranks."""
         super().__init__(engine)
-        self.members, self.secret = members, secret
+        self.members, self.endpoint, self.secret = members, endpoint, secret
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Incoming] = deque()  # waiting for pages
         self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
@@ -121,7 +122,7 @@ class Decode(Unified):
 
     def make_link(self, prefill: Member, generation: int) -> ReceiveLink:
         me, pool = self.members[self.rank], self.engine.pool
-        connect = dial(prefill, me, pool.device, generation, self.secret)
+        connect = dial(prefill, me, self.endpoint, generation, self.secret)
         unpack_pages = self.engine.ops.unpack_pages
         key = link_key(prefill, me, generation)
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)

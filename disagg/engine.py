@@ -77,6 +77,7 @@ class Engine:
             capacity=buckets[-1] // mesh.attn.size,
             fp8=model.fp8,
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
+            decodes=settings.decodes,
         )
         self.graphs, self.why_graphs = self._decide_graphs()
         self.budget = self._claim_memory(buckets, handoff_bytes) if mesh.device.type == "cuda" else None
@@ -174,7 +175,8 @@ class Engine:
     def _claim_memory(self, buckets: list[int], handoff_bytes: int = 0) -> Budget:
         """Collective. Return the budget of the rank with the least memory left for KV, for all ranks to use."""
         settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
-        capacity = dispatchers.buffer.capacity if dispatchers.buffer is not None else None
+        buffer = dispatchers.buffer
+        capacity = buffer.capacity if buffer is not None else None
         assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
         shape = StepShape(
             self.config,
@@ -186,6 +188,7 @@ class Engine:
             model.ops.alignment,
             capacity,
             model.ops.whole_keys,
+            buffer is None or buffer.configs is not None,
         )
         longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
         page = page_bytes(self.config, model.dtype.itemsize)
@@ -234,7 +237,9 @@ class Engine:
             if self.rule.in_prefill(size):
                 self.prompt.run(NO_DECODES, prompts, overlapped=True)
         page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
-        self.ops.unpack_pages(self.ops.pack_pages(self.pool, page), self.pool, page)
+        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
+        self.ops.pack_pages(self.pool, page, packed)
+        self.ops.unpack_pages(packed, self.pool, page)
         if self.graphs:
             self.decode.capture(progress)
         elif self.settings.decodes:

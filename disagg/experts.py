@@ -46,10 +46,9 @@ def _choose_placement(config: ModelConfig, mesh: Mesh, redundant: int, recording
 
 
 def balanced(loads: Tensor, num_slots: int, groups: int, mesh: Mesh) -> Placement:
-    """Collective. Return a placement balanced for `loads` [layers, E], on the CPU and equal on all ranks."""
-    nodes = mesh.nodes()
-    of_slot = torch.from_numpy(balance(loads.numpy(), num_slots, mesh.ep.size, groups, nodes))
-    return Placement.of_map(of_slot, loads.shape[1], mesh.ep.size, mesh.ep.rank, mesh.ep.size // nodes, mesh.device)
+    """Return a placement balanced for `loads` [layers, E], which are on the CPU and equal on all ranks."""
+    of_slot = torch.from_numpy(balance(loads.numpy(), num_slots, mesh.ep.size, groups, mesh.nodes))
+    return Placement.of_map(of_slot, loads.shape[1], mesh.ep.size, mesh.ep.rank, mesh.ranks_per_node, mesh.device)
 
 
 def balance_stats(by_layer: NDArray) -> dict[str, float]:

@@ -14,6 +14,7 @@ from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
 from disagg.front.process import RouterProcess
 from disagg.handoff.credits import buffer_bytes
+from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from kernels.backend import choose, table
@@ -52,6 +53,8 @@ def run_worker(
         if mesh.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport, args.kv_checksum)
+    handoff.check(mesh.device)
     if args.role == "unified":
         secret = read_secret(args, mesh.first_host)
         router = open_front_door(front, args.model, mesh)
@@ -81,7 +84,7 @@ def run_worker(
     interrupt.hold()
     if front is not None:
         front.start(mesh.num_replicas, interrupt)
-    problem = serve(args.role, engine, mesh, router, interrupt, secret)
+    problem = serve(args.role, engine, mesh, router, interrupt, secret, handoff)
     status = front.join() if front is not None else 0
     engine.close()
     mesh.close()

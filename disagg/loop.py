@@ -15,6 +15,7 @@ from disagg.control.secret import Secret
 from disagg.decode import Decode
 from disagg.engine import Engine
 from disagg.handoff.connect import Door
+from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
 from disagg.pipeline import CUT_OFF, FINISHED, GOING_ON, LEAVING, Pipeline, Turn
 from disagg.prefill import Prefill
@@ -30,7 +31,7 @@ COLLECTIVE_S = 300.0  # a rank that waits longer than this in a collective ends 
 
 
 def make_role(
-    name: RoleName, engine: Engine, mesh: Mesh, router_host: str, secret: Secret | None
+    name: RoleName, engine: Engine, mesh: Mesh, router_host: str, secret: Secret | None, handoff: Handoff
 ) -> tuple[Role, list[Member]]:
     """Collective. Return the role, and the members of this replica."""
     host = local_host(router_host)
@@ -38,9 +39,12 @@ def make_role(
     ports = (door.port, door.store.port) if door else (0, 0)
     me = Member(uuid.uuid4().hex, host, *ports, mesh.rank, os.getpid())
     members = mesh.attn.exchange(me, Member)
+    if name == "unified":
+        return Unified(engine), members
+    endpoint = handoff.make_endpoint(host, engine.pool[:, 0].nbytes, engine.pool.device)
     if door is not None:
-        return Prefill(engine, members, door), members
-    return Unified(engine) if name == "unified" else Decode(engine, members, secret), members
+        return Prefill(engine, members, door, endpoint, handoff.checksums), members
+    return Decode(engine, members, endpoint, secret), members
 
 
 def serve(
@@ -50,13 +54,14 @@ def serve(
     router: tuple[str, int],
     interrupt: Interrupt,
     secret: Secret | None = None,
+    handoff: Handoff = BY_DEFAULT,
 ) -> str | None:
     """Collective. Run until the router sends Finish, or a signal interrupts. `secret`: the deployment's.
 
     Returns the problem, if that was not the reason for the end.
     """
     with short_switches() if engine.rebalancer is not None else nullcontext():
-        return _serve(name, engine, mesh, router, interrupt, secret)
+        return _serve(name, engine, mesh, router, interrupt, secret, handoff)
 
 
 def _serve(
@@ -66,9 +71,11 @@ def _serve(
     router: tuple[str, int],
     interrupt: Interrupt,
     secret: Secret | None,
+    handoff: Handoff,
 ) -> str | None:
-    role, members = make_role(name, engine, mesh, router[0], secret)
-    connection = Connection(name, engine, mesh, members, router, secret)
+    role, members = make_role(name, engine, mesh, router[0], secret, handoff)
+    flags = handoff.as_layout() if name != "unified" else {}
+    connection = Connection(name, engine, mesh, members, router, secret, flags)
     mesh.limit_waits(COLLECTIVE_S)
     pipeline = Pipeline(role, engine, mesh, connection.waiting)
     reports = Reports(role, pipeline)

@@ -25,6 +25,7 @@ from disagg.handoff.protocol import (
     SendPages,
 )
 from disagg.handoff.send_link import SendLink
+from disagg.handoff.transport import Endpoint
 from disagg.role import NOT_FINITE, Event, Role, tokens_left
 from disagg.scheduler import Plan, Sequence
 from disagg.step import Step
@@ -47,10 +48,12 @@ class Outgoing:
 
 
 class Prefill(Role):
-    def __init__(self, engine: Engine, members: list[Member], door: Door) -> None:
-        """`members`: the ranks of this replica, in order. `door`: this rank's."""
+    def __init__(
+        self, engine: Engine, members: list[Member], door: Door, endpoint: Endpoint, checksums: bool = False
+    ) -> None:
+        """`members`: the ranks of this replica, in order. `door`, `endpoint`: this rank's. `checksums`: send them."""
         super().__init__(engine)
-        self.door = door
+        self.door, self.endpoint, self.checksums = door, endpoint, checksums
         self.rank, self.members = engine.mesh.attn.rank, members
         self.outgoing: dict[int, Outgoing] = {}
         self.links = Links(self.make_link)
@@ -119,10 +122,10 @@ class Prefill(Role):
 
     def make_link(self, decode: Member, generation: int) -> SendLink:
         door = self.door
-        connect = listen(door.store.port, door.host, self.engine.pool.device, door.secret, door.link_refusals)
+        connect = listen(door.store.port, door.host, self.endpoint, door.secret, door.link_refusals)
         key = link_key(self.members[self.rank], decode, generation)
-        pool, pack_pages = self.engine.pool, self.engine.ops.pack_pages
-        return SendLink(key, connect, pool, self.links.events, self.links.credits, pack_pages=pack_pages)
+        own = self.engine.pool, self.links.events, self.links.credits
+        return SendLink(key, connect, *own, pack_pages=self.engine.ops.pack_pages, checksums=self.checksums)
 
     def schedule(self) -> Plan:
         return self.scheduler.schedule(reserve_output=False)

@@ -81,7 +81,7 @@ class Rebalancer:
         assert model.load_counter is not None
         self.mesh, self.reader, self.load_counter, self.placement = mesh, reader, model.load_counter, model.placement
         self.interval, self.threshold, self.chunk = interval, threshold, layers_per_step
-        self.groups, self.nodes = model.config.n_group, mesh.nodes()
+        self.groups = model.config.n_group
         self.map = self.placement.expert_of_slot.cpu()  # [layers, P], a copy of the map on the device
         local = self.placement.slots_per_rank
         self.mine = slice(mesh.ep.rank * local, (mesh.ep.rank + 1) * local)
@@ -215,7 +215,7 @@ class Rebalancer:
         self.stats |= balance_stats(now)
         if now.mean() > self.threshold:
             return None
-        wanted = balance(counts, self.map.shape[1], ranks, self.groups, self.nodes)
+        wanted = balance(counts, self.map.shape[1], ranks, self.groups, self.mesh.nodes)
         better = torch.from_numpy((now <= self.threshold) & (balancedness(counts, wanted, ranks) > now))
         return self._settle(torch.from_numpy(wanted).where(better[:, None], self.map)) if better.any() else None
 
@@ -263,7 +263,7 @@ class Rebalancer:
                 self._counted.shape[1],
                 self.placement.ep_size,
                 self.mesh.ep.rank,
-                self.placement.ep_size // self.nodes,
+                self.placement.ep_size // self.mesh.nodes,
                 self.mesh.device,
             )
             for row in range(len(layers)):

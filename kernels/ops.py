@@ -152,7 +152,7 @@ class Ops:
     gemm_fp8: Fp8Product = ref.gemm_fp8
     grouped_gemm_contiguous_fp8: Fp8GroupedProduct = ref.grouped_gemm_contiguous_fp8
     grouped_gemm_masked_fp8: Fp8GroupedProduct = ref.grouped_gemm_masked_fp8
-    pack_pages: Product = ref.pack_pages
+    pack_pages: Callable[[T, T, T], None] = ref.pack_pages
     unpack_pages: Callable[[T, T, T], None] = ref.unpack_pages
     # Within `with leave_sms(n):`, products leave n SMs free. From the library that serves gemm_fp8.
     leave_sms: Callable[[int], AbstractContextManager] = nullcontext

@@ -31,11 +31,9 @@ def _copy(pool: Tensor, packed: Tensor, pages: Tensor, unpack: bool) -> None:
     _copy_kernel[grid](pool, packed, pages, words, pool.stride(0), pool.stride(1), unpack, CHUNK, num_warps=4)
 
 
-def pack_pages(pool: Tensor, pages: Tensor) -> Tensor:
-    """Copy pages [n] int64 of every layer of pool [layers, pages, 64, W], contiguous -> [layers, n, 64, W]."""
-    packed = pool.new_empty(pool.shape[0], pages.numel(), *pool.shape[2:])
+def pack_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> None:
+    """Copy pages [n] int64 of every layer of pool [layers, pages, 64, W] to packed [layers, n, 64, W], contiguous."""
     _copy(pool, packed, pages, unpack=False)
-    return packed
 
 
 def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:

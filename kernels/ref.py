@@ -390,9 +390,9 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_s
     return grouped_gemm_masked(x, weight, counts).bfloat16()
 
 
-def pack_pages(pool: Tensor, pages: Tensor) -> Tensor:
-    """Copy pages [n] int64 of every layer of pool [layers, pages, 64, W] -> [layers, n, 64, W], contiguous."""
-    return pool[:, pages]
+def pack_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> None:
+    """Copy pages [n] int64 of every layer of pool [layers, pages, 64, W] to packed [layers, n, 64, W] contiguous."""
+    torch.index_select(pool, 1, pages, out=packed)
 
 
 def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:

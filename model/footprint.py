@@ -24,7 +24,7 @@ tokens would reserve 130 GiB; with it, 17.
 """
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.fp8_format import BLOCK
 from model.config import ModelConfig
@@ -53,6 +53,7 @@ class StepShape:
     alignment: int = 1  # an expert's rows are padded to a multiple of it
     capacity: int | None = None  # of DeepEP's low-latency mode; None: another dispatcher
     whole_keys: bool = False  # prefill attention copies each key into one piece
+    normal: bool = True  # beside low latency, DeepEP's normal mode serves steps with prompts; else the all-to-all
 
     @property
     def heads(self) -> int:
@@ -144,6 +145,8 @@ def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int)
 
     It has `tokens` tokens, of which up to `max_batch` are decodes. The prompts see `context` tokens.
     """
+    if not shape.normal:
+        shape = replace(shape, capacity=None)
     local_tokens = tokens // shape.attn_tp
     received = shape.ranks * local_tokens
     copies, max_copies = received * shape.copies, most_copies(local_tokens, shape.config.num_experts_per_tok)

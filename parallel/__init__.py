@@ -3,6 +3,7 @@
 mesh.py                       the process groups, and the step's one agreement
 dispatch.py, deepep.py        tokens to experts and back; dispatchers.py chooses between them
 copies.py, deepep_sizes.py    how much they take at once, and which sizes DeepEP serves
+rdma.py                       what DeepEP needs of a machine to reach others
 overlap.py                    two micro-batches that take turns; overlap_rule.py: when
 placement.py, eplb.py         where each expert is, and where it should be; load_counter.py counts tokens
 chosen_experts.py             which experts the gates choose for each token

@@ -12,6 +12,7 @@ Normal mode, for two micro-batches a and b (c = communication stream; the host b
     host   a.dispatch | b's experts enqueued | a.receive: blocks until the counts are there | b.combine | a's experts
     c      layout of a                         counts, rows of a (while the GPU computes b's experts)
 
+Over several machines the same calls are served, over RDMA between machines and NVLink within them. That was never run.
 This module loads without `deep_ep`, which is imported only when a `DeepEPBuffer` is made.
 """
 
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
-from parallel.deepep_sizes import NUM_SMS, misfit, padded
+from parallel import rdma
+from parallel.deepep_sizes import NUM_SMS, PER_NODE, Sizes, misfits, padded
 from parallel.dispatch import Contiguous, Masked, Pending, Sliced, group_by_expert, once, sum_of_copies
 from parallel.mesh import Group
 
@@ -34,11 +36,20 @@ QUEUE_DEPTH = 1024  # NVSHMEM_QP_DEPTH, unless it is set
 class DeepEPBuffer:
     """The memory that both modes communicate through, one per process. Creating it is collective."""
 
-    def __init__(self, group: Group, num_slots: int, hidden: int, capacity: int, num_sms: int = NUM_SMS) -> None:
+    def __init__(
+        self,
+        group: Group,
+        num_slots: int,
+        hidden: int,
+        capacity: int,
+        num_sms: int = NUM_SMS,
+        normal: bool = True,
+    ) -> None:
         """Allocate the memory. Collective; all ranks must pass the same arguments.
 
         `capacity`: the most tokens that a rank dispatches at once in low latency, rounded up so that ranks * capacity
-        is a multiple of 4. `num_sms`: SMs for the normal kernels, an even number.
+        is a multiple of 4. `num_sms`: SMs for the normal kernels, an even number. `normal`: whether normal mode will be
+        used, too.
         """
         import deep_ep  # pyright: ignore[reportMissingImports] (optional, and it has no stubs)
 
@@ -49,22 +60,26 @@ class DeepEPBuffer:
         self.hidden = hidden
         self.num_sms = num_sms
         self.capacity = padded(capacity, ranks)
-        deep_ep.Buffer.set_num_sms(num_sms)  # sets it for the class; the two configurations below copy it
-        self.dispatch_config = deep_ep.Buffer.get_dispatch_config(ranks)
-        self.combine_config = deep_ep.Buffer.get_combine_config(ranks)
-        configs = (self.dispatch_config, self.combine_config)
-        normal = max(config.get_nvl_buffer_size_hint(2 * hidden, ranks) for config in configs)
-        low_latency = deep_ep.Buffer.get_low_latency_rdma_size_hint(self.capacity, hidden, ranks, num_slots)
-        self.num_bytes = normal + low_latency  # of GPU memory
+        self.configs = None  # of normal mode: dispatch's and combine's
+        nvlink, queues = 0, self.num_local  # low latency has a queue over RDMA per slot
+        shared = deep_ep.Buffer.get_low_latency_rdma_size_hint(self.capacity, hidden, ranks, num_slots)
+        if normal:
+            deep_ep.Buffer.set_num_sms(num_sms)  # sets it for the class; the two configurations below copy it
+            self.configs = deep_ep.Buffer.get_dispatch_config(ranks), deep_ep.Buffer.get_combine_config(ranks)
+            nvlink = max(config.get_nvl_buffer_size_hint(2 * hidden, ranks) for config in self.configs)
+            if ranks > PER_NODE:  # normal mode uses the memory of low latency, and a queue per SM
+                rdma_hints = [config.get_rdma_buffer_size_hint(2 * hidden, ranks) for config in self.configs]
+                shared, queues = max(shared, *rdma_hints), max(queues, num_sms)
+        self.num_bytes = nvlink + shared  # of GPU memory
         sends = 2 * (self.capacity + 1)  # in flight to one rank, at most; the library wants all of them in its queue
         if sends > int(os.environ.get("NVSHMEM_QP_DEPTH", QUEUE_DEPTH)):
             os.environ["NVSHMEM_QP_DEPTH"] = str(1 << (sends - 1).bit_length())
         self.library = deep_ep.Buffer(
             group.handle,
-            normal,
-            low_latency,
+            nvlink,
+            shared,
             low_latency_mode=True,
-            num_qps_per_rank=self.num_local,
+            num_qps_per_rank=queues,
             explicitly_destroy=True,
         )
         self.in_flight = InFlight()
@@ -120,6 +135,8 @@ class ContiguousDeepEP:
 
     def __init__(self, buffer: DeepEPBuffer, ops: Ops, most_copies: int | None = None) -> None:
         """`most_copies`: how many copies are grouped at once (None: all); see `dispatch.most_copies`."""
+        assert buffer.configs is not None, "the buffer was made without normal mode"
+        self.dispatch_config, self.combine_config = buffer.configs
         self.buffer, self.ops, self.num_sms, self.most_copies = buffer, ops, buffer.num_sms, most_copies
 
     def dispatch(
@@ -151,7 +168,7 @@ class ContiguousDeepEP:
                 topk_idx=slots,
                 topk_weights=weights,
                 expert_alignment=self.ops.alignment,
-                config=buffer.dispatch_config,
+                config=self.dispatch_config,
                 previous_event=ready,
                 async_finish=True,
                 allocate_on_comm_stream=True,
@@ -184,7 +201,7 @@ class ContiguousDeepEP:
         out, _, done = library.combine(
             summed,
             handle,
-            config=self.buffer.combine_config,
+            config=self.combine_config,
             previous_event=library.capture(),
             async_finish=True,
             allocate_on_comm_stream=True,
@@ -259,21 +276,18 @@ def _received(received: Callable[[], None], receive: Callable[[], None], result:
     return both
 
 
-def obstacle(
-    ranks: int, num_slots: int, hidden: int, top_k: int, capacity: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
-    """Return why DeepEP cannot serve a job, or None if it can.
+def obstacles(sizes: Sizes, device: torch.device, decodes: bool = True) -> list[str]:
+    """Return the rules by which DeepEP cannot serve a job on this rank, a line each. Empty: it can.
 
-    The arguments are those of `misfit`.
+    `decodes`: False for a job that only prefills; see `misfits`.
     """
     if device.type != "cuda":
-        return "no GPU"
-    if limit := misfit(ranks, num_slots, hidden, top_k, capacity, str(dtype).removeprefix("torch.")):
-        return limit
+        return ["no GPU"]
+    found = misfits(sizes, decodes)
     if torch.cuda.get_device_capability(device) != (9, 0):
-        return "needs Hopper"
+        return [*found, "needs Hopper"]
     try:
         importlib.import_module("deep_ep")
-    except Exception as error:  # it may fail in its own way: another torch, another NCCL, no compiler
-        return f"deep_ep does not import ({type(error).__name__}: {error})"
-    return None
+    except Exception as error:  # it may fail in its own way: another torch, another NCCL, no NVSHMEM, no compiler
+        found.append(f"deep_ep does not import ({type(error).__name__}: {error})")
+    return found + (rdma.obstacles() if sizes.crosses else [])

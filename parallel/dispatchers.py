@@ -1,12 +1,17 @@
-"""The choice of a job's dispatchers: DeepEP where it can serve, else the all-to-all. A single rank sends nothing."""
+"""The choice of a job's dispatchers: DeepEP where it can serve, else the all-to-all. A single rank sends nothing.
 
-import socket
+The masked layout decides: DeepEP serves a job if low latency can serve its decode steps. Normal mode knows fewer
+numbers of ranks. Where it does not know the job's, the all-to-all serves the contiguous layout. A job that only
+prefills would gain nothing then, so the all-to-all serves it altogether.
+"""
+
 from dataclasses import dataclass
 
 import torch
 
 from kernels.ops import Ops
-from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
+from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacles
+from parallel.deepep_sizes import Sizes, described, normal_misfits
 from parallel.dispatch import ContiguousAllToAll, LocalContiguous, LocalMasked, MaskedAllToAll
 from parallel.mesh import Group, Mesh
 
@@ -16,11 +21,11 @@ Dispatcher = ContiguousAllToAll | MaskedAllToAll | LocalContiguous | LocalMasked
 
 @dataclass(frozen=True)
 class Dispatchers:
-    """One dispatcher per layout, both of the same kind."""
+    """One dispatcher per layout."""
 
     contiguous: ContiguousAllToAll | LocalContiguous | ContiguousDeepEP
     masked: MaskedAllToAll | LocalMasked | MaskedDeepEP
-    why: str  # for the log: the kind, and why it is no other
+    why: str  # for the log: the kinds, and why they are no others
     buffer: DeepEPBuffer | None = None
 
     @property
@@ -51,35 +56,42 @@ def make_dispatchers(
     capacity: int,
     fp8: bool = False,
     most_copies: int | None = None,
+    decodes: bool = True,
 ) -> Dispatchers:
     """Choose and create a job's dispatchers. Collective: all ranks make the same choice.
 
     `choice`: `auto`, or the value of `--backend dispatch=...`. `capacity`: the most tokens that a rank dispatches in a
     decode step. `fp8`: tokens travel quantised. `most_copies`: how many copies a rank's experts take at once in prefill
-    (None: all). Raises ValueError if DeepEP is forced and cannot serve.
+    (None: all). `decodes`: False for a job that only prefills. Raises ValueError if DeepEP is forced and cannot serve,
+    with every rule that fails.
     """
     if choice not in CHOICES:
         raise ValueError(f"--backend dispatch={choice}: it is one of {', '.join(CHOICES)}")
-    why_not = "forced"
-    if choice != "all_to_all":
-        my_obstacle = obstacle(mesh.ep.size, num_slots, hidden, top_k, capacity, dtype, mesh.device)
-        obstacles, hosts = zip(
-            *mesh.ep.exchange((my_obstacle, socket.gethostname()), tuple[str | None, str]), strict=True
-        )
-        why_not = next((reason for reason in obstacles if reason), None)
-        if why_not is None and len(set(hosts)) > 1:
-            why_not = f"all ranks must be on one machine, not {len(set(hosts))}"
-        if why_not is None:
-            buffer = DeepEPBuffer(mesh.ep, num_slots, hidden, capacity)
-            contiguous = ContiguousDeepEP(buffer, ops, most_copies)
-            return Dispatchers(contiguous, MaskedDeepEP(buffer, fp8), "DeepEP", buffer)
-        if choice == "deepep":
-            raise ValueError(f"--backend dispatch=deepep: {why_not}")
-        why_not = f"DeepEP: {why_not}"
-    if mesh.ep.size == 1:
+    if mesh.ep.size == 1 and choice != "deepep":
         return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops), "none: one rank holds every expert")
-    over = "NCCL" if mesh.device.type == "cuda" else "gloo"
-    return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops, most_copies), f"all-to-all over {over} ({why_not})")
+    plain = f"all-to-all over {'NCCL' if mesh.device.type == 'cuda' else 'gloo'}"
+    if choice == "all_to_all":
+        return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops, most_copies), f"{plain} (forced)")
+    name = str(dtype).removeprefix("torch.")
+    sizes = Sizes(mesh.ep.size, mesh.ranks_per_node, num_slots, hidden, top_k, capacity, name)
+    failed = _of_all_ranks(mesh.ep.exchange(obstacles(sizes, mesh.device, decodes), list[str]))
+    if failed and choice == "deepep":
+        raise ValueError(f"--backend dispatch=deepep: {failed}")
+    contiguous, masked = plain_dispatchers(mesh.ep, num_slots, ops, most_copies)
+    if failed:
+        return Dispatchers(contiguous, masked, f"{plain} (DeepEP: {failed})")
+    normal = not normal_misfits(sizes)
+    buffer = DeepEPBuffer(mesh.ep, num_slots, hidden, capacity, normal=normal)
+    if normal:
+        contiguous = ContiguousDeepEP(buffer, ops, most_copies)
+    return Dispatchers(contiguous, MaskedDeepEP(buffer, fp8), described(sizes, plain), buffer)
+
+
+def _of_all_ranks(rules: list[list[str]]) -> str:
+    """Return the rules that fail on any rank, in one line. One that does not fail on all names the first such rank."""
+    found = dict.fromkeys(rule for of_rank in rules for rule in of_rank)
+    fails = {rule: [rank for rank, of_rank in enumerate(rules) if rule in of_rank] for rule in found}
+    return "; ".join(rule if len(at) == len(rules) else f"{rule} (rank {at[0]})" for rule, at in fails.items())
 
 
 def plain_dispatchers(

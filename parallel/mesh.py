@@ -17,6 +17,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -137,6 +138,7 @@ class Mesh:
     attn: Group = Group()
     ep: Group = Group()
     first_host: str = LOOPBACK  # where the other ranks reach rank 0
+    node_of_rank: tuple[int, ...] = ()  # the machine of each rank, numbered from 0; empty: all are on one
 
     @property
     def replica(self) -> int:
@@ -147,12 +149,17 @@ class Mesh:
     def num_replicas(self) -> int:
         return self.size // self.attn.size
 
+    @property
+    def ranks_per_node(self) -> int | None:
+        """The number of ranks on each machine. None: the machines have unequal shares, or ranks not in a row."""
+        share = self.size // max(1, len(set(self.node_of_rank)))
+        in_a_row = tuple(rank // share for rank in range(self.size))
+        return share if self.node_of_rank in ((), in_a_row) else None
+
+    @property
     def nodes(self) -> int:
-        """Return the number of machines if each has equally many ranks, numbered in a row; else 1. Collective."""
-        hosts = self.ep.exchange(socket.gethostname(), str)
-        count = len(set(hosts))
-        share = self.size // count
-        return count if hosts == [hosts[i * share] for i in range(count) for _ in range(share)] else 1
+        """The number of machines, as experts are placed on them: one if `ranks_per_node` is None."""
+        return self.size // (self.ranks_per_node or self.size)
 
     @property
     def leads(self) -> bool:
@@ -186,7 +193,8 @@ class Mesh:
                 if rank in row:
                     assert not isinstance(handle, int)  # new_group returns a number to ranks outside the group
                     attn = Group(attn_tp, row.index(rank), handle)
-        return cls(rank, size, my_device, attn, Group(size, rank, dist.group.WORLD), first_host)
+        ep = Group(size, rank, dist.group.WORLD)
+        return cls(rank, size, my_device, attn, ep, first_host, numbered(ep.exchange(machine_id(), str)))
 
     def agree(self, *mine: int) -> list[list[int]]:
         """Exchange numbers: return every rank's, one row per rank. The one small CPU collective of a step."""
@@ -244,6 +252,18 @@ def _source_address(host: str) -> str:
             return probe.getsockname()[0]
     except OSError as error:
         raise ValueError(f"no way to reach rank 0 at {host!r}: {error.strerror}") from None
+
+
+def machine_id() -> str:
+    """Return what tells this machine from the others: its name, and its kernel's boot, since names may repeat."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def numbered(names: list[str]) -> tuple[int, ...]:
+    """Return a number for each name, equal for equal names, from 0 in the order of their first appearance."""
+    order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(order[name] for name in names)
 
 
 def gpu_id(device: torch.device) -> str:

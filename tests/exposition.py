@@ -31,6 +31,7 @@ DECODE_STATS = {
     "transfer_bytes": 3e6,
     "transfer_seconds": 0.25,
     "transfer_failures": 1,
+    "transfer_mismatches": 2,
     "transfers_in_flight": 2,
     "refusals": 6,
     "rebalance_looks": 7,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,3 +95,19 @@ def test_the_gap_that_a_kill_falls_into_is_of_after_it() -> None:
 def test_what_cannot_be_is_refused(flags: str, told: str) -> None:
     run = run_module("scripts.bench.handoff", *flags.split(), timeout=60)
     assert run.returncode == 2 and told in run.stderr
+
+
+@pytest.mark.parametrize("transport, module", [("nixl", "nixl_cu13"), ("mooncake", "mooncake")])
+def test_a_library_is_timed_by_itself_and_in_the_handoff(transport: str, module: str, tmp_path: Path) -> None:
+    if find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    out = tmp_path / "records.json"
+    flags = f"{TINY} --transport {transport} --only wire,pages --out {out}"
+    run = run_module("scripts.bench.handoff", *flags.split(), timeout=120, constants=QUICK)
+    assert run.returncode == 0, run.stdout + run.stderr
+    records = {record.name.removeprefix(f"handoff 1 + 1, {transport}: "): record for record in load(out)}
+    own = records["the library's own loop, 1 MB of scattered pages of one layer"]
+    assert own.reference == records["copy within one process"].value > 0
+    for rate in (f"{AHEAD} prompts at once", "while receiving"):
+        record = records[f"scattered pages of 128 tokens, {rate}"]
+        assert record.value > 0 and record.reference == own.value > 0

@@ -30,7 +30,7 @@ from disagg.control.messages import (
     Withdraw,
     encode,
 )
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
 from disagg.request import Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
@@ -83,6 +83,8 @@ ON_A_LINK = (
     Open(REQUEST, [4, 1], [MEMBER]),
     Cancel(5),
     Sending([5], [9, 8]),
+    Sending([5], [9], b"\0\xff", 2**32 - 1),
+    Read(),
     Chosen(5, b"\0\1"),
     Scored(5, b"\1\0"),
     Last(5, 128_000, [(128_000, -0.5)]),
@@ -90,7 +92,7 @@ ON_A_LINK = (
 )
 DECODERS = {
     kind: Decoder(kind)
-    for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Chosen | Scored | Last | Closed)
+    for kind in (ToWorker, ToRouter, Knock | Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed)
 }
 EXAMPLES = dict(zip(DECODERS, (TO_WORKER, TO_ROUTER, ON_A_LINK), strict=True))
 
@@ -138,6 +140,8 @@ NO_MESSAGES = {
     "a piece of experts that is too large": encode(Updates([Update(3, experts=b"x" * (PIECE + 1))])),
     "a piece of log probabilities that is too large": encode(Updates([Update(3, prompt_rows=b"x" * (PIECE + 1))])),
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
+    "a location of 257 bytes": forged(Sending([5], [9]), location=b"x" * 257),
+    "a checksum of 33 bits": forged(Sending([5], [9]), checksum=2**32),
     "a load below nothing": forged(Beat("a", 1, False), load=load(kv_pages=-1)),
     "a load that no float can hold": forged(Beat("a", 1, False), load=load(queued_tokens=2**53)),
     "a drain that is no truth value": forged(Beat("a", 1, False), draining=1),

@@ -15,39 +15,51 @@ SOON = 10
 
 def free(credits: Credits) -> int:
     """By taking them all, and putting them back."""
-    count = 0
-    while credits.free.acquire(blocking=False):
-        count += 1
-    for _ in range(count):
-        credits.free.release()
-    return count
+    taken = []
+    while not credits.free.empty():
+        taken.append(credits.free.get())
+    for credit in taken:
+        credits.free.put(credit)
+    assert len(set(taken)) == len(taken), "two transfers would share a buffer"
+    return len(taken)
 
 
 def closed() -> None:
     raise RuntimeError("closed")
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "take", "give back", "close"])), max_size=40))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "take", "give back", "shut", "close"])), max_size=40)
+)
 def test_what_links_hold_and_what_is_free_are_all_there_is(actions: list[tuple[int, str]]) -> None:
     credits = Credits()
-    shares, held, gone = [Share(credits) for _ in range(3)], [0, 0, 0], set()
+    shares, held, gone = [Share(credits) for _ in range(3)], [[], [], []], set()
+    late: list[list[int]] = [[], [], []]  # of transfers whose credits `close` gave back
     for link, action in actions:
-        if action == "close":
+        others = [credit for one in held for credit in one]
+        if action == "shut":
+            shares[link].shut()
+            gone.add(link)
+        elif action == "close":
             shares[link].close()
             gone.add(link)
-            held[link] = 0
+            late[link] += held[link]
+            held[link] = []
         elif action == "give back":
-            if held[link] or link in gone:  # a transfer that was aborted ends later
-                shares[link].give_back()
-                held[link] = max(0, held[link] - 1)
+            if held[link]:
+                shares[link].give_back(held[link].pop())
+            elif late[link]:  # a transfer that was aborted ends later, and another one may have its credit by then
+                shares[link].give_back(late[link].pop())
         elif link in gone:
-            if sum(held) < IN_FLIGHT:
+            if len(others) < IN_FLIGHT and len(held[link]) < OF_A_LINK:
                 with pytest.raises(RuntimeError, match="closed"):
                     shares[link].take(closed)
-        elif sum(held) < IN_FLIGHT and held[link] < OF_A_LINK:  # else it would wait
-            shares[link].take(closed)
-            held[link] += 1
-        assert free(credits) == IN_FLIGHT - sum(held)
+        elif len(others) < IN_FLIGHT and len(held[link]) < OF_A_LINK:  # else it would wait
+            credit = shares[link].take(closed)
+            assert credit in range(IN_FLIGHT) and credit not in others
+            held[link].append(credit)
+        assert [share.held for share in shares] == [len(one) for one in held]
+        assert free(credits) == IN_FLIGHT - sum(map(len, held))
 
 
 def test_one_link_leaves_something_for_the_others() -> None:

@@ -55,12 +55,11 @@ def test_the_nearest_replica_is_chosen_and_equal_ones_take_turns(
                 assert max(counts) - min(counts) <= 1, "ranks that are as far from all do not take turns"
 
 
-def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there() -> None:
     """Four ranks on two nodes, and hot experts with replicas on both."""
-    monkeypatch.setattr(Mesh, "nodes", lambda mesh: 2)
     loads, chances = torch.randint(1, 100, (6, 8)) ** 2, 0
     for rank in range(4):
-        placement = balanced(loads, 16, 1, Mesh(rank, 4, ep=Group(4, rank)))
+        placement = balanced(loads, 16, 1, Mesh(rank, 4, ep=Group(4, rank), node_of_rank=(0, 0, 1, 1)))
         for layer, row in enumerate(placement.expert_of_slot):
             for expert in range(8):
                 nodes = ((row == expert).nonzero()[:, 0] // 8).tolist()
@@ -68,6 +67,14 @@ def test_tokens_stay_on_their_node_where_a_balanced_map_has_the_expert_there(mon
                 chances += {0, 1} <= set(nodes)
                 assert used == rank // 2 or rank // 2 not in nodes, (rank, layer, expert)
     assert chances > 20, "the maps leave nothing to choose"
+
+
+def test_a_group_of_experts_stays_on_its_node() -> None:
+    """Four groups of two experts each, on two nodes. With groups as here, half of the experts can be on each node."""
+    mesh = Mesh(0, 4, ep=Group(4, 0), node_of_rank=(0, 0, 1, 1))
+    of_slot = balanced(torch.arange(1, 49).view(6, 8) ** 2, 16, 4, mesh).expert_of_slot
+    for layer in of_slot.view(6, 2, 8) // 2:
+        assert not set(layer[0].tolist()) & set(layer[1].tolist()), layer
 
 
 def test_the_recorder_counts_tokens_of_experts() -> None:

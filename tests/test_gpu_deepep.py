@@ -24,7 +24,7 @@ from model.kv_cache import make_pool
 from model.moe import Experts
 from model.transformer import Transformer, op_shape
 from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP
-from parallel.deepep_sizes import buffer_bytes
+from parallel.deepep_sizes import Sizes, buffer_bytes
 from parallel.dispatch import Contiguous, ContiguousAllToAll, Masked, MaskedAllToAll
 from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.mesh import Group, Mesh
@@ -66,7 +66,8 @@ class World:
         experts.down_proj.copy_(down[mine][:PER_RANK])
         buffer = DeepEPBuffer(group, num_slots, D, CAPACITY)
         assert buffer.capacity == CAPACITY and buffer.num_bytes > 0
-        assert buffer_bytes(group.size, num_slots, D, CAPACITY) == pytest.approx(buffer.num_bytes, rel=0.05)
+        sizes = Sizes(size, size, num_slots, D, 8, CAPACITY, "bfloat16")
+        assert buffer_bytes(sizes) == pytest.approx(buffer.num_bytes, rel=0.05)
         return cls(group, ops, buffer, experts, gate_up, down, torch.Generator().manual_seed(seed + 1 + rank))
 
     @property

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -29,7 +29,8 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
-from disagg.handoff.credits import OF_A_LINK, Credits
+from disagg.handoff.credits import IN_FLIGHT, OF_A_LINK, Credits
+from disagg.handoff.endpoints import TRANSPORTS, Handoff
 from disagg.handoff.link import Link
 from disagg.handoff.links import Links
 from disagg.handoff.pipe import Pipe
@@ -41,6 +42,7 @@ from disagg.handoff.protocol import (
     Last,
     Message,
     Open,
+    Read,
     Room,
     RoomEnded,
     RoomState,
@@ -51,7 +53,8 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transports.torch_dist import TorchTransfer, TorchTransport
+from disagg.handoff.transport import Endpoint, Transfer
+from disagg.handoff.transports.torch_dist import TorchEndpoint, TorchTransport
 from disagg.request import Request
 from model.pages import PAGE, PageAllocator
 from tests.conftest import ROOT, eventually
@@ -59,6 +62,8 @@ from tests.processes import fork_server
 
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
+TORCH = TorchEndpoint(CPU, HOST)
+MADE: list[tuple[str, Endpoint]] = []  # endpoints that no test is using; to make one takes half a second
 LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
 CANARY = -7.5
 SOON = 20  # seconds; nothing here takes one
@@ -197,32 +202,92 @@ class Pair:
             end.hush()
 
 
+def obstacle(library: str) -> str | None:
+    """Return why the transport's library cannot be used here, or None."""
+    try:
+        Handoff(library).check(CPU)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def endpoint_of(library: str) -> Endpoint:
+    """An endpoint that no other links use: of a process of its own, as it were. Skips the test without the package."""
+    if why_not := obstacle(library):
+        pytest.skip(why_not)
+    for i, (name, endpoint) in enumerate(MADE):
+        if name == library:
+            del MADE[i]
+            return endpoint
+    return Handoff(library).make_endpoint(HOST, 2**24, CPU)  # buffers for all pages, however a test limits transfers
+
+
+@pytest.fixture(params=TRANSPORTS)
+def library(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@dataclass
+class Rank:
+    """A prefill rank that several links share."""
+
+    endpoint: Endpoint
+    credits: Credits = field(default_factory=Credits)
+
+
 @pytest.fixture
-def make_pair() -> Iterator[Any]:
+def make_pair(library: str) -> Iterator[Any]:
+    """`make_pair.library`: how its pairs move bytes."""
     pairs: list[Pair] = []
     doors = []  # a door's store ends with it
+    used: list[Endpoint] = []
 
-    def make(dtype: torch.dtype = torch.float32, name: str = "d", credits: Credits | None = None) -> Pair:
-        """`credits`: the prefill rank's, if it has other links."""
+    def make_rank() -> Rank:
+        used.append(endpoint_of(library))
+        return Rank(used[-1])
+
+    def make(
+        dtype: torch.dtype = torch.float32,
+        name: str = "d",
+        rank: Rank | None = None,
+        decode_rank: Rank | None = None,
+        checksums: bool = False,
+    ) -> Pair:
+        """`rank`: the prefill rank, if it has other links."""
         doors.append(door := Door(HOST))
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
-        pool = make_pool(CANARY, dtype)
-        receive = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, ours, Credits())
+        pool, here, there = make_pool(CANARY, dtype), decode_rank or make_rank(), rank or make_rank()
+        knock_and_meet = dial(prefill, decode, here.endpoint)
+        receive = ReceiveLink(link_key(prefill, decode), knock_and_meet, pool, ours, here.credits)
         (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
         source = make_pool(None, dtype)
-        connect = listen(door.store.port, HOST, CPU)
-        send = SendLink(link_key(prefill, knock.decode), connect, source, theirs, credits or Credits())
+        connect = listen(door.store.port, HOST, there.endpoint)
+        key = link_key(prefill, knock.decode)
+        send = SendLink(key, connect, source, theirs, there.credits, checksums=checksums)
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
 
+    make.rank, make.library = make_rank, library
     yield make
+    over = True
     for pair in pairs:
         for end in (pair.prefill, pair.decode):
             end.link.stop()
             end.link.join(1)
-            end.link._transport = None  # a peer that is still inside a transfer sees it end
+            if library == "torch":
+                end.link._transport = None  # a peer that is still inside a transfer sees it end
+            else:
+                end.link._mover.join(SOON)
+                over &= not end.link._mover.is_alive()
+    assert over or library == "torch", "a transfer never ended"
+    MADE.extend((library, endpoint) for endpoint in used)
+
+
+def torch_only(test: Any) -> Any:
+    """Of a two-sided transport: it breaks it by hand, waits inside it, or hears `Last` before the bytes are there."""
+    return pytest.mark.parametrize("library", ["torch"], indirect=True)(test)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -256,18 +321,15 @@ class Gate:
 
     def __init__(self, link: Link) -> None:
         self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
-        for name in ("send", "recv"):
-            setattr(link.transport, name, self.held(getattr(link.transport, name)))
+        send, recv = link.transport.send, link.transport.recv
+        link.transport.send = lambda x: (self.held(x, (sent := send(x))[0]), sent[1])
+        link.transport.recv = lambda x, location: self.held(x, recv(x, location))
 
-    def held(self, start: Callable[[Tensor], TorchTransfer]) -> Callable[[Tensor], TorchTransfer]:
-        def held(x: Tensor) -> TorchTransfer:
-            self.started.append(x.shape[1])
-            transfer = start(x)
-            wait = transfer.wait
-            transfer.wait = lambda: self.opened.wait(SOON) and wait()
-            return transfer
-
-        return held
+    def held(self, x: Tensor, transfer: Transfer) -> Transfer:
+        self.started.append(x.shape[1])
+        wait = transfer.wait
+        transfer.wait = lambda: self.opened.wait(SOON) and wait()
+        return transfer
 
     def await_start(self, count: int) -> None:
         assert eventually(lambda: len(self.started) >= count, SOON)
@@ -671,17 +733,18 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_links_that_are_over_keep_no_sockets() -> None:
+def test_links_that_are_over_keep_no_sockets(library: str) -> None:
     """A job that lives long goes through many: one for each time that a peer came and went."""
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
     links, most = [], None  # the links are kept, as a rank's `Links` keeps them
+    here, there = endpoint_of(library), endpoint_of(library)
     for generation in range(3):
         ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
         key, (source, sink) = link_key(prefill, decode, generation), ends
-        sink.link = ReceiveLink(key, dial(prefill, decode, CPU, generation), sink.pool, sink.events, Credits())
+        sink.link = ReceiveLink(key, dial(prefill, decode, here, generation), sink.pool, sink.events, Credits())
         assert door.poll(SOON * 1000)
-        source.link = SendLink(key, listen(door.store.port, HOST, CPU), source.pool, source.events, Credits())
+        source.link = SendLink(key, listen(door.store.port, HOST, there), source.pool, source.events, Credits())
         pair = Pair(source, sink, decode)
         pair.open(1, [4])
         source.link.put(SendPages(1, [1], [4]))
@@ -701,8 +764,8 @@ def test_a_peer_that_is_stuck_stops_no_other_and_is_heard_when_it_goes(
 ) -> None:
     """All transfers that a link may have are on their way to it, and the link's thread waits to start another."""
     limit_transfers(monkeypatch, 1)
-    credits = Credits()
-    stuck, other = make_pair(name="d1", credits=credits), make_pair(name="d2", credits=credits)
+    rank = make_pair.rank()
+    stuck, other = make_pair(name="d1", rank=rank), make_pair(name="d2", rank=rank)
     pages = list(range(1, 2 + OF_A_LINK))
     stuck.open(1, pages)
     other.open(2, [5])
@@ -730,7 +793,7 @@ def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monke
     monkeypatch.setattr(TorchTransport, "greet", lambda self: greeted.set())
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
-    link = SendLink(key, listen(door.store.port, HOST, CPU), make_pool(None), queue.SimpleQueue(), Credits())
+    link = SendLink(key, listen(door.store.port, HOST, TORCH), make_pool(None), queue.SimpleQueue(), Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU, "127.0.0.1")
     time.sleep(0.3)  # now it waits at the pipe
@@ -773,6 +836,7 @@ def test_stop_ends_the_rooms_that_are_open(make_pair: Any, side: str) -> None:
     pair.hush()
 
 
+@torch_only
 def test_a_room_whose_last_word_came_before_the_link_went_down_ends_once(make_pair: Any) -> None:
     """Its bytes are still on their way when the link is stopped, and arrive afterwards."""
     pair = make_pair()
@@ -822,6 +886,7 @@ def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> No
     assert not pair.decode.link.is_alive()
 
 
+@torch_only
 def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pair: Any) -> None:
     pair = make_pair()
     for uid in (1, 2):
@@ -845,6 +910,7 @@ def test_a_transport_that_breaks_ends_every_room_and_refuses_later_ones(make_pai
     pair.hush()
 
 
+@torch_only
 @pytest.mark.parametrize("side", ("prefill", "decode"))
 def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     """The router said that the peer is gone; its machine may have gone without a word, so no socket knows."""
@@ -863,6 +929,7 @@ def test_stop_ends_a_transfer_in_flight(make_pair: Any, side: str) -> None:
     end.hear_end(1, "link p/d", within=3)
 
 
+@torch_only
 def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) -> None:
     """stop() lets the pages go at once, and a slow peer may still finish what it has begun."""
     pair = make_pair()
@@ -873,9 +940,121 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     pair.decode.link.stop()
     pair.decode.hear_end(1, "stopped")
     pair.decode.pool[:, [4, 5]] = 8.5  # another room's
-    transport.send(pair.prefill.pool[:, [1, 2]]).wait()
+    transport.send(pair.prefill.pool[:, [1, 2]])[0].wait()
     pair.decode.hush()
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
+
+
+def test_a_buffer_that_may_still_be_written_keeps_its_credit_and_touches_no_page(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the library moves bytes: the mover sees a transfer through after the link went down."""
+    limit_transfers(monkeypatch, 1)
+    rank = make_pair.rank()
+    pair = make_pair(decode_rank=rank)
+    pair.open(1, [4, 5])
+    gate = Gate(pair.decode.link)
+    for mine, theirs in ((1, 4), (2, 5)):
+        pair.prefill.link.put(SendPages(1, [mine], [theirs]))
+    gate.await_start(2)
+    pair.decode.link.stop()
+    pair.decode.hear_end(1, "stopped")
+    pair.decode.pool[:, [4, 5]] = 8.5  # another room's
+    one_sided = make_pair.library != "torch"
+    assert rank.credits.free.qsize() == IN_FLIGHT - 2 * one_sided  # torch allocates a buffer for each transfer
+    gate.opened.set()
+    pair.decode.link._mover.join(SOON)
+    pair.decode.hush()
+    assert (pair.decode.pool[:, [4, 5]] == 8.5).all() and rank.credits.free.qsize() == IN_FLIGHT
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+def test_a_room_is_done_only_when_its_peer_has_read_its_pages(make_pair: Any) -> None:
+    """Until then a link that goes down could let another transfer have the buffer, amid the reading."""
+    pair, told = make_pair(), []
+    pair.open(1, [4])
+    tell = pair.decode.link.tell
+    pair.decode.link.tell = told.append
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    assert eventually(lambda: told == [Read()])
+    assert eventually(lambda: pair.decode.pool[:, 4].equal(pair.prefill.pool[:, 1]))
+    time.sleep(0.2)
+    assert pair.decode.events.empty() and pair.prefill.events.empty()
+    tell(told[0])
+    assert pair.decode.hear_end(1).token == 7
+    pair.prefill.hear_end(1)
+    pair.hush()
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+def test_a_sender_that_goes_down_amid_the_reading_completes_no_room(make_pair: Any) -> None:
+    """Its buffer is another transfer's at once. What the peer then reads is not this room's KV."""
+    pair = make_pair()
+    pair.open(1, [4])
+    gate = Gate(pair.decode.link)
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    gate.await_start(1)
+    pair.prefill.link.stop()
+    pair.prefill.hear_end(1, "stopped")
+    pair.prefill.link._mover.join(SOON)
+    assert not pair.prefill.link._mover.is_alive() and pair.prefill.link.in_flight == 0
+    gate.opened.set()
+    pair.decode.hear_end(1, "the other end has gone")
+    pair.hush()
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+@pytest.mark.parametrize("side, lie", [("decode", Read()), ("prefill", Sending([1], [4], b"nowhere"))])
+def test_a_word_that_means_nothing_ends_the_link(make_pair: Any, side: str, lie: Message) -> None:
+    pair = make_pair()
+    pair.open(1, [4])
+    getattr(pair, side).say(lie)
+    ends = (pair.prefill, pair.decode) if side == "decode" else (pair.decode, pair.prefill)
+    ends[0].hear_end(1, "nothing was sent" if side == "decode" else "a location of 7 bytes")
+    ends[1].hear_end(1, "the other end has gone")
+    pair.hush()
+    for end in ends:
+        end.link._mover.join(SOON)
+        assert end.link._credits._credits.free.qsize() == IN_FLIGHT, "of a transfer that never began"
+
+
+def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: Any) -> None:
+    """With --kv-checksum, and never with a token. The others' pages have what was sent."""
+    pair = make_pair(checksums=True)
+    for uid, page in ((1, 4), (2, 5), (3, 6)):
+        pair.open(uid, [page])
+    link = pair.decode.link
+    recv = link.transport.recv
+
+    def flipping(x: Tensor, location: bytes) -> Transfer:
+        transfer = recv(x, location)
+        wait = transfer.wait
+
+        def wait_and_flip() -> None:
+            wait()
+            x.view(torch.uint8).view(-1)[-1] ^= 1
+
+        transfer.wait = wait_and_flip
+        return transfer
+
+    put = pair.prefill.link.put
+    put(SendPages(1, [1], [4]))
+    put(SendLast(1, 10, []))
+    assert pair.decode.hear_end(1).token == 10
+    link.transport.recv = flipping
+    put(SendPages(2, [2], [5]))
+    put(SendLast(2, 20, []))
+    pair.decode.hear_end(2, "other bytes than were sent (--kv-checksum)")
+    link.transport.recv = recv
+    put(SendPages(3, [3], [6]))
+    put(SendLast(3, 30, []))
+    assert pair.decode.hear_end(3).token == 30
+    assert [pair.prefill.hear().uid for _ in range(3)] == [1, 2, 3]
+    assert pair.decode.pool[:, [4, 6]].equal(pair.prefill.pool[:, [1, 3]])
+    assert (pair.decode.pool[:, 5] == CANARY).all() and link.mismatches == 1
+    pair.hush()
 
 
 def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> None:
@@ -883,7 +1062,7 @@ def test_a_pipe_that_is_connected_later_than_the_transport_loses_nothing() -> No
     door, decode = Door(HOST), Member("d", HOST)
     key = link_key(Member("p", HOST), decode)
     end = End(make_pool(None), None, queue.SimpleQueue())
-    end.link = SendLink(key, listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
+    end.link = SendLink(key, listen(door.store.port, HOST, TORCH), end.pool, end.events, Credits())
     store = TCPStore(HOST, door.store.port, is_master=False)
     transport = TorchTransport(PrefixStore(key, store), 1, CPU, "127.0.0.1")
     end.link.put(Join(1))
@@ -906,7 +1085,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
     door = Door(HOST)
     doing.put(Member(prefill.id, HOST, door.port, door.store.port))
     assert door.poll(SOON * 1000)
-    pipe, transport = listen(door.store.port, HOST, CPU)(link_key(prefill, decode))
+    pipe, transport = listen(door.store.port, HOST, TORCH)(link_key(prefill, decode))
     (opening,) = pipe.poll(SOON * 1000)
     pipe.send(Sending([opening.request.uid], opening.pages))
     doing.put("sending")
@@ -916,7 +1095,7 @@ def prefill_that_dies(prefill: Member, decode: Member, doing: Any) -> None:
 
 def decode_that_dies(prefill: Member, decode: Member, takes_some: bool, doing: Any) -> None:
     """A peer process: asks for KV, and never takes it or only its beginning."""
-    pipe, transport = dial(prefill, decode, CPU)(link_key(prefill, decode))
+    pipe, transport = dial(prefill, decode, TORCH)(link_key(prefill, decode))
     pipe.send(Open(Request(1, [1]), [1, 2], [decode]))
     for message in pipe.poll(SOON * 1000):
         doing.put(type(message).__name__)
@@ -941,7 +1120,7 @@ def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms()
     process, doing = spawn(prefill_that_dies, Member("p", HOST), decode)
     prefill = doing.get(timeout=60)
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
-    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), end.pool, end.events, Credits())
+    end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), end.pool, end.events, Credits())
     end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
     end.link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
@@ -964,7 +1143,9 @@ def test_a_decode_process_that_dies_in_a_transfer_ends_the_prefill_sides_rooms(t
     process, doing = spawn(decode_that_dies, prefill, decode, takes_some)
     assert door.poll(60_000)
     end = End(torch.randn(HUGE), None, queue.SimpleQueue())
-    end.link = SendLink(link_key(prefill, decode), listen(door.store.port, HOST, CPU), end.pool, end.events, Credits())
+    end.link = SendLink(
+        link_key(prefill, decode), listen(door.store.port, HOST, TORCH), end.pool, end.events, Credits()
+    )
     end.hear_open(1)
     for uid in (1, 2):
         end.link.put(Join(uid))
@@ -992,12 +1173,12 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     source, pool = make_pool(None), make_pool(CANARY)
     sending = Links(
         lambda peer, g: SendLink(
-            link_key(prefill, peer, g), listen(door.store.port, HOST, CPU), source, sending.events, sending.credits
+            link_key(prefill, peer, g), listen(door.store.port, HOST, TORCH), source, sending.events, sending.credits
         )
     )
     receiving = Links(
         lambda peer, g: ReceiveLink(
-            link_key(peer, decode, g), dial(peer, decode, CPU, g), pool, receiving.events, receiving.credits
+            link_key(peer, decode, g), dial(peer, decode, TORCH, g), pool, receiving.events, receiving.credits
         )
     )
     for generation in range(3):
@@ -1083,12 +1264,12 @@ def test_a_knock_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
     pool, events = make_pool(CANARY), queue.SimpleQueue()
-    link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, CPU), pool, events, Credits())
+    link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), pool, events, Credits())
     assert door.poll(SOON * 1000)  # and nothing comes of it
     time.sleep(0.4)
     (knock, *_) = door.poll(SOON * 1000)
     send = SendLink(
-        link_key(prefill, knock.decode), listen(door.store.port, HOST, CPU), make_pool(None), events, Credits()
+        link_key(prefill, knock.decode), listen(door.store.port, HOST, TORCH), make_pool(None), events, Credits()
     )
     link.put(Join(1, Open(Request(1, [1]), [4], [decode])))
     assert isinstance(events.get(timeout=SOON), Open)

@@ -18,6 +18,8 @@ OPTIONAL = {  # library -> the only files that may import it, and there inside f
     "flash_mla": "kernels/",
     "flash_attn": "kernels/",
     "deep_ep": "parallel/deepep.py",
+    "nixl_cu13": "disagg/handoff/transports/nixl_ucx.py",
+    "mooncake": "disagg/handoff/transports/mooncake_tcp.py",
     **dict.fromkeys(("starlette", "uvicorn", "uvloop", "prometheus_client"), "disagg/front/http/"),
     "huggingface_hub": "model/hub.py",  # always installed, but importing it takes half a second
 }

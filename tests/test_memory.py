@@ -184,6 +184,14 @@ def test_decode_by_hand() -> None:
     assert masked_step(deepep, 256) == layer + routing + rows * (512 + 2 * 256) * 2
 
 
+def test_prompts_take_what_the_all_to_all_takes_where_deepep_serves_decode_steps_alone() -> None:
+    deepep = replace(HAND, ranks=4, slots=1, capacity=300)
+    mixed, plain = replace(deepep, normal=False), replace(deepep, capacity=None)
+    assert masked_step(mixed, 1024) == masked_step(replace(mixed, normal=True), 1024)
+    sizes = [contiguous_step(shape, 16384, 16384, 1) for shape in (deepep, mixed, plain)]
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
 def test_graphs_hold_their_logits() -> None:
     """Each graph's logits stay; the largest is captured first, and a small one may need as much beside them."""
     job = replace(HAND, config=replace(SMALL, kv_lora_rank=64))
@@ -371,7 +379,7 @@ def test_a_share_of_a_gpu() -> None:
 class Hosts(Group):
     """Ranks of which two are on my GPU; the one beside me has a GiB less left."""
 
-    def exchange(self, item: Any) -> list[Any]:
+    def exchange(self, item: Any, kind: Any) -> list[Any]:
         if isinstance(item, Budget):
             return [item, replace(item, available=item.available - GIB)]
         return [item, item, "another", "and another"]
@@ -446,7 +454,7 @@ def test_a_pool_over_a_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatc
     )
 
     class Machines(Group):
-        def exchange(self, item: Any) -> list[Any]:
+        def exchange(self, item: Any, kind: Any) -> list[Any]:
             return [item, item, ("elsewhere", 6 * GIB)]
 
     mesh = Mesh(0, 3, ep=Machines(3))

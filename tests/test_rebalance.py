@@ -255,6 +255,34 @@ def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: fl
     return Rebalancer(model, Mesh(), reader(open_checkpoint(tiny, config), config), *how or (NEVER,))
 
 
+@pytest.mark.parametrize("machines", [2, 3])
+def test_a_moved_map_keeps_tokens_on_the_real_machines(machines: int, tiny: Path) -> None:
+    """The first rank, of two on each machine. Four groups of experts divide by two machines, so each stays on one.
+
+    They do not divide by three: then replicas are anywhere, and the rank chooses one on its machine.
+    """
+    config, ranks = ModelConfig.from_pretrained(tiny), 2 * machines
+    before = torch.arange(48).remainder(32).repeat(4, 1)
+    model = Transformer(config, Mesh(), Placement.of_map(before, 32, ranks, 0, 2), Ops(), torch.float32, 256)
+    load_weights(model, open_checkpoint(tiny, config), Mesh())
+    model.load_counter = LoadCounter(model.placement, 32)
+    mesh = Mesh(size=ranks, node_of_rank=tuple(rank // 2 for rank in range(ranks)))
+    rebalancer = Rebalancer(model, mesh, ExpertReader(open_checkpoint(tiny, config), config), 1, 1.0, 2)
+    generator = torch.Generator().manual_seed(0)
+    rebalancer.load_counter.by_expert += torch.randint(1, 9, (4, 32), generator=generator) ** 3
+    rebalancer.step()
+    drive(rebalancer)
+    of_slot = model.placement.expert_of_slot
+    assert rebalancer.stats["rebalances_total"] and not of_slot.equal(before)
+    near, anywhere = (Placement.of_map(of_slot, 32, ranks, 0, each).slot_of_expert for each in (2, None))
+    assert model.placement.slot_of_expert.equal(near)
+    if machines == 3:
+        assert not near.equal(anywhere)
+    else:
+        groups_of_node = (of_slot // 8).view(4, machines, -1)
+        assert all(len(on_one.unique()) == 2 for layer in groups_of_node for on_one in layer)
+
+
 def drive(rebalancer: Rebalancer) -> None:
     while not rebalancer.idle or rebalancer.vote():
         rebalancer.advance((rebalancer.vote(),))

@@ -21,6 +21,7 @@ from disagg.front.router import Router
 from disagg.handoff.connect import Door
 from disagg.handoff.protocol import Cancel, Closed, Join, Knock, Open, RoomEnded, SendPages
 from disagg.handoff.receive_link import Pieces
+from disagg.handoff.transports.torch_dist import TorchEndpoint
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.prefill import Prefill
@@ -67,7 +68,7 @@ def engine(tiny: Path) -> Engine:
 
 @pytest.fixture
 def decode(engine: Engine) -> Decode:
-    role = Decode(engine, [ME])
+    role = Decode(engine, [ME], TorchEndpoint(engine.pool.device, HOST))
     role.links._make = FakeLink
     return role
 
@@ -208,7 +209,7 @@ def test_a_unified_replica_reports_the_prompt_that_it_computes(engine: Engine) -
 
 @pytest.fixture
 def prefill(engine: Engine) -> Any:
-    role = Prefill(engine, [ME], Door(HOST))
+    role = Prefill(engine, [ME], Door(HOST), TorchEndpoint(engine.pool.device, HOST))
     role.links._make = FakeLink
     yield role
     role.door.close()

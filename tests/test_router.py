@@ -31,6 +31,7 @@ from disagg.front.answer import Answer
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
+from disagg.handoff.endpoints import Handoff
 from disagg.request import Request
 from tests.clients import listed
 from tests.conftest import eventually
@@ -719,6 +720,24 @@ def test_jobs_of_the_routers_model_send_away_others_that_came_first(capsys: pyte
             worker.close()
     assert answers[0].error is None
     assert "a prefill replica has not this router's --model" in capsys.readouterr().err
+
+
+def test_a_replica_with_another_transport_is_refused() -> None:
+    """Before a prompt is computed for it. The other flags of the hint would not help."""
+    kv = {"layers": "5", **Handoff("torch").as_layout()}
+    with serving(Request(0, [5], 1)) as (router, answers):
+        prefill = joining("p", "prefill", router, kv=kv)
+        for name, handoff, said in (
+            ("w", Handoff("nixl"), "--transport is nixl, the others have torch"),
+            ("x", Handoff(checksums=True), "--kv-checksum is on, the others have off"),
+        ):
+            wrong = joining(name, "decode", router, kv=kv | handoff.as_layout())
+            assert wrong.hear(Finish).error == f"refused: its KV is not the others': {said}"
+            wrong.send(Bye({}))
+            wrong.close()
+        decode = joining("d", "decode", router, kv=kv)
+        finish(decode, decode.hear(Submit), prefill)
+    assert answers[0].error is None
 
 
 def test_nobody_joins_in_anothers_name(capsys: pytest.CaptureFixture) -> None:

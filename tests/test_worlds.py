@@ -23,6 +23,7 @@ from disagg.front.expert_rows import NO_EXPERTS, RowShape
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
+from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
 from disagg.request import Request
@@ -77,10 +78,15 @@ Jobs = list[tuple[str, Engine | None, Mesh | None]]
 
 
 def one_run(
-    jobs: Jobs, folder: Path, interrupt: Interrupt, make: Callable[[int], list[UserRequest]] = requests
+    jobs: Jobs,
+    folder: Path,
+    interrupt: Interrupt,
+    make: Callable[[int], list[UserRequest]] = requests,
+    handoff: Handoff = BY_DEFAULT,
 ) -> list[tuple]:
     """Serve `make(vocab_size)` with these jobs. Every rank of the world calls this; rank 0 gets what came out."""
-    return collect(answers_to(make(tokenizer_of(folder).get_vocab_size()), jobs, folder, interrupt))
+    work = make(tokenizer_of(folder).get_vocab_size())
+    return collect(answers_to(work, jobs, folder, interrupt, handoff=handoff))
 
 
 def answers_to(
@@ -90,6 +96,7 @@ def answers_to(
     interrupt: Interrupt,
     expert_shape: RowShape = NO_EXPERTS,
     expected: int = 0,
+    handoff: Handoff = BY_DEFAULT,
 ) -> dict[int, Answer]:
     """As `one_run`, but any requests. `folder`: the tokenizer's. `expected`: replicas to wait for before the first."""
     rank, answers, thread = dist.get_rank(), {}, None
@@ -106,7 +113,7 @@ def answers_to(
         thread.start()
     for role, engine, mesh in jobs:
         if mesh is not None:
-            assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt) is None
+            assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt, handoff=handoff) is None
             allocator = engine.scheduler.allocator
             assert interrupt.seen or not engine.scheduler.has_work
             assert interrupt.seen or allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"

@@ -1,5 +1,6 @@
 """Front: from the user's input to the user's output.
 
+flags.py                           what is asked, and where the answers go
 front_door.py                      serves a prompt, a batch of lines, or HTTP clients through http/
 process.py                         the router's process beside a unified job; exit_status.py says how a process ends
 client.py, tracked.py              what a door gives to the router, and what the router knows of it

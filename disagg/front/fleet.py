@@ -153,7 +153,8 @@ class Fleet:
             for name in theirs | mine
             if mine.get(name) != theirs.get(name)
         ]
-        return f"its KV is not the others': {'; '.join(wrong)} (--model, --dtype)" if wrong else ""
+        hint = "" if all(one.startswith("--") for one in wrong) else " (--model, --dtype)"
+        return f"its KV is not the others': {'; '.join(wrong)}{hint}" if wrong else ""
 
     def _refuse(self, replica: Replica, wrong: str) -> None:
         self.port.refusals.add(f"a {replica.hello.role} replica", wrong)

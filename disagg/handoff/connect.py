@@ -6,11 +6,11 @@ into its store. The transport connects through the same store.
 
 import datetime
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
 import zmq
 
 # Public by torch's documentation, though not by its __init__.py, which has no __all__.
@@ -22,8 +22,8 @@ from disagg.control.ports import MOST_POLLED, new_socket, unwatch, watch
 from disagg.control.refusals import FAILED, Refusals
 from disagg.control.secret import Secret
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Scored, Sending
-from disagg.handoff.transports.torch_dist import TIMEOUT, TorchTransport
+from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
+from disagg.handoff.transport import TIMEOUT, Endpoint, Transport
 
 KNOCK_AGAIN = datetime.timedelta(seconds=3)
 
@@ -70,32 +70,35 @@ class Door:
 def listen(
     store_port: int,
     host: str,
-    device: torch.device,
+    endpoint: Endpoint,
     secret: Secret | None = None,
     refusals: Refusals | None = None,
-) -> Callable[[str], tuple[Pipe, TorchTransport]]:
+) -> Callable[[str], tuple[Pipe, Transport]]:
     """Return the prefill end's `connect`: open a pipe, and put its port into the store that this rank hosts."""
 
-    def connect(key: str) -> tuple[Pipe, TorchTransport]:
-        pipe = Pipe.listen(host, key, Open | Cancel, secret, refusals)
+    def connect(key: str) -> tuple[Pipe, Transport]:
+        pipe = Pipe.listen(host, key, Open | Cancel | Read, secret, refusals)
         # One client per link: while a client waits, perhaps for a frozen peer, no other link could use it.
         store = TCPStore(host, store_port, is_master=False, timeout=TIMEOUT)
         store.set(f"{key}/pipe", str(pipe.port))
-        return pipe, TorchTransport(PrefixStore(key, store), 0, device, host)
+        return pipe, endpoint.connect(PrefixStore(key, store), 0)
 
     return connect
 
 
 def dial(
-    prefill: Member, me: Member, device: torch.device, generation: int = 0, secret: Secret | None = None
-) -> Callable[[str], tuple[Pipe, TorchTransport]]:
+    prefill: Member, me: Member, endpoint: Endpoint, generation: int = 0, secret: Secret | None = None
+) -> Callable[[str], tuple[Pipe, Transport]]:
     """Return the decode end's `connect`: knock at the prefill rank's door, then meet it in its store."""
 
-    def connect(key: str) -> tuple[Pipe, TorchTransport]:
+    def connect(key: str) -> tuple[Pipe, Transport]:
         store = TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
         port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe", secret))
         pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed, secret)
-        return pipe, TorchTransport(PrefixStore(key, store), 1, device, me.host)
+        transport = endpoint.connect(PrefixStore(key, store), 1)
+        where = f"prefill rank {prefill.rank} at {prefill.host}"
+        print(f"decode: rank {me.rank} has a link to {where}: {endpoint.about}", file=sys.stderr)
+        return pipe, transport
 
     return connect
 

@@ -11,6 +11,7 @@ Pages that become ready while the wire is busy share the next transfer, across r
 transfer is hidden behind the wire.
 
 A link can fail or be stopped. Either way its rooms end at once, with an error, and the pool is not written any more.
+A receive that the library cannot cancel goes on in the mover, into its own buffer, which keeps its credit until then.
 """
 
 import functools
@@ -30,10 +31,11 @@ from torch import Tensor
 from disagg.control.ports import new_socket
 from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import Command, Join, LinkEvent, Message, RoomEnded
+from disagg.handoff.protocol import AllRead, Cancel, Command, Join, LinkEvent, Message, Read, RoomEnded
 from disagg.handoff.transport import Transfer, Transport
 
-Started = tuple[Transfer | None, Callable[[], None]]  # a transfer, and what to do when it has completed
+# A transfer with its credit, and what to do when it has completed.
+Started = tuple[tuple[Transfer, int] | None, Callable[[], None]]
 
 
 @functools.cache
@@ -61,8 +63,10 @@ class Link(threading.Thread, ABC):
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
         self.transfers, self.bytes_moved, self.seconds_moving = 0, 0, 0.0
+        self.mismatches = 0  # transfers that did not have their checksum
         self._connect, self._events = connect, events
         self._commands: deque[Command] = deque()
+        self._words: deque[Read | AllRead | Cancel] = deque()  # from the mover; they must not wait behind commands
         self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
         self._changed = threading.Condition()  # guards _rooms and _down
         self._rooms: set[int] = set()  # joined and not yet ended
@@ -118,8 +122,8 @@ class Link(threading.Thread, ABC):
     def stop(self) -> None:
         """End the link; the peer may be dead. Its rooms end at once, and the pool is not written any more.
 
-        With NCCL, a transfer in flight ends too. With gloo it stays in the thread, with its own buffer, until its
-        time-out.
+        With NCCL, a transfer in flight ends too. Otherwise a receive stays in the mover, with its own buffer: with gloo
+        until its time-out, with a one-sided library until that is done with it.
         """
         self._go_down("stopped")
 
@@ -139,7 +143,10 @@ class Link(threading.Thread, ABC):
             if self._transport is not None:
                 self._transport.abort()
         finally:  # only after the abort, which frees the buffers
-            self._credits.close()
+            if self._transport is not None and self._transport.one_sided:
+                self._credits.shut()  # the mover gives back each credit, when its buffer is free
+            else:
+                self._credits.close()
             self._aborted.set()
 
     def run(self) -> None:
@@ -161,9 +168,19 @@ class Link(threading.Thread, ABC):
                 self._wake.close()
             self._woken.close()
 
-    def then(self, then: Callable[[], None], transfer: Transfer | None = None) -> None:
-        """Have the mover call `then()` when `transfer`, and everything given to it before, has completed."""
-        self._in_flight.put((transfer, then))
+    def then(self, then: Callable[[], None], moving: tuple[Transfer, int] | None = None) -> None:
+        """Have the mover call `then()` when a transfer, and everything given to it before, has completed.
+
+        `moving`: the transfer and its credit, which the mover gives back after `then()`.
+        """
+        self._in_flight.put((moving, then))
+
+    def tell(self, word: Read | AllRead | Cancel) -> None:
+        """Have the link's thread handle a word of the mover."""
+        with self._changed:
+            if self._down is None:
+                self._words.append(word)
+                self._wake.send(b"", zmq.DONTWAIT)
 
     def _see_through(self) -> None:
         """The mover's thread."""
@@ -172,8 +189,8 @@ class Link(threading.Thread, ABC):
             torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # not a priority whose streams may wait for a peer
         ended = 0.0
         while (started := self._in_flight.get()) is not None:
-            transfer, then = started
-            moved = transfer is not None
+            moving, then = started
+            transfer, credit = moving if moving is not None else (None, None)
             try:
                 if transfer is not None:
                     transfer.wait()
@@ -184,13 +201,14 @@ class Link(threading.Thread, ABC):
                 then()
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")
-            transfer = started = then = None  # free the buffer before giving back its credit
-            if moved:
-                self._credits.give_back()
+            moving = transfer = started = then = None  # free the buffer before giving back its credit
+            if credit is not None:
+                self._credits.give_back(credit)
         self._aborted.wait()
         if self._transport is not None:
             self._transport.abort()  # it may have connected after the link went down
             self._transport = None  # frees its sockets and threads
+        self._credits.close()  # one may have been taken for a transfer that never began
 
     def meet(self) -> None:
         """Wait until the peer is at the pipe. Only the end that opened the pipe needs to.
@@ -204,25 +222,39 @@ class Link(threading.Thread, ABC):
             raise RuntimeError(self._down)
 
     def _loop(self) -> None:
+        while self._down is None:
+            self.attend(0 if self._commands else self.pipe.patience_ms)
+            if self._commands:  # after messages: a Cancel must overtake sends that are still queued
+                self.handle(self._commands.popleft())
+
+    def attend(self, timeout_ms: int | None) -> None:
+        """Handle the peer's messages and the mover's words, after waiting for one or for a command.
+
+        Raises ConnectionError if the peer has left.
+        """
         poller = zmq.Poller()
         for sock in (self.pipe.sock, self.pipe.monitor, self._woken):
             poller.register(sock, zmq.POLLIN)
-        while self._down is None:
-            came = dict(poller.poll(0 if self._commands else self.pipe.patience_ms))
-            gone = self.pipe.has_gone  # its last messages may still be unread
-            if gone or self.pipe.sock in came:
-                for message in self.pipe.poll():  # before commands: a Cancel must overtake sends that are still queued
-                    self.handle(message)
-            if gone:
-                raise ConnectionError("the other end has gone")
-            if self._woken in came:
-                self._woken.recv()
-            if self._commands:
-                self.handle(self._commands.popleft())
+        came = dict(poller.poll(timeout_ms))
+        gone = self.pipe.has_gone  # its last messages may still be unread
+        if gone or self.pipe.sock in came:
+            for message in self.pipe.poll():
+                self.handle(message)
+        if gone:
+            raise ConnectionError("the other end has gone")
+        if self._woken in came:
+            self._woken.recv()
+        while self._words:
+            self.handle(self._words.popleft())
 
     @abstractmethod
-    def handle(self, item: Message | Command) -> None:
-        """Handle a message from the peer or a command from the loop."""
+    def handle(self, item: Message | Command | AllRead) -> None:
+        """Handle a message from the peer, a command from the loop, or a word of the mover."""
+
+    def buffer(self, credit: int, num_pages: int) -> Tensor:
+        """Return an empty tensor for packed pages: [layers, pages, 64, C + R]."""
+        layers, _, *page = self.pool.shape
+        return self.transport.buffer(credit, (layers, num_pages, *page), self.pool.dtype)
 
     def page_ids(self, pages: list[int]) -> Tensor:
         """Return `pages` on the pool's device. Checks their range, because kernels do not."""

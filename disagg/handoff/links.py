@@ -74,6 +74,7 @@ class Links(Generic[L]):
             "transfers": sum(link.transfers for link in links),
             "transfers_in_flight": sum(link.in_flight for link in links),
             "transfer_bytes": sum(link.bytes_moved for link in links),
+            "transfer_mismatches": sum(link.mismatches for link in links),
             "transfer_seconds": sum(link.seconds_moving for link in links),
         }
 

@@ -96,6 +96,15 @@ class Sending(msgspec.Struct, frozen=True, tag=True):
 
     uids: Annotated[list[int], Meta(min_length=1)]
     pages: Annotated[list[Page], Meta(min_length=1)]
+    location: Annotated[bytes, Meta(max_length=256)] = b""  # where to read it from, if the transport is one-sided
+    checksum: Annotated[int, Meta(ge=0, lt=2**32)] | None = None  # of its bytes, with --kv-checksum
+
+
+class Read(msgspec.Struct, frozen=True, tag=True):
+    """decode -> prefill, if the transport is one-sided: the oldest tensor that you announced has been read.
+
+    It is also the mover's word to its link.
+    """
 
 
 class Chosen(msgspec.Struct, frozen=True, tag=True):
@@ -166,6 +175,12 @@ class SendLast(msgspec.Struct, frozen=True):
     sampled: float = 0.0  # time.perf_counter() when the token was known
 
 
+class AllRead(msgspec.Struct, frozen=True):
+    """From the mover to its link, if the transport is one-sided: the peer has read all pages of this room."""
+
+    last: SendLast
+
+
 class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     """This link will not touch the room's pages any more. Exactly one per link and room that it joined."""
 
@@ -179,6 +194,6 @@ class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     at: float = 0.0  # time.perf_counter() when all KV had arrived
 
 
-Message = Open | Cancel | Sending | Chosen | Scored | Last | Closed  # over the pipe
+Message = Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed  # over the pipe
 Command = Join | Cancel | SendPages | Chosen | Scored | SendLast | Closed  # from the rank's loop
 LinkEvent = Open | RoomEnded  # to the rank's loop

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disagg.handoff.checksum import MISMATCH, checksum
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
+    AllRead,
     Cancel,
     Chosen,
     Closed,
@@ -17,11 +19,12 @@ from disagg.handoff.protocol import (
     Last,
     Message,
     Open,
+    Read,
     RoomEnded,
     Scored,
     Sending,
 )
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
 from kernels import ref
 
 
@@ -60,10 +63,11 @@ class ReceiveLink(Link):
 
     def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:
         self._unpack_pages = unpack_pages
+        self._mismatched: set[int] = set()  # rooms with a transfer that did not have its checksum; for the mover
         self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
         super().__init__(*args)
 
-    def handle(self, item: Message | Command) -> None:
+    def handle(self, item: Message | Command | AllRead) -> None:
         match item:
             case Join(uid, Open() as opening, expert_bytes, row_bytes):
                 self.experts.expect(uid, expert_bytes)
@@ -71,8 +75,10 @@ class ReceiveLink(Link):
                 self.pipe.send(opening)
             case Cancel(uid) if self.is_open(uid):
                 self.pipe.send(item)
-            case Sending(uids, pages):
-                self._receive(uids, pages)
+            case Sending():
+                self._receive(item)
+            case Read():
+                self.pipe.send(item)
             case Chosen(uid, experts) if self.is_open(uid):
                 self.experts.add(uid, experts)
             case Scored(uid, rows) if self.is_open(uid):
@@ -83,17 +89,26 @@ class ReceiveLink(Link):
                 self.then(lambda: self._done(last, came))
             case Closed(uid, error):
                 self._await(uid)
-                self.then(lambda: self.end(RoomEnded(uid, error)))
+                self.then(lambda: self.end(self._judged(RoomEnded(uid, error))))
 
-    def _receive(self, uids: list[int], pages: list[int]) -> None:
-        for uid in uids:
+    def _receive(self, sending: Sending) -> None:
+        for uid in sending.uids:
             self._await(uid)
-        self._credits.take(self.check)
-        layers, _, *page = self.pool.shape
-        packed, ids = self.pool.new_empty(layers, len(pages), *page), self.page_ids(pages)  # before the bytes arrive
-        self.then(lambda: self._unpack(packed, ids), self.transport.recv(packed))
+        ids = self.page_ids(sending.pages)
+        credit = self._credits.take(self.check)
+        packed = self.buffer(credit, len(sending.pages))
+        transfer = self.transport.recv(packed, sending.location)
+        self.then(lambda: self._unpack(packed, ids, sending), (transfer, credit))
 
-    def _unpack(self, packed: Tensor, ids: Tensor) -> None:
+    def _unpack(self, packed: Tensor, ids: Tensor, sending: Sending) -> None:
+        if self.transport.one_sided:
+            self.tell(Read())
+        if sending.checksum is not None and checksum(packed) != sending.checksum:
+            self.mismatches += 1
+            for uid in sending.uids:  # the rooms still end by the sender's word, after all that is under way
+                self._mismatched.add(uid)
+                self.tell(Cancel(uid))
+            return
         with self._writing:
             if self._down is None:  # otherwise the room has ended, and its pages may belong to another request
                 self._unpack_pages(packed, self.pool, ids)
@@ -103,7 +118,15 @@ class ReceiveLink(Link):
     def _done(self, last: Last, came: float) -> None:
         now = time.perf_counter()
         transfer = last.waited + now - came
-        self.end(RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now))
+        done = RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now)
+        self.end(self._judged(done))
+
+    def _judged(self, ended: RoomEnded) -> RoomEnded:
+        """Return the end of a room, which is an error if a transfer did not have its checksum."""
+        if ended.uid not in self._mismatched:
+            return ended
+        self._mismatched.remove(ended.uid)
+        return RoomEnded(ended.uid, MISMATCH)
 
     def _await(self, uid: int) -> None:
         """Wait until this rank's own loop has joined the room: another rank of the replica may have opened it earlier.

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import zmq
 from torch import Tensor
 
+from disagg.handoff.checksum import checksum
 from disagg.handoff.credits import most_pages
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
+    AllRead,
     Cancel,
     Chosen,
     Closed,
@@ -19,22 +21,29 @@ from disagg.handoff.protocol import (
     Last,
     Message,
     Open,
+    Read,
     RoomEnded,
     Scored,
     Sending,
     SendLast,
     SendPages,
 )
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
 from kernels import ref
 from model.pages import pages_for
 
+LOOK_MS = 1  # between two looks at what this thread waits for, while it also listens
+T = TypeVar("T")
+
 
 class SendLink(Link):
-    def __init__(self, *args: Any, pack_pages: Callable[[Tensor, Tensor], Tensor] = ref.pack_pages) -> None:
+    def __init__(
+        self, *args: Any, pack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.pack_pages, checksums: bool = False
+    ) -> None:
+        """`checksums`: send one with each transfer."""
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
         self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
-        self._pack_pages = pack_pages
+        self._pack_pages, self._checksums = pack_pages, checksums
         super().__init__(*args)
 
     def meet(self) -> None:
@@ -55,13 +64,7 @@ class SendLink(Link):
                 raise TimeoutError("nobody came to the pipe")
         raise RuntimeError(self._down)
 
-    def check(self) -> None:
-        """Raise also if the peer has left: this link's own transfers may hold the credits, and leaving ends none."""
-        super().check()
-        if self.pipe.has_gone:
-            raise ConnectionError("the other end has gone")
-
-    def handle(self, item: Message | Command) -> None:
+    def handle(self, item: Message | Command | AllRead) -> None:
         match item:
             case Open(request, pages):
                 if len(pages) < pages_for(len(request.prompt)):
@@ -82,29 +85,52 @@ class SendLink(Link):
                 self._send(item)
             case Chosen(uid) | Scored(uid) if uid in self._sending:
                 self.pipe.send(item)
-            case SendLast(uid, token, logprobs, prefill, sampled) if uid in self._sending:
-                waited = time.perf_counter() - sampled
-                self._conclude(Last(uid, token, logprobs, prefill, waited), RoomEnded(uid))
+            case SendLast(uid) if uid in self._sending:
+                if self.transport.one_sided:
+                    self.then(lambda: self.tell(AllRead(item)))
+                else:
+                    self._finish(item)
+            case AllRead(SendLast(uid) as last) if uid in self._sending:
+                self._finish(last)
             case Closed(uid, error) if uid in self._sending:
                 self._conclude(item, RoomEnded(uid, error))
+            case Read():
+                self.transport.was_read()
 
     def _send(self, first: SendPages) -> None:
         """Start the next transfer: these pages, and all ready pages queued after them."""
-        if first.ready is not None:
-            first.ready.synchronize()
-        self._credits.take(self.check)
+        ready = first.ready
+        if ready is not None and self.transport.one_sided:
+            self._wait(lambda: ready.query() or None)
+        elif ready is not None:
+            ready.synchronize()
+        credit = self._wait(lambda: self._credits.try_take(0))
         self._commands.appendleft(first)
         uids, mine, theirs, last_words = self._gather(most_pages(self.pool[:, 0].nbytes))
-        packed = self._pack_pages(self.pool, self.page_ids(mine))  # [layers, pages, 64, C + R]
+        if not uids:  # the peer has cancelled them meanwhile
+            self._credits.give_back(credit)
+            return
+        packed = self.buffer(credit, len(mine))
+        self._pack_pages(self.pool, self.page_ids(mine), packed)
         # The send runs after the packing on the same stream, so this GPU has room for it by then. `Sending` comes after
         # both, because the peer's receive occupies its GPU until the bytes arrive.
-        transfer = self.transport.send(packed)
+        transfer, location = self.transport.send(packed)
         if packed.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.pipe.send(Sending(uids, theirs))
-        self.then(lambda: None, transfer)
+        self.pipe.send(Sending(uids, theirs, location, checksum(packed) if self._checksums else None))
+        self.then(lambda: None, (transfer, credit))
         for word in last_words:
             self.handle(word)
+
+    def _wait(self, look: Callable[[], T | None]) -> T:
+        """Wait until `look` returns something. Listen meanwhile: the peer's word `Read` gives credits back.
+
+        Raises if the link goes down, or if the peer leaves. That alone would give no credit back.
+        """
+        while (found := look()) is None:
+            self.check()
+            self.attend(LOOK_MS)
+        return found
 
     def _gather(self, max_pages: int) -> tuple[list[int], list[int], list[int], list[SendLast | Closed]]:
         """Take up to `max_pages` pages from the waiting commands.
@@ -130,6 +156,14 @@ class SendLink(Link):
                 case item:
                     self.handle(item)
         return uids, mine, theirs, last_words
+
+    def _finish(self, last: SendLast) -> None:
+        """Send a room's first token. With a one-sided transport, only when the peer has read its pages.
+
+        Otherwise a link that goes down here could let a buffer be overwritten while the peer reads it for this room.
+        """
+        waited = time.perf_counter() - last.sampled
+        self._conclude(Last(last.uid, last.token, last.logprobs, last.prefill, waited), RoomEnded(last.uid))
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
         """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""

@@ -1,23 +1,34 @@
-"""Transport: the interface that moves a link's bytes. To support another library, implement these two classes.
+"""Transport: what moves a link's bytes. To support another library, implement these three classes.
 
-Each link has its own transport, made by the link's thread at both ends. Member 0 is the prefill rank, member 1 the
-decode rank. Several transfers may be in flight. They complete in the order in which they were started, at both ends.
-A transport must not need any collective of the job, and must be able to fail alone.
+A process makes one Endpoint. Each link makes its own Transport of it, in the link's thread and at both ends. Member 0
+is the prefill rank, member 1 the decode rank. Several transfers may be in flight. They complete in the order in which
+they were started, at both ends. A transport must not need any collective of the job, and must be able to fail alone.
 
-Two-sided transports (`transports/torch_dist.py`): the prefill end calls `send`, then sends `Sending` over the pipe.
-Only then does the decode end call `recv` with a tensor of the same shape. So no receive waits for a send that never
-comes.
+    two-sided (torch)                  prefill                            decode
+                                       send: the bytes leave
+                                       Sending -------------------------> recv: they are received
+                                       complete when they have left       complete when they are there
 
-One-sided transports (NIXL, Mooncake; not implemented yet): the decode end reads from a buffer that the prefill end has
-registered. It reads because neither library can cancel a remote write. `send` registers the packed pages. Its transfer
-completes when the peer reports that it has read them. `Sending` then carries their location, and `recv` reads. As with
-two-sided transports, only the decode rank writes to its own pages. These two classes do not suffice for that yet:
-docs/design.md lists what else must change.
+    one-sided (NIXL, Mooncake)         send: nothing moves
+                                       Sending(location) ---------------> recv: starts to read them from there
+                                       was_read: complete <-------- Read  complete when they are there
+                                       Last, after all Reads -----------> the room is done
+
+Only the decode rank writes to its own pages. With a one-sided library it reads the packed bytes, because neither
+library can cancel a remote write. No memory of either end is ever written by the other one.
+
+A one-sided send that was aborted gives its buffer away, though the peer may still read it. Then the peer reads other
+bytes, but it hears no `Last`: that is said only when the peer has read everything. So it ends the room with an error.
 """
 
+import datetime
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
+
+TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, also per tensor
 
 
 class Transfer(Protocol):
@@ -27,14 +38,18 @@ class Transfer(Protocol):
     began: float  # time.perf_counter()
 
     def wait(self) -> None:
-        """Wait for the transfer to complete: the tensor has been read at the sending end, or filled at the receiving.
+        """Wait for the transfer to complete: the tensor may be overwritten, or it is filled.
 
-        Called once, by one thread. After `Transport.abort` it returns or raises; with gloo, after the time-out.
+        Called once, by one thread. Raises RuntimeError if it fails. When this has returned or raised, nothing writes
+        the tensor any more. So after `Transport.abort` a receive may still wait: with gloo for its time-out, with a
+        one-sided library until the library is done with it.
         """
         ...
 
 
 class Transport(Protocol):
+    one_sided: bool  # the decode end reads, and says `Read`
+
     def greet(self) -> None:
         """Connect, if the library connects at the first transfer. Both ends call it once, before any transfer.
 
@@ -43,24 +58,50 @@ class Transport(Protocol):
         """
         ...
 
-    def send(self, x: Tensor) -> Transfer:
+    def buffer(self, credit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an empty contiguous tensor for `send` or `recv`. `credit`: the transfer's.
+
+        A one-sided transport has registered memory for each credit, so the tensor is in use as long as the credit.
+        """
+        ...
+
+    def send(self, x: Tensor) -> tuple[Transfer, bytes]:
         """Start to send `x`, after the work queued on the current stream. Overwrite `x` only after its completion.
 
+        Returns the transfer, and the location of the bytes for the peer's `recv`: b"" if the transport is two-sided.
         Raises RuntimeError if the link is broken.
         """
         ...
 
-    def recv(self, x: Tensor) -> Transfer:
+    def recv(self, x: Tensor, location: bytes) -> Transfer:
         """Start to fill `x`. Receives match the peer's sends in order. Call it only for an announced send.
 
-        Raises RuntimeError if the link is broken.
+        `location`: what the peer's `send` returned. Raises RuntimeError if the link is broken, ValueError if the
+        location is none.
         """
+        ...
+
+    def was_read(self) -> None:
+        """Complete the oldest send: the peer has read it. One-sided only. Raises ValueError if there is none."""
         ...
 
     def abort(self) -> None:
         """End all transfers in flight. Any thread may call it, repeatedly, but not two threads at a time.
 
-        Afterwards no tensor given to `recv` is written. With gloo one may still be, until the time-out. It then stays
-        allocated until it is complete, and nothing reads it.
+        With NCCL, no tensor given to `recv` is written afterwards. Gloo and the one-sided libraries cannot cancel a
+        receive. Its tensor then stays in use until its `wait` ends, and nothing reads it. One-sided sends end at once.
+        """
+        ...
+
+
+class Endpoint(Protocol):
+    """A process's share in a library. Its links share it, and it lives as long as the process."""
+
+    about: str  # the library, and how it moves the bytes: for the line that each link prints
+
+    def connect(self, store: Store, me: int) -> Transport:
+        """Make one end of a link's transport: member `me` (0 or 1). The peer does the same with the same store.
+
+        May block until the peer has come, and raises RuntimeError if it does not in time.
         """
         ...

@@ -32,6 +32,10 @@ REPLICA_COUNTERS = {
     "moesaic_transfer_bytes": ("Bytes of KV that this replica has received.", "transfer_bytes"),
     "moesaic_transfer_seconds": ("Seconds in which a link of this replica was receiving KV.", "transfer_seconds"),
     "moesaic_transfer_failures": ("Requests whose KV did not arrive, cancelled ones aside.", "transfer_failures"),
+    "moesaic_transfer_mismatches": (
+        "Transfers of KV that did not have their checksum (--kv-checksum).",
+        "transfer_mismatches",
+    ),
     "moesaic_graph_replays": ("Decode steps that replayed a CUDA graph.", "graph_replays"),
 }
 PHASE_COUNTERS = {

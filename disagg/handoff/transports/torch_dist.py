@@ -5,7 +5,6 @@ each with its own world, and a link must be able to fail alone. It is two-sided:
 the same shape. Several tensors may be in flight, in the same order at both ends.
 """
 
-import datetime
 import time
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
 from disagg.control.address import resolve
-
-TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, also per tensor
+from disagg.handoff.transport import TIMEOUT
 
 
 class TorchTransfer:
@@ -36,6 +34,8 @@ class TorchTransfer:
 
 
 class TorchTransport:
+    one_sided = False
+
     def __init__(self, store: Store, me: int, device: torch.device, host: str) -> None:
         """`me` is 0 or 1. `host`: where gloo listens, this machine's address as the peer reaches it.
 
@@ -65,17 +65,20 @@ class TorchTransport:
         """
         if self._stream is not None:
             first = torch.zeros(1, device=self.device)
-            (self.recv if self.me else self.send)(first).wait()
+            (self.recv(first, b"") if self.me else self.send(first)[0]).wait()
+
+    def buffer(self, credit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     # torch's stubs declare `send` and `recv` for ProcessGroup only; the backends' own bindings have them too.
 
-    def send(self, x: Tensor) -> TorchTransfer:
+    def send(self, x: Tensor) -> tuple[TorchTransfer, bytes]:
         """Start to send `x`, after the work queued on the current stream. Overwrite `x` only after its completion."""
         began = time.perf_counter()
         work = self.group.send([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
-        return TorchTransfer(x, work, began, self._stream)
+        return TorchTransfer(x, work, began, self._stream), b""
 
-    def recv(self, x: Tensor) -> TorchTransfer:
+    def recv(self, x: Tensor, location: bytes) -> TorchTransfer:
         """Start to fill `x`. Receives match the peer's sends in order. Call it only for an announced send.
 
         An unmatched NCCL receive occupies the GPU. One whose peer has died never ends by itself (see `abort`).
@@ -83,6 +86,9 @@ class TorchTransport:
         began = time.perf_counter()
         work = self.group.recv([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
         return TorchTransfer(x, work, began, self._stream)
+
+    def was_read(self) -> None:
+        raise ValueError("the other end says that it has read, and it receives")
 
     def abort(self) -> None:
         """End the transfers in flight, with NCCL. Any thread may call it, repeatedly, but not two at a time.
@@ -92,3 +98,13 @@ class TorchTransport:
         if not self._aborted:
             self._aborted = True
             self.group.abort()
+
+
+class TorchEndpoint:
+    def __init__(self, device: torch.device, host: str) -> None:
+        """`host`: this rank's address, where gloo listens."""
+        self.device, self.host = device, host
+        self.about = f"torch.distributed over {'NCCL' if device.type == 'cuda' else 'gloo'}"
+
+    def connect(self, store: Store, me: int) -> TorchTransport:
+        return TorchTransport(store, me, self.device, self.host)

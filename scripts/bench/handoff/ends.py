@@ -26,16 +26,18 @@ import torch.multiprocessing as mp
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.credits import Credits
+from disagg.handoff.endpoints import Handoff
 from disagg.handoff.link import Link
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.kv_cache import make_pool
 from model.pages import pages_for
 from model.transformer import op_shape
 from parallel.mesh import Group, pick_device
+from scripts.bench.handoff.library import read_scattered
 from scripts.bench.handoff.traffic import AHEAD, Sink, Source
 from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.one_rank.rank import Rank
@@ -85,7 +87,10 @@ def _rank(rank: int, args: Namespace, parts: list[str], port: int, found: Any) -
             found.put((part, value))
 
     if "wire" in parts:
-        tell("wire", (copy_bandwidth(args) if rank == 0 else None, wire_bandwidth(end)))
+        copy = copy_bandwidth(args) if rank == 0 else None
+        tell("wire", (copy, wire_bandwidth(end)))
+        if args.transport != "torch":
+            tell("library", read_scattered(args.transport, end.world, args.pairs, args.wire_bytes, args.repeat))
     if "steps" in parts:
         with torch.inference_mode():
             step = make_step(end)  # before the links: their threads might disturb a capture
@@ -141,11 +146,12 @@ class End:
 
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
         own = self.pool, self.events, Credits()
+        endpoint = Handoff(self.args.transport).make_endpoint(HOST, self.page_bytes, self.device)
         if self.sends:
             (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
-            connect = listen(door.store.port, HOST, self.device)
+            connect = listen(door.store.port, HOST, endpoint)
             return SendLink(link_key(me, knock.decode), connect, *own, pack_pages=ops.pack_pages)
-        connect = dial(peer, me, self.device)
+        connect = dial(peer, me, endpoint)
         return ReceiveLink(link_key(peer, me), connect, *own, unpack_pages=ops.unpack_pages)
 
 

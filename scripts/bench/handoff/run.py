@@ -3,9 +3,11 @@
     python -m scripts.bench.handoff --out records.json              # 1 prefill + 1 decode GPU
     python -m scripts.bench.handoff --pairs 4 --only wire,pages     # 4 + 4
     python -m scripts.bench.handoff --pairs 2 --prefill-tp 2 --only tokens,requests,kill
+    python -m scripts.bench.handoff --transport nixl --device cpu --only wire,pages --wire-bytes 256000000
 
 tokens     jobs of run.py, each on its own GPUs, give the same tokens of the shipped model as one process
-wire       the speed of the wire: copies within one process, and torch.distributed between two
+wire       the speed of the wire: copies within one process, and torch.distributed between two. With --transport nixl or
+           mooncake also that library's own loop, which reads scattered pages without packing
 pages      the handoff's own path, with scattered pages of DeepSeek-V3's KV (61 layers x 576 bf16)
 steps      a prefill step and a captured decode step: one rank's work, with simulated arrivals.
            idle: without transfers
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 
+from disagg.handoff.endpoints import TRANSPORTS
 from parallel.mesh import pick_device
 from scripts.bench.handoff.ends import run_ends
 from scripts.bench.handoff.jobs import LONGEST, TALKERS, same_tokens, through_jobs
@@ -45,14 +48,16 @@ LIMIT_S = 120  # per group of parts
 class HandoffReport(Report):
     """The figures of all parts."""
 
-    def __init__(self, pairs: int, prefill_tp: int, device: str) -> None:
+    def __init__(self, pairs: int, prefill_tp: int, device: str, transport: str) -> None:
         super().__init__()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         gpus = torch.cuda.device_count() if on_gpu else 0
         sharing = f", sharing {gpus} GPU" if on_gpu and gpus < 2 * pairs else ""
         tensor_parallel = f", prefill with attention TP {prefill_tp}" if prefill_tp > 1 else ""
-        self.prefix = f"handoff {pairs} + {pairs}{tensor_parallel}{sharing}"
-        self.copy: tuple[float, str] | tuple[()] = ()  # GB/s and its name: the reference of the other transfers
+        library = f", {transport}" if transport != "torch" else ""
+        self.prefix = f"handoff {pairs} + {pairs}{tensor_parallel}{sharing}{library}"
+        # GB/s and its name: the reference of the other transfers. With a one-sided library, its own loop.
+        self.copy: tuple[float, str] | tuple[()] = ()
 
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
         better = "higher" if unit in ("GB/s", "tokens") else "lower"
@@ -64,6 +69,10 @@ class HandoffReport(Report):
                 self.copy = round(median(copy) / 1e9, 4), "copy within one process, same run"
                 self.add("copy within one process", self.copy[0], "GB/s")
                 self.add("one large tensor, torch.distributed", median(wire) / 1e9, "GB/s", *self.copy)
+            case "library", rates:
+                pages = f"{args.wire_bytes / 1e6:.0f} MB of scattered pages of one layer"
+                self.add(f"the library's own loop, {pages}", median(rates) / 1e9, "GB/s", *self.copy)
+                self.copy = round(median(rates) / 1e9, 4), "the library's own loop, same run"
             case "pages", (tokens, one):
                 what = f"scattered pages of {tokens} tokens"
                 self.add(f"{what}, {AHEAD} prompts at once", one["stream"] / 1e9, "GB/s", *self.copy)
@@ -114,6 +123,7 @@ def parse() -> argparse.Namespace:
     add("--pairs", type=positive, default=1, help="number of prefill GPUs and of decode GPUs (1)")
     add("--prefill-tp", type=positive, default=1, help="attention TP of the prefill jobs (1)")
     add("--only", default=",".join(PARTS), help=f"parts, separated by commas ({','.join(PARTS)})")
+    add("--transport", choices=TRANSPORTS, default="torch", help="wire and pages: as of run.py (torch)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--repeat", type=positive, default=20, help="repetitions per figure (20)")
     add(
@@ -140,6 +150,8 @@ def parse() -> argparse.Namespace:
     if args.pairs % args.prefill_tp:
         remainder = args.pairs % args.prefill_tp
         parser.error(f"--pairs % --prefill-tp must be 0, not {args.pairs} % {args.prefill_tp} = {remainder}")
+    if args.transport != "torch" and set(args.only) - {"wire", "pages"}:
+        parser.error(f"--transport {args.transport}: it is for --only wire,pages")
     if args.prefill_tp > 1 and set(args.only) - set(WITH_JOBS):
         parser.error(f"--prefill-tp {args.prefill_tp}: it is for --only {','.join(WITH_JOBS)}, whose parts start jobs")
     for flag, tokens in (("--prompts", max(args.prompts)), ("--talk", args.talk)):
@@ -154,7 +166,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args, failed = parse(), 0
-    report = HandoffReport(args.pairs, args.prefill_tp, args.device)
+    report = HandoffReport(args.pairs, args.prefill_tp, args.device, args.transport)
 
     def tokens() -> None:
         count = same_tokens(args, LIMIT_S)

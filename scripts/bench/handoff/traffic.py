@@ -12,7 +12,7 @@ from torch import Tensor
 from disagg.control.messages import Member
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import Join, Open, RoomEnded, SendLast, SendPages
-from disagg.handoff.transports.torch_dist import TIMEOUT
+from disagg.handoff.transport import TIMEOUT
 from disagg.request import Request
 from model.pages import pages_for
 

@@ -32,8 +32,8 @@ from kernels import ref
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.transformer import op_shape
-from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacle
-from parallel.deepep_sizes import NUM_SMS
+from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacles
+from parallel.deepep_sizes import NUM_SMS, Sizes, normal_misfits
 from parallel.dispatch import Contiguous, Masked
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.mesh import Mesh
@@ -186,17 +186,17 @@ def dispatchers(
     contiguous, masked = plain_dispatchers(mesh.ep, args.experts, ops)
     over = "all-to-all over NCCL" if mesh.device.type == "cuda" else "all-to-all over gloo"
     found: dict[tuple[str, str], Dispatcher] = {}
-    why_not_here = obstacle(
-        mesh.size, args.experts, args.hidden, args.top_k, args.decode_tokens, torch.bfloat16, mesh.device
-    )  # fmt: skip
-    why_not = next((reason for reason in mesh.ep.exchange(why_not_here, str | None) if reason), None)
+    sizes = Sizes(mesh.size, mesh.ranks_per_node, args.experts, args.hidden, args.top_k, args.decode_tokens, "bfloat16")
+    why_not = next((rules for rules in mesh.ep.exchange(obstacles(sizes, mesh.device), list[str]) if rules), [])
     buffer = None
     if why_not:
-        say(f"DeepEP cannot serve: {why_not}")
+        say(f"DeepEP cannot serve: {'; '.join(why_not)}")
     else:
-        buffer = DeepEPBuffer(mesh.ep, args.experts, args.hidden, args.decode_tokens, args.num_sms)
+        normal = not normal_misfits(sizes)
+        buffer = DeepEPBuffer(mesh.ep, args.experts, args.hidden, args.decode_tokens, args.num_sms, normal)
         found["low latency", "DeepEP"] = MaskedDeepEP(buffer, fp8=True)
-        found["normal", "DeepEP"] = ContiguousDeepEP(buffer, ops)
+        if normal:
+            found["normal", "DeepEP"] = ContiguousDeepEP(buffer, ops)
     return found | {("low latency", over): masked, ("normal", over): contiguous}, buffer
 
 

@@ -42,6 +42,12 @@ class Job:
     def hosts(self) -> int:
         return -(-self.ranks // self.per_host)
 
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Ranks on each host; None if the last one has fewer."""
+        on_each = min(self.ranks, self.per_host)
+        return None if self.ranks % on_each else on_each
+
     def slots(self, config: ModelConfig) -> int:
         """Return the slots per rank."""
         return (config.n_routed_experts + self.redundant) // self.ranks
@@ -52,20 +58,26 @@ def as_run(config: ModelConfig, gpu: Gpu, attn_tp: int) -> ModelConfig:
     return replace(config, fp8=config.fp8 and gpu.hopper and fp8_misfit(config, attn_tp, DTYPE) is None)
 
 
-def dispatch(config: ModelConfig, gpu: Gpu, job: Job) -> tuple[str, int | None]:
-    """Return which dispatcher serves the job, for the reader, and DeepEP's capacity (None: another dispatcher)."""
+def dispatch(config: ModelConfig, gpu: Gpu, job: Job) -> tuple[str, deepep_sizes.Sizes | None]:
+    """Return what serves dispatch, for the reader, and DeepEP's sizes (None: it does not serve)."""
     if job.ranks == 1:
         return "none: one rank", None
-    capacity = _buckets(config, job)[-1] // job.attn_tp
-    slots = config.n_routed_experts + job.redundant
-    why = deepep_sizes.misfit(job.ranks, slots, config.hidden_size, config.num_experts_per_tok, capacity, DTYPE)
-    if job.hosts > 1:
-        why = why or f"all ranks must be on one machine, not {job.hosts}"
+    sizes = deepep_sizes.Sizes(
+        job.ranks,
+        job.ranks_per_node,
+        config.n_routed_experts + job.redundant,
+        config.hidden_size,
+        config.num_experts_per_tok,
+        _buckets(config, job)[-1] // job.attn_tp,
+        DTYPE,
+    )
+    plain = "all-to-all over NCCL"
+    why = deepep_sizes.misfits(sizes, job.role != "prefill")
     if not gpu.hopper:
-        why = why or "needs Hopper"
-    if why is None:
-        return "DeepEP", deepep_sizes.padded(capacity, job.ranks)
-    return f"all-to-all over NCCL (DeepEP: {why})", None
+        why.append("needs Hopper")
+    if why:
+        return f"{plain} (DeepEP: {'; '.join(why)})", None
+    return deepep_sizes.described(sizes, plain), sizes
 
 
 def _buckets(config: ModelConfig, job: Job) -> list[int]:
@@ -74,7 +86,7 @@ def _buckets(config: ModelConfig, job: Job) -> list[int]:
 
 def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
     """Return the memory budget of one of the job's ranks, as the engine computes it at its start."""
-    _, capacity = dispatch(config, gpu, job)
+    _, deepep = dispatch(config, gpu, job)
     shape = StepShape(
         config,
         ITEMSIZE,
@@ -83,12 +95,11 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
         job.ranks,
         job.slots(config),
         ALIGNMENT,
-        capacity,
+        None if deepep is None else deepep_sizes.padded(deepep.capacity, deepep.ranks),
         whole_keys=gpu.hopper,
+        normal=deepep is None or not deepep_sizes.normal_misfits(deepep),
     )
-    buffers = 0
-    if capacity is not None:
-        buffers = deepep_sizes.buffer_bytes(job.ranks, job.ranks * shape.slots, config.hidden_size, capacity)
+    buffers = 0 if deepep is None else deepep_sizes.buffer_bytes(deepep)
     page = page_bytes(config, ITEMSIZE)
     parts = plan_parts(
         shape,

@@ -4,8 +4,8 @@
 
 The roofline is `scripts/bench/lib/step_cost.py`. The achieved fraction compares it with a committed record per phase:
 the step of one rank on an H100. Small steps achieve less than these. Communication takes the times that DeepEP's
-authors published (`deepep_times.py`), without overlap. Over several hosts this engine sends over NCCL instead, which
-takes longer, so there the rates are too high.
+authors published (`deepep_times.py`), without overlap. Where NCCL serves instead, it takes longer, so there the rates
+are too high.
 
 Loads are even, queues are full, and the all-reduces of attention TP take no time.
 """

@@ -127,8 +127,7 @@ class Plan:
             "",
             "MODELLED: the roofline on the data sheet's ceilings, divided by the fraction that one H100 rank achieved,",
             f"{about}. Plus the times that DeepEP's authors published, without overlap.",
-            "Loads are even and queues full. Small steps achieve less. Over several hosts this engine sends over NCCL,",
-            "which takes longer.",
+            "Loads are even and queues full. Small steps achieve less, and NCCL takes longer than DeepEP.",
         ]
         return "\n".join(lines)
 
@@ -139,7 +138,7 @@ class Plan:
         other = sum(sizes.values()) - sum(shown.values()) - sizes["KV"]
         gib = [f"{size / GIB:.1f}" for size in (*shown.values(), other, sizes["KV"])]
         counts = map(str, (job.ranks, job.attn_tp, job.redundant, seen["slots_per_rank"]))
-        over = "-" if job.ranks == 1 else "DeepEP" if seen["dispatch"] == "DeepEP" else "NCCL"
+        over = "-" if job.ranks == 1 else "DeepEP" if seen["dispatch"].startswith("DeepEP") else "NCCL"
         rate = f"{one.rate:,.0f}" if one.rate >= 100 else f"{one.rate:.3g}"
         last = [f"{seen['kv_tokens']:,}", str(job.max_batch), f"{seen['modelled']['step_ms']:,.1f}", rate]
         return [job.role, *counts, over, *gib, *last]
