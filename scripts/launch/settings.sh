@@ -16,7 +16,7 @@ export PREFILL_NODES DECODE_NODES
 COMMON=(--model "$MODEL" --secret-file "$SECRET" --max-model-len 2100)
 PREFILL=(--max-batch 18 --max-tokens-per-step 16384)
 # 256 experts on 72 ranks need 32 more: (256 + 32) % 72 = 0.
-DECODE=(--redundant-experts 32 --max-batch 272 --max-tokens-per-step 1024)
+DECODE=(--redundant-experts 32 --max-batch 248 --max-tokens-per-step 1024)
 
 # What a drain may take (DRAIN_S in disagg/interrupt.py) and a little more. Torchrun passes SIGTERM to its ranks, and
 # kills them after this many seconds (30 if unset).
