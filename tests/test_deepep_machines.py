@@ -42,7 +42,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[Library]:
     monkeypatch.setattr(Library, "made", [])
     monkeypatch.setattr(Library, "num_sms", 20)
     monkeypatch.setattr(Library, "experts", expert)
-    monkeypatch.setattr(Group, "exchange", lambda self, mine: [mine] * self.size)
+    monkeypatch.setattr(Group, "exchange", lambda self, mine, kind: [mine] * self.size)
     monkeypatch.delenv("NVSHMEM_QP_DEPTH", raising=False)
     return Library.made
 
@@ -199,12 +199,12 @@ def test_one_machine_without_rdma_keeps_deepep_from_all(
     """Only jobs over several machines ask. All rules that fail are in the error, with the first rank of each."""
     lacking = ["no port", "no device"]
     monkeypatch.setattr(rdma, "obstacles", lambda: ["no port"])
-    monkeypatch.setattr(Group, "exchange", lambda self, mine: [mine] * 8 + [lacking] * 8)
+    monkeypatch.setattr(Group, "exchange", lambda self, mine, kind: [mine] * 8 + [lacking] * 8)
     why = r"no port; no device \(rank 8\)"
     with pytest.raises(ValueError, match=f"^--backend dispatch=deepep: {why}$"):
         choose(16, choice="deepep")
     assert re.fullmatch(rf"all-to-all over NCCL \(DeepEP: {why}\)", choose(16).why)
-    monkeypatch.setattr(Group, "exchange", lambda self, mine: [mine] * self.size)
+    monkeypatch.setattr(Group, "exchange", lambda self, mine, kind: [mine] * self.size)
     assert choose(8).why == "DeepEP" and choose(8, of=nodes(8, 4)).why == "all-to-all over NCCL (DeepEP: no port)"
 
 
@@ -256,12 +256,13 @@ def test_the_table_is_read_from_a_wheel(tmp_path: Path) -> None:
 
 def test_a_job_asks_each_rank_once_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second rank of three, of which the last is on another machine of the same name."""
-    environment = {"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "first"}
+    environment = {"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.2"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # which it would set
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     asked: list[str] = []
 
-    def exchange(group: Group, mine: str) -> list[str]:
+    def exchange(group: Group, mine: str, kind: type) -> list[str]:
         asked.append(mine)
         return [mine, mine, mine.split()[0] + " other-boot"]
 
@@ -269,7 +270,7 @@ def test_a_job_asks_each_rank_once_where_it_is(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Group, "exchange", exchange)
     mesh = Mesh.create(device="cpu")
     assert mesh.node_of_rank == (0, 0, 1) and mesh.ranks_per_node is None and asked == [machine_id()]
-    assert mesh.first_host == "first"
+    assert mesh.first_host == "127.0.0.2"
 
 
 @pytest.mark.parametrize("decodes", [True, False])
