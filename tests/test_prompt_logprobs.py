@@ -231,8 +231,9 @@ def test_a_replica_that_sends_other_rows_is_not_believed(told: list[bytes], erro
 
 
 def test_an_attempt_without_a_token_sends_all_rows_again_and_a_later_one_none() -> None:
-    """The answer is that of an undisturbed request."""
-    with serving(REQUEST) as (router, answers):
+    """The answer is that of an undisturbed request. The second attempt goes on, so that it is not given up."""
+    request = msgspec.structs.replace(REQUEST, max_tokens=3)
+    with serving(request) as (router, answers):
         first = joining("a", "decode", router)
         prefill = joining("p", "prefill", router)
         submit = first.hear(Submit)
@@ -242,18 +243,21 @@ def test_an_attempt_without_a_token_sends_all_rows_again_and_a_later_one_none() 
         first.close()
         second = joining("b", "decode", router)
         submit = second.hear(Submit)
-        assert submit.request == msgspec.structs.replace(REQUEST, uid=submit.request.uid)
-        news = [*(Update(submit.request.uid, prompt_rows=piece) for piece in PIECES), Update(submit.request.uid, [8])]
+        assert submit.request == msgspec.structs.replace(request, uid=submit.request.uid)
+        news = [
+            *(Update(submit.request.uid, prompt_rows=piece) for piece in PIECES),
+            Update(submit.request.uid, [8, 4]),
+        ]
         second.send(Updates(news, [submit.request.uid]))
-        assert eventually(lambda: tracked.stream.token_ids == [8])
+        assert eventually(lambda: tracked.stream.token_ids == [8, 4])
         second.close()
         third = joining("c", "decode", router)
         submit = third.hear(Submit)
-        assert submit.request == Request(submit.request.uid, [5, 6, 7, 8], 1, resumed=1)
+        assert submit.request == Request(submit.request.uid, [5, 6, 7, 8, 4], 1, resumed=2)
         third.send(Updates([Update(submit.request.uid, [9], finish="length")], [submit.request.uid]))
         for worker in (third, prefill):
             worker.hear(Finish)
             worker.send(Bye({}))
             worker.close()
     assert answers[0].prompt_logprobs == [None, [(9, -0.25), (6, -2.0)], [(7, -0.5)]]
-    assert answers[0].token_ids == [8, 9] and answers[0].error is None
+    assert answers[0].token_ids == [8, 4, 9] and answers[0].error is None
