@@ -12,7 +12,6 @@ request a token per step, all in one message, as an engine does. So the figures 
 import argparse
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,6 @@ from scripts.tools.demo import free_port
 
 HOST = "127.0.0.1"
 READY_S = 60
-TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Double(threading.Thread):
@@ -109,9 +107,8 @@ class Run:
 
 
 def processor_time(pid: int) -> float:
-    """Return the seconds that a process has used: its threads, in user and kernel mode."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
+    """Return the seconds for which a process's threads have run, in user and kernel mode, to the nanosecond."""
+    return sum(int(thread.read_text().split()[0]) for thread in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 @dataclass(frozen=True)
