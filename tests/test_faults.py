@@ -55,7 +55,7 @@ def test_a_decode_job_that_slept_through_a_change_of_routers(
 
 
 @pytest.mark.parametrize(
-    ("role", "flags", "at_once"), [("decode", (), 1), ("decode", ("--attn-tp", "2"), 2), ("prefill", (), 2)]
+    ("role", "flags", "at_once"), [("decode", (), 1), ("decode", ("--attn-tp", "2"), 2), ("prefill", (), 1)]
 )
 def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
     tiny: Path, tmp_path: Path, expected: dict[str, list[int]], role: str, flags: tuple[str, ...], at_once: int
