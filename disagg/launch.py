@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from disagg.config import DISPATCH, EngineConfig
 from disagg.control.access import read_secret
-from disagg.control.address import answers, local_host, parse_address
+from disagg.control.address import answers, parse_address
 from disagg.engine import Engine
 from disagg.front.front_door import FrontDoor, RouterThread
 from disagg.front.process import RouterProcess
@@ -22,6 +22,7 @@ from model.config import ModelConfig
 from model.footprint import page_bytes
 from model.precision import decide, dtype_on
 from model.transformer import op_shape
+from parallel.interface import local_host
 from parallel.mesh import Mesh
 
 
@@ -53,12 +54,13 @@ def run_worker(
         if mesh.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    handoff = BY_DEFAULT if args.role == "unified" else Handoff(args.transport, args.kv_checksum)
-    handoff.check(mesh.device)
     if args.role == "unified":
+        handoff = BY_DEFAULT
         secret = read_secret(args, mesh.first_host)
         router = open_front_door(front, args.model, mesh)
     else:
+        handoff = Handoff(args.transport, args.kv_checksum)
+        handoff.check(mesh.device)
         router = find_router(args.router)
         secret = read_secret(args, router[0], mesh.first_host)
         if not answers(*router):
@@ -80,7 +82,7 @@ def run_worker(
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
-    mesh.ep.barrier()  # a barrier: until all ranks have come, Ctrl-C ends each rank by itself
+    mesh.ep.barrier()  # until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
     if front is not None:
         front.start(mesh.num_replicas, interrupt)

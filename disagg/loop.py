@@ -9,7 +9,6 @@ import uuid
 from contextlib import nullcontext
 
 from disagg.connection import Connection
-from disagg.control.address import local_host
 from disagg.control.messages import Bye, Finish, Member, RoleName
 from disagg.control.secret import Secret
 from disagg.decode import Decode
@@ -23,6 +22,7 @@ from disagg.rebalance import short_switches
 from disagg.reports import RankStats, Reports
 from disagg.role import Event, Role
 from disagg.unified import Unified
+from parallel.interface import local_host
 from parallel.mesh import Mesh
 
 LONGEST_NAP_MS = 20

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.interface import interface_of
+from parallel.interface import interface_of, local_host
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 knows only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -230,7 +230,7 @@ def on_interface(first_host: str) -> Iterator[None]:
     it is where the machines reach one another.
     """
     here = first_host == LOOPBACK
-    name = interface_of(LOOPBACK if here else _source_address(first_host))
+    name = interface_of(LOOPBACK if here else local_host(first_host))
     wanted = [variable for variable in ((GLOO,) if here else (GLOO, NCCL)) if variable not in os.environ]
     if name is None:
         yield
@@ -241,17 +241,6 @@ def on_interface(first_host: str) -> Iterator[None]:
     finally:
         for variable in wanted if here else ():
             del os.environ[variable]
-
-
-def _source_address(host: str) -> str:
-    """Return the address from which this machine reaches `host`. Raises ValueError if there is no route."""
-    try:
-        family, *_, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # a datagram socket: this sends nothing
-            return probe.getsockname()[0]
-    except OSError as error:
-        raise ValueError(f"no way to reach rank 0 at {host!r}: {error.strerror}") from None
 
 
 def machine_id() -> str:

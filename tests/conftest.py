@@ -6,8 +6,9 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,17 @@ def seeded(request: pytest.FixtureRequest) -> None:
     seed = random.SystemRandom().randrange(2**32) if request.node.get_closest_marker("gpu") else 0
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Any], Any]]:
+    """opened(thing) closes it at the end."""
+    things: list[Any] = []
+
+    def keep(thing: Any) -> Any:
+        things.append(thing)
+        return thing
+
+    yield keep
+    for thing in things:
+        thing.close()

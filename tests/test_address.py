@@ -8,8 +8,9 @@ import torch.distributed as dist
 import zmq
 
 from disagg.control import address as module
-from disagg.control.address import bind, connect_to, format_address, is_wildcard, local_host, parse_address, resolve
+from disagg.control.address import bind, connect_to, format_address, is_wildcard, parse_address
 from disagg.control.ports import new_socket
+from parallel.interface import local_host, resolve
 from tests.conftest import has_ipv6
 
 V4, V6 = "127.0.0.1", "::1"

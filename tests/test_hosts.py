@@ -13,6 +13,7 @@ import pytest
 from tests.commands import PYTHON, finish, start
 from tests.deployment import answers_alone
 from tests.hosts import Host, hosts, obstacle
+from tests.processes import Job
 from tests.test_faults import QUICK, SOON
 from tests.town import Town, town
 
@@ -71,15 +72,21 @@ def test_the_tokens_of_one_process_over_five_machines(
     place.until(lambda: all(job.statuses == [0, 0] for job in jobs), SOON)
 
 
+def start_two_decode_jobs(place: Town, machines: list[Host]) -> tuple[Job, Job]:
+    """Return the router, and the decode job that has two machines. Another one has a machine of its own."""
+    router = place.router(REQUESTS, "out")
+    place.worker("prefill", 1, hosts=machines[1:2])
+    over_two = place.worker("decode", 2, *FEW, hosts=machines[3:5])
+    place.worker("decode", 1, *FEW, hosts=machines[5:6])
+    place.until(lambda: router.said.count("joined") == 4, SOON)
+    return router, over_two
+
+
 def test_a_cable_that_is_pulled_and_plugged_in_again(
     place: Town, machines: list[Host], expected: dict[str, list[int]]
 ) -> None:
     """A second machine of a decode job is away for some seconds: the other job serves, and this one comes back."""
-    router = place.router(REQUESTS, "out")
-    place.worker("prefill", 1, hosts=machines[1:2])
-    away = place.worker("decode", 2, *FEW, hosts=machines[3:5])
-    place.worker("decode", 1, *FEW, hosts=machines[5:6])
-    place.until(lambda: router.said.count("joined") == 4, SOON)
+    router, away = start_two_decode_jobs(place, machines)
     machines[4].pull_cable()
     pulled = time.monotonic()
     place.until(lambda: "is lost" in router.said, 10)
@@ -95,11 +102,7 @@ def test_a_cable_that_is_pulled_and_plugged_in_again(
 @pytest.mark.parametrize("place", [{"disagg__loop__COLLECTIVE_S": COLLECTIVE_S}], indirect=True)
 def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expected: dict[str, list[int]]) -> None:
     """The job that has lost a machine ends on both, in the time that a collective may take, and nothing is lost."""
-    router = place.router(REQUESTS, "out")
-    place.worker("prefill", 1, hosts=machines[1:2])
-    cut = place.worker("decode", 2, *FEW, hosts=machines[3:5])
-    place.worker("decode", 1, *FEW, hosts=machines[5:6])
-    place.until(lambda: router.said.count("joined") == 4, SOON)
+    _, cut = start_two_decode_jobs(place, machines)
     machines[4].pull_cable()
     all_right(place, expected)
     place.until(lambda: None not in cut.statuses, COLLECTIVE_S + 10)

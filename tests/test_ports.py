@@ -6,7 +6,6 @@ And each end notices when the other has gone.
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,20 +25,6 @@ SOON_MS = 10_000
 
 def hello(name: str) -> Hello:
     return Hello("decode", [Member(name, HOST)], 4, 64, 640, {}, name)
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[[Any], Any]]:
-    """opened(thing) closes it at the end."""
-    things = []
-
-    def keep(thing: Any) -> Any:
-        things.append(thing)
-        return thing
-
-    yield keep
-    for thing in things:
-        thing.close()
 
 
 def hear(router: RouterPort, count: int) -> list[tuple[str, ToRouter]]:

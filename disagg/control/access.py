@@ -6,8 +6,8 @@ Without a secret, ports are open to processes of this machine only. An address t
 from argparse import ArgumentParser, Namespace
 from ipaddress import ip_address
 
-from disagg.control.address import resolve
 from disagg.control.secret import Secret
+from parallel.interface import resolve
 
 
 def add_access(parser: ArgumentParser) -> None:

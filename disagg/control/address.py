@@ -7,6 +7,7 @@ from contextlib import suppress
 import zmq
 
 from disagg.control.secret import Secret
+from parallel.interface import resolve
 
 
 def parse_address(name: str, address: str) -> tuple[str, int]:
@@ -30,33 +31,9 @@ def format_address(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def resolve(host: str) -> str:
-    """Resolve a host to a numeric address. If a name has several, IPv4 is preferred. Raises OSError if it has none."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except UnicodeError:  # not a valid name: a label is empty or too long
-        raise OSError(socket.EAI_NONAME, "Name or service not known") from None
-    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
-
-
 def is_wildcard(host: str) -> bool:
     """Does listening on `host` mean listening on all of this machine's addresses?"""
     return resolve(host) in ("0.0.0.0", "::")
-
-
-def local_host(towards: str) -> str:
-    """Return this machine's address as seen from `towards`: the source address of a packet sent there.
-
-    Raises ValueError if there is no route.
-    """
-    try:
-        number = resolve(towards)
-        family = socket.AF_INET6 if ":" in number else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((number, 9))  # a datagram socket: this sends nothing
-            return probe.getsockname()[0]
-    except OSError as error:
-        raise ValueError(f"no way to reach {towards!r}: {error.strerror}") from None
 
 
 def answers(host: str, port: int) -> bool:

@@ -12,7 +12,7 @@ FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 class Refusals:
-    """Of one port, or of several of one kind. Any thread may use it."""
+    """The refusals of one port, or of several ports of one kind. Any thread may use it."""
 
     def __init__(self, port: str) -> None:
         """`port`: who speaks, at the beginning of each line."""

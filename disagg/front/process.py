@@ -1,6 +1,6 @@
 """The router's process in a unified job: beside the engine, Python's lock would make each wait for the other.
 
-Rank 0 forks it before any other thread exists, and the two talk through a pipe:
+Rank 0 forks it before torch has threads of groups or a GPU. The two talk through a pipe:
 
     rank 0 --> the model's folder, the host to listen at
     rank 0 <-- the port, or the error that refuses the user's flags or files
@@ -31,7 +31,7 @@ class RouterProcess:
     """Rank 0's handle of the process."""
 
     def __init__(self, args: Namespace) -> None:
-        """Fork. Call it before `Mesh.create`, which starts threads."""
+        """Fork. Call it before `Mesh.create`, whose threads the child would lack. Of numpy's, the router uses none."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._pipe, theirs = Pipe()
@@ -88,13 +88,15 @@ def _serve(pipe: Connection, args: Namespace) -> int:
     stop = threading.Event()
 
     def hear() -> None:
+        try:
+            pipe.recv()
+        except (EOFError, OSError):  # rank 0 has died: the router ends what it has
+            stop.set()
+            return
+        stop.set()
         with contextlib.suppress(EOFError, OSError):
             pipe.recv()
-            stop.set()
-            pipe.recv()
-        if stop.is_set():
-            os._exit(1)  # rank 0 has died while the router was ending
-        stop.set()
+        os._exit(1)  # rank 0 has died while the router was ending
 
     try:
         args.model, host = pipe.recv()

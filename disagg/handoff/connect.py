@@ -16,7 +16,7 @@ import zmq
 # Public by torch's documentation, though not by its __init__.py, which has no __all__.
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from disagg.control.address import bind, connect_to, resolve
+from disagg.control.address import bind, connect_to
 from disagg.control.messages import Decoder, Member, encode
 from disagg.control.ports import MOST_POLLED, new_socket, unwatch, watch
 from disagg.control.refusals import FAILED, Refusals
@@ -24,6 +24,7 @@ from disagg.control.secret import Secret
 from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
 from disagg.handoff.transport import TIMEOUT, Endpoint, Transport
+from parallel.interface import resolve
 
 KNOCK_AGAIN = datetime.timedelta(seconds=3)
 

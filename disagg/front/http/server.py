@@ -20,7 +20,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from disagg.control.address import format_address, is_wildcard, parse_address, resolve
+from disagg.control.address import format_address, is_wildcard, parse_address
 from disagg.front.chat_text import ChatFormat
 from disagg.front.http.app import make_app
 from disagg.front.http.generate import Service
@@ -29,6 +29,7 @@ from disagg.front.http.protocol import IDLE_S, LimitedProtocol
 from disagg.front.http.token_text import TokenText
 from disagg.front.parse import Served
 from disagg.front.router import Router
+from parallel.interface import resolve
 
 TURN_S = 0.1  # the longest time between two turns; an idle router costs one turn per TURN_S
 FLUSH_S = 5  # how long answers may still be sent at the end

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
-from disagg.control.address import resolve
 from disagg.handoff.transport import TIMEOUT
+from parallel.interface import resolve
 
 
 class TorchTransfer:
