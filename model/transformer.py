@@ -138,7 +138,7 @@ class Transformer(nn.Module):
 
     def planned(self, batch: Batch) -> Batch:
         """Return the batch with the `decode_plan` that its layers share."""
-        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
+        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens, batch.q_len))
 
 
 def op_shape(config: ModelConfig) -> Shape:
