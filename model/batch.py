@@ -13,7 +13,7 @@ sampled token.
 """
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ class Batch:
         page are, too: they write to NULL_PAGE. Nothing waits for the host: safe in a CUDA graph.
         """
         batch = len(page_table)
-        q_len = len(token_ids) // max(1, batch)
+        q_len = max(1, len(token_ids) // max(1, batch))
         pages = page_table.gather(1, (positions // PAGE).view(batch, q_len))  # [B, Q]
         lens = positions.view(batch, q_len)[:, -1] + 1
         page = pages.view(-1)
@@ -108,6 +108,22 @@ class Batch:
             context_rows=positions[:0],
             logit_rows=None,
             q_len=q_len,
+        )
+
+    @classmethod
+    def join(cls, decodes: "Batch", prompts: "Batch") -> "Batch":
+        """Put the sequences of `decode` before prompt chunks of `build`. All decode tokens want their logits."""
+        assert prompts.num_decodes == 0 and prompts.logit_rows is not None
+        first = torch.arange(decodes.num_tokens, device=prompts.logit_rows.device)
+        return replace(
+            prompts,
+            token_ids=torch.cat((decodes.token_ids, prompts.token_ids)),
+            positions=torch.cat((decodes.positions, prompts.positions)),
+            kv_rows=torch.cat((decodes.kv_rows, prompts.kv_rows)),
+            page_table=decodes.page_table,
+            kv_lens=decodes.kv_lens,
+            logit_rows=torch.cat((first, prompts.logit_rows + decodes.num_tokens)),
+            q_len=decodes.q_len,
         )
 
     @classmethod

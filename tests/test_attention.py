@@ -155,6 +155,25 @@ def test_a_decode_and_a_chunk_in_one_step_equal_each_alone(mla: MLA) -> None:
     assert_close(mixed, torch.cat(apart), atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_to_verify_and_a_chunk_in_one_step_equal_each_alone(mla: MLA) -> None:
+    x, pool = torch.randn(LONG + 12, mla.config.hidden_size), poisoned_pool(mla)
+    pool[NULL_PAGE] = 0.0
+    mla(x[: LONG - 3], Batch.build([], [chunk(LONG, 0, LONG - 3)], "cpu"), pool)
+    table, positions = torch.tensor([PAGES[LONG]]).int(), torch.arange(LONG - 3, LONG)
+    verified = Batch.decode(torch.arange(3), positions, table)
+    prompts = Batch.build([], [chunk(SHORT, 0, 12)._replace(token_ids=list(range(12)))], "cpu")
+    step = Batch.join(verified, prompts)
+    assert step.token_ids.tolist() == [0, 1, 2, *range(12)] and step.logit_rows.tolist() == [0, 1, 2, 14]
+    assert (step.q_len, step.decode_tokens, step.num_tokens) == (3, 3, 15)
+    other = pool.clone()
+    apart = mla(x[LONG - 3 : LONG], verified, other), mla(x[LONG:], prompts, other)
+    together = mla(torch.cat((x[LONG - 3 : LONG], x[LONG:])), step, pool)
+    assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
+    assert_close(pool.nan_to_num(9e9), other.nan_to_num(9e9))
+    empty = Batch.decode(positions[:0], positions[:0], table[:0])
+    assert_close(mla(x[LONG:], Batch.join(empty, prompts), pool), apart[1], atol=1e-5, rtol=1e-5)
+
+
 def mixed_chunks() -> tuple[list[Chunk], list[Chunk]]:
     """One decode and a chunk of two tokens: 3 tokens, so that a multiple of 4 needs one padding row."""
     return [Chunk([11], 64, [3, 6])], [Chunk([12, 13], 0, [1])]
