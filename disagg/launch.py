@@ -77,6 +77,8 @@ def run_worker(
     say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
     if engine.why_graphs:
         say(f"{'decode':>10}: {engine.why_graphs}")
+    if settings.speculate:
+        say(f"{'drafts':>10}: {settings.speculate} per step, without overlap")
     if engine.rebalancer is not None:
         say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:
