@@ -12,6 +12,7 @@ from disagg.control.pulse import Beacon
 from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.reports import about
+from model.kv_cache import kv_layout
 from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
@@ -48,7 +49,15 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            hello = Hello(name, members, *sizes, engine.kv_layout() | handoff, job, mesh.num_replicas, about(engine))
+            hello = Hello(
+                name,
+                members,
+                *sizes,
+                kv_layout(engine.model, engine.pool) | handoff,
+                job,
+                mesh.num_replicas,
+                about(engine),
+            )
             self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0
         self._state = ""

@@ -4,7 +4,6 @@ It launches steps and returns their tokens. It knows nothing of routers and link
 """
 
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -364,24 +363,6 @@ class Engine:
         self.decode.reset()
         self.dispatchers.close()
         lift_limit(self.mesh.device)
-
-    def kv_layout(self) -> dict[str, str]:
-        """Return the properties in which both sides of a KV handoff must agree: the pool's rows, and the model.
-
-        The model is identified by a hash of its configuration and its norms, which every rank holds unsplit. The
-        configuration's own hash is what a router can compare, which has no weights.
-        """
-        config = self.config.fingerprint
-        model_hash = hashlib.sha256(config.encode())
-        for name, weight in self.model.named_parameters():
-            if "norm" in name:
-                norm = weight.detach().cpu().bfloat16()  # the same for every --dtype
-                model_hash.update(norm.view(torch.uint8).numpy().tobytes())
-        layers, _, page, width = self.pool.shape
-        dtype = str(self.pool.dtype).removeprefix("torch.")
-        shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": model_hash.hexdigest()[:8]}
-        shape["config"] = config
-        return {name: str(value) for name, value in shape.items()}
 
     @property
     def kv_tokens(self) -> int:
