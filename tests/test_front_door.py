@@ -318,6 +318,16 @@ def test_closed_streams_get_no_other_files_number(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_the_limit_of_open_files_is_the_systems() -> None:
+    """Many systems allow 1,024 at first, which a hundred links would reach."""
+    code = (
+        "import resource; from disagg.front.streams import raise_file_limit\n"
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))\n"
+        "raise_file_limit(); print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))\n"
+    )
+    assert python(code).communicate(timeout=30) == ("True\n", "")
+
+
 def test_a_reader_of_stderr_who_leaves_ends_nothing() -> None:
     code = (
         "from disagg.front.streams import secure_streams\n"

@@ -1,4 +1,6 @@
-"""The process's own streams. A batch goes on if a shell has closed them, or if the reader of stderr ends.
+"""The process's own streams, and how many files it may open.
+
+A batch goes on if a shell has closed the streams, or if the reader of stderr ends.
 
 In a job of several ranks each line on stderr begins with its host and rank, tracebacks and warnings too. Only here:
 whoever prints need not know. What native libraries write goes past this.
@@ -6,7 +8,9 @@ whoever prints need not know. What native libraries write goes past this.
 
 import io
 import os
+import resource
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -53,6 +57,13 @@ def secure_streams(name: str = "") -> None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
     lossy = io.BufferedWriter(Named(2, name) if name else Unread(2, "w", closefd=False))
     sys.stderr = io.TextIOWrapper(lossy, errors="backslashreplace", line_buffering=True)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does. Links take several each, strangers one for each connection."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def discard_stdout() -> None:
