@@ -107,7 +107,7 @@ def test_run_py_serves_over_the_library_of_its_flags_and_says_so(tiny: Path, tmp
     deployment.start_router()
     ended = deployment.finish()
     assert [code for code, *_ in ended.values()] == [0, 0, 0], ended
-    line = "decode: rank 0 has a link to prefill rank 0 at 127.0.0.1: NIXL "
+    line = "decode: a link to prefill rank 0 at 127.0.0.1: NIXL "
     assert ended["decode"][2].count(line) == 1 and ended["decode"][1] == ""
     (answer,) = read(deployment.out)
     assert len(answer["token_ids"]) == 3 and "error" not in answer

@@ -375,7 +375,7 @@ class Router:
         is_final = role == "unified" and not self.fleet.may_return(lost)  # no other job could serve its requests
         if not is_final:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
-            print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)
+            print(f"router: a {lost} {how}; {count} requests were on it", file=sys.stderr, flush=True)
         if self.fleet.may_return(lost):
             self._count_deaths(lost, how)
         for uid in sorted(lost.requests):  # in the order in which they were submitted
