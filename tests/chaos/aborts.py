@@ -2,8 +2,9 @@
 
 Rank 0 has the router and a prefill job, rank 1 a decode job. Prompts take several chunks, and a transfer holds one
 page. Decode's wire is slow: each transfer takes up to SLOW_S more. The router aborts a request when its room is where
-the request's plan says. What counts is where the room was when the Cancel reached prefill's link. The pages of aborted
-requests soon belong to others, most of which are aborted too. The rest must have the tokens of one process.
+the request's plan says. What counts is where the room was when the Cancel reached prefill's link. Decode's pages are
+painted when they become free, so that a late write into them is seen. The requests that are not aborted must have the
+tokens of one process.
 """
 
 import json
@@ -11,15 +12,19 @@ import random
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from disagg import loop
 from disagg.config import EngineConfig
+from disagg.control.messages import RoleName
 from disagg.control.ports import RouterPort
+from disagg.decode import Decode
 from disagg.engine import Engine
 from disagg.front.answer import Answer
 from disagg.front.parse import UserRequest
@@ -38,11 +43,15 @@ from disagg.role import Role
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.footprint import page_bytes
+from model.pages import PageAllocator
+from parallel.mesh import Mesh
 from tests.conftest import eventually
 from tests.test_worlds import one_run
 from tests.worlds import run_world, sub_mesh
 
 HOST = "127.0.0.1"
+NAMES: tuple[RoleName, ...] = ("prefill", "decode")  # by rank
+PAINT = 12345.0
 SLOW_S = 0.005
 STAYS = 0.15  # the share of requests that are not aborted
 SETTINGS = EngineConfig(max_batch=8, max_tokens_per_step=96, kv_tokens=4096, max_model_len=1024)
@@ -61,14 +70,47 @@ def prompts(vocab_size: int) -> list[UserRequest]:
     return made
 
 
+class Painted(PageAllocator):
+    """Hands out the pages that have been free for the longest. Counts those that were written while they were free."""
+
+    def __init__(self, pool: Tensor) -> None:
+        super().__init__(pool.shape[1])
+        self._pool, self.written = pool, 0
+        pool.fill_(PAINT)
+
+    def alloc(self, count: int) -> list[int] | None:
+        if count > self.num_free:
+            return None
+        pages, self._free = self._free[:count], self._free[count:]
+        self._owned.update(pages)
+        self._check(pages)
+        return pages
+
+    def free(self, pages: list[int]) -> None:
+        super().free(pages)
+        self._pool[:, pages] = PAINT
+
+    def _check(self, pages: list[int]) -> None:
+        self.written += sum(bool((self._pool[:, page] != PAINT).any()) for page in pages)
+
+    def end(self) -> int:
+        """Return how many pages were written while they were free. All must be free."""
+        self._check(self._free)
+        self._pool[:, self._free] = PAINT
+        written, self.written = self.written, 0
+        return written
+
+
 class Aborter:
     """A source of requests, and a client of each, until `count` of them have been aborted."""
 
-    def __init__(self, kinds: list[UserRequest], expected: list[tuple], count: int, seed: int) -> None:
-        """`expected`: (tokens, finish reason, error) of each kind."""
+    def __init__(
+        self, kinds: list[UserRequest], expected: list[tuple], count: int, seed: int, roles: dict[str, Role]
+    ) -> None:
+        """`expected`: (tokens, finish reason, error) of each kind. `roles`: this process's."""
         self.kinds, self.expected, self.count, self.rng = kinds, expected, count, random.Random(seed)
         self.aborted, self.right, self.wrong = 0, 0, list[str]()
-        self.roles: dict[str, Role] = {}
+        self.roles = roles
         self.router: Router
 
     @property
@@ -177,54 +219,74 @@ def slow_down(rng: random.Random) -> None:
     Handoff.make_endpoint = making  # type: ignore[method-assign]
 
 
-def _body(rank: int, folder: Path, libraries: list[str], count: int, seed: int, out: Path) -> None:
-    config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
-    tokenizer = load_tokenizer(folder).tokenizer
-    credits.MOST_BYTES = page_bytes(config, 4)
-    meshes = {"unified": sub_mesh(0, 1), "prefill": sub_mesh(0, 1), "decode": sub_mesh(1, 1)}
-    engines = {
-        name: Engine.from_pretrained(replace(SETTINGS), config, folder, mesh, Ops()) if mesh is not None else None
-        for name, mesh in meshes.items()
-    }
-    expected = one_run([("unified", engines["unified"], meshes["unified"])], folder, interrupt, prompts)
-    roles: dict[str, Role] = {}
-    cancels: Counter[str] = Counter()
-    keep_roles(roles)
-    note_cancels(roles, cancels)
-    slow_down(random.Random(seed))
-    figures = {}
-    for library in libraries:
-        port, thread, aborter = [0], None, None
-        began = time.monotonic()
-        cancels.clear()
-        if rank == 0:
+@dataclass
+class Side:
+    """This rank's part of the deployment, over one transport after another. Everything in it is collective."""
+
+    rank: int
+    engine: Engine
+    mesh: Mesh
+    tokenizer: Tokenizer
+    expected: list[tuple]  # of each prompt, on rank 0
+    painted: Painted | None  # decode's pages
+    roles: dict[str, Role] = field(default_factory=dict)
+    cancels: Counter[str] = field(default_factory=Counter)
+
+    def storm(self, library: str, count: int, seed: int) -> dict[str, Any]:
+        """Abort so many requests, and return what was counted, on rank 0."""
+        began, port = time.monotonic(), [0]
+        vocab_size = self.tokenizer.get_vocab_size()
+        aborter = Aborter(prompts(vocab_size), self.expected, count, seed, self.roles)
+        thread = threading.Thread(target=lambda: aborter.router.run(aborter), daemon=True)
+        self.cancels.clear()
+        if self.rank == 0:
             where = RouterPort(HOST, 0)
-            aborter = Aborter(prompts(tokenizer.get_vocab_size()), expected, count, seed)
-            aborter.router = Router(where, tokenizer, tokenizer.get_vocab_size(), aborter.look)
-            aborter.roles = roles
-            thread, port = threading.Thread(target=aborter.router.run, args=(aborter,)), [where.port]
-        dist.broadcast_object_list(port)
-        if thread is not None:
+            aborter.router, port = Router(where, self.tokenizer, vocab_size, aborter.look), [where.port]
             thread.start()
-        name = "prefill" if rank == 0 else "decode"
-        engine, mesh = engines[name], meshes[name]
-        assert engine is not None and mesh is not None
+        dist.broadcast_object_list(port)
+        self._serve(library, port[0])
+        corrupt = [0, 0]
+        dist.all_gather_object(corrupt, self._corrupt(library))
+        if self.rank:
+            return {}
+        thread.join(SOON)
+        assert not thread.is_alive(), f"{library}: the router hangs"
+        aborter.router.port.close()
+        assert not aborter.wrong, f"{library}: {aborter.wrong[:3]}"
+        counted = {"aborted": aborter.aborted, "right": aborter.right, "corrupt": sum(corrupt)}
+        return counted | {"rooms": dict(self.cancels), "seconds": round(time.monotonic() - began, 1)}
+
+    def _serve(self, library: str, port: int) -> None:
         handoff = Handoff(library, checksums=True)
-        assert loop.serve(name, engine, mesh, (HOST, port[0]), interrupt, handoff=handoff) is None
-        allocator, role = engine.scheduler.allocator, roles[name]
-        assert not engine.scheduler.has_work and allocator.num_free == allocator.capacity, f"{library}: a page leaked"
-        links = role.links  # type: ignore[attr-defined]
-        assert eventually(lambda: links.credits.free.qsize() == IN_FLIGHT, SOON), f"{library}: a credit leaked"  # noqa: B023
-        mismatches = [0.0, 0.0]
-        dist.all_gather_object(mismatches, links.stats()["transfer_mismatches"])
-        if thread is not None and aborter is not None:
-            thread.join(SOON)
-            assert not thread.is_alive(), f"{library}: the router hangs"
-            aborter.router.port.close()
-            assert not aborter.wrong, f"{library}: {aborter.wrong[:3]}"
-            seconds = round(time.monotonic() - began, 1)
-            figures[library] = {"aborted": aborter.aborted, "right": aborter.right, "corrupt": sum(mismatches)}
-            figures[library] |= {"rooms": dict(cancels), "seconds": seconds}
+        assert loop.serve(NAMES[self.rank], self.engine, self.mesh, (HOST, port), Interrupt(), handoff=handoff) is None
+        scheduler = self.engine.scheduler
+        free = scheduler.allocator.num_free == scheduler.allocator.capacity
+        assert free and not scheduler.has_work, f"{library}: a page leaked"
+
+    def _corrupt(self, library: str) -> int:
+        role = self.roles[NAMES[self.rank]]
+        assert isinstance(role, Prefill | Decode)
+        links = role.links
+        assert eventually(lambda: links.credits.free.qsize() == IN_FLIGHT, SOON), f"{library}: a credit leaked"
+        return int(links.stats()["transfer_mismatches"]) + (self.painted.end() if self.painted is not None else 0)
+
+
+def _body(rank: int, folder: Path, libraries: list[str], count: int, seed: int, out: Path) -> None:
+    config, tokenizer = ModelConfig.from_pretrained(folder), load_tokenizer(folder).tokenizer
+    credits.MOST_BYTES = page_bytes(config, 4)
+    meshes = [sub_mesh(0, 1), sub_mesh(1, 1)]
+    mesh = meshes[rank]
+    assert mesh is not None
+    engine = Engine.from_pretrained(SETTINGS, config, folder, mesh, Ops())
+    alone = [("unified", engine if rank == 0 else None, meshes[0])]
+    expected, painted = one_run(alone, folder, Interrupt(), prompts), None
+    if NAMES[rank] == "decode":
+        painted = engine.scheduler.allocator = Painted(engine.pool)
+    side = Side(rank, engine, mesh, tokenizer, expected, painted)
+    keep_roles(side.roles)
+    note_cancels(side.roles, side.cancels)
+    slow_down(random.Random(seed))
+    figures = {library: side.storm(library, count, seed) for library in libraries}
     if rank == 0:
         out.write_text(json.dumps(figures))
 
@@ -233,6 +295,8 @@ def abort_storm(
     folder: Path, model: Path, libraries: list[str], count: int, seed: int, limit_s: float = 240
 ) -> dict[str, dict[str, Any]]:
     """Abort `count` requests over each library. Returns what was counted, by library.
+
+    `corrupt`: transfers that did not have their checksum, and pages that were written while they were free.
 
     Raises AssertionError if an answer is wrong, a page or a credit is lost, or anything hangs.
     """

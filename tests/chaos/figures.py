@@ -32,6 +32,6 @@ def of_aborts(aborts: dict[str, dict[str, Any]]) -> list[Measurement]:
         amid = sum(count for state, count in counted["rooms"].items() if state.startswith("transferring"))
         made += [
             Measurement(f"{name}: while KV was on its way", amid, "requests"),
-            Measurement(f"{name}: corrupt transfers of KV", counted["corrupt"], "", "lower"),
+            Measurement(f"{name}: corrupt transfers, and pages written while free", counted["corrupt"], "", "lower"),
         ]
     return made
