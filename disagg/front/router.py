@@ -12,6 +12,7 @@ import itertools
 import secrets
 import sys
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Collection
 
@@ -81,8 +82,8 @@ class Router:
         self._routing, self._trials, self._missing = Routing(), Trials(), MissingRoles(self.fleet)
         self._drains, self.draining = drains, False
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
-        self._waiting: deque[int] = deque()  # uids without a replica
-        self._uids = itertools.count(secrets.randbits(48))
+        self._waiting: deque[int] = deque()  # uids without a replica, in the order of submission
+        self._uids, self._numbers = itertools.count(secrets.randbits(48)), itertools.count()
         self._gaps: list[float] = []  # of this message: times between two updates of a request, in seconds
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
@@ -116,7 +117,7 @@ class Router:
         stream = TextStream(self.tokenizer, user.stop, user.marks, request.min_tokens)
         experts = ExpertRows(self.expert_shape, request.most_fed if request.return_experts else 0)
         prompt_rows = PromptRows(request, self.vocab_size)
-        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows)
+        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows, next(self._numbers))
         self._queue(tracked)
         return tracked
 
@@ -171,9 +172,11 @@ class Router:
         return len(came)
 
     def _queue(self, tracked: Tracked) -> None:
+        """Let it wait in the order of submission: a request that moves was there before those that have not begun."""
         tracked.uid = next(self._uids)
         self._tracked[tracked.uid] = tracked
-        self._waiting.append(tracked.uid)
+        place = bisect(self._waiting, tracked.number, key=lambda uid: self._tracked[uid].number)
+        self._waiting.insert(place, tracked.uid)
 
     def _listen(self, timeout_ms: int) -> None:
         for replica_id, message in self.port.poll(timeout_ms):

@@ -29,6 +29,7 @@ class Tracked:
     submitted: float
     experts: ExpertRows
     prompt_rows: PromptRows
+    number: int  # in the order of submission
     uid: int = -1  # of its current attempt
     logprobs: list = field(default_factory=list)
     first: float | None = None  # when the first token arrived
