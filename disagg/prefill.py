@@ -157,6 +157,8 @@ class Prefill(Role):
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.uid
+            if token == NO_TOKEN:
+                self.scheduler.cache.distrust()
             if uid in self.outgoing:  # otherwise its links ended while the token was in flight
                 departure = self.outgoing[uid]
                 if token == NO_TOKEN:

@@ -70,6 +70,8 @@ class Unified(Role):
         going_on, useless = {}, 0
         for sequence, token, logprobs in zip(step.work.sequences, tokens, step.pairs(), strict=True):
             reason, uid = sequence.append(token), sequence.uid
+            if token == NO_TOKEN:
+                self.scheduler.cache.distrust()
             if uid not in self.sequences:  # it ended while this token was in flight
                 useless += 1
                 if not sequence.unseen:

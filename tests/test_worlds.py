@@ -114,7 +114,7 @@ def answers_to(
     for role, engine, mesh in jobs:
         if mesh is not None:
             assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt, handoff=handoff) is None
-            allocator = engine.scheduler.allocator
+            allocator = engine.scheduler.cache
             assert interrupt.seen or not engine.scheduler.has_work
             assert interrupt.seen or allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"
     if thread is not None:
