@@ -166,7 +166,7 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
 
     endpoint.connect = connect_and_hold
     link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, endpoint), pool, events, mine)
-    link.put(Join(1, Open(Request(1, [1]), [1, 2], [decode])))
+    link.put(Join(1, Open(Request(1, [1]), [1, 2], [decode]), pages=[1, 2]))
     link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
     status = Path(f"/proc/{process.pid}/status")
