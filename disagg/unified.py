@@ -73,6 +73,8 @@ class Unified(Role):
             reason, uid = sequence.append(token), sequence.uid
             if token == NO_TOKEN:
                 self.scheduler.cache.distrust()
+            is_first = len(sequence.tokens) == sequence.prompt_len + 1
+            cached_tokens = sequence.hits * PAGE if is_first else 0
             if uid not in self.sequences:  # it ended while this token was in flight
                 useless += 1
                 if not sequence.unseen:
@@ -80,8 +82,8 @@ class Unified(Role):
             elif token == NO_TOKEN:
                 self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
                 self.finish(sequence)
-            elif reason or logprobs or (sequence.hits and len(sequence.tokens) == sequence.prompt_len + 1):
-                self.emit(sequence, token, logprobs, reason, cached_tokens=sequence.hits * PAGE)
+            elif reason or logprobs or cached_tokens:
+                self.emit(sequence, token, logprobs, reason, cached_tokens=cached_tokens)
             else:
                 going_on[uid] = token
         if going_on:
