@@ -113,6 +113,7 @@ def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
         help="use flash_attn, flash_mla, deep_gemm, triton or torch for one op, or for every op that the library has; "
         "dispatch=deepep or dispatch=all_to_all",
     )
+    add("--prefix-cache", choices=("auto", "off"), default="auto", help="compute once what prompts share (auto: on)")
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
     if role != "prefill":
         add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for decode steps (auto)")

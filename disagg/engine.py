@@ -19,6 +19,7 @@ from disagg.budget import Budget, plan_parts
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
 from disagg.memory import check_weights, claim_memory, lift_limit, pages_on_host
+from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
@@ -30,7 +31,7 @@ from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import make_pool
-from model.pages import PAGE, PageAllocator, pages_for
+from model.pages import PAGE, pages_for
 from model.precision import decide, dtype_on
 from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
@@ -87,9 +88,8 @@ class Engine:
         else:
             pages = pages_on_host(mesh, settings.kv_tokens, page_bytes(self.config, model.dtype.itemsize))
             memory = f"{'KV':>10}: {pages:,} pages, {pages * PAGE:,} tokens"
-        self.scheduler = Scheduler(
-            PageAllocator(pages + 1), settings.max_batch, settings.max_tokens_per_step, self.max_model_len
-        )
+        cache = PageCache(pages + 1, keeps=settings.prefix_cache != "off")
+        self.scheduler = Scheduler(cache, settings.max_batch, settings.max_tokens_per_step, self.max_model_len)
         say(memory)
         if self.kv_tokens < self.max_model_len:
             say(
@@ -386,4 +386,4 @@ class Engine:
 
     @property
     def kv_tokens(self) -> int:
-        return self.scheduler.allocator.capacity * PAGE
+        return self.scheduler.cache.capacity * PAGE

@@ -6,6 +6,7 @@ from disagg.request import FinishReason, Request
 from disagg.role import NOT_FINITE, Event, Role
 from disagg.scheduler import Sequence
 from disagg.step import Step
+from model.pages import PAGE
 from model.sampling import NO_TOKEN
 
 
@@ -70,6 +71,10 @@ class Unified(Role):
         going_on, useless = {}, 0
         for sequence, token, logprobs in zip(step.work.sequences, tokens, step.pairs(), strict=True):
             reason, uid = sequence.append(token), sequence.uid
+            if token == NO_TOKEN:
+                self.scheduler.cache.distrust()
+            is_first = len(sequence.tokens) == sequence.prompt_len + 1
+            cached_tokens = sequence.hits * PAGE if is_first else 0
             if uid not in self.sequences:  # it ended while this token was in flight
                 useless += 1
                 if not sequence.unseen:
@@ -77,8 +82,8 @@ class Unified(Role):
             elif token == NO_TOKEN:
                 self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
                 self.finish(sequence)
-            elif reason or logprobs:
-                self.emit(sequence, token, logprobs, reason)
+            elif reason or logprobs or cached_tokens:
+                self.emit(sequence, token, logprobs, reason, cached_tokens=cached_tokens)
             else:
                 going_on[uid] = token
         if going_on:
@@ -100,15 +105,17 @@ class Unified(Role):
         logprobs: list[tuple[int, float]],
         reason: FinishReason | None,
         parts: Parts | None = None,
+        cached_tokens: int = 0,
     ) -> None:
         """Report a token that needs an Update of its own. With a `reason` it is the request's last token.
+
+        `cached_tokens`: of the prompt; with the first token, that is how many were not computed.
 
         A request with `max_tokens` 0 only ends here: its token is dropped.
         """
         tokens = [token] if sequence.request.max_tokens else []
-        self.updates.append(
-            Update(sequence.uid, tokens, [logprobs] if logprobs and tokens else [], reason, parts=parts)
-        )
+        shown = [logprobs] if logprobs and tokens else []
+        self.updates.append(Update(sequence.uid, tokens, shown, reason, parts=parts, cached_tokens=cached_tokens))
         if reason:
             self.finish(sequence)
 

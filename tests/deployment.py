@@ -38,7 +38,9 @@ def answers_alone(model: Path, source: Path, out: Path) -> list[dict]:
 
 
 def timeless(answers: list[dict]) -> list[dict]:
-    return [{k: v for k, v in answer.items() if k not in ("ttft_s", "latency_s", "logprobs")} for answer in answers]
+    """Leave out what depends on when and where requests run."""
+    out = ("ttft_s", "latency_s", "cached_tokens", "logprobs")
+    return [{k: v for k, v in answer.items() if k not in out} for answer in answers]
 
 
 class Deployment:

@@ -68,7 +68,7 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
         role.updates.clear()
         if not busy and not any(left for (left,) in engine.mesh.agree(len(waiting))):
             break
-    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
     return answers
 
 

@@ -184,7 +184,7 @@ class Pair:
     me: Member
 
     def opening(self, uid: int, pages: list[int]) -> Join:
-        return Join(uid, Open(Request(uid, [1, 2, 3]), pages, [self.me]))
+        return Join(uid, Open(Request(uid, [1, 2, 3]), pages, [self.me]), pages=pages)
 
     def open(self, uid: int, pages: list[int]) -> None:
         """A room that both sides have joined."""
@@ -459,7 +459,7 @@ def test_kv_that_comes_before_this_rank_has_joined_waits_for_it(make_pair: Any) 
     pair.prefill.link.put(SendLast(1, 5, []))
     time.sleep(0.3)
     assert (pair.decode.pool == CANARY).all(), "written before this rank had reserved the page"
-    pair.decode.link.put(Join(1))
+    pair.decode.link.put(Join(1, pages=[8]))
     assert pair.decode.hear_end(1).token == 5
     assert pair.decode.pool[:, 8].equal(pair.prefill.pool[:, 3])
     pair.prefill.hear_end(1)
@@ -1121,7 +1121,7 @@ def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms()
     prefill = doing.get(timeout=60)
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
     end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), end.pool, end.events, Credits())
-    end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
+    end.link.put(Join(1, Open(Request(1, [1]), [1], [decode]), pages=[1]))
     end.link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
     time.sleep(0.2)
@@ -1183,7 +1183,7 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     )
     for generation in range(3):
         receiver = receiving.get(prefill, generation)
-        receiver.put(Join(generation, Open(Request(generation, [1]), [5], [decode], generation)))
+        receiver.put(Join(generation, Open(Request(generation, [1]), [5], [decode], generation), pages=[5]))
         (knock,) = door.poll(SOON * 1000)
         assert (knock.decode, knock.generation) == (decode, generation)
         sender = sending.get(decode, generation)
@@ -1225,6 +1225,34 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
     pair.decode.hear_end(1, "link p/d")
     assert pair.prefill.events.empty() and pair.prefill.link.is_down
     assert "1 pages for 65 tokens" in pair.prefill.link._down
+
+
+def test_a_room_that_claims_to_have_its_whole_prompt_ends_the_link(make_pair: Any) -> None:
+    """A prompt's last token is always computed, for its logits, so the page with it is always sent."""
+    pair = make_pair()
+    pair.decode.link.put(Join(1, Open(Request(1, [1] * 2 * PAGE), [4, 5], [pair.me], have=2), pages=[]))
+    pair.decode.hear_end(1, "link p/d")
+    assert pair.prefill.events.empty() and "has 2 pages; it can have 1" in pair.prefill.link._down
+    pair.hush()
+
+
+@pytest.mark.parametrize("page", [4, 9], ids=["that decode has", "of another room"])
+def test_a_page_that_is_not_of_its_room_ends_the_link_and_stays_as_it_is(make_pair: Any, page: int) -> None:
+    """Requests may read it: those that share a prefix, or those of the other room."""
+    pair = make_pair()
+    opening = Open(Request(1, [1] * (PAGE + 1)), [4, 5], [pair.me], have=1)
+    pair.decode.link.put(Join(1, opening, pages=[5]))
+    assert pair.prefill.hear_open(1).have == 1
+    pair.prefill.link.put(Join(1))
+    pair.open(2, [9])
+    pair.prefill.link.put(SendPages(1, [1], [5]))
+    pair.prefill.link.put(SendPages(1, [2], [page]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    errors = {event.uid: event.error for event in (pair.decode.hear(), pair.decode.hear())}
+    assert errors.keys() == {1, 2} and f"sends page {page}, which is none of rooms [1]" in errors[1]
+    assert (pair.decode.pool[:, [4, 9]] == CANARY).all()
+    assert {pair.prefill.hear().uid, pair.prefill.hear().uid} == {1, 2}
+    pair.hush()
 
 
 def test_rows_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:

@@ -66,7 +66,7 @@ def served(engine: Engine, requests: list[Request]) -> dict[int, list[Update]]:
     for update in singly(role.updates):
         assert update.error is None, update.error
         news.setdefault(update.uid, []).append(update)
-    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
     return news
 
 

@@ -120,7 +120,7 @@ def test_a_request_without_a_prefill_replica_is_an_error(decode: Decode) -> None
 
 def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_has_them(decode: Decode) -> None:
     """A transfer may still write to them."""
-    allocator = decode.scheduler.allocator
+    allocator = decode.scheduler.cache
     for uid in range(3):
         submit(decode, uid)
     decode.admit()
@@ -197,7 +197,7 @@ def test_a_decode_replica_reports_its_pages_and_those_that_nobody_wants(decode: 
 def test_a_unified_replica_reports_the_prompt_that_it_computes(engine: Engine) -> None:
     role = Unified(engine)
     for uid in range(2):
-        role.handle(Submit(Request(uid, [5] * 100, 20), None))
+        role.handle(Submit(Request(uid, [5 + uid] * 100, 20), None))
     role.schedule().advance()
     assert role.load() == Load(136, 2, 1, 1, {0: 36})
     role.schedule().advance()
@@ -243,7 +243,7 @@ def test_a_prompt_whose_logits_are_not_finite_closes_its_room(prefill: Prefill) 
     (link,) = links(prefill)
     assert link.told[-1] == Closed(3, f"prefill: {NOT_FINITE}")
     prefill.handle(RoomEnded(3, "closed"))
-    assert not prefill.outgoing and engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    assert not prefill.outgoing and engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
 
 
 def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(prefill: Prefill) -> None:

@@ -43,7 +43,8 @@ from tests.test_worlds import one_run
 from tests.worlds import run_world, sub_mesh
 
 ONE_SIDED = [name for name in TRANSPORTS if name != "torch"]
-SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=96, kv_tokens=1024, max_model_len=512, redundant_experts=1)
+SIZES = {"max_batch": 4, "max_tokens_per_step": 96, "kv_tokens": 1024, "max_model_len": 512}
+SETTINGS = EngineConfig(**SIZES, redundant_experts=1, prefix_cache="off")  # every page is sent over every library
 EVEN = replace(SETTINGS, redundant_experts=0)
 # (first rank, ranks, attention TP) of the prefill and of the decode job. Three ranks need a redundant expert.
 JOBS = [((0, 1, 1), (1, 1, 1)), ((0, 2, 2), (2, 1, 1)), ((0, 1, 1), (1, 3, 1)), ((0, 2, 1), (2, 2, 2))]
@@ -166,7 +167,7 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
 
     endpoint.connect = connect_and_hold
     link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, endpoint), pool, events, mine)
-    link.put(Join(1, Open(Request(1, [1]), [1, 2], [decode])))
+    link.put(Join(1, Open(Request(1, [1]), [1, 2], [decode]), pages=[1, 2]))
     link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
     status = Path(f"/proc/{process.pid}/status")

@@ -152,6 +152,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     retry: bool = False  # another prefill rank may succeed
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
+    cached_tokens: Count = 0  # with the first token: of the prompt, those that were not computed
     prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 

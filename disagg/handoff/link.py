@@ -69,7 +69,7 @@ class Link(threading.Thread, ABC):
         self._words: deque[Read | AllRead | Cancel] = deque()  # from the mover; they must not wait behind commands
         self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
         self._changed = threading.Condition()  # guards _rooms and _down
-        self._rooms: set[int] = set()  # joined and not yet ended
+        self._rooms: dict[int, frozenset[int]] = {}  # joined and not yet ended: the pages to which its KV may come
         self._down: str | None = None  # the reason, once it is down
         self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
         address = f"inproc://{uuid.uuid4().hex}"
@@ -104,7 +104,7 @@ class Link(threading.Thread, ABC):
                 if self._down is not None:
                     self._events.put(RoomEnded(command.uid, self._down, link_down=True))
                 else:
-                    self._rooms.add(command.uid)
+                    self._rooms[command.uid] = frozenset(command.pages)
                     self._changed.notify()
             if self._down is None:
                 self._commands.append(command)
@@ -270,5 +270,5 @@ class Link(threading.Thread, ABC):
         """End a room, unless it has ended already, with the link."""
         with self._changed:
             if ended.uid in self._rooms:
-                self._rooms.remove(ended.uid)
+                del self._rooms[ended.uid]
                 self._events.put(ended)

@@ -38,6 +38,7 @@ from disagg.control.messages import Hello, Load, Member, RoleName
 from disagg.control.pulse import BEAT_S
 from disagg.front.replica import Replica
 from disagg.front.routing import Routing
+from disagg.page_cache import PageCache
 from disagg.request import Request
 from disagg.role import tokens_left
 from disagg.scheduler import Scheduler
@@ -169,7 +170,7 @@ class Simulation:
             return Replica(name, Hello(role, [Member(name, "")], args.max_batch, args.step_tokens, kv_tokens, {}, role))
 
         def scheduler() -> Scheduler:
-            pages = PageAllocator(kv_tokens // PAGE + 1)
+            pages = PageCache(kv_tokens // PAGE + 1, keeps=False)
             return Scheduler(pages, min(args.max_batch, args.step_tokens), args.step_tokens, 2 * args.limit)
 
         self.prefills = [Prefill(replica("prefill", i), scheduler()) for i in range(args.prefills)]
