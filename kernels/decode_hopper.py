@@ -92,7 +92,10 @@ def _decode_attend(
     first_head,
     heads,
     whole,
+    first_limit,
+    of_token,
     v_dim: gl.constexpr,
+    Q_LEN: gl.constexpr,
 ):
     """Run eight warps: attend 64 heads to the pages, then store the split's output.
 
@@ -117,7 +120,10 @@ def _decode_attend(
 
     head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, score_layout))
     key = gl.arange(0, PAGE, gl.SliceLayout(0, score_layout))
-    top = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
+    # The last page, which comes first, may have no key for the rows of an earlier token.
+    LOWEST: gl.constexpr = float("-inf") if Q_LEN == 1 else -1e30
+    top = gl.full([BLOCK_H], LOWEST, gl.float32, gl.SliceLayout(1, score_layout))
+    limit = gl.minimum(first_limit + head // of_token, last)
     total = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)  # summed over columns once, at the end
     zeros = gl.zeros([BLOCK_H, PAGE], gl.float32, score_layout)
     # With 32 keys per warpgroup, 16 columns take 16 cycles to multiply. They take 24 to read, at 128 bytes per cycle:
@@ -129,7 +135,10 @@ def _decode_attend(
         here = i % 2
         mbarrier.wait(full.index(here), i // 2 & 1)
         scores = _scores(q_left, q_right, q_rest, left.index(here), right.index(here), rest.index(here), zeros)
-        scores = gl.where(((last_page - i) * PAGE + key < last)[None], scores, float("-inf"))
+        if Q_LEN == 1:
+            scores = gl.where(((last_page - i) * PAGE + key < last)[None], scores, float("-inf"))
+        else:
+            scores = gl.where(((last_page - i) * PAGE + key)[None] < limit[:, None], scores, float("-inf"))
         new_top = gl.maximum(top, gl.max(scores, 1) * scale)
         weights = gl.exp2(scores * scale - new_top[:, None])
         p.store(weights.to(gl.bfloat16))
@@ -171,12 +180,15 @@ def decode_kernel(
     lse_ptr,
     used_ptr,
     heads,
+    of_token,
     splits,
     scale,
     table_stride,
     v_dim: gl.constexpr,
     BLOCK_B: gl.constexpr,
+    Q_LEN: gl.constexpr,
 ):
+    """`heads`: those of all tokens of a sequence, Q H. `of_token`: those of one, H."""
     BLOCK_H: gl.constexpr = q_left_desc.block_type.shape[0]
     PAGE: gl.constexpr = left_desc.block_type.shape[0]
     HALF: gl.constexpr = left_desc.block_type.shape[1]
@@ -187,7 +199,8 @@ def decode_kernel(
         gl.store(used_ptr + seq, used)
     if split >= gl.maximum(used, 1):
         return
-    last = gl.minimum((split + 1) * chunk * PAGE, gl.load(kv_lens + seq))
+    kv_len = gl.load(kv_lens + seq)
+    last = gl.minimum((split + 1) * chunk * PAGE, kv_len)
     pages = gl.cdiv(last, PAGE) - split * chunk  # 0 for an empty sequence
     last_page = split * chunk + pages - 1
 
@@ -224,7 +237,10 @@ def decode_kernel(
         first_head,
         heads,
         used <= 1,
+        kv_len - Q_LEN + 1,
+        of_token,
         v_dim,
+        Q_LEN,
     )
     table = page_table + seq64 * table_stride
     load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
@@ -248,14 +264,15 @@ def launch_decode(
     scale: float,
     main: int,
     rest: int,
+    q_len: int,
 ) -> None:
-    """Fill `out` [B, H, v], or `partial` [B, splits, H, v] and `lse` for sequences with used > 1.
+    """Fill `out` [B Q, H, v], or `partial` [B, splits, Q H, v] and `lse` for sequences with used > 1.
 
-    The results are those of `attention._decode_kernel`. q [B, H, d], rows [pages * 64, d]. A program takes 64 heads:
+    The results are those of `mla_decode._decode_kernel`. q [B Q, H, d], rows [pages * 64, d]. A program takes 64 heads:
     72 KB of queries and two 72 KB pages fill an SM's shared memory, and the output's 128 KB fill half its registers.
     """
-    batch, heads, kv_dim = q.shape
-    half = main // 2
+    (_, of_token, kv_dim), batch = q.shape, len(kv_lens)
+    heads, half = q_len * of_token, main // 2
     q_tiles, kv_tiles = (
         (tile(x, 64, half), tile(x[:, half:], 64, half), tile(x[:, main:], 64, rest))
         for x in (q.reshape(-1, kv_dim), rows)
@@ -270,10 +287,12 @@ def launch_decode(
         lse,
         used,
         heads,
+        of_token,
         splits,
         scale,
         page_table.stride(0),
         out.shape[-1],
         BLOCK_B=max(256, triton.next_power_of_2(batch)),
+        Q_LEN=q_len,
         num_warps=8,
     )

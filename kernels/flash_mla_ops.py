@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class TilePlan(NamedTuple):
-    lens: Tensor  # [B] int32, at least 1 because the library reads a row of every sequence
+    lens: Tensor  # [B] int32, at least Q because the library reads a row for every query
     metadata: Any  # how the library cuts the sequences; filled in at a step's first call
 
 
-def decode_plan(kv_lens: Tensor) -> TilePlan:
-    return TilePlan(kv_lens.clamp(min=1), flash_mla.get_mla_metadata()[0])
+def decode_plan(kv_lens: Tensor, q_len: int = 1) -> TilePlan:
+    return TilePlan(kv_lens.clamp(min=q_len), flash_mla.get_mla_metadata()[0])
 
 
 def mla_decode(
@@ -24,10 +24,18 @@ def mla_decode(
     v_dim: int | None = None,
     plan: TilePlan | None = None,
 ) -> Tensor:
-    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 gives the first row of its first page."""
+    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 attends the first rows of its first page."""
     assert v_dim == 512, f"{v_dim=}"
-    plan = plan or decode_plan(kv_lens)
+    batch, q_len = len(kv_lens), len(q) // max(1, len(kv_lens))
+    plan = plan or decode_plan(kv_lens, q_len)
     out, _ = flash_mla.flash_mla_with_kvcache(
-        q[:, None], kv_pages[:, :, None], page_table, plan.lens, 512, plan.metadata, softmax_scale=scale
+        q.unflatten(0, (batch, q_len)),
+        kv_pages[:, :, None],
+        page_table,
+        plan.lens,
+        512,
+        plan.metadata,
+        softmax_scale=scale,
+        causal=q_len > 1,
     )
-    return out[:, 0]
+    return out.flatten(0, 1)

@@ -1,4 +1,8 @@
-"""Paged MLA decode in Triton, with split KV. `attention.py` says what it shares with prefill."""
+"""Paged MLA decode in Triton, with split KV. `attention.py` says what it shares with prefill.
+
+The heads of a sequence's Q tokens are rows of one matrix, Q H of them, which all multiply the same pages. Only the last
+Q - 1 keys are not for all rows. So two tokens of 16 heads cost what one of 32 heads does.
+"""
 
 import torch
 import triton
@@ -11,6 +15,7 @@ from kernels.attention import LOG2_E, attention_scores, softmax_step
 from kernels.pdl import after_previous, pdl
 
 PAGE = 64  # rows of a KV page
+FLOOR = tl.constexpr(-1e30)  # below every score: the maximum of a row that has seen no key, where there are such rows
 
 
 @triton.jit
@@ -37,6 +42,29 @@ def _split_plan(kv_lens, seq, batch, splits, most, BLOCK_N: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _last_keys(q_main, q_rest, kv_main, kv_rest, page_table, n, last, limit, top, total, acc, acc_rest, scale,
+               BLOCK_N: tl.constexpr, MAIN: tl.constexpr, PAGE: tl.constexpr, HAS_REST: tl.constexpr,
+               REST_VALUES: tl.constexpr, Q_LEN: tl.constexpr):  # fmt: skip
+    """Attend a block of keys, of which some rows see only some. Rows past `last` may hold anything, even NaN."""
+    key = n + tl.arange(0, BLOCK_N)
+    here = key < last
+    main, rest = _load_kv(kv_main, kv_rest, page_table, n, PAGE, MAIN, HAS_REST)
+    main = tl.where(here[:, None], main, 0.0)
+    rest = tl.where(here[:, None], rest, 0.0)
+    seen = here[None]
+    if Q_LEN > 1:
+        seen = seen & (key[None] < limit[:, None])
+    scores = tl.where(seen, attention_scores(q_main, q_rest, main, rest, HAS_REST), float("-inf"))
+    weights, top, shrink = softmax_step(scores, top, scale)
+    total = total * shrink[:, None] + weights
+    weights = weights.to(main.dtype)
+    acc = tl.dot(weights, main, acc * shrink[:, None], input_precision="ieee")
+    if REST_VALUES:
+        acc_rest = tl.dot(weights, rest, acc_rest * shrink[:, None], input_precision="ieee")
+    return top, total, acc, acc_rest
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     kv_main,
@@ -48,6 +76,7 @@ def _decode_kernel(
     lse_ptr,
     used_ptr,
     heads,
+    of_token,
     splits,
     scale,
     q_stride,
@@ -62,8 +91,10 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     REST_VALUES: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    Q_LEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """`heads`: those of all tokens of a sequence, Q H. `of_token`: those of one, H."""
     after_previous(PDL)
     split, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_len = tl.load(kv_lens + seq)
@@ -84,11 +115,13 @@ def _decode_kernel(
         q_rest = tl.load(q_row + rest_col, mask=(head[:, None] < heads) & (rest_col < kv_dim), other=0.0)
     page_table += seq * table_stride
 
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_H], float("-inf") if Q_LEN == 1 else FLOOR, tl.float32)
     total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed over columns once, at the end
     acc = tl.zeros([BLOCK_H, MAIN], tl.float32)
     acc_rest = tl.zeros([BLOCK_H, REST], tl.float32)
-    whole = first + (last - first) // BLOCK_N * BLOCK_N
+    limit = kv_len - Q_LEN + 1 + head // of_token  # keys that a row sees
+    for_all = last if Q_LEN == 1 else tl.maximum(tl.minimum(last, kv_len - Q_LEN + 1), first)
+    whole = first + (for_all - first) // BLOCK_N * BLOCK_N
     for n in range(first, whole, BLOCK_N):
         main, rest = _load_kv(kv_main, kv_rest, page_table, n, PAGE, MAIN, has_rest)
         scores = attention_scores(q_main, q_rest, main, rest, has_rest)
@@ -98,18 +131,18 @@ def _decode_kernel(
         acc = tl.dot(weights, main, acc * shrink[:, None], input_precision="ieee")
         if REST_VALUES:
             acc_rest = tl.dot(weights, rest, acc_rest * shrink[:, None], input_precision="ieee")
-    if whole < last:  # the last page's unused rows may hold anything, even NaN
-        here = whole + tl.arange(0, BLOCK_N) < last
-        main, rest = _load_kv(kv_main, kv_rest, page_table, whole, PAGE, MAIN, has_rest)
-        main = tl.where(here[:, None], main, 0.0)
-        rest = tl.where(here[:, None], rest, 0.0)
-        scores = tl.where(here[None], attention_scores(q_main, q_rest, main, rest, has_rest), float("-inf"))
-        weights, top, shrink = softmax_step(scores, top, scale)
-        total = total * shrink[:, None] + weights
-        weights = weights.to(main.dtype)
-        acc = tl.dot(weights, main, acc * shrink[:, None], input_precision="ieee")
-        if REST_VALUES:
-            acc_rest = tl.dot(weights, rest, acc_rest * shrink[:, None], input_precision="ieee")
+    if Q_LEN == 1:
+        if whole < last:
+            top, total, acc, acc_rest = _last_keys(
+                q_main, q_rest, kv_main, kv_rest, page_table, whole, last, limit, top, total, acc, acc_rest, scale,
+                BLOCK_N, MAIN, PAGE, has_rest, REST_VALUES, Q_LEN,
+            )  # fmt: skip
+    else:
+        for n in range(whole, last, BLOCK_N):  # one block or two
+            top, total, acc, acc_rest = _last_keys(
+                q_main, q_rest, kv_main, kv_rest, page_table, n, last, limit, top, total, acc, acc_rest, scale,
+                BLOCK_N, MAIN, PAGE, has_rest, REST_VALUES, Q_LEN,
+            )  # fmt: skip
 
     norm = tl.sum(total, 1)
     norm_or_1 = tl.where(norm > 0, norm, 1.0)  # an empty sequence gives zeros
@@ -193,22 +226,25 @@ def mla_decode(
     v_dim: int | None = None,
     plan: None = None,
 ) -> Tensor:
-    """Attend one query token per sequence with absorbed MLA. Contract: `ref.mla_decode`; `v_dim` None: all columns.
+    """Attend the last Q tokens per sequence with absorbed MLA. Contract: `ref.mla_decode`; `v_dim` None: all columns.
 
-    q [B, H, C + R], kv_pages [pages, 64, C + R], both bf16 or both float32; page_table [B, P] int32, kv_lens [B] int32
-    -> [B, H, v_dim]. Length 0 gives zeros. The grid depends on shapes alone, and the host reads no length: safe in a
-    CUDA graph.
+    q [B Q, H, C + R], kv_pages [pages, 64, C + R], both bf16 or both float32; page_table [B, P] int32, kv_lens [B]
+    int32 -> [B Q, H, v_dim]. Length 0 gives zeros. The grid depends on shapes alone, and the host reads no length: safe
+    in a CUDA graph.
 
     64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
     as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
     bf16 with v_dim <= C takes `decode_hopper`: pass v_dim.
     """
-    batch, heads, kv_dim = q.shape
+    (tokens, of_token, kv_dim), batch = q.shape, len(kv_lens)
     v_dim = v_dim or kv_dim
-    out = q.new_empty(batch, heads, v_dim)
+    out = q.new_empty(tokens, of_token, v_dim)
     if out.numel() == 0:
         return out
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q_len = tokens // batch
+    heads = q_len * of_token
+    in_a_row = q_len == 1 or q.stride(0) == of_token * q.stride(1)
+    q = q if q.stride(-1) == 1 and in_a_row else q.contiguous()
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     block_h, block_n = (64, PAGE) if fast else (16, 16)
     main, rest = _columns(kv_dim)
@@ -223,7 +259,7 @@ def mla_decode(
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
     if decode_hopper.can_decode(q, main, v_dim):
         decode_hopper.launch_decode(
-            q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest
+            q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest, q_len
         )
     else:
         _decode_kernel[groups, max_splits, batch](
@@ -237,9 +273,10 @@ def mla_decode(
             lse,
             used,
             heads,
+            of_token,
             splits,
             scale * LOG2_E,
-            q.stride(0),
+            q_len * q.stride(0),
             q.stride(1),
             page_table.stride(0),
             kv_dim,
@@ -251,6 +288,7 @@ def mla_decode(
             PAGE=PAGE,
             REST_VALUES=v_dim > main,
             BLOCK_B=triton.next_power_of_2(batch),
+            Q_LEN=q_len,
             num_stages=2 if fast else 1,
             num_warps=8 if fast else 4,
             **pdl(q),

@@ -135,7 +135,7 @@ class Ops:
     silu_mul_masked: Product = ref.silu_mul_masked
     prefill_attention: PrefillAttention = ref.prefill_attention
     mla_decode: MlaDecode = ref.mla_decode
-    decode_plan: Callable[[T], Any] = ref.decode_plan  # from the library that serves mla_decode
+    decode_plan: Callable[[T, int], Any] = ref.decode_plan  # from the library that serves mla_decode
     linear: Product = ref.linear
     linear_float32: Product = ref.linear_float32
     gate_topk: GateTopk = ref.gate_topk

@@ -6,13 +6,13 @@ T tokens, D hidden, H heads, C kv latent, R rope dims, K experts per token, L lo
 """
 
 from collections import abc
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fp8 import Quantized, dequantize_1x128, dequantize_128x128, quantize_1x128
+from kernels.ref_attention import decode_plan, mla_decode, prefill_attention  # noqa: F401 (twins, too)
 
 WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8")
 
@@ -136,67 +136,6 @@ def silu_mul_quant_masked(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Return x [M, D] in 1x128 @ weight [N, D].T in 128x128 -> [M, N], summed in float32 and rounded to bf16."""
     return (dequantize_1x128(x, x_scale) @ dequantize_128x128(weight, weight_scale).T).bfloat16()
-
-
-def prefill_attention(
-    q: Tensor,
-    k_nope: Tensor,
-    k_rope: Tensor,
-    v: Tensor,
-    q_starts: Tensor,
-    kv_starts: Tensor,
-    max_q: int,
-    max_kv: int,
-    scale: float,
-    quantize: bool = False,
-) -> Tensor | Quantized:
-    """Attend causally over ragged sequences whose queries are the LAST tokens of their keys (a prefix is allowed).
-
-    q [sum q, H, nope + R], v [sum kv, H, dv], q_starts, kv_starts [S + 1] -> [sum q, H, dv]. A key joins its head's
-    k_nope [sum kv, H, nope] and k_rope [sum kv, R], which all heads share. With `quantize`: return quantize_1x128 of
-    the result flattened, values [sum q, H dv] and their scales.
-    """
-    k = torch.cat((k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)), -1)
-    out = v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
-    q_bounds, kv_bounds = q_starts.tolist(), kv_starts.tolist()
-    for i in range(len(q_bounds) - 1):
-        qs, ks = slice(q_bounds[i], q_bounds[i + 1]), slice(kv_bounds[i], kv_bounds[i + 1])
-        num_q, num_kv = qs.stop - qs.start, ks.stop - ks.start
-        scores = torch.einsum("qhd,khd->hqk", q[qs].float(), k[ks].float()) * scale
-        future = torch.ones(num_q, num_kv, dtype=torch.bool, device=q.device).triu(num_kv - num_q + 1)
-        scores = scores.masked_fill(future, float("-inf")).softmax(-1)
-        out[qs] = torch.einsum("hqk,khd->qhd", scores, v[ks].float()).to(out.dtype)
-    return quantize_1x128(out.flatten(1)) if quantize else out
-
-
-def decode_plan(kv_lens: Tensor) -> Any:
-    """Return the `plan` that one step's calls of mla_decode share, computed once. Here it is empty."""
-    return None
-
-
-def mla_decode(
-    q: Tensor,
-    kv_pages: Tensor,
-    page_table: Tensor,
-    kv_lens: Tensor,
-    scale: float,
-    v_dim: int | None = None,
-    plan: Any = None,
-) -> Tensor:
-    """Attend one query token per sequence with absorbed MLA.
-
-    Keys are whole cache rows, values their first `v_dim` columns (None: all). q [B, H, C + R],
-    kv_pages [pages, 64, C + R], page_table [B, P], kv_lens [B] -> [B, H, v_dim]. A sequence of length 0 is padding: its
-    result is zero here, and finite in every library if the pool is finite. `plan` is `decode_plan(kv_lens)` of the same
-    library; calls with equal shapes and kv_lens share it. None: this call makes its own.
-    """
-    out = q.new_zeros(*q.shape[:2], v_dim or q.shape[2])
-    for i, length in enumerate(kv_lens.tolist()):
-        if length:
-            pages = page_table[i, : -(-length // kv_pages.shape[1])].long()
-            rows = kv_pages[pages].flatten(0, 1)[:length].float()
-            out[i] = (((q[i].float() @ rows.T) * scale).softmax(-1) @ rows[:, : out.shape[2]]).to(out.dtype)
-    return out
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Batch: the one object that crosses from the engine to the model. It knows tokens and pages, not requests.
 
 A step's tokens lie in one flat row: first decode sequences (one token each, attended in absorbed form), then prefill
-chunks (attended in expanded form):
+chunks (attended in expanded form). To verify drafts, every decode sequence has the same number of tokens, `q_len`:
 
     tokens     d0 d1 d2 | p0 p0 p0 p0 p1 p1       T = 3 decodes + 6 prefill tokens
     page_table [3, P]   |                         decode reads the pool through its pages
@@ -13,7 +13,7 @@ sampled token.
 """
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -65,6 +65,8 @@ class Batch:
     max_kv: int = 0
     decode_plan: Any = None  # shared by all layers' mla_decode: `Ops.decode_plan`
 
+    q_len: int = 1  # tokens of each decode sequence
+
     @property
     def num_tokens(self) -> int:
         return self.token_ids.numel()
@@ -73,6 +75,10 @@ class Batch:
     def num_decodes(self) -> int:
         return self.kv_lens.numel()
 
+    @property
+    def decode_tokens(self) -> int:
+        return self.num_decodes * self.q_len
+
     @cached_property
     def is_token(self) -> Tensor:
         """[T] bool: False for padding, which must not be routed to any expert."""
@@ -80,22 +86,44 @@ class Batch:
 
     @classmethod
     def decode(cls, token_ids: Tensor, positions: Tensor, page_table: Tensor) -> "Batch":
-        """Make a batch of one token per sequence from tensors: token_ids, positions [B] int64, page_table [B, P] int32.
+        """Make a batch of Q tokens per sequence from token_ids, positions [B Q] int64 and page_table [B, P] int32.
 
-        A row whose pages are all NULL_PAGE is padding. Nothing waits for the host: safe in a CUDA graph.
+        A sequence's tokens lie and stand in a row. One whose pages are all NULL_PAGE is padding. Tokens past its last
+        page are, too: they write to NULL_PAGE. Nothing waits for the host: safe in a CUDA graph.
         """
-        page = page_table.gather(1, (positions // PAGE)[:, None])[:, 0]
+        batch = len(page_table)
+        q_len = max(1, len(token_ids) // max(1, batch))
+        pages = page_table.gather(1, (positions // PAGE).view(batch, q_len))  # [B, Q]
+        lens = positions.view(batch, q_len)[:, -1] + 1
+        page = pages.view(-1)
         none = positions.new_zeros(1, dtype=torch.int32)
         return cls(
             token_ids=token_ids,
             positions=positions,
             kv_rows=page * PAGE + positions % PAGE,
             page_table=page_table,
-            kv_lens=(positions + 1).where(page != NULL_PAGE, 0).to(torch.int32),
+            kv_lens=lens.where(pages[:, 0] != NULL_PAGE, 0).to(torch.int32),
             q_starts=none,
             kv_starts=none,
             context_rows=positions[:0],
             logit_rows=None,
+            q_len=q_len,
+        )
+
+    @classmethod
+    def join(cls, decodes: "Batch", prompts: "Batch") -> "Batch":
+        """Put the sequences of `decode` before prompt chunks of `build`. All decode tokens want their logits."""
+        assert prompts.num_decodes == 0 and prompts.logit_rows is not None
+        first = torch.arange(decodes.num_tokens, device=prompts.logit_rows.device)
+        return replace(
+            prompts,
+            token_ids=torch.cat((decodes.token_ids, prompts.token_ids)),
+            positions=torch.cat((decodes.positions, prompts.positions)),
+            kv_rows=torch.cat((decodes.kv_rows, prompts.kv_rows)),
+            page_table=decodes.page_table,
+            kv_lens=decodes.kv_lens,
+            logit_rows=torch.cat((first, prompts.logit_rows + decodes.num_tokens)),
+            q_len=decodes.q_len,
         )
 
     @classmethod

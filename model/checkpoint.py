@@ -23,6 +23,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, SCALES = ("BF16", "F16", "F32", "F8_E4M3"), ("F32", "BF16", "F16", "F8_E8M0")  # the dtypes of each
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 MTP_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head")
+MTP_COPIES = ("embed_tokens.", "shared_head.head.")  # of the main model's embedding and LM head
 EXTRA_ENDINGS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 
 
@@ -53,6 +54,22 @@ def checkpoint_table(config: ModelConfig, attn_tp: int = 1) -> Iterator[Entry]:
     yield Entry(head, vocab, "head.lm_head.weight", split=0)
     for layer in range(config.num_hidden_layers):
         yield from _block_table(config, attn_tp, layer, f"model.layers.{layer}", f"layers.{layer}")
+    if config.drafts:
+        yield from _mtp_table(config, attn_tp)
+
+
+def _mtp_table(c: ModelConfig, attn_tp: int) -> Iterator[Entry]:
+    """Yield the multi-token-prediction layer's tensors. Its experts' `moe_layer` is behind those of the model."""
+    theirs, hidden = mtp_prefix(c), c.hidden_size
+    for name, parameter in (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head.norm", "norm")):
+        yield Entry(f"{theirs}{name}.weight", (hidden,), f"mtp.{parameter}.weight")
+    yield Entry(f"{theirs}eh_proj.weight", (hidden, 2 * hidden), "mtp.eh_proj.weight")
+    yield from _block_table(c, attn_tp, c.num_hidden_layers, theirs.removesuffix("."), "mtp.block")
+
+
+def mtp_prefix(config: ModelConfig) -> str:
+    """Return what the names of the layer's tensors begin with: it is stored behind the model's last layer."""
+    return f"model.layers.{config.num_hidden_layers}."
 
 
 def _block_table(c: ModelConfig, attn_tp: int, layer: int, theirs: str, ours: str) -> Iterator[Entry]:
@@ -179,6 +196,11 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> None:
     It stops early if config.json asks for more tensors than the files hold.
     """
     folder, names = checkpoint.folder, checkpoint.shard_of
+    if config.drafts and not any(name.startswith(mtp_prefix(config)) for name in names):
+        raise ValueError(
+            f"{folder}: --speculate drafts with the multi-token-prediction layer, but there are no tensors "
+            f"{mtp_prefix(config)}*"
+        )
     wanted, missing, wrong, formats = set(), {}, [], []
     for entry in checkpoint_table(config):
         wanted.add(entry.name)
@@ -244,9 +266,13 @@ def is_extra(name: str, config: ModelConfig, names: Container[str]) -> bool:
     """Return whether the model ignores this tensor of `names`.
 
     It ignores three kinds. Multi-token-prediction layers are stored behind the last layer; config.json need not count
-    them. Old checkpoints have rope frequencies. Some tools add scales for a KV cache in fp8, which there is none of.
+    them. If the model drafts with the first of them, only its copies of other tensors are ignored. Old checkpoints have
+    rope frequencies. Some tools add scales for a KV cache in fp8, which there is none of.
     """
-    if (match := LAYER.match(name)) is not None and (layer := int(match[1])) >= config.num_hidden_layers:
+    if config.drafts and name.startswith(mtp_prefix(config)):
+        if name.removeprefix(mtp_prefix(config)).startswith(MTP_COPIES):
+            return True
+    elif (match := LAYER.match(name)) is not None and (layer := int(match[1])) >= config.num_hidden_layers:
         if layer < config.num_hidden_layers + config.num_nextn_predict_layers:
             return True
         if any(f"model.layers.{layer}.{mark}.weight" in names for mark in MTP_MARKS):

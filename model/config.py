@@ -33,6 +33,7 @@ MAY_BE_ZERO = (
     "num_nextn_predict_layers",
     "qk_nope_head_dim",
 )
+OURS = ("rope", "fp8", "drafts")  # fields that config.json does not have under these names
 MOST_SIZE = 2**31 - 1  # kernels count in int32
 LEAST_NUMBER, MOST_NUMBER = 1e-15, 1e15  # a product of a few such numbers stays within float32
 MOST_WEIGHT_BYTES = 2**44  # 16 TiB in bf16; Kimi-K2, the largest published model, has 2 TB
@@ -85,6 +86,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0
     fp8: bool = False  # weights in e4m3 with one scale per 128x128 block
+    drafts: bool = False  # the multi-token-prediction layer is used; config.json does not say so, but `drafting`
     eos_token_ids: tuple[int, ...] = ()
     rope: Rope = field(default_factory=Rope)
 
@@ -100,11 +102,17 @@ class ModelConfig:
     @property
     def fingerprint(self) -> str:
         """A hash of the architecture: of what the file says, but for end-of-text tokens and how weights are stored."""
-        return hashlib.sha256(repr(replace(self, fp8=False, eos_token_ids=())).encode()).hexdigest()[:8]
+        own = replace(self, fp8=False, drafts=False, eos_token_ids=())
+        return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
     @property
     def num_moe_layers(self) -> int:
         return max(0, self.num_hidden_layers - self.first_k_dense_replace)
+
+    @property
+    def kv_layers(self) -> int:
+        """The number of layers that cache KV: the model's, and the multi-token-prediction layer if it drafts."""
+        return self.num_hidden_layers + self.drafts
 
     @property
     def expert_share(self) -> float:
@@ -127,6 +135,17 @@ class ModelConfig:
         layers = self.num_hidden_layers * (attention + 2 * hidden) + self.num_moe_layers * moe
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
         return embeddings + layers + dense_layers * ffn * self.intermediate_size + hidden
+
+    def drafting(self) -> "ModelConfig":
+        """Return the configuration with its multi-token-prediction layer in use. Raises ValueError if it has none."""
+        if not self.num_nextn_predict_layers:
+            raise ValueError(
+                "--speculate: config.json's num_nextn_predict_layers is 0 or missing: the model has no "
+                "multi-token-prediction layer to draft with"
+            )
+        if not self.num_moe_layers:
+            raise ValueError("--speculate: the model has no layer with experts, which one that drafts must have")
+        return replace(self, drafts=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ModelConfig":
@@ -160,7 +179,7 @@ class ModelConfig:
             raw["first_k_dense_replace"] = _dense_layers(raw, where)
         if raw["topk_method"] == "greedy":
             raw |= {"n_group": 1, "topk_group": 1}  # published configurations name groups that greedy ignores
-        own = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and name not in ("rope", "fp8")}
+        own = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and name not in OURS}
         own["eos_token_ids"] = ()
         own["rope"] = _read_rope(raw, where)
         own["fp8"] = _read_quantization(raw.get("quantization_config") or raw.get("compression_config"), where)

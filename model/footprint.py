@@ -99,7 +99,7 @@ def weight_bytes(shape: StepShape) -> dict[str, int]:
     norms = 2 * hidden + (c.q_lora_rank or 0) + c.kv_lora_rank  # per layer
     bias = FLOAT if c.topk_method == "noaux_tc" else 0  # the gate's, in float32
     gate = c.n_routed_experts * (hidden * itemsize + bias)
-    return {
+    parts = {
         "attention": c.num_hidden_layers * attention,
         "dense FFN": dense_layers * _ffn_bytes(shape, c.intermediate_size // shape.attn_tp),
         "shared experts": c.num_moe_layers * _ffn_bytes(shape, c.n_shared_experts * c.moe_intermediate_size),
@@ -108,6 +108,12 @@ def weight_bytes(shape: StepShape) -> dict[str, int]:
         "embedding": c.vocab_size * hidden * itemsize,
         "LM head": c.vocab_size // shape.attn_tp * hidden * itemsize,
     }
+    if c.drafts:
+        ffns = _ffn_bytes(shape, c.n_shared_experts * c.moe_intermediate_size)
+        ffns += shape.slots * _ffn_bytes(shape, c.moe_intermediate_size)
+        own = (3 + 2 * hidden) * hidden * itemsize  # enorm, hnorm, norm; eh_proj: never in fp8
+        parts["draft layer"] = attention + norms * itemsize + gate + ffns + own
+    return parts
 
 
 def _ffn_bytes(shape: StepShape, width: int) -> int:
@@ -117,7 +123,7 @@ def _ffn_bytes(shape: StepShape, width: int) -> int:
 
 def page_bytes(config: ModelConfig, itemsize: int) -> int:
     """Return the bytes of a KV page over all layers."""
-    return config.num_hidden_layers * PAGE * config.kv_dim * itemsize
+    return config.kv_layers * PAGE * config.kv_dim * itemsize
 
 
 def table_bytes(shape: StepShape, max_model_len: int, max_batch: int) -> int:
@@ -128,7 +134,7 @@ def table_bytes(shape: StepShape, max_model_len: int, max_batch: int) -> int:
     c = shape.config
     rope = max_model_len * c.qk_rope_head_dim * FLOAT
     pages = max_batch * -(-max_model_len // PAGE) * 4
-    return rope + pages + c.num_moe_layers * (c.n_routed_experts + shape.ranks * shape.slots) * INDEX
+    return rope + pages + (c.num_moe_layers + c.drafts) * (c.n_routed_experts + shape.ranks * shape.slots) * INDEX
 
 
 def grouped_rows(copies: int, groups: int, alignment: int) -> int:

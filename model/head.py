@@ -25,7 +25,11 @@ class Head(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return logits [N, V] float32 of rows [N, D], equal on all ranks of mesh.attn. Collective in the replica."""
-        logits = self.linear_float32(self.norm(rows), self.lm_head.weight)
+        return self.project(self.norm(rows))
+
+    def project(self, normed: Tensor) -> Tensor:
+        """Do the same with rows [N, D] that a norm, this one or a draft's own, has had."""
+        logits = self.linear_float32(normed, self.lm_head.weight)
         if self.attn.size == 1:
             return logits
         parts = self.attn.all_gather(logits).view(self.attn.size, *logits.shape)  # [t, N, V / t]

@@ -12,5 +12,8 @@ from model.pages import PAGE
 
 
 def make_pool(config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Allocate [layers, pages, PAGE, C + R], zeroed so that a stray read is finite."""
-    return torch.zeros(config.num_hidden_layers, num_pages, PAGE, config.kv_dim, dtype=dtype, device=device)
+    """Allocate [layers, pages, PAGE, C + R], zeroed so that a stray read is finite.
+
+    The multi-token-prediction layer, if it drafts, is the last of the layers.
+    """
+    return torch.zeros(config.kv_layers, num_pages, PAGE, config.kv_dim, dtype=dtype, device=device)

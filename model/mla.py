@@ -61,7 +61,7 @@ class MLA(nn.Module):
 
     def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
         """Attend with q of `project`, which may be rotated in place -> [T, D], to be summed over mesh.attn."""
-        split, quantize = batch.num_decodes, self.o_proj.weight_scale_inv is not None
+        split, quantize = batch.decode_tokens, self.o_proj.weight_scale_inv is not None
         if split == 0:
             out = self.expanded(q, batch, kv_pages, quantize)
         elif split == batch.num_tokens:
@@ -101,7 +101,7 @@ class MLA(nn.Module):
         config = self.config
         if q.shape[0] == 0:
             return q.new_empty(0, self.heads * config.v_head_dim)
-        self.ops.rope_query(q, *self.rope, batch.positions[batch.num_decodes :], config.qk_rope_head_dim)
+        self.ops.rope_query(q, *self.rope, batch.positions[batch.decode_tokens :], config.qk_rope_head_dim)
         context = kv_pages.view(-1, config.kv_dim)[batch.context_rows]
         latent, k_rope = context.split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         k_nope, v = (
@@ -115,9 +115,9 @@ class MLA(nn.Module):
         return out if quantize else unquantized(out).flatten(1)
 
     def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor, quantize: bool = False) -> Tensor | Quantized:
-        """Attend decodes: q [B, H, nope + R] -> [B, H v]. `quantize`: as in `expanded`."""
+        """Attend decodes: q [B Q, H, nope + R] -> [B Q, H v]. `quantize`: as in `expanded`."""
         ops, (w_uk, w_uv) = self.ops, self.up_projections()
-        absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.num_decodes])
+        absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.decode_tokens])
         attended = ops.mla_decode(
             absorbed,
             kv_pages,

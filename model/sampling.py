@@ -2,6 +2,11 @@
 
 A row's token depends only on the row's logits, parameters, seed and position. It never depends on the other rows of the
 batch, the device or the number of ranks. So the same request gives the same tokens anywhere.
+
+Drafts keep that property. The model chooses its own token at every place that a draft has filled, as it would without
+drafts, and a draft is right if it is that token. Draft and model add the same noise, that of the seed and the position,
+to logits that are much alike. So they often choose the same token at any temperature (Daliri et al., arXiv 2408.07978,
+bound how often). Rejection sampling would accept a little more, but its tokens would depend on what was drafted.
 """
 
 from dataclasses import dataclass
@@ -60,6 +65,15 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     scaled = logits / rows.temperature.where(warm, 1.0)[:, None]
     noisy = keep_top(scaled, rows.top_k, rows.top_p, rows.min_p) + gumbel(rows.seed, rows.position, logits.shape[1])
     return noisy.argmax(-1).where(warm, greedy)
+
+
+def accepted(drafts: Tensor, chosen: Tensor) -> Tensor:
+    """Return how many of each sequence's drafts [B, N] are right, [B] int64: those before the first wrong one.
+
+    chosen [B, N + 1]: the model's own choice at the place of each draft, and at the one after the last. Its choices
+    after a wrong draft follow on that draft, so they count for nothing.
+    """
+    return (drafts == chosen[:, :-1]).long().cumprod(-1).sum(-1)
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None = None) -> Tensor:

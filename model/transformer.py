@@ -3,14 +3,8 @@
 Its layers with experts are a generator. `parallel/overlap.py` drives it: alone, or two halves of a batch in turns. The
 dense layers before them have nothing to overlap. In a decode step, reading their weights takes the time, so they run
 once, on the whole batch. Halves of prompts go through them one after the other, because that halves the memory.
-
-With attention TP t, a dense layer has the usual two all-reduces. An MoE layer scatters instead, so that each rank
-dispatches 1/t of its replica's tokens:
-
-    x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,13 +13,12 @@ from torch import Tensor, nn
 from kernels.backend import Shape
 from kernels.ops import Ops
 from model.batch import Batch
+from model.block import Block, Residual
 from model.config import ModelConfig
 from model.divisibility import check_split, fp8_misfit
-from model.ffn import FFN
 from model.head import Head
-from model.layers import FP8, Embedding, RMSNorm, rope_table
-from model.mla import MLA
-from model.moe import MoE
+from model.layers import Embedding, rope_table
+from model.mtp import MTP
 from model.precision import dtype_name
 from model.prompt_logprobs import PromptLogprobs
 from parallel.chosen_experts import ChosenExperts, Part
@@ -34,101 +27,6 @@ from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from parallel.overlap import Beside, Steps, run, run_two
 from parallel.placement import Placement
-
-
-class Residual:
-    """The residual stream of some rows: x [T, D], and a `delta` that the next norm adds to it.
-
-    It passes from layer to layer by `take` and `put`, so that no reference keeps a replaced tensor alive.
-    """
-
-    def __init__(self, x: Tensor, delta: Tensor | None = None) -> None:
-        self.held: tuple[Tensor, Tensor | None] | None = (x, delta)
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        stream, self.held = self.held, None
-        assert stream is not None, "another layer has taken it"
-        return stream
-
-    def put(self, x: Tensor, delta: Tensor | None) -> None:
-        self.held = (x, delta)
-
-    def sum(self) -> Tensor:
-        x, delta = self.take()
-        return x if delta is None else x + delta
-
-    def cut(self, row: int) -> tuple["Residual", "Residual"]:
-        """Split into the rows before `row`, and the others."""
-        x, delta = self.take()
-        first = Residual(x[:row], None if delta is None else delta[:row])
-        return first, Residual(x[row:], None if delta is None else delta[row:])
-
-
-class Block(nn.Module):
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        mesh: Mesh,
-        placement: Placement,
-        rope: tuple[Tensor, Tensor],
-        ops: Ops,
-        beside: Beside,
-        dtype: torch.dtype,
-        fp8: bool,
-    ) -> None:
-        super().__init__()
-        self.attn, device = mesh.attn, mesh.device
-        hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}
-        self.input_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
-        projection = FP8 if fp8 else dtype
-        self.self_attn = MLA(config, mesh.attn.size, rope, ops, **on, fp8=fp8)
-        self.is_moe = layer >= config.first_k_dense_replace
-        self.post_attention_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8, bare=self.is_moe)
-        if self.is_moe:
-            moe_layer = layer - config.first_k_dense_replace
-            self.mlp = MoE(config, moe_layer, placement, ops, beside, dtype, projection, device)
-        else:
-            self.mlp = FFN(hidden, config.intermediate_size // mesh.attn.size, ops, projection, device)
-
-    def dense(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> None:
-        """Run a layer without experts."""
-        x, attended = self.attended(residual, batch, kv_pages)
-        operand, x = self.post_attention_layernorm.add(x, self.attn.all_reduce(attended))[1:]
-        del attended
-        residual.put(x, self.attn.all_reduce(self.mlp(operand)))
-
-    def attended(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x, and the attention's output for it, not yet summed over mesh.attn."""
-        operand, x = self.input_layernorm.add(*residual.take())[1:]
-        q = self.self_attn.project(operand, batch, kv_pages)
-        del operand
-        return x, self.self_attn.attend(q, batch, kv_pages)
-
-    def steps(
-        self,
-        residual: Residual,
-        batch: Batch,
-        kv_pages: Tensor,
-        dispatcher: Dispatcher,
-        observers: Sequence[LoadCounter | Part],
-    ) -> Steps[None]:
-        """Run a layer with experts, as stages.
-
-        It frees each tensor as soon as it can: while one micro-batch waits for its turn, the other needs the memory.
-        """
-        x, attended = self.attended(residual, batch, kv_pages)
-        normed, operand, x = self.post_attention_layernorm.add(self.attn.scatter(x), self.attn.reduce_scatter(attended))
-        del attended
-        assert isinstance(self.mlp, MoE) and normed is not None  # the norm is `bare`
-        experts = self.mlp.steps(normed, operand, self.attn.scatter(batch.is_token), dispatcher, observers)
-        del normed, operand
-        delta = yield from experts
-        if self.attn.size > 1:
-            x, delta = self.attn.all_gather(x + delta), None
-        residual.put(x, delta)
-        del x, delta
-        yield "return"
 
 
 class Transformer(nn.Module):
@@ -157,9 +55,11 @@ class Transformer(nn.Module):
         rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
         self.layers = nn.ModuleList(
-            Block(config, i, mesh, placement, rope, ops, beside, dtype, fp8) for i in range(config.num_hidden_layers)
+            Block(config, i - self.first if i >= self.first else None, mesh, placement, rope, ops, beside, dtype, fp8)
+            for i in range(config.num_hidden_layers)
         )
         self.head = Head(config, mesh.attn, ops, dtype, mesh.device)
+        self.mtp = MTP(config, mesh, placement, rope, ops, beside, dtype, fp8) if config.drafts else None
 
     @torch.inference_mode()
     def forward(
@@ -171,7 +71,22 @@ class Transformer(nn.Module):
         chosen: ChosenExperts | None = None,
         scored: PromptLogprobs | None = None,
     ) -> Tensor:
-        """Run a step: return logits [N, V] of batch.logit_rows. kv_pool [layers, pages, 64, C + R] is written in place.
+        """Run a step: return logits [N, V] of batch.logit_rows. The rest is as in `body`."""
+        return self.head(self.body(batch, kv_pool, dispatcher, halves, chosen, scored), batch)
+
+    @torch.inference_mode()
+    def body(
+        self,
+        batch: Batch,
+        kv_pool: Tensor,
+        dispatcher: Dispatcher,
+        halves: tuple[Batch, Batch] | None = None,
+        chosen: ChosenExperts | None = None,
+        scored: PromptLogprobs | None = None,
+    ) -> Tensor:
+        """Run all layers of a step: return [T, D], the input of the final norm.
+
+        kv_pool [layers, pages, 64, C + R] is written in place.
 
         `halves`: the batch's first and last rows, which overlap in all layers with experts. Meanwhile the products
         leave the dispatcher's SMs free. `chosen`: where to record the experts that the gates choose. `scored`: the
@@ -192,7 +107,17 @@ class Transformer(nn.Module):
                 out = torch.cat(run_two(*(self.moe_steps(*half, kv_pool, dispatcher, part()) for half in parts)))
         if scored is not None:
             scored.compute(out, self.head.logits)
-        return self.head(out, batch)
+        return out
+
+    @torch.inference_mode()
+    def draft(self, hidden: Tensor, batch: Batch, kv_pool: Tensor, dispatcher: Dispatcher) -> Tensor:
+        """Run the multi-token-prediction layer: return [T, D] for `head.project`, and for its next application.
+
+        Row i, at position p, takes `hidden` [T, D] of the token at p, after its final norm. batch.token_ids has the
+        token at p + 1. The output predicts the token at p + 2. The layer's KV is the last of kv_pool's layers.
+        """
+        assert self.mtp is not None
+        return self.mtp(hidden, self.embed_tokens(batch.token_ids), self.planned(batch), kv_pool[-1], dispatcher)
 
     def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:
         """Run the layers without experts, in each layer one part after the other."""
@@ -206,14 +131,14 @@ class Transformer(nn.Module):
     ) -> Steps[Tensor]:
         """Run all layers with experts, one after the other -> [T, D]."""
         observers = [observer for observer in (self.load_counter, chosen) if observer is not None]
-        for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first :], strict=True):
+        for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first : len(self.layers)], strict=True):
             assert isinstance(layer, Block)
             yield from layer.steps(residual, batch, kv_pages, dispatcher, observers)
         return residual.sum()
 
     def planned(self, batch: Batch) -> Batch:
         """Return the batch with the `decode_plan` that its layers share."""
-        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens))
+        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens, batch.q_len))
 
 
 def op_shape(config: ModelConfig) -> Shape:

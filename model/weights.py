@@ -33,7 +33,6 @@ from model.shard import Part
 from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
 from parallel.mesh import Mesh
-from parallel.placement import Placement
 
 PIECE_BYTES = 2**25  # a larger tensor is loaded in pieces of whole blocks of rows
 THREADS = min(8, os.cpu_count() or 1)  # that load at once, each with a piece
@@ -143,7 +142,7 @@ def load_weights(model: Transformer, source: Source, mesh: Mesh, hide: bool | No
 
 def _pieces(model: Transformer, source: Source, mesh: Mesh) -> Iterator[Piece]:
     """Yield all that this rank loads, in the table's order."""
-    parameters, slots = dict(model.named_parameters()), _local_slots(model.placement, mesh)
+    parameters, slots = dict(model.named_parameters()), _local_slots(model, mesh)
     for entry in checkpoint_table(model.config, mesh.attn.size):
         places: Sequence[int | EllipsisType] = [...] if entry.expert is None else slots[entry.moe_layer, entry.expert]
         if not places:
@@ -163,11 +162,14 @@ def _pieces(model: Transformer, source: Source, mesh: Mesh) -> Iterator[Piece]:
             yield Piece(entry, part, targets, scales)
 
 
-def _local_slots(placement: Placement, mesh: Mesh) -> defaultdict[tuple[int, int], list[int]]:
+def _local_slots(model: Transformer, mesh: Mesh) -> defaultdict[tuple[int, int], list[int]]:
     """Return the slots of this rank that hold an expert, by MoE layer and expert; none for most."""
     slots = defaultdict(list)
-    for layer in range(len(placement.expert_of_slot)):
-        for slot, expert in enumerate(placement.experts_on(mesh.ep.rank, layer)):
+    maps = [(model.placement, row) for row in range(model.config.num_moe_layers)]
+    if model.mtp is not None:
+        maps.append((model.mtp.placement, 0))
+    for layer, (placement, row) in enumerate(maps):
+        for slot, expert in enumerate(placement.experts_on(mesh.ep.rank, row)):
             slots[layer, expert].append(slot)
     return slots
 

@@ -3,12 +3,14 @@
 Only functions import transformers, because that takes seconds. The ranks of a world that load a model need none of it.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.ops import Ops
@@ -96,6 +98,29 @@ def save(folder: Path, shape: str = "v3", max_shard_size: str = "1GB", **changes
     return folder
 
 
+def save_with_mtp(folder: Path, shape: str = "v3", **changes: Any) -> Path:
+    """Write a random checkpoint as `save` does, with a multi-token-prediction layer under DeepSeek's names.
+
+    Its block is one layer more of transformers' model. Its copies of the embedding and the LM head are wrong, so that
+    a test would see whether they are read.
+    """
+    layers = {**BASE, **SHAPES[shape]}["num_hidden_layers"]
+    save(folder, shape, num_hidden_layers=layers + 1, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(SEEDS[shape])
+    width, vocab = config["hidden_size"], config["vocab_size"]
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"model.layers.{layers}.{name}.weight"] = torch.empty(width).uniform_(0.5, 1.5, generator=generator)
+    eh_proj = torch.empty(width, 2 * width).normal_(0.0, 0.15, generator=generator)
+    tensors[f"model.layers.{layers}.eh_proj.weight"] = eh_proj
+    for name in ("embed_tokens", "shared_head.head"):
+        tensors[f"model.layers.{layers}.{name}.weight"] = torch.full((vocab, width), float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @torch.no_grad()
 def randomize(theirs: "PreTrainedModel", seed: int) -> None:
     """Fill transformers' model so that its logits spread widely and its gate biases are large."""
@@ -112,9 +137,12 @@ def randomize(theirs: "PreTrainedModel", seed: int) -> None:
             tensor.normal_(0.0, std, generator=generator)
 
 
-def load(folder: Path, mesh: Mesh | None = None, placement: Placement | None = None) -> Transformer:
-    """Load a folder as our model, in float32. `mesh`: load one rank's share of it."""
+def load(
+    folder: Path, mesh: Mesh | None = None, placement: Placement | None = None, drafts: bool = False
+) -> Transformer:
+    """Load a folder as our model, in float32. `mesh`: load one rank's share of it. `drafts`: and the draft layer."""
     mesh, config = mesh or Mesh(), ModelConfig.from_pretrained(folder)
+    config = config.drafting() if drafts else config
     placement = placement or Placement.identity(config.num_moe_layers, config.n_routed_experts, mesh.ep.size)
     model = Transformer(config, mesh, placement, Ops(), torch.float32, config.max_position_embeddings)
     load_weights(model, open_checkpoint(folder, config), mesh)

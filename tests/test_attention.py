@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kernels.ops import Ops
-from model.batch import Batch, Chunk
+from model.batch import Batch, Chunk, page_rows
 from model.config import ModelConfig
 from model.kv_cache import make_pool
 from model.layers import rope_table
@@ -74,6 +74,31 @@ def test_expanded_equals_absorbed(mla: MLA, length: int) -> None:
     assert torch.equal(pool.nan_to_num(9e9), other.nan_to_num(9e9))
 
 
+@pytest.mark.parametrize("length", [5, 63, 64, 66, 131])
+@pytest.mark.parametrize("q_len", [2, 5])
+def test_several_tokens_of_a_decode_equal_one_after_another(mla: MLA, length: int, q_len: int) -> None:
+    """Beside a shorter sequence and padding. Tokens past a sequence's last page write to the null page."""
+    x, pool = torch.randn(length, mla.config.hidden_size), poisoned_pool(mla)
+    pool[NULL_PAGE] = 0.0
+    if length > q_len:
+        mla(x[:-q_len], Batch.build([], [Chunk([0] * (length - q_len), 0, PAGES[LONG])], "cpu"), pool)
+    new, other = x[-q_len:], pool.clone()
+    want = [mla(row[None], Batch.build([chunk(LONG, length - q_len + j, length - q_len + j + 1)], [], "cpu"), other)
+            for j, row in enumerate(new)]  # fmt: skip
+    end = 64 * len(PAGES[SHORT]) - 1  # the other sequence's last place: all but the first of its tokens are too many
+    table = torch.from_numpy(page_rows([PAGES[LONG], PAGES[SHORT], []], max(map(len, PAGES.values())) + 1)).int()
+    positions = torch.tensor([[length - q_len], [end], [0]]) + torch.arange(q_len)
+    batch = Batch.decode(torch.zeros(3 * q_len).long(), positions.flatten(), table)
+    assert (batch.q_len, batch.num_decodes, batch.decode_tokens) == (q_len, 3, 3 * q_len)
+    assert batch.is_token.tolist() == [True] * q_len + [True] + [False] * (2 * q_len - 1)
+    pool[PAGES[SHORT]] = 0.0
+    got = mla(torch.cat((new, new, new)), batch, pool)
+    assert_close(got[:q_len], torch.cat(want), atol=1e-5, rtol=1e-5)
+    assert got.isfinite().all()
+    mine = rows_of(PAGES[LONG], length)
+    assert_close(pool.flatten(0, 1)[mine], other.flatten(0, 1)[mine])
+
+
 @pytest.mark.parametrize("step", [1, 7, 63, 64, 65])
 def test_chunks_equal_the_whole_prompt(mla: MLA, step: int) -> None:
     x, whole, cut = torch.randn(LONG, mla.config.hidden_size), poisoned_pool(mla), poisoned_pool(mla)
@@ -128,6 +153,25 @@ def test_a_decode_and_a_chunk_in_one_step_equal_each_alone(mla: MLA) -> None:
     mixed = mla(torch.cat((token, rest)), Batch.build([decode], [more], "cpu"), pool)
     assert mixed.isfinite().all()
     assert_close(mixed, torch.cat(apart), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_to_verify_and_a_chunk_in_one_step_equal_each_alone(mla: MLA) -> None:
+    x, pool = torch.randn(LONG + 12, mla.config.hidden_size), poisoned_pool(mla)
+    pool[NULL_PAGE] = 0.0
+    mla(x[: LONG - 3], Batch.build([], [chunk(LONG, 0, LONG - 3)], "cpu"), pool)
+    table, positions = torch.tensor([PAGES[LONG]]).int(), torch.arange(LONG - 3, LONG)
+    verified = Batch.decode(torch.arange(3), positions, table)
+    prompts = Batch.build([], [chunk(SHORT, 0, 12)._replace(token_ids=list(range(12)))], "cpu")
+    step = Batch.join(verified, prompts)
+    assert step.token_ids.tolist() == [0, 1, 2, *range(12)] and step.logit_rows.tolist() == [0, 1, 2, 14]
+    assert (step.q_len, step.decode_tokens, step.num_tokens) == (3, 3, 15)
+    other = pool.clone()
+    apart = mla(x[LONG - 3 : LONG], verified, other), mla(x[LONG:], prompts, other)
+    together = mla(torch.cat((x[LONG - 3 : LONG], x[LONG:])), step, pool)
+    assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
+    assert_close(pool.nan_to_num(9e9), other.nan_to_num(9e9))
+    empty = Batch.decode(positions[:0], positions[:0], table[:0])
+    assert_close(mla(x[LONG:], Batch.join(empty, prompts), pool), apart[1], atol=1e-5, rtol=1e-5)
 
 
 def mixed_chunks() -> tuple[list[Chunk], list[Chunk]]:

@@ -58,6 +58,7 @@ def signatures(path: Path) -> dict[str, list[tuple[str, str | None]]]:
 def test_every_implementation_takes_its_twins_arguments() -> None:
     """Names and defaults: what is called by keyword on one library must be so on all."""
     twins = signatures(ROOT / "kernels" / "ref.py") | signatures(ROOT / "kernels" / "fp8.py")
+    twins |= signatures(ROOT / "kernels" / "ref_attention.py")
     compared = set()
     for op, order in PREFERENCE.items():
         homes = {"triton": OURS[op]} | {

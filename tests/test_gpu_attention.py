@@ -37,7 +37,9 @@ def agree(out: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(out.float(), want, rtol=each, atol=each * max(want.std().item(), 1e-6))
 
 
-def decode_inputs(lens: list[int], heads: int, dim: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def decode_inputs(
+    lens: list[int], heads: int, dim: int, width: int, dtype: torch.dtype, q_len: int = 1
+) -> tuple[Tensor, ...]:
     """Pages in random places; every row that no sequence owns is NaN, every table entry past a sequence's end wild."""
     need = [-(-n // 64) for n in lens]
     pages = randn(sum(need) + 3, 64, dim, dtype=dtype)
@@ -49,7 +51,8 @@ def decode_inputs(lens: list[int], heads: int, dim: int, width: int, dtype: torc
             table[i, j] = page = next(free)
             owned[page, : min(64, n - 64 * j)] = True
     pages[~owned] = NAN
-    return randn(len(lens), heads, dim, dtype=dtype), pages, table.to(DEVICE), torch.tensor(lens, device=DEVICE).int()
+    q = randn(len(lens) * q_len, heads, dim, dtype=dtype)
+    return q, pages, table.to(DEVICE), torch.tensor(lens, device=DEVICE).int()
 
 
 DECODE = [
@@ -76,16 +79,55 @@ def test_decode(lens: list[int], heads: int, c: int, r: int, dtype: torch.dtype,
         agree(mla_decode(q, pages, table, kv_lens, scale), want)  # all columns
 
 
+VERIFY = [  # lengths for any number of tokens up to 5: all in a page, across two, in the last one alone
+    ([4096, 5, 0, 64, 65, 66, 68, 69, 1000, 129], 128, 512, 64),
+    ([777], 128, 512, 64),
+    ([5 + random.randrange(600) for _ in range(150)], 16, 512, 64),
+    ([5000, 130, 0], 20, 512, 64),
+    ([200, 64, 0, 7, 66], 4, 64, 16),
+    ([100, 321], 1, 64, 48),
+    ([100, 300], 72, 256, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("q_len", [2, 3, 5])
+@pytest.mark.parametrize(("lens", "heads", "c", "r"), VERIFY)
+def test_decode_of_several_tokens(
+    lens: list[int], heads: int, c: int, r: int, q_len: int, dtype: torch.dtype, path: str
+) -> None:
+    q, pages, table, kv_lens = decode_inputs(lens, heads, c + r, max(lens) // 64 + 9, dtype, q_len)
+    scale = (c + r) ** -0.5
+    want = ref.mla_decode(q.float(), pages.float(), table, kv_lens, scale)
+    agree(mla_decode(q, pages, table, kv_lens, scale, v_dim=c), want[..., :c])
+    apart = q.new_empty(len(q), 2 * heads, c + r)[:, :heads].copy_(q)  # tokens that do not lie in a row
+    agree(mla_decode(apart, pages, table, kv_lens, scale, v_dim=c), want[..., :c])
+    if path == "best":
+        agree(mla_decode(q, pages, table, kv_lens, scale), want)  # all columns
+
+
+def test_later_keys_change_no_bit_of_a_token(path: str) -> None:
+    """What a token must not see is weighed with exactly 0: with any other values there, its result is the same."""
+    lens, q_len = [700, 66, 64, 5], 3
+    q, pages, table, kv_lens = decode_inputs(lens, 16, 576, 20, BF16, q_len)
+    before = mla_decode(q, pages, table, kv_lens, 0.1, v_dim=512)
+    for i, n in enumerate(lens):
+        for position in (n - 1, n - 2):
+            pages[table[i, position // 64], position % 64] = 9.0
+    after = mla_decode(q, pages, table, kv_lens, 0.1, v_dim=512)
+    assert torch.equal(after[::q_len], before[::q_len]) and not torch.equal(after, before)
+
+
 def test_decode_empty() -> None:
     q, pages, table, kv_lens = decode_inputs([], 128, 576, 4, BF16)
     assert mla_decode(q, pages, table, kv_lens, 1.0, v_dim=512).shape == (0, 128, 512)
 
 
-@pytest.mark.parametrize("batch", [2, 140])
-def test_decode_in_graph(batch: int, path: str) -> None:
+@pytest.mark.parametrize(("batch", "q_len"), [(2, 1), (140, 1), (2, 3), (70, 2)])
+def test_decode_in_graph(batch: int, q_len: int, path: str) -> None:
     """One capture serves any lengths, pages and queries of its shape."""
-    lens = [[random.randrange(n) for _ in range(batch)] for n in (700, 1200, 2)]
-    inputs = [decode_inputs(n, 128, 576, 20, BF16) for n in lens]
+    lens = [[random.choice((0, random.randrange(q_len, n))) for _ in range(batch)] for n in (700, 1200, q_len + 1)]
+    inputs = [decode_inputs(n, 128, 576, 20, BF16, q_len) for n in lens]
     most = max(len(pages) for _, pages, _, _ in inputs)
     static = [t.clone() for t in inputs[0]]
     static[1] = torch.full((most, 64, 576), NAN, device=DEVICE, dtype=BF16)
@@ -144,6 +186,27 @@ def test_prefill_empty() -> None:
     starts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     q, v, k_rope = randn(0, 4, 192), randn(0, 4, 128), randn(0, 64)
     assert prefill_attention(q, v, k_rope, v, starts, starts, 0, 0, 1.0).shape == (0, 4, 128)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+@pytest.mark.parametrize("heads", [16, 20, 128])
+def test_flash_mla_keeps_the_contract_for_several_tokens(heads: int, q_len: int) -> None:
+    """Padding among them, whose results need only be finite."""
+    pytest.importorskip("flash_mla")
+    from kernels.flash_mla_ops import decode_plan
+    from kernels.flash_mla_ops import mla_decode as vendor
+
+    lens = [5, 64, 65, 66, 0, 300, 4096]
+    width = max(lens) // 64
+    pages = randn(len(lens) * width + 1, 64, 576)
+    table = torch.randperm(len(lens) * width, device=DEVICE).add(1).int().view(len(lens), width)
+    kv_lens, q = torch.tensor(lens, device=DEVICE).int(), randn(len(lens) * q_len, heads, 576)
+    plan, want = decode_plan(kv_lens, q_len), ref.mla_decode(q.float(), pages.float(), table, kv_lens, 0.1, 512)
+    for _ in range(2):  # a plan serves several calls
+        out = vendor(q, pages, table, kv_lens, 0.1, 512, plan)
+        assert out.isfinite().all()
+        real = (kv_lens > 0).repeat_interleave(q_len)
+        agree(out[real], want[real])
 
 
 @pytest.mark.parametrize("lens", [[(1, 1), (64, 64), (65, 300), (200, 200)], [(1, 500)], [(333, 333)]])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kernels.backend import choose
 from model.batch import Batch, Chunk, split
+from model.block import Residual
 from model.kv_cache import make_pool
-from model.transformer import Residual, Transformer, op_shape
+from model.transformer import Transformer, op_shape
 from parallel.dispatchers import Dispatcher, make_dispatchers
 from parallel.mesh import Group, Mesh
 from parallel.overlap import run

@@ -78,10 +78,10 @@ def test_parts_of_v3_are_known_sums() -> None:
 
 def parameter_bytes(model: Transformer) -> dict[str, int]:
     """The bytes of a built model's parameters, by the parts' names."""
-    homes = {"norm": "gates and norms", "gate.": "gates and norms", "self_attn": "attention"}
+    homes = {"mtp.": "draft layer", "norm": "gates and norms", "gate.": "gates and norms", "self_attn": "attention"}
     homes |= {"shared_experts": "shared experts", "experts": "routed experts"}
     homes |= {"embed_tokens": "embedding", "lm_head": "LM head", "mlp": "dense FFN"}
-    parts = dict.fromkeys(homes.values(), 0)
+    parts = dict.fromkeys(list(homes.values())[0 if model.config.drafts else 1 :], 0)
     for name, weight in model.named_parameters():
         parts[next(part for piece, part in homes.items() if piece in name)] += weight.numel() * weight.element_size()
     return parts
@@ -93,7 +93,8 @@ def test_parts_are_the_parameters(tiny: str, ranks: int, attn_tp: int, fp8: bool
     shared, small = replace(V3, n_shared_experts=2, q_lora_rank=None), ModelConfig.from_pretrained(tiny)
     bare, dense = replace(V3, n_shared_experts=0, first_k_dense_replace=0), replace(V3, first_k_dense_replace=9)
     biasless = replace(V3, scoring_func="softmax", topk_method="greedy", n_group=1, topk_group=1)
-    for config in [V3, shared, bare, dense, biasless, *([] if fp8 else [small])]:
+    drafts = [replace(config, drafts=True) for config in (V3, shared, bare)]
+    for config in [V3, shared, bare, dense, biasless, *drafts, *([] if fp8 else [small, small.drafting()])]:
         model = make(config, ranks, attn_tp, fp8=fp8, device="meta")
         shape = StepShape(config, 2, fp8, attn_tp, ranks, config.n_routed_experts // ranks)
         assert weight_bytes(shape) == parameter_bytes(model)
@@ -103,6 +104,8 @@ def test_parts_are_the_parameters(tiny: str, ranks: int, attn_tp: int, fp8: bool
 def test_a_page_is_what_the_pool_takes() -> None:
     pool = make_pool(V3, 3, torch.bfloat16, "meta")
     assert pool.nbytes == 3 * page_bytes(V3, 2) == 3 * 4 * 64 * 576 * 2
+    drafting = replace(V3, drafts=True)
+    assert make_pool(drafting, 3, torch.bfloat16, "meta").nbytes == 3 * page_bytes(drafting, 2) == 3 * 5 * 64 * 576 * 2
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,10 @@ def test_prefill_attention_equals_sdpa(lengths: list[tuple[int, int]]) -> None:
         assert_close(out1, F.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale)[0].transpose(0, 1))
 
 
-def test_mla_decode_equals_dense_softmax_and_reads_nothing_else() -> None:
-    lens, heads, latent, rope, scale = [64, 0, 1, 65, 63, 200], 3, 10, 4, 0.3
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+def test_mla_decode_equals_dense_softmax_and_reads_nothing_else(q_len: int) -> None:
+    """The last `q_len` tokens of each sequence, of which each sees the tokens before it and itself."""
+    lens, heads, latent, rope, scale = [64, 0, q_len, 65, 63, 200, 66], 3, 10, 4, 0.3
     pool = torch.full((16, 64, latent + rope), NAN)
     free = torch.randperm(15) + 1
     table, dense = torch.zeros(len(lens), 4, dtype=torch.int32), []
@@ -152,13 +154,16 @@ def test_mla_decode_equals_dense_softmax_and_reads_nothing_else() -> None:
         dense.append(torch.randn(length, latent + rope))
         for position, row in enumerate(dense[-1]):
             pool[pages[position // 64], position % 64] = row
-    q = torch.randn(len(lens), heads, latent + rope)
-    out = ref.mla_decode(q, pool, table, torch.tensor(lens, dtype=torch.int32), scale)
+    q = torch.randn(len(lens) * q_len, heads, latent + rope)
+    kv_lens = torch.tensor(lens, dtype=torch.int32)
+    out = ref.mla_decode(q, pool, table, kv_lens, scale, plan=ref.decode_plan(kv_lens, q_len))
     assert out.shape == q.shape
     for i, rows in enumerate(dense):
-        weights = torch.exp(torch.einsum("hd,nd->hn", q[i].double(), rows.double()) * scale)
-        want = weights @ rows[:, :latent].double() / weights.sum(-1, keepdim=True)
-        assert_close(out[i, :, :latent], (want if len(rows) else torch.zeros(heads, latent)).float())
+        for j in range(q_len):
+            seen, token = rows[: max(0, len(rows) - q_len + 1 + j)].double(), i * q_len + j
+            weights = torch.exp(torch.einsum("hd,nd->hn", q[token].double(), seen) * scale)
+            want = weights @ seen[:, :latent] / weights.sum(-1, keepdim=True)
+            assert_close(out[token, :, :latent], (want if len(rows) else torch.zeros(heads, latent)).float())
 
 
 def slow_gate(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kernels.ops import Ops
 from model.batch import Batch, Chunk, Chunks, pad, split
+from model.block import Residual
 from model.kv_cache import make_pool
-from model.transformer import Residual, Transformer
+from model.transformer import Transformer
 from parallel import overlap
 from parallel.dispatchers import Dispatcher, plain_dispatchers
 from parallel.overlap import STAGES, run, run_two

@@ -28,14 +28,17 @@ except ImportError:
     fa4 = None
 
 RAGGED = torch.arange(64, 8192, 64)[torch.randperm(127)].tolist()  # 127 sequences, 4096 keys on average
-# Heads, and KV lengths of the sequences.
+# Heads, KV lengths of the sequences, and tokens of each: several where drafts are verified.
 DECODE = [
-    (128, [4096] * 128),
-    (128, [2048] * 256),
-    (128, RAGGED),
-    (128, [4096] * 32),
-    (128, [8192] * 4),
-    (16, [4096] * 128),
+    (128, [4096] * 128, 1),
+    (128, [2048] * 256, 1),
+    (128, RAGGED, 1),
+    (128, [4096] * 32, 1),
+    (128, [8192] * 4, 1),
+    (16, [4096] * 128, 1),
+    (128, [4096] * 128, 2),
+    (16, [4096] * 128, 2),
+    (16, [4096] * 128, 4),
 ]
 PREFILL = [[(4096, 4096)], [(4096, 4096)] * 4, [(2048, 4096)], [(1024, 1024)] * 16]  # (queries, keys) of each sequence
 
@@ -72,21 +75,23 @@ def compare(out: Tensor, vendor: Tensor) -> None:
     assert error < 1e-2, f"{error=}"
 
 
-def decode(heads: int, lens: list[int]) -> None:
+def decode(heads: int, lens: list[int], q_len: int) -> None:
     batch, width = len(lens), -(-max(lens) // 64)
     pages = randn(batch * width, 64, 576)
     table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
-    kv_lens, q, scale = torch.tensor(lens, device="cuda").int(), randn(batch, heads, 576), 576**-0.5
+    kv_lens, q, scale = torch.tensor(lens, device="cuda").int(), randn(batch * q_len, heads, 576), 576**-0.5
     ours = lambda: mla_decode(q, pages, table, kv_lens, scale, v_dim=512)  # noqa: E731
     vendor = None
     if flash_mla:
         metadata, _ = flash_mla.get_mla_metadata()
         theirs = lambda: flash_mla.flash_mla_with_kvcache(  # noqa: E731
-            q[:, None], pages[:, :, None], table, kv_lens, 512, metadata, softmax_scale=scale
-        )[0]
-        compare(ours(), theirs()[:, 0])
+            q.unflatten(0, (batch, q_len)), pages[:, :, None], table, kv_lens, 512, metadata, softmax_scale=scale,
+            causal=q_len > 1,
+        )[0]  # fmt: skip
+        compare(ours(), theirs().flatten(0, 1))
         vendor = replayed_us(theirs)
-    shape, flop = f"{heads} heads, {batch} x {sum(lens) // batch}", sum(lens) * heads * 1088 * 2
+    shape, flop = f"{heads} heads, {batch} x {sum(lens) // batch}", sum(lens) * q_len * heads * 1088 * 2
+    shape += f", {q_len} tokens" if q_len > 1 else ""
     report("mla_decode", shape, replayed_us(ours), vendor, flop, "TFLOP/s", "flash_mla")
     report("mla_decode, portable", shape, portable(lambda: replayed_us(ours)), vendor, flop, "TFLOP/s", "flash_mla")
 
@@ -144,8 +149,8 @@ def norms(tokens: int) -> None:
 
 
 def attention() -> None:
-    for heads, lens in DECODE:
-        decode(heads, lens)
+    for heads, lens, q_len in DECODE:
+        decode(heads, lens, q_len)
     for lens in PREFILL:
         prefill(lens)
 

@@ -1,0 +1,134 @@
+"""Drafts change no token and no distribution: the model's own sampling, with the noise of the seed and the position."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from disagg.front.tokenizer import load_tokenizer
+from model.batch import Batch, Chunk
+from model.kv_cache import make_pool
+from model.sampling import SamplingRows, accepted, keep_top, sample
+from tests import hf
+from tests.test_mtp import draft_rows
+
+REQUESTS, LENGTH = 4000, 3  # tokens of each request that are looked at
+SEEDS = range(20)
+
+
+def rows_of(seeds: Tensor, positions: Tensor, top_k: int) -> SamplingRows:
+    """Sampling at temperature 1, for seeds and positions of the same shape."""
+    count = seeds.numel()
+    warm, all_of_it = torch.ones(count), torch.ones(count)
+    return SamplingRows(warm, all_of_it, torch.full((count,), top_k), seeds.flatten(), positions.flatten())
+
+
+def speculate(target: Tensor, draft: Tensor, first: int, seeds: Tensor, drafts: int, top_k: int = 0) -> Tensor:
+    """Return the first LENGTH tokens of each request, [requests, LENGTH], and how many drafts were right on average.
+
+    target, draft [V, V]: logits of the token after each token. `first`: the token that all requests begin with.
+    """
+    count, said = len(seeds), torch.full((len(seeds), LENGTH), -1)
+    current, positions = torch.full((count,), first), torch.zeros(count, dtype=torch.int64)
+    while (said < 0).any():
+        tokens = [current]
+        for i in range(drafts):
+            tokens.append(sample(draft[tokens[-1]], rows_of(seeds, positions + i, top_k)))
+        places = positions[:, None] + torch.arange(drafts + 1)
+        logits = target[torch.stack(tokens, 1)].flatten(0, 1)
+        chosen = sample(logits, rows_of(seeds[:, None].expand_as(places), places, top_k)).view_as(places)
+        right = accepted(torch.stack(tokens[1:], 1), chosen)
+        new = (torch.arange(drafts + 1) <= right[:, None]) & (places < LENGTH)
+        said[new.nonzero()[:, 0], places[new]] = chosen[new]
+        current, positions = chosen.gather(1, right[:, None])[:, 0], positions + right + 1
+    return said
+
+
+def exact(target: Tensor, first: int, top_k: int) -> Tensor:
+    """The probability of each LENGTH tokens, [V, V, V]."""
+    size = len(target)
+    limits = torch.full((size,), top_k), torch.ones(size)
+    each = keep_top(target, *limits).double().softmax(-1)
+    return each[first][:, None, None] * each[:, :, None] * each[None]
+
+
+def p_value(counts: Tensor, expected: Tensor) -> float:
+    """Pearson's chi-squared test. Outcomes that are expected less than 10 times count as one."""
+    often = expected >= 10
+    counts, expected = (torch.cat((x[often], x[~often].sum()[None])).double() for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+
+
+def fits(target: Tensor, draft: Tensor, first: int, drafts: int, top_k: int, seed: int) -> float:
+    size = len(target)
+    said = speculate(target, draft, first, seed * REQUESTS + torch.arange(REQUESTS), drafts, top_k)
+    outcome = (said * torch.tensor([size * size, size, 1])).sum(-1)
+    return p_value(torch.bincount(outcome, minlength=size**3), exact(target, first, top_k).flatten() * REQUESTS)
+
+
+@pytest.mark.parametrize("likeness", [0.0, 0.7, 1.0], ids=["another", "alike", "the same"])
+def test_tokens_have_the_models_distribution(likeness: float) -> None:
+    """Whatever the draft's: of three tokens together, over made-up distributions of eight tokens."""
+    generator = torch.Generator().manual_seed(5)
+    target, other = (2 * torch.randn(8, 8, generator=generator) for _ in range(2))
+    draft = likeness * target + (1 - likeness) * other
+    found = [fits(target, draft, 3, drafts, top_k=0, seed=seed) for seed in SEEDS for drafts in (1 + seed % 4,)]
+    assert min(found) > 0.01, found
+
+
+@torch.inference_mode()
+def test_the_shipped_models_tokens_have_its_distribution(tiny: Path) -> None:
+    """Of its three likeliest tokens after a prompt, and of theirs, with its own drafts."""
+    model, keep = hf.load(tiny, drafts=True), 3
+    prompt = load_tokenizer(tiny).text("And the LORD spake unto Moses, saying,")
+    pool = make_pool(model.config, 2, torch.float32, "cpu")
+
+    def after(text: list[int]) -> Tensor:
+        return model(Batch.build([], [Chunk(text, 0, [1])], "cpu"), pool, hf.dispatchers(model)[0])[0]
+
+    root = after(prompt)
+    names = [prompt[-1], *root.topk(keep).indices.tolist()]
+    second = [after([*prompt, token]) for token in names[1:]]
+    for logits in second:
+        names += [t for t in logits.topk(keep).indices.tolist() if t not in names]
+    target, draft = (torch.zeros(len(names), len(names)) for _ in range(2))
+    target[0], draft[0] = root[names], draft_rows(model, prompt)[-1][names]
+    for i, logits in enumerate(second, start=1):
+        target[i], draft[i] = logits[names], draft_rows(model, [*prompt, names[i]])[-1][names]
+    assert not torch.equal(target.argmax(-1), draft.argmax(-1)), "drafts that are always right would show little"
+    found = [fits(target, draft, 0, 2, keep, seed) for seed in SEEDS]
+    assert min(found) > 0.01, found
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_no_token_depends_on_the_drafts(drafts: int) -> None:
+    """Drafts that are never right, and drafts that always are: the same tokens."""
+    generator, seeds = torch.Generator().manual_seed(7), torch.arange(500)
+    target, other = (2 * torch.randn(30, 30, generator=generator) for _ in range(2))
+    said = [speculate(target, draft, 3, seeds, drafts) for draft in (target, other, -target)]
+    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
+    assert len(said[0].unique(dim=0)) > 300
+
+
+def test_a_draft_counts_until_the_first_wrong_one() -> None:
+    drafts = torch.tensor([[5, 6, 7], [5, 0, 7], [0, 6, 7], [5, 6, 0], [5, 6, 7]])
+    chosen = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [5, 6, -1, 8]])
+    assert accepted(drafts, chosen).tolist() == [3, 1, 0, 2, 2]
+    assert accepted(drafts[:0], chosen[:0]).tolist() == []
+
+
+def test_alike_logits_choose_the_same_token_as_often_as_is_known() -> None:
+    """At least (1 - d) / (1 + d), where d is the total variation distance (Daliri et al.), and never over 1 - d."""
+    generator = torch.Generator().manual_seed(1)
+    count = 20_000
+    for spread in (0.1, 0.5, 2.0):
+        target = 2 * torch.randn(20, generator=generator)
+        draft = target + spread * torch.randn(20, generator=generator)
+        rows = rows_of(torch.arange(count), torch.zeros(count).long(), 0)
+        same = (sample(target.expand(count, -1), rows) == sample(draft.expand(count, -1), rows)).float().mean().item()
+        distance = (target.softmax(-1) - draft.softmax(-1)).abs().sum().item() / 2
+        margin = 4 * (0.25 / count) ** 0.5  # four standard deviations, at most
+        assert (1 - distance) / (1 + distance) - margin <= same <= 1 - distance + margin, (spread, distance, same)
