@@ -184,10 +184,10 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
     assert {room.uid for room in ended} == {1, 2} and all("link p/d" in (room.error or "") for room in ended)
     assert time.monotonic() - began < 5
     if not dies:
-        assert mine.free.qsize() == IN_FLIGHT - 1, "the library may still write the buffer"
+        assert len(mine.free) == IN_FLIGHT - 1, "the library may still write the buffer"
         pool.fill_(8.5)  # another room's
         os.kill(process.pid, signal.SIGCONT)
-    assert eventually(lambda: mine.free.qsize() == IN_FLIGHT), "the read ended, and its credit did not come back"
+    assert eventually(lambda: len(mine.free) == IN_FLIGHT), "the read ended, and its credit did not come back"
     assert (pool == (CANARY if dies else 8.5)).all()
     process.kill()
     process.join(SOON)
@@ -220,11 +220,11 @@ def test_rooms_end_when_decode_dies_before_it_has_read(library: str) -> None:
         link.put(command)
     assert doing.get(timeout=SOON) == ["Sending"], "the first token must wait until the pages have been read"
     time.sleep(0.3)
-    assert events.empty() and mine.free.qsize() == IN_FLIGHT - 1
+    assert events.empty() and len(mine.free) == IN_FLIGHT - 1
     process.kill()
     ended = events.get(timeout=5)
     assert ended.uid == 1 and "the other end has gone" in ended.error
-    assert eventually(lambda: mine.free.qsize() == IN_FLIGHT)
+    assert eventually(lambda: len(mine.free) == IN_FLIGHT)
     link.join(SOON)
     process.join(SOON)
 

@@ -96,7 +96,7 @@ class ReceiveLink(Link):
             self._await(uid)
         self._check_pages(sending)
         ids = self.page_ids(sending.pages)
-        credit = self._credits.take(self.check)
+        credit = self._credits.take(self.check, TIMEOUT.total_seconds())
         packed = self.buffer(credit, len(sending.pages))
         transfer = self.transport.recv(packed, sending.location)
         self.then(lambda: self._unpack(packed, ids, sending), (transfer, credit))
