@@ -17,7 +17,7 @@ KINDS = 40  # different requests
 VOCAB_SIZE = 4096
 
 
-def make_lines(seed: int, max_tokens: int = 32) -> list[dict]:
+def make_lines(seed: int, max_tokens: int = 48) -> list[dict]:
     """Return requests of all lengths, greedy and sampled. A quarter shows each of its tokens."""
     rng, lines = random.Random(seed), []
     for i in range(KINDS):
