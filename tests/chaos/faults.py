@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from disagg.front.fleet import GRACE_S
 from tests.chaos.cut import cut, cut_between
 from tests.chaos.load import Load
 from tests.chaos.place import Place, Slot
@@ -77,8 +78,15 @@ class Faults:
             self.happen(kind)
 
     def during(self, began: float, ended: float) -> str:
-        """Return what happened in that time."""
-        return ", ".join(kind for kind, a, b in self.happened if a < ended and began < b)
+        """Return what happened in that time.
+
+        After a stop of its own, the router takes all replicas for alive a while, and so notices a death later.
+        """
+        kinds = [kind for kind, a, b in self.happened if a < ended and began < b]
+        routers = [stop.ended for stop in self.stops if stop.role == "router"]
+        if any(began < end + GRACE_S and end < ended for end in routers):
+            kinds.append("after a stop of the router")
+        return ", ".join(kinds)
 
     def happen(self, kind: str) -> None:
         """Let one happen, and wait until the deployment is whole again and every request that met it has gone on.

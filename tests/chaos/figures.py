@@ -16,6 +16,7 @@ def of_faults(figures: Figures, args: argparse.Namespace) -> list[Measurement]:
         Measurement(f"{name}: corrupt transfers of KV, of {figures.transfers:,}", figures.corrupt, "", "lower"),
         Measurement(f"{name}: right answers, {STREAMING}", figures.together, f"of {TOGETHER}"),
         Measurement(f"{name}: {pauses}, {TOGETHER} streams run", round(longest(figures, STREAMING), 3), "s", "lower"),
+        Measurement(f"{name}: {pauses}, whatever happened", round(longest(figures), 3), "s", "lower"),
         *(
             Measurement(f"{name}: {pauses}, {kind}", round(longest(figures, kind), 3), "s", "lower")
             for kind in ("kill a decode rank", "stop a decode job until it is lost")

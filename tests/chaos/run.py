@@ -194,8 +194,10 @@ def problems(figures: Figures) -> list[str]:
 
 
 def longest(figures: Figures, kind: str = "") -> float:
-    """Return the longest pause of a stream that moved, while something happened whose name contains `kind`."""
-    return max((pause for what, pauses in figures.pauses.items() if kind in what for pause in pauses), default=0.0)
+    """Return the longest pause of a stream that moved: while `kind` and nothing else happened, or ever if it is ""."""
+    return max(
+        (pause for what, pauses in figures.pauses.items() if kind in ("", what) for pause in pauses), default=0.0
+    )
 
 
 def summary(figures: Figures) -> str:
