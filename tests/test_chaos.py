@@ -13,7 +13,7 @@ from tests.chaos.quick import LIMITS, TIMES
 from tests.chaos.run import chaos, problems, summary
 from tests.test_handoff import obstacle
 
-KINDS = 16 if cut.obstacle() is None else 13
+KINDS = 18 if cut.obstacle() is None else 15
 
 
 def test_every_request_survives_what_happens_to_the_jobs(small: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def main() -> int:
     add("--seconds", type=positive, default=180, help="how long faults happen; each kind does at least once (180)")
     add("--seed", type=int, default=1, help="of the faults and the requests (1)")
     add("--transport", choices=TRANSPORTS, default="torch", help="what moves the KV beside the faults (torch)")
-    add("--aborts", type=int, default=1000, help="requests to abort, over all transports together (1000)")
+    add("--aborts", type=int, default=1400, help="requests to abort, over all transports together (1400)")
     add("--quick", action="store_true", help="with the short limits of the tests, not those of the product")
     add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     args = parser.parse_args()

@@ -173,7 +173,7 @@ def keep_roles(roles: dict[str, Role]) -> None:
         roles[name] = role
         return role, members
 
-    loop.make_role = making  # type: ignore[assignment]
+    loop.make_role = making
 
 
 def note_cancels(roles: dict[str, Role], found: Counter[str]) -> None:
@@ -189,7 +189,7 @@ def note_cancels(roles: dict[str, Role], found: Counter[str]) -> None:
             found[f"{state}, a transfer under way" if link.in_flight else state] += 1
         handle(link, item)
 
-    SendLink.handle = handling  # type: ignore[method-assign]
+    SendLink.handle = handling
 
 
 def slow_down(rng: random.Random) -> None:
@@ -207,16 +207,16 @@ def slow_down(rng: random.Random) -> None:
             def receiving(*args: Any) -> Any:
                 transfer = recv(*args)
                 wait = transfer.wait
-                transfer.wait = lambda: (time.sleep(SLOW_S * rng.random()), wait())[1]  # type: ignore[method-assign]
+                transfer.wait = lambda: (time.sleep(SLOW_S * rng.random()), wait())[1]
                 return transfer
 
-            transport.recv = receiving  # type: ignore[method-assign]
+            transport.recv = receiving
             return transport
 
-        endpoint.connect = connecting  # type: ignore[method-assign]
+        endpoint.connect = connecting
         return endpoint
 
-    Handoff.make_endpoint = making  # type: ignore[method-assign]
+    Handoff.make_endpoint = making
 
 
 @dataclass

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from disagg.front.fleet import GRACE_S
 from tests.chaos.cut import cut, cut_between
 from tests.chaos.load import Load
 from tests.chaos.place import Place, Slot
@@ -60,6 +61,8 @@ class Faults:
             "stop a prefill rank": lambda: self.stop("prefill"),
             "stop a decode rank until it is lost": lambda: self.stop_long("decode"),
             "stop a prefill rank until it is lost": lambda: self.stop_long("prefill"),
+            "stop a decode job until it is lost": lambda: self.stop_long("decode", whole=True),
+            "stop a prefill job until it is lost": lambda: self.stop_long("prefill", whole=True),
             "stop the router": self.stop_router,
             "drain a decode job": lambda: self.drain("decode"),
             "drain a prefill job": lambda: self.drain("prefill"),
@@ -75,8 +78,15 @@ class Faults:
             self.happen(kind)
 
     def during(self, began: float, ended: float) -> str:
-        """Return what happened in that time."""
-        return ", ".join(kind for kind, a, b in self.happened if a < ended and began < b)
+        """Return what happened in that time.
+
+        After a stop of its own, the router takes all replicas for alive a while, and so notices a death later.
+        """
+        kinds = [kind for kind, a, b in self.happened if a < ended and began < b]
+        routers = [stop.ended for stop in self.stops if stop.role == "router"]
+        if any(began < end + GRACE_S and end < ended for end in routers):
+            kinds.append("after a stop of the router")
+        return ", ".join(kinds)
 
     def happen(self, kind: str) -> None:
         """Let one happen, and wait until the deployment is whole again and every request that met it has gone on.
@@ -122,31 +132,38 @@ class Faults:
 
     def stop(self, role: str) -> str:
         slot = self._slot(role)
-        rank = self.rng.randrange(slot.ranks)
-        began = time.monotonic()
-        slot.job.ranks[rank].signal(signal.SIGSTOP)
+        what, go_on = self._stop(slot, whole=False)
         time.sleep(self.times.short)
-        self._go_on(slot, rank, began)
-        return f"rank {rank} of {slot} for {self.times.short:g} s"
+        go_on()
+        return f"{what} for {self.times.short:g} s"
 
-    def _go_on(self, slot: Slot, rank: int, began: float) -> None:
-        slot.job.ranks[rank].signal(signal.SIGCONT)
-        self.stops.append(Stop(slot.role, slot.ranks, began, time.monotonic()))
-
-    def stop_long(self, role: str) -> str:
-        """Until the router has given it up, and a moment longer."""
-        slot, before = self._slot(role), self.place.lost(role)
-        rank = self.rng.randrange(slot.ranks)
+    def _stop(self, slot: Slot, whole: bool) -> tuple[str, Callable[[], None]]:
+        """Stop one rank of a job, or the whole of it. Returns what was stopped, and what lets it go on."""
+        number = self.rng.randrange(slot.ranks)
+        ranks = slot.job.ranks if whole else [slot.job.ranks[number]]
         began = time.monotonic()
-        slot.job.ranks[rank].signal(signal.SIGSTOP)
+        for rank in ranks:
+            rank.signal(signal.SIGSTOP)
+
+        def go_on() -> None:
+            for rank in ranks:
+                rank.signal(signal.SIGCONT)
+            self.stops.append(Stop(slot.role, slot.ranks, began, time.monotonic()))
+
+        return str(slot) if whole else f"rank {number} of {slot}", go_on
+
+    def stop_long(self, role: str, whole: bool = False) -> str:
+        """Until the router has given it up, and a moment longer."""
+        slot, before, began = self._slot(role), self.place.lost(role), time.monotonic()
+        what, go_on = self._stop(slot, whole)
         self.place.town.until(lambda: self.place.lost(role) > before, LOSS_S)
         noticed = time.monotonic() - began
         time.sleep(2 * self.rng.random())
-        self._go_on(slot, rank, began)
+        go_on()
         goes_on = time.monotonic()
         self.place.town.until(self.place.is_whole, BACK_S)
         self.backs.append(time.monotonic() - goes_on)
-        return f"rank {rank} of {slot}, lost after {noticed:.1f} s, back after {self.backs[-1]:.1f} s"
+        return f"{what}, lost after {noticed:.1f} s, back after {self.backs[-1]:.1f} s"
 
     def stop_router(self) -> str:
         began = time.monotonic()
@@ -172,11 +189,18 @@ class Faults:
         return sum(cut(rank.pid, lambda peer: peer[1] == self.place.town.port) for rank in slot.job.ranks)
 
     def cut_links(self) -> str:
-        """All links between a decode and a prefill job."""
-        decode, prefill = self._slot("decode"), self._slot("prefill")
-        ends = [(one.pid, other.pid) for one in decode.job.ranks for other in prefill.job.ranks]
-        count = sum(cut_between(one, other) for one, other in ends)
-        return f"{count} connections between {decode} and {prefill}"
+        """All links between a decode and a prefill job, as soon as any two have some."""
+        cuts: list[str] = []
+
+        def found() -> bool:
+            decode, prefill = self._slot("decode"), self._slot("prefill")
+            ends = [(one.pid, other.pid) for one in decode.job.ranks for other in prefill.job.ranks]
+            if count := sum(cut_between(one, other) for one, other in ends):
+                cuts.append(f"{count} connections between {decode} and {prefill}")
+            return bool(cuts)
+
+        self.place.until(found)
+        return cuts[0]
 
     def cut_all(self) -> str:
         """All connections to the router at once."""

@@ -16,9 +16,10 @@ def of_faults(figures: Figures, args: argparse.Namespace) -> list[Measurement]:
         Measurement(f"{name}: corrupt transfers of KV, of {figures.transfers:,}", figures.corrupt, "", "lower"),
         Measurement(f"{name}: right answers, {STREAMING}", figures.together, f"of {TOGETHER}"),
         Measurement(f"{name}: {pauses}, {TOGETHER} streams run", round(longest(figures, STREAMING), 3), "s", "lower"),
+        Measurement(f"{name}: {pauses}, whatever happened", round(longest(figures), 3), "s", "lower"),
         *(
             Measurement(f"{name}: {pauses}, {kind}", round(longest(figures, kind), 3), "s", "lower")
-            for kind in ("kill a decode rank", "stop a decode rank until it is lost")
+            for kind in ("kill a decode rank", "stop a decode job until it is lost")
         ),
         Measurement(f"{name}: longest gap of a stream whose job went on", round(figures.other_s, 3), "s", "lower"),
         Measurement(f"{name}: longest time until a job that went on was back", round(figures.back_s, 3), "s", "lower"),

@@ -7,7 +7,8 @@ import socket
 import struct
 import threading
 import time
-from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 HOST = "127.0.0.1"
@@ -17,7 +18,7 @@ KINDS = 40  # different requests
 VOCAB_SIZE = 4096
 
 
-def make_lines(seed: int, max_tokens: int = 32) -> list[dict]:
+def make_lines(seed: int, max_tokens: int = 48) -> list[dict]:
     """Return requests of all lengths, greedy and sampled. A quarter shows each of its tokens."""
     rng, lines = random.Random(seed), []
     for i in range(KINDS):
@@ -169,8 +170,8 @@ class Load:
         for number in range(clients):
             self._run(self._client, random.Random(f"{self.seed} {number}"))
 
-    def _run(self, target: object, *args: object) -> None:
-        self._threads.append(threading.Thread(target=target, args=args, daemon=True))  # type: ignore[arg-type]
+    def _run(self, target: Callable[..., object], *args: object) -> None:
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
         self._threads[-1].start()
 
     def _client(self, rng: random.Random) -> None:
@@ -213,20 +214,12 @@ class Load:
 
 def answers(door: Door, lines: list[dict]) -> list[Said]:
     """Return what one process answers, undisturbed. Raises AssertionError if it does not."""
-    found: defaultdict[int, Said | None] = defaultdict(lambda: None)
 
-    def some(first: int) -> None:
-        for i in range(first, len(lines), 4):
-            stream = Stream(lines[i], f"alone-{i}")
-            door.ask(stream, watch=False)
-            assert stream.error is None, stream.error
-            found[i] = stream.said
+    def answer(line: dict) -> Said:
+        stream = Stream(line, "")
+        door.ask(stream, watch=False)
+        assert stream.said is not None, stream.error
+        return stream.said
 
-    threads = [threading.Thread(target=some, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    said = [one for i in range(len(lines)) if (one := found[i]) is not None]
-    assert len(said) == len(lines)
-    return said
+    with ThreadPoolExecutor(4) as clients:
+        return list(clients.map(answer, lines))

@@ -15,7 +15,7 @@ from tests.chaos.faults import Faults, Times
 from tests.chaos.load import HOST, Door, Gap, Load, Said, Stream, answers, make_lines
 from tests.chaos.place import Place
 from tests.conftest import eventually
-from tests.town import town
+from tests.town import Town, town
 
 TOGETHER = 100  # streams that run while a decode job is killed
 STREAMING = f"kill a decode job while {TOGETHER} streams run"
@@ -63,48 +63,37 @@ def chaos(
 
     `limit_s`: what takes longer hangs. Raises AssertionError if something does not come in that time.
     """
-    figures, shared = Figures(), left.shared_memory()
-    can_cut = cut.obstacle() is None
+    figures, shared, lines = Figures(), left.shared_memory(), make_lines(seed)
     with town(folder, model, **constants) as streets:
-        lines = make_lines(seed)
-        alone = Door(free_port(), limit_s)
-        unified = streets.start("unified", 1, "--http", f"{HOST}:{alone.port}")
-        streets.until(lambda: serves(alone), limit_s)
-        expected = {id(line): said for line, said in zip(lines, answers(alone, lines), strict=True)}
-        unified.signal(signal.SIGINT)
+        expected = answers_of_one_process(streets, lines, limit_s)
         place = Place(streets, ("--transport", transport, "--kv-checksum"), limit_s)
         say(f"{len(lines)} requests have the answers of one process; the deployment is whole")
-
         load = Load(place.door, lines, seed)
-        faults = Faults(place, load, random.Random(seed), times, say, can_cut)
+        faults = Faults(place, load, random.Random(seed), times, say, cut.obstacle() is None)
         until = time.monotonic() + seconds
         kill_while_streaming(figures, faults, expected)
         load.start(CLIENTS)
         faults.run(until)
         hanging = load.stop(limit_s)
         assert not hanging, f"{[stream.name for stream in hanging]} hang\n{streets.said}"
+        figures.faults = Counter(kind for kind, *_ in faults.happened)
         judge(figures, load.streams, expected, faults)
-
-        eventually(lambda: not place.in_use(), 8)  # the transfers in flight are reported every 5 s
-        figures.in_use = place.in_use()
-        place.look()
-        figures.transfers, figures.corrupt = (int(sum(d.values())) for d in (place.transfers, place.mismatches))
-        place.router.signal(signal.SIGINT)
-        streets.until(lambda: not left.alive(rank.pid for job in streets.jobs for rank in job.ranks), limit_s)
-        streets.until(lambda: all(None not in job.statuses for job in streets.jobs), limit_s)
-        finals = {"router": place.router, **{str(slot): slot.job for slot in place.slots}}
-        figures.statuses = {name: job.statuses for name, job in finals.items()}
-        figures.tracebacks = sum("Traceback" in job.said for job in finals.values())
-        sessions = [rank.pid for job in streets.jobs for rank in job.ranks]
-        place_said = streets.said
-    figures.faults = Counter(kind for kind, *_ in faults.happened)
-    figures.processes = left.alive(sessions)
-    figures.ports = sorted(port for port, _ in place.listened & left.listeners())
-    eventually(lambda: not left.orphans(left.shared_memory() - shared), 5)
-    figures.memory = left.orphans(left.shared_memory() - shared)
+        finish(figures, place)
+        said = streets.said
+    look_behind(figures, place, shared)
     if problems(figures):
-        (folder / "said.txt").write_text(place_said)
+        (folder / "said.txt").write_text(said)
     return figures
+
+
+def answers_of_one_process(streets: Town, lines: list[dict], limit_s: float) -> dict[int, Said]:
+    """Return what a unified job answers, undisturbed, by the id() of the line."""
+    door = Door(free_port(), limit_s)
+    unified = streets.start("unified", 1, "--http", f"{HOST}:{door.port}")
+    streets.until(lambda: serves(door), limit_s)
+    expected = {id(line): said for line, said in zip(lines, answers(door, lines), strict=True)}
+    unified.signal(signal.SIGINT)
+    return expected
 
 
 def serves(door: Door) -> bool:
@@ -112,6 +101,28 @@ def serves(door: Door) -> bool:
         return b'"ok"' in door.get("/health")
     except OSError:
         return False
+
+
+def finish(figures: Figures, place: Place) -> None:
+    """Note what is in use though no request is left, then end the deployment."""
+    eventually(lambda: not place.in_use(), 8)  # the transfers in flight are reported every 5 s
+    figures.in_use = place.in_use()
+    place.look()
+    figures.transfers, figures.corrupt = (int(sum(d.values())) for d in (place.transfers, place.mismatches))
+    place.router.signal(signal.SIGINT)
+    place.until(lambda: all(None not in job.statuses for job in place.town.jobs))
+    last = {"router": place.router, **{str(slot): slot.job for slot in place.slots}}
+    figures.statuses = {name: job.statuses for name, job in last.items()}
+    figures.tracebacks = sum("Traceback" in job.said for job in last.values())
+
+
+def look_behind(figures: Figures, place: Place, shared: set[str]) -> None:
+    """Note what all these processes have left. `shared`: the shared memory that there was before them."""
+    sessions = [rank.pid for job in place.town.jobs for rank in job.ranks]
+    eventually(lambda: not left.alive(sessions) and not left.orphans(left.shared_memory() - shared), 5)
+    figures.processes = left.alive(sessions)
+    figures.ports = sorted(port for port, _ in place.listened & left.listeners())
+    figures.memory = left.orphans(left.shared_memory() - shared)
 
 
 def kill_while_streaming(figures: Figures, faults: Faults, expected: dict[int, Said]) -> None:
@@ -183,8 +194,10 @@ def problems(figures: Figures) -> list[str]:
 
 
 def longest(figures: Figures, kind: str = "") -> float:
-    """Return the longest pause of a stream that moved, while something happened whose name contains `kind`."""
-    return max((pause for what, pauses in figures.pauses.items() if kind in what for pause in pauses), default=0.0)
+    """Return the longest pause of a stream that moved: while `kind` and nothing else happened, or ever if it is ""."""
+    return max(
+        (pause for what, pauses in figures.pauses.items() if kind in ("", what) for pause in pauses), default=0.0
+    )
 
 
 def summary(figures: Figures) -> str:
