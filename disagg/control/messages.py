@@ -51,6 +51,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     job: Name  # the same for all replicas of a job; if one of them dies, the job ends
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
     about: Annotated[dict[Name, Name], Meta(max_length=16)] = {}  # how it runs, in words, for the metrics
+    caches: bool = False  # does it keep the KV of what it has served?
 
 
 class Load(msgspec.Struct, frozen=True):
