@@ -276,14 +276,15 @@ def test_a_token_that_the_model_does_not_have_closes_the_room(prefill: Prefill) 
 def test_a_prompt_whose_logits_are_not_finite_closes_its_room(prefill: Prefill) -> None:
     engine = prefill.engine
     engine.model.head.norm.weight.data.fill_(float("nan"))
-    prefill.handle(Open(Request(3, [5, 6], 1), [1], [PEER]))
-    step = engine.launch(prefill.schedule(), None, 2)
+    prefill.handle(Open(Request(3, [5] * (PAGE - 1) + [6], 1), [1], [PEER]))
+    step = engine.launch(prefill.schedule(), None, PAGE)
     prefill.launched(step)
     prefill.take_up(step)
     (link,) = links(prefill)
     assert link.told[-1] == Closed(3, f"prefill: {NOT_FINITE}")
     prefill.handle(RoomEnded(3, "closed"))
     assert not prefill.outgoing and engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
+    assert engine.scheduler.cache.stats()["cache_idle_pages"] == 0, "its page may be damaged"
 
 
 def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(prefill: Prefill) -> None:
