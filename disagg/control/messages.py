@@ -58,7 +58,7 @@ class Load(msgspec.Struct, frozen=True):
     """The load of a replica. The tokens of a launched step count as computed."""
 
     queued_tokens: Size  # of prompts, not computed yet
-    kv_pages: Size  # that are not free
+    kv_pages: Size  # that requests hold
     running: Size  # requests in the batch
     waiting: Size  # other requests
     tokens_left: Annotated[dict[int, Size], Meta(max_length=MOST_LEFT)] = {}  # by uid, of begun prompts
