@@ -100,9 +100,8 @@ class Prefill(Role):
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
         links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
-        departure = Outgoing(
-            Sequence(request, self.engine.config.eos_token_ids), event.pages, links, Room(len(event.decode)), event.have
-        )
+        sequence = Sequence(request, self.engine.config.eos_token_ids)
+        departure = Outgoing(sequence, event.pages, links, Room(len(event.decode)), event.have)
         departure.room.rise(RoomState.WAITING)
         self.outgoing[request.uid] = departure
         for link in links:
@@ -113,7 +112,7 @@ class Prefill(Role):
         except ValueError as error:
             self.fail(departure, f"prefill: {error}")
         else:
-            self.scheduler.add(departure.sequence)
+            self.scheduler.add(sequence)
 
     def fail(self, departure: Outgoing, error: str) -> None:
         """Stop computing a prompt, and close its room. It keeps its pages until every link has ended the room."""

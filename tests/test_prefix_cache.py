@@ -3,6 +3,7 @@
 In one process: any hits, chunks, page ends and aborts. In worlds of prefill and decode jobs: hits on either side.
 """
 
+import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from kernels.ops import Ops
 from model.config import ModelConfig
 from model.pages import PAGE
 from parallel.mesh import Mesh
+from tests.deployment import read, run, timeless
 from tests.news import singly
 from tests.test_handoff import obstacle
 from tests.test_worlds import answers_to
@@ -190,6 +192,23 @@ def test_what_may_be_damaged_is_not_kept(small: Path) -> None:
     assert serve(engine, [prompt]) == expected
 
 
+def test_run_py_says_what_it_found(tiny: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt_token_ids": [7] * (2 * PAGE + 2), "max_tokens": 2, "seed": 1} for _ in range(2)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = {}
+    for how, cached, said in (
+        ("auto", 2 * PAGE, f"prefix cache  unified: {2 * PAGE} prompt tokens (49.2% of all); 0 pages evicted, 2 kept"),
+        ("off", 0, None),
+    ):
+        more = ["--prefix-cache", how, "--existing", "overwrite"]
+        code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(out), *more)
+        assert code == 0 and (said is None or said in err) and ("prefix cache" in err) == (how == "auto"), err
+        answers[how] = read(out)
+        assert [answer["cached_tokens"] for answer in answers[how]] == [0, cached]
+    assert timeless(answers["auto"]) == timeless(answers["off"])
+
+
 # ---- prefill and decode
 
 
@@ -209,7 +228,7 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
     def engine(mesh: Mesh | None, **more: Any) -> Engine | None:
         return None if mesh is None else make_engine(folder, mesh, Ops(unpack_pages=unpack), **more)
 
-    def run(jobs: list, prompts: list[list[int]], handoff: Handoff) -> list:
+    def answer(jobs: list, prompts: list[list[int]], handoff: Handoff) -> list:
         users = [
             UserRequest(i, Request(0, prompt, OUTPUT, seed=i, temperature=0.8 * (i % 2), ignore_eos=True), [])
             for i, prompt in enumerate(prompts)
@@ -248,12 +267,12 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
         jobs = [("prefill", engine(here, **left), here), ("decode", engine(there, **right), there)]
         for number, prompts in enumerate(rounds):
             moved[0] = 0
-            found = run(jobs, prompts, Handoff(library, checksums=True))
+            found = answer(jobs, prompts, Handoff(library, checksums=True))
             if rank == 0:
                 assert expected is not None
-                got = [answer.token_ids for answer in found]
+                got = [one.token_ids for one in found]
                 assert got == expected[number], f"{shapes}, {library}, {left}, {right}, {number=}"
-            sent, cached = total(moved[0]), total(sum(answer.cached_tokens for answer in found))
+            sent, cached = total(moved[0]), total(sum(one.cached_tokens for one in found))
             if shapes != one or few in (left, right):
                 continue
             pages = sum(-(-len(prompt) // PAGE) for prompt in prompts)

@@ -51,13 +51,14 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     job: Name  # the same for all replicas of a job; if one of them dies, the job ends
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
     about: Annotated[dict[Name, Name], Meta(max_length=16)] = {}  # how it runs, in words, for the metrics
+    caches: bool = False  # does it keep the KV of what it has served?
 
 
 class Load(msgspec.Struct, frozen=True):
     """The load of a replica. The tokens of a launched step count as computed."""
 
     queued_tokens: Size  # of prompts, not computed yet
-    kv_pages: Size  # that are not free
+    kv_pages: Size  # that requests hold
     running: Size  # requests in the batch
     waiting: Size  # other requests
     tokens_left: Annotated[dict[int, Size], Meta(max_length=MOST_LEFT)] = {}  # by uid, of begun prompts

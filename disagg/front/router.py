@@ -227,22 +227,22 @@ class Router:
             decodes = suitable(able, request.most_tokens, tracked.suspects)
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
             decodes, sources = (self._trials.places(tracked, replicas) for replicas in (decodes, sources))
-            if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):
-                self._submit(tracked, request, *pair)
+            if choice := self._routing.choose(request, tracked.user.session_id, decodes, sources):
+                self._submit(tracked, request, *choice)
                 continue
             unassigned.append(uid)
             if decodes and (sources or decodes[0].hello.role == "unified"):
                 break  # it waits for room, which later requests must not take
         self._waiting.extendleft(reversed(unassigned))
 
-    def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica) -> None:
+    def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica, tokens: int) -> None:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
         tracked.path = prefill.id, decode.id
         tracked.restart()
         decode.add_request(request.uid, pages_for(request.most_tokens))
-        prefill.add_prompt(request.uid, len(request.prompt))
+        prefill.add_prompt(request.uid, tokens)
         self._trials.begin(tracked)
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
 
