@@ -115,6 +115,8 @@ def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
     )
     add("--prefix-cache", choices=("auto", "off"), default="auto", help="compute once what prompts share (auto: on)")
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
+    if role == "unified":
+        add("--speculate", type=int, default=0, metavar="N", help="drafts per step, by the model's own MTP layer (0)")
     if role != "prefill":
         add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for decode steps (auto)")
 
@@ -154,7 +156,7 @@ def main() -> int:
     settings = EngineConfig.from_flags(args)
     front = RouterProcess(args) if args.role == "unified" and launched_rank() == 0 else None
     mesh = Mesh.create(args.attn_tp)
-    args.model = find_model(args.model, mesh, weights=args.load == "weights")
+    args.model = find_model(args.model, mesh, weights=args.load == "weights", drafts=settings.speculate > 0)
     return run_worker(args, settings, ModelConfig.from_pretrained(args.model), mesh, interrupt, front)
 
 

@@ -6,7 +6,16 @@
 from collections import abc
 from dataclasses import dataclass
 
-from model.footprint import StepShape, contiguous_step, graphs, masked_step, sampling, table_bytes, weight_bytes
+from model.footprint import (
+    StepShape,
+    contiguous_step,
+    drafting,
+    graphs,
+    masked_step,
+    sampling,
+    table_bytes,
+    weight_bytes,
+)
 from model.pages import PAGE
 
 GIB = 2**30
@@ -92,6 +101,7 @@ def plan_parts(
     captures: bool,
     spare_layers: int = 0,
     handoff: int = 0,
+    drafts: int = 0,
 ) -> dict[str, int]:
     """Return the table's rows without KV: name -> bytes.
 
@@ -100,14 +110,15 @@ def plan_parts(
     many tokens in addition to the step's own.
     `spare_layers`: layers whose experts may move at once (`disagg/rebalance.py`).
     `handoff`: bytes of the KV handoff's buffers (`disagg/handoff/credits.py`).
+    `drafts`: of each decoding sequence, which a step verifies.
     """
     tokens = -(-max_tokens_per_step // shape.attn_tp) * shape.attn_tp
     most = max(buckets)
-    steps = (
-        contiguous_step(shape, tokens, tokens + longest, most),
-        masked_step(shape, most),
-        sampling(shape.config, most),
-    )
+    rows = most * (1 + drafts)  # tokens of decode steps, and rows of logits
+    steps = [contiguous_step(shape, tokens, tokens + longest, rows), masked_step(shape, rows)]
+    if drafts:
+        steps = [drafting(shape, count, step) for count, step in zip((tokens, rows), steps, strict=True)]
+    steps.append(sampling(shape.config, rows))
     weights = weight_bytes(shape)
     return weights | {
         "spare experts": spare_layers * weights["routed experts"] // max(shape.config.num_moe_layers, 1),

@@ -10,6 +10,7 @@ from model.pages import PAGE
 
 DISPATCH = "dispatch="  # among the values of --backend
 DTYPES = ("float32", "bfloat16")
+MOST_DRAFTS = 4  # of --speculate
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class EngineConfig:
     decodes: bool = True  # False for a prefill job
     graphs: str = "auto"  # decode in CUDA graphs if there is CUDA; or "off"
     overlap: str = "auto"
+    speculate: int = 0  # drafts per step by the multi-token-prediction layer
     redundant_experts: int = 0  # slots of the job beyond one per expert
     expert_map: str | None = None  # path of a recording to balance for
     record_experts: str | None = None  # path of a recording to write
@@ -72,6 +74,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 0 <= self.speculate <= MOST_DRAFTS:
+            raise ValueError(f"--speculate is {self.speculate}; it must be in 0..{MOST_DRAFTS}")
+        if self.speculate and self.overlap == "on":
+            raise ValueError("--speculate with --overlap on: a step that verifies drafts does not run as two halves")
         if self.kv_tokens is not None and self.kv_tokens < PAGE:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
         if self.redundant_experts < 0:
@@ -103,3 +109,11 @@ class EngineConfig:
                 f"({model.max_position_embeddings})"
             )
         return limit
+
+    def positions(self, model: ModelConfig) -> int:
+        """Return the length of tables by position.
+
+        With N drafts, a request's steps may go further than its end. The last one begins before its last token, and
+        one more may follow unseen. Each goes N + 1 positions further, and their drafts less than that.
+        """
+        return self.model_len(model) + (3 * (self.speculate + 1) if self.speculate else 0)

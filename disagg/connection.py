@@ -12,6 +12,7 @@ from disagg.control.pulse import Beacon
 from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.reports import about
+from model.kv_cache import kv_layout
 from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
@@ -48,7 +49,7 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            layout, caches = engine.kv_layout() | handoff, engine.scheduler.cache.keeps
+            layout, caches = kv_layout(engine.model, engine.pool) | handoff, engine.scheduler.cache.keeps
             hello = Hello(name, members, *sizes, layout, job, mesh.num_replicas, about(engine), caches)
             self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0

@@ -154,7 +154,8 @@ class Decode(Unified):
             reason = sequence.append(first.token)
             self.report_experts(uid, experts)
             self.report_prompt(uid, prompt_rows)
-            self.emit(sequence, first.token, first.logprobs, reason, self.parts(arrival, ended), first.cached)
+            logprobs = [first.logprobs] if first.logprobs else []
+            self.emit(sequence, [first.token], logprobs, reason, self.parts(arrival, ended), first.cached)
             if reason is None:
                 self.scheduler.add(sequence)
             return

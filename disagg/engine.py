@@ -4,9 +4,9 @@ It launches steps and returns their tokens. It knows nothing of routers and link
 """
 
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from disagg.buckets import make_buckets
-from disagg.budget import Budget, plan_parts
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
-from disagg.memory import check_weights, claim_memory, lift_limit, pages_on_host
+from disagg.memory import budget_of_all, check_weights, lift_limit, pages_on_host
 from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
+from disagg.speculation import Speculation
 from disagg.step import NO_WORK, Step, Work
 from disagg.steps import DecodeStep, PromptStep
 from kernels.ops import Ops
@@ -64,7 +64,9 @@ class Engine:
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.loaded = loaded
         self.max_model_len = settings.model_len(self.config)
-        self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
+        self.rule = Rule(
+            "off" if settings.speculate else settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share
+        )
         buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
         max_tokens = -(-settings.max_tokens_per_step // mesh.attn.size)  # that this rank dispatches in the largest step
         self.dispatchers = make_dispatchers(
@@ -75,21 +77,29 @@ class Engine:
             num_slots=model.placement.num_slots,
             hidden=self.config.hidden_size,
             top_k=self.config.num_experts_per_tok,
-            capacity=buckets[-1] // mesh.attn.size,
+            capacity=buckets[-1] * (1 + settings.speculate) // mesh.attn.size,
+            drafts=settings.speculate,
             fp8=model.fp8,
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
             decodes=settings.decodes,
         )
         self.graphs, self.why_graphs = self._decide_graphs()
-        self.budget = self._claim_memory(buckets, handoff_bytes) if mesh.device.type == "cuda" else None
+        self.budget = None
+        if mesh.device.type == "cuda":
+            self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.graphs, handoff_bytes)
         if self.budget is not None:
             pages = self.budget.pages(settings.kv_tokens)
             memory = self.budget.table(pages)
         else:
             pages = pages_on_host(mesh, settings.kv_tokens, page_bytes(self.config, model.dtype.itemsize))
             memory = f"{'KV':>10}: {pages:,} pages, {pages * PAGE:,} tokens"
-        cache = PageCache(pages + 1, keeps=settings.prefix_cache != "off")
-        self.scheduler = Scheduler(cache, settings.max_batch, settings.max_tokens_per_step, self.max_model_len)
+        self.scheduler = Scheduler(
+            PageCache(pages + 1, keeps=settings.prefix_cache != "off"),
+            settings.max_batch,
+            settings.max_tokens_per_step,
+            self.max_model_len,
+            settings.speculate,
+        )
         say(memory)
         if self.kv_tokens < self.max_model_len:
             say(
@@ -108,6 +118,10 @@ class Engine:
         self.decode = DecodeStep(masked, self.tokens, buckets, max_pages, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
         self.sampler = Sampler(self.tokens, mesh.attn)
+        self.speculation: Speculation | None = None
+        if settings.speculate:
+            drafts, width = settings.speculate, pages_for(settings.positions(self.config))
+            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, drafts, buckets[-1], width)
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -133,6 +147,7 @@ class Engine:
 
         Raises ValueError on all ranks if one of them cannot load its share.
         """
+        config = config.drafting() if settings.speculate else config
         moves, layers = settings.rebalance.interval > 0, settings.rebalance.layers_per_step
         if moves and layers > config.num_moe_layers:
             raise ValueError(
@@ -147,7 +162,7 @@ class Engine:
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         slots = placement.slots_per_rank
         check_weights(mesh, StepShape(config, dtype.itemsize, fp8, mesh.attn.size, mesh.size, slots))
-        model = Transformer(config, mesh, placement, ops, dtype, settings.model_len(config), fp8)
+        model = Transformer(config, mesh, placement, ops, dtype, settings.positions(config), fp8)
         began, problem = time.perf_counter(), None
         try:
             loaded = load_weights(model, source, mesh, hide=None if mesh.rank == 0 else True)
@@ -168,43 +183,11 @@ class Engine:
             return False, ""
         if self.settings.graphs == "off":
             return False, "no CUDA graphs: --graphs off"
+        if self.settings.speculate:
+            return False, "no CUDA graphs: --speculate"
         if not self.ops.capturable:
             return False, "no CUDA graphs: torch serves ops that wait for the host"
         return True, "in CUDA graphs"
-
-    def _claim_memory(self, buckets: list[int], handoff_bytes: int = 0) -> Budget:
-        """Collective. Return the budget of the rank with the least memory left for KV, for all ranks to use."""
-        settings, model, mesh, dispatchers = self.settings, self.model, self.mesh, self.dispatchers
-        buffer = dispatchers.buffer
-        capacity = buffer.capacity if buffer is not None else None
-        assert capacity is None or capacity >= buckets[-1] // mesh.attn.size, f"{capacity=} {buckets=}"
-        shape = StepShape(
-            self.config,
-            model.dtype.itemsize,
-            model.fp8,
-            mesh.attn.size,
-            mesh.ep.size,
-            model.placement.slots_per_rank,
-            model.ops.alignment,
-            capacity,
-            model.ops.whole_keys,
-            buffer is None or buffer.configs is not None,
-        )
-        longest = min(self.max_model_len, settings.kv_tokens or self.max_model_len)
-        page = page_bytes(self.config, model.dtype.itemsize)
-        parts = plan_parts(
-            shape,
-            dispatchers.num_bytes,
-            buckets,
-            settings.max_tokens_per_step,
-            self.max_model_len,
-            longest,
-            self.graphs,
-            settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
-            handoff_bytes,
-        )
-        own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
-        return min(mesh.ep.exchange(own, Budget), key=lambda budget: budget.left)
 
     def _forward(
         self,
@@ -244,7 +227,10 @@ class Engine:
             self.decode.capture(progress)
         elif self.settings.decodes:
             for rows in progress(self.decode.buckets[::-1]):
-                self.decode.run(NO_DECODES, rows)
+                if self.speculation is not None:
+                    self.speculation.run(replace(NO_WORK, decode_rows=rows))
+                else:
+                    self.decode.run(NO_DECODES, rows)
         torch.cuda.synchronize()
         if self.model.load_counter is not None:
             self.model.load_counter.forget()
@@ -290,31 +276,30 @@ class Engine:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
             rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
-        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager)
+        drafts = self.settings.speculate
+        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts)
         return self._latest
 
     def runs_ahead(self, work: Work) -> bool:
         """Does `run` return long before the step is done?"""
-        return self.tokens.is_cuda and not work.mixed
+        needs_tokens = work.drafts > 0 and work.plan.processes_logits  # all of them, which the host may not have seen
+        return self.tokens.is_cuda and not work.mixed and not needs_tokens
 
     def run(self, work: Work) -> Step:
         """Launch a step."""
         started = time.perf_counter()
         records = work.plan.returns_experts and self.config.num_moe_layers > 0
         chosen = ChosenExperts(self.model.placement, self.mesh.attn) if records else None
-        latest = self.sampler.latest(work)
         scores = any(chunk.targets for chunk in work.prompts)
         scored = PromptLogprobs(work.prompts, self.tokens.device) if scores else None
-        if work.decode_rows is None:
-            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen, scored)
-        else:
+        if not work.mixed:
             self.dispatchers.prepare_masked()
-            logits = self.decode.run(work.decodes, work.decode_rows, work.eager, chosen)
-        logprobs = self.sampler.choose(logits, work, latest)
+        if self.speculation is not None:
+            tokens, counts, logprobs = self.speculation.run(work, chosen, scored)
+        else:
+            tokens, counts, logprobs = self._next_tokens(work, chosen, scored)
         experts = self._reported(chosen.rows()) if chosen is not None else None
         prompt_rows = self._reported(scored.rows()) if scored is not None else None
-        tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
-        self._seen.reverse()
         done = None
         if self.tokens.is_cuda:
             done = torch.cuda.Event()
@@ -322,7 +307,21 @@ class Engine:
         for observer in (self.recording, self.rebalancer):
             if observer is not None:
                 observer.step()
-        return Step(work, started, tokens, logprobs, done, experts, prompt_rows)
+        return Step(work, started, tokens, logprobs, done, experts, prompt_rows, counts)
+
+    def _next_tokens(
+        self, work: Work, chosen: ChosenExperts | None, scored: PromptLogprobs | None
+    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
+        """Run a step that gives each sequence one token. Returns the tokens and log probabilities of a Step."""
+        latest = self.sampler.latest(work)
+        if work.decode_rows is None:
+            logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen, scored)
+        else:
+            logits = self.decode.run(work.decodes, work.decode_rows, work.eager, chosen)
+        logprobs = self.sampler.choose(logits, work, latest)
+        tokens = self._seen[0].copy_(self.tokens, non_blocking=True)
+        self._seen.reverse()
+        return tokens, None, logprobs
 
     def _reported(self, rows: Tensor) -> Tensor | None:
         """Return rows of the step, on the host once the step is done. None, unless this rank reports them."""
@@ -365,24 +364,6 @@ class Engine:
         self.decode.reset()
         self.dispatchers.close()
         lift_limit(self.mesh.device)
-
-    def kv_layout(self) -> dict[str, str]:
-        """Return the properties in which both sides of a KV handoff must agree: the pool's rows, and the model.
-
-        The model is identified by a hash of its configuration and its norms, which every rank holds unsplit. The
-        configuration's own hash is what a router can compare, which has no weights.
-        """
-        config = self.config.fingerprint
-        model_hash = hashlib.sha256(config.encode())
-        for name, weight in self.model.named_parameters():
-            if "norm" in name:
-                norm = weight.detach().cpu().bfloat16()  # the same for every --dtype
-                model_hash.update(norm.view(torch.uint8).numpy().tobytes())
-        layers, _, page, width = self.pool.shape
-        dtype = str(self.pool.dtype).removeprefix("torch.")
-        shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": model_hash.hexdigest()[:8]}
-        shape["config"] = config
-        return {name: str(value) for name, value in shape.items()}
 
     @property
     def kv_tokens(self) -> int:

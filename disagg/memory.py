@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
-from disagg.budget import Budget, gib, share_of_gpu
-from model.footprint import StepShape, weight_bytes
+from disagg.budget import Budget, gib, plan_parts, share_of_gpu
+from disagg.config import EngineConfig
+from model.footprint import StepShape, page_bytes, weight_bytes
 from model.pages import PAGE
+from model.transformer import Transformer
+from parallel.dispatchers import Dispatchers
 from parallel.mesh import Mesh, gpu_id
 
 KV_TOKENS_ON_CPU = 65536
@@ -83,6 +86,52 @@ def claim_memory(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fra
     held = torch.cuda.memory_reserved(mesh.device) + buffers
     torch.cuda.set_per_process_memory_fraction(share_of_torch(total, buffers, fraction, sharers), mesh.device.index)
     return Budget(*share_of_gpu(total, free, held, fraction, sharers), parts, page)
+
+
+def budget_of_all(
+    settings: EngineConfig,
+    model: Transformer,
+    mesh: Mesh,
+    dispatchers: Dispatchers,
+    buckets: list[int],
+    captures: bool,
+    handoff_bytes: int,
+) -> Budget:
+    """Collective. Return the budget of the rank with the least memory left for KV, for all ranks to use.
+
+    `buckets`: row counts of decode steps. `captures`: are they captured? The rest is as in `Engine`.
+    """
+    config, buffer = model.config, dispatchers.buffer
+    capacity = buffer.capacity if buffer is not None else None
+    assert capacity is None or capacity >= buckets[-1] * (1 + settings.speculate) // mesh.attn.size, f"{capacity=}"
+    shape = StepShape(
+        config,
+        model.dtype.itemsize,
+        model.fp8,
+        mesh.attn.size,
+        mesh.ep.size,
+        model.placement.slots_per_rank,
+        model.ops.alignment,
+        capacity,
+        model.ops.whole_keys,
+        buffer is None or buffer.configs is not None,
+    )
+    max_model_len = settings.model_len(config)
+    parts = plan_parts(
+        shape,
+        dispatchers.num_bytes,
+        buckets,
+        settings.max_tokens_per_step,
+        settings.positions(config),
+        min(max_model_len, settings.kv_tokens or max_model_len),
+        captures,
+        settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
+        handoff_bytes,
+        settings.speculate,
+    )
+    page = page_bytes(config, model.dtype.itemsize)
+    own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)
+    return min(mesh.ep.exchange(own, Budget), key=lambda budget: budget.left)
 
 
 def lift_limit(device: torch.device) -> None:

@@ -26,7 +26,7 @@ class PageCache:
     def __init__(self, num_pages: int, keeps: bool = True) -> None:
         """`num_pages` with the null page. `keeps`: False if a page is free as soon as nobody holds it."""
         self.keeps = keeps
-        self._allocator = PageAllocator(num_pages)
+        self.allocator = PageAllocator(num_pages)
         self._holders: dict[int, int] = {}  # page -> requests that hold it, at least one
         self._published: dict[Key, int] = {}  # key -> page
         self._places: dict[int, tuple[Key, Node]] = {}  # published page -> its key and its node
@@ -37,12 +37,12 @@ class PageCache:
 
     @property
     def capacity(self) -> int:
-        return self._allocator.capacity
+        return self.allocator.capacity
 
     @property
     def num_free(self) -> int:
         """Pages that a request can get: idle ones too."""
-        return self._allocator.num_free + len(self._idle)
+        return self.allocator.num_free + len(self._idle)
 
     def stats(self) -> dict[str, float]:
         return {
@@ -63,9 +63,9 @@ class PageCache:
         self.hits += len(hits)
         for page in hits:
             self._hold(page)
-        while self._allocator.num_free < fresh:
+        while self.allocator.num_free < fresh:
             self._evict()
-        pages = self._allocator.alloc(fresh)
+        pages = self.allocator.alloc(fresh)
         assert pages is not None
         self._holders.update(dict.fromkeys(pages, 1))
         return hits + pages, len(hits)
@@ -100,7 +100,7 @@ class PageCache:
 
     def distrust(self) -> None:
         """Publish nothing of what is there now, because some of it may be damaged. Idle pages become free."""
-        self._allocator.free(list(self._idle))
+        self.allocator.free(list(self._idle))
         for known in (self._idle, self._published, self._places):
             known.clear()
         self._doubtful.update(self._holders)
@@ -145,12 +145,12 @@ class PageCache:
         if page in self._places:
             self._idle[page] = None
         else:
-            self._allocator.free([page])
+            self.allocator.free([page])
 
     def _evict(self) -> None:
         """Free the oldest idle page. Pages that came after it would be older, so there are none."""
         page = next(iter(self._idle))
         key, _ = self._places.pop(page)
         del self._idle[page], self._published[key]
-        self._allocator.free([page])
+        self.allocator.free([page])
         self.evictions += 1

@@ -65,38 +65,51 @@ def sampling_rows(sequences: list[Sequence], device: torch.device) -> SamplingRo
     return SamplingRows.build(rows, device, min_p if any(min_p) else None)
 
 
-def process(logits: Tensor, sequences: list[Sequence], latest: Tensor) -> None:
+def process(
+    logits: Tensor,
+    sequences: list[Sequence],
+    latest: Tensor,
+    owners: np.ndarray | None = None,
+    ends: list[int] | None = None,
+) -> None:
     """Apply the sequences' processors to their logits [N, V], in place.
 
-    `latest` [B]: the latest token of each of the first B sequences, those that decode.
+    `latest` [n]: the latest tokens of some rows, which the host may lack. `owners` [n] ascending: whose row each one
+    belongs to (None: one for each of the first n). `ends`: how many tokens are before the one that each row chooses
+    (None: all computed ones, and the latest).
     """
+    owners = np.arange(len(latest)) if owners is None else owners
+    ends = ends or [s.computed for s in sequences]
     at, vocab = logits.device, logits.shape[1]
     asking = [(row, s.history) for row, s in enumerate(sequences) if s.request.processes_logits]
     if biased := [(row, history) for row, history in asking if len(history.biased)]:
         bias = np.concatenate([history.bias for _, history in biased])
         add_bias(logits, places([(row, history.biased) for row, history in biased], vocab, at), to_device(bias, at))
     if penalized := [row for row, s in enumerate(sequences) if s.request.has_penalties]:
-        penalize(logits, penalties(sequences, penalized, latest, vocab))
-    banned = [(row, history.banned(sequences[row].computed)) for row, history in asking]
+        penalize(logits, penalties(sequences, penalized, latest, owners, ends, vocab))
+    banned = [(row, history.banned(ends[row])) for row, history in asking]
     if any(len(tokens) for _, tokens in banned):
         ban(logits, places(banned, vocab, at))
 
 
-def penalties(sequences: list[Sequence], rows: list[int], latest: Tensor, vocab: int) -> Penalties:
-    """Collect the penalties of these rows, each with all its tokens so far.
+def penalties(
+    sequences: list[Sequence], rows: list[int], latest: Tensor, owners: np.ndarray, ends: list[int], vocab: int
+) -> Penalties:
+    """Collect the penalties of these rows, each with all its tokens so far. The other arguments: as in `process`.
 
     The cost per step: 8 bytes per token so far are copied, on the host and to the device, and `penalize` makes about a
     dozen passes over [M, V]. On one CPU core, with V = 129,280, that is 2.5 ms per row; sampling the row takes 30 ms.
     The host's part is 3 ms for 64 rows of 8,000 tokens.
     """
-    at, decoding = latest.device, [row for row in rows if row < len(latest)]
+    at, mine = latest.device, np.flatnonzero(np.isin(owners, rows))
+    latest_of = np.bincount(owners, minlength=len(sequences))
     prompts, generated = [], []
     for place, row in enumerate(rows):
         sequence = sequences[row]
-        seen = sequence.computed - (row < len(latest))  # the latest token, which the host may lack, comes from `latest`
+        seen = ends[row] - int(latest_of[row])
         prompts.append((place, sequence.history.prompt))
         generated.append((place, sequence.history.generated(sequence.tokens, seen)))
-    newest = latest[to_device(np.array(decoding, np.int64), at)] + vocab * torch.arange(len(decoding), device=at)
+    newest = latest[to_device(mine, at)] + vocab * to_device(np.searchsorted(rows, owners[mine]), at)
     asked = [sequences[row].request for row in rows]
     columns = zip(*((r.repetition_penalty, r.presence_penalty, r.frequency_penalty) for r in asked), strict=True)
     repetition, presence, frequency = to_device(np.array(list(columns), np.float32), at)

@@ -88,6 +88,18 @@ class Sequence:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
+    def extend(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
+        """Add the tokens that one step gave, up to the first that ends the request.
+
+        Returns how many were added, and the finish reason of the last one. The step was counted as one token.
+        """
+        count, reason = 0, None
+        while reason is None and count < len(tokens):
+            reason = self.append(tokens[count])
+            count += 1
+        self.computed += count - 1
+        return count, reason
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -155,15 +167,20 @@ class Plan:
 
 
 class Scheduler:
-    def __init__(self, cache: PageCache, max_batch: int, max_tokens_per_step: int, max_model_len: int) -> None:
+    def __init__(
+        self, cache: PageCache, max_batch: int, max_tokens_per_step: int, max_model_len: int, drafts: int = 0
+    ) -> None:
         """At most `max_batch` sequences run at once. A step computes at most `max_tokens_per_step` tokens.
 
-        Raises ValueError if a step could not hold one token of every running sequence.
+        A decoding sequence takes 1 + `drafts` of them. Raises ValueError if a step could not hold those of every
+        running sequence.
         """
-        if max_batch > max_tokens_per_step:
+        self.decode_tokens = 1 + drafts
+        if max_batch * self.decode_tokens > max_tokens_per_step:
+            each = f" x (1 + --speculate {drafts}) = {max_batch * self.decode_tokens}" if drafts else ""
             raise ValueError(
-                f"--max-batch ({max_batch}) is over --max-tokens-per-step ({max_tokens_per_step}): "
-                f"a step must hold one token of every running request"
+                f"--max-batch ({max_batch}){each} is over --max-tokens-per-step ({max_tokens_per_step}): a step must "
+                f"hold {'one token' if not drafts else f'{self.decode_tokens} tokens'} of every running request"
             )
         self.cache, self.max_model_len = cache, max_model_len
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
@@ -224,7 +241,7 @@ class Scheduler:
             return self._same if self._times else replace(self._same, may_end=True)
         prompts = [s for s in self.running if s.computed < s.prompt_len]
         decodes = [s for s in self.running if s.prompt_len <= s.computed < s.limit - 1]  # the last token needs no KV
-        budget = self.max_tokens_per_step - len(decodes)
+        budget = self.max_tokens_per_step - self.decode_tokens * len(decodes)
         prefills: list[tuple[Sequence, int]] = []
         context = 0
 
@@ -240,12 +257,14 @@ class Scheduler:
                 compute(sequence, min(budget, sequence.prompt_len - sequence.computed))
         while self.waiting and len(self.running) < self.max_batch and budget > 0:
             sequence = self.waiting[0]
+            if not sequence.in_prompt and budget < self.decode_tokens:
+                break
             wanted = sequence.limit if reserve_output else sequence.prompt_len
             if not sequence.pages and not self.reserve(sequence, wanted):
                 break  # in order, so that smaller requests never starve a large one
             if not sequence.in_prompt:
                 decodes.append(sequence)
-                budget -= 1
+                budget -= self.decode_tokens
             else:
                 count = min(budget, sequence.prompt_len - sequence.computed)
                 if context + sequence.computed + count > self.max_context:

@@ -1,5 +1,6 @@
 """One rank's part of a step: Work before its launch, Step afterwards."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ class Work:
     sequences: list[Sequence]  # those that get a token, decodes first
     rows: np.ndarray  # [sequences]: the row of each one's token
     eager: bool = False  # a decode step that replays no graph
+    drafts: int = 0  # N: the step verifies so many of each decoding sequence, and makes as many new ones
 
     @property
     def mixed(self) -> bool:
@@ -32,14 +34,15 @@ class Work:
     def next_decodes(self, sequences: list[Sequence]) -> Decodes:
         """Return the inputs of the sequences that decode in the next step.
 
-        Each one's token is the one sampled in this step, which the host may not have seen: -1 - row stands for it. A
-        sequence without one was handed over with its first token.
+        Each one's token is the one sampled in this step, which the host may not have seen: -1 - row stands for it, and
+        with drafts for its position, too. A sequence without one was handed over with its first token.
         """
-        if sequences == self.plan.decodes:  # the same sequences, each one token further
-            return Decodes(-1 - self.rows[: len(sequences)], self.decodes.positions + 1, self.decodes.pages)
+        if sequences == self.plan.decodes:  # the same sequences, each one token further, or more
+            ids = -1 - self.rows[: len(sequences)]
+            return Decodes(ids, ids if self.drafts else self.decodes.positions + 1, self.decodes.pages)
         rows = dict(zip(self.sequences, self.rows.tolist(), strict=True))
         ids = [-1 - rows[s] if s in rows else s.tokens[-1] for s in sequences]
-        positions = np.array([s.computed for s in sequences], np.int64)
+        positions = np.array([-1 - rows[s] if self.drafts and s in rows else s.computed for s in sequences], np.int64)
         return Decodes(np.array(ids, np.int64), positions, [s.pages for s in sequences])
 
 
@@ -53,16 +56,36 @@ class Step:
     work: Work
     started: float  # time.perf_counter() when its launch began
     tokens: Tensor  # [max rows]; read it before the second step after this one, which overwrites it
-    logprobs: tuple[Tensor, Tensor] | None  # ids and values, both [sequences, ...]
+    logprobs: tuple[Tensor, Tensor] | None  # ids and values, both [sequences, ...]; with drafts [sequences, N + 1, ...]
     done: torch.cuda.Event | None  # None on a CPU, where the step is done already
     chosen: Tensor | None = None  # [T, MoE layers, K] int16, at the replica's first rank if a request asks
     prompt_rows: Tensor | None = None  # [targets, 2, K + 1] int32 of `model/prompt_logprobs.py`, likewise
+    counts: Tensor | None = None  # with drafts: [sequences], how many of tokens [sequences, N + 1] are new
 
     def sampled(self) -> list[int]:
         """Wait for the step. Returns the new token, or NO_TOKEN, of each of work.sequences."""
         if self.done is not None:
             self.done.synchronize()
         return self.tokens.numpy()[self.work.rows].tolist()
+
+    def outcomes(self) -> Iterator[tuple[Sequence, list[int], list[list[tuple[int, float]]]]]:
+        """Wait for the step. Yield each sequence with its new tokens, and pairs as in `pairs` for each, if requested.
+
+        Without drafts that is one token each. NO_TOKEN may be the last.
+        """
+        if self.counts is None:
+            for sequence, token, pairs in zip(self.work.sequences, self.sampled(), self.pairs(), strict=True):
+                yield sequence, [token], [pairs] if pairs else []
+            return
+        if self.done is not None:
+            self.done.synchronize()
+        ids, values = self.logprobs or (None, None)
+        for i, (sequence, count) in enumerate(zip(self.work.sequences, self.counts.tolist(), strict=True)):
+            pairs, most = [], sequence.request.logprobs
+            if ids is not None and values is not None and most:
+                rows = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
+                pairs = [logprob_pairs(row_ids, row_values, most) for row_ids, row_values in rows]
+            yield sequence, self.tokens[i, :count].tolist(), pairs
 
     def pairs(self) -> list[list[tuple[int, float]]]:
         """Return (token, log probability) pairs per sequence: empty unless requested. Call it after `sampled`."""
@@ -79,8 +102,8 @@ class Step:
     def chosen_experts(self) -> list[tuple[Sequence, bytes]]:
         """Return (sequence, chosen experts of its tokens in this step) for the sequences whose requests ask.
 
-        The experts are [tokens, MoE layers, K] uint16, little-endian. Call it after `sampled`. The replica's other
-        ranks return nothing.
+        With drafts, `fed_experts` has those of decoding sequences. The experts are [tokens, MoE layers, K] uint16,
+        little-endian. Call it after `sampled`. The replica's other ranks return nothing.
         """
         if self.chosen is None:
             return []
@@ -89,13 +112,24 @@ class Step:
         decode_rows = self.work.rows[: len(plan.decodes)].tolist()
         first = len(chosen) - plan.num_prefill_tokens  # prompts come last
         for sequence, row in zip(plan.decodes, decode_rows, strict=True):
-            if sequence.request.return_experts:
+            if sequence.request.return_experts and not self.work.drafts:
                 found.append((sequence, chosen[row].tobytes()))
         for sequence, count in plan.prefills:
             if sequence.request.return_experts:
                 found.append((sequence, chosen[first : first + count].tobytes()))
             first += count
         return found
+
+    def fed_experts(self) -> dict[Sequence, list[bytes]]:
+        """Return, with drafts, what `chosen_experts` returns for decoding sequences: one piece for each token fed.
+
+        The first new token followed on the first token fed, and so on. Wrong drafts were fed, too.
+        """
+        if self.chosen is None or not self.work.drafts:
+            return {}
+        chosen, each = self.chosen.numpy().astype("<i2", copy=False), self.work.drafts + 1
+        asking = [(i, s) for i, s in enumerate(self.work.plan.decodes) if s.request.return_experts]
+        return {s: [row.tobytes() for row in chosen[i * each : (i + 1) * each]] for i, s in asking}
 
     def prompt_logprobs(self) -> list[tuple[Sequence, bytes]]:
         """Return (sequence, rows of the prompt tokens that its chunk predicts) for the sequences whose requests ask.

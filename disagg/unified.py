@@ -55,40 +55,50 @@ class Unified(Role):
         return True
 
     def take_up(self, step: Step) -> int:
-        plan, tokens = step.work.plan, step.sampled()
+        plan, drafted = step.work.plan, step.counts is not None
+        tokens = [] if drafted else step.sampled()
         for sequence, experts in step.chosen_experts():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_experts(sequence.uid, experts)
         for sequence, rows in step.prompt_logprobs():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_prompt(sequence.uid, rows)
-        nothing_else = not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
+        nothing_else = (
+            not drafted and not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
+        )
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
                 append(token)
             self.updates.append(Tokens(dict(zip(plan.uids, tokens, strict=True))))
             return len(tokens)
-        going_on, useless = {}, 0
-        for sequence, token, logprobs in zip(step.work.sequences, tokens, step.pairs(), strict=True):
-            reason, uid = sequence.append(token), sequence.uid
-            if token == NO_TOKEN:
+        going_on, useful, fed = {}, 0, step.fed_experts()
+        for sequence, several, logprobs in step.outcomes():
+            uid, is_first = sequence.uid, len(sequence.tokens) == sequence.prompt_len
+            count, reason = sequence.extend(several)
+            new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
+            if new[-1] == NO_TOKEN:
                 self.scheduler.cache.distrust()
-            is_first = len(sequence.tokens) == sequence.prompt_len + 1
-            cached_tokens = sequence.hits * PAGE if is_first else 0
             if uid not in self.sequences:  # it ended while this token was in flight
-                useless += 1
                 if not sequence.unseen:
                     self.scheduler.release(sequence)
-            elif token == NO_TOKEN:
+                continue
+            useful += count
+            if new[-1] == NO_TOKEN:
+                if count > 1:
+                    self.emit(sequence, new[:-1], logprobs[: count - 1], None)
                 self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
                 self.finish(sequence)
-            elif reason or logprobs or cached_tokens:
-                self.emit(sequence, token, logprobs, reason, cached_tokens=cached_tokens)
+            elif sequence in fed:
+                for i, token in enumerate(new):
+                    self.report_experts(uid, fed[sequence][i])
+                    self.emit(sequence, [token], logprobs[i : i + 1], reason if i == count - 1 else None)
+            elif reason or logprobs or cached_tokens or count > 1:
+                self.emit(sequence, new, logprobs[:count], reason, cached_tokens=cached_tokens)
             else:
-                going_on[uid] = token
+                going_on[uid] = new[0]
         if going_on:
             self.updates.append(Tokens(going_on))
-        return len(tokens) - useless
+        return useful
 
     def report_experts(self, uid: int, experts: bytes) -> None:
         """Report the chosen experts of the sequence's next tokens. Call it before `emit` of a later token."""
@@ -101,21 +111,21 @@ class Unified(Role):
     def emit(
         self,
         sequence: Sequence,
-        token: int,
-        logprobs: list[tuple[int, float]],
+        tokens: list[int],
+        logprobs: list[list[tuple[int, float]]],
         reason: FinishReason | None,
         parts: Parts | None = None,
         cached_tokens: int = 0,
     ) -> None:
-        """Report a token that needs an Update of its own. With a `reason` it is the request's last token.
+        """Report tokens in an Update of their own. With a `reason` they are the request's last ones.
 
         `cached_tokens`: of the prompt; with the first token, that is how many were not computed.
 
         A request with `max_tokens` 0 only ends here: its token is dropped.
         """
-        tokens = [token] if sequence.request.max_tokens else []
-        shown = [logprobs] if logprobs and tokens else []
-        self.updates.append(Update(sequence.uid, tokens, shown, reason, parts=parts, cached_tokens=cached_tokens))
+        if not sequence.request.max_tokens:
+            tokens, logprobs = [], []
+        self.updates.append(Update(sequence.uid, tokens, logprobs, reason, parts=parts, cached_tokens=cached_tokens))
         if reason:
             self.finish(sequence)
 

@@ -181,6 +181,16 @@ def masked_step(shape: StepShape, tokens: int) -> int:
     )
 
 
+def drafting(shape: StepShape, tokens: int, step: int) -> int:
+    """Return the peak bytes of a step that also drafts, if without that a step of `tokens` tokens takes `step`.
+
+    The draft layer's own peak is that of the other layers with experts. Beside it lives the main model's output. Before
+    it there are this, the embeddings, the norms of both, the two in one, and what eh_proj makes of them.
+    """
+    row = tokens * shape.row(shape.config.hidden_size)
+    return max(step + row, 7 * row)
+
+
 def sampling(config: ModelConfig, rows: int) -> int:
     """Return the peak bytes of choosing a token per row of logits [rows, V], the logits included."""
     return SAMPLING * rows * config.vocab_size * FLOAT

@@ -24,11 +24,11 @@ State = tuple[bool, str | None, str]  # of a fetch: is it done, what went wrong,
 POLL_S = 0.5  # how often ranks ask whether the files are there
 
 
-def find_model(name: str, mesh: Mesh, weights: bool) -> str:
+def find_model(name: str, mesh: Mesh, weights: bool, drafts: bool = False) -> str:
     """Collective. Return the folder of a model: `name`, if it is one, else where the files of this hub id are.
 
-    `weights`: also fetch those. One rank of each machine fetches while the others wait. Raises ValueError on all ranks
-    if a rank cannot.
+    `weights`: also fetch those. `drafts`: with the multi-token-prediction layer. One rank of each machine fetches while
+    the others wait. Raises ValueError on all ranks if a rank cannot.
     """
     match = HUB_ID.fullmatch(name)
     if match is None:
@@ -38,7 +38,7 @@ def find_model(name: str, mesh: Mesh, weights: bool) -> str:
         return name
     if any(local):
         raise ValueError(f"--model {name}: it is a folder on some machines only")
-    job = Fetch(match["id"], match["revision"], weights) if launched_local_rank() == 0 else None
+    job = Fetch(match["id"], match["revision"], weights, drafts) if launched_local_rank() == 0 else None
     while True:
         mine = job.state() if job is not None else None
         states = mesh.ep.exchange(mine, State | None)  # short, so no collective waits too long
@@ -55,30 +55,31 @@ def find_model(name: str, mesh: Mesh, weights: bool) -> str:
 class Fetch:
     """A download in a thread of its own."""
 
-    def __init__(self, repo: str, revision: str | None, weights: bool) -> None:
+    def __init__(self, repo: str, revision: str | None, weights: bool, drafts: bool) -> None:
         self.folder, self.problem = "", None
-        self._thread = threading.Thread(target=self._run, args=(repo, revision, weights), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(repo, revision, weights, drafts), daemon=True)
         self._thread.start()
 
     def state(self) -> State:
         self._thread.join(POLL_S)
         return not self._thread.is_alive(), self.problem, self.folder
 
-    def _run(self, repo: str, revision: str | None, weights: bool) -> None:
+    def _run(self, repo: str, revision: str | None, weights: bool, drafts: bool) -> None:
         try:
-            self.folder = fetch(repo, revision, weights)
+            self.folder = fetch(repo, revision, weights, drafts)
         except ValueError as error:
             self.problem = str(error)
         except Exception as error:  # else the other ranks would take it for done
             self.problem = f"{type(error).__name__}: {error}"
 
 
-def fetch(repo: str, revision: str | None, weights: bool) -> str:
+def fetch(repo: str, revision: str | None, weights: bool, drafts: bool = False) -> str:
     """Bring the files of a hub id into the cache. Return their folder. Raises ValueError, on one line."""
     folder = _download(repo, revision, TEXTS + [INDEX] * weights)
     if weights:
         index = Path(folder, INDEX)
         config = ModelConfig.from_pretrained(folder)
+        config = config.drafting() if drafts else config
         shards = needed_shards(index, config) if index.is_file() else ["model.safetensors"]
         commit = Path(folder).name  # the same files, even if the repository changes meanwhile
         folder = _download(repo, commit, shards)

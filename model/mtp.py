@@ -20,7 +20,7 @@ from kernels.ops import Ops
 from model.batch import Batch
 from model.block import Block, Residual
 from model.config import ModelConfig
-from model.layers import Linear, RMSNorm
+from model.layers import Embedding, Linear, RMSNorm
 from parallel.dispatchers import Dispatcher
 from parallel.mesh import Mesh
 from parallel.overlap import Beside, run
@@ -48,14 +48,13 @@ class MTP(nn.Module):
         self.block = Block(config, 0, mesh, self.placement, rope, ops, beside, dtype, fp8)
 
     def forward(
-        self, hidden: Tensor, following: Tensor, batch: Batch, kv_pages: Tensor, dispatcher: Dispatcher
+        self, hidden: Tensor, batch: Batch, embed: Embedding, kv_pages: Tensor, dispatcher: Dispatcher
     ) -> Tensor:
-        """Run the layer: hidden [T, D] and the embeddings `following` [T, D] of the tokens after -> h' [T, D].
+        """Run the layer: hidden [T, D] and the tokens after it, batch.token_ids [T] -> h' [T, D].
 
         kv_pages [pages, 64, C + R] is written in place. Collective: the layer has experts.
         """
-        x = self.eh_proj(torch.cat((self.enorm(following), self.hnorm(hidden)), -1))
-        del hidden, following
+        x = self.eh_proj(torch.cat((self.enorm(embed(batch.token_ids)), self.hnorm(hidden)), -1))
         residual = Residual(x)
         del x
         run(self.block.steps(residual, batch, kv_pages, dispatcher, ()))

@@ -117,7 +117,7 @@ class Transformer(nn.Module):
         token at p + 1. The output predicts the token at p + 2. The layer's KV is the last of kv_pool's layers.
         """
         assert self.mtp is not None
-        return self.mtp(hidden, self.embed_tokens(batch.token_ids), self.planned(batch), kv_pool[-1], dispatcher)
+        return self.mtp(hidden, self.planned(batch), self.embed_tokens, kv_pool[-1], dispatcher)
 
     def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:
         """Run the layers without experts, in each layer one part after the other."""

@@ -45,6 +45,7 @@ class Sizes:
     top_k: int
     capacity: int  # the most tokens that a rank dispatches in a decode step
     dtype: str  # its name
+    drafts: int = 0  # the tokens are 1 + so many for each sequence
 
     @property
     def nodes(self) -> int:
@@ -80,7 +81,10 @@ def low_latency_misfits(sizes: Sizes) -> list[str]:
     if sizes.top_k > MAX_TOP_K:
         found.append(f"experts a token must be at most {MAX_TOP_K}, not {sizes.top_k}")
     if sizes.capacity > MAX_CAPACITY:
-        found.append(f"tokens a rank dispatches in a decode step must be at most {MAX_CAPACITY}, not {sizes.capacity}")
+        each = sizes.drafts + 1
+        product = f" = {sizes.capacity / each:g} x (1 + --speculate {sizes.drafts})" if sizes.drafts else ""
+        most = f"must be at most {MAX_CAPACITY}, not {sizes.capacity}{product}"
+        found.append(f"tokens a rank dispatches in a decode step {most}")
     if sizes.dtype != "bfloat16":
         found.append(f"needs bfloat16, not {sizes.dtype}")
     size = low_latency_bytes(slots, sizes.hidden, padded(sizes.capacity, ranks))

@@ -54,6 +54,7 @@ def make_dispatchers(
     hidden: int,
     top_k: int,
     capacity: int,
+    drafts: int = 0,
     fp8: bool = False,
     most_copies: int | None = None,
     decodes: bool = True,
@@ -61,9 +62,9 @@ def make_dispatchers(
     """Choose and create a job's dispatchers. Collective: all ranks make the same choice.
 
     `choice`: `auto`, or the value of `--backend dispatch=...`. `capacity`: the most tokens that a rank dispatches in a
-    decode step. `fp8`: tokens travel quantised. `most_copies`: how many copies a rank's experts take at once in prefill
-    (None: all). `decodes`: False for a job that only prefills. Raises ValueError if DeepEP is forced and cannot serve,
-    with every rule that fails.
+    decode step, 1 + `drafts` of each sequence. `fp8`: tokens travel quantised. `most_copies`: how many copies a rank's
+    experts take at once in prefill (None: all). `decodes`: False for a job that only prefills. Raises ValueError if
+    DeepEP is forced and cannot serve, with every rule that fails.
     """
     if choice not in CHOICES:
         raise ValueError(f"--backend dispatch={choice}: it is one of {', '.join(CHOICES)}")
@@ -73,7 +74,7 @@ def make_dispatchers(
     if choice == "all_to_all":
         return Dispatchers(*plain_dispatchers(mesh.ep, num_slots, ops, most_copies), f"{plain} (forced)")
     name = str(dtype).removeprefix("torch.")
-    sizes = Sizes(mesh.ep.size, mesh.ranks_per_node, num_slots, hidden, top_k, capacity, name)
+    sizes = Sizes(mesh.ep.size, mesh.ranks_per_node, num_slots, hidden, top_k, capacity, name, drafts)
     failed = _of_all_ranks(mesh.ep.exchange(obstacles(sizes, mesh.device, decodes), list[str]))
     if failed and choice == "deepep":
         raise ValueError(f"--backend dispatch=deepep: {failed}")

@@ -429,7 +429,7 @@ ENGINE |= {"--gpu-memory-fraction", "--load", "--prefix-cache"}
 COMMON = {"--model", "--role", "--max-model-len", "--secret-file", "--insecure"}
 HANDOFF = {"--transport", "--kv-checksum"}
 FLAGS = {
-    "unified": COMMON | REQUESTS | ENGINE,
+    "unified": COMMON | REQUESTS | ENGINE | {"--speculate"},
     "router": COMMON | REQUESTS | {"--router"},
     "prefill": COMMON | {"--router"} | HANDOFF | ENGINE - {"--graphs"},
     "decode": COMMON | {"--router"} | HANDOFF | ENGINE,

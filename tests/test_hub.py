@@ -12,6 +12,8 @@ from urllib.parse import unquote
 import pytest
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint import needed_shards
+from model.config import ModelConfig
 from scripts.tools.demo import free_port
 from tests.deployment import run
 from tests.processes import Job, Process
@@ -110,6 +112,12 @@ def hub(folder: Path) -> Iterator[Hub]:
     hub = Hub(folder)
     yield hub
     hub.close()
+
+
+def test_a_job_that_drafts_needs_the_shard_of_its_layer(folder: Path) -> None:
+    config, index = ModelConfig.from_pretrained(folder), folder / "model.safetensors.index.json"
+    assert needed_shards(index, config) == ["half-0.safetensors", "half-1.safetensors"]
+    assert needed_shards(index, config.drafting()) == ["half-0.safetensors", "half-1.safetensors", "mtp.safetensors"]
 
 
 TEXTS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -11,7 +11,7 @@ import torch
 from disagg.budget import GIB, WORKSPACES, Budget, plan_parts, share_of_gpu
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
-from disagg.memory import host_memory, pages_on_host, share_of_torch
+from disagg.memory import budget_of_all, host_memory, pages_on_host, share_of_torch
 from disagg.request import Request
 from disagg.sampler import process, sampling_rows
 from disagg.scheduler import Sequence
@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.footprint import (
     StepShape,
     contiguous_step,
+    drafting,
     graphs,
     grouped_rows,
     masked_step,
@@ -247,6 +248,35 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
             assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("ranks", "attn_tp"), [(1, 1), (4, 2)])
+def test_drafting_fits_beside_the_step(ranks: int, attn_tp: int, fp8: bool) -> None:
+    """What a step that verifies and drafts has alive at once, as `disagg/speculation.py` runs them."""
+    for name, config, tokens in (
+        ("wide experts", replace(SMALL, kv_lora_rank=64, n_routed_experts=32, drafts=True), 1024),
+        ("wide rows", replace(SMALL, hidden_size=4096, moe_intermediate_size=128, kv_lora_rank=64, drafts=True), 256),
+    ):
+        net, group = make(config, ranks, attn_tp, fp8=fp8), Group() if ranks == 1 else FakeGroup(ranks)
+        contiguous, masked = plain_dispatchers(
+            group, net.placement.num_slots, net.ops, most_copies(tokens // attn_tp, config.num_experts_per_tok)
+        )
+        job = StepShape(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
+        pool, ids = make_pool(config, 2, torch.bfloat16, "cpu"), torch.zeros(tokens).long()
+        prompt = Batch.build([], [Chunk([0] * 64, 0, [1])] * (tokens // 64), "cpu")
+        verify = Batch.decode(ids, ids, torch.ones(tokens // 4, 2, dtype=torch.int32))
+        for batch, dispatcher, step in (
+            (prompt, contiguous, contiguous_step(job, tokens, tokens, 64)),
+            (verify, masked, masked_step(job, tokens)),
+        ):
+            with Peak() as peak:
+                hidden = net.head.norm(net.body(batch, pool, dispatcher))
+                logits = net.head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
+                del logits
+                net.draft(hidden, batch, pool, dispatcher)
+                del hidden
+            assert peak.most <= 1.01 * drafting(job, tokens, step) <= 1.15 * peak.most, name
+
+
 def test_two_micro_batches_take_little_over_half() -> None:
     """DeepSeek-V3's proportions at a seventh, prompts on one of 32 ranks of 9 experts: the peak is that of a half's
     experts."""
@@ -408,8 +438,8 @@ def test_an_engine_takes_its_share(
     config = ModelConfig.from_pretrained(tiny)
     settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
-    engine.mesh = Mesh(device=torch.device("cuda", 0), ep=Hosts(5) if sharing else Group())
-    budget = engine._claim_memory([1, 2, 64])
+    mesh = Mesh(device=torch.device("cuda", 0), ep=Hosts(5) if sharing else Group())
+    budget = budget_of_all(settings, engine.model, mesh, engine.dispatchers, [1, 2, 64], False, 0)
     assert budget.available == (left - sharing) * GIB
     assert sum(budget.parts.values()) < GIB / 2
     assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1

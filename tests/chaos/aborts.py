@@ -3,8 +3,8 @@
 Rank 0 has the router and a prefill job, rank 1 a decode job. Prompts take several chunks, and a transfer holds one
 page. Decode's wire is slow: each transfer takes up to SLOW_S more. The router aborts a request when its room is where
 the request's plan says. What counts is where the room was when the Cancel reached prefill's link. Decode's pages are
-painted when they become free, so that a late write into them is seen. The requests that are not aborted must have the
-tokens of one process.
+painted when they become free, so that a late write into them is seen. Idle ones keep their KV for the prefix cache. The
+requests that are not aborted must have the tokens of one process.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from msgspec import structs
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -54,6 +55,7 @@ NAMES: tuple[RoleName, ...] = ("prefill", "decode")  # by rank
 PAINT = 12345.0
 SLOW_S = 0.005
 STAYS = 0.15  # the share of requests that are not aborted
+ALONE = 0.7  # the share of requests that find nothing in the prefix cache
 SETTINGS = EngineConfig(max_batch=8, max_tokens_per_step=96, kv_tokens=4096, max_model_len=1024)
 PLANS = ("submitted", "waiting", "decoding", *["transferring"] * 6, *["a transfer is under way"] * 3)
 SOON = 30
@@ -122,7 +124,11 @@ class Aborter:
             return []
         kind = self.rng.randrange(len(self.kinds))
         plan = None if self.rng.random() < STAYS else self.rng.choice(PLANS)
-        return [(self.kinds[kind], Patient(self, kind, plan))]
+        user = self.kinds[kind]
+        if self.rng.random() < ALONE:
+            request = structs.replace(user.request, cache_salt=str(self.rng.random()))
+            user = structs.replace(user, request=request)
+        return [(user, Patient(self, kind, plan))]
 
     def look(self) -> bool:
         """Abort the requests whose time has come. The router's thread calls it in every turn; False: go on."""
@@ -260,7 +266,7 @@ class Side:
         handoff = Handoff(library, checksums=True)
         assert loop.serve(NAMES[self.rank], self.engine, self.mesh, (HOST, port), Interrupt(), handoff=handoff) is None
         scheduler = self.engine.scheduler
-        free = scheduler.allocator.num_free == scheduler.allocator.capacity
+        free = scheduler.cache.num_free == scheduler.cache.capacity
         assert free and not scheduler.has_work, f"{library}: a page leaked"
 
     def _corrupt(self, library: str) -> int:
@@ -281,7 +287,7 @@ def _body(rank: int, folder: Path, libraries: list[str], count: int, seed: int, 
     alone = [("unified", engine if rank == 0 else None, meshes[0])]
     expected, painted = one_run(alone, folder, Interrupt(), prompts), None
     if NAMES[rank] == "decode":
-        painted = engine.scheduler.allocator = Painted(engine.pool)
+        painted = engine.scheduler.cache.allocator = Painted(engine.pool)
     side = Side(rank, engine, mesh, tokenizer, expected, painted)
     keep_roles(side.roles)
     note_cancels(side.roles, side.cancels)

@@ -1,0 +1,349 @@
+"""Speculation changes no answer: not its tokens, log probabilities, experts or end, on any ranks, in any steps."""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from disagg.config import EngineConfig
+from disagg.control.messages import Abort, Submit, Update
+from disagg.engine import Engine
+from disagg.front.tokenizer import load_tokenizer
+from disagg.interrupt import Interrupt
+from disagg.pipeline import Pipeline, Turn
+from disagg.request import Request
+from disagg.role import NOT_FINITE
+from disagg.scheduler import Sequence
+from disagg.speculation import before_each
+from disagg.unified import Unified
+from kernels.ops import Ops
+from model.batch import Batch, Chunk
+from model.config import ModelConfig
+from model.kv_cache import make_pool
+from model.pages import NULL_PAGE, pages_for
+from model.sampling import SamplingRows, sample
+from model.transformer import Transformer
+from parallel.deepep_sizes import Sizes, low_latency_misfits
+from parallel.mesh import Mesh
+from tests import hf
+from tests.conftest import ROOT
+from tests.deployment import run
+from tests.news import singly
+from tests.test_mtp import DOMAINS
+from tests.test_worlds import SETTINGS, one_run
+from tests.worlds import run_world, sub_mesh
+
+LIMIT = 150  # --max-model-len
+
+
+@dataclass
+class Answer:
+    """All that the router hears of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    experts: bytes = b""
+    prompt_rows: bytes = b""
+    end: tuple[str | None, str | None] | None = None  # finish reason and error
+
+    def hear(self, update: Update) -> None:
+        assert self.end is None, "news after the end"
+        self.tokens += update.tokens
+        self.logprobs += update.logprobs
+        self.experts += update.experts
+        self.prompt_rows += update.prompt_rows
+        if update.finish or update.error:
+            self.end = update.finish, update.error
+
+
+def make_engine(folder: Path, drafts: int, **changes: Any) -> Engine:
+    sizes = {"max_batch": 5, "max_tokens_per_step": 64, "kv_tokens": 2048, "max_model_len": LIMIT}
+    settings = EngineConfig(**sizes | changes, speculate=drafts)
+    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, Mesh(), Ops())
+
+
+def serve(
+    engine: Engine, requests: list[Request], between: Callable[[Unified, int], None] = lambda role, turn: None
+) -> tuple[dict[int, Answer], dict[str, float]]:
+    """Answer requests. Returns the answers, and the pipeline's statistics. `between(role, turn)`: after each turn."""
+    role, turn = Unified(engine), 0
+    pipeline = Pipeline(role, engine, engine.mesh)
+    for request in requests:
+        role.handle(Submit(request, None))
+    while pipeline.turn() == Turn.WORKED:
+        turn += 1
+        between(role, turn)
+    answers: defaultdict[int, Answer] = defaultdict(Answer)
+    for update in singly(role.updates):
+        answers[update.uid].hear(update)
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity, "a page leaked"
+    assert engine.pool[:, NULL_PAGE + 1 :].isfinite().all()
+    return dict(answers), pipeline.stats
+
+
+def same(got: dict[int, Answer], want: dict[int, Answer]) -> None:
+    """Log probabilities within rounding: products of more rows are summed in another order."""
+    assert got.keys() == want.keys()
+    for uid, ours in got.items():
+        theirs = want[uid]
+        assert ours.tokens == theirs.tokens, uid
+        assert (ours.end, ours.experts) == (theirs.end, theirs.experts), uid
+        assert len(ours.prompt_rows) == len(theirs.prompt_rows), uid
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert [token for token, _ in mine] == [token for token, _ in other], uid
+            assert [value for _, value in mine] == pytest.approx([value for _, value in other], abs=1e-3), uid
+
+
+def prompts_of(folder: Path) -> list[list[int]]:
+    """docs/prompts.jsonl: four prompts of each domain."""
+    encoder = load_tokenizer(folder)
+    lines = [json.loads(line) for line in (ROOT / "docs" / "prompts.jsonl").read_text().splitlines()]
+    return [encoder.chat(line["messages"]) if "messages" in line else encoder.text(line["prompt"]) for line in lines]
+
+
+def all_kinds(folder: Path) -> list[Request]:
+    """Greedy and sampled requests with every field that touches a token; prompts of one token to several chunks."""
+    rng, known = random.Random(3), prompts_of(folder)
+    long = [rng.randrange(4096) for _ in range(100)]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 6},
+        {"logprobs": 3},
+        {"temperature": 0.7, "logprobs": 2, "seed": 7},
+        {"presence_penalty": 0.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3},
+        {"temperature": 0.9, "frequency_penalty": 0.7, "logprobs": 1, "seed": 8},
+        {"logit_bias": {17: 12.0, 290: 12.0}, "min_tokens": 9, "stop_token_ids": [17, 290]},
+        {"return_experts": True},
+        {"return_experts": True, "temperature": 0.6, "logprobs": 1, "seed": 9},
+        {"prompt_logprobs": 1, "return_experts": True},
+        {"prompt_logprobs": 2, "max_tokens": 0},
+        {"max_tokens": 1},
+        {"resumed": 2, "repetition_penalty": 1.2, "min_tokens": 3},
+    ]
+    made = []
+    for i, fields in enumerate(kinds):
+        prompt = (known[i % len(known)], long[: 20 + i * 5], [rng.randrange(4096)])[0 if i < 9 else 1 + i % 2]
+        prompt = prompt if "resumed" not in fields else known[0]
+        made.append(Request(i, prompt, **{"max_tokens": 20, "ignore_eos": True} | fields))
+    return made
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_every_kind_of_request_gets_the_same_answer(tiny: Path, drafts: int) -> None:
+    """In batches of five, where prompts run in chunks beside decodes."""
+    requests = all_kinds(tiny)
+    want, _ = serve(make_engine(tiny, 0), requests)
+    assert {answer.end for answer in want.values()} == {("length", None), ("stop", None)}
+    assert any(answer.experts for answer in want.values()) and any(answer.prompt_rows for answer in want.values())
+    same(serve(make_engine(tiny, drafts), requests)[0], want)
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_a_step_that_runs_ahead_of_the_host_gives_the_same(
+    tiny: Path, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: it is laid out and launched before the host has seen the tokens of the step before it."""
+    requests = [r for r in all_kinds(tiny) if not r.processes_logits]
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
+    same(serve(engine, requests)[0], want)
+
+
+def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
+    """So ends fall on every place among the accepted tokens. Some requests are as long as the model's limit, a page."""
+    prompt, many = prompts_of(tiny)[8], 24
+    sizes = {"max_batch": 16, "max_tokens_per_step": 100, "max_model_len": 64}
+    whole = Request(0, prompt, 64 - len(prompt), ignore_eos=True)
+    tokens = serve(make_engine(tiny, 0, **sizes), [whole])[0][0].tokens
+    limits = [Request(i, prompt, i, ignore_eos=True) for i in range(1, many)]
+    stops = [
+        Request(many + i, prompt, many, ignore_eos=True, stop_token_ids=[token])
+        for i, token in enumerate(tokens[:many])
+    ]
+    full = [msgspec.structs.replace(whole, uid=100 + i) for i in range(3)]
+    for drafts in (1, 2, 4):
+        answers, _ = serve(make_engine(tiny, drafts, **sizes), limits + stops + full)
+        for request in limits:
+            assert answers[request.uid] == Answer(tokens[: request.max_tokens], end=("length", None))
+        for request in stops:
+            end = tokens.index(request.stop_token_ids[0]) + 1
+            assert answers[request.uid] == Answer(tokens[:end], end=("stop", None))
+        assert all(answers[request.uid].tokens == tokens for request in full)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_aborts_and_late_requests_change_nothing_for_the_others(
+    tiny: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [r for r in all_kinds(tiny) if not r.processes_logits]
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, 2)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
+    late = [Request(100 + i, [7 + i] * (1 + 13 * i), 30, ignore_eos=True, return_experts=i == 2) for i in range(6)]
+
+    def between(role: Unified, turn: int) -> None:
+        if turn % 2 == 0 and turn // 2 <= len(late):
+            role.handle(Submit(late[turn // 2 - 1], None))
+        if turn % 5 == 0:
+            role.handle(Abort(99 + turn // 5))  # soon after it came
+
+    got, _ = serve(engine, requests, between)
+    assert sum(len(got[r.uid].tokens) for r in late if r.uid in got and got[r.uid].end is None) > 5, "none was aborted"
+    same({r.uid: got[r.uid] for r in requests}, want)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_request_whose_logits_are_not_finite_ends_with_an_error(tiny: Path, drafts: int) -> None:
+    """A token's embedding is damaged, which a request is made to say: the tokens before it stay."""
+    engine, damaged, prompts = make_engine(tiny, drafts), 9, prompts_of(tiny)
+    requests = [Request(i, prompts[8 + i], 12, ignore_eos=True, logprobs=i) for i in range(2)]
+    want, _ = serve(engine, requests)
+    embedding, whole = engine.model.embed_tokens.weight, engine.model.embed_tokens.weight.clone()
+    embedding[damaged] = float("nan")
+    says = Request(5, prompts[8], 12, ignore_eos=True, logit_bias={damaged: 100.0})
+    reads = Request(6, [5, damaged, 7], 12, ignore_eos=True)
+    got, _ = serve_dirty(engine, [*requests, says, reads])
+    embedding.copy_(whole)
+    same({uid: got[uid] for uid in want}, want)
+    assert (got[5].tokens, got[5].end) == ([damaged], (None, NOT_FINITE))
+    assert (got[6].tokens, got[6].end) == ([], (None, NOT_FINITE))
+
+
+def serve_dirty(engine: Engine, requests: list[Request]) -> tuple[dict[int, Answer], dict[str, float]]:
+    """Serve, then clean the pool of what is not finite: pages of requests that failed."""
+    pool = engine.pool
+
+    def clean(role: Unified, turn: int) -> None:
+        if not role.scheduler.has_work:
+            pool.nan_to_num_(0.0)
+
+    return serve(engine, requests, clean)
+
+
+@torch.inference_mode()
+def drafts_after(model: Transformer, text: list[int], drafts: int, temperature: float, seed: int) -> list[int]:
+    """Compute drafts from a text alone: the layer on its true tokens, then again and again on its own output."""
+    pages = range(1, pages_for(len(text) + drafts) + 1)
+    pool, dispatcher = make_pool(model.config, len(pages) + 1, torch.float32, "cpu"), hf.dispatchers(model)[0]
+    batch = Batch.build([], [Chunk(text[:-1], 0, pages)], "cpu")
+    state = model.head.norm(model.body(batch, pool, dispatcher))
+    batch, made = replace(batch, token_ids=torch.tensor(text[1:])), []
+    for i in range(drafts):
+        state = model.draft(state, batch, pool, dispatcher)[-1:]
+        parameters = SamplingRows.build([(temperature, 1.0, 0, seed, len(text) + i)], "cpu")
+        made.append(int(sample(model.head.project(state), parameters)))
+        batch = Batch.build([Chunk(made[-1:], len(text) - 1 + i, pages)], [], "cpu")
+    return made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> None:
+    """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks."""
+    drafts, seed, fronts = 3, 4, {}
+    engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25)
+    prompts = [[*prompts_of(tiny)[0], *prompts_of(tiny)[1] * 5], prompts_of(tiny)[9]]
+    speculation = engine.speculation
+    assert speculation is not None and len(prompts[0]) < 64 < len(prompts[0]) + 25
+
+    def between(role: Unified, turn: int) -> None:
+        for row, sequence in enumerate(engine._latest.sequences):
+            fronts[sequence.uid, int(speculation.positions[row])] = speculation.tokens[row].tolist()
+
+    fields = {"temperature": temperature, "seed": seed, "ignore_eos": True}
+    answers, _ = serve(engine, [Request(i, prompt, 25, **fields) for i, prompt in enumerate(prompts)], between)
+    right = []
+    for (uid, position), (token, *drafted) in fronts.items():
+        text = [*prompts[uid], *answers[uid].tokens][: position + 1]
+        if len(text) == position + 1:  # a request's last steps may go further than its answer
+            assert token == text[-1]
+            assert drafted == drafts_after(engine.model, text, drafts, temperature, seed), (uid, position)
+            following = [*prompts[uid], *answers[uid].tokens][position + 1 :]
+            right.append(drafted[:1] == following[:1])
+    assert len(right) > 20 and {True, False} == set(right)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_shipped_models_drafts_are_worth_it(tiny: Path, temperature: float) -> None:
+    """With two drafts, more than 1.5 tokens per step in at least one domain. One request runs at a time."""
+    engine, rates = make_engine(tiny, 2, max_batch=1), {}
+    fields = {"temperature": temperature, "ignore_eos": True}
+    for at, domain in enumerate(DOMAINS):
+        prompts = prompts_of(tiny)[4 * at : 4 * at + 3]
+        _, stats = serve(engine, [Request(i, prompt, 40, seed=i, **fields) for i, prompt in enumerate(prompts)])
+        rates[domain] = stats["decode_step_tokens"] / stats["decode_steps"]
+    print({domain: f"{rate:.2f} tokens per step" for domain, rate in rates.items()})
+    assert max(rates.values()) > 1.5 and min(rates.values()) > 1.3, rates
+
+
+def on_ranks(rank: int, folder: Path) -> None:
+    """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same."""
+    config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
+
+    def answers(shape: tuple[int, int], drafts: int) -> list[tuple]:
+        mesh = sub_mesh(0, *shape)
+        settings = replace(SETTINGS, speculate=drafts)
+        engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
+        return one_run([("unified", engine, mesh)], folder, interrupt)
+
+    expected = answers((1, 1), 0)
+    assert rank or len({tuple(tokens) for tokens, *_ in expected}) == 7
+    for shape, drafts in (((1, 1), 2), ((2, 1), 1), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3), ((4, 4), 1), ((8, 2), 2)):
+        got = answers(shape, drafts)
+        assert got == expected or rank, f"{shape}, {drafts} drafts: {got} instead of {expected}"
+
+
+def test_every_arrangement_gives_the_same_tokens(tiny: Path) -> None:
+    run_world(8, on_ranks, tiny, timeout_s=200)
+
+
+def test_a_sequence_counts_tokens_as_one_per_step_until_it_has_seen_them() -> None:
+    sequence = Sequence(Request(1, [5, 6, 7], 6, ignore_eos=True))
+    sequence.computed = 3
+    assert sequence.unseen == 1 and sequence.extend([8]) == (1, None)
+    sequence.computed += 2  # two steps launched
+    assert sequence.unseen == 2
+    assert sequence.extend([1, 2, 3]) == (3, None)
+    assert (sequence.computed, sequence.unseen, sequence.tokens[3:]) == (7, 1, [8, 1, 2, 3])
+    assert sequence.extend([4, 5, 6]) == (2, "length")  # six tokens are all that it wants
+    assert (sequence.computed, sequence.unseen, sequence.tokens[3:]) == (8, 0, [8, 1, 2, 3, 4, 5])
+
+
+def test_the_tokens_before_each_row() -> None:
+    rows, places = before_each(2, 3)
+    assert rows.tolist() == [1, 2, 2, 4, 5, 5] and places.tolist() == [1, 1, 2, 1, 1, 2]
+    assert all(x.dtype == np.int64 and len(x) == 0 for x in before_each(0, 3) + before_each(4, 1))
+
+
+def test_what_does_not_fit_is_refused_with_the_equation(tiny: Path, small: Path) -> None:
+    for drafts in (-1, 5):
+        with pytest.raises(ValueError, match=rf"--speculate is {drafts}; it must be in 0\.\.4"):
+            EngineConfig(speculate=drafts)
+    with pytest.raises(ValueError, match="--speculate with --overlap on"):
+        EngineConfig(speculate=1, overlap="on")
+    rule = r"--max-batch \(40\) x \(1 \+ --speculate 2\) = 120 is over --max-tokens-per-step \(100\): .* 3 tokens"
+    with pytest.raises(ValueError, match=rule):
+        make_engine(tiny, 2, max_batch=40, max_tokens_per_step=100)
+    with pytest.raises(ValueError, match=r"--speculate drafts .* but there are no tensors model\.layers\.3\.\*"):
+        make_engine(small, 1)
+    sizes = Sizes(8, 8, 256, 7168, 8, 1536, "bfloat16", drafts=2)
+    (misfit,) = low_latency_misfits(sizes)
+    assert misfit.endswith("must be at most 1024, not 1536 = 512 x (1 + --speculate 2)")
+    assert not low_latency_misfits(replace(sizes, capacity=1023))
+
+
+def test_the_command_line(tiny: Path) -> None:
+    asked = ("--model", str(tiny), "--prompt", "And God said, Let there be", "--max-tokens", "24")
+    plain, drafted = run(*asked), run(*asked, "--speculate", "2")
+    assert plain[0] == drafted[0] == 0 and drafted[1] == plain[1], drafted[2]
+    code, _, err = run(*asked, "--speculate", "7")
+    assert code == 2 and "--speculate is 7; it must be in 0..4" in err and "Traceback" not in err
+    code, _, err = run("--role", "prefill", "--router", "127.0.0.1:9", "--model", str(tiny), "--speculate", "1")
+    assert code == 2 and "--role prefill does not take --speculate" in err
