@@ -12,7 +12,7 @@ Nobody holds a published page without the pages before it, and they are let go o
 are evicted before those that they need. A published page is never written again: its tokens are a whole page.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from model.pages import PAGE, PageAllocator
 
@@ -76,11 +76,12 @@ class PageCache:
         Their KV must be there before anybody who finds them reads it. Where another page was first with the same
         tokens, this request does not hold what is before its later pages. So those wait for `free`.
         """
-        node: Node = salt
-        for page, tokens in self._trusted(pages, written):
-            if self._first(page, (node, tokens)) != page:
+        begin, node = self._known(pages, salt)
+        for page, tokens in zip(pages[begin:], written[begin:], strict=False):
+            key = node, tokens
+            if page in self._doubtful or key in self._published or not self.keeps:
                 return
-            node = self._places[page][1]
+            node = self._add(page, key)
 
     def free(self, pages: Sequence[int], salt: str = "", written: Sequence[bytes] = ()) -> None:
         """Let go of a request's pages. The first ones, with the tokens `written`, have their KV, and are published.
@@ -88,13 +89,19 @@ class PageCache:
         The request reads them no more. So where another page was first with the same tokens, it takes that one's place
         in what the request holds.
         """
-        held, node = list(pages), salt
-        for i, (page, tokens) in enumerate(self._trusted(pages, written)):
-            held[i] = first = self._first(page, (node, tokens))
-            if first != page:
+        held = list(pages)
+        begin, node = self._known(held, salt)
+        for i in range(begin, len(written) if self.keeps else 0):
+            page, key = held[i], (node, written[i])
+            if page in self._doubtful:
+                break
+            first = self._published.get(key)
+            if first is None:
+                node = self._add(page, key)
+            else:
                 self._hold(first)
                 self._let_go(page)
-            node = self._places[first][1]
+                held[i], node = first, self._places[first][1]
         for page in reversed(held):
             self._let_go(page)
 
@@ -116,20 +123,22 @@ class PageCache:
             node = self._places[page][1]
         return pages
 
-    def _trusted(self, pages: Sequence[int], written: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
-        """Yield pages with their tokens, as far as they may be published."""
-        for page, tokens in zip(pages, written, strict=False):
-            if not self.keeps or page in self._doubtful:
-                return
-            yield page, tokens
+    def _known(self, pages: Sequence[int], salt: str) -> tuple[int, Node]:
+        """Return how many of a request's first pages are published already, and the node of the last of them."""
+        known, places = 0, self._places
+        for page in pages:
+            if page not in places:
+                break
+            known += 1
+        return known, places[pages[known - 1]][1] if known else salt
 
-    def _first(self, page: int, key: Key) -> int:
-        """Return the page that is published with this key. It is `page`, if there was none."""
-        first = self._published.setdefault(key, page)
-        if first not in self._places:
-            self._places[first] = key, self._next_node
-            self._next_node += 1
-        return first
+    def _add(self, page: int, key: Key) -> Node:
+        """Publish a page. Returns its node."""
+        node = self._next_node
+        self._next_node += 1
+        self._published[key] = page
+        self._places[page] = key, node
+        return node
 
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)

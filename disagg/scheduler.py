@@ -67,9 +67,12 @@ class Sequence:
         return max(0, self.computed + 1 - len(self.tokens))
 
     def page_tokens(self, count: int) -> list[bytes]:
-        """Return the tokens of the first `count` pages. Each page becomes bytes once."""
-        for begin in range(len(self._page_tokens) * PAGE, count * PAGE, PAGE):
-            self._page_tokens.append(array("I", self.tokens[begin : begin + PAGE]).tobytes())
+        """Return the tokens of the first `count` pages, as bytes. Each page becomes bytes once."""
+        begin = len(self._page_tokens) * PAGE
+        if begin < count * PAGE:
+            numbers = array("I", self.tokens[begin : count * PAGE])
+            raw, size = numbers.tobytes(), PAGE * numbers.itemsize
+            self._page_tokens += [raw[at : at + size] for at in range(0, len(raw), size)]
         return self._page_tokens[:count]
 
     def targets(self, count: int) -> list[int]:
