@@ -29,15 +29,11 @@ def of_faults(figures: Figures, args: argparse.Namespace) -> list[Measurement]:
 def of_aborts(aborts: dict[str, dict[str, Any]]) -> list[Measurement]:
     made = []
     for library, counted in aborts.items():
+        name = f"aborts over {library}"
         amid = sum(count for state, count in counted["rooms"].items() if state.startswith("transferring"))
         made += [
-            Measurement(f"aborts over {library}", counted["aborted"], ""),
-            Measurement(f"aborts over {library}: while KV was on its way", amid, ""),
-            Measurement(
-                f"aborts over {library}: corrupt transfers, and pages written while free",
-                counted["corrupt"],
-                "",
-                "lower",
-            ),
+            Measurement(name, counted["aborted"], ""),
+            Measurement(f"{name}: while KV was on its way", amid, ""),
+            Measurement(f"{name}: corrupt transfers, and pages written while free", counted["corrupt"], "", "lower"),
         ]
     return made
