@@ -188,10 +188,11 @@ class Load:
         return stream
 
     def together(self, count: int) -> list[Stream]:
-        """Ask so many requests at once, by as many clients. They are on their way when it returns."""
+        """Ask so many of the longer requests at once, by as many clients. They are on their way when it returns."""
         before = len(self.streams)
+        longer = sorted(self.lines, key=lambda line: line["max_tokens"])[-len(self.lines) // 4 :]
         for i in range(count):
-            self._run(self.ask, self.lines[i % len(self.lines)])
+            self._run(self.ask, longer[i % len(longer)])
         while len(self.streams) < before + count:
             time.sleep(0.01)
         return self.streams[before:]

@@ -32,7 +32,8 @@ class Figures:
     wrong: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # of requests for which there was no replica
     together: int = 0  # of TOGETHER, those with the right answer
-    moved_together: int = 0  # of these, those that went on in the other decode job
+    ran_together: int = 0  # of TOGETHER, those that ran as the decode job was killed
+    moved_together: int = 0  # of TOGETHER, those that went on in the other decode job
     faults: Counter[str] = field(default_factory=Counter)
     pauses: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of streams that moved
     own_s: float = 0.0  # longest gap of a stream whose decode job, or the router, was stopped
@@ -130,7 +131,7 @@ def kill_while_streaming(figures: Figures, faults: Faults, expected: dict[int, S
     place, load = faults.place, faults.load
     began, streams = time.monotonic(), load.together(TOGETHER)
     place.until(lambda: all(len(stream.times) >= BEGUN or stream.ended for stream in streams))
-    running = sum(not stream.ended for stream in streams)
+    figures.ran_together = sum(not stream.ended for stream in streams)
     victim = place.of("decode")[1]
     place.kill(victim)
     place.until(lambda: all(stream.ended for stream in streams))
@@ -138,8 +139,8 @@ def kill_while_streaming(figures: Figures, faults: Faults, expected: dict[int, S
     figures.together = sum(stream.said == expected[id(stream.line)] for stream in streams)
     figures.moved_together = sum(any(gap.moved for gap in stream.gaps) for stream in streams)
     faults.say(
-        f"{running} of {TOGETHER} streams ran as {victim} was killed; {figures.together} have the right answer, "
-        f"{figures.moved_together} moved"
+        f"{figures.ran_together} of {TOGETHER} streams ran as {victim} was killed; {figures.together} have the right "
+        f"answer, {figures.moved_together} moved"
     )
     place.replace(victim)
     place.until_whole()
@@ -177,20 +178,22 @@ def sort(figures: Figures, gap: Gap, faults: Faults) -> None:
 
 def problems(figures: Figures) -> list[str]:
     """Return what is not as it must be."""
-    found = {
-        f"{len(figures.wrong)} wrong: {figures.wrong[:3]}": bool(figures.wrong),
-        f"{figures.together} of {TOGETHER} right beside a killed decode job": figures.together != TOGETHER,
-        f"{figures.corrupt} transfers did not have their checksum": figures.corrupt > 0,
-        "no transfer was counted": figures.transfers == 0,
-        f"in use at the end: {figures.in_use}": bool(figures.in_use),
-        f"statuses {figures.statuses}": {s for job in figures.statuses.values() for s in job} != {0},
-        f"{figures.tracebacks} tracebacks": figures.tracebacks > 0,
-        f"left: processes {figures.processes}, ports {figures.ports}, shared memory {figures.memory}": bool(
-            figures.processes or figures.ports or figures.memory
-        ),
-        "nobody heard that there was no replica": not figures.errors,
-    }
-    return [text for text, holds in found.items() if holds]
+    together = figures.ran_together, figures.together
+    left_over = figures.processes, figures.ports, figures.memory
+    statuses = {status for job in figures.statuses.values() for status in job}
+    found = [
+        (figures.wrong, f"{len(figures.wrong)} wrong: {figures.wrong[:3]}"),
+        (together != (TOGETHER, TOGETHER), f"{together} of {TOGETHER} streams ran, and were right: {STREAMING}"),
+        (not figures.moved_together, f"no stream moved: {STREAMING}"),
+        (not figures.errors, "nobody heard that there was no replica"),
+        (figures.corrupt, f"{figures.corrupt} transfers did not have their checksum"),
+        (not figures.transfers, "no transfer was counted"),
+        (figures.in_use, f"in use at the end: {figures.in_use}"),
+        (statuses != {0}, f"exit statuses {figures.statuses}"),
+        (figures.tracebacks, f"{figures.tracebacks} jobs have printed a traceback"),
+        (any(left_over), f"left: processes, ports, shared memory {left_over}"),
+    ]
+    return [text for holds, text in found if holds]
 
 
 def longest(figures: Figures, kind: str = "") -> float:
