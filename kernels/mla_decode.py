@@ -138,7 +138,7 @@ def _decode_kernel(
                 BLOCK_N, MAIN, PAGE, has_rest, REST_VALUES, Q_LEN,
             )  # fmt: skip
     else:
-        for n in range(whole, last, BLOCK_N):  # one block or two
+        for n in tl.range(whole, last, BLOCK_N, num_stages=1):  # one block or two: nothing to load ahead
             top, total, acc, acc_rest = _last_keys(
                 q_main, q_rest, kv_main, kv_rest, page_table, n, last, limit, top, total, acc, acc_rest, scale,
                 BLOCK_N, MAIN, PAGE, has_rest, REST_VALUES, Q_LEN,

@@ -64,10 +64,10 @@ class Answer:
             self.end = update.finish, update.error
 
 
-def make_engine(folder: Path, drafts: int, **changes: Any) -> Engine:
+def make_engine(folder: Path, drafts: int, mesh: Mesh | None = None, ops: Ops | None = None, **changes: Any) -> Engine:
     sizes = {"max_batch": 5, "max_tokens_per_step": 64, "kv_tokens": 2048, "max_model_len": LIMIT}
-    settings = EngineConfig(**sizes | changes, speculate=drafts)
-    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, Mesh(), Ops())
+    settings, config = EngineConfig(**sizes | changes, speculate=drafts), ModelConfig.from_pretrained(folder)
+    return Engine.from_pretrained(settings, config, folder, mesh or Mesh(), ops or Ops())
 
 
 def serve(
