@@ -273,7 +273,7 @@ class Side:
         role = self.roles[NAMES[self.rank]]
         assert isinstance(role, Prefill | Decode)
         links = role.links
-        assert eventually(lambda: links.credits.free.qsize() == IN_FLIGHT, SOON), f"{library}: a credit leaked"
+        assert eventually(lambda: len(links.credits.free) == IN_FLIGHT, SOON), f"{library}: a credit leaked"
         return int(links.stats()["transfer_mismatches"]) + (self.painted.end() if self.painted is not None else 0)
 
 
