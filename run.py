@@ -13,11 +13,13 @@ Prefill and decode in separate jobs, started in any order. --router is the addre
 Each role has its own flags: --role ROLE --help lists them.
 """
 
-from disagg.front.streams import secure_streams
+from disagg.front.streams import raise_file_limit, secure_streams
 from disagg.interrupt import Interrupt
+from parallel.launched import launched_name, launched_rank
 
 if __name__ == "__main__":  # before the slow imports
-    secure_streams()
+    secure_streams(launched_name())
+    raise_file_limit()
     Interrupt()
 
 import argparse
@@ -34,7 +36,7 @@ from disagg.handoff.endpoints import TRANSPORTS
 from disagg.launch import run_router, run_worker
 from model.config import ModelConfig
 from model.hub import find_model
-from parallel.mesh import Mesh, launched_rank
+from parallel.mesh import Mesh
 
 ROLES = ("unified", "prefill", "decode", "router")
 
@@ -111,6 +113,7 @@ def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
         help="use flash_attn, flash_mla, deep_gemm, triton or torch for one op, or for every op that the library has; "
         "dispatch=deepep or dispatch=all_to_all",
     )
+    add("--prefix-cache", choices=("auto", "off"), default="auto", help="compute once what prompts share (auto: on)")
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
     if role == "unified":
         add("--speculate", type=int, default=0, metavar="N", help="drafts per step, by the model's own MTP layer (0)")

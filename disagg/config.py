@@ -66,6 +66,7 @@ class EngineConfig:
     expert_map: str | None = None  # path of a recording to balance for
     record_experts: str | None = None  # path of a recording to write
     rebalance: Rebalance = field(default_factory=Rebalance)
+    prefix_cache: str = "auto"  # pages keep their KV for other requests; or "off"
     gpu_memory_fraction: float = 0.9  # per GPU, for all ranks of this job on it
 
     def __post_init__(self) -> None:

@@ -49,15 +49,8 @@ class Connection:
         self.port: WorkerPort | None = None
         if mesh.leads:
             sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
-            hello = Hello(
-                name,
-                members,
-                *sizes,
-                kv_layout(engine.model, engine.pool) | handoff,
-                job,
-                mesh.num_replicas,
-                about(engine),
-            )
+            layout, caches = kv_layout(engine.model, engine.pool) | handoff, engine.scheduler.cache.keeps
+            hello = Hello(name, members, *sizes, layout, job, mesh.num_replicas, about(engine), caches)
             self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0
         self._state = ""

@@ -20,6 +20,7 @@ from disagg.handoff.transport import Endpoint
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
+from model.pages import pages_for
 from model.prompt_row import row_bytes
 
 
@@ -32,7 +33,7 @@ class Incoming:
     room: Room
     link: ReceiveLink | None = None  # from the moment it has its pages
     generation: int = 0  # of the link
-    first: tuple[int, list[tuple[int, float]]] | None = None  # token, logprobs
+    first: RoomEnded | None = None  # with the first token
     wanted: bool = True  # False once aborted
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -109,13 +110,16 @@ class Decode(Unified):
         self.incoming[request.uid] = arrival
         arrival.room.rise(RoomState.WAITING)
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
-        opening = Open(request, sequence.pages, self.members, arrival.generation) if self.rank == 0 else None
+        opening = None
+        if self.rank == 0:
+            opening = Open(request, sequence.pages, self.members, arrival.generation, sequence.hits)
         link = self.links.get(arrival.prefill[self.rank % len(arrival.prefill)], arrival.generation)
-        experts = self.engine.expert_bytes(len(request.prompt)) if opening and request.return_experts else 0
+        prompt_len = len(request.prompt)
+        experts = self.engine.expert_bytes(prompt_len) if opening and request.return_experts else 0
         top, rows = request.prompt_logprobs, 0
         if opening and top is not None:
-            rows = (len(request.prompt) - 1) * row_bytes(top, self.engine.config.vocab_size)
-        link.put(Join(request.uid, opening, experts, rows))
+            rows = (prompt_len - 1) * row_bytes(top, self.engine.config.vocab_size)
+        link.put(Join(request.uid, opening, experts, rows, sequence.pages[sequence.hits : pages_for(prompt_len)]))
         arrival.link = link
         self.begun.append(request.uid)
         return True
@@ -134,7 +138,7 @@ class Decode(Unified):
         if ended.link_down:
             self.give_up_links(arrival)
         if ended.error is None:
-            arrival.first = (ended.token, ended.logprobs)
+            arrival.first = ended
         if not arrival.room.may_release:
             return
         del self.incoming[uid]
@@ -143,13 +147,15 @@ class Decode(Unified):
         experts, prompt_rows = arrival.link.experts.take(uid), arrival.link.prompt_rows.take(uid)
         if arrival.room.state == RoomState.DONE and arrival.wanted:
             sequence.computed = len(sequence.tokens)
+            self.scheduler.publish(sequence, sequence.computed)
             self.sequences[uid] = sequence
-            assert arrival.first is not None  # every link has ended the room without an error
-            token, logprobs = arrival.first
-            reason = sequence.append(token)
+            first = arrival.first
+            assert first is not None  # every link has ended the room without an error
+            reason = sequence.append(first.token)
             self.report_experts(uid, experts)
             self.report_prompt(uid, prompt_rows)
-            self.emit(sequence, token, logprobs, reason, self.parts(arrival, ended))
+            logprobs = [first.logprobs] if first.logprobs else []
+            self.emit(sequence, [first.token], logprobs, reason, self.parts(arrival, ended), first.cached)
             if reason is None:
                 self.scheduler.add(sequence)
             return

@@ -18,6 +18,7 @@ from disagg.buckets import make_buckets
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
 from disagg.memory import budget_of_all, check_weights, lift_limit, pages_on_host
+from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
@@ -30,7 +31,7 @@ from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import make_pool
-from model.pages import PAGE, PageAllocator, pages_for
+from model.pages import PAGE, pages_for
 from model.precision import decide, dtype_on
 from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
@@ -93,7 +94,7 @@ class Engine:
             pages = pages_on_host(mesh, settings.kv_tokens, page_bytes(self.config, model.dtype.itemsize))
             memory = f"{'KV':>10}: {pages:,} pages, {pages * PAGE:,} tokens"
         self.scheduler = Scheduler(
-            PageAllocator(pages + 1),
+            PageCache(pages + 1, keeps=settings.prefix_cache != "off"),
             settings.max_batch,
             settings.max_tokens_per_step,
             self.max_model_len,
@@ -366,4 +367,4 @@ class Engine:
 
     @property
     def kv_tokens(self) -> int:
-        return self.scheduler.allocator.capacity * PAGE
+        return self.scheduler.cache.capacity * PAGE

@@ -114,6 +114,7 @@ def _serve(
     connection.report(role.news())  # of the step that was in flight at the end
     role.close()
     stats = pipeline.stats
+    stats.update(engine.scheduler.cache.stats())
     for part in (
         *mesh.attn.exchange(role.stats(), dict[str, float]),
         engine.stats(),

@@ -5,6 +5,7 @@ from collections import abc
 from dataclasses import dataclass
 
 import msgspec
+import torch
 import zmq
 
 from disagg.control.messages import Back, Forget, Gone, Load, Member, Updates, in_pieces
@@ -43,7 +44,7 @@ class Outgoing:
     pages: list[int]  # the decode side's
     links: list[SendLink]  # this rank's, out of all that serve the request
     room: Room
-    sent: int = 0  # pages
+    sent: int  # pages, those that the decode side had among them
     began: float = 0.0  # time.perf_counter() at its first step
 
 
@@ -57,6 +58,7 @@ class Prefill(Role):
         self.rank, self.members = engine.mesh.attn.rank, members
         self.outgoing: dict[int, Outgoing] = {}
         self.links = Links(self.make_link)
+        self.before: torch.cuda.Event | None = None  # of the latest step
 
     def news(self) -> Updates | None:
         """Always None: the decode side reports to the router."""
@@ -98,9 +100,8 @@ class Prefill(Role):
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
         links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
-        departure = Outgoing(
-            Sequence(request, self.engine.config.eos_token_ids), event.pages, links, Room(len(event.decode))
-        )
+        sequence = Sequence(request, self.engine.config.eos_token_ids)
+        departure = Outgoing(sequence, event.pages, links, Room(len(event.decode)), event.have)
         departure.room.rise(RoomState.WAITING)
         self.outgoing[request.uid] = departure
         for link in links:
@@ -111,7 +112,7 @@ class Prefill(Role):
         except ValueError as error:
             self.fail(departure, f"prefill: {error}")
         else:
-            self.scheduler.add(departure.sequence)
+            self.scheduler.add(sequence)
 
     def fail(self, departure: Outgoing, error: str) -> None:
         """Stop computing a prompt, and close its room. It keeps its pages until every link has ended the room."""
@@ -131,20 +132,34 @@ class Prefill(Role):
         return self.scheduler.schedule(reserve_output=False)
 
     def launched(self, step: Step) -> None:
-        """Send the pages that this step fills. A prompt with its last chunk launched leaves the queues."""
-        for sequence, _ in step.work.plan.prefills:
+        """Send the pages that this step fills. A prompt with its last chunk launched leaves the queues.
+
+        With a prompt's first chunk, its pages from the cache leave, too. Most of them were filled by earlier steps, and
+        do not wait for this one.
+        """
+        prefills = step.work.plan.prefills
+        filled = {page for s, count in prefills for page in s.pages[(s.computed - count) // PAGE : s.computed // PAGE]}
+        for sequence, _ in prefills:
             departure = self.outgoing[sequence.uid]
-            departure.began = departure.began or step.started
+            if not departure.began:
+                departure.began = step.started
+                hits = sequence.pages[: sequence.hits]
+                self.send(departure, next((i for i, page in enumerate(hits) if page in filled), len(hits)), self.before)
             departure.room.rise(RoomState.TRANSFERRING)
             whole = not sequence.in_prompt
             upto = -(-sequence.computed // PAGE) if whole else sequence.computed // PAGE  # full pages, except the last
-            if upto > departure.sent:
-                new = slice(departure.sent, upto)
-                for link in departure.links:
-                    link.put(SendPages(sequence.uid, sequence.pages[new], departure.pages[new], step.done))
-                departure.sent = upto
+            self.send(departure, upto, step.done)
             if whole:
                 self.scheduler.remove(sequence)
+        self.before = step.done
+
+    def send(self, departure: Outgoing, upto: int, ready: torch.cuda.Event | None) -> None:
+        """Send a prompt's first `upto` pages, but those that were sent. `ready`: after this, their KV is there."""
+        if upto > departure.sent:
+            new, sequence = slice(departure.sent, upto), departure.sequence
+            for link in departure.links:
+                link.put(SendPages(sequence.uid, sequence.pages[new], departure.pages[new], ready))
+            departure.sent = upto
 
     def take_up(self, step: Step) -> int:
         sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
@@ -157,13 +172,15 @@ class Prefill(Role):
         for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
             sequence.tokens.append(token)
             uid = sequence.uid
+            if token == NO_TOKEN:
+                self.scheduler.cache.distrust()
             if uid in self.outgoing:  # otherwise its links ended while the token was in flight
                 departure = self.outgoing[uid]
                 if token == NO_TOKEN:
                     self.fail(departure, f"prefill: {NOT_FINITE}")
                     continue
                 for link in departure.links:
-                    link.put(SendLast(uid, token, logprobs, now - departure.began, now))
+                    link.put(SendLast(uid, token, logprobs, now - departure.began, now, sequence.hits * PAGE))
         return len(tokens)
 
     def load(self) -> Load:

@@ -338,7 +338,7 @@ class Rebalancer:
             return
         if problem != self._reason:
             self._reason = problem
-            text = f"rank {self.mesh.rank}: rebalancing failed, the layers that have not moved serve on ({problem})"
+            text = f"rebalance: failed, the layers that have not moved serve on ({problem})"
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

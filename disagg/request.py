@@ -14,6 +14,7 @@ FinishReason = Literal["stop", "length"]
 Token = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 MOST_ENTRIES = 1024  # of logit_bias, and of stop_token_ids
+MOST_SALT = 256  # characters of cache_salt
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,6 +43,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: Annotated[list[Token], Meta(max_length=MOST_ENTRIES)] = []
     resumed: Annotated[int, Meta(ge=0)] = 0
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # likeliest tokens per prompt token
+    cache_salt: Annotated[str, Meta(max_length=MOST_SALT)] = ""  # with another one, cached pages are not shared
 
     def __post_init__(self) -> None:
         if self.resumed and self.resumed >= len(self.prompt):
@@ -58,6 +60,11 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     def most_fed(self) -> int:
         """Tokens that may run through the model: the last generated one does not."""
         return len(self.prompt) + max(self.max_tokens, 1) - 1
+
+    @property
+    def reads_cache(self) -> bool:
+        """May cached pages spare it computing its prompt? It may want rows that only the computing gives."""
+        return self.prompt_logprobs is None and not self.return_experts
 
     @property
     def has_penalties(self) -> bool:

@@ -18,7 +18,7 @@ class Role(ABC):
     """The requests of one attention replica.
 
     `handle` and `take_up` get the same arguments on every rank of the replica, in the same order. So their schedulers
-    and page allocators stay equal without further communication. In each turn the loop calls: `collect`, `handle` for
+    and page caches stay equal without further communication. In each turn the loop calls: `collect`, `handle` for
     each event, `admit`, `schedule`, `launched` with the new step, `take_up` with the previous one, `news`.
     """
 
@@ -61,7 +61,7 @@ class Role(ABC):
         scheduler = self.scheduler
         return Load(
             queued_tokens=scheduler.queued_tokens,
-            kv_pages=scheduler.allocator.capacity - scheduler.allocator.num_free,
+            kv_pages=scheduler.cache.capacity - scheduler.cache.num_free,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             tokens_left=tokens_left(s for s in scheduler.running if s.in_prompt),

@@ -3,18 +3,27 @@
     waiting --(a place in the batch, all its pages)--> running --> finished
 
 A request gets all its pages when it is admitted, so a running request never runs out and nothing is preempted. The
-scheduler is deterministic: the ranks of an attention replica give it the same events, so it makes the same choices.
+first of them may come from the prefix cache. Then its prompt is computed from behind them.
+
+A plan is launched before another is made. So the pages that a chunk fills are published with the plan: who finds them
+reads them in the same step or a later one. In the same step its chunk comes after the one that writes them, and each
+layer writes a step's KV before it reads any. A step with room for another prompt computes all earlier ones to their
+end. So what prompts share is computed once, even if they arrive together.
+
+The scheduler is deterministic: the ranks of an attention replica give it the same events, so it makes the same choices.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from disagg.history import History
+from disagg.page_cache import PageCache
 from disagg.request import FinishReason, Request
 from model.batch import Chunk
-from model.pages import PAGE, PageAllocator, pages_for
+from model.pages import PAGE, pages_for
 from model.sampling import COLDEST, NO_TOKEN
 
 
@@ -27,6 +36,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # the prompt, then the generated tokens that the host has seen
     computed: int = 0  # tokens with their KV in `pages`, once all launched steps are done
     pages: list[int] = field(default_factory=list)
+    hits: int = 0  # pages that came from the cache with their KV
+    _page_tokens: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.uid = self.request.uid
@@ -54,6 +65,15 @@ class Sequence:
         The step that computes the KV of the latest token also samples the next one.
         """
         return max(0, self.computed + 1 - len(self.tokens))
+
+    def page_tokens(self, count: int) -> list[bytes]:
+        """Return the tokens of the first `count` pages, as bytes. Each page becomes bytes once."""
+        begin = len(self._page_tokens) * PAGE
+        if begin < count * PAGE:
+            numbers = array("I", self.tokens[begin : count * PAGE])
+            raw, size = numbers.tobytes(), PAGE * numbers.itemsize
+            self._page_tokens += [raw[at : at + size] for at in range(0, len(raw), size)]
+        return self._page_tokens[:count]
 
     def targets(self, count: int) -> list[int]:
         """Return the tokens after each of the next `count` prompt tokens, if their log probabilities are wanted.
@@ -151,7 +171,7 @@ class Plan:
 
 class Scheduler:
     def __init__(
-        self, allocator: PageAllocator, max_batch: int, max_tokens_per_step: int, max_model_len: int, drafts: int = 0
+        self, cache: PageCache, max_batch: int, max_tokens_per_step: int, max_model_len: int, drafts: int = 0
     ) -> None:
         """At most `max_batch` sequences run at once. A step computes at most `max_tokens_per_step` tokens.
 
@@ -165,8 +185,11 @@ class Scheduler:
                 f"--max-batch ({max_batch}){each} is over --max-tokens-per-step ({max_tokens_per_step}): a step must "
                 f"hold {'one token' if not drafts else f'{self.decode_tokens} tokens'} of every running request"
             )
-        self.allocator, self.max_model_len = allocator, max_model_len
+        self.cache, self.max_model_len = cache, max_model_len
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
+        # The most tokens that a step's prompts may see together, because attention expands all of them at once. The
+        # memory table counts this many. Without the cache a step cannot have more.
+        self.max_context = max_tokens_per_step + min(max_model_len, cache.capacity * PAGE)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         # `_same` is the plan of the next `_times` steps, too, unless a sequence is added or removed.
@@ -176,7 +199,7 @@ class Scheduler:
         """Raise ValueError, with the numbers, if a request with `num_tokens` tokens of KV can never run here."""
         if num_tokens > self.max_model_len:
             raise ValueError(f"the request needs {num_tokens} tokens, over max_model_len ({self.max_model_len})")
-        need, have = pages_for(num_tokens), self.allocator.capacity
+        need, have = pages_for(num_tokens), self.cache.capacity
         if need > have:
             raise ValueError(
                 f"the request can never fit: {num_tokens} tokens need {need} pages of {PAGE}, "
@@ -188,10 +211,25 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Allocate all pages of a sequence. Returns False if there are not enough free pages now."""
-        pages = self.allocator.alloc(pages_for(num_tokens))
-        sequence.pages = pages or []
-        return pages is not None
+        """Give a sequence all its pages. Returns False if there are not enough free pages now.
+
+        At least the last token of its prompt stays to be computed, because its logits are needed.
+        """
+        request, most = sequence.request, 0
+        if self.cache.keeps and request.reads_cache:
+            most = (sequence.prompt_len - 1) // PAGE
+        found = self.cache.reserve(pages_for(num_tokens), request.cache_salt, sequence.page_tokens(most))
+        if found is None:
+            return False
+        sequence.pages, sequence.hits = found
+        sequence.computed = sequence.hits * PAGE
+        return True
+
+    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the pages of the sequence's first tokens, whose KV is there, or in the plan that is made."""
+        if self.cache.keeps:
+            written = sequence.page_tokens(num_tokens // PAGE)
+            self.cache.publish(sequence.pages, sequence.request.cache_salt, written)
 
     def schedule(self, reserve_output: bool = True) -> Plan:
         """Plan the next step: the next token of every running request, then prompt chunks, oldest first.
@@ -207,11 +245,19 @@ class Scheduler:
         prompts = [s for s in self.running if s.computed < s.prompt_len]
         decodes = [s for s in self.running if s.prompt_len <= s.computed < s.limit - 1]  # the last token needs no KV
         budget = self.max_tokens_per_step - self.decode_tokens * len(decodes)
-        prefills = []
+        prefills: list[tuple[Sequence, int]] = []
+        context = 0
+
+        def compute(sequence: Sequence, count: int) -> None:
+            nonlocal budget, context
+            prefills.append((sequence, count))
+            budget -= count
+            context += sequence.computed + count
+            self.publish(sequence, sequence.computed + count)
+
         for sequence in prompts:
             if budget > 0:
-                prefills.append((sequence, count := min(budget, len(sequence.tokens) - sequence.computed)))
-                budget -= count
+                compute(sequence, min(budget, sequence.prompt_len - sequence.computed))
         while self.waiting and len(self.running) < self.max_batch and budget > 0:
             sequence = self.waiting[0]
             if not sequence.in_prompt and budget < self.decode_tokens:
@@ -219,13 +265,15 @@ class Scheduler:
             wanted = sequence.limit if reserve_output else sequence.prompt_len
             if not sequence.pages and not self.reserve(sequence, wanted):
                 break  # in order, so that smaller requests never starve a large one
-            self.running.append(self.waiting.popleft())
             if not sequence.in_prompt:
                 decodes.append(sequence)
                 budget -= self.decode_tokens
             else:
-                prefills.append((sequence, count := min(budget, len(sequence.tokens))))
-                budget -= count
+                count = min(budget, sequence.prompt_len - sequence.computed)
+                if context + sequence.computed + count > self.max_context:
+                    break
+                compute(sequence, count)
+            self.running.append(self.waiting.popleft())
         self._times = 0 if prefills else min((s.limit - 2 - s.computed for s in decodes), default=0)
         self._same = Plan(decodes, prefills, may_end=self._times == 0)
         return self._same
@@ -239,8 +287,12 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Free a sequence's pages. Never call it while a transfer may still write them."""
-        self.allocator.free(sequence.pages)
+        """Let go of a sequence's pages, and publish those that are whole.
+
+        Never call it while a transfer, or a step that samples for the sequence, may still write them.
+        """
+        written = sequence.page_tokens(sequence.computed // PAGE) if self.cache.keeps else []
+        self.cache.free(sequence.pages, sequence.request.cache_salt, written)
         sequence.pages = []
 
     @property

@@ -6,6 +6,7 @@ from disagg.request import FinishReason, Request
 from disagg.role import NOT_FINITE, Event, Role
 from disagg.scheduler import Sequence
 from disagg.step import Step
+from model.pages import PAGE
 from model.sampling import NO_TOKEN
 
 
@@ -72,24 +73,27 @@ class Unified(Role):
             return len(tokens)
         going_on, useful, fed = {}, 0, step.fed_experts()
         for sequence, several, logprobs in step.outcomes():
-            uid, (count, reason) = sequence.uid, sequence.extend(several)
+            uid, is_first = sequence.uid, len(sequence.tokens) == sequence.prompt_len
+            count, reason = sequence.extend(several)
+            new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
+            if new[-1] == NO_TOKEN:
+                self.scheduler.cache.distrust()
             if uid not in self.sequences:  # it ended while this token was in flight
                 if not sequence.unseen:
                     self.scheduler.release(sequence)
                 continue
             useful += count
-            new = several[:count]
             if new[-1] == NO_TOKEN:
                 if count > 1:
-                    self.tell(sequence, new[:-1], logprobs[: count - 1], None)
+                    self.emit(sequence, new[:-1], logprobs[: count - 1], None)
                 self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
                 self.finish(sequence)
             elif sequence in fed:
                 for i, token in enumerate(new):
                     self.report_experts(uid, fed[sequence][i])
-                    self.tell(sequence, [token], logprobs[i : i + 1], reason if i == count - 1 else None)
-            elif reason or logprobs or count > 1:
-                self.tell(sequence, new, logprobs[:count], reason)
+                    self.emit(sequence, [token], logprobs[i : i + 1], reason if i == count - 1 else None)
+            elif reason or logprobs or cached_tokens or count > 1:
+                self.emit(sequence, new, logprobs[:count], reason, cached_tokens=cached_tokens)
             else:
                 going_on[uid] = new[0]
         if going_on:
@@ -107,29 +111,21 @@ class Unified(Role):
     def emit(
         self,
         sequence: Sequence,
-        token: int,
-        logprobs: list[tuple[int, float]],
-        reason: FinishReason | None,
-        parts: Parts | None = None,
-    ) -> None:
-        """Report a token that needs an Update of its own, as `tell` does."""
-        self.tell(sequence, [token], [logprobs] if logprobs else [], reason, parts)
-
-    def tell(
-        self,
-        sequence: Sequence,
         tokens: list[int],
         logprobs: list[list[tuple[int, float]]],
         reason: FinishReason | None,
         parts: Parts | None = None,
+        cached_tokens: int = 0,
     ) -> None:
         """Report tokens in an Update of their own. With a `reason` they are the request's last ones.
+
+        `cached_tokens`: of the prompt; with the first token, that is how many were not computed.
 
         A request with `max_tokens` 0 only ends here: its token is dropped.
         """
         if not sequence.request.max_tokens:
             tokens, logprobs = [], []
-        self.updates.append(Update(sequence.uid, tokens, logprobs, reason, parts=parts))
+        self.updates.append(Update(sequence.uid, tokens, logprobs, reason, parts=parts, cached_tokens=cached_tokens))
         if reason:
             self.finish(sequence)
 

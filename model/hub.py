@@ -11,7 +11,8 @@ from pathlib import Path
 
 from model.checkpoint import INDEX, needed_shards
 from model.config import QUANTIZER_FILES, ModelConfig
-from parallel.mesh import Mesh, launched_local_rank
+from parallel.launched import launched_local_rank
+from parallel.mesh import Mesh
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 TEXTS = [

@@ -1,6 +1,7 @@
 """Parallel: how work and data are split over ranks, and what they send each other. Nothing here knows requests.
 
 mesh.py                       the process groups, and the step's one agreement
+launched.py                   what torchrun says about this process
 interface.py                  this machine's address and interface towards another
 dispatch.py, deepep.py        tokens to experts and back; dispatchers.py chooses between them
 copies.py, deepep_sizes.py    how much they take at once, and which sizes DeepEP serves

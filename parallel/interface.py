@@ -5,6 +5,7 @@ import socket
 import struct
 from pathlib import Path
 
+LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915  # the IPv4 address of an interface (man netdevice)
 
 

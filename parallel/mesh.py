@@ -1,4 +1,4 @@
-"""Mesh: the groups of ranks in a job. This module alone reads torchrun's environment.
+"""Mesh: the groups of ranks in a job. It makes them of what `launched.py` knows.
 
 Two groups explain the parallelism. Draw a job's ranks as a reshaped arange, with one row per replica of the attention:
 
@@ -25,14 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.interface import interface_of, local_host
+from parallel.interface import LOOPBACK, interface_of, local_host
+from parallel.launched import launched_first_host, launched_local_rank, launched_rank, launched_size
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 knows only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
-LOOPBACK = "127.0.0.1"
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"  # environment variables: the interface where each listens
 
 
@@ -168,12 +167,11 @@ class Mesh:
 
     @classmethod
     def create(cls, attn_tp: int = 1, device: str = "auto") -> "Mesh":
-        """Read torchrun's environment, join the job, make the groups. Collective.
+        """Join the job that torchrun has launched, make the groups. Collective.
 
         `device`: auto, cpu or cuda. Raises ValueError with the equation that does not hold.
         """
-        size, rank = int(os.environ.get("WORLD_SIZE", 1)), launched_rank()
-        local_rank = launched_local_rank()
+        size, rank, local_rank = launched_size(), launched_rank(), launched_local_rank()
         if attn_tp < 1:
             raise ValueError(f"--attn-tp is {attn_tp}; it must be at least 1")
         if size % attn_tp:
@@ -183,7 +181,7 @@ class Mesh:
             return cls(device=my_device)
         if my_device.type == "cuda":
             torch.cuda.set_device(my_device)
-        first_host = launched_first_host(size)
+        first_host = launched_first_host()
         grid = torch.arange(size).reshape(-1, attn_tp)
         attn = Group()
         with on_interface(first_host):
@@ -258,21 +256,6 @@ def numbered(names: list[str]) -> tuple[int, ...]:
 def gpu_id(device: torch.device) -> str:
     """Return the GPU's identity over all machines, independent of the number that a process sees."""
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def launched_rank() -> int:
-    """Return this rank's number in the job, known before there is a mesh; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def launched_local_rank() -> int:
-    """Return this rank's number on its machine, known before there is a mesh; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def launched_first_host(size: int) -> str:
-    """Return where a job's `size` ranks reach rank 0: on this machine alone, if torchrun says that all are here."""
-    return LOOPBACK if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == size else os.environ["MASTER_ADDR"]
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -38,7 +38,9 @@ def answers_alone(model: Path, source: Path, out: Path) -> list[dict]:
 
 
 def timeless(answers: list[dict]) -> list[dict]:
-    return [{k: v for k, v in answer.items() if k not in ("ttft_s", "latency_s", "logprobs")} for answer in answers]
+    """Leave out what depends on when and where requests run."""
+    out = ("ttft_s", "latency_s", "cached_tokens", "logprobs")
+    return [{k: v for k, v in answer.items() if k not in out} for answer in answers]
 
 
 class Deployment:
@@ -51,8 +53,8 @@ class Deployment:
     def job_flags(self, role: str, *more: str) -> list[str]:
         return ["--role", role, "--router", self.address, "--model", self.model, *more]
 
-    def start_job(self, role: str, ranks: int = 2, *more: str) -> None:
-        self.jobs[role] = Job(self.job_flags(role, *more), ranks)
+    def start_job(self, role: str, ranks: int = 2, *more: str, env: dict[str, str] | None = None) -> None:
+        self.jobs[role] = Job(self.job_flags(role, *more), ranks, env=env)
 
     def start_router(self) -> None:
         flags = ["--role", "router", "--router", self.address, "--model", self.router_model]

@@ -283,7 +283,8 @@ def replace_uid(update: Update, uid: int) -> Update:
 def test_an_answer_that_was_not_asked_for_them_has_none() -> None:
     answer = Answer("x", "t", [1], "stop", 1, 1, 0.5, 0.5)
     assert list(answer.as_dict()) == [
-        "id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "latency_s"
+        "id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "latency_s",
+        "cached_tokens",
     ]  # fmt: skip
     rows = ExpertRows(RowShape(58, 8), 0)
     with pytest.raises(ValueError, match="sent chosen experts of more than 0 tokens"):

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,6 +318,16 @@ def test_closed_streams_get_no_other_files_number(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_the_limit_of_open_files_is_the_systems() -> None:
+    """Many systems allow 1,024 at first, which a hundred links would reach."""
+    code = (
+        "import resource; from disagg.front.streams import raise_file_limit\n"
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))\n"
+        "raise_file_limit(); print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))\n"
+    )
+    assert python(code).communicate(timeout=30) == ("True\n", "")
+
+
 def test_a_reader_of_stderr_who_leaves_ends_nothing() -> None:
     code = (
         "from disagg.front.streams import secure_streams\n"
@@ -330,6 +341,25 @@ def test_a_reader_of_stderr_who_leaves_ends_nothing() -> None:
     process.stdin.close()
     assert process.stdout.read() == "alive\n" and process.wait(30) == 0
     process.stdout.close()
+
+
+def test_every_line_on_stderr_begins_with_the_name() -> None:
+    """Lines, parts of lines, long ones, warnings, bars and tracebacks; of any thread, and on stderr alone."""
+    code = (
+        "from disagg.front.streams import secure_streams\n"
+        "import sys, threading, warnings; secure_streams('host rank 3')\n"
+        "say = lambda text, end='\\n': print(text, end=end, file=sys.stderr)\n"
+        "say('one'); say('two\\nthree'); say('fo', ''); sys.stderr.flush(); say('ur'); say('x' * 20_000)\n"
+        "say('a\\rb')\n"
+        "warnings.warn('five'); print('out'); thread = threading.Thread(target=lambda: 1 / 0)\n"
+        "thread.start(); thread.join(); raise RuntimeError('six')"
+    )
+    out, err = python(code).communicate(timeout=30)
+    lines = re.split("[\r\n]", err.removesuffix("\n"))
+    assert out == "out\n" and all(line.startswith("[host rank 3] ") for line in lines), err
+    said = [line.removeprefix("[host rank 3] ") for line in lines]
+    assert said[:7] == ["one", "two", "three", "four", "x" * 20_000, "a", "b"] and said[-1] == "RuntimeError: six"
+    assert sum("five" in line for line in said) == sum("ZeroDivisionError" in line for line in said) == 1, err
 
 
 @pytest.mark.parametrize("number, said", [(signal.SIGINT, "run.py: interrupted\n"), (signal.SIGTERM, "")])

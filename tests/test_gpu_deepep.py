@@ -359,7 +359,7 @@ def engine_body(rank: int, seed: int, overlap: str) -> None:
     placement = Placement.identity(CONFIG.num_moe_layers, CONFIG.n_routed_experts, 2, DEVICE)
     model = Transformer(CONFIG, mesh, placement, ops, torch.bfloat16, 512)
     fill(model, 2, rank, seed)
-    settings = EngineConfig(6, 100, 2000, 512, dispatch="deepep", overlap=overlap)
+    settings = EngineConfig(6, 100, 2000, 512, dispatch="deepep", overlap=overlap, prefix_cache="off")
     engine = Engine(settings, model, mesh)
     work = requests(random.Random(seed + rank))[: 10 - 4 * rank]
     eager = serve(engine, work)

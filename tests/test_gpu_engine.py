@@ -68,7 +68,7 @@ def serve(engine: Engine, work: list[Request]) -> dict[int, tuple[list, list]]:
         role.updates.clear()
         if not busy and not any(left for (left,) in engine.mesh.agree(len(waiting))):
             break
-    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
     return answers
 
 
@@ -99,7 +99,9 @@ def test_chosen_experts_are_those_of_a_job_without_graphs(overlap: str) -> None:
     randomize(model)
     experts, answers = [], []
     for graphs in ("off", "auto"):
-        engine = Engine(EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap), model, MESH)
+        engine = Engine(
+            EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap, prefix_cache="off"), model, MESH
+        )
         engine.warm_up(list)
         assert bool(engine.decode._graphs) == (graphs == "auto"), "no graphs: the test shows nothing"
         experts.append(experts_of(engine, work))
@@ -142,7 +144,7 @@ def test_graphs_change_nothing(backend: str, overlap: str, fp8: bool) -> None:
     randomize(model)
     answers = []
     for graphs in ("off", "auto"):
-        settings = EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap)
+        settings = EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap, prefix_cache="off")
         engine = Engine(settings, model, MESH)
         engine.warm_up(list)
         assert bool(engine.decode._graphs) == (graphs == "auto")

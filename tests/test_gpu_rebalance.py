@@ -112,7 +112,7 @@ def test_moving_changes_nothing(checkpoint: tuple[Path, ModelConfig], backend: s
     work = requests(rng)
     ops, _ = choose(op_shape(config), torch.bfloat16, MESH.device, [backend])
     settings = EngineConfig(
-        6, 100, 2000, 512, overlap=overlap, redundant_experts=EXTRA, 
+        6, 100, 2000, 512, overlap=overlap, redundant_experts=EXTRA, prefix_cache="off",
         rebalance=Rebalance(10**9, layers_per_step=1 + (overlap == "on")),
     )  # fmt: skip
     engine = Engine.from_pretrained(settings, config, folder, MESH, ops)

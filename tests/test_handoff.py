@@ -29,7 +29,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from disagg.control.messages import Member
 from disagg.handoff.connect import Door, dial, link_key, listen
-from disagg.handoff.credits import IN_FLIGHT, OF_A_LINK, Credits
+from disagg.handoff.credits import IN_FLIGHT, Credits
 from disagg.handoff.endpoints import TRANSPORTS, Handoff
 from disagg.handoff.link import Link
 from disagg.handoff.links import Links
@@ -67,6 +67,7 @@ MADE: list[tuple[str, Endpoint]] = []  # endpoints that no test is using; to mak
 LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
 CANARY = -7.5
 SOON = 20  # seconds; nothing here takes one
+OF_A_LINK = 3  # transfers of a lone link in flight
 
 
 # ---- rooms
@@ -184,7 +185,7 @@ class Pair:
     me: Member
 
     def opening(self, uid: int, pages: list[int]) -> Join:
-        return Join(uid, Open(Request(uid, [1, 2, 3]), pages, [self.me]))
+        return Join(uid, Open(Request(uid, [1, 2, 3]), pages, [self.me]), pages=pages)
 
     def open(self, uid: int, pages: list[int]) -> None:
         """A room that both sides have joined."""
@@ -459,7 +460,7 @@ def test_kv_that_comes_before_this_rank_has_joined_waits_for_it(make_pair: Any) 
     pair.prefill.link.put(SendLast(1, 5, []))
     time.sleep(0.3)
     assert (pair.decode.pool == CANARY).all(), "written before this rank had reserved the page"
-    pair.decode.link.put(Join(1))
+    pair.decode.link.put(Join(1, pages=[8]))
     assert pair.decode.hear_end(1).token == 5
     assert pair.decode.pool[:, 8].equal(pair.prefill.pool[:, 3])
     pair.prefill.hear_end(1)
@@ -803,24 +804,69 @@ def test_a_prefill_end_that_is_stopped_before_its_peer_came_does_not_greet(monke
     del transport
 
 
+class Fake:
+    """A link, as far as `Links` knows of it."""
+
+    def __init__(self, made: list[int], generation: int) -> None:
+        made.append(generation)
+        self.stopped, self.is_down, self.in_flight = False, False, 0
+
+    def stop(self) -> None:
+        self.stopped = self.is_down = True
+
+
 def test_a_link_that_was_dropped_stays_so() -> None:
     """An Open of the generation before, or of a peer that has died, may be told after that."""
     made: list[int] = []
-
-    class Fake:
-        def __init__(self, generation: int) -> None:
-            made.append(generation)
-            self.stopped = False
-
-        def stop(self) -> None:
-            self.stopped = True
-
-    links, peer = Links(lambda _, generation: Fake(generation)), Member("d", HOST)
+    links, peer = Links(lambda _, generation: Fake(made, generation)), Member("d", HOST)
     first, second = links.get(peer, 0), links.get(peer, 1)
     assert links.get(peer, 0) is first and first.stopped and not second.stopped
     links.lose(["d"])
     assert links.get(peer, 1) is second and second.stopped and made == [0, 1]
     assert links.get(peer, 2).stopped and links.get(peer, 2).stopped and made == [0, 1, 2]
+
+
+def test_there_is_no_link_to_a_peer_from_which_a_read_goes_on_that_was_given_up() -> None:
+    """It would get stuck as well, and take more of the process's credits."""
+    links = Links(lambda _, generation: Fake([], generation))
+    peer, other = Member("p", HOST), Member("q", HOST)
+    first = links.get(peer, 0)
+    first.in_flight = 1
+    assert not links.get(peer, 1).stopped, "the first was not down: its transfer may have been a matter of milliseconds"
+    assert links.get(peer, 2).stopped and links.get(peer, 3).stopped and not links.get(other, 0).stopped
+    first.in_flight = 0
+    assert not links.get(peer, 4).stopped
+
+
+@pytest.mark.parametrize("side", ("prefill", "decode"))
+def test_a_transfer_that_is_stuck_ends_its_link_in_time_and_keeps_its_buffer(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """The peer lives, and its pipe says so. Only its bytes do not come, or are not taken."""
+    limit_transfers(monkeypatch, 1)
+    pair = make_pair()
+    pair.open(1, [6])
+    pair.prefill.link.put(SendPages(1, [3], [6]))  # the first one may have to connect
+    pair.prefill.link.put(SendLast(1, 7, []))
+    pair.decode.hear_end(1)
+    pair.prefill.hear_end(1)
+    monkeypatch.setattr("disagg.handoff.link.TIMEOUT", timedelta(seconds=0.6))
+    time.sleep(0.8)  # a link without a transfer has no limit
+    pair.open(2, [4, 5])
+    gate, began = Gate(getattr(pair, side).link), time.monotonic()
+    for mine, theirs in ((1, 4), (2, 5)):
+        pair.prefill.link.put(SendPages(2, [mine], [theirs]))
+    gate.await_start(2)
+    errors = {end.hear().error.removeprefix("link p/d/0: ") for end in (pair.prefill, pair.decode)}
+    assert 0.6 < time.monotonic() - began < 3
+    # If decode has not read, prefill waits as long as decode does, and either may be the first to give up.
+    late, gone = "TimeoutError: a transfer took over 0.6 s", "ConnectionError: the other end has gone"
+    assert late in errors and errors <= {late, gone}
+    one_sided = make_pair.library != "torch"
+    assert eventually(lambda: getattr(pair, side).link.in_flight == 2 * one_sided)
+    gate.opened.set()
+    assert eventually(lambda: pair.prefill.link.in_flight == pair.decode.link.in_flight == 0)
+    pair.hush()
 
 
 @pytest.mark.parametrize("side", ("prefill", "decode"))
@@ -961,11 +1007,11 @@ def test_a_buffer_that_may_still_be_written_keeps_its_credit_and_touches_no_page
     pair.decode.hear_end(1, "stopped")
     pair.decode.pool[:, [4, 5]] = 8.5  # another room's
     one_sided = make_pair.library != "torch"
-    assert rank.credits.free.qsize() == IN_FLIGHT - 2 * one_sided  # torch allocates a buffer for each transfer
+    assert len(rank.credits.free) == IN_FLIGHT - 2 * one_sided  # torch allocates a buffer for each transfer
     gate.opened.set()
     pair.decode.link._mover.join(SOON)
     pair.decode.hush()
-    assert (pair.decode.pool[:, [4, 5]] == 8.5).all() and rank.credits.free.qsize() == IN_FLIGHT
+    assert (pair.decode.pool[:, [4, 5]] == 8.5).all() and len(rank.credits.free) == IN_FLIGHT
 
 
 @pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
@@ -1017,7 +1063,7 @@ def test_a_word_that_means_nothing_ends_the_link(make_pair: Any, side: str, lie:
     pair.hush()
     for end in ends:
         end.link._mover.join(SOON)
-        assert end.link._credits._credits.free.qsize() == IN_FLIGHT, "of a transfer that never began"
+        assert len(end.link._credits._credits.free) == IN_FLIGHT, "of a transfer that never began"
 
 
 def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: Any) -> None:
@@ -1121,7 +1167,7 @@ def test_a_prefill_process_that_dies_in_a_transfer_ends_the_decode_sides_rooms()
     prefill = doing.get(timeout=60)
     end = End(torch.full(HUGE, CANARY), None, queue.SimpleQueue())
     end.link = ReceiveLink(link_key(prefill, decode), dial(prefill, decode, TORCH), end.pool, end.events, Credits())
-    end.link.put(Join(1, Open(Request(1, [1]), [1], [decode])))
+    end.link.put(Join(1, Open(Request(1, [1]), [1], [decode]), pages=[1]))
     end.link.put(Join(2))
     assert doing.get(timeout=SOON) == "sending"
     time.sleep(0.2)
@@ -1183,7 +1229,7 @@ def test_a_link_that_went_down_is_followed_by_a_new_generation() -> None:
     )
     for generation in range(3):
         receiver = receiving.get(prefill, generation)
-        receiver.put(Join(generation, Open(Request(generation, [1]), [5], [decode], generation)))
+        receiver.put(Join(generation, Open(Request(generation, [1]), [5], [decode], generation), pages=[5]))
         (knock,) = door.poll(SOON * 1000)
         assert (knock.decode, knock.generation) == (decode, generation)
         sender = sending.get(decode, generation)
@@ -1225,6 +1271,34 @@ def test_a_room_with_too_few_pages_ends_the_link(make_pair: Any) -> None:
     pair.decode.hear_end(1, "link p/d")
     assert pair.prefill.events.empty() and pair.prefill.link.is_down
     assert "1 pages for 65 tokens" in pair.prefill.link._down
+
+
+def test_a_room_that_claims_to_have_its_whole_prompt_ends_the_link(make_pair: Any) -> None:
+    """A prompt's last token is always computed, for its logits, so the page with it is always sent."""
+    pair = make_pair()
+    pair.decode.link.put(Join(1, Open(Request(1, [1] * 2 * PAGE), [4, 5], [pair.me], have=2), pages=[]))
+    pair.decode.hear_end(1, "link p/d")
+    assert pair.prefill.events.empty() and "has 2 pages; it can have 1" in pair.prefill.link._down
+    pair.hush()
+
+
+@pytest.mark.parametrize("page", [4, 9], ids=["that decode has", "of another room"])
+def test_a_page_that_is_not_of_its_room_ends_the_link_and_stays_as_it_is(make_pair: Any, page: int) -> None:
+    """Requests may read it: those that share a prefix, or those of the other room."""
+    pair = make_pair()
+    opening = Open(Request(1, [1] * (PAGE + 1)), [4, 5], [pair.me], have=1)
+    pair.decode.link.put(Join(1, opening, pages=[5]))
+    assert pair.prefill.hear_open(1).have == 1
+    pair.prefill.link.put(Join(1))
+    pair.open(2, [9])
+    pair.prefill.link.put(SendPages(1, [1], [5]))
+    pair.prefill.link.put(SendPages(1, [2], [page]))
+    pair.prefill.link.put(SendLast(1, 7, []))
+    errors = {event.uid: event.error for event in (pair.decode.hear(), pair.decode.hear())}
+    assert errors.keys() == {1, 2} and f"sends page {page}, which is none of rooms [1]" in errors[1]
+    assert (pair.decode.pool[:, [4, 9]] == CANARY).all()
+    assert {pair.prefill.hear().uid, pair.prefill.hear().uid} == {1, 2}
+    pair.hush()
 
 
 def test_rows_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:

@@ -4,6 +4,8 @@ The router, prefill over two machines, decode over two more, and a decode job on
 """
 
 import json
+import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,8 @@ def test_the_tokens_of_one_process_over_five_machines(
         place.worker("decode", 2, hosts=machines[3:5]),
     ]
     all_right(place, expected)
+    first, second = (machine.address for machine in machines[1:3])
+    assert f"a prefill replica at {first} and {second} joined" in place.jobs[0].said, place.said
     place.until(lambda: all(job.statuses == [0, 0] for job in jobs), SOON)
 
 
@@ -107,6 +111,9 @@ def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expe
     all_right(place, expected)
     place.until(lambda: None not in cut.statuses, COLLECTIVE_S + 10)
     assert all(status != 0 for status in cut.statuses), place.said
+    for number, machine in enumerate(machines[3:5]):  # each line says where it comes from, also in a traceback
+        name = f"[{machine.namespace} rank {number}] "
+        assert f"{name}Traceback" in cut.said and f"{name}RuntimeError: " in cut.said, cut.said
 
 
 def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: Path) -> None:
@@ -121,3 +128,5 @@ def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: 
     ended = [finish(launcher) for launcher in launchers]
     assert [code for code, *_ in ended] == [0, 0], ended
     assert ended[0][1] == alone[1] and not ended[1][1], ended
+    said = [line for line in ended[0][2].splitlines() if re.search("unified:|tok/s", line)]
+    assert said and all(line.startswith(f"[{socket.gethostname()} rank 0] ") for line in said), ended

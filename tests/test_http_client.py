@@ -18,6 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
+from model.pages import PAGE
 from scripts.tools.demo import free_port
 from tests.conftest import eventually
 from tests.deployment import answers_alone
@@ -170,6 +171,21 @@ def test_answers_are_those_of_a_batch(client: openai.OpenAI, expected: list[dict
 def test_experts_come_as_in_a_line(client: openai.OpenAI) -> None:
     experts = ask(client, LINES[4], False).experts
     assert experts["shape"][0] == 4 and len(base64.b64decode(experts["data"])) == 2 * 4 * 2 * 4
+
+
+def test_the_usage_says_what_the_cache_had(client: openai.OpenAI) -> None:
+    """A second request with the same beginning, in a stream; another tenant's has nothing of it."""
+    prompt = list(range(300, 300 + 2 * PAGE))
+
+    def cached(more: list[int], **extra: str) -> int:
+        asked = {"model": "", "prompt": prompt + more, "max_tokens": 1, "extra_body": extra}
+        whole = client.completions.create(**asked).usage.prompt_tokens_details.cached_tokens
+        last = list(client.completions.create(stream=True, stream_options={"include_usage": True}, **asked))[-1]
+        assert last.usage.prompt_tokens_details.cached_tokens == PAGE * ((len(prompt + more) - 1) // PAGE)
+        return whole
+
+    assert cached([]) == 0 and cached([5, 6]) == 2 * PAGE
+    assert cached([5, 6], cache_salt="another") == 0
 
 
 def test_a_list_of_prompts_has_an_answer_each_by_its_index(client: openai.OpenAI, expected: list[dict]) -> None:

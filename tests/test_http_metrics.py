@@ -72,6 +72,8 @@ def test_replicas_are_shown_as_they_report(text: bytes) -> None:
     assert value(text, "moesaic_replicas", role="prefill") == value(text, "moesaic_replicas", role="decode") == 1
     assert value(text, "moesaic_given_requests", **DECODE) == 2
     assert value(text, "moesaic_kv_pages", **DECODE) == 5 and value(text, "moesaic_kv_pages_capacity", **DECODE) == 8
+    cache = {"moesaic_cache_hit_tokens_total": 640, "moesaic_cache_evictions_total": 3, "moesaic_cache_idle_pages": 2}
+    assert {name: value(text, name, **DECODE) for name in cache} == cache
     assert value(text, "moesaic_running_requests", **DECODE) == value(text, "moesaic_waiting_requests", **DECODE) == 1
     assert value(text, "moesaic_steps_total", **DECODE) == 50, "a decode replica has no prefill phase"
     assert value(text, "moesaic_steps_total", role="prefill", phase="prefill") == 4

@@ -73,7 +73,7 @@ def test_a_handed_over_request_goes_through_the_stages() -> None:
         Replica(role, Hello(role, [Member(role, "h")], 4, 64, 6400, {}, role)) for role in ("prefill", "decode")
     )
     user = SimpleNamespace(request=SimpleNamespace())
-    tracked = Tracked(user, None, TextStream(None, []), time.monotonic(), None, None, uid=7)  # type: ignore[arg-type]
+    tracked = Tracked(user, None, TextStream(None, []), time.monotonic(), None, None, 0, uid=7)  # type: ignore[arg-type]
     prompt = SimpleNamespace(tracked=tracked, answer=None, closed=False)
     assert stage(prompt) == "queue"
     tracked.decode, tracked.prefill, tracked.path = decode, prefill, ("prefill", "decode")

@@ -55,7 +55,7 @@ def test_imports_run_one_way(path: Path) -> None:
     assert "TYPE_CHECKING" not in path.read_text()
 
 
-ENGINE = ("config", "request", "scheduler", "step", "steps", "engine", "memory", "experts", "rebalance")
+ENGINE = ("config", "request", "page_cache", "scheduler", "step", "steps", "engine", "memory", "experts", "rebalance")
 WINGS = {  # within disagg/: what may not be imported from there
     "control": ("front", "handoff", *ENGINE[2:]),
     "handoff": ("front", *ENGINE[2:]),

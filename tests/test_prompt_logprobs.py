@@ -36,7 +36,7 @@ from tests.tracing import Peak
 
 LENGTHS = (1, 2, 65, 130, 90, 64)
 TOPS = (20, 1, 3, 0, None, 2)
-SETTINGS = EngineConfig(max_batch=4, kv_tokens=1024, max_model_len=256)
+SETTINGS = EngineConfig(max_batch=4, kv_tokens=1024, max_model_len=256, prefix_cache="off")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def served(engine: Engine, requests: list[Request]) -> dict[int, list[Update]]:
     for update in singly(role.updates):
         assert update.error is None, update.error
         news.setdefault(update.uid, []).append(update)
-    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
     return news
 
 

@@ -1,6 +1,7 @@
 """The prefill and decode roles handle messages in any order: repeated, late or senseless ones too."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,45 @@ def test_a_request_begins_when_it_has_its_pages(decode: Decode) -> None:
     assert [type(command) for command in links(decode)[0].told] == [Join, Join]
 
 
+def opened(decode: Decode, uid: int, **fields: Any) -> tuple[int, list[int]]:
+    """Begin a request of three pages; its output needs a fourth. How many pages it has, and where its KV may come."""
+    decode.handle(Submit(Request(uid, [7] * (3 * PAGE), 5, **fields), [PEER]))
+    decode.admit()
+    (join,) = (one for one in links(decode)[-1].told if isinstance(one, Join) and one.uid == uid)
+    assert join.opening.pages == decode.incoming[uid].sequence.pages
+    assert join.pages == join.opening.pages[join.opening.have : 3]
+    return join.opening.have, join.opening.pages
+
+
+@pytest.fixture
+def roomy(tiny: Path) -> Decode:
+    settings = EngineConfig(max_batch=4, max_tokens_per_step=64, kv_tokens=1024, max_model_len=256)
+    engine = Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+    role = Decode(engine, [ME], TorchEndpoint(engine.pool.device, HOST))
+    role.links._make = FakeLink
+    return role
+
+
+def test_a_prompts_pages_are_others_once_its_room_is_done_and_never_before(roomy: Decode) -> None:
+    """Those that came over a link that failed, or for nobody, are no one's."""
+    allocated = roomy.scheduler.cache
+    assert opened(roomy, 0)[0] == opened(roomy, 1)[0] == 0, "on their way"
+    roomy.handle(RoomEnded(0, "cut"))
+    roomy.handle(Abort(1))
+    roomy.handle(RoomEnded(1, None, 9))
+    assert allocated.num_free == allocated.capacity
+    have, pages = opened(roomy, 2)
+    assert have == 0
+    roomy.handle(RoomEnded(2, None, 9))
+    assert opened(roomy, 3, cache_salt="mine")[0] == 0
+    have, others = opened(roomy, 4)
+    assert have == 2 and others[:2] == pages[:2] and not set(others[2:]) & set(pages), "its last page is sent"
+    roomy.handle(Abort(2))
+    assert roomy.load().kv_pages == 4 + 4, "what 2 and 4 shared is held by 4"
+    roomy.handle(RoomEnded(4, "cut"))
+    assert opened(roomy, 5)[0] == 2, "they were not of the link that failed"
+
+
 def test_what_has_not_begun_is_given_back(decode: Decode) -> None:
     for uid in range(4):
         submit(decode, uid)
@@ -120,7 +160,7 @@ def test_a_request_without_a_prefill_replica_is_an_error(decode: Decode) -> None
 
 def test_a_worker_that_forgets_asks_for_its_pages_back_and_keeps_them_until_it_has_them(decode: Decode) -> None:
     """A transfer may still write to them."""
-    allocator = decode.scheduler.allocator
+    allocator = decode.scheduler.cache
     for uid in range(3):
         submit(decode, uid)
     decode.admit()
@@ -197,7 +237,7 @@ def test_a_decode_replica_reports_its_pages_and_those_that_nobody_wants(decode: 
 def test_a_unified_replica_reports_the_prompt_that_it_computes(engine: Engine) -> None:
     role = Unified(engine)
     for uid in range(2):
-        role.handle(Submit(Request(uid, [5] * 100, 20), None))
+        role.handle(Submit(Request(uid, [5 + uid] * 100, 20), None))
     role.schedule().advance()
     assert role.load() == Load(136, 2, 1, 1, {0: 36})
     role.schedule().advance()
@@ -236,14 +276,15 @@ def test_a_token_that_the_model_does_not_have_closes_the_room(prefill: Prefill) 
 def test_a_prompt_whose_logits_are_not_finite_closes_its_room(prefill: Prefill) -> None:
     engine = prefill.engine
     engine.model.head.norm.weight.data.fill_(float("nan"))
-    prefill.handle(Open(Request(3, [5, 6], 1), [1], [PEER]))
-    step = engine.launch(prefill.schedule(), None, 2)
+    prefill.handle(Open(Request(3, [5] * (PAGE - 1) + [6], 1), [1], [PEER]))
+    step = engine.launch(prefill.schedule(), None, PAGE)
     prefill.launched(step)
     prefill.take_up(step)
     (link,) = links(prefill)
     assert link.told[-1] == Closed(3, f"prefill: {NOT_FINITE}")
     prefill.handle(RoomEnded(3, "closed"))
-    assert not prefill.outgoing and engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity
+    assert not prefill.outgoing and engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
+    assert engine.scheduler.cache.stats()["cache_idle_pages"] == 0, "its page may be damaged"
 
 
 def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(prefill: Prefill) -> None:
@@ -269,6 +310,41 @@ def test_a_page_is_sent_once_when_it_is_full_and_the_last_one_with_the_prompt(pr
         load = prefill.load()
         assert (load.queued_tokens, load.tokens_left) == (sum(left.values()), begun)
     assert not prefill.scheduler.has_work and load.tokens_left == {3: 0, 4: 0}
+
+
+def test_pages_from_the_cache_leave_with_the_first_chunk_and_what_decode_has_does_not(prefill: Prefill) -> None:
+    """They wait for the step before, or for this one if it is the one that fills them."""
+    engine, prompt = prefill.engine, [5] * (2 * PAGE)
+    prefill.scheduler.max_tokens_per_step = 256
+
+    def sent() -> list[tuple[int, list[int], Any]]:
+        step = replace(engine.launch(prefill.schedule(), None, 64), done=object())
+        links(prefill)[0].told.clear()
+        prefill.launched(step)
+        told = [one for one in links(prefill)[0].told if isinstance(one, SendPages)]
+        names = {id(step.done): "this step", id(before): "the step before"}
+        return [(one.uid, one.theirs, names[id(one.ready)]) for one in told]
+
+    before = prefill.before
+    prefill.handle(Open(Request(1, prompt, 1), [10, 11], [PEER]))
+    prefill.handle(Open(Request(2, [*prompt, 6], 1), [20, 21, 22], [PEER]))
+    assert sent() == [(1, [10, 11], "this step"), (2, [20, 21, 22], "this step")]
+    before = prefill.before
+    for uid in (1, 2):
+        prefill.handle(RoomEnded(uid))
+    prefill.handle(Open(Request(3, [*prompt, 7], 1), [30, 31, 32], [PEER]))
+    prefill.handle(Open(Request(4, [*prompt, 8], 1), [40, 41, 42], [PEER], have=1))
+    assert sent() == [
+        (3, [30, 31], "the step before"),
+        (3, [32], "this step"),
+        (4, [41], "the step before"),
+        (4, [42], "this step"),
+    ]
+    for uid in (3, 4):
+        prefill.handle(RoomEnded(uid))
+    before = prefill.before
+    prefill.handle(Open(Request(5, [*prompt, 9], 1), [50, 51, 52], [PEER], have=2))
+    assert sent() == [(5, [52], "this step")]
 
 
 def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypatch: Any, capsys: Any) -> None:

@@ -391,6 +391,28 @@ def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
     assert answers[0].error is None and answers[1].error is None
 
 
+def test_what_moves_goes_before_what_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it has failed, or was taken back before it began."""
+    monkeypatch.setattr(module, "SUSPECT_S", 0.0)
+    with serving(*(Request(0, [5 + i], 1) for i in range(9))) as (router, answers):
+        decode, prefill = joining("decode", "decode", router, max_batch=2), joining("prefill", "prefill", router)
+        given = [decode.hear(Submit) for _ in range(4)]
+        assert [submit.request.prompt for submit in given] == [[5], [6], [7], [8]] and router.num_waiting == 5
+        given[0] = fail(decode, given[0])
+        assert given[0].request.prompt == [5]
+        decode.send(Updates(returned=[submit.request.uid for submit in reversed(given[1:])]))
+        given[1:] = (decode.hear(Submit) for _ in range(3))
+        assert [submit.request.prompt for submit in given[1:]] == [[6], [7], [8]]
+        for _ in range(5):
+            decode.send(Updates([Update(given.pop(0).request.uid, [9], finish="length")]))
+            given.append(decode.hear(Submit))
+        assert [submit.request.prompt for submit in given] == [[10], [11], [12], [13]]
+        for submit in given[:-1]:
+            decode.send(Updates([Update(submit.request.uid, [9], finish="length")]))
+        finish(decode, given[-1], prefill)
+    assert len(answers) == 9 and all(answer.error is None for answer in answers.values())
+
+
 def test_an_attempt_counts_once_it_has_begun_or_was_refused_for_nothing() -> None:
     """What waits for pages while one prefill replica after another dies has not begun. But a decode replica that keeps
     refusing, though the prefill replica is here, must not be asked for ever."""

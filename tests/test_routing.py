@@ -99,7 +99,7 @@ def test_a_session_stays_on_its_decode_replica_within_the_skew_limit() -> None:
         decodes, prefills = [replica("a", "decode", 300), replica("b", "decode", 300)], [replica("p", "prefill")]
         assert choose(routing, decodes, prefills, prompt, "mine") == ("a", "p")
         decodes[0].add_request(1, int(limit))
-        assert choose(routing, decodes, prefills, prompt, "other") == ("b", "p")
+        assert choose(routing, decodes, prefills, [6] * len(prompt), "other") == ("b", "p")
         assert choose(routing, decodes, prefills, prompt, "mine") == ("a", "p")
         decodes[0].add_request(2, 1)
         assert choose(routing, decodes, prefills, prompt, "mine") == ("b", "p")
@@ -131,6 +131,51 @@ def test_the_longest_prefix_decides_and_a_replica_that_left_does_not() -> None:
     assert choose(routing, decodes, [p, q], system + one + [7]) == ("d", "p")
     assert choose(routing, decodes, [q], system + one + [7]) == ("d", "q")
     assert choose(routing, decodes, [p, q], system + [9] * PAGE) == ("d", "q"), "which served the first page last"
+
+
+def test_a_prefix_stays_on_its_decode_replica_within_the_skew_limit() -> None:
+    """The limit is the pages in common, at most a small share of the KV. A session counts for more than a prefix."""
+    for pages, limit in ((0, 0), (1, 1), (15, 15), (60, KV_SKEW * CAPACITY)):
+        routing, prefills = Routing(), [replica("p", "prefill")]
+        decodes = [replica("a", "decode", 300), replica("b", "decode", 300)]
+        common = [5] * (pages * PAGE)
+        assert choose(routing, decodes, prefills, [*common, 1, 2]) == ("a", "p")
+        decodes[0].add_request(1, int(limit) or 1)
+        assert choose(routing, decodes, prefills, [*common, 3, 4]) == ("a" if pages else "b", "p")
+        decodes[0].add_request(2, 1)
+        assert choose(routing, decodes, prefills, [*common, 3, 4]) == ("b", "p")
+    assert choose(routing, [*decodes, replica("c", "decode")], prefills, [9] * PAGE, "mine") == ("c", "p")
+    near = [replica("b", "decode"), replica("c", "decode")]
+    assert choose(routing, near, prefills, [*common, 7], "mine") == ("c", "p")
+
+
+def test_another_salt_is_another_prefix() -> None:
+    routing, decodes, prompt = Routing(), [replica("d", "decode")], [5] * (3 * PAGE)
+    prefills = [replica("p", "prefill"), replica("q", "prefill")]
+    assert routing.choose(Request(0, prompt, 1), None, decodes, prefills).prefill.id == "p"
+    prefills[0].add_prompt(1, PAGE)
+    for salt, where in (("", "p"), ("mine", "q"), ("mine", "q")):
+        chosen = routing.choose(Request(0, prompt, 1, cache_salt=salt), None, decodes, prefills)
+        assert chosen.prefill.id == where, salt
+        prefills[1].queued_tokens = 0
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_what_prefill_presumably_has_is_not_counted_as_queued(caches: bool) -> None:
+    """At least one token is computed. A prompt whose rows are wanted is computed whole."""
+    routing, decodes = Routing(), [replica("d", "decode")]
+    prefills = [replica("p", "prefill", caches=caches), replica("q", "prefill", caches=caches, queued=9 * PAGE)]
+
+    def tokens(length: int, **fields: Any) -> int:
+        return routing.choose(Request(0, [5] * length, 1, **fields), None, decodes, prefills).tokens
+
+    assert tokens(2 * PAGE + 7) == 2 * PAGE + 7
+    assert tokens(2 * PAGE + 9) == (9 if caches else 2 * PAGE + 9)
+    assert tokens(2 * PAGE) == (PAGE if caches else 2 * PAGE)
+    assert tokens(2 * PAGE, return_experts=True) == 2 * PAGE
+    assert tokens(2 * PAGE + 9, cache_salt="mine") == 2 * PAGE + 9
+    del prefills[0]
+    assert tokens(2 * PAGE + 9) == 2 * PAGE + 9, "the other one has none of it"
 
 
 def test_a_unified_replica_keeps_a_session_and_a_prefix() -> None:

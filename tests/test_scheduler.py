@@ -1,12 +1,13 @@
 """The scheduler, under any sequence of events.
 
-Every page has one owner, and a step stays within its limits. Requests start in the order of arrival, and all of them
-end. Two schedulers that see the same events decide the same. One step is always in flight: its tokens are seen after
-the next step was launched.
+A page is held by exactly those that list it, and a step stays within its limits. What a request reads is the KV of its
+own tokens, whoever computed it. Requests start in the order of arrival, and all of them end. Two schedulers that see
+the same events decide the same. One step is always in flight: its tokens are seen after the next step was launched.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from disagg.page_cache import PageCache
 from disagg.request import Request
 from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.step import NO_WORK, Work
@@ -39,11 +41,26 @@ class Replica:
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by uid, all that are not over
     over: list[Sequence] = field(default_factory=list)  # but a step in flight still writes to their pages
     latest: Work = NO_WORK  # in flight
+    kv: dict[tuple[int, int], tuple[Sequence, int]] = field(default_factory=dict)  # page, slot -> whose, and where
 
     @property
     def flying(self) -> list[Sequence]:
         """Those that get a token from the step in flight."""
         return self.latest.sequences
+
+    def write(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Write the KV of the sequence's tokens from `begin` to `end`."""
+        for position in range(begin, end):
+            self.kv[sequence.pages[position // PAGE], position % PAGE] = sequence, position
+
+    def read(self, sequence: Sequence, end: int) -> None:
+        """Attend to the first `end` tokens. Of another sequence's KV all tokens are seen."""
+        for position in range(end):
+            writer, at = self.kv[sequence.pages[position // PAGE], position % PAGE]
+            if writer is not sequence:
+                assert at == position and at < len(writer.tokens), "the KV of another place"
+                assert writer.tokens[: at + 1] == sequence.tokens[: at + 1], "the KV of other tokens"
+                assert writer.request.cache_salt == sequence.request.cache_salt
 
     @property
     def holders(self) -> list[Sequence]:
@@ -51,11 +68,11 @@ class Replica:
 
 
 def make_scheduler(max_batch: int, max_tokens_per_step: int, capacity: int = CAPACITY) -> Scheduler:
-    return Scheduler(PageAllocator(capacity + 1), max_batch, max_tokens_per_step, MAX_MODEL_LEN)
+    return Scheduler(PageCache(capacity + 1), max_batch, max_tokens_per_step, MAX_MODEL_LEN)
 
 
-def make_sequence(uid: int, prompt_len: int, max_tokens: int = 1) -> Sequence:
-    return Sequence(Request(uid, [OTHER] * prompt_len, max_tokens), (EOS,))
+def make_sequence(uid: int, prompt_len: int, max_tokens: int = 1, base: int = OTHER, **fields: Any) -> Sequence:
+    return Sequence(Request(uid, [base] * prompt_len, max_tokens, **fields), (EOS,))
 
 
 def shape_of(plan: Plan) -> tuple[list, list]:
@@ -87,12 +104,18 @@ class Life(RuleBasedStateMachine):
         for twin in self.twins:
             twin.scheduler.add(twin.sequences[uid])
 
-    @rule(prompt_len=st.integers(1, 2 * PAGE + 1) | st.integers(1, 5), max_tokens=st.integers(1, 4) | st.just(PAGE))
-    def submit(self, prompt_len: int, max_tokens: int) -> None:
+    @rule(
+        prompt_len=st.integers(1, 2 * PAGE + 1) | st.integers(1, 5) | st.sampled_from((PAGE, 2 * PAGE)),
+        max_tokens=st.integers(1, 4) | st.just(PAGE),
+        base=st.sampled_from((OTHER, OTHER, 3)),
+        fields=st.sampled_from(({}, {}, {"cache_salt": "mine"}, {"return_experts": True})),
+    )
+    def submit(self, prompt_len: int, max_tokens: int, base: int, fields: dict[str, Any]) -> None:
+        """Prompts of OTHER repeat others' answers, too."""
         uid, self.submitted = self.submitted, self.submitted + 1
         for twin in self.twins:
             twin.scheduler.check_fits(prompt_len + max_tokens)
-            twin.sequences[uid] = make_sequence(uid, prompt_len, max_tokens)
+            twin.sequences[uid] = make_sequence(uid, prompt_len, max_tokens, base, **fields)
         self.arrive(uid)
 
     def arrive(self, uid: int) -> None:
@@ -111,6 +134,8 @@ class Life(RuleBasedStateMachine):
             for sequence, chunk in zip(plan.decodes + [s for s, _ in plan.prefills], chunks, strict=True):
                 assert sequence.computed == before[sequence.uid] + len(chunk.token_ids)
                 assert chunk.wants_logits == (sequence in sampled)
+                twin.write(sequence, chunk.start, sequence.computed)
+                twin.read(sequence, sequence.computed)
             landing, rows = twin.flying, np.arange(len(sampled))[::-1]
             twin.latest = Work(plan, decodes, prompts, None, False, sampled, rows)
             self.launched(twin, plan)
@@ -153,12 +178,19 @@ class Life(RuleBasedStateMachine):
         skipped = [s for s in self.one.scheduler.running if s not in running and s.computed < s.limit - 1]
         assert not skipped or sum(len(c.token_ids) for c in chunks) == self.max_tokens, "idle for nothing"
 
+        context = sum(s.computed + count for s, count in plan.prefills)
+        assert context <= self.max_tokens + MAX_MODEL_LEN, "more than the memory table counts"
+
         queue, room = self.one.scheduler.waiting, self.max_batch - len(self.one.scheduler.running)
-        if queue and room and sum(len(c.token_ids) for c in chunks) < self.max_tokens:
+        left = self.max_tokens - sum(len(c.token_ids) for c in chunks)
+        if queue and room and left:
             request = queue[0].request
+            if queue[0].pages:
+                context += queue[0].computed + min(left, len(request.prompt) - queue[0].computed)
+                assert context > self.max_tokens + MAX_MODEL_LEN, "it has its pages, and waits for nothing"
+                return
             tokens = len(request.prompt) + (request.max_tokens if self.reserve_output else 0)
-            assert not queue[0].pages, "it has its pages, and waits for nothing"
-            assert tokens > self.one.scheduler.allocator.num_free * PAGE, "there is room, and it waits for nothing"
+            assert tokens > self.one.scheduler.cache.num_free * PAGE, "there is room, and it waits for nothing"
 
     def sampled(self, twin: Replica, sequence: Sequence, token: int) -> None:
         before = len(sequence.tokens) - sequence.prompt_len
@@ -187,13 +219,12 @@ class Life(RuleBasedStateMachine):
             self.drop(twin, uid)
 
     @invariant()
-    def every_page_has_one_owner(self) -> None:
+    def every_page_is_held_by_those_that_list_it(self) -> None:
         for twin in self.twins if hasattr(self, "twins") else []:
-            owned = [page for s in twin.holders for page in s.pages]
-            assert len(set(owned)) == len(owned), "a page owned twice"
-            assert NULL_PAGE not in owned
-            assert all(0 < page <= CAPACITY for page in owned)
-            assert twin.scheduler.allocator.num_free + len(owned) == CAPACITY
+            held = Counter(page for s in twin.holders for page in s.pages)
+            assert NULL_PAGE not in held and all(0 < page <= CAPACITY for page in held)
+            assert twin.scheduler.cache._holders == held
+            assert twin.scheduler.cache.num_free + len(held) == CAPACITY
 
     def settle(self) -> None:
         """What goes on outside the scheduler comes to its end."""
@@ -206,10 +237,10 @@ class Life(RuleBasedStateMachine):
             if not self.one.sequences and not self.one.flying:
                 break
             self.step([False] * 10)
-            self.every_page_has_one_owner()
+            self.every_page_is_held_by_those_that_list_it()
         for twin in self.twins:
             assert not twin.sequences and not twin.scheduler.has_work, "a request never ended"
-            assert twin.scheduler.allocator.num_free == CAPACITY, "a page was lost"
+            assert twin.scheduler.cache.num_free == CAPACITY, "a page was lost"
 
 
 class PrefillLife(Life):
@@ -261,10 +292,10 @@ class DecodeLife(Life):
             uid = self.without_pages[0]
             got = []
             for twin in self.twins:
-                sequence, free = twin.sequences[uid], twin.scheduler.allocator.num_free
+                sequence, free = twin.sequences[uid], twin.scheduler.cache.num_free
                 tokens = len(sequence.request.prompt) + sequence.request.max_tokens
                 got.append(twin.scheduler.reserve(sequence, tokens))
-                assert got[-1] == (-(-tokens // PAGE) <= free)
+                assert got[-1] >= (-(-tokens // PAGE) <= free)
                 assert len(sequence.pages) == (-(-tokens // PAGE) if got[-1] else 0)
             assert got[0] == got[1]
             if not got[0]:
@@ -275,7 +306,9 @@ class DecodeLife(Life):
         self.on_its_way.remove(uid)
         for twin in self.twins:
             sequence = twin.sequences[uid]
+            twin.write(sequence, sequence.computed, len(sequence.tokens))
             sequence.computed = len(sequence.tokens)
+            twin.scheduler.publish(sequence, sequence.computed)
             if sequence.append(OTHER):
                 self.drop(twin, uid)
         if uid in self.one.sequences:
@@ -287,6 +320,10 @@ class DecodeLife(Life):
         self.handed_over(data.draw(st.sampled_from(self.on_its_way)))
 
     def drop(self, twin: Replica, uid: int) -> None:
+        """Of a request whose KV is on its way, some may have come."""
+        sequence = twin.sequences[uid]
+        if uid in self.on_its_way:
+            twin.write(sequence, sequence.computed, len(sequence.tokens) // 2)
         super().drop(twin, uid)
         if uid in self.without_pages:
             self.without_pages.remove(uid)
@@ -355,9 +392,51 @@ def test_a_request_that_was_handed_over_takes_its_token_out_of_the_budget() -> N
     assert (decodes.ids.tolist(), decodes.positions.tolist()) == ([OTHER], [30])
 
 
+def test_what_prompts_share_is_computed_once_even_if_they_arrive_together() -> None:
+    """The second begins behind what the first computes in the same step, the third behind what the second adds."""
+    scheduler = make_scheduler(max_batch=4, max_tokens_per_step=5 * PAGE)
+    first, second, third = (make_sequence(i, length) for i, length in enumerate((PAGE + 5, 2 * PAGE, 3 * PAGE)))
+    other = make_sequence(3, PAGE, cache_salt="another tenant's")
+    for sequence in (first, second, third, other):
+        scheduler.add(sequence)
+    plan = scheduler.schedule(reserve_output=False)
+    assert [count for _, count in plan.prefills] == [PAGE + 5, PAGE, PAGE, PAGE]
+    assert [chunk.start for chunk in plan.prompt_chunks()] == [0, PAGE, 2 * PAGE, 0]
+    assert [s.hits for s in (first, second, third, other)] == [0, 1, 2, 0]
+    assert third.pages[:2] == [first.pages[0], second.pages[1]]
+    plan.advance()
+    scheduler.remove(other)
+    scheduler.add(make_sequence(4, 2 * PAGE))
+    assert [count for _, count in scheduler.schedule(reserve_output=False).prefills] == [PAGE], (
+        "not all of it: one token"
+    )
+
+
+@pytest.mark.parametrize("fields", [{"return_experts": True}, {"prompt_logprobs": 0}], ids=str)
+def test_a_prompt_whose_rows_are_wanted_is_computed_whole_and_serves_others(fields: dict[str, Any]) -> None:
+    scheduler = make_scheduler(max_batch=4, max_tokens_per_step=9 * PAGE)
+    for sequence in (make_sequence(0, PAGE + 1), make_sequence(1, PAGE + 1, **fields), make_sequence(2, PAGE + 1)):
+        scheduler.add(sequence)
+    assert [count for _, count in scheduler.schedule().prefills] == [PAGE + 1, PAGE + 1, 1]
+
+
+def test_a_step_sees_no_more_context_than_the_memory_table_counts() -> None:
+    """Without the cache, only one prompt of a step can have begun in an earlier one."""
+    scheduler = make_scheduler(max_batch=8, max_tokens_per_step=2 * PAGE, capacity=40)
+    scheduler.add(make_sequence(0, 5 * PAGE))
+    for _ in range(3):
+        scheduler.schedule().advance()
+    for uid in range(1, 4):
+        scheduler.add(make_sequence(uid, 5 * PAGE + 2))
+    for uid in range(1, 4):
+        plan = scheduler.schedule()
+        assert [(s.uid, s.hits, count) for s, count in plan.prefills] == [(uid, 5, 2)]
+        plan.advance()
+
+
 def test_a_large_request_is_not_overtaken_by_a_small_one_that_would_fit() -> None:
     scheduler = make_scheduler(max_batch=4, max_tokens_per_step=400)
-    first, large, small = make_sequence(0, 3 * PAGE), make_sequence(1, 5 * PAGE), make_sequence(2, 1)
+    first, large, small = make_sequence(0, 3 * PAGE), make_sequence(1, 5 * PAGE, base=3), make_sequence(2, 1)
     for sequence in (first, large, small):
         scheduler.add(sequence)
     assert [s.uid for s, _ in scheduler.schedule().prefills] == [0]
@@ -427,7 +506,7 @@ def test_the_allocator_gives_all_or_nothing_and_takes_only_what_it_gave() -> Non
 @pytest.mark.parametrize(("how", "pages"), [({}, 2), ({"reserve_output": False}, 1)])
 def test_pages_for_the_output_are_reserved_unless_told_otherwise(how: dict[str, bool], pages: int) -> None:
     """10 tokens of prompt and 100 generated ones need two pages, the prompt alone one."""
-    scheduler = Scheduler(PageAllocator(10), max_batch=4, max_tokens_per_step=64, max_model_len=640)
+    scheduler = Scheduler(PageCache(10), max_batch=4, max_tokens_per_step=64, max_model_len=640)
     sequence = Sequence(Request(0, [5] * 10, 100))
     scheduler.add(sequence)
     scheduler.schedule(**how)

@@ -30,8 +30,9 @@ from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import Cancel, Knock
 from disagg.handoff.transports.torch_dist import TorchEndpoint
-from parallel.interface import interface_of
-from parallel.mesh import GLOO, LOOPBACK, NCCL, Group, launched_first_host, on_interface
+from parallel.interface import LOOPBACK, interface_of
+from parallel.launched import launched_first_host
+from parallel.mesh import GLOO, NCCL, Group, on_interface
 from scripts.tools.demo import free_port
 from tests.conftest import ROOT, eventually, has_ipv6, write_secret
 from tests.deployment import run
@@ -327,10 +328,11 @@ def test_a_job_whose_ranks_are_all_here_uses_the_loopback(
     local: str | None, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert launched_first_host(2) == host
+    assert launched_first_host() == host
 
 
 def test_gloo_listens_on_the_loopback_while_a_job_meets_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def serve(
     answers: defaultdict[int, Answer] = defaultdict(Answer)
     for update in singly(role.updates):
         answers[update.uid].hear(update)
-    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.capacity, "a page leaked"
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity, "a page leaked"
     assert engine.pool[:, NULL_PAGE + 1 :].isfinite().all()
     return dict(answers), pipeline.stats
 

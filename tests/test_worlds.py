@@ -43,7 +43,9 @@ PAIRS = [  # prefill, decode: every side in either role, and every pair of atten
 ]
 SIDE = 8  # the most ranks a side has: the prefill (or unified) job starts at rank 0, the decode job at rank 8
 FAVOURED = 5, 900, 2000  # tokens that the last two requests favour; the first ends them
-SETTINGS = EngineConfig(max_batch=4, max_tokens_per_step=96, kv_tokens=1024, max_model_len=512)
+SETTINGS = EngineConfig(  # every page is computed and sent in every arrangement
+    max_batch=4, max_tokens_per_step=96, kv_tokens=1024, max_model_len=512, prefix_cache="off"
+)
 
 
 def requests(vocab_size: int) -> list[UserRequest]:
@@ -114,7 +116,7 @@ def answers_to(
     for role, engine, mesh in jobs:
         if mesh is not None:
             assert serve(role, engine, mesh, ("127.0.0.1", port[0]), interrupt, handoff=handoff) is None
-            allocator = engine.scheduler.allocator
+            allocator = engine.scheduler.cache
             assert interrupt.seen or not engine.scheduler.has_work
             assert interrupt.seen or allocator.num_free == allocator.capacity, f"{role} {mesh}: a page leaked"
     if thread is not None:

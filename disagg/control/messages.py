@@ -51,13 +51,14 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     job: Name  # the same for all replicas of a job; if one of them dies, the job ends
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
     about: Annotated[dict[Name, Name], Meta(max_length=16)] = {}  # how it runs, in words, for the metrics
+    caches: bool = False  # does it keep the KV of what it has served?
 
 
 class Load(msgspec.Struct, frozen=True):
     """The load of a replica. The tokens of a launched step count as computed."""
 
     queued_tokens: Size  # of prompts, not computed yet
-    kv_pages: Size  # that are not free
+    kv_pages: Size  # that requests hold
     running: Size  # requests in the batch
     waiting: Size  # other requests
     tokens_left: Annotated[dict[int, Size], Meta(max_length=MOST_LEFT)] = {}  # by uid, of begun prompts
@@ -152,6 +153,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     retry: bool = False  # another prefill rank may succeed
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
+    cached_tokens: Count = 0  # with the first token: of the prompt, those that were not computed
     prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 

@@ -14,7 +14,7 @@ router.py                          gives requests to replicas, and moves them; t
 routing.py                         which replicas a request gets; recent.py remembers, spread.py sums up
 fleet.py, replica.py               which replicas live, and how loaded each is
 metrics.py, histogram.py           what is counted; progress.py prints lines about it, http/ serves it to Prometheus
-streams.py                         the process's own stdout and stderr
+streams.py                         the process's own stdout, stderr and limit of open files
 
 May import disagg/control/, and request.py, config.py and interrupt.py of disagg/. Knows no engine and no link.
 """

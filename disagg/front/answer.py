@@ -21,6 +21,7 @@ class Answer:
     completion_tokens: int
     ttft_s: float | None
     latency_s: float | None
+    cached_tokens: int = 0  # of the prompt: their KV was there
     logprobs: list | None = None
     prompt_token_ids: list[int] | None = None  # beside prompt_logprobs: which of its tokens are the prompt's own
     prompt_logprobs: list | None = None  # as `PromptRows.encode` makes it

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from disagg.front.streams import discard_stdout
-from parallel.mesh import launched_local_rank
+from parallel.launched import launched_local_rank
 
 
 def exit_status(work: Callable[[], int]) -> int:

@@ -110,7 +110,7 @@ class Fleet:
             self._refuse(new, wrong)
             return
         if self._config and not self._has_the_routers_model(new.hello):
-            _say(f"a {new.hello.role} replica has not this router's --model; it stays until one comes that has")
+            _say(f"a {new} has not this router's --model; it stays until one comes that has")
         self.roles.add(new.hello.role)
         self._pulses.watch(new.hello.members)
         if new.hello.job in self._broken and not self.leaving:
@@ -128,7 +128,7 @@ class Fleet:
             self.tell([replica], Gone(sorted(self._gone)))
         self.changes += 1
         if replica.hello.role != "unified":
-            _say(f"a {replica.hello.role} replica {how}, ranks: {len(replica.hello.members)}")
+            _say(f"a {replica} {how}, ranks: {len(replica.hello.members)}")
         if self.leaving:
             self.port.send(replica.id, Finish())
 

@@ -100,6 +100,8 @@ class Metrics:
             busy = sum(stats["transfer_seconds"] for _, stats in self._stats if "transfer_seconds" in stats)
             speed = moved / max(busy, 1e-9) / 1e9
             rows.append(("KV transfer", f"{moved:,.0f} bytes, {speed:.3f} GB/s while receiving"))
+        for role in sorted({role for role, stats in self._stats if stats.get("cache_hit_tokens")}):
+            rows.append(("prefix cache", self._cache(role)))
         for role in sorted({role for role, stats in self._stats if "rebalances_total" in stats}):
             rows.append(("rebalancing", self._rebalancing(role)))
         for role, stats in {role: stats for role, stats in self._stats if "balancedness" in stats}.items():
@@ -122,6 +124,13 @@ class Metrics:
         overlapped = max((s.get(f"{phase}_overlapped", 0) for s in stats), default=0)
         rate = f"{done / seconds:,.0f} tok/s in {steps:.0f} steps of {seconds / steps * 1e3:.1f} ms"
         return rate + (f", {overlapped:.0f} of them overlapped" if overlapped else "")
+
+    def _cache(self, role: str) -> str:
+        """Format what a role's replicas found in their prefix caches."""
+        names = ("cache_hit_tokens", "prompt_tokens", "cache_evictions", "cache_idle_pages")
+        hits, computed, evicted, idle = (sum(s.get(name, 0) for of, s in self._stats if of == role) for name in names)
+        share = f" ({hits / (hits + computed):.1%} of all)" if computed else ""
+        return f"{role}: {hits:,.0f} prompt tokens{share}; {evicted:,.0f} pages evicted, {idle:,.0f} kept"
 
     def _rebalancing(self, role: str) -> str:
         """Format the rebalancing of the first job to leave. A job's replicas all report the same numbers."""

@@ -11,12 +11,12 @@ MOST_PAGES = 64  # of a prompt's prefix; hashing them takes about 0.3 ms
 DIGEST_BYTES = 16
 
 
-def prefix_keys(prompt: list[int]) -> list[bytes]:
+def prefix_keys(prompt: list[int], salt: str = "") -> list[bytes]:
     """Return one key per whole page of a prompt, from its start, up to MOST_PAGES.
 
-    A key covers its page and all pages before it. So equal keys mean equal prefixes.
+    A key covers its page, all pages before it, and the request's `cache_salt`. So equal keys mean equal prefixes.
     """
-    keys, before = [], b""
+    keys, before = [], salt.encode()
     for end in range(PAGE, min(len(prompt), MOST_PAGES * PAGE) + 1, PAGE):
         page = array("I", prompt[end - PAGE : end]).tobytes()
         before = blake2b(before + page, digest_size=DIGEST_BYTES).digest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from disagg.control.messages import Hello, Load
 from model.pages import PAGE
+from parallel.interface import LOOPBACK
 
 
 @dataclass(eq=False)
@@ -30,6 +31,11 @@ class Replica:
     _left: dict[int, int] = field(default_factory=dict)  # by uid: tokens left of a prompt without a first token
     pages: int = 0  # the sum of `_pages`
     queued_tokens: int = 0  # the sum of `_left`
+
+    def __str__(self) -> str:
+        """Return its role, and the addresses of its machines if there may be several."""
+        hosts = sorted({member.host for member in self.hello.members} - {LOOPBACK, "::1"})
+        return f"{self.hello.role} replica" + (f" at {' and '.join(hosts)}" if hosts else "")
 
     @property
     def requests(self) -> KeysView[int]:

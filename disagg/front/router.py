@@ -12,6 +12,7 @@ import itertools
 import secrets
 import sys
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Collection
 
@@ -81,8 +82,8 @@ class Router:
         self._routing, self._trials, self._missing = Routing(), Trials(), MissingRoles(self.fleet)
         self._drains, self.draining = drains, False
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
-        self._waiting: deque[int] = deque()  # uids without a replica
-        self._uids = itertools.count(secrets.randbits(48))
+        self._waiting: deque[int] = deque()  # uids without a replica, in the order of submission
+        self._uids, self._numbers = itertools.count(secrets.randbits(48)), itertools.count()
         self._gaps: list[float] = []  # of this message: times between two updates of a request, in seconds
         self._open = False  # has any request been given to a replica yet?
         self._changes = 0  # the fleet's count of changes when requests were last withdrawn
@@ -116,7 +117,7 @@ class Router:
         stream = TextStream(self.tokenizer, user.stop, user.marks, request.min_tokens)
         experts = ExpertRows(self.expert_shape, request.most_fed if request.return_experts else 0)
         prompt_rows = PromptRows(request, self.vocab_size)
-        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows)
+        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows, next(self._numbers))
         self._queue(tracked)
         return tracked
 
@@ -171,9 +172,11 @@ class Router:
         return len(came)
 
     def _queue(self, tracked: Tracked) -> None:
+        """Let it wait in the order of submission: a request that moves was there before those that have not begun."""
         tracked.uid = next(self._uids)
         self._tracked[tracked.uid] = tracked
-        self._waiting.append(tracked.uid)
+        place = bisect(self._waiting, tracked.number, key=lambda uid: self._tracked[uid].number)
+        self._waiting.insert(place, tracked.uid)
 
     def _listen(self, timeout_ms: int) -> None:
         for replica_id, message in self.port.poll(timeout_ms):
@@ -224,22 +227,22 @@ class Router:
             decodes = suitable(able, request.most_tokens, tracked.suspects)
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
             decodes, sources = (self._trials.places(tracked, replicas) for replicas in (decodes, sources))
-            if pair := self._routing.choose(request, tracked.user.session_id, decodes, sources):
-                self._submit(tracked, request, *pair)
+            if choice := self._routing.choose(request, tracked.user.session_id, decodes, sources):
+                self._submit(tracked, request, *choice)
                 continue
             unassigned.append(uid)
             if decodes and (sources or decodes[0].hello.role == "unified"):
                 break  # it waits for room, which later requests must not take
         self._waiting.extendleft(reversed(unassigned))
 
-    def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica) -> None:
+    def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica, tokens: int) -> None:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
         tracked.path = prefill.id, decode.id
         tracked.restart()
         decode.add_request(request.uid, pages_for(request.most_tokens))
-        prefill.add_prompt(request.uid, len(request.prompt))
+        prefill.add_prompt(request.uid, tokens)
         self._trials.begin(tracked)
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
 
@@ -375,7 +378,7 @@ class Router:
         is_final = role == "unified" and not self.fleet.may_return(lost)  # no other job could serve its requests
         if not is_final:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
-            print(f"router: a {role} replica {how}; {count} requests were on it", file=sys.stderr, flush=True)
+            print(f"router: a {lost} {how}; {count} requests were on it", file=sys.stderr, flush=True)
         if self.fleet.may_return(lost):
             self._count_deaths(lost, how)
         for uid in sorted(lost.requests):  # in the order in which they were submitted

@@ -3,13 +3,16 @@
 A request waits in the router until replicas have room. The least loaded replicas with room get it. The load is the
 share of the KV in decode, and the queued tokens in prefill.
 
-But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and in prefill the
-one that served the same prefix last, because it may still hold that KV. The skew says how much more loaded it may be
-than the least loaded one. It is limited by the work that the KV could save.
+But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and then the one
+that got the same prefix last. In prefill it is the one that got the same prefix last. They may still hold that KV. What
+ranks have in their caches is not reported: it would be late, and the router knows what it has sent where. So this is a
+guess. The skew says how much more loaded the preferred replica may be than the least loaded one. It is limited by the
+work that the KV could save.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from disagg.front.recent import Recent, prefix_keys, session_key
 from disagg.front.replica import Replica
@@ -22,15 +25,24 @@ LEAST_AHEAD = 4  # or this many prompts, whichever is more
 KV_SKEW = 0.02  # the largest skew, as a share of the KV: with more, simulated loads are visibly less even
 
 
+class Choice(NamedTuple):
+    """Where a request goes. `tokens`: of the prompt, as many as prefill will presumably compute."""
+
+    decode: Replica
+    prefill: Replica
+    tokens: int
+
+
 class Routing:
     """Chooses replicas, and remembers its choices."""
 
     def __init__(self) -> None:
-        self._recent = Recent()
+        self._computed, self._received = Recent(), Recent()  # by prefix: the prefill and the decode replica
+        self._sessions = Recent()  # by session: the decode replica
 
     def choose(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica]
-    ) -> tuple[Replica, Replica] | None:
+    ) -> Choice | None:
         """Return a decode and a prefill replica that can begin the request now, or None.
 
         `decodes`: the suitable decode replicas, or unified ones, of which one is returned twice. The choice is
@@ -47,43 +59,69 @@ class Routing:
 
     def _pick(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
-    ) -> tuple[Replica, Replica]:
+    ) -> Choice:
         """Return one decode and one prefill replica. `prefills`: None if `decodes` are unified."""
-        prefix = prefix_keys(request.prompt)
+        prefix = prefix_keys(request.prompt, request.cache_salt)
         session = None if session_id is None else session_key(session_id)
         least = min(decodes, key=lambda r: (r.kv_share, r.queued_tokens, len(r.requests)))
+
+        def is_near(replica: Replica, saved: int) -> bool:
+            return replica.kv_share <= least.kv_share + min(saved / replica.capacity, KV_SKEW)
+
         saved = pages_for(len(request.prompt))  # at most: the prompt may repeat what the session had before
-        near = [r for r in decodes if r.kv_share <= least.kv_share + min(saved / r.capacity, KV_SKEW)]
+        near = [r for r in decodes if is_near(r, saved)]
         if prefills is None:
-            decode = self._with_prefix(prefix, near) or self._with_session(session, near) or least
+            decode = self._with_computed(prefix, near) or self._with_session(session, near) or least
             prefill = decode
         else:
-            decode = self._with_session(session, near) or least
-            prefill = self._with_prefix(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
+            received = with_prefix(self._received, prefix, decodes, is_near)
+            decode = self._with_session(session, near) or received or least
+            prefill = self._with_computed(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
+        tokens = len(request.prompt) - self._expected_hits(request, prefix, prefill)
         if session is not None:
-            self._recent.put(session, decode.id)
+            self._sessions.put(session, decode.id)
         for key in prefix:
-            self._recent.put(key, prefill.id)
-        return decode, prefill
+            self._computed.put(key, prefill.id)
+            self._received.put(key, decode.id)
+        return Choice(decode, prefill, tokens)
 
     def _with_session(self, session: bytes | None, replicas: Sequence[Replica]) -> Replica | None:
         """Return the replica that served the session last, if it is among `replicas`. `session`: its key, if any."""
-        last = self._recent.get(session) if session is not None else None
+        last = self._sessions.get(session) if session is not None else None
         return next((r for r in replicas if r.id == last), None)
 
-    def _with_prefix(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
-        """Return the replica that served the longest prefix of the prompt last, within the skew limit.
+    def _with_computed(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
+        """Return the replica that computed the longest prefix of the prompt last, within the skew limit.
 
         The limit is the length of that prefix: the replica saves it, if it still has its KV. The limit is never more
         than one step's tokens, because a guess may not cost more than a step.
         """
-        by_id = {r.id: r for r in replicas}
-        least = min(r.queued_tokens for r in replicas)
-        for num_pages in range(len(prefix), 0, -1):
-            last = by_id.get(self._recent.get(prefix[num_pages - 1]) or "")
-            if last is not None and last.queued_tokens <= least + min(num_pages * PAGE, last.hello.step_tokens):
-                return last
-        return None
+        least = min((r.queued_tokens for r in replicas), default=0)
+
+        def is_near(replica: Replica, pages: int) -> bool:
+            return replica.queued_tokens <= least + min(pages * PAGE, replica.hello.step_tokens)
+
+        return with_prefix(self._computed, prefix, replicas, is_near)
+
+    def _expected_hits(self, request: Request, prefix: Sequence[bytes], prefill: Replica) -> int:
+        """Return the prompt tokens whose KV the prefill replica presumably has."""
+        if not (prefill.hello.caches and request.reads_cache):
+            return 0
+        most = min(len(prefix), (len(request.prompt) - 1) // PAGE)
+        known = (pages for pages in range(most, 0, -1) if self._computed.get(prefix[pages - 1]) == prefill.id)
+        return next(known, 0) * PAGE
+
+
+def with_prefix(
+    recent: Recent, prefix: Sequence[bytes], replicas: Sequence[Replica], is_near: Callable[[Replica, int], bool]
+) -> Replica | None:
+    """Return the replica that had the longest prefix of a prompt last, if it may have it: is_near(replica, pages)."""
+    by_id = {r.id: r for r in replicas}
+    for pages in range(len(prefix), 0, -1):
+        last = by_id.get(recent.get(prefix[pages - 1]) or "")
+        if last is not None and is_near(last, pages):
+            return last
+    return None
 
 
 def suitable(replicas: Sequence[Replica], tokens: int, suspects: Mapping[str, float]) -> list[Replica]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from disagg.request import MOST_ENTRIES
+from disagg.request import MOST_ENTRIES, MOST_SALT
 from model.prompt_row import MAX_LOGPROBS
 
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
@@ -80,6 +80,11 @@ RULES = {
     "logprobs": Rule(Top, f"an integer in 0..{MAX_LOGPROBS}"),
     "session_id": Rule(
         Annotated[str, Meta(min_length=1, max_length=256)], "a string of Unicode with 1 to 256 characters", is_unicode
+    ),
+    "cache_salt": Rule(
+        Annotated[str, Meta(min_length=1, max_length=MOST_SALT)],
+        f"a string of Unicode with 1 to {MOST_SALT} characters",
+        is_unicode,
     ),
     "prompt_logprobs": Rule(Top, f"an integer in 0..{MAX_LOGPROBS}"),
 }

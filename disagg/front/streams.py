@@ -1,8 +1,16 @@
-"""The process's own streams. A batch goes on if a shell has closed them, or if the reader of stderr ends."""
+"""The process's own streams, and how many files it may open.
+
+A batch goes on if a shell has closed the streams, or if the reader of stderr ends.
+
+In a job of several ranks each line on stderr begins with its host and rank, tracebacks and warnings too. Only here:
+whoever prints need not know. What native libraries write goes past this.
+"""
 
 import io
 import os
+import resource
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -11,13 +19,35 @@ class Unread(io.FileIO):
 
     def write(self, data: Any, /) -> int:  # bytes or any other buffer, a type that Python 3.11 has no name for
         try:
-            return super().write(data)
+            written = super().write(data)
         except OSError:
             return len(data)
+        return len(data) if written is None else written  # None: it does not wait for its reader, and is full
 
 
-def secure_streams() -> None:
-    """Open the streams that are closed. Call it before any file is opened: a file could get a stream's number."""
+class Named(Unread):
+    """The same, with a name at the beginning of each line."""
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._name, self._is_new = f"[{name}] ".encode(), True
+
+    def write(self, data: Any, /) -> int:
+        """Write a line in one piece if it comes in one, so that the lines of ranks that share a file do not mix."""
+        lines = bytes(data).splitlines(keepends=True)  # a bar's "\r" begins a line, too
+        named = [self._name + line if i or self._is_new else line for i, line in enumerate(lines)]
+        self._is_new = bytes(data).endswith((b"\n", b"\r"))
+        rest = b"".join(named)
+        while rest:
+            rest = rest[super().write(rest) :]
+        return len(data)
+
+
+def secure_streams(name: str = "") -> None:
+    """Open the streams that are closed. Call it before any file is opened: a file could get a stream's number.
+
+    `name`: what each line on stderr begins with; "": nothing.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -25,8 +55,15 @@ def secure_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `number`
     if sys.stdout is None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
-    lossy = io.BufferedWriter(Unread(2, "w", closefd=False))
+    lossy = io.BufferedWriter(Named(2, name) if name else Unread(2, "w", closefd=False))
     sys.stderr = io.TextIOWrapper(lossy, errors="backslashreplace", line_buffering=True)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does. Links take several each, strangers one for each connection."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def discard_stdout() -> None:

@@ -29,11 +29,13 @@ class Tracked:
     submitted: float
     experts: ExpertRows
     prompt_rows: PromptRows
+    number: int  # in the order of submission
     uid: int = -1  # of its current attempt
     logprobs: list = field(default_factory=list)
     first: float | None = None  # when the first token arrived
     latest: float | None = None  # when the latest token arrived
     parts: Parts | None = None  # of the time to first token, if the prompt was computed elsewhere
+    cached_tokens: int = 0  # of the prompt
     attempts: int = 0
     decode: Replica | None = None
     prefill: Replica | None = None  # until it has made a token
@@ -97,7 +99,9 @@ class Tracked:
             self.prompt_rows.clear()
 
     def take(self, update: Update) -> None:
-        """Keep the rows of an update. Raises ValueError if they are not those that the request must get now."""
+        """Keep what comes beside tokens. Raises ValueError for rows that the request must not get now."""
+        if not self.stream.token_ids:
+            self.cached_tokens = min(update.cached_tokens, len(self.user.request.prompt))
         if update.experts:
             self.experts.add(update.experts)
         if update.prompt_rows:
@@ -134,6 +138,7 @@ class Tracked:
             completion_tokens=len(stream.token_ids),
             ttft_s=None if self.first is None else round(self.first - self.submitted, 4),
             latency_s=round(now - self.submitted, 4),
+            cached_tokens=self.cached_tokens,
             logprobs=self.logprobs if request.logprobs else None,
             error=error,
             refused=refused,

@@ -98,7 +98,7 @@ def dial(
         pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed, secret)
         transport = endpoint.connect(PrefixStore(key, store), 1)
         where = f"prefill rank {prefill.rank} at {prefill.host}"
-        print(f"decode: rank {me.rank} has a link to {where}: {endpoint.about}", file=sys.stderr)
+        print(f"decode: a link to {where}: {endpoint.about}", file=sys.stderr, flush=True)
         return pipe, transport
 
     return connect

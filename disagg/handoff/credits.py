@@ -1,13 +1,13 @@
 """Credits: the limit on transfers in flight per process, and the memory of their buffers."""
 
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
-IN_FLIGHT = 4  # transfers per process, from packing to unpacking: each has its own buffer
-OF_A_LINK = 3  # of these per link, at most: one stuck peer must not stop the other links
+IN_FLIGHT = 6  # transfers per process, from packing to unpacking: each has its own buffer
 LOOK_S = 0.1  # between two calls of `check` while waiting
-MOST_BYTES = 320 * 2**20  # per transfer, unless a single page is larger
+MOST_BYTES = 213 * 2**20  # per transfer, unless a single page is larger
 
 
 def most_pages(page: int) -> int:
@@ -23,22 +23,23 @@ def buffer_bytes(page: int) -> int:
 class Credits:
     """One credit per transfer in flight, shared by the links of a process. A credit is the number of its buffer.
 
+    A link may take one more while more are free than it holds: a lone link three, and after it another two, and then
+    one is left. So links whose peers are stuck, and keep what they have, stop the others only when there are three.
+
     No deadlock: a link that holds a credit waits for its peer, whose end needs a credit of its own process. Every
     holder of one of those is only waiting for bytes already sent.
     """
 
     def __init__(self) -> None:
-        self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for credit in range(IN_FLIGHT):
-            self.free.put(credit)
+        self.free = deque(range(IN_FLIGHT))
+        self.changed = threading.Condition()  # guards `free`, and what each link holds
 
 
 class Share:
     """The credits that one link holds."""
 
     def __init__(self, credits: Credits) -> None:
-        self._credits, self._lock = credits, threading.Lock()
-        self._mine = threading.Semaphore(OF_A_LINK)
+        self._credits = credits
         self._held: set[int] = set()
         self._closed = False
 
@@ -47,51 +48,49 @@ class Share:
         """Transfers of this link in flight."""
         return len(self._held)
 
-    def take(self, check: Callable[[], None]) -> int:
+    def take(self, check: Callable[[], None], limit_s: float) -> int:
         """Wait for a credit. `check()` is called every LOOK_S meanwhile, and may raise to stop waiting.
 
-        Raises RuntimeError if this share is closed.
+        Raises RuntimeError if this share is closed, TimeoutError if there is none within `limit_s`.
         """
+        deadline = time.monotonic() + limit_s
         while (credit := self.try_take(LOOK_S)) is None:
             check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no buffer has become free in {limit_s:g} s: other peers are stuck")
         return credit
 
     def try_take(self, seconds: float) -> int | None:
-        """Return a credit, or None if none is free for so long, or twice that. Raises RuntimeError like `take`."""
-        if not self._mine.acquire(timeout=seconds):
-            return None
-        try:
-            credit = self._credits.free.get(timeout=seconds)
-        except queue.Empty:
-            self._mine.release()
-            return None
-        with self._lock:
-            if not self._closed:
-                self._held.add(credit)
-                return credit
-        self._release(credit)
-        raise RuntimeError("closed")
+        """Return a credit, or None if there is none for this link for so long. Raises RuntimeError like `take`."""
+        with self._credits.changed:
+            if not self._credits.changed.wait_for(lambda: self._closed or self._may_take, seconds):
+                return None
+            if self._closed:
+                raise RuntimeError("closed")
+            credit = self._credits.free.popleft()
+            self._held.add(credit)
+            return credit
+
+    @property
+    def _may_take(self) -> bool:
+        return len(self._credits.free) > len(self._held)
 
     def give_back(self, credit: int) -> None:
         """Give a credit back, unless `close` has done so."""
-        with self._lock:
+        with self._credits.changed:
             if credit in self._held:
                 self._held.remove(credit)
-                self._release(credit)
+                self._credits.free.append(credit)
+                self._credits.changed.notify_all()
 
     def shut(self) -> None:
         """Let no more credits be taken. Those that are held come back one by one."""
-        with self._lock:
+        with self._credits.changed:
             self._closed = True
+            self._credits.changed.notify_all()
 
     def close(self) -> None:
         """Give all credits back. No more can be taken."""
-        with self._lock:
-            self._closed = True
-            for credit in self._held:
-                self._release(credit)
-            self._held.clear()
-
-    def _release(self, credit: int) -> None:
-        self._mine.release()
-        self._credits.free.put(credit)
+        self.shut()
+        for credit in list(self._held):
+            self.give_back(credit)

@@ -10,7 +10,8 @@ and does the work that follows it. The next transfer starts while one is in flig
 Pages that become ready while the wire is busy share the next transfer, across rooms. So the two processes' cost per
 transfer is hidden behind the wire.
 
-A link can fail or be stopped. Either way its rooms end at once, with an error, and the pool is not written any more.
+A link can fail or be stopped. Either way its rooms end at once, with an error, and the pool is not written any more. It
+fails also when its oldest transfer has taken TIMEOUT, because not every library has a limit of its own.
 A receive that the library cannot cancel goes on in the mover, into its own buffer, which keeps its credit until then.
 """
 
@@ -32,8 +33,9 @@ from disagg.control.ports import new_socket
 from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
 from disagg.handoff.protocol import AllRead, Cancel, Command, Join, LinkEvent, Message, Read, RoomEnded
-from disagg.handoff.transport import Transfer, Transport
+from disagg.handoff.transport import TIMEOUT, Transfer, Transport
 
+CHECK_MS = 500  # between two looks whether a transfer is stuck
 # A transfer with its credit, and what to do when it has completed.
 Started = tuple[tuple[Transfer, int] | None, Callable[[], None]]
 
@@ -69,7 +71,7 @@ class Link(threading.Thread, ABC):
         self._words: deque[Read | AllRead | Cancel] = deque()  # from the mover; they must not wait behind commands
         self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
         self._changed = threading.Condition()  # guards _rooms and _down
-        self._rooms: set[int] = set()  # joined and not yet ended
+        self._rooms: dict[int, frozenset[int]] = {}  # joined and not yet ended: the pages to which its KV may come
         self._down: str | None = None  # the reason, once it is down
         self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
         address = f"inproc://{uuid.uuid4().hex}"
@@ -81,6 +83,7 @@ class Link(threading.Thread, ABC):
         self._in_flight: queue.SimpleQueue[Started | None] = queue.SimpleQueue()  # for the mover; None ends it
         self._credits = Share(credits)
         self._stream = packing_stream(pool.device) if pool.is_cuda else None
+        self._awaited_since: float | None = None  # time.monotonic() when the mover began to wait for a transfer
         self._mover = threading.Thread(target=self._see_through, name=f"mover {key}", daemon=True)
         self._mover.start()
         self.start()
@@ -104,7 +107,7 @@ class Link(threading.Thread, ABC):
                 if self._down is not None:
                     self._events.put(RoomEnded(command.uid, self._down, link_down=True))
                 else:
-                    self._rooms.add(command.uid)
+                    self._rooms[command.uid] = frozenset(command.pages)
                     self._changed.notify()
             if self._down is None:
                 self._commands.append(command)
@@ -193,7 +196,9 @@ class Link(threading.Thread, ABC):
             transfer, credit = moving if moving is not None else (None, None)
             try:
                 if transfer is not None:
+                    self._awaited_since = time.monotonic()
                     transfer.wait()
+                    self._awaited_since = None
                     began, ended = max(transfer.began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
                     self.bytes_moved += transfer.x.nbytes
@@ -217,13 +222,18 @@ class Link(threading.Thread, ABC):
         """
 
     def check(self) -> None:
-        """Raise if there is nothing to wait for any more. Called while this thread waits for a credit."""
+        """Raise if there is nothing to wait for any more, or if a transfer is stuck. Called while this thread waits."""
         if self._down is not None:
             raise RuntimeError(self._down)
+        since = self._awaited_since
+        if since is not None and time.monotonic() - since > TIMEOUT.total_seconds():
+            raise TimeoutError(f"a transfer took over {TIMEOUT.total_seconds():g} s")
 
     def _loop(self) -> None:
         while self._down is None:
-            self.attend(0 if self._commands else self.pipe.patience_ms)
+            self.check()
+            look = CHECK_MS if self.in_flight else None
+            self.attend(0 if self._commands else self.pipe.patience_ms or look)
             if self._commands:  # after messages: a Cancel must overtake sends that are still queued
                 self.handle(self._commands.popleft())
 
@@ -270,5 +280,5 @@ class Link(threading.Thread, ABC):
         """End a room, unless it has ended already, with the link."""
         with self._changed:
             if ended.uid in self._rooms:
-                self._rooms.remove(ended.uid)
+                del self._rooms[ended.uid]
                 self._events.put(ended)

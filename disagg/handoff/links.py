@@ -26,18 +26,24 @@ class Links(Generic[L]):
     def get(self, peer: Member, generation: int) -> L:
         """Return the link to this peer and generation, and make it if there is none.
 
-        A dropped link is never replaced: its rooms end at once. So do rooms on a link to a peer that has died.
+        A dropped link is never replaced: its rooms end at once. So do rooms on a link to a peer that has died. And so
+        they do while a read from the peer goes on that an earlier link gave up: this one would get stuck as well.
         """
         key = peer.id, generation
         if key in self._dropped:
             return self._dropped[key]
         if key not in self._links:
+            stuck = self._is_stuck(peer)
             self._drop(other for other in self._links if other[0] == peer.id and other[1] < generation)
             self._links[key] = link = self._make(peer, generation)
-            if peer.id in self.gone:
+            if peer.id in self.gone or stuck:
                 self._drop([key])
             return link
         return self._links[key]
+
+    def _is_stuck(self, peer: Member) -> bool:
+        links = [*self._links.items(), *self._dropped.items()]
+        return any(link.is_down and link.in_flight for (id, _), link in links if id == peer.id)
 
     def drain(self) -> list[LinkEvent]:
         """Return the events from the links' threads since the last call."""

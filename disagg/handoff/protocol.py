@@ -1,6 +1,6 @@
 """The KV handoff: rooms (the state of one request's handoff) and links (a prefill rank paired with a decode rank).
 
-    router --Submit--> decode --Open(request, pages)--> prefill        decode allocates BEFORE prefill computes
+    router --Submit--> decode --Open(request, pages)--> prefill        decode reserves BEFORE prefill computes
                        decode <--Sending(pages), bytes-- prefill       for each chunk, while prefill computes the next
                        decode <--Last(first token)------ prefill       the room is done: the request joins the batch
 
@@ -77,12 +77,16 @@ class Knock(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """decode -> prefill: compute this prompt, and send its KV to these pages on all these decode ranks."""
+    """decode -> prefill: compute this prompt, and send its KV to these pages on all these decode ranks.
+
+    The first `have` pages came from decode's prefix cache. They are not sent, because other requests read them.
+    """
 
     request: Request
     pages: list[Page]
     decode: Annotated[list[Member], Meta(min_length=1)]
     generation: Count = 0  # of the links to them
+    have: Count = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -135,6 +139,7 @@ class Last(msgspec.Struct, frozen=True, tag=True):
     logprobs: list[tuple[int, float]]
     prefill: float = 0.0  # seconds from its first step to this token
     waited: float = 0.0  # seconds from this token until this message was sent, after the last Sending
+    cached: Count = 0  # prompt tokens that prefill had in its cache
 
 
 class Closed(msgspec.Struct, frozen=True, tag=True):
@@ -154,6 +159,7 @@ class Join(msgspec.Struct, frozen=True):
     opening: Open | None = None
     expert_bytes: int = 0  # the most bytes of chosen experts that may come over this link
     row_bytes: int = 0  # the most bytes of the prompt's log probabilities
+    pages: list[int] = []  # of decode's pool, to which its KV may come
 
 
 class SendPages(msgspec.Struct, frozen=True):
@@ -173,6 +179,7 @@ class SendLast(msgspec.Struct, frozen=True):
     logprobs: list[tuple[int, float]]
     prefill: float = 0.0  # as in Last
     sampled: float = 0.0  # time.perf_counter() when the token was known
+    cached: int = 0  # as in Last
 
 
 class AllRead(msgspec.Struct, frozen=True):
@@ -192,6 +199,7 @@ class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     prefill: float = 0.0  # as in Last
     transfer: float = 0.0  # seconds from the token until all KV had arrived
     at: float = 0.0  # time.perf_counter() when all KV had arrived
+    cached: int = 0  # as in Last
 
 
 Message = Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed  # over the pipe

@@ -94,11 +94,21 @@ class ReceiveLink(Link):
     def _receive(self, sending: Sending) -> None:
         for uid in sending.uids:
             self._await(uid)
+        self._check_pages(sending)
         ids = self.page_ids(sending.pages)
-        credit = self._credits.take(self.check)
+        credit = self._credits.take(self.check, TIMEOUT.total_seconds())
         packed = self.buffer(credit, len(sending.pages))
         transfer = self.transport.recv(packed, sending.location)
         self.then(lambda: self._unpack(packed, ids, sending), (transfer, credit))
+
+    def _check_pages(self, sending: Sending) -> None:
+        """Raise ValueError if a page is none to which these rooms' KV may come: other requests may read it."""
+        with self._changed:
+            expected = frozenset().union(*(self._rooms.get(uid, ()) for uid in sending.uids))
+        if others := sorted(set(sending.pages) - expected):
+            raise ValueError(
+                f"the other end sends page {others[0]}, which is none of rooms {sorted(set(sending.uids))}"
+            )
 
     def _unpack(self, packed: Tensor, ids: Tensor, sending: Sending) -> None:
         if self.transport.one_sided:
@@ -118,7 +128,7 @@ class ReceiveLink(Link):
     def _done(self, last: Last, came: float) -> None:
         now = time.perf_counter()
         transfer = last.waited + now - came
-        done = RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now)
+        done = RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now, last.cached)
         self.end(self._judged(done))
 
     def _judged(self, ended: RoomEnded) -> RoomEnded:

@@ -30,7 +30,7 @@ from disagg.handoff.protocol import (
 )
 from disagg.handoff.transport import TIMEOUT
 from kernels import ref
-from model.pages import pages_for
+from model.pages import PAGE, pages_for
 
 LOOK_MS = 1  # between two looks at what this thread waits for, while it also listens
 T = TypeVar("T")
@@ -66,7 +66,9 @@ class SendLink(Link):
 
     def handle(self, item: Message | Command | AllRead) -> None:
         match item:
-            case Open(request, pages):
+            case Open(request, pages, have=have):
+                if have > (most := (len(request.prompt) - 1) // PAGE):
+                    raise ValueError(f"the other end opened a room that has {have} pages; it can have {most}")
                 if len(pages) < pages_for(len(request.prompt)):
                     raise ValueError(
                         f"the other end opened a room of {len(pages)} pages for {len(request.prompt)} tokens"
@@ -163,7 +165,8 @@ class SendLink(Link):
         Otherwise a link that goes down here could let a buffer be overwritten while the peer reads it for this room.
         """
         waited = time.perf_counter() - last.sampled
-        self._conclude(Last(last.uid, last.token, last.logprobs, last.prefill, waited), RoomEnded(last.uid))
+        word = Last(last.uid, last.token, last.logprobs, last.prefill, waited, last.cached)
+        self._conclude(word, RoomEnded(last.uid))
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
         """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
-TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet; with gloo, also per tensor
+TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet, and for each transfer
 
 
 class Transfer(Protocol):

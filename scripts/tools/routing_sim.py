@@ -37,7 +37,8 @@ from statistics import fmean
 from disagg.control.messages import Hello, Load, Member, RoleName
 from disagg.control.pulse import BEAT_S
 from disagg.front.replica import Replica
-from disagg.front.routing import Routing
+from disagg.front.routing import Choice, Routing
+from disagg.page_cache import PageCache
 from disagg.request import Request
 from disagg.role import tokens_left
 from disagg.scheduler import Scheduler
@@ -64,16 +65,16 @@ class Chance(Routing):
 
     def choose(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica]
-    ) -> tuple[Replica, Replica] | None:
+    ) -> Choice | None:
         if self._with_room:
             return super().choose(request, session_id, decodes, prefills)
-        return self._rng.choice(decodes), self._rng.choice(prefills)
+        return self._pick(request, session_id, decodes, prefills)
 
     def _pick(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
-    ) -> tuple[Replica, Replica]:
+    ) -> Choice:
         assert prefills is not None
-        return self._rng.choice(decodes), self._rng.choice(prefills)
+        return Choice(self._rng.choice(decodes), self._rng.choice(prefills), len(request.prompt))
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Simulation:
             return Replica(name, Hello(role, [Member(name, "")], args.max_batch, args.step_tokens, kv_tokens, {}, role))
 
         def scheduler() -> Scheduler:
-            pages = PageAllocator(kv_tokens // PAGE + 1)
+            pages = PageCache(kv_tokens // PAGE + 1, keeps=False)
             return Scheduler(pages, min(args.max_batch, args.step_tokens), args.step_tokens, 2 * args.limit)
 
         self.prefills = [Prefill(replica("prefill", i), scheduler()) for i in range(args.prefills)]
@@ -204,17 +205,17 @@ class Simulation:
         while self._waiting:
             request, session_id = self._waiting[0].request, self._waiting[0].session_id
             replicas = [one.replica for one in self.decodes], [one.replica for one in self.prefills]
-            pair = self.routing.choose(request, session_id, *replicas)
-            if pair is None:
+            choice = self.routing.choose(request, session_id, *replicas)
+            if choice is None:
                 return
-            names, conversation = (pair[0].id, pair[1].id), self._waiting.popleft().conversation
+            names, conversation = (choice.decode.id, choice.prefill.id), self._waiting.popleft().conversation
             before = self._latest.get(conversation, ("", ""))
             self._same_decode += names[0] == before[0]
             self._same_prefill += names[1] == before[1]
             self._latest[conversation] = names
             decode, prefill = self._decode_of[names[0]], self._prefill_of[names[1]]
             decode.replica.add_request(request.uid, pages_for(request.most_tokens))
-            prefill.replica.add_prompt(request.uid, len(request.prompt))
+            prefill.replica.add_prompt(request.uid, choice.tokens)
             decode.queue.append((request, prefill))
             self._open(decode)
 

@@ -10,10 +10,15 @@ from disagg.front.http.fields import Asked
 from disagg.front.http.token_text import TokenText
 
 
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Logprobs(msgspec.Struct):
@@ -52,7 +57,8 @@ class Completion(msgspec.Struct, omit_defaults=True):
 def usage(answers: list[Answer]) -> Usage:
     prompt = sum(answer.prompt_tokens for answer in answers)
     generated = sum(answer.completion_tokens for answer in answers)
-    return Usage(prompt, generated, prompt + generated)
+    cached = sum(answer.cached_tokens for answer in answers)
+    return Usage(prompt, generated, prompt + generated, PromptTokensDetails(cached))
 
 
 def own_fields(answer: Answer, asked: Asked) -> dict[str, Any]:

@@ -36,6 +36,11 @@ REPLICA_COUNTERS = {
         "Transfers of KV that did not have their checksum (--kv-checksum).",
         "transfer_mismatches",
     ),
+    "moesaic_cache_hit_tokens": (
+        "Prompt tokens whose KV came from the prefix cache: not computed, or on decode replicas not received.",
+        "cache_hit_tokens",
+    ),
+    "moesaic_cache_evictions": ("Pages that the prefix cache gave up because others needed them.", "cache_evictions"),
     "moesaic_graph_replays": ("Decode steps that replayed a CUDA graph.", "graph_replays"),
 }
 PHASE_COUNTERS = {
@@ -110,13 +115,16 @@ def _loads(replicas: list[Replica]) -> Iterator[Metric]:
         "moesaic_running_requests": ("Requests in the batch.", "running"),
         "moesaic_waiting_requests": ("Requests that the replica has, and not in its batch.", "waiting"),
         "moesaic_queued_tokens": ("Prompt tokens that no step has computed.", "queued_tokens"),
-        "moesaic_kv_pages": ("Pages of the KV pool in use, of 64 tokens.", "kv_pages"),
+        "moesaic_kv_pages": ("Pages of the KV pool that requests hold, of 64 tokens.", "kv_pages"),
     }
     for name, (help, field) in gauges.items():
         loads = [(_labels(r), getattr(r.load, field)) for r in replicas if r.load is not None]
         yield _gauge(name, help, REPLICA, loads)
     pools = [(_labels(r), r.capacity) for r in replicas]
     yield _gauge("moesaic_kv_pages_capacity", "Pages of the KV pool.", REPLICA, pools)
+    idle = [(_labels(r), r.stats["cache_idle_pages"]) for r in replicas if "cache_idle_pages" in r.stats]
+    help = "Pages of the prefix cache that no request holds. They are free for whoever needs them."
+    yield _gauge("moesaic_cache_idle_pages", help, REPLICA, idle)
     flying = [(_labels(r), r.stats["transfers_in_flight"]) for r in replicas if "transfers_in_flight" in r.stats]
     yield _gauge("moesaic_transfers_in_flight", "Transfers of KV that are being received.", REPLICA, flying)
 

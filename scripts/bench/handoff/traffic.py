@@ -83,8 +83,8 @@ class Sink:
                 place = free.pop()
                 place_of[self.uid] = place
                 request = Request(self.uid, [1])
-                opening = Open(request, self.places[place][: pages_for(tokens)], [self.me])
-                self.link.put(Join(self.uid, opening))
+                pages = self.places[place][: pages_for(tokens)]
+                self.link.put(Join(self.uid, Open(request, pages, [self.me]), pages=pages))
                 self.uid += 1
             if not place_of:
                 return done

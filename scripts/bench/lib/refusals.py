@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from parallel.mesh import launched_local_rank
+from parallel.launched import launched_local_rank
 
 
 @contextmanager

@@ -10,7 +10,9 @@ or --output to one and a half. The same requests go through three runs, one afte
     offline   run.py --input: all requests wait from the start, and as many run at once as through HTTP; after a
               run that fills the caches of compiled kernels
     HTTP      run.py --http, one unified rank
-    vLLM      with --peer: vLLM's own server, without a prefix cache
+    vLLM      with --peer: vLLM's own server
+
+None of them has a prefix cache, which scripts/bench/prefix measures.
 
 The generator first sends as many requests as run at once, which do not count. Times are the generator's: TTFT from the
 request's start to its first event, inter-token latency between two events.
@@ -98,7 +100,7 @@ class Bench:
     def _run_py(self) -> list[str]:
         args = self.args
         sizes = f"--max-batch={args.concurrency}", f"--max-tokens-per-step={args.step_tokens}"
-        more = f"--max-model-len={self.longest}", "--load=dummy"
+        more = f"--max-model-len={self.longest}", "--load=dummy", "--prefix-cache=off"  # the first requests come twice
         return [sys.executable, "run.py", f"--model={self.model}", *sizes, *more]
 
     def _generate(self, port: int) -> dict:

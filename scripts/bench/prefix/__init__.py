@@ -1,0 +1,1 @@
+"""What the prefix cache saves in talks, and what it costs where nothing is shared."""

@@ -1,0 +1,5 @@
+"""python -m scripts.bench.prefix"""
+
+from scripts.bench.prefix.run import main
+
+main()
