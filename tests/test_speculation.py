@@ -200,6 +200,21 @@ def test_aborts_and_late_requests_change_nothing_for_the_others(
     same({r.uid: got[r.uid] for r in requests}, want)
 
 
+def test_prompts_that_share_pages_get_the_same_answers(tiny: Path) -> None:
+    """A page from the cache has the draft layer's KV, too. Its last row may be of another text, where the next token
+    differs: that can make a draft wrong, and no token."""
+    rng = random.Random(1)
+    shared = [rng.randrange(4096) for _ in range(70)]
+    prompts = [shared[: 64 + more] + [rng.randrange(4096) for _ in range(3)] for more in (0, 1, 6, 0)] + [shared[:64]]
+    work = [Request(i, p, 16, ignore_eos=True, temperature=0.7 * (i % 2), seed=i) for i, p in enumerate(prompts)]
+    want, _ = serve(make_engine(tiny, 0, prefix_cache="off"), work)
+    for drafts in (1, 3):
+        engine = make_engine(tiny, drafts)
+        for _ in range(2):
+            same(serve(engine, work)[0], want)
+        assert engine.scheduler.cache.hits >= 2 * len(prompts) - 3
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_request_whose_logits_are_not_finite_ends_with_an_error(tiny: Path, drafts: int) -> None:
     """A token's embedding is damaged, which a request is made to say: the tokens before it stay."""
