@@ -162,6 +162,7 @@ class Prefill(Role):
             departure.sent = upto
 
     def take_up(self, step: Step) -> int:
+        step.wait()
         sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
         for kind, found in ((Chosen, step.chosen_experts()), (Scored, step.prompt_logprobs())):
             for sequence, data in found:

@@ -62,14 +62,17 @@ class Step:
     prompt_rows: Tensor | None = None  # [targets, 2, K + 1] int32 of `model/prompt_logprobs.py`, likewise
     counts: Tensor | None = None  # with drafts: [sequences], how many of tokens [sequences, N + 1] are new
 
-    def sampled(self) -> list[int]:
-        """Wait for the step. Returns the new token, or NO_TOKEN, of each of work.sequences."""
+    def wait(self) -> None:
+        """Wait until the tensors are valid on the host. The methods below read them."""
         if self.done is not None:
             self.done.synchronize()
+
+    def sampled(self) -> list[int]:
+        """Return the new token, or NO_TOKEN, of each of work.sequences."""
         return self.tokens.numpy()[self.work.rows].tolist()
 
     def outcomes(self) -> Iterator[tuple[Sequence, list[int], list[list[tuple[int, float]]]]]:
-        """Wait for the step. Yield each sequence with its new tokens, and pairs as in `pairs` for each, if requested.
+        """Yield each sequence with its new tokens, and pairs as in `pairs` for each, if requested.
 
         Without drafts that is one token each. NO_TOKEN may be the last.
         """
@@ -77,8 +80,6 @@ class Step:
             for sequence, token, pairs in zip(self.work.sequences, self.sampled(), self.pairs(), strict=True):
                 yield sequence, [token], [pairs] if pairs else []
             return
-        if self.done is not None:
-            self.done.synchronize()
         ids, values = self.logprobs or (None, None)
         for i, (sequence, count) in enumerate(zip(self.work.sequences, self.counts.tolist(), strict=True)):
             pairs, most = [], sequence.request.logprobs
@@ -88,7 +89,7 @@ class Step:
             yield sequence, self.tokens[i, :count].tolist(), pairs
 
     def pairs(self) -> list[list[tuple[int, float]]]:
-        """Return (token, log probability) pairs per sequence: empty unless requested. Call it after `sampled`."""
+        """Return (token, log probability) pairs per sequence: empty unless requested."""
         sequences = self.work.sequences
         if self.logprobs is None:
             return [[]] * len(sequences)
@@ -103,7 +104,7 @@ class Step:
         """Return (sequence, chosen experts of its tokens in this step) for the sequences whose requests ask.
 
         With drafts, `fed_experts` has those of decoding sequences. The experts are [tokens, MoE layers, K] uint16,
-        little-endian. Call it after `sampled`. The replica's other ranks return nothing.
+        little-endian. The replica's other ranks return nothing.
         """
         if self.chosen is None:
             return []
@@ -134,8 +135,7 @@ class Step:
     def prompt_logprobs(self) -> list[tuple[Sequence, bytes]]:
         """Return (sequence, rows of the prompt tokens that its chunk predicts) for the sequences whose requests ask.
 
-        `model/prompt_logprobs.py` says what a row is. Call it after `sampled`. The replica's other ranks return
-        nothing.
+        `model/prompt_logprobs.py` says what a row is. The replica's other ranks return nothing.
         """
         if self.prompt_rows is None:
             return []

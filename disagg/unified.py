@@ -55,6 +55,7 @@ class Unified(Role):
         return True
 
     def take_up(self, step: Step) -> int:
+        step.wait()
         plan, drafted = step.work.plan, step.counts is not None
         tokens = [] if drafted else step.sampled()
         for sequence, experts in step.chosen_experts():

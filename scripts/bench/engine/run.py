@@ -82,8 +82,7 @@ class Timed(Unified):
 
     def take_up(self, step: Step) -> int:
         start = time.perf_counter()
-        if step.done is not None:
-            step.done.synchronize()
+        step.wait()
         now = time.perf_counter()
         self.marks.append(Mark(now, now - start, self.launching, len(step.work.sequences), step.work.mixed))
         return super().take_up(step)
