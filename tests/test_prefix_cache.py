@@ -176,9 +176,17 @@ def test_an_abort_at_any_time_leaves_nothing_wrong_behind(
     assert found == (0 + 1 + 7 * 2) * PAGE, "the first step computes one whole page"
 
 
-def test_what_may_be_damaged_is_not_kept(small: Path) -> None:
-    """A damaged token is part of a prompt. It is repaired, and the same prompt has its tokens again."""
-    engine, prompt = make_engine(small), tokens(PAGE + 9, 9)
+@pytest.mark.parametrize("length", [PAGE - 1, PAGE + 9])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_may_be_damaged_is_not_kept(
+    small: Path, length: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged token is part of a prompt. It is repaired, and the same prompt has its tokens again.
+
+    A step that runs ahead feeds the model what stands for no token. After 63 tokens of prompt, that fills a page.
+    """
+    engine, prompt = make_engine(small), tokens(length, 9)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
     expected, embedding = serve(engine, [prompt], cache_salt="a"), engine.model.embed_tokens.weight
     whole = embedding[prompt[3]].clone()
     embedding[prompt[3]] = float("nan")
@@ -188,6 +196,7 @@ def test_what_may_be_damaged_is_not_kept(small: Path) -> None:
     while pipeline.turn() == Turn.WORKED:
         pass
     assert [update.error is None for update in singly(role.updates)] == [False]
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
     embedding[prompt[3]] = whole
     assert serve(engine, [prompt]) == expected
 
