@@ -49,7 +49,18 @@ def has_ipv6() -> bool:
 
 # The files that take the longest, in this order. They come first, so that two workers end at about the same time.
 LONGEST = ("torchrun", "faults", "rebalance", "worlds", "model", "cli", "family", "handoff", "bench_handoff", "router")
-LONGEST += ("bench_rank", "chat_template", "bench_ranks", "peer", "hub", "overlap", "dummy", "pipeline", "dispatch")
+LONGEST += (
+    "prefix_cache",
+    "bench_rank",
+    "chat_template",
+    "bench_ranks",
+    "peer",
+    "hub",
+    "overlap",
+    "dummy",
+    "pipeline",
+    "dispatch",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

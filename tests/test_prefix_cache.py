@@ -17,7 +17,7 @@ from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
 from disagg.front.parse import UserRequest
-from disagg.handoff.endpoints import TRANSPORTS, Handoff
+from disagg.handoff.endpoints import BY_DEFAULT, TRANSPORTS, Handoff
 from disagg.interrupt import Interrupt
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
@@ -260,6 +260,11 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
     rounds.append(talk(texts[0], first))
     expected = [serve(plain, prompts) for prompts in rounds] if plain is not None else None
     meshes = {shape: sub_mesh(*shape) for shape in ((0, 1, 1), (2, 1, 1), (0, 2, 2), (2, 2, 2), (0, 2, 1), (2, 2, 1))}
+    together = meshes[0, 2, 2]
+    unified = [("unified", engine(together, overlap="on"), together)]
+    for number, prompts in enumerate(rounds):
+        found = answer(unified, prompts, BY_DEFAULT)
+        assert rank or [one.token_ids for one in found] == expected[number], f"one job with attention TP, {number=}"
     one, two, apart = ((0, 1, 1), (2, 1, 1)), ((0, 2, 2), (2, 2, 2)), ((0, 2, 1), (2, 2, 1))
     few = {"kv_tokens": 7 * PAGE}
     for shapes, library, left, right in (
