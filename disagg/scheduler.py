@@ -70,7 +70,7 @@ class Sequence:
         """Return the tokens of the first `count` pages, as bytes. Each page becomes bytes once."""
         begin = len(self._page_tokens) * PAGE
         if begin < count * PAGE:
-            numbers = array("I", self.tokens[begin : count * PAGE])
+            numbers = array("i", self.tokens[begin : count * PAGE])  # signed, because NO_TOKEN may be among them
             raw, size = numbers.tobytes(), PAGE * numbers.itemsize
             self._page_tokens += [raw[at : at + size] for at in range(0, len(raw), size)]
         return self._page_tokens[:count]

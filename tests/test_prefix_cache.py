@@ -17,7 +17,7 @@ from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
 from disagg.front.parse import UserRequest
-from disagg.handoff.endpoints import TRANSPORTS, Handoff
+from disagg.handoff.endpoints import BY_DEFAULT, TRANSPORTS, Handoff
 from disagg.interrupt import Interrupt
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
@@ -176,9 +176,17 @@ def test_an_abort_at_any_time_leaves_nothing_wrong_behind(
     assert found == (0 + 1 + 7 * 2) * PAGE, "the first step computes one whole page"
 
 
-def test_what_may_be_damaged_is_not_kept(small: Path) -> None:
-    """A damaged token is part of a prompt. It is repaired, and the same prompt has its tokens again."""
-    engine, prompt = make_engine(small), tokens(PAGE + 9, 9)
+@pytest.mark.parametrize("length", [PAGE - 1, PAGE + 9])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_may_be_damaged_is_not_kept(
+    small: Path, length: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged token is part of a prompt. It is repaired, and the same prompt has its tokens again.
+
+    A step that runs ahead feeds the model what stands for no token. After 63 tokens of prompt, that fills a page.
+    """
+    engine, prompt = make_engine(small), tokens(length, 9)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
     expected, embedding = serve(engine, [prompt], cache_salt="a"), engine.model.embed_tokens.weight
     whole = embedding[prompt[3]].clone()
     embedding[prompt[3]] = float("nan")
@@ -188,6 +196,7 @@ def test_what_may_be_damaged_is_not_kept(small: Path) -> None:
     while pipeline.turn() == Turn.WORKED:
         pass
     assert [update.error is None for update in singly(role.updates)] == [False]
+    assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity
     embedding[prompt[3]] = whole
     assert serve(engine, [prompt]) == expected
 
@@ -251,6 +260,11 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
     rounds.append(talk(texts[0], first))
     expected = [serve(plain, prompts) for prompts in rounds] if plain is not None else None
     meshes = {shape: sub_mesh(*shape) for shape in ((0, 1, 1), (2, 1, 1), (0, 2, 2), (2, 2, 2), (0, 2, 1), (2, 2, 1))}
+    together = meshes[0, 2, 2]
+    unified = [("unified", engine(together, overlap="on"), together)]
+    for number, prompts in enumerate(rounds):
+        found = answer(unified, prompts, BY_DEFAULT)
+        assert rank or [one.token_ids for one in found] == expected[number], f"one job with attention TP, {number=}"
     one, two, apart = ((0, 1, 1), (2, 1, 1)), ((0, 2, 2), (2, 2, 2)), ((0, 2, 1), (2, 2, 1))
     few = {"kv_tokens": 7 * PAGE}
     for shapes, library, left, right in (
