@@ -49,7 +49,18 @@ def has_ipv6() -> bool:
 
 # The files that take the longest, in this order. They come first, so that two workers end at about the same time.
 LONGEST = ("chaos", "torchrun", "faults", "rebalance", "worlds", "model", "cli", "family", "handoff", "bench_handoff")
-LONGEST += ("router", "bench_rank", "chat_template", "bench_ranks", "peer", "hub", "overlap", "dummy", "pipeline")
+LONGEST += (
+    "speculation",
+    "router",
+    "bench_rank",
+    "chat_template",
+    "bench_ranks",
+    "peer",
+    "hub",
+    "overlap",
+    "dummy",
+    "pipeline",
+)
 LONGEST += ("dispatch",)
 
 
