@@ -49,19 +49,8 @@ def has_ipv6() -> bool:
 
 # The files that take the longest, in this order. They come first, so that two workers end at about the same time.
 LONGEST = ("chaos", "torchrun", "faults", "rebalance", "worlds", "model", "cli", "family", "handoff", "bench_handoff")
-LONGEST += (
-    "speculation",
-    "router",
-    "bench_rank",
-    "chat_template",
-    "bench_ranks",
-    "peer",
-    "hub",
-    "overlap",
-    "dummy",
-    "pipeline",
-)
-LONGEST += ("dispatch",)
+LONGEST += ("router", "bench_rank", "chat_template", "bench_ranks", "peer", "hub", "overlap", "dummy", "pipeline")
+LONGEST += ("speculation", "dispatch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
