@@ -51,8 +51,8 @@ class Deployment:
     def job_flags(self, role: str, *more: str) -> list[str]:
         return ["--role", role, "--router", self.address, "--model", self.model, *more]
 
-    def start_job(self, role: str, ranks: int = 2, *more: str) -> None:
-        self.jobs[role] = Job(self.job_flags(role, *more), ranks)
+    def start_job(self, role: str, ranks: int = 2, *more: str, env: dict[str, str] | None = None) -> None:
+        self.jobs[role] = Job(self.job_flags(role, *more), ranks, env=env)
 
     def start_router(self) -> None:
         flags = ["--role", "router", "--router", self.address, "--model", self.router_model]

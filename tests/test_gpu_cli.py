@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.commands import NO_GPU, run
 from tests.deployment import Deployment, read
@@ -55,6 +56,26 @@ def test_disaggregated(prefill: int, decode: int, expected: list[list[int]], tmp
         assert code == 0, f"{role}: {err}"
     assert tokens(deployment.out) == expected
     print(json.dumps({"pairing": (prefill, decode), "table": ended["router"][2]}))
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_decode_reads_the_kv_from_the_memory_of_a_gpu_over_nixl(
+    gpus: int, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """The two jobs share a GPU, or have one each."""
+    pytest.importorskip("nixl_cu13")
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    deployment = Deployment(Path("model/tiny"), Path(PROMPTS), tmp_path / "out.jsonl")
+    flags = ("--dtype", "float32", "--kv-tokens", "65536", "--transport", "nixl", "--kv-checksum")
+    for gpu, role in enumerate(("prefill", "decode")):
+        deployment.start_job(role, 1, *flags, env={"CUDA_VISIBLE_DEVICES": str(gpu % gpus)})
+    deployment.start_router()
+    ended = deployment.finish(TIMEOUT_S)
+    for role, (code, _, err) in ended.items():
+        assert code == 0, f"{role}: {err}"
+    assert tokens(deployment.out) == expected
+    assert "over UCX" in ended["decode"][2] and "VRAM" in ended["decode"][2], ended["decode"][2]
 
 
 def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(tmp_path: Path) -> None:
