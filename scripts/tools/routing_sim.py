@@ -60,6 +60,7 @@ class Chance(Routing):
 
     def __init__(self, rng: random.Random, with_room: bool = False) -> None:
         """`with_room`: only among the replicas that have room by the router's limits."""
+        super().__init__()
         self._rng, self._with_room = rng, with_room
 
     def choose(
@@ -70,7 +71,12 @@ class Chance(Routing):
         return self._rng.choice(decodes), self._rng.choice(prefills)
 
     def _pick(
-        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
+        self,
+        request: Request,
+        session_id: str | None,
+        decodes: Sequence[Replica],
+        prefills: Sequence[Replica] | None,
+        apart: set[tuple[str, str]],
     ) -> tuple[Replica, Replica]:
         assert prefills is not None
         return self._rng.choice(decodes), self._rng.choice(prefills)
