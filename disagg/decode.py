@@ -34,6 +34,7 @@ class Incoming:
     link: ReceiveLink | None = None  # from the moment it has its pages
     generation: int = 0  # of the link
     first: RoomEnded | None = None  # with the first token
+    link_down: bool = False
     wanted: bool = True  # False once aborted
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -136,6 +137,7 @@ class Decode(Unified):
         uid, arrival = ended.uid, self.incoming[ended.uid]
         arrival.room.end_link(ended.error)
         if ended.link_down:
+            arrival.link_down = True
             self.give_up_links(arrival)
         if ended.error is None:
             arrival.first = ended
@@ -162,7 +164,7 @@ class Decode(Unified):
         self.scheduler.release(sequence)
         if arrival.wanted:
             self.failures += 1
-            self.updates.append(Update(uid, error=arrival.room.error, retry=True))
+            self.updates.append(Update(uid, error=arrival.room.error, retry=True, link_down=arrival.link_down))
 
     def parts(self, arrival: Incoming, ended: RoomEnded) -> Parts:
         """Return the parts of its time to first token.

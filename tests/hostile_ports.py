@@ -141,18 +141,19 @@ def listening(pid: int) -> list[int]:
     for link in links:
         with suppress(FileNotFoundError):
             own.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
-    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    rows = [
+        row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+    ]
     return sorted({int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in own})
 
 
-def is_torchs(port: int) -> bool:
-    """Is it of torch's store or of gloo, which do not greet as ZeroMQ does?"""
-    with socket.create_connection((HOST, port), timeout=5) as sock:
-        sock.settimeout(0.5)
-        try:
+def is_torchs(port: int, host: str = HOST) -> bool:
+    """Is it of torch's store or of a transport, which do not greet as ZeroMQ does?"""
+    try:
+        with socket.create_connection((host, port), timeout=0.5) as sock:
             return sock.recv(1) != greeting(random.Random(0))[:1]
-        except TimeoutError:
-            return True
+    except (TimeoutError, ConnectionRefusedError):  # the latter: it listens at another address
+        return True
 
 
 def resident(pid: int) -> float:

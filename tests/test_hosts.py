@@ -1,22 +1,28 @@
-"""Jobs over several hosts, each with an address of its own (tests/hosts.py), and what a pulled cable does to them.
+"""Jobs over several hosts, each with an address of its own (tests/hosts.py): pulled cables, and networks that stall.
 
 The router, prefill over two machines, decode over two more, and a decode job on one that serves on meanwhile.
+`pytest -m long tests/test_hosts.py` pulls a cable for a minute, with the time-outs that users have.
 """
 
 import json
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from disagg.handoff.endpoints import TRANSPORTS
 from tests.commands import PYTHON, finish, start
+from tests.conftest import write_secret
 from tests.deployment import answers_alone
+from tests.hostile_ports import is_torchs, listening
 from tests.hosts import Host, hosts, obstacle
 from tests.processes import Job
 from tests.test_faults import QUICK, SOON
+from tests.test_transports import needs
 from tests.town import Town, town
 
 WHY_NOT = obstacle()
@@ -45,11 +51,8 @@ def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, machines: list[Host], tiny: Path, tmp_path: Path) -> Iterator[Town]:
     """A town whose jobs have a secret, with cables that are plugged in again. Its parameter: more constants."""
-    secret = tmp_path / "secret"
-    secret.write_text("0123456789abcdef" * 3)
-    secret.chmod(0o600)
     with town(tmp_path, tiny, machines[0], **QUICK, **getattr(request, "param", {})) as made:
-        made.flags = ("--secret-file", str(secret))
+        made.flags = ("--secret-file", str(write_secret(tmp_path)))
         yield made
     for machine in machines:
         machine.plug_cable()
@@ -76,9 +79,14 @@ def test_the_tokens_of_one_process_over_five_machines(
     place.until(lambda: all(job.statuses == [0, 0] for job in jobs), SOON)
 
 
-def start_two_decode_jobs(place: Town, machines: list[Host]) -> tuple[Job, Job]:
+def ended(router: Job) -> int:
+    """Return how many requests have ended, by its latest line. The answers themselves wait for earlier ones."""
+    return int((re.findall(r"; (\d+) ended", router.said) or ["0"])[-1])
+
+
+def start_two_decode_jobs(place: Town, machines: list[Host], requests: Sequence[dict] = REQUESTS) -> tuple[Job, Job]:
     """Return the router, and the decode job that has two machines. Another one has a machine of its own."""
-    router = place.router(REQUESTS, "out")
+    router = place.router(list(requests), "out", "--log-interval", "1")
     place.worker("prefill", 1, hosts=machines[1:2])
     over_two = place.worker("decode", 2, *FEW, hosts=machines[3:5])
     place.worker("decode", 1, *FEW, hosts=machines[5:6])
@@ -103,6 +111,35 @@ def test_a_cable_that_is_pulled_and_plugged_in_again(
     place.until(lambda: away.statuses == [0, 0], SOON)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_cable_that_is_pulled_for_a_minute(tiny: Path, tmp_path: Path, machines: list[Host]) -> None:
+    """With the time-outs that users have: the router knows in 10 s, and takes the job back when the cable is there."""
+    many = [request | {"id": str(i)} for i, request in enumerate(REQUESTS * 20)]
+    with town(tmp_path, tiny, machines[0]) as place:
+        place.flags = ("--secret-file", str(write_secret(tmp_path)))
+        router, away = start_two_decode_jobs(place, machines, many)
+        machines[4].pull_cable()
+        pulled = time.monotonic()
+        try:
+            place.until(lambda: "is lost" in router.said, 15)
+            print(f"the router knew after {time.monotonic() - pulled:.1f} s")
+            count = ended(router)
+            time.sleep(pulled + 60 - time.monotonic())
+            assert ended(router) > count + 5 and router.statuses == [None], place.said
+        finally:
+            machines[4].plug_cable()
+        plugged = time.monotonic()
+        place.until(lambda: "is back" in router.said, 90)  # TCP tries again after as long as it was away
+        print(f"the job was back {time.monotonic() - plugged:.1f} s after the cable")
+        place.until(lambda: router.statuses != [None], 400)
+        tokens = [answer.get("token_ids") for answer in place.answers("out")]
+        again = answers_alone(tiny, place.folder / "out.jsonl", place.folder / "alone.jsonl")
+        assert router.statuses == [0] and tokens == [answer["token_ids"] for answer in again], place.said
+        print(f"{len(tokens)} answers, all equal; {ended(router)} had ended when it was said last")
+        place.until(lambda: away.statuses == [0, 0], SOON)
+
+
 @pytest.mark.parametrize("place", [{"disagg__loop__COLLECTIVE_S": COLLECTIVE_S}], indirect=True)
 def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expected: dict[str, list[int]]) -> None:
     """The job that has lost a machine ends on both, in the time that a collective may take, and nothing is lost."""
@@ -114,6 +151,69 @@ def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expe
     for number, machine in enumerate(machines[3:5]):  # each line says where it comes from, also in a traceback
         name = f"[{machine.namespace} rank {number}] "
         assert f"{name}Traceback" in cut.said and f"{name}RuntimeError: " in cut.said, cut.said
+
+
+def test_a_job_that_the_router_does_not_hear(place: Town, machines: list[Host], expected: dict[str, list[int]]) -> None:
+    """Their connections stand, and nothing passes. The other job serves, and this one is taken back."""
+    router = place.router(REQUESTS, "out")
+    place.worker("prefill", 1, hosts=machines[1:2])
+    jobs = [place.worker("decode", 1, *FEW, hosts=[machine]) for machine in machines[4:6]]
+    place.until(lambda: router.said.count("joined") == 3, SOON)
+    machines[4].stall(machines[0])
+    began = time.monotonic()
+    try:
+        place.until(lambda: "is lost" in router.said, 10)
+        assert time.monotonic() - began < 5
+        count = len(place.answers("out"))
+        place.until(lambda: len(place.answers("out")) > count, SOON)
+    finally:
+        machines[4].flow()
+    place.until(lambda: "is back" in router.said or router.statuses != [None], 20)
+    all_right(place, expected)
+    place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
+
+
+LINKS_S = 3  # in place of 60
+LIMITS = ("connect", "link", "receive_link", "send_link")
+LIMITS += ("transports__torch_dist", "transports__nixl_ucx", "transports__mooncake_tcp")
+QUICK_LINKS = {f"disagg__handoff__{name}__TIMEOUT": timedelta(seconds=LINKS_S) for name in LIMITS}
+
+
+@pytest.mark.parametrize("place", [QUICK_LINKS], indirect=True)
+@pytest.mark.parametrize(
+    ("library", "what"), [("torch", "everything"), *((library, "all but the pipe") for library in TRANSPORTS)]
+)
+def test_a_link_over_which_nothing_passes(
+    place: Town, machines: list[Host], expected: dict[str, list[int]], library: str, what: str
+) -> None:
+    """Between decode and one of two prefill jobs, both of which the router hears.
+
+    Requests that wait for it go to the other one in time, and later ones at once.
+    """
+    needs(library)
+    router = place.router([request | {"max_tokens": 12} for request in REQUESTS], "out", "--log-interval", "0.2")
+    flags = "--transport", library
+    jobs = {m: place.worker("prefill", 1, *flags, hosts=[m]) for m in machines[1:3]}
+    place.worker("decode", 1, *flags, *FEW, hosts=machines[3:4])
+    place.until(lambda: ended(router) > 0 and router.said.count("prefill replica at") == 2, SOON)
+    stuck = min(jobs, key=lambda m: router.said.index(f"replica at {m.address} joined"))  # the router prefers it
+    ports = listening(jobs[stuck].ranks[0].pid)
+    pipes = [port for port in ports if not stuck.run(lambda port=port: is_torchs(port, stuck.address))]
+    assert 0 < len(pipes) < len(ports)
+    machines[3].stall(stuck, pipes if what == "all but the pipe" else ())
+    pauses, count, since = [], ended(router), time.monotonic()
+    try:
+        while router.statuses == [None]:
+            if (now := ended(router)) > count:
+                pauses.append(time.monotonic() - since)
+                count, since = now, time.monotonic()
+            assert time.monotonic() - since < SOON, place.said
+            time.sleep(0.02)
+        all_right(place, {id: tokens[:12] for id, tokens in expected.items()})
+        assert re.search(r"retries  \d+", router.said), "nothing was on its way"
+        assert pauses and max(pauses) < LINKS_S + 5, pauses
+    finally:
+        machines[3].flow()
 
 
 def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class FakeLink:
 
     def __init__(self, peer: Member, generation: int) -> None:
         self.peer, self.generation, self.told, self.is_down = peer, generation, [], False
-        self.bytes_moved = self.seconds_moving = 0
+        self.bytes_moved = self.seconds_moving = self.in_flight = 0
         self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
 
     def put(self, command: Any) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from disagg.control.messages import Hello, Load, Member
+from disagg.front.apart import APART_S
 from disagg.front.recent import MOST_PAGES, Recent, prefix_keys, session_key
 from disagg.front.replica import Replica
 from disagg.front.routing import KV_SKEW, LEAST_AHEAD, Routing
@@ -82,6 +83,27 @@ def test_pages_that_aborted_requests_still_hold_are_not_free() -> None:
         assert decode.kv_pages == CAPACITY // 2 + min(unwanted, CAPACITY)
     decode.end_request(-1)
     assert choose(Routing(), [decode], [prefill], [5] * 400 * PAGE) == ("d", "p")
+
+
+def test_jobs_whose_link_failed_are_kept_apart_while_others_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the others have no time now: then the request waits. The replicas of a job share its network."""
+    routing, now = Routing(), [100.0]
+    monkeypatch.setattr("disagg.front.apart.time.monotonic", lambda: now[0])
+    decodes = [replica("a", "decode", 1, job="d"), replica("b", "decode", 900, job="e")]
+    prefills = [replica("p", "prefill", job="p"), replica("q", "prefill", queued=30, job="q")]
+    assert choose(routing, decodes, prefills, [5]) == ("a", "p")
+    routing.apart.add(decodes[0], replica("r", "prefill", job="p"))
+    assert choose(routing, decodes, prefills, [5]) == ("a", "q")
+    prefills[1].add_prompt(1, 2 * STEP_TOKENS)
+    for uid in range(2, 1 + LEAST_AHEAD):
+        prefills[1].add_prompt(uid, 1)
+    assert choose(routing, decodes[:1], prefills, [5]) is None, "q has no time"
+    assert choose(routing, decodes, prefills, [5]) == ("b", "p")
+    assert choose(routing, decodes[:1], prefills[:1], [5]) == ("a", "p"), "nobody else is there"
+    routing.apart.add(decodes[0], prefills[1])
+    assert choose(routing, decodes[:1], prefills, [5]) == ("a", "p"), "all pairs have failed"
+    now[0] += APART_S + 1
+    assert choose(routing, decodes, prefills, [5]) == ("a", "p")
 
 
 def test_a_unified_replica_serves_both_sides() -> None:

@@ -52,19 +52,21 @@ class Town:
         """`hosts`: one per rank; none: this machine."""
         log = self.folder / f"{len(self.jobs)}-{role}.log"
         argv = ["--role", role, "--model", self.model, *self.flags, *flags]
-        self.jobs.append(Job(argv, ranks, log, self.constants, hosts=hosts))
+        # No host knows names, for which torch asks. And UCX would see that there is one machine in truth.
+        env = {"RES_OPTIONS": "timeout:1 attempts:1", "UCX_TLS": "tcp,self"} if hosts else {}
+        self.jobs.append(Job(argv, ranks, log, self.constants, env=env, hosts=hosts))
         return self.jobs[-1]
 
     def worker(self, role: str, ranks: int = 1, *flags: str, hosts: Sequence[Host] = ()) -> Job:
         return self.start(role, ranks, "--router", self.address, *flags, hosts=hosts)
 
-    def router(self, requests: list[dict], name: str) -> Job:
+    def router(self, requests: list[dict], name: str, *flags: str) -> Job:
         """Start a router with these requests. `answers(name)` reads its answers."""
         source = self.folder / f"{name}.jsonl"
         source.write_text("".join(json.dumps(request) + "\n" for request in requests))
         files = "--input", str(source), "--output", str(self.folder / f"{name}.out")
         return self.start(
-            "router", 1, "--router", self.address, *files, hosts=[self.host] if self.host is not None else ()
+            "router", 1, "--router", self.address, *files, *flags, hosts=[self.host] if self.host is not None else ()
         )
 
     def answers(self, name: str) -> list[dict]:

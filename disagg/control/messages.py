@@ -151,6 +151,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     finish: FinishReason | None = None
     error: str | None = None
     retry: bool = False  # another prefill rank may succeed
+    link_down: bool = False  # a link to its prefill replica has failed
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
     cached_tokens: Count = 0  # with the first token: of the prompt, those that were not computed

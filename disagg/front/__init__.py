@@ -12,6 +12,7 @@ lines.py, source.py, jsonl.py      input, read when needed; output.py and answer
 expert_rows.py                     an answer's chosen experts
 router.py                          gives requests to replicas, and moves them; trials.py finds one that kills jobs
 routing.py                         which replicas a request gets; recent.py remembers, spread.py sums up
+apart.py                           which jobs get no requests together, because their link failed
 fleet.py, replica.py               which replicas live, and how loaded each is
 metrics.py, histogram.py           what is counted; progress.py prints lines about it, http/ serves it to Prometheus
 streams.py                         the process's own stdout, stderr and limit of open files

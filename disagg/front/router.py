@@ -322,14 +322,15 @@ class Router:
     def _fail(self, update: Update, tracked: Tracked) -> None:
         """Try a failed request again elsewhere, or end it with its error.
 
-        A request has ATTEMPTS attempts. An attempt counts from the moment it begins. One that fails before it begins
-        counts too, unless its prefill replica has left the fleet.
+        A request has ATTEMPTS attempts. One that fails before it begins counts, unless its prefill replica has left.
         """
         prefill = tracked.prefill
         if prefill is not None and not tracked.begun and prefill.id in self.fleet.replicas:
             tracked.attempts += 1
         if prefill is not None and update.retry and tracked.attempts < ATTEMPTS:
             self.fleet.ping_soon()  # its prefill replica may have died: find out before the request is sent again
+            if update.link_down and tracked.decode is not None:
+                self._routing.apart.add(tracked.decode, prefill)
             self._retry(update.uid, prefill)
         else:
             self._end(update.uid, "error", update.error, refused=not update.retry)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from disagg.front.apart import Apart, partners
 from disagg.front.recent import Recent, prefix_keys, session_key
 from disagg.front.replica import Replica
 from disagg.request import Request
@@ -39,6 +40,7 @@ class Routing:
     def __init__(self) -> None:
         self._computed, self._received = Recent(), Recent()  # by prefix: the prefill and the decode replica
         self._sessions = Recent()  # by session: the decode replica
+        self.apart = Apart()
 
     def choose(
         self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica]
@@ -48,17 +50,25 @@ class Routing:
         `decodes`: the suitable decode replicas, or unified ones, of which one is returned twice. The choice is
         remembered, so the request must go there.
         """
+        apart = self.apart.among(decodes, prefills)  # of those without time too: a request waits for them
         decodes = with_room(decodes, pages_for(request.most_tokens))
         is_unified = bool(decodes) and decodes[0].hello.role == "unified"
         prefills = with_time(decodes if is_unified else prefills)
         if is_unified:
             decodes = prefills
+        elif apart:
+            decodes = [decode for decode in decodes if partners(decode, prefills, apart)]
         if not decodes or not prefills:
             return None
-        return self._pick(request, session_id, decodes, None if is_unified else prefills)
+        return self._pick(request, session_id, decodes, None if is_unified else prefills, apart)
 
     def _pick(
-        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
+        self,
+        request: Request,
+        session_id: str | None,
+        decodes: Sequence[Replica],
+        prefills: Sequence[Replica] | None,
+        apart: set[tuple[str, str]],
     ) -> Choice:
         """Return one decode and one prefill replica. `prefills`: None if `decodes` are unified."""
         prefix = prefix_keys(request.prompt, request.cache_salt)
@@ -76,6 +86,7 @@ class Routing:
         else:
             received = with_prefix(self._received, prefix, decodes, is_near)
             decode = self._with_session(session, near) or received or least
+            prefills = partners(decode, prefills, apart)
             prefill = self._with_computed(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
         tokens = len(request.prompt) - self._expected_hits(request, prefix, prefill)
         if session is not None:

@@ -61,6 +61,7 @@ class Chance(Routing):
 
     def __init__(self, rng: random.Random, with_room: bool = False) -> None:
         """`with_room`: only among the replicas that have room by the router's limits."""
+        super().__init__()
         self._rng, self._with_room = rng, with_room
 
     def choose(
@@ -68,10 +69,15 @@ class Chance(Routing):
     ) -> Choice | None:
         if self._with_room:
             return super().choose(request, session_id, decodes, prefills)
-        return self._pick(request, session_id, decodes, prefills)
+        return self._pick(request, session_id, decodes, prefills, set())
 
     def _pick(
-        self, request: Request, session_id: str | None, decodes: Sequence[Replica], prefills: Sequence[Replica] | None
+        self,
+        request: Request,
+        session_id: str | None,
+        decodes: Sequence[Replica],
+        prefills: Sequence[Replica] | None,
+        apart: set[tuple[str, str]],
     ) -> Choice:
         assert prefills is not None
         return Choice(self._rng.choice(decodes), self._rng.choice(prefills), len(request.prompt))
