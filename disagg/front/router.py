@@ -12,7 +12,7 @@ import itertools
 import secrets
 import sys
 import time
-from bisect import bisect
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Collection
 
@@ -35,17 +35,15 @@ from disagg.control.messages import (
 from disagg.control.ports import RouterPort
 from disagg.front.answer import INTERRUPTED
 from disagg.front.client import Client
-from disagg.front.expert_rows import NO_EXPERTS, ExpertRows, RowShape
+from disagg.front.expert_rows import NO_EXPERTS, RowShape
 from disagg.front.fleet import Fleet
 from disagg.front.metrics import Metrics
 from disagg.front.missing_roles import MissingRoles
 from disagg.front.parse import UserRequest
 from disagg.front.progress import Progress
-from disagg.front.prompt_rows import PromptRows
 from disagg.front.replica import Replica
 from disagg.front.routing import Routing, suitable
 from disagg.front.source import Source
-from disagg.front.text_stream import TextStream
 from disagg.front.tracked import Tracked
 from disagg.front.trials import DEATHS, Trials
 from disagg.request import Request
@@ -82,7 +80,7 @@ class Router:
         self._routing, self._trials, self._missing = Routing(), Trials(), MissingRoles(self.fleet)
         self._drains, self.draining = drains, False
         self._tracked: dict[int, Tracked] = {}  # by uid; a retry gets a new uid, so late news of the old one is ignored
-        self._waiting: deque[int] = deque()  # uids without a replica, in the order of submission
+        self._waiting: deque[Tracked] = deque()  # without a replica, in the order of submission
         self._uids, self._numbers = itertools.count(secrets.randbits(48)), itertools.count()
         self._gaps: list[float] = []  # of this message: times between two updates of a request, in seconds
         self._open = False  # has any request been given to a replica yet?
@@ -113,11 +111,8 @@ class Router:
 
     def submit(self, user: UserRequest, client: Client) -> Tracked:
         """Take a request. The next turns serve it."""
-        request = user.request
-        stream = TextStream(self.tokenizer, user.stop, user.marks, request.min_tokens)
-        experts = ExpertRows(self.expert_shape, request.most_fed if request.return_experts else 0)
-        prompt_rows = PromptRows(request, self.vocab_size)
-        tracked = Tracked(user, client, stream, time.monotonic(), experts, prompt_rows, next(self._numbers))
+        number = next(self._numbers)
+        tracked = Tracked.new(user, client, self.tokenizer, self.vocab_size, self.expert_shape, number)
         self._queue(tracked)
         return tracked
 
@@ -126,7 +121,7 @@ class Router:
         if self._tracked.get(tracked.uid) is not tracked:
             return
         if tracked.decode is None:
-            self._waiting.remove(tracked.uid)
+            self._waiting.remove(tracked)
         else:
             self.port.send(tracked.decode.id, Abort(tracked.uid))
         self._leave(tracked.uid)
@@ -175,8 +170,7 @@ class Router:
         """Let it wait in the order of submission: a request that moves was there before those that have not begun."""
         tracked.uid = next(self._uids)
         self._tracked[tracked.uid] = tracked
-        place = bisect(self._waiting, tracked.number, key=lambda uid: self._tracked[uid].number)
-        self._waiting.insert(place, tracked.uid)
+        insort(self._waiting, tracked, key=lambda other: other.number)
 
     def _listen(self, timeout_ms: int) -> None:
         for replica_id, message in self.port.poll(timeout_ms):
@@ -218,19 +212,18 @@ class Router:
         if self._changes != self.fleet.changes:  # a replica came or went: requests that have not begun may move
             self._changes = self.fleet.changes
             self._withdraw(list(self.fleet.replicas.values()))
-        unassigned = []  # uids that stay here for now
+        unassigned = []  # what stays here for now
         kv_tokens = max((replica.hello.kv_tokens for replica in able), default=0)
         while self._waiting and able and self.fleet.expected <= 0:
-            uid = self._waiting.popleft()
-            tracked = self._tracked[uid]
-            request = tracked.request(uid, kv_tokens)
+            tracked = self._waiting.popleft()
+            request = tracked.request(tracked.uid, kv_tokens)
             decodes = suitable(able, request.most_tokens, tracked.suspects)
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
             decodes, sources = (self._trials.places(tracked, replicas) for replicas in (decodes, sources))
             if choice := self._routing.choose(request, tracked.user.session_id, decodes, sources):
                 self._submit(tracked, request, *choice)
                 continue
-            unassigned.append(uid)
+            unassigned.append(tracked)
             if decodes and (sources or decodes[0].hello.role == "unified"):
                 break  # it waits for room, which later requests must not take
         self._waiting.extendleft(reversed(unassigned))
@@ -267,8 +260,8 @@ class Router:
     def _look_for_missing_roles(self) -> None:
         """End waiting requests if a role has been missing for too long."""
         if error := self._missing.look(len(self._waiting), self._open):
-            for uid in self._waiting:
-                self._end(uid, "error", error)
+            for tracked in self._waiting:
+                self._end(tracked.uid, "error", error)
             self._waiting.clear()
 
     def _update(self, tracked: Tracked, update: Update, now: float) -> None:
@@ -395,7 +388,7 @@ class Router:
             if self._trials.died(tracked, lost):
                 error = f"given up: {DEATHS} jobs died as they began it; the {lost.hello.role} replica serving it {how}"
                 if tracked.decode is None:
-                    self._waiting.remove(tracked.uid)
+                    self._waiting.remove(tracked)
                 elif tracked.decode is not lost:
                     self.port.send(tracked.decode.id, Abort(tracked.uid))
                 self._end(tracked.uid, "error", error)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer
 
 from disagg.control.messages import Parts, Update
 from disagg.front.answer import Answer
 from disagg.front.client import Client
-from disagg.front.expert_rows import ExpertRows
+from disagg.front.expert_rows import ExpertRows, RowShape
 from disagg.front.fleet import Replica
 from disagg.front.parse import UserRequest
 from disagg.front.prompt_rows import PromptRows
@@ -46,6 +47,28 @@ class Tracked:
     deaths: int = 0  # jobs that have died as they began it, since it last went on
     blamed: bool = False  # has its latest attempt been counted among them?
     held_since: float = 0.0  # when `Trials` first kept it from all replicas, 0.0: not yet
+
+    @classmethod
+    def new(
+        cls,
+        user: UserRequest,
+        client: Client,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        expert_shape: RowShape,
+        number: int,
+    ) -> "Tracked":
+        """Make one that is submitted now. The model's tokenizer, vocabulary and experts: as in `Router`."""
+        request = user.request
+        return cls(
+            user,
+            client,
+            TextStream(tokenizer, user.stop, user.marks, request.min_tokens),
+            time.monotonic(),
+            ExpertRows(expert_shape, request.most_fed if request.return_experts else 0),
+            PromptRows(request, vocab_size),
+            number,
+        )
 
     @property
     def state(self) -> str:
