@@ -48,9 +48,11 @@ class Connection:
         self.beacon = Beacon(members[mesh.attn.rank].id, *router, secret)
         self.port: WorkerPort | None = None
         if mesh.leads:
-            sizes = engine.settings.max_batch, engine.settings.max_tokens_per_step, engine.kv_tokens
+            settings = engine.settings
+            sizes = settings.max_batch, settings.max_tokens_per_step, engine.kv_tokens
             layout, caches = kv_layout(engine.model, engine.pool) | handoff, engine.scheduler.cache.keeps
-            hello = Hello(name, members, *sizes, layout, job, mesh.num_replicas, about(engine), caches)
+            more = mesh.num_replicas, about(engine), caches, settings.speculate
+            hello = Hello(name, members, *sizes, layout, job, *more)
             self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0
         self._state = ""

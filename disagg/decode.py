@@ -203,7 +203,7 @@ class Decode(Unified):
 
     def stats(self) -> dict[str, float]:
         failures = self.failures if self.rank == 0 else 0  # every rank of the replica has counted the same ones
-        return self.links.stats() | {"transfer_failures": failures}
+        return super().stats() | self.links.stats() | {"transfer_failures": failures}
 
     def close(self) -> None:
         self.links.close()

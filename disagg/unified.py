@@ -1,5 +1,6 @@
 """The unified role: one job computes prompts and decodes. The decode role is a subclass."""
 
+from disagg.acceptance import Acceptance
 from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw, in_pieces
 from disagg.engine import Engine
 from disagg.request import FinishReason, Request
@@ -17,6 +18,7 @@ class Unified(Role):
         self.updates: list[Update | Tokens] = []  # news for the router, as are the next two
         self.begun: list[int] = []
         self.returned: list[int] = []
+        self.acceptance = Acceptance(engine.settings.speculate)
 
     def handle(self, event: Event) -> None:
         match event:
@@ -73,7 +75,7 @@ class Unified(Role):
             self.updates.append(Tokens(dict(zip(plan.uids, tokens, strict=True))))
             return len(tokens)
         going_on, useful, fed = {}, 0, step.fed_experts()
-        for sequence, several, logprobs in step.outcomes():
+        for i, (sequence, several, logprobs) in enumerate(step.outcomes()):
             uid, is_first = sequence.uid, len(sequence.tokens) == sequence.prompt_len
             count, reason = sequence.extend(several)
             new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
@@ -84,17 +86,21 @@ class Unified(Role):
                     self.scheduler.release(sequence)
                 continue
             useful += count
+            given = new[:-1] if new[-1] == NO_TOKEN else new
+            if given and drafted and i < len(plan.decodes):
+                self.acceptance.add(len(given) - 1)
             if new[-1] == NO_TOKEN:
-                if count > 1:
-                    self.emit(sequence, new[:-1], logprobs[: count - 1], None)
+                if given:
+                    self.emit(sequence, given, logprobs[: len(given)], None, accepted=len(given) - 1)
                 self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
                 self.finish(sequence)
             elif sequence in fed:
-                for i, token in enumerate(new):
-                    self.report_experts(uid, fed[sequence][i])
-                    self.emit(sequence, [token], logprobs[i : i + 1], reason if i == count - 1 else None)
+                for j, token in enumerate(new):
+                    self.report_experts(uid, fed[sequence][j])
+                    last = reason if j == count - 1 else None
+                    self.emit(sequence, [token], logprobs[j : j + 1], last, accepted=int(j > 0))
             elif reason or logprobs or cached_tokens or count > 1:
-                self.emit(sequence, new, logprobs[:count], reason, cached_tokens=cached_tokens)
+                self.emit(sequence, new, logprobs[:count], reason, cached_tokens=cached_tokens, accepted=count - 1)
             else:
                 going_on[uid] = new[0]
         if going_on:
@@ -117,16 +123,19 @@ class Unified(Role):
         reason: FinishReason | None,
         parts: Parts | None = None,
         cached_tokens: int = 0,
+        accepted: int = 0,
     ) -> None:
         """Report tokens in an Update of their own. With a `reason` they are the request's last ones.
 
-        `cached_tokens`: of the prompt; with the first token, that is how many were not computed.
+        `cached_tokens`: of the prompt; with the first token, that is how many were not computed. `accepted`: of
+        `tokens`, those beyond the one that every step gives.
 
         A request with `max_tokens` 0 only ends here: its token is dropped.
         """
         if not sequence.request.max_tokens:
             tokens, logprobs = [], []
-        self.updates.append(Update(sequence.uid, tokens, logprobs, reason, parts=parts, cached_tokens=cached_tokens))
+        counts = {"cached_tokens": cached_tokens, "accepted": accepted}
+        self.updates.append(Update(sequence.uid, tokens, logprobs, reason, parts=parts, **counts))
         if reason:
             self.finish(sequence)
 
@@ -138,6 +147,9 @@ class Unified(Role):
         # samples no token needs no wait: the pages' next owner writes later on the same stream.
         if sequence.pages and not sequence.unseen:
             self.scheduler.release(sequence)
+
+    def stats(self) -> dict[str, float]:
+        return self.acceptance.stats() if self.engine.mesh.leads else {}  # the replica's other ranks count the same
 
     @property
     def is_waiting(self) -> bool:

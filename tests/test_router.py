@@ -513,6 +513,32 @@ def test_a_job_takes_part_once_it_is_whole() -> None:
     assert answers[0].error is None and answers[1].error is None
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_an_answer_has_its_tokens_beyond_one_per_step_if_the_replica_drafts(drafts: int) -> None:
+    """Those behind a stop string are not its own; those of a replica that was lost are."""
+    text = "a state in the Irish Interior"
+    with serving(UserRequest("x", Request(0, [5, 6], 40), ["in the Irish"])) as (router, answers):
+        tokens = router.tokenizer.encode(text, add_special_tokens=False).ids
+        prefill, dying = joining("p", "prefill", router), joining("d", "decode", router, drafts=drafts)
+        uid = dying.hear(Submit).request.uid
+        first = [Update(uid, tokens[:1]), Update(uid, tokens[1:3], accepted=int(drafts > 0))]
+        dying.send(Updates(first, [uid]))
+        assert eventually(lambda: len(router._tracked[uid].stream.token_ids) == 3)
+        dying.close()
+        other = joining("e", "decode", router, drafts=drafts)
+        uid = other.hear(Submit).request.uid
+        rest = tokens[3:] + tokens[:9]
+        other.send(Updates([Update(uid, rest, accepted=len(rest) - 1 if drafts else 0)], [uid]))
+        for worker in (other, prefill):
+            worker.hear(Finish)
+            worker.send(Bye({}))
+            worker.close()
+    answer, steps = answers[0], 3  # one of them was prefill's
+    assert answer.finish_reason == "stop" and 3 < len(answer.token_ids) < len(tokens)
+    assert answer.accepted_tokens == (len(answer.token_ids) - steps if drafts else None)
+    assert ("accepted_tokens" in answer.as_dict()) == bool(drafts)
+
+
 # ---- moving on
 
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ class Answer:
     logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     experts: bytes = b""
     prompt_rows: bytes = b""
+    accepted: int = 0  # tokens beyond one per step
     end: tuple[str | None, str | None] | None = None  # finish reason and error
 
     def hear(self, update: Update) -> None:
@@ -60,6 +61,7 @@ class Answer:
         self.logprobs += update.logprobs
         self.experts += update.experts
         self.prompt_rows += update.prompt_rows
+        self.accepted += update.accepted
         if update.finish or update.error:
             self.end = update.finish, update.error
 
@@ -86,6 +88,11 @@ def serve(
         answers[update.uid].hear(update)
     assert engine.scheduler.cache.num_free == engine.scheduler.cache.capacity, "a page leaked"
     assert engine.pool[:, NULL_PAGE + 1 :].isfinite().all()
+    counts, drafts = role.stats(), engine.settings.speculate
+    accepted = [counts[f"accepted_drafts_{place}"] for place in range(1, drafts + 1)]
+    assert sum(accepted) == sum(answer.accepted for answer in answers.values())
+    after_first = sum(max(0, len(answer.tokens) - 1) for answer in answers.values())
+    assert not drafts or counts["verifications"] + sum(accepted) == after_first, "a step gives one, and those accepted"
     return dict(answers), pipeline.stats
 
 
@@ -173,10 +180,11 @@ def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
     for drafts in (1, 2, 4):
         answers, _ = serve(make_engine(tiny, drafts, **sizes), limits + stops + full)
         for request in limits:
-            assert answers[request.uid] == Answer(tokens[: request.max_tokens], end=("length", None))
+            answer = replace(answers[request.uid], accepted=0)
+            assert answer == Answer(tokens[: request.max_tokens], end=("length", None))
         for request in stops:
             end = tokens.index(request.stop_token_ids[0]) + 1
-            assert answers[request.uid] == Answer(tokens[:end], end=("stop", None))
+            assert replace(answers[request.uid], accepted=0) == Answer(tokens[:end], end=("stop", None))
         assert all(answers[request.uid].tokens == tokens for request in full)
 
 
@@ -262,19 +270,20 @@ def drafts_after(model: Transformer, text: list[int], drafts: int, temperature: 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> None:
     """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks."""
-    drafts, seed, fronts = 3, 4, {}
+    drafts, seed, fronts, roles = 3, 4, {}, []
     engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25)
     prompts = [[*prompts_of(tiny)[0], *prompts_of(tiny)[1] * 5], prompts_of(tiny)[9]]
     speculation = engine.speculation
     assert speculation is not None and len(prompts[0]) < 64 < len(prompts[0]) + 25
 
     def between(role: Unified, turn: int) -> None:
+        roles[:] = [role]
         for row, sequence in enumerate(engine._latest.sequences):
             fronts[sequence.uid, int(speculation.positions[row])] = speculation.tokens[row].tolist()
 
     fields = {"temperature": temperature, "seed": seed, "ignore_eos": True}
     answers, _ = serve(engine, [Request(i, prompt, 25, **fields) for i, prompt in enumerate(prompts)], between)
-    right = []
+    right, counted = [], Counter()
     for (uid, position), (token, *drafted) in fronts.items():
         text = [*prompts[uid], *answers[uid].tokens][: position + 1]
         if len(text) == position + 1:  # a request's last steps may go further than its answer
@@ -282,7 +291,11 @@ def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> N
             assert drafted == drafts_after(engine.model, text, drafts, temperature, seed), (uid, position)
             following = [*prompts[uid], *answers[uid].tokens][position + 1 :]
             right.append(drafted[:1] == following[:1])
+            counted["verifications"] += bool(following)
+            for place in range(1, min(drafts + 1, len(following))):
+                counted[f"accepted_drafts_{place}"] += drafted[:place] == following[:place]
     assert len(right) > 20 and {True, False} == set(right)
+    assert roles[0].stats() == counted and counted["accepted_drafts_2"] > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])

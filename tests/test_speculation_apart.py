@@ -1,9 +1,15 @@
-"""Prefill and decode jobs that draft: the answers are those without drafts."""
+"""Prefill and decode jobs that draft: the answers of jobs without drafts, and drafts as good as those of one job."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from msgspec import to_builtins
+
 from disagg.engine import Engine
+from disagg.front.answer import Answer
+from disagg.front.http.completions import usage
 from disagg.front.parse import UserRequest
 from disagg.handoff.endpoints import Handoff
 from disagg.interrupt import Interrupt
@@ -14,7 +20,7 @@ from model.pages import PAGE
 from parallel.mesh import Mesh
 from tests.deployment import Deployment, read, run, timeless, write_lines
 from tests.test_speculation import prompts_of
-from tests.test_worlds import SETTINGS, answers_to, one_run
+from tests.test_worlds import SETTINGS, answers_to, collect, one_run
 from tests.worlds import run_world, sub_mesh
 
 
@@ -41,6 +47,11 @@ def body(rank: int, folder: Path) -> None:
     plain = engine(one, 0)
     kinds = one_run([("unified", plain, one)], folder, interrupt)
     told = one_run([("unified", plain, one)], folder, interrupt, talks)
+    accepted = {}  # by drafts: the tokens of each answer beyond one per step, in one job
+    for drafts in (1, 3):
+        found = answers_to(talks(0), [("unified", engine(one, drafts), one)], folder, interrupt)
+        accepted[drafts] = [found[i].accepted_tokens for i in sorted(found)]
+    assert rank or sum(accepted[1]) > 10 and sum(accepted[3]) > sum(accepted[1])
     for here, there, drafts in (
         (sub_mesh(0, 1), sub_mesh(2, 1), 3),
         (sub_mesh(0, 2), sub_mesh(2, 2, 2), 1),
@@ -49,15 +60,16 @@ def body(rank: int, folder: Path) -> None:
         jobs = [("prefill", engine(here, drafts), here), ("decode", engine(there, drafts), there)]
         got = one_run(jobs, folder, interrupt)
         assert got == kinds or rank, f"{here}, {there}, {drafts} drafts: {got} instead of {kinds}"
-        got = one_run(jobs, folder, interrupt, talks, Handoff(checksums=True))
-        assert got == told or rank, f"{here}, {there}, {drafts} drafts: {got} instead of {told}"
+        found = answers_to(talks(0), jobs, folder, interrupt, handoff=Handoff(checksums=True))
+        assert collect(found) == told or rank, f"{here}, {there}, {drafts} drafts: {found} instead of {told}"
+        got = [found[i].accepted_tokens for i in sorted(found)]
+        assert got == accepted[drafts] or rank, f"{here}, {there}, {drafts} drafts, accepted: {got} not {accepted}"
     here, there = sub_mesh(0, 1), sub_mesh(2, 1)
     for left, right in (("auto", "auto"), ("auto", "off"), ("off", "auto")):
         jobs = [("prefill", engine(here, 2, left), here), ("decode", engine(there, 2, right), there)]
         for again in range(2):
             found = answers_to(talks(0), jobs, folder, interrupt, handoff=Handoff(checksums=True))
-            got = [(found[i].token_ids, found[i].finish_reason, found[i].error) for i in sorted(found)]
-            assert got == told or rank, f"prefix cache: prefill {left}, decode {right}, {again=}"
+            assert collect(found) == told or rank, f"prefix cache: prefill {left}, decode {right}, {again=}"
             hits = sum(answer.cached_tokens for answer in found.values())
             assert rank or hits >= (left == "auto") * (3 + 2 * again) * PAGE, (left, right, hits)
         caches = [(job.scheduler.cache.hits, how) for (_, job, _), how in zip(jobs, (left, right), strict=True) if job]
@@ -83,4 +95,18 @@ def test_jobs_with_other_drafts_are_refused_and_those_alike_serve(tiny: Path, tm
     assert {role: code for role, (code, *_) in ended.items()} == {"prefill": 0, "decode": 0, "router": 0}, ended
     assert "    drafts: 2 per step, without overlap\n" in ended["prefill"][2]
     code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(tmp_path / "alone.jsonl"))
-    assert code == 0 and timeless(read(deployment.out)) == timeless(read(tmp_path / "alone.jsonl")), err
+    answers, alone = read(deployment.out), read(tmp_path / "alone.jsonl")
+    assert code == 0 and timeless(answers) == timeless(alone), err
+    accepted = [answer["accepted_tokens"] for answer in answers]
+    steps = sum(answer["completion_tokens"] - 1 for answer in answers) - sum(accepted)
+    said = r"\n +drafts  decode: (\S+) tokens per request and step; right by place: \S+%, \S+%\n"
+    match = re.search(said, ended["router"][2])
+    assert match and sum(accepted) > 10, ended["router"][2]
+    assert float(match[1]) == pytest.approx(1 + sum(accepted) / steps, abs=0.1), "a stop string cuts a step's tokens"
+    assert "drafts" not in err and not any("accepted_tokens" in answer for answer in alone)
+
+
+def test_the_usage_of_openais_api_has_the_drafts_that_were_right() -> None:
+    answers = [Answer(i, "", [5] * 9, "length", 4, 9, 0.1, 0.2, accepted_tokens=n) for i, n in enumerate((0, 6))]
+    assert to_builtins(usage(answers))["completion_tokens_details"] == {"accepted_prediction_tokens": 6}
+    assert "completion_tokens_details" not in to_builtins(usage([replace(answers[0], accepted_tokens=None)]))

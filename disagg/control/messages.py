@@ -52,6 +52,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     replicas: Annotated[int, Meta(ge=1)] = 1  # of the job
     about: Annotated[dict[Name, Name], Meta(max_length=16)] = {}  # how it runs, in words, for the metrics
     caches: bool = False  # does it keep the KV of what it has served?
+    drafts: Count = 0  # per step and request (--speculate)
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -155,6 +156,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     parts: Parts | None = None  # with the first token of a handed-over request
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
     cached_tokens: Count = 0  # with the first token: of the prompt, those that were not computed
+    accepted: Count = 0  # of `tokens`: those beyond the one that every step gives, because drafts were right
     prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 

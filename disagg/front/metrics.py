@@ -20,6 +20,12 @@ def balancedness(stats: dict[str, float]) -> str:
     return f"balancedness {stats['balancedness']:.3f} (layers {min(layers):.3f} to {max(layers):.3f})"
 
 
+def accepted_drafts(stats: dict[str, float]) -> list[float]:
+    """Return how many drafts in each place were right, of a replica's statistics."""
+    names = sorted(name for name in stats if name.startswith("accepted_drafts_"))
+    return [stats[name] for name in names]
+
+
 class Metrics:
     """The router's numbers: latencies that it measures, and the replicas' statistics, sent when they leave."""
 
@@ -102,6 +108,8 @@ class Metrics:
             rows.append(("KV transfer", f"{moved:,.0f} bytes, {speed:.3f} GB/s while receiving"))
         for role in sorted({role for role, stats in self._stats if stats.get("cache_hit_tokens")}):
             rows.append(("prefix cache", self._cache(role)))
+        for role in sorted({role for role, stats in self._stats if stats.get("verifications")}):
+            rows.append(("drafts", self._drafts(role)))
         for role in sorted({role for role, stats in self._stats if "rebalances_total" in stats}):
             rows.append(("rebalancing", self._rebalancing(role)))
         for role, stats in {role: stats for role, stats in self._stats if "balancedness" in stats}.items():
@@ -131,6 +139,14 @@ class Metrics:
         hits, computed, evicted, idle = (sum(s.get(name, 0) for of, s in self._stats if of == role) for name in names)
         share = f" ({hits / (hits + computed):.1%} of all)" if computed else ""
         return f"{role}: {hits:,.0f} prompt tokens{share}; {evicted:,.0f} pages evicted, {idle:,.0f} kept"
+
+    def _drafts(self, role: str) -> str:
+        """Format how many tokens a request got per step, and the share of the drafts in each place that was right."""
+        drafting = [stats for of, stats in self._stats if of == role and "verifications" in stats]
+        steps = sum(stats["verifications"] for stats in drafting)
+        right = [sum(counts) / steps for counts in zip(*map(accepted_drafts, drafting), strict=True)]
+        shares = ", ".join(f"{share:.1%}" for share in right)
+        return f"{role}: {1 + sum(right):.2f} tokens per request and step; right by place: {shares}"
 
     def _rebalancing(self, role: str) -> str:
         """Format the rebalancing of the first job to leave. A job's replicas all report the same numbers."""

@@ -232,6 +232,8 @@ class Router:
         if not self._open:
             self._start_clocks()
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
+        if decode.hello.drafts and tracked.accepted_tokens is None:
+            tracked.accepted_tokens = 0
         tracked.path = prefill.id, decode.id
         tracked.restart()
         decode.add_request(request.uid, pages_for(request.most_tokens))
@@ -300,6 +302,7 @@ class Router:
                 self._gaps.append(now - tracked.latest)
             tracked.latest = now
             if tracked.push(token, logprobs[i : i + 1]):
+                tracked.accept(i + 1 - len(tokens))
                 self.port.send(tracked.decode.id, Abort(tracked.uid))
                 self._end(tracked.uid, "stop")
                 return False

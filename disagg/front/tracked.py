@@ -37,6 +37,7 @@ class Tracked:
     latest: float | None = None  # when the latest token arrived
     parts: Parts | None = None  # of the time to first token, if the prompt was computed elsewhere
     cached_tokens: int = 0  # of the prompt
+    accepted_tokens: int | None = None  # beyond one per step, of all attempts; None: no replica of its own drafts
     attempts: int = 0
     decode: Replica | None = None
     prefill: Replica | None = None  # until it has made a token
@@ -125,10 +126,16 @@ class Tracked:
         """Keep what comes beside tokens. Raises ValueError for rows that the request must not get now."""
         if not self.stream.token_ids:
             self.cached_tokens = min(update.cached_tokens, len(self.user.request.prompt))
+        self.accept(min(update.accepted, len(update.tokens)))
         if update.experts:
             self.experts.add(update.experts)
         if update.prompt_rows:
             self.prompt_rows.add(update.prompt_rows)
+
+    def accept(self, tokens: int) -> None:
+        """Count tokens beyond one per step. Below 0: so many of those counted came behind the end."""
+        if self.accepted_tokens is not None:
+            self.accepted_tokens = max(0, self.accepted_tokens + tokens)
 
     def rows(self) -> dict[str, Any]:
         """Return the answer's fields that the rows make. Raises ValueError if they are not those of this answer."""
@@ -162,6 +169,7 @@ class Tracked:
             ttft_s=None if self.first is None else round(self.first - self.submitted, 4),
             latency_s=round(now - self.submitted, 4),
             cached_tokens=self.cached_tokens,
+            accepted_tokens=self.accepted_tokens,
             logprobs=self.logprobs if request.logprobs else None,
             error=error,
             refused=refused,

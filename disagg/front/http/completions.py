@@ -14,11 +14,16 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
-class Usage(msgspec.Struct):
+class CompletionTokensDetails(msgspec.Struct):
+    accepted_prediction_tokens: int
+
+
+class Usage(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None  # with --speculate
 
 
 class Logprobs(msgspec.Struct):
@@ -58,7 +63,9 @@ def usage(answers: list[Answer]) -> Usage:
     prompt = sum(answer.prompt_tokens for answer in answers)
     generated = sum(answer.completion_tokens for answer in answers)
     cached = sum(answer.cached_tokens for answer in answers)
-    return Usage(prompt, generated, prompt + generated, PromptTokensDetails(cached))
+    accepted = [answer.accepted_tokens for answer in answers if answer.accepted_tokens is not None]
+    details = CompletionTokensDetails(sum(accepted)) if accepted else None
+    return Usage(prompt, generated, prompt + generated, PromptTokensDetails(cached), details)
 
 
 def own_fields(answer: Answer, asked: Asked) -> dict[str, Any]:

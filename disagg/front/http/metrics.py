@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from disagg.front.histogram import TIMES, Histogram
-from disagg.front.metrics import ROLE_PHASES, STEP_TOKENS
+from disagg.front.metrics import ROLE_PHASES, STEP_TOKENS, accepted_drafts
 from disagg.front.replica import Replica
 from disagg.front.router import Router
 from disagg.front.tracked import STATES
@@ -41,6 +41,7 @@ REPLICA_COUNTERS = {
         "cache_hit_tokens",
     ),
     "moesaic_cache_evictions": ("Pages that the prefix cache gave up because others needed them.", "cache_evictions"),
+    "moesaic_verifications": ("Steps of a request that verified drafts; each gives a token at least.", "verifications"),
     "moesaic_graph_replays": ("Decode steps that replayed a CUDA graph.", "graph_replays"),
 }
 PHASE_COUNTERS = {
@@ -132,6 +133,9 @@ def _loads(replicas: list[Replica]) -> Iterator[Metric]:
 def _steps(replicas: list[Replica]) -> Iterator[Metric]:
     for name, (help, stat) in REPLICA_COUNTERS.items():
         yield _counter(name, help, REPLICA, [(_labels(r), r.stats[stat]) for r in replicas if stat in r.stats])
+    right = [((*_labels(r), str(i)), n) for r in replicas for i, n in enumerate(accepted_drafts(r.stats), 1)]
+    help = "Drafts that were right, by their place in a step. Each gives a token more."
+    yield _counter("moesaic_accepted_drafts", help, (*REPLICA, "place"), right)
     phases = [(r, phase) for r in replicas for phase in ROLE_PHASES[r.hello.role]]
     for name, (help, pattern) in PHASE_COUNTERS.items():
         found = [((*_labels(r), phase), r.stats.get(pattern.format(phase), 0)) for r, phase in phases if r.stats]
