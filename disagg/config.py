@@ -5,12 +5,12 @@ from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from disagg.request import MOST_DRAFTS
 from model.config import ModelConfig
 from model.pages import PAGE
 
 DISPATCH = "dispatch="  # among the values of --backend
 DTYPES = ("float32", "bfloat16")
-MOST_DRAFTS = 4  # of --speculate
 
 
 @dataclass(frozen=True)

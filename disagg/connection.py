@@ -40,7 +40,7 @@ class Connection:
         secret: Secret | None,
         handoff: dict[str, str],
     ) -> None:
-        """Collective. `handoff`: flags of the handoff that prefill and decode must share."""
+        """Collective. `handoff`: flags in which prefill and decode must agree."""
         self._name, self._where = name, format_address(*router)
         self._shut_out = "shut out" if secret is not None else "shut out without one"
         self._says = mesh.rank == 0 and name != "unified"  # print lines?

@@ -153,7 +153,7 @@ class Decode(Unified):
             self.sequences[uid] = sequence
             first = arrival.first
             assert first is not None  # every link has ended the room without an error
-            reason = sequence.append(first.token)
+            reason, sequence.drafts = sequence.append(first.token), first.drafts
             self.report_experts(uid, experts)
             self.report_prompt(uid, prompt_rows)
             logprobs = [first.logprobs] if first.logprobs else []

@@ -68,7 +68,8 @@ def run_worker(
     dtype = dtype_on(mesh.device, settings.dtype)
     forced = [text for text in args.backend if not text.startswith(DISPATCH)]
     ops, choices = choose(op_shape(config), dtype, mesh.device, forced)
-    handoff_bytes = buffer_bytes(page_bytes(config, dtype.itemsize)) if args.role != "unified" else 0
+    handed_over = config.drafting() if settings.speculate else config
+    handoff_bytes = buffer_bytes(page_bytes(handed_over, dtype.itemsize)) if args.role != "unified" else 0
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say, handoff_bytes)
     fp8 = decide(config, args.attn_tp, dtype, mesh.device).why if config.fp8 else ""
     where = f"cpu, threads: {torch.get_num_threads()}" if mesh.device.type == "cpu" else mesh.device.type

@@ -74,7 +74,7 @@ def _serve(
     handoff: Handoff,
 ) -> str | None:
     role, members = make_role(name, engine, mesh, router[0], secret, handoff)
-    flags = handoff.as_layout() if name != "unified" else {}
+    flags = {"--speculate": str(engine.settings.speculate)} | handoff.as_layout() if name != "unified" else {}
     connection = Connection(name, engine, mesh, members, router, secret, flags)
     mesh.limit_waits(COLLECTIVE_S)
     pipeline = Pipeline(role, engine, mesh, connection.waiting, lambda: connection.report(role.news()))

@@ -163,14 +163,14 @@ class Prefill(Role):
 
     def take_up(self, step: Step) -> int:
         step.wait()
-        sequences, tokens, now = step.work.sequences, step.sampled(), time.perf_counter()
+        given, now = list(zip(step.outcomes(), step.first_drafts(), strict=True)), time.perf_counter()
         for kind, found in ((Chosen, step.chosen_experts()), (Scored, step.prompt_logprobs())):
             for sequence, data in found:
                 departure = self.outgoing.get(sequence.uid)
                 if departure is not None and departure.sequence is sequence:
                     for piece in in_pieces(data):
                         departure.links[0].put(kind(sequence.uid, piece))  # to the decode replica's first rank
-        for sequence, token, logprobs in zip(sequences, tokens, step.pairs(), strict=True):
+        for (sequence, (token,), pairs), drafts in given:
             sequence.tokens.append(token)
             uid = sequence.uid
             if token == NO_TOKEN:
@@ -180,9 +180,11 @@ class Prefill(Role):
                 if token == NO_TOKEN:
                     self.fail(departure, f"prefill: {NOT_FINITE}")
                     continue
+                logprobs = pairs[0] if pairs else []
+                last = SendLast(uid, token, logprobs, now - departure.began, now, sequence.hits * PAGE, drafts)
                 for link in departure.links:
-                    link.put(SendLast(uid, token, logprobs, now - departure.began, now, sequence.hits * PAGE))
-        return len(tokens)
+                    link.put(last)
+        return len(given)
 
     def load(self) -> Load:
         """Return the replica's load. A computed prompt has no tokens left, though its first token may be on its way."""

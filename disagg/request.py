@@ -15,6 +15,7 @@ Token = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 MOST_ENTRIES = 1024  # of logit_bias, and of stop_token_ids
 MOST_SALT = 256  # characters of cache_salt
+MOST_DRAFTS = 4  # tokens of a request that one step may draft (--speculate)
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -37,6 +37,7 @@ class Sequence:
     computed: int = 0  # tokens with their KV in `pages`, once all launched steps are done
     pages: list[int] = field(default_factory=list)
     hits: int = 0  # pages that came from the cache with their KV
+    drafts: list[int] = field(default_factory=list)  # of the tokens after its first one, which came with it
     _page_tokens: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

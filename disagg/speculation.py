@@ -12,7 +12,7 @@ KV of wrong drafts lies behind the sequence's end, where the next step writes. C
 layer too. Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
 
 The device alone knows the front of a sequence: x, its drafts and p, by its row in the latest step. The host says
--1 - row for x and for p. A sequence whose front is not there has no drafts: it says 0, which is seldom right.
+-1 - row for x and for p. A sequence that was handed over brings its own front: the prefill job made the drafts.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ from parallel.mesh import Group
 class Outcome(NamedTuple):
     """What a step gives to its S sequences, decodes first. On the host once the step is done."""
 
-    tokens: Tensor  # [S, N + 1] int64
+    tokens: Tensor  # [S, N + 1] int64; of a prompt that ends here, its first token and the drafts after it
     counts: Tensor  # [S] int64: so many of them are new
     logprobs: tuple[Tensor, Tensor] | None  # ids and values [S, N + 1, K + 1], if a request asks
 
@@ -101,17 +101,21 @@ class Speculation:
             fronts.append(self._draft(model.head.project(state[:size]), work, position + i + 1))
         self.tokens[:size], self.positions[:size] = torch.stack(fronts, 1), position
         return Outcome(
-            to_host(torch.cat((own[:count], first[:, None].expand(-1, each)))),
+            to_host(torch.cat((own[:count], torch.stack((first, *(f[rows:] for f in fronts[1:])), 1)))),
             to_host(torch.cat((right[:count] + 1, torch.ones_like(first)))),
             logprobs,
         )
 
     def _fronts(self, decodes: Decodes, rows: int) -> tuple[Tensor, Tensor]:
         """Return each sequence's latest token and drafts [rows, N + 1], and that token's position [rows]."""
-        ids, positions = to_device(np.stack((decodes.ids, decodes.positions)), self.device)
+        known = np.zeros((len(decodes.pages), self.drafts + 2), np.int64)
+        known[:, 0], known[:, 1] = decodes.positions, decodes.ids
+        for row, drafts in zip(known, decodes.drafts, strict=False):
+            row[2 : 2 + len(drafts)] = drafts
+        columns = to_device(known, self.device)
+        positions, ids, front = columns[:, 0], columns[:, 1], columns[:, 1:]
         place = (-1 - ids).clamp(min=0)
-        bare = F.pad(ids[:, None], (0, self.drafts))
-        tokens = self.tokens[place].where(ids[:, None] < 0, bare)
+        tokens = self.tokens[place].where(ids[:, None] < 0, front)
         start = self.positions[place].where(positions < 0, positions)
         more = rows - len(ids)
         return F.pad(tokens, (0, 0, 0, more)), F.pad(start, (0, more))

@@ -35,7 +35,7 @@ class Work:
         """Return the inputs of the sequences that decode in the next step.
 
         Each one's token is the one sampled in this step, which the host may not have seen: -1 - row stands for it, and
-        with drafts for its position, too. A sequence without one was handed over with its first token.
+        with drafts for its position, too. A sequence without one was handed over with its first token and drafts.
         """
         if sequences == self.plan.decodes:  # the same sequences, each one token further, or more
             ids = -1 - self.rows[: len(sequences)]
@@ -43,7 +43,8 @@ class Work:
         rows = dict(zip(self.sequences, self.rows.tolist(), strict=True))
         ids = [-1 - rows[s] if s in rows else s.tokens[-1] for s in sequences]
         positions = np.array([-1 - rows[s] if self.drafts and s in rows else s.computed for s in sequences], np.int64)
-        return Decodes(np.array(ids, np.int64), positions, [s.pages for s in sequences])
+        drafts = [() if s in rows else s.drafts for s in sequences]
+        return Decodes(np.array(ids, np.int64), positions, [s.pages for s in sequences], drafts)
 
 
 NO_WORK = Work(Plan([], []), NO_DECODES, [], None, False, [], np.arange(0))
@@ -87,6 +88,10 @@ class Step:
                 rows = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
                 pairs = [logprob_pairs(row_ids, row_values, most) for row_ids, row_values in rows]
             yield sequence, self.tokens[i, :count].tolist(), pairs
+
+    def first_drafts(self) -> list[list[int]]:
+        """Return the drafts that follow the first token of each of work.sequences, if all of them are prompts."""
+        return [[]] * len(self.work.sequences) if self.counts is None else self.tokens[:, 1:].tolist()
 
     def pairs(self) -> list[list[tuple[int, float]]]:
         """Return (token, log probability) pairs per sequence: empty unless requested."""

@@ -41,6 +41,7 @@ class Decodes(NamedTuple):
     ids: np.ndarray  # [B] int64
     positions: np.ndarray  # [B] int64
     pages: list[abc.Sequence[int]]  # per sequence, all its pages in order
+    drafts: abc.Sequence[abc.Sequence[int]] = ()  # per sequence, of the tokens after its id, if the host knows any
 
     def chunks(self) -> list[Chunk]:
         columns = zip(self.ids.tolist(), self.positions.tolist(), self.pages, strict=True)

@@ -26,16 +26,18 @@ def kv_layout(model: Transformer, pool: Tensor) -> dict[str, str]:
     """Return the properties in which both sides of a KV handoff must agree: the pool's rows, and the model.
 
     The model is identified by a hash of its configuration and its norms, which every rank holds unsplit. The
-    configuration's own hash is what a router can compare, which has no weights.
+    configuration's own hash is what a router can compare, which has no weights. The multi-token-prediction layer is not
+    among them: whether it is there is a flag's doing.
     """
     config = model.config.fingerprint
     model_hash = hashlib.sha256(config.encode())
     for name, weight in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name and not name.startswith("mtp."):
             norm = weight.detach().cpu().bfloat16()  # the same for every --dtype
             model_hash.update(norm.view(torch.uint8).numpy().tobytes())
-    layers, _, page, width = pool.shape
+    _, _, page, width = pool.shape
     dtype = str(pool.dtype).removeprefix("torch.")
-    shape = {"layers": layers, "page": page, "width": width, "dtype": dtype, "model": model_hash.hexdigest()[:8]}
+    shape = {"page": page, "width": width, "dtype": dtype, "model": model_hash.hexdigest()[:8]}
+    shape["layers"] = model.config.num_hidden_layers
     shape["config"] = config
     return {name: str(value) for name, value in shape.items()}

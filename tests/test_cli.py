@@ -129,9 +129,10 @@ def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
     assert [answer["finish_reason"] for answer in read(deployment.out)] == ["length"] * 12
 
 
-def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafts", ["0", "2"])
+def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path, drafts: str) -> None:
     """Through the job that takes its place they go on with the tokens that they have, to the end they would have had:
-    sampled or not, with their log probabilities."""
+    sampled or not, with their log probabilities. They end as in one job, which does not draft."""
     source = tmp_path / "many.jsonl"
     rows = [
         {"prompt_token_ids": [7 + i], "max_tokens": n, "ignore_eos": True, "seed": i, "temperature": 0.9 * (i % 2)}
@@ -140,13 +141,13 @@ def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path
     rows[2]["logprobs"] = 2
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
-    deployment.start_job("prefill", ranks=1)
-    deployment.start_job("decode", 1, "--max-batch", "1")  # gets two requests at a time
+    deployment.start_job("prefill", 1, "--speculate", drafts)
+    deployment.start_job("decode", 1, "--max-batch", "1", "--speculate", drafts)  # gets two requests at a time
     deployment.start_router()
     deployment.wait_for_answers(1)
     time.sleep(0.3)
     deployment.kill("decode")
-    deployment.start_job("decode", ranks=1)
+    deployment.start_job("decode", 1, "--speculate", drafts)
     for role, (code, _, err) in deployment.finish().items():
         assert code == 0, f"{role}: {err}"
     answers = read(deployment.out)
@@ -425,11 +426,11 @@ REQUESTS = {"--prompt", "--max-tokens", "--input", "--output", "--existing", "--
 REQUESTS |= {"--api-key-file", "--request-timeout", "--log-interval"}
 ENGINE = {"--attn-tp", "--dtype", "--backend", "--overlap", "--graphs", "--redundant-experts", "--expert-map"}
 ENGINE |= {"--record-experts", "--rebalance", "--max-batch", "--max-tokens-per-step", "--kv-tokens"}
-ENGINE |= {"--gpu-memory-fraction", "--load", "--prefix-cache"}
+ENGINE |= {"--gpu-memory-fraction", "--load", "--prefix-cache", "--speculate"}
 COMMON = {"--model", "--role", "--max-model-len", "--secret-file", "--insecure"}
 HANDOFF = {"--transport", "--kv-checksum"}
 FLAGS = {
-    "unified": COMMON | REQUESTS | ENGINE | {"--speculate"},
+    "unified": COMMON | REQUESTS | ENGINE,
     "router": COMMON | REQUESTS | {"--router"},
     "prefill": COMMON | {"--router"} | HANDOFF | ENGINE - {"--graphs"},
     "decode": COMMON | {"--router"} | HANDOFF | ENGINE,

@@ -31,7 +31,7 @@ from disagg.control.messages import (
     encode,
 )
 from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
-from disagg.request import Request
+from disagg.request import MOST_DRAFTS, Request
 
 MEMBER = Member("é1", "127.0.0.1", 7000, 65535, 3, 4711)
 REQUEST = Request(
@@ -87,7 +87,7 @@ ON_A_LINK = (
     Read(),
     Chosen(5, b"\0\1"),
     Scored(5, b"\1\0"),
-    Last(5, 128_000, [(128_000, -0.5)]),
+    Last(5, 128_000, [(128_000, -0.5)], drafts=[7, 128_000]),
     Closed(5, "the prompt\ndoes not fit"),
 )
 DECODERS = {
@@ -198,6 +198,7 @@ def test_a_request_that_nobody_can_serve_is_no_message(message: Submit) -> None:
 
 @pytest.mark.parametrize("message", [Open(REQUEST, [0], [MEMBER]), Open(REQUEST, [1], []), Sending([], [1]),
                                      Sending([1], []), Last(1, -1, []), Knock(MEMBER, -1),
+                                     Last(1, 1, [], drafts=[-1]), Last(1, 1, [], drafts=[1] * (MOST_DRAFTS + 1)),
                                      Chosen(1, b"x" * (PIECE + 1)), Scored(1, b"x" * (PIECE + 1))])  # fmt: skip
 def test_pages_and_rooms_that_cannot_be_are_no_message(message: msgspec.Struct) -> None:
     with pytest.raises(ValueError, match="not a message"):

@@ -20,9 +20,10 @@ import msgspec
 from msgspec import Meta
 
 from disagg.control.messages import Count, Member, Piece, TokenId
-from disagg.request import Request
+from disagg.request import MOST_DRAFTS, Request
 
 Page = Annotated[int, Meta(ge=1)]  # page 0 is the null page
+Drafts = Annotated[list[TokenId], Meta(max_length=MOST_DRAFTS)]  # of the tokens after the first one (--speculate)
 
 
 class RoomState(IntEnum):
@@ -140,6 +141,7 @@ class Last(msgspec.Struct, frozen=True, tag=True):
     prefill: float = 0.0  # seconds from its first step to this token
     waited: float = 0.0  # seconds from this token until this message was sent, after the last Sending
     cached: Count = 0  # prompt tokens that prefill had in its cache
+    drafts: Drafts = []
 
 
 class Closed(msgspec.Struct, frozen=True, tag=True):
@@ -180,6 +182,7 @@ class SendLast(msgspec.Struct, frozen=True):
     prefill: float = 0.0  # as in Last
     sampled: float = 0.0  # time.perf_counter() when the token was known
     cached: int = 0  # as in Last
+    drafts: list[int] = []  # as in Last
 
 
 class AllRead(msgspec.Struct, frozen=True):
@@ -200,6 +203,7 @@ class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     transfer: float = 0.0  # seconds from the token until all KV had arrived
     at: float = 0.0  # time.perf_counter() when all KV had arrived
     cached: int = 0  # as in Last
+    drafts: list[int] = []  # as in Last
 
 
 Message = Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed  # over the pipe

@@ -128,7 +128,8 @@ class ReceiveLink(Link):
     def _done(self, last: Last, came: float) -> None:
         now = time.perf_counter()
         transfer = last.waited + now - came
-        done = RoomEnded(last.uid, None, last.token, last.logprobs, False, last.prefill, transfer, now, last.cached)
+        times = last.prefill, transfer, now
+        done = RoomEnded(last.uid, None, last.token, last.logprobs, False, *times, last.cached, last.drafts)
         self.end(self._judged(done))
 
     def _judged(self, ended: RoomEnded) -> RoomEnded:

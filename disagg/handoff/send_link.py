@@ -165,7 +165,7 @@ class SendLink(Link):
         Otherwise a link that goes down here could let a buffer be overwritten while the peer reads it for this room.
         """
         waited = time.perf_counter() - last.sampled
-        word = Last(last.uid, last.token, last.logprobs, last.prefill, waited, last.cached)
+        word = Last(last.uid, last.token, last.logprobs, last.prefill, waited, last.cached, last.drafts)
         self._conclude(word, RoomEnded(last.uid))
 
     def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
