@@ -13,13 +13,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from disagg.handoff.endpoints import TRANSPORTS
+from model.config import ModelConfig
+from parallel.load_counter import save_recording
 from tests.commands import PYTHON, finish, start
 from tests.conftest import write_secret
 from tests.deployment import answers_alone
 from tests.hostile_ports import is_torchs, listening
 from tests.hosts import Host, hosts, obstacle
+from tests.placed import REDUNDANT
 from tests.processes import Job
 from tests.test_faults import QUICK, SOON
 from tests.test_transports import needs
@@ -240,3 +244,34 @@ def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: 
     assert ended[0][1] == alone[1] and not ended[1][1], ended
     said = [line for line in ended[0][2].splitlines() if re.search("unified:|tok/s", line)]
     assert said and all(line.startswith(f"[{socket.gethostname()} rank 0] ") for line in said), ended
+
+
+def test_experts_are_placed_by_machine(machines: list[Host], tiny: Path, tmp_path: Path) -> None:
+    """Two machines of two ranks. Groups of experts stay on one machine, and a rank prefers replicas on its own."""
+    config = ModelConfig.from_pretrained(tiny)
+    layers, experts, groups = config.num_moe_layers, config.n_routed_experts, config.n_group
+    loads = torch.arange(layers * experts).view(1, layers, experts) % 17**2 + 1
+    save_recording(tmp_path / "loads", list(loads), layers, experts)
+    launchers = []
+    for number, machine in enumerate(machines[1:3]):
+        words = ("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=2")
+        meet = (f"--master-addr={machines[1].address}", "--master-port=29501", "-m", "tests.placed")
+        named = ("unshare", "--uts", "sh", "-c", f'hostname machine{number} && exec "$@"', "sh", "env", NO_NAMES)
+        launchers.append(start(*machine.command(*named, *PYTHON, *words, *meet, str(tmp_path / "loads"))))
+    ended = [finish(launcher) for launcher in launchers]
+    assert [code for code, *_ in ended] == [0, 0], ended
+    ranks = {told["rank"]: told for _, out, _ in ended for told in map(json.loads, out.splitlines())}
+    assert [ranks[rank]["machines"] for rank in range(4)] == [[0, 0, 1, 1]] * 4
+    share = (experts + REDUNDANT) // 4
+    for rank, told in ranks.items():
+        for of_slot in told["placed"][str(groups)]["of_slot"]:
+            homes = {(expert * groups // experts, slot // (2 * share)) for slot, expert in enumerate(of_slot)}
+            assert len(homes) == groups, "a group is on two machines"
+        both = 0
+        for of_slot, of_expert in zip(*told["placed"]["1"].values(), strict=True):
+            for expert, slot in enumerate(of_expert):
+                replicas = {n // share for n, held in enumerate(of_slot) if held == expert}
+                here = {home for home in replicas if home // 2 == rank // 2}
+                both += 0 < len(here) < len(replicas)
+                assert slot // share in ({rank} & replicas or here or replicas)
+        assert both, "no expert is on both machines: the test shows nothing"
