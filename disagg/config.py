@@ -110,6 +110,10 @@ class EngineConfig:
             )
         return limit
 
+    def longest(self, model: ModelConfig) -> int:
+        """Return the most tokens of KV that a request can have, as far as it is known before there is a pool."""
+        return min(self.model_len(model), self.kv_tokens or self.model_len(model))
+
     def positions(self, model: ModelConfig) -> int:
         """Return the length of tables by position.
 

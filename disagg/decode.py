@@ -135,11 +135,12 @@ class Decode(Unified):
     def room_ended(self, ended: RoomEnded) -> None:
         """Record that one link has ended a room. The last one starts the request, or releases its pages."""
         uid, arrival = ended.uid, self.incoming[ended.uid]
-        arrival.room.end_link(ended.error)
+        error = ended.error or self.misfit(ended)
+        arrival.room.end_link(error)
         if ended.link_down:
             arrival.link_down = True
             self.give_up_links(arrival)
-        if ended.error is None:
+        if error is None:
             arrival.first = ended
         if not arrival.room.may_release:
             return
@@ -165,6 +166,15 @@ class Decode(Unified):
         if arrival.wanted:
             self.failures += 1
             self.updates.append(Update(uid, error=arrival.room.error, retry=True, link_down=arrival.link_down))
+
+    def misfit(self, ended: RoomEnded) -> str | None:
+        """Return why no step could take what prefill has chosen, or None. A step that fails would end the process."""
+        vocab, most = self.engine.config.vocab_size, self.engine.settings.speculate
+        if (largest := max([ended.token, *ended.drafts])) >= vocab:
+            return f"prefill sent token {largest}; the model's vocabulary has {vocab}"
+        if len(ended.drafts) > most:
+            return f"prefill sent {len(ended.drafts)} drafts; --speculate is {most}"
+        return None
 
     def parts(self, arrival: Incoming, ended: RoomEnded) -> Parts:
         """Return the parts of its time to first token.

@@ -17,7 +17,7 @@ from torch import Tensor
 from disagg.buckets import make_buckets
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
-from disagg.memory import budget_of_all, check_weights, lift_limit, pages_on_host
+from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
 from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
@@ -99,6 +99,7 @@ class Engine:
             settings.max_tokens_per_step,
             self.max_model_len,
             settings.speculate,
+            most_context(settings, step_shape(model, mesh, self.dispatchers), buckets[-1]),
         )
         say(memory)
         if self.kv_tokens < self.max_model_len:

@@ -77,7 +77,7 @@ def _serve(
     flags = {"--speculate": str(engine.settings.speculate)} | handoff.as_layout() if name != "unified" else {}
     connection = Connection(name, engine, mesh, members, router, secret, flags)
     mesh.limit_waits(COLLECTIVE_S)
-    pipeline = Pipeline(role, engine, mesh, connection.waiting)
+    pipeline = Pipeline(role, engine, mesh, connection.waiting, lambda: connection.report(role.news()))
     reports = Reports(role, pipeline)
     nap_ms, finished, problem = 1, False, None
     while True:

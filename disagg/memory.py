@@ -11,7 +11,7 @@ import torch
 
 from disagg.budget import Budget, gib, plan_parts, share_of_gpu
 from disagg.config import EngineConfig
-from model.footprint import StepShape, page_bytes, weight_bytes
+from model.footprint import StepShape, page_bytes, room_for_context, weight_bytes
 from model.pages import PAGE
 from model.transformer import Transformer
 from parallel.dispatchers import Dispatchers
@@ -88,6 +88,33 @@ def claim_memory(mesh: Mesh, parts: dict[str, int], page: int, buffers: int, fra
     return Budget(*share_of_gpu(total, free, held, fraction, sharers), parts, page)
 
 
+def step_shape(model: Transformer, mesh: Mesh, dispatchers: Dispatchers) -> StepShape:
+    """Return what the memory of this rank's steps depends on."""
+    buffer = dispatchers.buffer
+    return StepShape(
+        model.config,
+        model.dtype.itemsize,
+        model.fp8,
+        mesh.attn.size,
+        mesh.ep.size,
+        model.placement.slots_per_rank,
+        model.ops.alignment,
+        buffer.capacity if buffer is not None else None,
+        model.ops.whole_keys,
+        buffer is None or buffer.configs is not None,
+    )
+
+
+def most_context(settings: EngineConfig, shape: StepShape, rows: int) -> int:
+    """Return how many tokens the prompts of a step may see together: as many as the memory table has room for.
+
+    `rows`: the most decodes of a step. Attention expands the whole context at once.
+    """
+    tokens = -(-settings.max_tokens_per_step // shape.attn_tp) * shape.attn_tp
+    least = tokens + settings.longest(shape.config)
+    return room_for_context(shape, tokens, least, rows * (1 + settings.speculate))
+
+
 def budget_of_all(
     settings: EngineConfig,
     model: Transformer,
@@ -101,29 +128,16 @@ def budget_of_all(
 
     `buckets`: row counts of decode steps. `captures`: are they captured? The rest is as in `Engine`.
     """
-    config, buffer = model.config, dispatchers.buffer
-    capacity = buffer.capacity if buffer is not None else None
-    assert capacity is None or capacity >= buckets[-1] * (1 + settings.speculate) // mesh.attn.size, f"{capacity=}"
-    shape = StepShape(
-        config,
-        model.dtype.itemsize,
-        model.fp8,
-        mesh.attn.size,
-        mesh.ep.size,
-        model.placement.slots_per_rank,
-        model.ops.alignment,
-        capacity,
-        model.ops.whole_keys,
-        buffer is None or buffer.configs is not None,
-    )
-    max_model_len = settings.model_len(config)
+    config, shape = model.config, step_shape(model, mesh, dispatchers)
+    needed = buckets[-1] * (1 + settings.speculate) // mesh.attn.size
+    assert shape.capacity is None or shape.capacity >= needed, f"{shape.capacity=} {needed=}"
     parts = plan_parts(
         shape,
         dispatchers.num_bytes,
         buckets,
         settings.max_tokens_per_step,
         settings.positions(config),
-        min(max_model_len, settings.kv_tokens or max_model_len),
+        settings.longest(config),
         captures,
         settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
         handoff_bytes,

@@ -62,10 +62,18 @@ class Pipeline:
     """Runs turns. At most one step is in flight while the next is scheduled."""
 
     def __init__(
-        self, role: Role, engine: Engine, mesh: Mesh, waiting: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        role: Role,
+        engine: Engine,
+        mesh: Mesh,
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
+        report: Callable[[], None] = lambda: None,
     ) -> None:
-        """`waiting()` is a context that is entered around the turn's collective."""
-        self.role, self.engine, self.mesh, self.waiting = role, engine, mesh, waiting
+        """`waiting()` is a context that is entered around the turn's collective.
+
+        `report()` is called when a step has been taken up. The launch that follows may take as long as a step.
+        """
+        self.role, self.engine, self.mesh, self.waiting, self.report = role, engine, mesh, waiting, report
         self.stats: defaultdict[str, float] = defaultdict(int)
         self._running: Step | None = None
         self._seen = 0.0  # time.perf_counter() when the latest step had been taken up
@@ -105,6 +113,7 @@ class Pipeline:
         began = max(step.started, self._seen)  # a step that was launched ahead begins when the previous one ends
         tokens = self.role.take_up(step)
         self._seen = perf_counter()
+        self.report()
         self._count(step, tokens, self._seen - began)
 
     def _count(self, step: Step, tokens: int, seconds: float) -> None:

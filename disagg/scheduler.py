@@ -172,12 +172,19 @@ class Plan:
 
 class Scheduler:
     def __init__(
-        self, cache: PageCache, max_batch: int, max_tokens_per_step: int, max_model_len: int, drafts: int = 0
+        self,
+        cache: PageCache,
+        max_batch: int,
+        max_tokens_per_step: int,
+        max_model_len: int,
+        drafts: int = 0,
+        max_context: int | None = None,
     ) -> None:
         """At most `max_batch` sequences run at once. A step computes at most `max_tokens_per_step` tokens.
 
-        A decoding sequence takes 1 + `drafts` of them. Raises ValueError if a step could not hold those of every
-        running sequence.
+        A decoding sequence takes 1 + `drafts` of them. The prompts of a step see at most `max_context` tokens together,
+        which only cached ones can reach. None: a step's tokens and the longest request, as without the cache.
+        Raises ValueError if a step could not hold the tokens of every running sequence.
         """
         self.decode_tokens = 1 + drafts
         if max_batch * self.decode_tokens > max_tokens_per_step:
@@ -188,9 +195,7 @@ class Scheduler:
             )
         self.cache, self.max_model_len = cache, max_model_len
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens_per_step
-        # The most tokens that a step's prompts may see together, because attention expands all of them at once. The
-        # memory table counts this many. Without the cache a step cannot have more.
-        self.max_context = max_tokens_per_step + min(max_model_len, cache.capacity * PAGE)
+        self.max_context = max_context or max_tokens_per_step + min(max_model_len, cache.capacity * PAGE)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         # `_same` is the plan of the next `_times` steps, too, unless a sequence is added or removed.

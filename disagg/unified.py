@@ -77,6 +77,8 @@ class Unified(Role):
         going_on, useful, fed = {}, 0, step.fed_experts()
         for i, (sequence, several, logprobs) in enumerate(step.outcomes()):
             uid, is_first = sequence.uid, len(sequence.tokens) == sequence.prompt_len
+            if uid not in self.sequences:  # several may not follow on the tokens that it ended with
+                several = several[:1]
             count, reason = sequence.extend(several)
             new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
             if new[-1] == NO_TOKEN:

@@ -27,7 +27,7 @@ from collections import abc
 from dataclasses import dataclass, replace
 
 from kernels.fp8_format import BLOCK
-from model.config import ModelConfig
+from model.config import MOST_SIZE, ModelConfig
 from model.pages import PAGE
 from model.prompt_row import MAX_LOGPROBS, SLICE, row_bytes
 from parallel.copies import most_copies
@@ -168,6 +168,18 @@ def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int)
     )
 
 
+def room_for_context(shape: StepShape, tokens: int, least: int, max_batch: int) -> int:
+    """Return the most tokens that the prompts of such a step may see without a higher peak than with `least`.
+
+    Where experts make the peak, attention has room left. A tensor of all these tokens' keys and values stays below
+    2**31 elements, unless `least` tokens have more.
+    """
+    c, peak = shape.config, contiguous_step(shape, tokens, least, max_batch)
+    fixed = tokens * _attended_row(shape) + _expanded(shape, tokens, 0)
+    most = MOST_SIZE // (shape.heads * (c.qk_nope_head_dim + c.v_head_dim))
+    return max(least, min((peak - fixed) // _expanded(shape, 0, 1), most))
+
+
 def masked_step(shape: StepShape, tokens: int) -> int:
     """Return the peak bytes of a decode step of `tokens` rows, with the fixed rooms of the masked layout."""
     local_tokens = tokens // shape.attn_tp
@@ -219,7 +231,14 @@ def _attention(shape: StepShape, tokens: int, inside: int) -> int:
         shape.row(widths * c.hidden_size) + normed,
         shape.row(c.hidden_size + latent + q) + shape.operand(c.hidden_size),
     )
-    return max(tokens * before, tokens * shape.row(c.hidden_size + q) + inside)
+    return max(tokens * before, tokens * _attended_row(shape) + inside)
+
+
+def _attended_row(shape: StepShape) -> int:
+    """Return the bytes that live throughout the attention, per token: x, and the queries."""
+    c = shape.config
+    own = c.kv_dim if c.q_lora_rank is None else 0  # the projection's other columns, of which the queries are a view
+    return shape.row(c.hidden_size + shape.heads * c.qk_head_dim + own)
 
 
 def _expanded(shape: StepShape, tokens: int, context: int) -> int:

@@ -8,22 +8,26 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from disagg.handoff.endpoints import TRANSPORTS
+from model.config import ModelConfig
+from parallel.load_counter import save_recording
 from tests.commands import PYTHON, finish, start
 from tests.conftest import write_secret
 from tests.deployment import answers_alone
 from tests.hostile_ports import is_torchs, listening
 from tests.hosts import Host, hosts, obstacle
+from tests.placed import REDUNDANT
 from tests.processes import Job
 from tests.test_faults import QUICK, SOON
 from tests.test_transports import needs
-from tests.town import Town, town
+from tests.town import NO_NAMES, Town, town
 
 WHY_NOT = obstacle()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -84,9 +88,9 @@ def ended(router: Job) -> int:
     return int((re.findall(r"; (\d+) ended", router.said) or ["0"])[-1])
 
 
-def start_two_decode_jobs(place: Town, machines: list[Host], requests: Sequence[dict] = REQUESTS) -> tuple[Job, Job]:
-    """Return the router, and the decode job that has two machines. Another one has a machine of its own."""
-    router = place.router(list(requests), "out", "--log-interval", "1")
+def start_two_decode_jobs(place: Town, machines: list[Host]) -> tuple[Job, Job]:
+    """Return the router, which is fed, and the decode job that has two machines. Another has a machine of its own."""
+    router = place.fed_router("out", "--log-interval", "0.2")
     place.worker("prefill", 1, hosts=machines[1:2])
     over_two = place.worker("decode", 2, *FEW, hosts=machines[3:5])
     place.worker("decode", 1, *FEW, hosts=machines[5:6])
@@ -99,44 +103,45 @@ def test_a_cable_that_is_pulled_and_plugged_in_again(
 ) -> None:
     """A second machine of a decode job is away for some seconds: the other job serves, and this one comes back."""
     router, away = start_two_decode_jobs(place, machines)
+    place.feed(REQUESTS[:12], "out")
     machines[4].pull_cable()
     pulled = time.monotonic()
     place.until(lambda: "is lost" in router.said, 10)
     assert time.monotonic() - pulled < 5
-    count = len(place.answers("out"))
-    place.until(lambda: len(place.answers("out")) > count, SOON)
+    count = ended(router)
+    place.until(lambda: ended(router) > count or count == 12, SOON)
     machines[4].plug_cable()
-    place.until(lambda: "is back" in router.said or router.statuses != [None], 20)
+    place.until(lambda: "is back" in router.said, 20)
+    place.feed(REQUESTS[12:], "out")
+    place.stop_feeding("out")
     all_right(place, expected)
     place.until(lambda: away.statuses == [0, 0], SOON)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_cable_that_is_pulled_for_a_minute(tiny: Path, tmp_path: Path, machines: list[Host]) -> None:
+def test_a_cable_that_is_pulled_for_a_minute(
+    tiny: Path, tmp_path: Path, machines: list[Host], expected: dict[str, list[int]]
+) -> None:
     """With the time-outs that users have: the router knows in 10 s, and takes the job back when the cable is there."""
-    many = [request | {"id": str(i)} for i, request in enumerate(REQUESTS * 20)]
     with town(tmp_path, tiny, machines[0]) as place:
         place.flags = ("--secret-file", str(write_secret(tmp_path)))
-        router, away = start_two_decode_jobs(place, machines, many)
+        router, away = start_two_decode_jobs(place, machines)
+        place.feed(REQUESTS[:8], "out")
         machines[4].pull_cable()
         pulled = time.monotonic()
-        try:
-            place.until(lambda: "is lost" in router.said, 15)
-            print(f"the router knew after {time.monotonic() - pulled:.1f} s")
-            count = ended(router)
-            time.sleep(pulled + 60 - time.monotonic())
-            assert ended(router) > count + 5 and router.statuses == [None], place.said
-        finally:
-            machines[4].plug_cable()
+        place.until(lambda: "is lost" in router.said, 15)
+        print(f"the router knew after {time.monotonic() - pulled:.1f} s")
+        place.until(lambda: ended(router) == 8, 50)
+        print(f"all that it had was answered after {time.monotonic() - pulled:.1f} s")
+        time.sleep(pulled + 60 - time.monotonic())
+        machines[4].plug_cable()
         plugged = time.monotonic()
         place.until(lambda: "is back" in router.said, 90)  # TCP tries again after as long as it was away
         print(f"the job was back {time.monotonic() - plugged:.1f} s after the cable")
-        place.until(lambda: router.statuses != [None], 400)
-        tokens = [answer.get("token_ids") for answer in place.answers("out")]
-        again = answers_alone(tiny, place.folder / "out.jsonl", place.folder / "alone.jsonl")
-        assert router.statuses == [0] and tokens == [answer["token_ids"] for answer in again], place.said
-        print(f"{len(tokens)} answers, all equal; {ended(router)} had ended when it was said last")
+        place.feed(REQUESTS[8:], "out")
+        place.stop_feeding("out")
+        all_right(place, expected)
         place.until(lambda: away.statuses == [0, 0], SOON)
 
 
@@ -144,6 +149,8 @@ def test_a_cable_that_is_pulled_for_a_minute(tiny: Path, tmp_path: Path, machine
 def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expected: dict[str, list[int]]) -> None:
     """The job that has lost a machine ends on both, in the time that a collective may take, and nothing is lost."""
     _, cut = start_two_decode_jobs(place, machines)
+    place.feed(REQUESTS, "out")
+    place.stop_feeding("out")
     machines[4].pull_cable()
     all_right(place, expected)
     place.until(lambda: None not in cut.statuses, COLLECTIVE_S + 10)
@@ -155,22 +162,24 @@ def test_a_cable_that_is_pulled_for_good(place: Town, machines: list[Host], expe
 
 def test_a_job_that_the_router_does_not_hear(place: Town, machines: list[Host], expected: dict[str, list[int]]) -> None:
     """Their connections stand, and nothing passes. The other job serves, and this one is taken back."""
-    router = place.router(REQUESTS, "out")
-    place.worker("prefill", 1, hosts=machines[1:2])
-    jobs = [place.worker("decode", 1, *FEW, hosts=[machine]) for machine in machines[4:6]]
-    place.until(lambda: router.said.count("joined") == 3, SOON)
-    machines[4].stall(machines[0])
+    router, stalled = start_two_decode_jobs(place, machines)
+    place.feed(REQUESTS[:12], "out")
+    for machine in machines[3:5]:
+        machine.stall(machines[0])
     began = time.monotonic()
     try:
         place.until(lambda: "is lost" in router.said, 10)
         assert time.monotonic() - began < 5
-        count = len(place.answers("out"))
-        place.until(lambda: len(place.answers("out")) > count, SOON)
+        count = ended(router)
+        place.until(lambda: ended(router) > count or count == 12, SOON)
     finally:
-        machines[4].flow()
-    place.until(lambda: "is back" in router.said or router.statuses != [None], 20)
+        for machine in machines[3:5]:
+            machine.flow()
+    place.until(lambda: "is back" in router.said, 20)
+    place.feed(REQUESTS[12:], "out")
+    place.stop_feeding("out")
     all_right(place, expected)
-    place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
+    place.until(lambda: stalled.statuses == [0, 0], SOON)
 
 
 LINKS_S = 3  # in place of 60
@@ -191,17 +200,22 @@ def test_a_link_over_which_nothing_passes(
     Requests that wait for it go to the other one in time, and later ones at once.
     """
     needs(library)
-    router = place.router([request | {"max_tokens": 12} for request in REQUESTS], "out", "--log-interval", "0.2")
+    few = [request | {"max_tokens": 12} for request in REQUESTS]
+    router = place.fed_router("out", "--log-interval", "0.2")
     flags = "--transport", library
     jobs = {m: place.worker("prefill", 1, *flags, hosts=[m]) for m in machines[1:3]}
     place.worker("decode", 1, *flags, *FEW, hosts=machines[3:4])
-    place.until(lambda: ended(router) > 0 and router.said.count("prefill replica at") == 2, SOON)
+    place.until(lambda: router.said.count("joined") == 3, SOON)
+    place.feed(few[:2], "out")
+    place.until(lambda: ended(router) == 2, SOON)
     stuck = min(jobs, key=lambda m: router.said.index(f"replica at {m.address} joined"))  # the router prefers it
     ports = listening(jobs[stuck].ranks[0].pid)
     pipes = [port for port in ports if not stuck.run(lambda port=port: is_torchs(port, stuck.address))]
     assert 0 < len(pipes) < len(ports)
     machines[3].stall(stuck, pipes if what == "all but the pipe" else ())
-    pauses, count, since = [], ended(router), time.monotonic()
+    place.feed(few[2:], "out")
+    place.stop_feeding("out")
+    pauses, count, since = [], 2, time.monotonic()
     try:
         while router.statuses == [None]:
             if (now := ended(router)) > count:
@@ -224,9 +238,40 @@ def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: 
     for rank, machine in enumerate(machines[1:3]):
         words = ("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1")
         meet = (f"--master-addr={machines[1].address}", "--master-port=29500", "run.py")
-        launchers.append(start(*machine.command(*PYTHON, *words, *meet, *prompt, "--insecure")))
+        launchers.append(start(*machine.command("env", NO_NAMES, *PYTHON, *words, *meet, *prompt, "--insecure")))
     ended = [finish(launcher) for launcher in launchers]
     assert [code for code, *_ in ended] == [0, 0], ended
     assert ended[0][1] == alone[1] and not ended[1][1], ended
     said = [line for line in ended[0][2].splitlines() if re.search("unified:|tok/s", line)]
     assert said and all(line.startswith(f"[{socket.gethostname()} rank 0] ") for line in said), ended
+
+
+def test_experts_are_placed_by_machine(machines: list[Host], tiny: Path, tmp_path: Path) -> None:
+    """Two machines of two ranks. Groups of experts stay on one machine, and a rank prefers replicas on its own."""
+    config = ModelConfig.from_pretrained(tiny)
+    layers, experts, groups = config.num_moe_layers, config.n_routed_experts, config.n_group
+    loads = torch.arange(layers * experts).view(1, layers, experts) % 17**2 + 1
+    save_recording(tmp_path / "loads", list(loads), layers, experts)
+    launchers = []
+    for number, machine in enumerate(machines[1:3]):
+        words = ("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=2")
+        meet = (f"--master-addr={machines[1].address}", "--master-port=29501", "-m", "tests.placed")
+        named = ("unshare", "--uts", "sh", "-c", f'hostname machine{number} && exec "$@"', "sh", "env", NO_NAMES)
+        launchers.append(start(*machine.command(*named, *PYTHON, *words, *meet, str(tmp_path / "loads"))))
+    ended = [finish(launcher) for launcher in launchers]
+    assert [code for code, *_ in ended] == [0, 0], ended
+    ranks = {told["rank"]: told for _, out, _ in ended for told in map(json.loads, out.splitlines())}
+    assert [ranks[rank]["machines"] for rank in range(4)] == [[0, 0, 1, 1]] * 4
+    share = (experts + REDUNDANT) // 4
+    for rank, told in ranks.items():
+        for of_slot in told["placed"][str(groups)]["of_slot"]:
+            homes = {(expert * groups // experts, slot // (2 * share)) for slot, expert in enumerate(of_slot)}
+            assert len(homes) == groups, "a group is on two machines"
+        both = 0
+        for of_slot, of_expert in zip(*told["placed"]["1"].values(), strict=True):
+            for expert, slot in enumerate(of_expert):
+                replicas = {n // share for n, held in enumerate(of_slot) if held == expert}
+                here = {home for home in replicas if home // 2 == rank // 2}
+                both += 0 < len(here) < len(replicas)
+                assert slot // share in ({rank} & replicas or here or replicas)
+        assert both, "no expert is on both machines: the test shows nothing"

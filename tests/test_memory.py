@@ -26,6 +26,7 @@ from model.footprint import (
     grouped_rows,
     masked_step,
     page_bytes,
+    room_for_context,
     sampling,
     weight_bytes,
 )
@@ -141,6 +142,16 @@ def test_prefill_by_hand() -> None:
     rows = 34688  # 32,768 + 16 x 127, in 128s
     experts = layer + 4096 * 8 * 12 + rows * 4 + rows * (512 + 2 * 256) * 2
     assert contiguous_step(many, 4096, 5000, 64) == experts
+    room = room_for_context(many, 4096, 5000, 64)
+    assert contiguous_step(many, 4096, room, 64) <= experts < contiguous_step(many, 4096, room + 1, 64)
+    assert room_for_context(HAND, 4096, 9000, 64) == 9000, "attention makes the peak"
+
+
+def test_room_for_context_ends_where_kernels_cannot_count() -> None:
+    """DeepSeek-V3's prefill on 32 ranks: keys and values of 128 heads, 256 columns each."""
+    job = StepShape(V3, 2, fp8=True, ranks=32, slots=9, alignment=128)
+    assert room_for_context(job, 16384, 16384 + 4096, 256) == (2**31 - 1) // (128 * 256) == 65535
+    assert room_for_context(job, 16384, 100_000, 256) == 100_000
 
 
 def test_prefill_by_hand_over_the_wire_in_fp8() -> None:

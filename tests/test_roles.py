@@ -25,6 +25,7 @@ from disagg.handoff.receive_link import Pieces
 from disagg.handoff.transports.torch_dist import TorchEndpoint
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
+from disagg.pipeline import Pipeline, Turn
 from disagg.prefill import Prefill
 from disagg.request import Request
 from disagg.role import NOT_FINITE
@@ -35,6 +36,7 @@ from model.pages import PAGE
 from parallel.mesh import Mesh
 from tests.clients import listed
 from tests.conftest import eventually
+from tests.news import singly
 
 HOST = "127.0.0.1"
 ME, PEER, OTHER = Member("me", HOST), Member("peer", HOST), Member("other", HOST)
@@ -128,6 +130,30 @@ def test_a_prompts_pages_are_others_once_its_room_is_done_and_never_before(roomy
     assert roomy.load().kv_pages == 4 + 4, "what 2 and 4 shared is held by 4"
     roomy.handle(RoomEnded(4, "cut"))
     assert opened(roomy, 5)[0] == 2, "they were not of the link that failed"
+
+
+@pytest.mark.parametrize(
+    "token, drafts, error",
+    [
+        (4096, [], "prefill sent token 4096; the model's vocabulary has 4096"),
+        (9, [2**31 - 1], "prefill sent token 2147483647; the model's vocabulary has 4096"),
+        (9, [1], "prefill sent 1 drafts; --speculate is 0"),
+    ],
+)
+def test_a_token_that_no_step_could_take_fails_its_room_and_not_the_job(
+    roomy: Decode, token: int, drafts: list[int], error: str
+) -> None:
+    pipeline = Pipeline(roomy, roomy.engine, roomy.engine.mesh)
+    for uid in (0, 1):
+        opened(roomy, uid)
+    roomy.handle(RoomEnded(0, None, 9))
+    roomy.handle(RoomEnded(1, None, token, drafts=drafts))
+    while pipeline.turn() == Turn.WORKED:
+        pass
+    news = list(singly(roomy.news().updates))
+    assert [update for update in news if update.uid == 1] == [Update(1, error=error, retry=True)]
+    assert [update.finish for update in news if update.uid == 0][-1] == "length", "the other one is served"
+    assert roomy.scheduler.cache.num_free == roomy.scheduler.cache.capacity
 
 
 def test_what_has_not_begun_is_given_back(decode: Decode) -> None:

@@ -27,7 +27,8 @@ STEP_TOKENS = 10 * PAGE
 
 def replica(name: str, role: str, pages: int = 0, queued: int = 0, **more: Any) -> Replica:
     """A replica with one request of so many pages, and one prompt with so many tokens."""
-    fields = {"max_batch": 8, "step_tokens": STEP_TOKENS, "kv_tokens": CAPACITY * PAGE, "kv": {}, "job": name} | more
+    fields = {"max_batch": 8, "step_tokens": STEP_TOKENS, "kv_tokens": CAPACITY * PAGE, "kv": {}, "job": name}
+    fields |= {"caches": True} | more
     made = Replica(name, Hello(members=[Member(name, "")], **{"role": role} | fields))
     if pages:
         made.add_request(-1, pages)
@@ -169,6 +170,16 @@ def test_a_prefix_stays_on_its_decode_replica_within_the_skew_limit() -> None:
     assert choose(routing, [*decodes, replica("c", "decode")], prefills, [9] * PAGE, "mine") == ("c", "p")
     near = [replica("b", "decode"), replica("c", "decode")]
     assert choose(routing, near, prefills, [*common, 7], "mine") == ("c", "p")
+
+
+def test_without_a_cache_a_prefix_is_no_reason_to_prefer_a_decode_replica() -> None:
+    prompt, prefills = [5] * (3 * PAGE), [replica("p", "prefill")]
+    for caches, fields, where in ((True, {}, "a"), (False, {}, "b"), (True, {"return_experts": True}, "b")):
+        routing, decodes = Routing(), [replica(name, "decode", caches=caches) for name in "ab"]
+        assert routing.choose(Request(0, prompt, 1), None, decodes, prefills).decode.id == "a"
+        decodes[0].add_request(0, 1)
+        chosen = routing.choose(Request(1, prompt, 1, **fields), None, decodes, prefills)
+        assert chosen.decode.id == where, (caches, fields)
 
 
 def test_another_salt_is_another_prefix() -> None:

@@ -67,8 +67,10 @@ class Replica:
         return [s for s in [*self.sequences.values(), *self.over] if s.pages]
 
 
-def make_scheduler(max_batch: int, max_tokens_per_step: int, capacity: int = CAPACITY) -> Scheduler:
-    return Scheduler(PageCache(capacity + 1), max_batch, max_tokens_per_step, MAX_MODEL_LEN)
+def make_scheduler(
+    max_batch: int, max_tokens_per_step: int, capacity: int = CAPACITY, max_context: int | None = None
+) -> Scheduler:
+    return Scheduler(PageCache(capacity + 1), max_batch, max_tokens_per_step, MAX_MODEL_LEN, max_context=max_context)
 
 
 def make_sequence(uid: int, prompt_len: int, max_tokens: int = 1, base: int = OTHER, **fields: Any) -> Sequence:
@@ -420,17 +422,24 @@ def test_a_prompt_whose_rows_are_wanted_is_computed_whole_and_serves_others(fiel
     assert [count for _, count in scheduler.schedule().prefills] == [PAGE + 1, PAGE + 1, 1]
 
 
-def test_a_step_sees_no_more_context_than_the_memory_table_counts() -> None:
-    """Without the cache, only one prompt of a step can have begun in an earlier one."""
-    scheduler = make_scheduler(max_batch=8, max_tokens_per_step=2 * PAGE, capacity=40)
+@pytest.mark.parametrize(
+    ("most", "steps"),
+    [
+        (None, [[1], [2], [3]]),  # as without the cache: only one prompt of a step can have begun in an earlier one
+        (2 * (5 * PAGE + 2), [[1, 2], [3]]),
+        (2 * (5 * PAGE + 2) - 1, [[1], [2], [3]]),
+    ],
+)
+def test_a_step_sees_no_more_context_than_the_memory_table_counts(most: int | None, steps: list[list[int]]) -> None:
+    scheduler = make_scheduler(max_batch=8, max_tokens_per_step=2 * PAGE, capacity=40, max_context=most)
     scheduler.add(make_sequence(0, 5 * PAGE))
     for _ in range(3):
         scheduler.schedule().advance()
     for uid in range(1, 4):
         scheduler.add(make_sequence(uid, 5 * PAGE + 2))
-    for uid in range(1, 4):
+    for uids in steps:
         plan = scheduler.schedule()
-        assert [(s.uid, s.hits, count) for s, count in plan.prefills] == [(uid, 5, 2)]
+        assert [(s.uid, s.hits, count) for s, count in plan.prefills] == [(uid, 5, 2) for uid in uids]
         plan.advance()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.config import ModelConfig
 from model.kv_cache import make_pool
-from model.pages import NULL_PAGE, pages_for
+from model.pages import NULL_PAGE, PAGE, pages_for
 from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
 from parallel.deepep_sizes import Sizes, low_latency_misfits
@@ -221,6 +222,24 @@ def test_prompts_that_share_pages_get_the_same_answers(tiny: Path) -> None:
         for _ in range(2):
             same(serve(engine, work)[0], want)
         assert engine.scheduler.cache.hits >= 2 * len(prompts) - 3
+
+
+def test_a_page_behind_a_stop_is_published_with_the_tokens_of_its_kv(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop cuts accepted tokens, so those of the step in flight do not follow on it. Here a page ends behind it.
+
+    Without the stop the text goes on in one way only. So what is published must be its first page.
+    """
+    text, sizes = prompts_of(tiny)[8], {"max_batch": 16, "max_tokens_per_step": 256}
+    text += serve(make_engine(tiny, 0), [Request(0, text, PAGE + 6 - len(text), ignore_eos=True)])[0][0].tokens
+    engine, published = make_engine(tiny, 3, **sizes), set()
+    cache, free = engine.scheduler.cache, engine.scheduler.cache.free
+    monkeypatch.setattr(cache, "free", lambda *args: published.update(args[2]) or free(*args))
+    ends = [(begin, stop) for stop in range(PAGE - 4, PAGE + 1) for begin in range(stop - 6, stop)]
+    fields = {"max_tokens": 20, "ignore_eos": True}
+    serve(engine, [Request(i, text[:a], stop_token_ids=[text[b]], **fields) for i, (a, b) in enumerate(ends)])
+    assert published == {array("i", text[:PAGE]).tobytes()}
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

@@ -1,6 +1,7 @@
 """A deployment of real processes on this machine that a test can freeze, kill and replace."""
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ QUICK = {
     "disagg__front__router__SUSPECT_S": 0.5,
 }
 SOON = 60
+NO_NAMES = "RES_OPTIONS=timeout:1 attempts:1"  # for hosts: torch asks for names, and nobody there knows any
 POOL = ("--kv-tokens", "2048")  # for a few requests at a time
 
 
@@ -37,6 +39,10 @@ LONG, OTHER = requests("And the LORD spake", 20, 80), requests("import os", 16, 
 GRADED = [request | {"max_tokens": 4 + 4 * i} for i, request in enumerate(LONG)]  # the first answer comes early
 
 
+def as_lines(requests: list[dict]) -> bytes:
+    return "".join(json.dumps(request) + "\n" for request in requests).encode()
+
+
 class Town:
     """A router's address, and the jobs that were started for it."""
 
@@ -47,13 +53,14 @@ class Town:
         self.address = f"{host.address if host is not None else '127.0.0.1'}:{self.port}"
         self.flags: tuple[str, ...] = ()  # of all jobs
         self.jobs: list[Job] = []
+        self._feeds: dict[str, int] = {}  # file descriptors
 
     def start(self, role: str, ranks: int = 1, *flags: str, hosts: Sequence[Host] = ()) -> Job:
         """`hosts`: one per rank; none: this machine."""
         log = self.folder / f"{len(self.jobs)}-{role}.log"
         argv = ["--role", role, "--model", self.model, *self.flags, *flags]
-        # No host knows names, for which torch asks. And UCX would see that there is one machine in truth.
-        env = {"RES_OPTIONS": "timeout:1 attempts:1", "UCX_TLS": "tcp,self"} if hosts else {}
+        # UCX would see that there is one machine in truth.
+        env = dict([NO_NAMES.split("=")], UCX_TLS="tcp,self") if hosts else {}
         self.jobs.append(Job(argv, ranks, log, self.constants, env=env, hosts=hosts))
         return self.jobs[-1]
 
@@ -62,8 +69,27 @@ class Town:
 
     def router(self, requests: list[dict], name: str, *flags: str) -> Job:
         """Start a router with these requests. `answers(name)` reads its answers."""
-        source = self.folder / f"{name}.jsonl"
-        source.write_text("".join(json.dumps(request) + "\n" for request in requests))
+        self._source(name).write_bytes(as_lines(requests))
+        return self._start_router(name, *flags)
+
+    def fed_router(self, name: str, *flags: str) -> Job:
+        """Start a router with the requests that `feed` gives it, and no end until `stop_feeding`."""
+        os.mkfifo(self._source(name))
+        self._feeds[name] = os.open(self._source(name), os.O_RDWR)
+        return self._start_router(name, *flags)
+
+    def feed(self, requests: list[dict], name: str) -> None:
+        os.write(self._feeds[name], as_lines(requests))
+
+    def stop_feeding(self, name: str) -> None:
+        """Call it when the router has read something."""
+        os.close(self._feeds.pop(name))
+
+    def _source(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    def _start_router(self, name: str, *flags: str) -> Job:
+        source = self._source(name)
         files = "--input", str(source), "--output", str(self.folder / f"{name}.out")
         return self.start(
             "router", 1, "--router", self.address, *files, *flags, hosts=[self.host] if self.host is not None else ()
@@ -87,6 +113,8 @@ class Town:
     def end(self) -> None:
         for job in self.jobs:
             job.end()
+        for name in list(self._feeds):
+            self.stop_feeding(name)
 
 
 @contextmanager

@@ -84,7 +84,8 @@ class Routing:
             decode = self._with_computed(prefix, near) or self._with_session(session, near) or least
             prefill = decode
         else:
-            received = with_prefix(self._received, prefix, decodes, is_near)
+            keeping = [r for r in decodes if r.hello.caches] if request.reads_cache else []
+            received = with_prefix(self._received, prefix, keeping, is_near)
             decode = self._with_session(session, near) or received or least
             prefills = partners(decode, prefills, apart)
             prefill = self._with_computed(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)

@@ -21,8 +21,8 @@ The default lengths are those of Azure's conversations: 179 requests in a row of
 A load is sampled over time, after a warm-up. "Over mean" is the fullest replica's mean load over that of all replicas.
 Many requests per replica are nearly even by chance. "Floor" is what no router can go below: a request is on one
 replica, so the fullest one has at least the mean, and at least the largest request in the system. "Same replica again"
-counts requests that went where the latest request of their conversation went. There is no prefix cache, so that gains
-nothing yet.
+counts requests that went where the latest request of their conversation went. No prefix cache is simulated, so that
+gains nothing here.
 """
 
 import argparse
