@@ -77,16 +77,15 @@ class Unified(Role):
         going_on, useful, fed = {}, 0, step.fed_experts()
         for i, (sequence, several, logprobs) in enumerate(step.outcomes()):
             uid, is_first = sequence.uid, len(sequence.tokens) == sequence.prompt_len
-            if uid not in self.sequences:  # several may not follow on the tokens that it ended with
-                several = several[:1]
-            count, reason = sequence.extend(several)
-            new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
-            if new[-1] == NO_TOKEN:
+            if NO_TOKEN in several:
                 self.scheduler.cache.distrust()
-            if uid not in self.sequences:  # it ended while this token was in flight
+            if uid not in self.sequences:  # it ended while this step was in flight
+                sequence.extend(several[:1])  # the others may not follow on the tokens that it ended with
                 if not sequence.unseen:
                     self.scheduler.release(sequence)
                 continue
+            count, reason = sequence.extend(several)
+            new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
             useful += count
             given = new[:-1] if new[-1] == NO_TOKEN else new
             if given and drafted and i < len(plan.decodes):
@@ -136,8 +135,10 @@ class Unified(Role):
         """
         if not sequence.request.max_tokens:
             tokens, logprobs = [], []
-        counts = {"cached_tokens": cached_tokens, "accepted": accepted}
-        self.updates.append(Update(sequence.uid, tokens, logprobs, reason, parts=parts, **counts))
+        update = Update(
+            sequence.uid, tokens, logprobs, reason, parts=parts, cached_tokens=cached_tokens, accepted=accepted
+        )
+        self.updates.append(update)
         if reason:
             self.finish(sequence)
 
