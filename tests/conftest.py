@@ -12,11 +12,32 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # as in run.py on a CPU, because threads on busy cores wait for each other
+
+_contexts: list[zmq.Context] = []
+
+
+def keep_contexts() -> None:
+    """Keep each ZeroMQ context that is not closed.
+
+    What a failed test left open would otherwise end when it is collected, in another test, and wait there for ever.
+    """
+    make = zmq.Context.__init__
+
+    def made(self: zmq.Context, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        _contexts[:] = [context for context in _contexts if not context.closed]
+        _contexts.append(self)
+
+    zmq.Context.__init__ = made
+
+
+keep_contexts()
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:

@@ -661,6 +661,7 @@ def test_who_comes_later_hears_who_is_gone_still() -> None:
     """It may have been away when the others heard of that."""
     with serving(Request(0, [5], 1)) as (router, answers):
         first = joining("first", "prefill", router)
+        assert eventually(lambda: "first" in router.fleet.replicas)  # the welcome was sent before
         first.close()
         assert eventually(lambda: not router.fleet.replicas)
         decode = joining("decode", "decode", router)
