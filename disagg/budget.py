@@ -112,7 +112,7 @@ def plan_parts(
     `handoff`: bytes of the KV handoff's buffers (`disagg/handoff/credits.py`).
     `drafts`: of each decoding sequence, which a step verifies.
     """
-    tokens = -(-max_tokens_per_step // shape.attn_tp) * shape.attn_tp
+    tokens = shape.whole(max_tokens_per_step)
     most = max(buckets)
     rows = most * (1 + drafts)  # tokens of decode steps, and rows of logits
     steps = [contiguous_step(shape, tokens, tokens + longest, rows), masked_step(shape, rows)]

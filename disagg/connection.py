@@ -50,9 +50,17 @@ class Connection:
         if mesh.leads:
             settings = engine.settings
             sizes = settings.max_batch, settings.max_tokens_per_step, engine.kv_tokens
-            layout, caches = kv_layout(engine.model, engine.pool) | handoff, engine.scheduler.cache.keeps
-            more = mesh.num_replicas, about(engine), caches, settings.speculate
-            hello = Hello(name, members, *sizes, layout, job, *more)
+            hello = Hello(
+                name,
+                members,
+                *sizes,
+                kv_layout(engine.model, engine.pool) | handoff,
+                job,
+                replicas=mesh.num_replicas,
+                about=about(engine),
+                caches=engine.scheduler.cache.keeps,
+                drafts=settings.speculate,
+            )
             self.port = WorkerPort(hello, *router, secret)
         self._next_load = 0.0
         self._state = ""

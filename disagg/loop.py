@@ -107,7 +107,7 @@ def _serve(
         elif connection.port is not None:
             nap_ms = 1 if role.is_waiting else min(2 * nap_ms, LONGEST_NAP_MS)
             connection.port.wait(nap_ms)
-        connection.report(role.news())
+        connection.report(role.news())  # what no step brought
         connection.report_load(role.load)
         connection.report(reports.news())
 

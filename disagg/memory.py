@@ -110,7 +110,7 @@ def most_context(settings: EngineConfig, shape: StepShape, rows: int) -> int:
 
     `rows`: the most decodes of a step. Attention expands the whole context at once.
     """
-    tokens = -(-settings.max_tokens_per_step // shape.attn_tp) * shape.attn_tp
+    tokens = shape.whole(settings.max_tokens_per_step)
     least = tokens + settings.longest(shape.config)
     return room_for_context(shape, tokens, least, rows * (1 + settings.speculate))
 

@@ -96,10 +96,7 @@ class Unified(Role):
                 self.updates.append(Update(uid, error=NOT_FINITE, retry=True))
                 self.finish(sequence)
             elif sequence in fed:
-                for j, token in enumerate(new):
-                    self.report_experts(uid, fed[sequence][j])
-                    last = reason if j == count - 1 else None
-                    self.emit(sequence, [token], logprobs[j : j + 1], last, accepted=int(j > 0))
+                self.emit_with_experts(sequence, new, logprobs, reason, fed[sequence])
             elif reason or logprobs or cached_tokens or count > 1:
                 self.emit(sequence, new, logprobs[:count], reason, cached_tokens=cached_tokens, accepted=count - 1)
             else:
@@ -141,6 +138,20 @@ class Unified(Role):
         self.updates.append(update)
         if reason:
             self.finish(sequence)
+
+    def emit_with_experts(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        logprobs: list[list[tuple[int, float]]],
+        reason: FinishReason | None,
+        experts: list[bytes],
+    ) -> None:
+        """Report tokens one by one, each behind the chosen experts of the token before it."""
+        for i, (token, piece) in enumerate(zip(tokens, experts, strict=False)):  # wrong drafts have experts, too
+            self.report_experts(sequence.uid, piece)
+            last = reason if i == len(tokens) - 1 else None
+            self.emit(sequence, [token], logprobs[i : i + 1], last, accepted=int(i > 0))
 
     def finish(self, sequence: Sequence) -> None:
         """End a request, and release its pages as soon as no step of its own writes to them."""

@@ -78,6 +78,10 @@ class StepShape:
             return rows * self.row(columns)
         return rows * columns + FLOAT * -(-rows // BLOCK) * -(-columns // BLOCK)
 
+    def whole(self, tokens: int) -> int:
+        """Return the tokens of a step with `tokens` of requests: padding makes them divide over the replica's ranks."""
+        return -(-tokens // self.attn_tp) * self.attn_tp
+
     def align(self, rows: int) -> int:
         return -(-rows // self.alignment) * self.alignment
 
