@@ -883,6 +883,26 @@ def test_stop_ends_the_rooms_that_are_open(make_pair: Any, side: str) -> None:
 
 
 @torch_only
+def test_a_peer_that_comes_and_leaves_before_this_end_looked_has_gone(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not awaited again: what it said is heard, and its room ends at once."""
+    meet, left = SendLink.meet, threading.Event()
+    monkeypatch.setattr(SendLink, "meet", lambda link: (left.wait(SOON), meet(link)))
+    pair = make_pair()
+    pair.decode.link.put(pair.opening(1, [4]))
+    assert eventually(lambda: pair.decode.link._pipe is not None and pair.decode.link._pipe._said == 1)
+    pair.decode.link.stop()
+    pair.decode.hear_end(1, "stopped")
+    pair.decode.link.join(SOON)
+    left.set()
+    pair.prefill.hear_open(1)
+    pair.prefill.link.put(Join(1))
+    pair.prefill.hear_end(1, "the other end has gone", within=5)
+    pair.hush()
+
+
+@torch_only
 def test_a_room_whose_last_word_came_before_the_link_went_down_ends_once(make_pair: Any) -> None:
     """Its bytes are still on their way when the link is stopped, and arrive afterwards."""
     pair = make_pair()

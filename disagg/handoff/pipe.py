@@ -31,6 +31,7 @@ class Pipe:
         self.monitor = watch(sock, zmq.EVENT_DISCONNECTED | FAILED)
         self._to = [name.encode()] if sock.type == zmq.ROUTER else []  # the frames before a message
         self._said = self._heard = 0
+        self.has_come = False  # has anything of the other end arrived?
         self._doubt_until = 0.0
 
     @classmethod
@@ -85,7 +86,9 @@ class Pipe:
             frames = self.sock.recv_multipart()
             if frames[: len(self._to)] != self._to:
                 self._refusals.add("a message", "it is not the peer's")
-            elif frames[len(self._to) :] != [PROBE]:
+                continue
+            self.has_come = True
+            if frames[len(self._to) :] != [PROBE]:
                 messages.append(self._next(frames[len(self._to) :]))
         return messages
 

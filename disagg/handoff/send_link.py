@@ -58,6 +58,8 @@ class SendLink(Link):
                     self.handle(message)
                 if self.pipe.is_met:
                     return
+                if self.pipe.has_come:  # it does not come twice
+                    raise ConnectionError("the other end has gone")
             if self._woken in came:
                 self._woken.recv()
             if time.monotonic() >= deadline:
