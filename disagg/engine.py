@@ -17,13 +17,14 @@ from torch import Tensor
 from disagg.buckets import make_buckets
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
+from disagg.fixed_inputs import FixedInputs
 from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
 from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
 from disagg.speculation import Speculation
-from disagg.step import NO_WORK, Step, Work
+from disagg.step import NO_WORK, Drafts, Step, Work
 from disagg.steps import DecodeStep, PromptStep
 from kernels.ops import Ops
 from model.batch import NO_DECODES, Batch, Chunk, to_host
@@ -114,15 +115,15 @@ class Engine:
         # one after.
         self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
         self._latest = NO_WORK
-        max_pages = pages_for(self.max_model_len)
+        width = pages_for(settings.positions(self.config))
+        inputs = FixedInputs(2 + settings.speculate, buckets[-1], width, mesh.device)
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
-        self.decode = DecodeStep(masked, self.tokens, buckets, max_pages, self.rule.in_decode)
+        self.decode = DecodeStep(masked, self.tokens, buckets, inputs, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
         self.sampler = Sampler(self.tokens, mesh.attn)
         self.speculation: Speculation | None = None
         if settings.speculate:
-            drafts, width = settings.speculate, pages_for(settings.positions(self.config))
-            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, drafts, buckets[-1], width)
+            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, inputs)
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -229,7 +230,7 @@ class Engine:
         elif self.settings.decodes:
             for rows in progress(self.decode.buckets[::-1]):
                 if self.speculation is not None:
-                    self.speculation.run(replace(NO_WORK, decode_rows=rows))
+                    self.speculation.run(replace(NO_WORK, decode_rows=rows, drafts=self._drafts()))
                 else:
                     self.decode.run(NO_DECODES, rows)
         torch.cuda.synchronize()
@@ -277,13 +278,20 @@ class Engine:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
             rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
-        drafts = self.settings.speculate
+        drafts = self._drafts()
         self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts)
         return self._latest
 
+    def _drafts(self) -> Drafts | None:
+        """Return how many drafts the next step has, on all ranks."""
+        count = self.settings.speculate
+        return Drafts(count, count) if count else None
+
     def runs_ahead(self, work: Work) -> bool:
         """Does `run` return long before the step is done?"""
-        needs_tokens = work.drafts > 0 and work.plan.processes_logits  # all of them, which the host may not have seen
+        needs_tokens = (
+            work.drafts is not None and work.plan.processes_logits
+        )  # all of them, which the host may not have seen
         return self.tokens.is_cuda and not work.mixed and not needs_tokens
 
     def run(self, work: Work) -> Step:

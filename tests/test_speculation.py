@@ -23,7 +23,7 @@ from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.role import NOT_FINITE
 from disagg.scheduler import Sequence
-from disagg.speculation import before_each
+from disagg.speculative_sampler import before_each
 from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
