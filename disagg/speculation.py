@@ -4,12 +4,14 @@ A step of B decoding sequences with N drafts each, here N = 2. x is a sequence's
 d are for p + 1 and p + 2:
 
     x d d    target    B (N + 1) rows -> y y y, its own tokens for p + 1 .. p + 3; the first k equal the drafts
-    y y y    draft     the same rows, each with the token after it: the layer's KV, and from row k the next first draft
-    d        draft     one row per sequence, N - 1 times: the other drafts
+    y y y    fill      the same rows, each with the token after it: the draft layer's KV, and nothing else
+    y        draft     one row per sequence, its latest one: the first of the next drafts
+    d        draft     N - 1 times: the others
 
 So a step gives k + 1 tokens to a sequence. Every rank runs as many drafts behind each target, whether it is idle or
-not. The KV of wrong drafts lies behind the sequence's end, where the next step writes. Chunks of prompts go through the
-draft layer too. Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
+not. A step may verify fewer drafts than N, and make fewer, down to none. It fills in any case, chunks of prompts too:
+so drafts can be made after any step. The KV of wrong drafts lies behind the sequence's end, where the next step writes.
+Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
 
 A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, and drafts; between
 these, and behind each draft, the host chooses for requests that are not plainly greedy (`speculative_sampler.py`). Then
@@ -89,15 +91,12 @@ class Speculation:
         logprobs = self.sampler.choose(logits, verified.choice, work, verified.fed, verified.after)
         del logits
         self._accept(inputs, verified)
-        if makes:
-            state = self._draft_first(inputs, verified, dispatcher)
-            del verified
-            for place in range(1, makes + 1):
-                if place > 1:
-                    state = self._draft_next(inputs, state, place, dispatcher)
-                logits, drafts = self._propose(inputs, state, place)
-                self.sampler.draft(logits, drafts, work, self.positions[: inputs.fronts] + place)
-                del logits
+        state = self._fill(inputs, verified)
+        del verified
+        for place in range(1, makes + 1):
+            state, logits, drafts = self._draft(inputs, state, place, dispatcher)
+            self.sampler.draft(logits, drafts, work, self.positions[: inputs.fronts] + place)
+            del logits
         return self._report(inputs, makes, logprobs)
 
     def _verify(
@@ -139,10 +138,10 @@ class Speculation:
         if inputs.prompts is not None:
             self.positions[rows:size] = inputs.prompts.lengths
 
-    def _draft_first(self, inputs: Inputs, verified: Verified, dispatcher: Dispatcher) -> Tensor:
-        """Run the draft layer over all rows of the target, each with the token after it.
+    def _fill(self, inputs: Inputs, verified: Verified) -> Tensor:
+        """Write the draft layer's KV for all rows of the target, each with the token after it.
 
-        Returns its output [rows of the page table, D] at each sequence's latest row.
+        Returns the target's output [rows of the page table, D] at each sequence's latest row.
         """
         (rows, each), batch = verified.fed.shape, verified.batch
         following = verified.choice[: rows * each]
@@ -153,22 +152,25 @@ class Speculation:
                 after = first[(-1 - after).clamp(min=0)].where(after < 0, after)
             following = torch.cat((following, after))
             ends = torch.cat((ends, batch.logit_rows[rows * each :]))
-        batch = replace(batch, token_ids=following.clamp(min=0))
-        state = self.model.draft(verified.hidden, batch, self.pool, dispatcher)
-        return F.pad(state[ends], (0, 0, 0, len(inputs.page_table) - len(ends)))
+        self.model.fill_draft(verified.hidden, replace(batch, token_ids=following.clamp(min=0)), self.pool)
+        return F.pad(verified.hidden[ends], (0, 0, 0, len(inputs.page_table) - len(ends)))
 
-    def _draft_next(self, inputs: Inputs, state: Tensor, place: int, dispatcher: Dispatcher) -> Tensor:
-        """Run the draft layer over the draft before that at `place` of each sequence. `state`: as it is returned."""
+    def _draft(
+        self, inputs: Inputs, state: Tensor, place: int, dispatcher: Dispatcher
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the draft layer over the token before the one at `place`, 1 to N, of each sequence: draft that.
+
+        `state` [rows of the page table, D]: what the target, or the draft layer, gave for the token before. Returns the
+        same for this one, the logits [S, V], and the likeliest drafts [S], which are written to the fronts.
+        """
         size = inputs.fronts
         padding = (0, len(inputs.page_table) - size)
         ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size], padding)
-        return self.model.draft(state, Batch.decode(ids, at + place - 2, inputs.page_table), self.pool, dispatcher)
-
-    def _propose(self, inputs: Inputs, state: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Write the likeliest drafts at `place`, 1 to N, of the fronts. Returns their logits [S, V], and them [S]."""
-        logits, drafts = self.model.head.project(state[: inputs.fronts]), self.tokens[: inputs.fronts, place]
+        batch = Batch.decode(ids, at + place - 2, inputs.page_table)
+        state = self.model.draft(state, batch, self.pool, dispatcher)
+        logits, drafts = self.model.head.project(state[:size]), self.tokens[:size, place]
         drafts[:] = likeliest(logits).clamp(min=0)
-        return logits, drafts
+        return state, logits, drafts
 
     def _report(self, inputs: Inputs, makes: int, logprobs: tuple[Tensor, Tensor] | None) -> Outcome:
         """Copy what the step gives to the host."""
