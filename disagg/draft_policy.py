@@ -1,7 +1,7 @@
 """DraftPolicy: how many drafts each step has, learned from the steps so far (`--speculate auto`).
 
-With n drafts a step gives E(n) tokens to a sequence, and takes t(n) seconds. The policy makes n drafts where E(n) / t(n)
-is largest. It learns
+With n drafts a step gives E(n) tokens to a sequence, and takes t(n) seconds. The policy takes the n for which
+E(n) / t(n) is largest. It learns
 
 - from the drafts that were right: E(n) = 1 + a(1) + a(1) a(2) + .., with a(i) the share of the i-th drafts that are
   right after right ones. Recent ones weigh most. A draft that is not made is not judged.
@@ -17,12 +17,10 @@ from collections import deque
 from statistics import median
 
 PROBE = 4  # steps that make n drafts; the first of them still verifies others
-SURE=1.0
-HOPE=1.0
 SHARE = 0.01  # of the time: the most that probes lose
 GAP = 40  # the fewest steps from one probe of n to the next
 BETTER = 1.02  # another n must be so much better than the one in use
-RECENT = 9  # steps whose median is a probe's other side
+RECENT = 15  # steps whose median is a probe's other side
 
 MEMORY = 100  # drafts in one place that are remembered, or those of MEMORY_STEPS steps if they are more
 MEMORY_STEPS = 16
@@ -70,9 +68,12 @@ class StepTimes:
         self.clock = 0.0  # seconds of all steps
         self.probed = [0.0] * (most + 1)  # the clock after the latest probe
 
+    def ratio(self, n: int) -> float:
+        """Return t(n) / t(best)."""
+        return math.exp(self.log[n] - self.log[self.best])
+
     def compare(self, n: int, seconds: list[float]) -> None:
         """Take the times of a probe's steps."""
-        self.probed[n] = self.clock
         logs, others = [math.log(s) for s in seconds], [math.log(s) for s in self.recent]
         middle = median(others)
         spread = median(abs(x - middle) for x in others) * 1.48  # the standard deviation, if they were normal
@@ -102,15 +103,22 @@ class DraftPolicy:
         self.most = most
         self._chances = Chances(most)
         self._times: dict[int, StepTimes] = {}  # by bucket
+        self._mixed: deque[float] = deque(maxlen=RECENT)  # seconds per token of steps with prompt tokens
         self._probe: tuple[int, int] | None = None  # bucket and n
-        self._left = 0  # steps of the probe that are not yet chosen
+        self._left = 0  # steps of the probe that are not chosen yet
         self._seen: list[float] = []  # seconds of the probe's steps
+        self._counts = [0] * (2 * most)
 
-    def choose(self, bucket: int) -> int:
-        """Return how many drafts to make in a step of `bucket` rows, for the next one to verify."""
+    def choose(self, bucket: int, mixed: bool = False) -> int:
+        """Return how many drafts the next step makes, for the one after it to verify.
+
+        `bucket`: the rows of decoding sequences, as far as they are known. `mixed`: do steps have prompt tokens now?
+        """
         times = self._of(bucket)
-        if self._probe is not None and self._probe[0] != bucket:
+        if self._probe is not None and (mixed or self._probe[0] != bucket):
             self._end_probe()
+        if mixed:
+            return self._beside_prompts(bucket, times)
         if self._probe is None:
             self._settle(times)
             n = self._due(times)
@@ -135,12 +143,21 @@ class DraftPolicy:
         if self._probe is not None and (len(self._seen) == PROBE - 1 or (self._left == 0 and made == times.best)):
             self._end_probe()
 
-    def count_drafts(self, verified: list[int], right: list[int]) -> None:
-        """Take how many drafts a step of all ranks verified, by place, and how many were right, as all before them."""
-        tried = verified[:1] + right
-        for place in range(1, self.most + 1):
-            if verified[place - 1]:
-                self._chances.add(place, tried[place - 1], right[place - 1])
+    def count_mixed(self, tokens: int, seconds: float) -> None:
+        """Take the time of a step with prompt tokens, in which the fullest replica computed `tokens`."""
+        self._mixed.append(seconds / tokens)
+
+    def count_drafts(self, counts: list[int]) -> None:
+        """Take how many drafts all steps so far have verified, by place, and behind them how many were right.
+
+        A step verifies equally many of all sequences, so what a step adds shows how many.
+        """
+        new = [count - before for count, before in zip(counts, self._counts, strict=True)]
+        self._counts = counts
+        verified, right = new[: self.most], new[self.most :]
+        for i, tried in enumerate([verified[0], *right[:-1]]):
+            if verified[i]:
+                self._chances.add(i + 1, tried, right[i])
 
     def _of(self, bucket: int) -> StepTimes:
         if bucket not in self._times:
@@ -155,38 +172,45 @@ class DraftPolicy:
     def _settle(self, times: StepTimes) -> None:
         """Use another n if it has turned out better."""
         rates = self._rates(times)
-
-        def gain(n: int) -> float:  # what is sure of it
-            return math.log(rates[n] / rates[times.best]) - SURE * math.sqrt(times.variance[n] + times.variance[times.best])
-
-        best = max(times.known - {times.best}, key=gain, default=times.best)
-        if gain(best) > math.log(BETTER):
+        best = max(times.known, key=rates.__getitem__)
+        if rates[best] > BETTER * rates[times.best]:
             times.best = best
             times.recent.clear()
 
     def _due(self, times: StepTimes) -> int | None:
-        """Return the n to probe now, if any."""
+        """Return the n to probe now, if any: one next to the best that is not known, or one that has waited enough."""
         if len(times.recent) < PROBE:
             return None
-        fresh = [n for n in (0, times.best + 1, times.best - 1) if 0 <= n <= self.most and n not in times.known]
-        if fresh:
-            return fresh[0]
-        rates, step = self._rates(times), median(times.recent)
-        waits = {}
-        for n in range(self.most + 1):
-            if n != times.best:
-                length = step * math.exp(times.log[n] - times.log[times.best])
-                lost = PROBE * length * max(0.0, 1 - rates[n] / rates[times.best] * math.exp(HOPE * math.sqrt(times.variance[n] + times.variance[times.best])))
-                waits[n] = times.clock - times.probed[n] - max(lost * self.most / SHARE, GAP * step)
-        n = max(waits, key=waits.__getitem__, default=None)
-        return n if n is not None and waits[n] >= 0 else None
+        for n in (0, times.best + 1, times.best - 1):
+            if 0 <= n <= self.most and n not in times.known:
+                return n
+        rates, step, over = self._rates(times), median(times.recent), {}
+        for n in set(range(self.most + 1)) - {times.best}:
+            lost = PROBE * step * times.ratio(n) * max(0.0, 1 - rates[n] / rates[times.best])
+            over[n] = times.clock - times.probed[n] - max(lost * self.most / SHARE, GAP * step)
+        n = max(over, key=over.__getitem__)
+        return n if over[n] >= 0 else None
 
     def _end_probe(self) -> None:
         assert self._probe is not None
         bucket, n = self._probe
         times = self._times[bucket]
+        times.probed[n] = times.clock
         if self._seen and times.recent:
             times.compare(n, self._seen)
-        else:
-            times.probed[n] = times.clock
         self._probe = None
+
+    def _beside_prompts(self, rows: int, times: StepTimes) -> int:
+        """Return how many drafts pay in a step with prompt tokens, whose time depends on these above all.
+
+        A token that is right saves its part of a decode step. Each draft costs what a token of such a step costs, and
+        at most what it costs in a decode step. What was never measured pays nothing.
+        """
+        if not self._mixed or not times.recent:
+            return 0
+        tokens, step, each = self._chances.tokens(), median(times.recent), rows * median(self._mixed)
+
+        def pays(n: int) -> float:
+            return (tokens[n] - 1) * step / tokens[times.best] - n * each - step * (times.ratio(n) - times.ratio(0))
+
+        return max(range(times.best + 1), key=pays)

@@ -114,7 +114,7 @@ class Engine:
         # Two host copies, used in turn: a step's tokens are read when the next step may have been launched, but not the
         # one after.
         self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
-        self._latest = NO_WORK
+        self._latest, self._made = NO_WORK, settings.speculate
         width = pages_for(settings.positions(self.config))
         inputs = FixedInputs(2 + settings.speculate, buckets[-1], width, mesh.device)
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
@@ -230,7 +230,8 @@ class Engine:
         elif self.settings.decodes:
             for rows in progress(self.decode.buckets[::-1]):
                 if self.speculation is not None:
-                    self.speculation.run(replace(NO_WORK, decode_rows=rows, drafts=self._drafts()))
+                    for drafts in self.settings.drafts_per_step:
+                        self.speculation.run(replace(NO_WORK, decode_rows=rows, drafts=Drafts(drafts, drafts)))
                 else:
                     self.decode.run(NO_DECODES, rows)
         torch.cuda.synchronize()
@@ -246,18 +247,19 @@ class Engine:
         most_tokens: int,
         meanwhile: Callable[[], None] = lambda: None,
         eager: bool = False,
+        makes: int | None = None,
     ) -> Step:
         """Start this rank's part of an agreed step. It may be empty: every rank takes part in every step.
 
         `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica. `eager`: replay no graph, because a request
-        on some rank asks for its chosen experts.
+        on some rank asks for its chosen experts. `makes`: drafts, if not as many as in every step.
 
         `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
         Any other step calls it before the launch, because that takes about as long as the step itself. On a CPU the
         host computes the step. On a GPU it waits inside the step for the experts' row counts.
         """
-        work = self.lay_out(plan, decode_rows, most_tokens, eager)
+        work = self.lay_out(plan, decode_rows, most_tokens, eager, makes)
         ahead = self.runs_ahead(work)
         if not ahead:
             meanwhile()
@@ -266,7 +268,9 @@ class Engine:
             meanwhile()
         return step
 
-    def lay_out(self, plan: Plan, decode_rows: int | None, most_tokens: int, eager: bool = False) -> Work:
+    def lay_out(
+        self, plan: Plan, decode_rows: int | None, most_tokens: int, eager: bool = False, makes: int | None = None
+    ) -> Work:
         """Collect a step's inputs. The previous step's tokens may still be unseen.
 
         Everything that reads the sequences comes before `Plan.advance`. From then on the step counts as launched: a
@@ -278,20 +282,26 @@ class Engine:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
             rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
-        drafts = self._drafts()
-        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts)
+        drafts = self._next_drafts(makes) if self.speculation is not None else None
+        self._latest = Work(
+            plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts, most_tokens
+        )
         return self._latest
 
-    def _drafts(self) -> Drafts | None:
-        """Return how many drafts the next step has, on all ranks."""
-        count = self.settings.speculate
-        return Drafts(count, count) if count else None
+    def _next_drafts(self, makes: int | None) -> Drafts:
+        """Return the drafts of the next step, which makes `makes` new ones, and count it as launched.
+
+        It verifies as many as the step before it has made. A handed-over sequence brings N, and may lose some.
+        """
+        drafts = Drafts(self._made, self.settings.speculate if makes is None else makes)
+        self._made = drafts.made
+        self.scheduler.decode_tokens = 1 + drafts.made
+        return drafts
 
     def runs_ahead(self, work: Work) -> bool:
         """Does `run` return long before the step is done?"""
-        needs_tokens = (
-            work.drafts is not None and work.plan.processes_logits
-        )  # all of them, which the host may not have seen
+        # All of them, which the host may not have seen.
+        needs_tokens = work.drafts is not None and work.plan.processes_logits
         return self.tokens.is_cuda and not work.mixed and not needs_tokens
 
     def run(self, work: Work) -> Step:

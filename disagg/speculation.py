@@ -165,8 +165,8 @@ class Speculation:
         """
         size = inputs.fronts
         padding = (0, len(inputs.page_table) - size)
-        ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size], padding)
-        batch = Batch.decode(ids, at + place - 2, inputs.page_table)
+        ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size] - 1, padding)
+        batch = Batch.decode(ids, at + place - 1, inputs.page_table)
         state = self.model.draft(state, batch, self.pool, dispatcher)
         logits, drafts = self.model.head.project(state[:size]), self.tokens[:size, place]
         drafts[:] = likeliest(logits).clamp(min=0)

@@ -310,7 +310,8 @@ def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> N
             assert drafted == drafts_after(engine.model, text, drafts, temperature, seed), (uid, position)
             following = [*prompts[uid], *answers[uid].tokens][position + 1 :]
             right.append(drafted[:1] == following[:1])
-            counted["verifications"] += bool(following)
+            if following:
+                counted.update(["verifications", *(f"verified_drafts_{place}" for place in range(1, drafts + 1))])
             for place in range(1, min(drafts + 1, len(following))):
                 counted[f"accepted_drafts_{place}"] += drafted[:place] == following[:place]
     assert len(right) > 20 and {True, False} == set(right)
