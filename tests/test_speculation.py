@@ -1,5 +1,6 @@
 """Speculation changes no answer: not its tokens, log probabilities, experts or end, on any ranks, in any steps."""
 
+import itertools
 import json
 import random
 from array import array
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from disagg import pipeline
 from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit, Update
+from disagg.draft_policy import DraftPolicy
 from disagg.engine import Engine
 from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
@@ -97,6 +100,19 @@ def serve(
     return dict(answers), pipeline.stats
 
 
+class RandomDrafts(DraftPolicy):
+    """Makes any number of drafts, whatever was learned."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.rng, self.chosen = random.Random(most), []
+
+    def choose(self, bucket: int, mixed: bool = False) -> int:
+        super().choose(bucket, mixed)
+        self.chosen.append(self.rng.randrange(self.most + 1))
+        return self.chosen[-1]
+
+
 def same(got: dict[int, Answer], want: dict[int, Answer]) -> None:
     """Log probabilities within rounding: products of more rows are summed in another order."""
     assert got.keys() == want.keys()
@@ -164,6 +180,52 @@ def test_a_step_that_runs_ahead_of_the_host_gives_the_same(
     want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     same(serve(engine, requests)[0], want)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_any_number_of_drafts_in_each_step_gives_the_same(
+    tiny: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also none, in which case later drafts need the KV that was filled; and when pages come from the cache."""
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
+    requests = [r for r in all_kinds(tiny) if not (ahead and r.processes_logits)]
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, 2, adapts=True)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
+    run, seen = engine.run, set()
+    monkeypatch.setattr(engine, "run", lambda work: (seen.add((work.mixed, work.drafts)), run(work))[1])
+    for _ in range(2):
+        same(serve(engine, requests)[0], want)
+    assert {drafts for mixed, drafts in seen if not mixed} == set(itertools.product(range(3), repeat=2))
+    assert {drafts.made for mixed, drafts in seen if mixed} == set(range(3)) and engine.scheduler.cache.hits
+
+
+def test_the_policy_hears_of_each_step_and_of_all_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, roles = [], []
+
+    class Heard(RandomDrafts):
+        def count_step(self, bucket: int, verified: int, made: int, seconds: float) -> None:
+            heard.append((bucket, verified, made, seconds))
+
+        def count_mixed(self, tokens: int, seconds: float) -> None:
+            heard.append((None, tokens, seconds))
+
+        def count_drafts(self, counts: list[int]) -> None:
+            heard[len(heard) :] = [counts] if any(counts) else []
+
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", Heard)
+    engine, works = make_engine(tiny, 3, adapts=True), []
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
+    _, stats = serve(engine, all_kinds(tiny)[:8], lambda role, turn: roles.append(role))
+    steps = [item for item in heard if isinstance(item, tuple)]
+    assert [step[:-1] for step in steps] == [
+        (None, work.most_tokens) if work.mixed else (work.decode_rows, *work.drafts) for work in works
+    ]
+    assert sum(step[-1] for step in steps) == pytest.approx(stats["prefill_seconds"] + stats["decode_seconds"])
+    assert max(work.most_tokens for work in works) > 40 and {work.decode_rows for work in works} > {None, 4, 5}
+    counts, told = roles[0].stats(), [item for item in heard if isinstance(item, list)]
+    assert told[-1] == [counts[f"{kind}_drafts_{i}"] for kind in ("verified", "accepted") for i in (1, 2, 3)]
+    assert all(a <= b for before, after in itertools.pairwise(told) for a, b in zip(before, after, strict=True))
 
 
 def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
@@ -286,11 +348,17 @@ def drafts_after(model: Transformer, text: list[int], drafts: int, temperature: 
     return made
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> None:
-    """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks."""
+@pytest.mark.parametrize(("temperature", "adapts"), [(0.0, False), (0.8, False), (0.0, True)])
+def test_drafts_are_those_of_the_text_alone(
+    tiny: Path, temperature: float, adapts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks.
+
+    And however many were: the layer's KV is there after steps without drafts, too.
+    """
     drafts, seed, fronts, roles = 3, 4, {}, []
-    engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25)
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
+    engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25, adapts=adapts)
     prompts = [[*prompts_of(tiny)[0], *prompts_of(tiny)[1] * 5], prompts_of(tiny)[9]]
     speculation = engine.speculation
     assert speculation is not None and len(prompts[0]) < 64 < len(prompts[0]) + 25
@@ -298,7 +366,8 @@ def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> N
     def between(role: Unified, turn: int) -> None:
         roles[:] = [role]
         for row, sequence in enumerate(engine._latest.sequences):
-            fronts[sequence.uid, int(speculation.positions[row])] = speculation.tokens[row].tolist()
+            front = speculation.tokens[row, : engine._made + 1]
+            fronts[sequence.uid, int(speculation.positions[row])] = front.tolist()
 
     fields = {"temperature": temperature, "seed": seed, "ignore_eos": True}
     answers, _ = serve(engine, [Request(i, prompt, 25, **fields) for i, prompt in enumerate(prompts)], between)
@@ -307,14 +376,15 @@ def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> N
         text = [*prompts[uid], *answers[uid].tokens][: position + 1]
         if len(text) == position + 1:  # a request's last steps may go further than its answer
             assert token == text[-1]
-            assert drafted == drafts_after(engine.model, text, drafts, temperature, seed), (uid, position)
+            assert drafted == drafts_after(engine.model, text, len(drafted), temperature, seed), (uid, position)
             following = [*prompts[uid], *answers[uid].tokens][position + 1 :]
-            right.append(drafted[:1] == following[:1])
+            right += [drafted[:1] == following[:1]] * bool(drafted)
             if following:
-                counted.update(["verifications", *(f"verified_drafts_{place}" for place in range(1, drafts + 1))])
-            for place in range(1, min(drafts + 1, len(following))):
+                counted.update(["verifications", *(f"verified_drafts_{i + 1}" for i in range(len(drafted)))])
+            for place in range(1, min(len(drafted) + 1, len(following))):
                 counted[f"accepted_drafts_{place}"] += drafted[:place] == following[:place]
     assert len(right) > 20 and {True, False} == set(right)
+    assert {len(front) for front in fronts.values()} == set(range(1, 5) if adapts else [4])
     assert roles[0].stats() == counted and counted["accepted_drafts_2"] > 0
 
 
@@ -335,9 +405,9 @@ def on_ranks(rank: int, folder: Path) -> None:
     """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same."""
     config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
 
-    def answers(shape: tuple[int, int], drafts: int) -> list[tuple]:
+    def answers(shape: tuple[int, int], drafts: int, adapts: bool = False) -> list[tuple]:
         mesh = sub_mesh(0, *shape)
-        settings = replace(SETTINGS, speculate=drafts)
+        settings = replace(SETTINGS, speculate=drafts, adapts=adapts)
         engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
         return one_run([("unified", engine, mesh)], folder, interrupt)
 
@@ -346,6 +416,10 @@ def on_ranks(rank: int, folder: Path) -> None:
     for shape, drafts in (((1, 1), 2), ((2, 1), 1), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3), ((4, 4), 1), ((8, 2), 2)):
         got = answers(shape, drafts)
         assert got == expected or rank, f"{shape}, {drafts} drafts: {got} instead of {expected}"
+    pipeline.DraftPolicy = RandomDrafts  # each rank is a process of its own
+    for shape, drafts in (((1, 1), 4), ((4, 1), 2), ((4, 2), 3)):
+        got = answers(shape, drafts, adapts=True)
+        assert got == expected or rank, f"{shape}, 0 to {drafts} drafts: {got} instead of {expected}"
 
 
 def test_every_arrangement_gives_the_same_tokens(tiny: Path) -> None:
