@@ -126,6 +126,6 @@ def plan_parts(
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),
-        "CUDA graphs": graphs(shape, buckets) if captures else 0,
+        "CUDA graphs": graphs(shape, buckets, drafts) if captures else 0,
         "cuBLAS workspaces": WORKSPACES,
     }

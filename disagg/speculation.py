@@ -13,10 +13,12 @@ draft layer too. Tokens behind a request's last page write to the null page: a s
 
 A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, and drafts; between
 these, and behind each draft, the host chooses for requests that are not plainly greedy (`speculative_sampler.py`). Then
-what the step gave is copied to the host. The device's parts read no number on the host, and wait for none.
+what the step gave is copied to the host. In a step without prompts on a GPU, the device's parts are CUDA graphs: one up
+to the logits, and one up to each draft. So all ranks replay the same ones, whatever a request of one rank asks for.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
 from disagg.speculation_inputs import Inputs, SpeculationInputs
 from disagg.speculative_sampler import SpeculativeSampler
 from disagg.step import Work
@@ -65,9 +68,11 @@ class Speculation:
         dispatchers: Dispatchers,
         attn: Group,
         inputs: FixedInputs,
+        graphs: Graphs,
     ) -> None:
         """`inputs`: with a column per draft behind ids and positions. Its pages reach behind those of a sequence."""
         self.model, self.pool, self.dispatchers, self.device = model, pool, dispatchers, pool.device
+        self.graphs = graphs
         self.inputs, self.sampler = SpeculationInputs(inputs, attn.size), SpeculativeSampler(attn)
         columns, rows = inputs.columns.shape
         kind = {"dtype": torch.int64, "device": self.device}
@@ -85,19 +90,22 @@ class Speculation:
         assert work.drafts is not None
         inputs, (verifies, makes) = self.inputs.lay_out(work), work.drafts
         dispatcher = self.dispatchers.contiguous if work.mixed else self.dispatchers.masked
-        verified, logits = self._verify(inputs, verifies, dispatcher, chosen, scored)
+        eager, size = work.mixed or work.eager, (inputs.rows, verifies)
+        assert eager or chosen is None, "a graph records no experts"
+        verify = partial(self._verify, inputs, verifies, dispatcher, chosen, scored)
+        verified, logits = self.graphs.part(("verify", size), verify, eager)
         logprobs = self.sampler.choose(logits, verified.choice, work, verified.fed, verified.after)
         del logits
-        self._accept(inputs, verified)
-        if makes:
-            state = self._draft_first(inputs, verified, dispatcher)
+        if not makes:
+            self.graphs.part(("accept", size), partial(self._accept, inputs, verified), eager)
+        else:
+            draft = partial(self._draft_first, inputs, verified, dispatcher)
             del verified
             for place in range(1, makes + 1):
-                if place > 1:
-                    state = self._draft_next(inputs, state, place, dispatcher)
-                logits, drafts = self._propose(inputs, state, place)
-                self.sampler.draft(logits, drafts, work, self.positions[: inputs.fronts] + place)
-                del logits
+                state, logits, drafts = self.graphs.part(("draft", size, place), draft, eager)
+                self.sampler.draft(logits, drafts, work, self.positions, place)
+                draft = partial(self._draft_next, inputs, state, place + 1, dispatcher)
+                del state, logits
         return self._report(inputs, makes, logprobs)
 
     def _verify(
@@ -139,11 +147,12 @@ class Speculation:
         if inputs.prompts is not None:
             self.positions[rows:size] = inputs.prompts.lengths
 
-    def _draft_first(self, inputs: Inputs, verified: Verified, dispatcher: Dispatcher) -> Tensor:
-        """Run the draft layer over all rows of the target, each with the token after it.
+    def _draft_first(self, inputs: Inputs, verified: Verified, dispatcher: Dispatcher) -> tuple[Tensor, Tensor, Tensor]:
+        """Accept. Then run the draft layer over all rows of the target, each with the token after it.
 
-        Returns its output [rows of the page table, D] at each sequence's latest row.
+        Returns its output [rows of the page table, D] at each sequence's latest row, and what `_propose` returns.
         """
+        self._accept(inputs, verified)
         (rows, each), batch = verified.fed.shape, verified.batch
         following = verified.choice[: rows * each]
         ends = torch.arange(rows, device=self.device) * each + self._given[:rows, 0] - 1
@@ -155,17 +164,25 @@ class Speculation:
             ends = torch.cat((ends, batch.logit_rows[rows * each :]))
         batch = replace(batch, token_ids=following.clamp(min=0))
         state = self.model.draft(verified.hidden, batch, self.pool, dispatcher)
-        return F.pad(state[ends], (0, 0, 0, len(inputs.page_table) - len(ends)))
+        state = F.pad(state[ends], (0, 0, 0, len(inputs.page_table) - len(ends)))
+        return state, *self._propose(inputs, state, 1)
 
-    def _draft_next(self, inputs: Inputs, state: Tensor, place: int, dispatcher: Dispatcher) -> Tensor:
-        """Run the draft layer over the draft before that at `place` of each sequence. `state`: as it is returned."""
+    def _draft_next(
+        self, inputs: Inputs, state: Tensor, place: int, dispatcher: Dispatcher
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the draft layer over the draft before that at `place` of each sequence. `state`, returns: as above."""
         size = inputs.fronts
         padding = (0, len(inputs.page_table) - size)
         ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size], padding)
-        return self.model.draft(state, Batch.decode(ids, at + place - 2, inputs.page_table), self.pool, dispatcher)
+        batch = Batch.decode(ids, at + place - 2, inputs.page_table)
+        state = self.model.draft(state, batch, self.pool, dispatcher)
+        return state, *self._propose(inputs, state, place)
 
     def _propose(self, inputs: Inputs, state: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Write the likeliest drafts at `place`, 1 to N, of the fronts. Returns their logits [S, V], and them [S]."""
+        """Write the likeliest drafts at `place`, 1 to N, of the fronts.
+
+        Returns their logits [S, V], and the drafts [S] for the sampler to replace in place.
+        """
         logits, drafts = self.model.head.project(state[: inputs.fronts]), self.tokens[: inputs.fronts, place]
         drafts[:] = likeliest(logits).clamp(min=0)
         return logits, drafts

@@ -212,17 +212,27 @@ def sampling(config: ModelConfig, rows: int) -> int:
     return SAMPLING * rows * config.vocab_size * FLOAT
 
 
-def graphs(shape: StepShape, buckets: abc.Sequence[int]) -> int:
+def graphs(shape: StepShape, buckets: abc.Sequence[int], drafts: int = 0) -> int:
     """Estimate the bytes that the captured decode steps hold: one shared pool, and 60 KiB per layer of each step.
 
-    Captures run from the largest bucket to the smallest. Each capture's logits stay in the pool. So a capture needs its
-    own step and the logits of all captures before it. The pool is as large as the largest of these sums.
+    Captures run from the largest bucket to the smallest. What each returns stays in the pool: its logits, and with
+    drafts the output that the next capture reads. So a capture needs its own step and what all those before it
+    returned. The pool is as large as the largest of these sums.
     """
-    logits, pool = 0, 0
+    c, kept, pool = shape.config, 0, 0
+
+    def capture(tokens: int, rows: int) -> None:
+        """Capture a forward of `tokens` tokens, of which `rows` have logits."""
+        nonlocal kept, pool
+        pool = max(pool, kept + masked_step(shape, tokens))
+        kept += rows * c.vocab_size * FLOAT + (shape.row(rows * c.hidden_size) if drafts else 0)
+
     for rows in sorted(buckets, reverse=True):
-        pool = max(pool, logits + masked_step(shape, rows))
-        logits += rows * shape.config.vocab_size * FLOAT
-    return pool + len(buckets) * shape.config.num_hidden_layers * KERNELS * KERNEL_BYTES
+        capture(rows * (1 + drafts), rows * (1 + drafts))
+        for place in range(drafts):
+            capture(rows if place else rows * (1 + drafts), rows)
+    layers = c.num_hidden_layers + drafts
+    return pool + len(buckets) * layers * KERNELS * KERNEL_BYTES
 
 
 def _attention(shape: StepShape, tokens: int, inside: int) -> int:

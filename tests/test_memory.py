@@ -216,6 +216,11 @@ def test_graphs_hold_their_logits() -> None:
     wide = replace(job, config=replace(job.config, vocab_size=100_000))
     logits = [rows * 100_000 * 4 for rows in (128, 192, 256)]
     assert graphs(wide, [128, 192, 256]) == masked_step(wide, 128) + logits[1] + logits[2] + kernels
+    # With two drafts a bucket has three graphs: the target's over 3 tokens a row, and two of the draft layer.
+    kept = 128 * (100_000 * 4 + 512 * 2)
+    assert graphs(wide, [128], 2) == max(3 * kept + masked_step(wide, 384), 4 * kept + masked_step(wide, 128)) + (
+        6 * 30 * 2048
+    )
 
 
 @pytest.mark.parametrize("fp8", [False, True])

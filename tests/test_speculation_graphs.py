@@ -1,0 +1,114 @@
+"""Captured steps with drafts: on a CPU, a part that is replayed runs the code that was captured, in the same tensors.
+
+So all is tested here but CUDA's own capture, which `test_gpu_speculation.py` needs a GPU for.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from disagg.engine import Engine
+from disagg.graphs import Graphs
+from disagg.step import Drafts
+from model.batch import Batch
+from tests.test_speculation import all_kinds, make_engine, same, serve
+
+
+class Rerun(Graphs):
+    """Replays by calling again what was captured, and puts the results where they were the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reruns: Counter[str] = Counter()
+
+    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        result = call()
+
+        def replay() -> None:
+            self.reruns[call.func.__name__] += 1  # type: ignore[attr-defined]
+            put(call(), result)
+
+        return replay, result
+
+
+def put(new: Any, old: Any) -> None:
+    """Copy all tensors of `new` into those at the same places of `old`."""
+    if isinstance(old, torch.Tensor):
+        old.copy_(new)
+    elif is_dataclass(old):
+        put([getattr(new, f.name) for f in fields(old)], [getattr(old, f.name) for f in fields(old)])
+    elif isinstance(old, tuple | list):
+        for one, other in zip(new, old, strict=True):
+            put(one, other)
+    else:
+        assert new == old
+
+
+def captured(engine: Engine) -> Rerun:
+    """Make an engine replay its decode steps."""
+    graphs = Rerun()
+    assert engine.speculation is not None
+    engine.captures, engine.graphs, engine.speculation.graphs = True, graphs, graphs
+    engine.run_every_size(list)
+    return graphs
+
+
+def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled requests, and greedy ones beside them, replay the same parts. Only who asks for experts stops it."""
+    requests, engine = all_kinds(tiny), make_engine(tiny, 2)
+    want, graphs = serve(make_engine(tiny, 0), requests)[0], captured(engine)
+    assert len(graphs.captured) == 3 * len(engine.decode.buckets)
+    got, stats = serve(engine, requests)
+    same(got, want)
+    steps = engine.graph_replays
+    assert 0 < steps < stats["decode_steps"]
+    assert graphs.reruns == dict.fromkeys(("_verify", "_draft_first", "_draft_next"), steps)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
+    others = [request for request in requests if not request.processes_logits]
+    same(serve(engine, others)[0], {request.uid: want[request.uid] for request in others})
+
+
+def test_a_step_may_verify_and_make_any_number_of_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 0 to N, each step anew. What was not drafted is wrong at worst."""
+    requests, drafts, rng = all_kinds(tiny), 3, random.Random(2)
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts)
+    graphs, seen = captured(engine), Counter()
+
+    def some() -> Drafts:
+        seen[chosen := Drafts(rng.randrange(drafts + 1), rng.randrange(drafts + 1))] += 1
+        return chosen
+
+    monkeypatch.setattr(engine, "_drafts", some)
+    same(serve(engine, requests)[0], want)
+    assert len(seen) > drafts and graphs.reruns["_verify"] > 0
+    assert any(few.made < few.verified for few in seen) and any(few.made > few.verified for few in seen)
+
+
+def test_the_warm_up_runs_the_draft_layer_in_all_that_it_runs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it is not run, none of its kernels is compiled. A prefill job's first drafts have as many rows as
+    prompts end in a step."""
+    for decodes in (False, True):
+        engine = make_engine(tiny, 2, decodes=decodes)
+        bodies, drafted, masked = set(), set(), engine.dispatchers.masked
+        body, draft = engine.model.body, engine.model.draft
+
+        def run_body(batch: Batch, pool: torch.Tensor, dispatcher: object, *rest: Any) -> torch.Tensor:
+            bodies.add((batch.num_tokens, batch.num_decodes, dispatcher is masked))  # noqa: B023
+            return body(batch, pool, dispatcher, *rest)  # noqa: B023
+
+        def run_draft(hidden: torch.Tensor, batch: Batch, pool: torch.Tensor, dispatcher: object) -> torch.Tensor:
+            drafted.add((batch.num_tokens, batch.num_decodes, dispatcher is masked))  # noqa: B023
+            return draft(hidden, batch, pool, dispatcher)  # noqa: B023
+
+        monkeypatch.setattr(engine.model, "body", run_body)
+        monkeypatch.setattr(engine.model, "draft", run_draft)
+        engine.run_every_size(list)
+        assert bodies <= drafted
+        assert {(size, 0, False) for size in (1, 2, 4, 8, 16, 32, 63, 64)} <= bodies
+        assert {(rows, rows, decodes) for rows in engine.decode.buckets} <= drafted
