@@ -6,7 +6,6 @@ It launches steps and returns their tokens. It knows nothing of routers and link
 import gc
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from disagg.buckets import make_buckets
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
 from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs, Progress
 from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
 from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
@@ -26,8 +26,9 @@ from disagg.scheduler import Plan, Scheduler
 from disagg.speculation import Speculation
 from disagg.step import NO_WORK, Drafts, Step, Work
 from disagg.steps import DecodeStep, PromptStep
+from disagg.warm_up import decode_work, prompt_sizes, prompt_work
 from kernels.ops import Ops
-from model.batch import NO_DECODES, Batch, Chunk, to_host
+from model.batch import Batch, to_host
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
@@ -84,10 +85,10 @@ class Engine:
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
             decodes=settings.decodes,
         )
-        self.graphs, self.why_graphs = self._decide_graphs()
+        self.captures, self.why_graphs = self._decide_graphs()
         self.budget = None
         if mesh.device.type == "cuda":
-            self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.graphs, handoff_bytes)
+            self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.captures, handoff_bytes)
         if self.budget is not None:
             pages = self.budget.pages(settings.kv_tokens)
             memory = self.budget.table(pages)
@@ -118,12 +119,13 @@ class Engine:
         width = pages_for(settings.positions(self.config))
         inputs = FixedInputs(2 + settings.speculate, buckets[-1], width, mesh.device)
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
-        self.decode = DecodeStep(masked, self.tokens, buckets, inputs, self.rule.in_decode)
+        self.graphs, self.graph_replays = Graphs(), 0  # steps that replayed some
+        self.decode = DecodeStep(masked, self.tokens, buckets, inputs, self.graphs, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
         self.sampler = Sampler(self.tokens, mesh.attn)
         self.speculation: Speculation | None = None
         if settings.speculate:
-            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, inputs)
+            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, inputs, self.graphs)
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -185,8 +187,6 @@ class Engine:
             return False, ""
         if self.settings.graphs == "off":
             return False, "no CUDA graphs: --graphs off"
-        if self.settings.speculate:
-            return False, "no CUDA graphs: --speculate"
         if not self.ops.capturable:
             return False, "no CUDA graphs: torch serves ops that wait for the host"
         return True, "in CUDA graphs"
@@ -208,37 +208,42 @@ class Engine:
         """
         if self.mesh.device.type != "cuda":
             return
-        limit = min(self.max_model_len, self.kv_tokens)
-        largest = min(self.settings.max_tokens_per_step, self.settings.max_batch * limit)
-        # largest - 1, because odd sizes use other kernels
-        sizes = {2**i for i in range(largest.bit_length())} | {largest, max(1, largest - 1)}
-        vocab = self.config.vocab_size
-        for size in progress(sorted(sizes, reverse=True)):
-            prompts = [
-                Chunk([i * 7919 % vocab for i in range(min(limit, size - at))], 0, range(1, pages_for(limit) + 1))
-                for at in range(0, size, limit)
-            ]
-            self.prompt.run(NO_DECODES, prompts)
-            if self.rule.in_prefill(size):
-                self.prompt.run(NO_DECODES, prompts, overlapped=True)
-        page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
-        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
-        self.ops.pack_pages(self.pool, page, packed)
-        self.ops.unpack_pages(packed, self.pool, page)
-        if self.graphs:
-            self.decode.capture(progress)
-        elif self.settings.decodes:
-            for rows in progress(self.decode.buckets[::-1]):
-                if self.speculation is not None:
-                    for drafts in self.settings.drafts_per_step:
-                        self.speculation.run(replace(NO_WORK, decode_rows=rows, drafts=Drafts(drafts, drafts)))
-                else:
-                    self.decode.run(NO_DECODES, rows)
+        self.run_every_size(progress)
         torch.cuda.synchronize()
         if self.model.load_counter is not None:
             self.model.load_counter.forget()
         gc.collect()
         gc.freeze()  # these objects live as long as the engine, so later collections can skip them
+
+    def run_every_size(self, progress: Progress) -> None:
+        """Collective. Run steps of all sizes in which kernels differ, and capture those that decode."""
+        limit, drafts = min(self.max_model_len, self.kv_tokens), self._every_drafts()[-1]
+        most, vocab = self.settings.max_tokens_per_step, self.config.vocab_size
+        for size in progress(prompt_sizes(min(most, self.settings.max_batch * limit))):
+            for overlapped in (False, True)[: 1 + self.rule.in_prefill(size)]:
+                self._compute(prompt_work(size, limit, vocab, overlapped, drafts))
+        page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
+        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
+        self.ops.pack_pages(self.pool, page, packed)
+        self.ops.unpack_pages(packed, self.pool, page)
+        buckets = self.decode.buckets
+        if drafts is not None:  # how many get a token in a step with prompts: drafts follow
+            for rows in progress(buckets[::-1]):
+                self._compute(prompt_work(rows, 1, vocab, False, drafts))
+        if self.captures:
+            self.graphs.capture(self.decode_nothing, buckets, progress)
+        elif self.settings.decodes:
+            for rows in progress(buckets[::-1]):
+                self.decode_nothing(rows)
+
+    def decode_nothing(self, rows: int) -> None:
+        """Collective. Run a decode step of so many rows of padding."""
+        for drafts in reversed(self._every_drafts()):
+            self._compute(decode_work(rows, self.rule.in_decode(rows), drafts))
+
+    def _every_drafts(self) -> list[Drafts] | list[None]:
+        """Return the drafts of steps that follow on their like, the most last."""
+        return [Drafts(n, n) for n in self.settings.drafts_per_step] if self.speculation is not None else [None]
 
     def launch(
         self,
@@ -313,10 +318,8 @@ class Engine:
         scored = PromptLogprobs(work.prompts, self.tokens.device) if scores else None
         if not work.mixed:
             self.dispatchers.prepare_masked()
-        if self.speculation is not None:
-            tokens, counts, logprobs = self.speculation.run(work, chosen, scored)
-        else:
-            tokens, counts, logprobs = self._next_tokens(work, chosen, scored)
+            self.graph_replays += self.captures and not work.eager
+        tokens, counts, logprobs = self._compute(work, chosen, scored)
         experts = self._reported(chosen.rows()) if chosen is not None else None
         prompt_rows = self._reported(scored.rows()) if scored is not None else None
         done = None
@@ -328,10 +331,12 @@ class Engine:
                 observer.step()
         return Step(work, started, tokens, logprobs, done, experts, prompt_rows, counts)
 
-    def _next_tokens(
-        self, work: Work, chosen: ChosenExperts | None, scored: PromptLogprobs | None
-    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
-        """Run a step that gives each sequence one token. Returns the tokens and log probabilities of a Step."""
+    def _compute(
+        self, work: Work, chosen: ChosenExperts | None = None, scored: PromptLogprobs | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Run a step. Returns the tokens, counts and log probabilities of a Step."""
+        if self.speculation is not None:
+            return self.speculation.run(work, chosen, scored)
         latest = self.sampler.latest(work)
         if work.decode_rows is None:
             logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen, scored)
@@ -380,7 +385,7 @@ class Engine:
             self.rebalancer.close()
         if self.recording is not None:
             self.recording.save()
-        self.decode.reset()
+        self.graphs.reset()
         self.dispatchers.close()
         lift_limit(self.mesh.device)
 

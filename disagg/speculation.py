@@ -13,12 +13,15 @@ not. A step may verify fewer drafts than N, and make fewer, down to none. It fil
 so drafts can be made after any step. The KV of wrong drafts lies behind the sequence's end, where the next step writes.
 Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
 
-A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, and drafts; between
-these, and behind each draft, the host chooses for requests that are not plainly greedy (`speculative_sampler.py`). Then
-what the step gave is copied to the host. The device's parts read no number on the host, and wait for none.
+A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, fills, and drafts;
+behind the first, and behind each draft, the host chooses for requests that are not plainly greedy
+(`speculative_sampler.py`). Then what the step gave is copied to the host. In a step without prompts on a GPU, the
+device's parts are CUDA graphs: one up to the logits, one that fills, and one up to each draft. So all ranks replay the
+same ones, whatever a request of one rank asks for. Only the first two depend on how many drafts were verified.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
 from disagg.speculation_inputs import Inputs, SpeculationInputs
 from disagg.speculative_sampler import SpeculativeSampler
 from disagg.step import Work
@@ -67,14 +71,19 @@ class Speculation:
         dispatchers: Dispatchers,
         attn: Group,
         inputs: FixedInputs,
+        graphs: Graphs,
     ) -> None:
         """`inputs`: with a column per draft behind ids and positions. Its pages reach behind those of a sequence."""
         self.model, self.pool, self.dispatchers, self.device = model, pool, dispatchers, pool.device
+        self.graphs = graphs
         self.inputs, self.sampler = SpeculationInputs(inputs, attn.size), SpeculativeSampler(attn)
         columns, rows = inputs.columns.shape
         kind = {"dtype": torch.int64, "device": self.device}
         # The fronts: each sequence's latest token and drafts, by its row in the latest step, and the token's position.
         self.tokens, self.positions = torch.zeros(rows, columns - 1, **kind), torch.zeros(rows, **kind)
+        self._hidden = torch.zeros(
+            rows, model.config.hidden_size, dtype=model.dtype, device=self.device
+        )  # to draft from
         # What a step gives: its number of new tokens, and the tokens. Two host copies, used in turn: one is read when
         # the next step may have been launched, but not the one after.
         self._given = torch.zeros(rows, columns, **kind)
@@ -87,15 +96,18 @@ class Speculation:
         assert work.drafts is not None
         inputs, (verifies, makes) = self.inputs.lay_out(work), work.drafts
         dispatcher = self.dispatchers.contiguous if work.mixed else self.dispatchers.masked
-        verified, logits = self._verify(inputs, verifies, dispatcher, chosen, scored)
+        eager, rows = work.mixed or work.eager, inputs.rows
+        assert eager or chosen is None, "a graph records no experts"
+        verify = partial(self._verify, inputs, verifies, dispatcher, chosen, scored)
+        verified, logits = self.graphs.part(("verify", rows, verifies), verify, eager)
         logprobs = self.sampler.choose(logits, verified.choice, work, verified.fed, verified.after)
         del logits
-        self._accept(inputs, verified)
-        state = self._fill(inputs, verified)
+        self.graphs.part(("accept", rows, verifies), partial(self._accept, inputs, verified), eager)
         del verified
         for place in range(1, makes + 1):
-            state, logits, drafts = self._draft(inputs, state, place, dispatcher)
-            self.sampler.draft(logits, drafts, work, self.positions[: inputs.fronts] + place)
+            draft = partial(self._draft, inputs, place, dispatcher)
+            logits, drafts = self.graphs.part(("draft", rows, place), draft, eager)
+            self.sampler.draft(logits, drafts, work, self.positions, place)
             del logits
         return self._report(inputs, makes, logprobs)
 
@@ -126,7 +138,7 @@ class Speculation:
         return Verified(batch, fed, start, hidden, likeliest(logits), after), logits
 
     def _accept(self, inputs: Inputs, verified: Verified) -> None:
-        """Write what the step gives, and the fronts without their drafts."""
+        """Write what the step gives, and the fronts without their drafts. Fill, so that drafts can follow."""
         (rows, each), size = verified.fed.shape, inputs.fronts
         own, first = verified.choice[: rows * each].view(rows, each), verified.choice[rows * each :]
         right = accepted(verified.fed[:, 1:], own)
@@ -135,42 +147,31 @@ class Speculation:
         self.tokens[:rows, 0] = own.gather(1, right[:, None])[:, 0].clamp(min=0)
         self.tokens[rows:size, 0] = first.clamp(min=0)
         self.positions[:rows] = verified.start + right + 1
-        if inputs.prompts is not None:
+        following, latest = own.flatten(), torch.arange(rows, device=self.device) * each + right
+        if inputs.prompts is not None and verified.batch.logit_rows is not None:
             self.positions[rows:size] = inputs.prompts.lengths
-
-    def _fill(self, inputs: Inputs, verified: Verified) -> Tensor:
-        """Write the draft layer's KV for all rows of the target, each with the token after it.
-
-        Returns the target's output [rows of the page table, D] at each sequence's latest row.
-        """
-        (rows, each), batch = verified.fed.shape, verified.batch
-        following = verified.choice[: rows * each]
-        ends = torch.arange(rows, device=self.device) * each + self._given[:rows, 0] - 1
-        if inputs.prompts is not None and batch.logit_rows is not None:
-            first, after = verified.choice[rows * each :], inputs.prompts.following
+            after = inputs.prompts.following
             if len(first):
                 after = first[(-1 - after).clamp(min=0)].where(after < 0, after)
             following = torch.cat((following, after))
-            ends = torch.cat((ends, batch.logit_rows[rows * each :]))
-        self.model.fill_draft(verified.hidden, replace(batch, token_ids=following.clamp(min=0)), self.pool)
-        return F.pad(verified.hidden[ends], (0, 0, 0, len(inputs.page_table) - len(ends)))
+            latest = torch.cat((latest, verified.batch.logit_rows[rows * each :]))
+        batch = replace(verified.batch, token_ids=following.clamp(min=0))
+        self.model.fill_draft(verified.hidden, batch, self.pool)
+        self._hidden[:size], self._hidden[size : len(inputs.page_table)] = verified.hidden[latest], 0
 
-    def _draft(
-        self, inputs: Inputs, state: Tensor, place: int, dispatcher: Dispatcher
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the draft layer over the token before the one at `place`, 1 to N, of each sequence: draft that.
+    def _draft(self, inputs: Inputs, place: int, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
+        """Run the draft layer over each sequence's token before the one at `place`, 1 to N, and draft that one.
 
-        `state` [rows of the page table, D]: what the target, or the draft layer, gave for the token before. Returns the
-        same for this one, the logits [S, V], and the likeliest drafts [S], which are written to the fronts.
+        Returns its logits [S, V], and the likeliest drafts [S], for the sampler to replace in place in the fronts.
         """
-        size = inputs.fronts
-        padding = (0, len(inputs.page_table) - size)
+        size, rows = inputs.fronts, len(inputs.page_table)
+        padding = (0, rows - size)
         ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size] - 1, padding)
         batch = Batch.decode(ids, at + place - 1, inputs.page_table)
-        state = self.model.draft(state, batch, self.pool, dispatcher)
-        logits, drafts = self.model.head.project(state[:size]), self.tokens[:size, place]
+        self._hidden[:rows] = self.model.draft(self._hidden[:rows], batch, self.pool, dispatcher)
+        logits, drafts = self.model.head.project(self._hidden[:size]), self.tokens[:size, place]
         drafts[:] = likeliest(logits).clamp(min=0)
-        return state, logits, drafts
+        return logits, drafts
 
     def _report(self, inputs: Inputs, makes: int, logprobs: tuple[Tensor, Tensor] | None) -> Outcome:
         """Copy what the step gives to the host."""

@@ -54,15 +54,15 @@ class SpeculativeSampler:
         ids, values = top_logprobs(logits[real], choice[real].clamp(min=0), most)
         return by_sequence(ids, count, each), by_sequence(values, count, each)
 
-    def draft(self, logits: Tensor, drafts: Tensor, work: Work, position: Tensor) -> None:
+    def draft(self, logits: Tensor, drafts: Tensor, work: Work, positions: Tensor, place: int) -> None:
         """Choose a draft from each row of logits [S, V] into `drafts` [S], with the noise that the model will have.
 
-        position [S]: the drafts'.
+        positions [rows]: of the tokens that they are drafts behind, `place` tokens further.
         """
         sequences = work.sequences
         if is_warm(sequences):
             real = to_device(work.rows, logits.device)
-            parameters = replace(sampling_rows(sequences, logits.device), position=position[real])
+            parameters = replace(sampling_rows(sequences, logits.device), position=positions[real] + place)
             drafts[real] = self.attn.broadcast(sample(logits[real], parameters))
 
 

@@ -11,7 +11,7 @@ nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs e
 request asks for its chosen experts. A graph that recorded them would do so in every step, asked or not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from disagg.fixed_inputs import FixedInputs
-from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, split
+from disagg.graphs import Graphs
+from model.batch import Batch, Chunk, Decodes, pad, split
 from model.prompt_logprobs import PromptLogprobs
 from model.sampling import likeliest
 from parallel.chosen_experts import ChosenExperts
@@ -80,15 +81,14 @@ class DecodeStep:
         tokens: Tensor,
         buckets: list[int],
         inputs: FixedInputs,
+        graphs: Graphs,
         overlaps: Callable[[int], bool] = lambda rows: False,
     ) -> None:
         """`forward` returns logits [rows, V]. `tokens` [rows]: the sampled tokens of the latest step,
         written in place. `inputs`: of which ids and positions are the first two columns. `overlaps(rows)`: do steps of
         this size run as two halves?"""
         self.forward, self.tokens, self.buckets, self.overlaps = forward, tokens, buckets, overlaps
-        self.inputs = inputs
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.replays = 0  # of a graph
+        self.inputs, self.graphs = inputs, graphs
 
     def bucket(self, count: int) -> int:
         """Return the rows of a step with `count` sequences."""
@@ -102,19 +102,13 @@ class DecodeStep:
     def run(self, decodes: Decodes, rows: int, eager: bool = False, chosen: ChosenExperts | None = None) -> Tensor:
         """Return the logits [rows, V], each sequence's at its place. Writes their argmax to `tokens`.
 
-        `eager`: run no graph, which `chosen` needs. All ranks of a job must agree on it: NCCL requires that a
-        collective is captured on all ranks or on none.
+        `eager`: run no graph, which `chosen` needs.
         """
+        assert eager or chosen is None, "a graph records no experts"
         places = self.places(len(decodes.pages), rows)
         self.inputs.stage((decodes.ids, decodes.positions), places, rows)
         self.inputs.stage_pages(decodes.pages, places, rows)
-        if rows in self._graphs and not eager:
-            assert chosen is None, "a graph records no experts"
-            graph, logits = self._graphs[rows]
-            graph.replay()
-            self.replays += 1
-            return logits
-        return self._forward(rows, chosen)
+        return self.graphs.part(rows, lambda: self._forward(rows, chosen), eager)
 
     @torch.inference_mode()
     def _forward(self, rows: int, chosen: ChosenExperts | None = None) -> Tensor:
@@ -127,25 +121,3 @@ class DecodeStep:
         logits = self.forward(Batch.decode(*columns), halves, chosen, None)
         self.tokens[:rows] = likeliest(logits)
         return logits
-
-    def capture(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
-        """Collective. Run every bucket, so that kernels compile, then capture it.
-
-        The largest comes first, so that the others fit into its memory pool.
-        """
-        pool = None
-        for rows in progress(self.buckets[::-1]):
-            for _ in range(2):
-                self.run(NO_DECODES, rows)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._forward(rows)
-            pool = graph.pool()
-            self._graphs[rows] = graph, logits
-
-    def reset(self) -> None:
-        """Free the graphs. Call it before the process groups end: destroying a group that a graph uses hangs."""
-        for graph, _ in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()

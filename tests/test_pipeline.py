@@ -13,6 +13,7 @@ from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
 from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
 from disagg.pipeline import LEAVING, Pipeline, Turn
 from disagg.request import Request
 from disagg.role import NOT_FINITE
@@ -220,7 +221,8 @@ def test_a_step_is_staged_the_same_whatever_was_staged_before() -> None:
     def make() -> DecodeStep:
         forward = lambda batch, halves, *_: torch.zeros(batch.num_tokens, 5)  # noqa: E731
         inputs = FixedInputs(2, 8, 3, torch.device("cpu"))
-        return DecodeStep(forward, torch.zeros(8, dtype=torch.int64), [2, 4, 8], inputs, lambda rows: rows == 4)
+        tokens = torch.zeros(8, dtype=torch.int64)
+        return DecodeStep(forward, tokens, [2, 4, 8], inputs, Graphs(), lambda rows: rows == 4)
 
     one = make()
     pages = [list(range(3 * i + 1, 3 * i + 1 + rng.randrange(1, 4))) for i in range(6)]
