@@ -76,8 +76,6 @@ class EngineConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if not 0 <= self.speculate <= MOST_DRAFTS:
             raise ValueError(f"--speculate is {self.speculate}; it must be in 0..{MOST_DRAFTS}")
-        if self.speculate and self.overlap == "on":
-            raise ValueError("--speculate with --overlap on: a step that verifies drafts does not run as two halves")
         if self.kv_tokens is not None and self.kv_tokens < PAGE:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
         if self.redundant_experts < 0:

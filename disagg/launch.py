@@ -79,7 +79,7 @@ def run_worker(
     if engine.why_graphs:
         say(f"{'decode':>10}: {engine.why_graphs}")
     if settings.speculate:
-        say(f"{'drafts':>10}: {settings.speculate} per step, without overlap")
+        say(f"{'drafts':>10}: {settings.speculate} per step")
     if engine.rebalancer is not None:
         say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:

@@ -52,10 +52,9 @@ class Agreement(NamedTuple):
     def has_work(self) -> bool:
         return any(self.prefill_tokens) or any(self.decodes)
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the fullest replica."""
-        return max(map(sum, zip(self.prefill_tokens, self.decodes, strict=True)))
+    def most_tokens(self, each: int) -> int:
+        """Return the tokens of the fullest replica. `each`: those of a decoding sequence."""
+        return max(prompts + each * decodes for prompts, decodes in zip(self.prefill_tokens, self.decodes, strict=True))
 
 
 class Pipeline:
@@ -103,7 +102,8 @@ class Pipeline:
 
     def _launch(self, plan: Plan, agreed: Agreement, meanwhile: Callable[[], None]) -> Step:
         rows = None if any(agreed.prefill_tokens) else self.engine.decode.bucket(max(agreed.decodes))
-        step = self.engine.launch(plan, rows, agreed.most_tokens, meanwhile, eager=any(agreed.returns_experts))
+        tokens = agreed.most_tokens(self.engine.scheduler.decode_tokens)
+        step = self.engine.launch(plan, rows, tokens, meanwhile, eager=any(agreed.returns_experts))
         self.role.launched(step)
         return step
 
