@@ -79,8 +79,6 @@ class EngineConfig:
             raise ValueError(f"--speculate is {self.speculate}; it must be in 0..{MOST_DRAFTS}")
         if self.adapts and not self.speculate:
             raise ValueError(f"--speculate is auto:0; it must be in auto:1..auto:{MOST_DRAFTS}")
-        if self.speculate and self.overlap == "on":
-            raise ValueError("--speculate with --overlap on: a step that verifies drafts does not run as two halves")
         if self.kv_tokens is not None and self.kv_tokens < PAGE:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
         if self.redundant_experts < 0:

@@ -25,7 +25,7 @@ from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
 from disagg.speculation import Speculation
 from disagg.step import NO_WORK, Drafts, Step, Work
-from disagg.steps import DecodeStep, PromptStep
+from disagg.steps import DecodeStep, PromptStep, places
 from disagg.warm_up import decode_work, prompt_sizes, prompt_work
 from kernels.ops import Ops
 from model.batch import Batch, to_host
@@ -66,10 +66,8 @@ class Engine:
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.loaded = loaded
         self.max_model_len = settings.model_len(self.config)
-        self.rule = Rule(
-            "off" if settings.speculate else settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share
-        )
-        buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
+        self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
+        buckets = make_buckets(settings.max_batch, partial(self.rule.row_multiple, each=1 + settings.speculate))
         max_tokens = -(-settings.max_tokens_per_step // mesh.attn.size)  # that this rank dispatches in the largest step
         self.dispatchers = make_dispatchers(
             settings.dispatch,
@@ -239,11 +237,15 @@ class Engine:
     def decode_nothing(self, rows: int) -> None:
         """Collective. Run a decode step of so many rows of padding."""
         for drafts in reversed(self._every_drafts()):
-            self._compute(decode_work(rows, self.rule.in_decode(rows), drafts))
+            self._compute(decode_work(rows, self._overlaps(rows, drafts), drafts))
 
     def _every_drafts(self) -> list[Drafts] | list[None]:
         """Return the drafts of steps that follow on their like, the most last."""
         return [Drafts(n, n) for n in self.settings.drafts_per_step] if self.speculation is not None else [None]
+
+    def _overlaps(self, rows: int, drafts: Drafts | None) -> bool:
+        """Return whether a decode step runs as two halves."""
+        return self.rule.in_decode(rows, 1 + drafts.verified if drafts is not None else 1)
 
     def launch(
         self,
@@ -282,12 +284,12 @@ class Engine:
         sequence that ends now keeps its pages.
         """
         decodes, prompts = self._latest.next_decodes(plan.decodes), plan.prompt_chunks()
-        sequences = plan.advance()
+        sequences, drafts = plan.advance(), self._next_drafts(makes) if self.speculation is not None else None
         if decode_rows is None:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
-            rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
-        drafts = self._next_drafts(makes) if self.speculation is not None else None
+            overlapped = self._overlaps(decode_rows, drafts)
+            rows = places(len(sequences), decode_rows, overlapped)
         self._latest = Work(
             plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts, most_tokens
         )

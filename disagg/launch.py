@@ -81,7 +81,7 @@ def run_worker(
     if settings.speculate:
         drafts = settings.drafts_per_step
         range_ = f"{drafts[0]} to " if len(drafts) > 1 else ""
-        say(f"{'drafts':>10}: {range_}{settings.speculate} per step, without overlap")
+        say(f"{'drafts':>10}: {range_}{settings.speculate} per step")
     if engine.rebalancer is not None:
         say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:

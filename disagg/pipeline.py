@@ -54,10 +54,9 @@ class Agreement(NamedTuple):
     def has_work(self) -> bool:
         return any(self.prefill_tokens) or any(self.decodes)
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the fullest replica."""
-        return max(map(sum, zip(self.prefill_tokens, self.decodes, strict=True)))
+    def most_tokens(self, each: int) -> int:
+        """Return the tokens of the fullest replica. `each`: those of a decoding sequence."""
+        return max(prompts + each * decodes for prompts, decodes in zip(self.prefill_tokens, self.decodes, strict=True))
 
 
 class Pipeline:
@@ -114,9 +113,9 @@ class Pipeline:
 
     def _launch(self, plan: Plan, agreed: Agreement, meanwhile: Callable[[], None]) -> Step:
         self._rows, self._mixed = self.engine.decode.bucket(max(agreed.decodes)), any(agreed.prefill_tokens)
-        rows = None if self._mixed else self._rows
+        rows, tokens = None if self._mixed else self._rows, agreed.most_tokens(self.engine.scheduler.decode_tokens)
         eager, makes = any(agreed.returns_experts), agreed.makes[0]
-        step = self.engine.launch(plan, rows, agreed.most_tokens, meanwhile, eager, makes)
+        step = self.engine.launch(plan, rows, tokens, meanwhile, eager, makes)
         self.role.launched(step)
         return step
 

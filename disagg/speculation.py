@@ -12,6 +12,7 @@ So a step gives k + 1 tokens to a sequence. Every rank runs as many drafts behin
 not. A step may verify fewer drafts than N, and make fewer, down to none. It fills in any case, chunks of prompts too:
 so drafts can be made after any step. The KV of wrong drafts lies behind the sequence's end, where the next step writes.
 Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
+Where a step overlaps, the target runs as two halves of whole sequences, and the draft layer runs whole.
 
 A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, fills, and drafts;
 behind the first, and behind each draft, the host chooses for requests that are not plainly greedy
@@ -129,11 +130,19 @@ class Speculation:
         fed = self.tokens[row, : verifies + 1].where(inputs.ids[:, None] < 0, known)
         start = self.positions[place].where(inputs.positions < 0, inputs.positions)
         places = start[:, None] + torch.arange(verifies + 1, device=self.device)
-        batch = Batch.decode(fed.flatten(), places.flatten(), inputs.page_table[: inputs.rows])
-        after = places.flatten() + 1
-        if inputs.prompts is not None:
-            batch, after = Batch.join(batch, inputs.prompts.batch), torch.cat((after, inputs.prompts.lengths))
-        hidden = head.norm(self.model.body(batch, self.pool, dispatcher, None, chosen, scored))
+
+        def batch_of(rows: slice, prompts: Batch | None) -> Batch:
+            decodes = Batch.decode(fed[rows].flatten(), places[rows].flatten(), inputs.page_table[: inputs.rows][rows])
+            return decodes if prompts is None else Batch.join(decodes, prompts)
+
+        prompts, after, halves = inputs.prompts, places.flatten() + 1, None
+        if prompts is not None:
+            after = torch.cat((after, prompts.lengths))
+        batch = batch_of(slice(None), None if prompts is None else prompts.batch)
+        if inputs.cut is not None:
+            first, second = (None, None) if prompts is None or prompts.halves is None else prompts.halves
+            halves = batch_of(slice(inputs.cut), first), batch_of(slice(inputs.cut, None), second)
+        hidden = head.norm(self.model.body(batch, self.pool, dispatcher, halves, chosen, scored))
         logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
         return Verified(batch, fed, start, hidden, likeliest(logits), after), logits
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disagg.fixed_inputs import FixedInputs
 from disagg.step import Work
-from model.batch import Batch, Chunk, Decodes, to_device
+from model.batch import Batch, Chunk, Decodes, split_behind, to_device
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Prompts:
     """The prompt tokens of a step, T with padding, which comes first. P prompts end here."""
 
     batch: Batch
+    halves: tuple[Batch, Batch] | None  # if the step overlaps
     following: Tensor  # [T] int64: the token after each; -1 - i: that of the i-th prompt that ends
     lengths: Tensor  # [P] int64, of those that end
 
@@ -37,6 +38,7 @@ class Inputs:
     drafts: Tensor  # [N, R] int64
     page_table: Tensor  # [at least R + P, width] int32
     prompts: Prompts | None
+    cut: int | None  # if the step overlaps: the rows of the first half
 
     @property
     def rows(self) -> int:
@@ -68,8 +70,10 @@ class SpeculationInputs:
             places, fronts = np.arange(len(pages)), -(-len(pages) // self.multiple) * self.multiple
         self.fixed.stage_pages(pages, places, fronts)
         ids, positions, *_ = columns = self.fixed.columns[:, :rows]
-        prompts = self._prompts(work, count) if work.mixed else None
-        return Inputs(ids, positions, columns[2:], self.fixed.page_table[:fronts], prompts)
+        prompts, cut = None, rows // 2 if work.overlapped else None
+        if work.mixed:
+            prompts, cut = self._prompts(work, count)
+        return Inputs(ids, positions, columns[2:], self.fixed.page_table[:fronts], prompts, cut)
 
     def _drafts(self, decodes: Decodes) -> np.ndarray:
         """Return the drafts [N, B] that the host knows, 0 for others."""
@@ -78,16 +82,25 @@ class SpeculationInputs:
             column[: len(known)] = known
         return drafts
 
-    def _prompts(self, work: Work, count: int) -> Prompts:
-        """Lay out the chunks behind `count` decodes. Padding before them makes the step's tokens divide."""
+    def _prompts(self, work: Work, count: int) -> tuple[Prompts, int | None]:
+        """Lay out the chunks behind `count` decodes. Padding before them makes the step's tokens divide.
+
+        Returns also how many of the decodes are in the first half, if the step overlaps.
+        """
         assert work.drafts is not None
-        tokens = count * (work.drafts.verified + 1) + sum(len(chunk.token_ids) for chunk in work.prompts)
-        padding = -tokens % self.multiple
+        each = work.drafts.verified + 1
+        padding = -(count * each + sum(len(chunk.token_ids) for chunk in work.prompts)) % self.multiple
         chunks = [Chunk((0,) * padding, 0, (), wants_logits=False), *work.prompts] if padding else work.prompts
         device = self.fixed.columns.device
+        cut, halves = None, None
+        if work.overlapped:
+            cut, *both = split_behind(count, each, chunks, self.multiple)
+            first, second = (Batch.build([], half, device) for half in both)
+            halves = first, second
         lengths = np.array([sequence.computed for sequence in work.sequences[count:]], np.int64)
         following = np.array([0] * padding + following_tokens(work), np.int64)
-        return Prompts(Batch.build([], chunks, device), to_device(following, device), to_device(lengths, device))
+        batch = Batch.build([], chunks, device)
+        return Prompts(batch, halves, to_device(following, device), to_device(lengths, device)), cut
 
 
 def following_tokens(work: Work) -> list[int]:

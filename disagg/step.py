@@ -34,7 +34,7 @@ class Work:
     rows: np.ndarray  # [sequences]: the row of each one's token
     eager: bool = False  # a decode step that replays no graph
     drafts: Drafts | None = None  # None: the job does not speculate
-    most_tokens: int = 0  # of the fullest replica, without drafts
+    most_tokens: int = 0  # of the fullest replica
 
     @property
     def mixed(self) -> bool:

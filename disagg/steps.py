@@ -72,6 +72,15 @@ class PromptStep:
         return logits
 
 
+def places(count: int, rows: int, overlapped: bool) -> np.ndarray:
+    """Return the row of each of `count` sequences in a step of `rows` rows: in turns in its two halves, if it overlaps.
+
+    So the halves have as many sequences.
+    """
+    i = np.arange(count)
+    return i % 2 * (rows // 2) + i // 2 if overlapped else i
+
+
 class DecodeStep:
     """A step in which every sequence has one token, in a bucket of rows."""
 
@@ -94,20 +103,15 @@ class DecodeStep:
         """Return the rows of a step with `count` sequences."""
         return next(rows for rows in self.buckets if rows >= count)
 
-    def places(self, count: int, rows: int) -> np.ndarray:
-        """Return the row of each of `count` sequences, in a step of `rows` rows."""
-        i = np.arange(count)
-        return i % 2 * (rows // 2) + i // 2 if self.overlaps(rows) else i
-
     def run(self, decodes: Decodes, rows: int, eager: bool = False, chosen: ChosenExperts | None = None) -> Tensor:
         """Return the logits [rows, V], each sequence's at its place. Writes their argmax to `tokens`.
 
         `eager`: run no graph, which `chosen` needs.
         """
         assert eager or chosen is None, "a graph records no experts"
-        places = self.places(len(decodes.pages), rows)
-        self.inputs.stage((decodes.ids, decodes.positions), places, rows)
-        self.inputs.stage_pages(decodes.pages, places, rows)
+        at = places(len(decodes.pages), rows, self.overlaps(rows))
+        self.inputs.stage((decodes.ids, decodes.positions), at, rows)
+        self.inputs.stage_pages(decodes.pages, at, rows)
         return self.graphs.part(rows, lambda: self._forward(rows, chosen), eager)
 
     @torch.inference_mode()

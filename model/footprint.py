@@ -200,8 +200,8 @@ def masked_step(shape: StepShape, tokens: int) -> int:
 def drafting(shape: StepShape, tokens: int, step: int) -> int:
     """Return the peak bytes of a step that also drafts, if without that a step of `tokens` tokens takes `step`.
 
-    The draft layer runs over fewer rows than the other layers with experts. While its KV is filled for all tokens, there
-    are the main model's output, the embeddings, the norms of both, the two in one, and what eh_proj makes of them.
+    The draft layer runs over fewer rows than the other layers with experts. While its KV is filled for all tokens,
+    there are the main model's output, the embeddings, the norms of both, the two in one, and what eh_proj makes of it.
     """
     row = tokens * shape.row(shape.config.hidden_size)
     return max(step, 7 * row)

@@ -23,10 +23,12 @@ DEVICE = torch.device("cuda")
 MESH = Mesh(device=DEVICE)
 
 
-def engine_of(folder: Path, drafts: int, dtype: torch.dtype, graphs: str = "auto", mesh: Mesh = MESH) -> Engine:
+def engine_of(
+    folder: Path, drafts: int, dtype: torch.dtype, graphs: str = "auto", mesh: Mesh = MESH, overlap: str = "auto"
+) -> Engine:
     ops, _ = choose(op_shape(ModelConfig.from_pretrained(folder)), dtype, DEVICE)
     name = str(dtype).removeprefix("torch.")
-    engine = make_engine(folder, drafts, mesh, ops, dtype=name, graphs=graphs, prefix_cache="off")
+    engine = make_engine(folder, drafts, mesh, ops, dtype=name, graphs=graphs, overlap=overlap, prefix_cache="off")
     engine.warm_up(list)
     assert bool(engine.graphs.captured) == (graphs == "auto")
     return engine
@@ -42,12 +44,12 @@ def test_every_kind_of_request_gets_the_same_answer_in_float32(tiny: Path, draft
         engine.close()
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
-def test_graphs_change_nothing(tiny: Path, drafts: int) -> None:
+@pytest.mark.parametrize(("drafts", "overlap"), [(1, "off"), (3, "off"), (2, "on")])
+def test_graphs_change_nothing(tiny: Path, drafts: int, overlap: str) -> None:
     """Sampled requests, and greedy ones beside them, replay the same graphs. Nor does doing it once more."""
     work, answers = all_kinds(tiny), []
     for graphs in ("off", "auto"):
-        engine = engine_of(tiny, drafts, torch.bfloat16, graphs)
+        engine = engine_of(tiny, drafts, torch.bfloat16, graphs, overlap=overlap)
         for _ in range(2):
             answers.append(serve_joining(engine, work))
         assert (engine.graph_replays > 0) == (graphs == "auto")
@@ -59,19 +61,19 @@ def test_graphs_change_nothing(tiny: Path, drafts: int) -> None:
 def on_ranks(rank: int, folder: Path) -> None:
     """Replicas with other requests, the fourth with none."""
     work = all_kinds(folder)
-    for ranks, attn_tp in ((2, 1), (2, 2), (4, 2), (4, 1)):
+    for ranks, attn_tp, overlap in ((2, 1, "off"), (2, 2, "on"), (4, 2, "off"), (4, 1, "on")):
         mesh, answers = sub_mesh(0, ranks, attn_tp), []
         if mesh is None:
             continue
         mesh = replace(mesh, device=DEVICE)
         mine = work[mesh.replica :: 3] if mesh.replica < 3 else []
         for graphs in ("off", "auto"):
-            engine = engine_of(folder, 2, torch.bfloat16, graphs, mesh)
+            engine = engine_of(folder, 2, torch.bfloat16, graphs, mesh, overlap)
             answers.append(serve_joining(engine, mine))
             torch.cuda.synchronize()
             mesh.agree(0)
             engine.close()
-        assert not differences(answers[1], answers[0]), f"{ranks=} {attn_tp=} {rank=}"
+        assert not differences(answers[1], answers[0]), f"{ranks=} {attn_tp=} {overlap=} {rank=}"
     dist.barrier()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from disagg import pipeline
-from disagg.config import EngineConfig
+from disagg.config import EngineConfig, parse_speculate
 from disagg.control.messages import Abort, Submit, Update
 from disagg.draft_policy import DraftPolicy
 from disagg.engine import Engine
@@ -171,15 +171,18 @@ def test_every_kind_of_request_gets_the_same_answer(tiny: Path, drafts: int) -> 
     same(serve(make_engine(tiny, drafts), requests)[0], want)
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize(("drafts", "overlap"), [(1, "off"), (3, "on")])
 def test_a_step_that_runs_ahead_of_the_host_gives_the_same(
-    tiny: Path, drafts: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, drafts: int, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: it is laid out and launched before the host has seen the tokens of the step before it."""
     requests = [r for r in all_kinds(tiny) if not r.processes_logits]
-    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts)
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts, overlap=overlap)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
-    same(serve(engine, requests)[0], want)
+    got, stats = serve(engine, requests)
+    same(got, want)
+    overlapped = {name: stats[f"{name}_overlapped"] for name in ("prefill", "decode")}
+    assert all(count == (overlap == "on") * stats[f"{name}_steps"] for name, count in overlapped.items())
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -402,23 +405,28 @@ def test_the_shipped_models_drafts_are_worth_it(tiny: Path, temperature: float) 
 
 
 def on_ranks(rank: int, folder: Path) -> None:
-    """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same."""
+    """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same.
+
+    With overlap, a half may be empty on some.
+    """
     config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
 
-    def answers(shape: tuple[int, int], drafts: int, adapts: bool = False) -> list[tuple]:
+    def answers(shape: tuple[int, int], drafts: int, overlap: str = "off", adapts: bool = False) -> list[tuple]:
         mesh = sub_mesh(0, *shape)
-        settings = replace(SETTINGS, speculate=drafts, adapts=adapts)
+        settings = replace(SETTINGS, speculate=drafts, overlap=overlap, adapts=adapts)
         engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
         return one_run([("unified", engine, mesh)], folder, interrupt)
 
     expected = answers((1, 1), 0)
     assert rank or len({tuple(tokens) for tokens, *_ in expected}) == 7
-    for shape, drafts in (((1, 1), 2), ((2, 1), 1), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3), ((4, 4), 1), ((8, 2), 2)):
-        got = answers(shape, drafts)
-        assert got == expected or rank, f"{shape}, {drafts} drafts: {got} instead of {expected}"
+    plain = [((2, 1), 1), ((4, 1), 2), ((4, 4), 1), ((8, 2), 2)]
+    overlapped = [((1, 1), 2), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3)]
+    for shape, drafts, overlap in (*((*job, "off") for job in plain), *((*job, "on") for job in overlapped)):
+        got = answers(shape, drafts, overlap)
+        assert got == expected or rank, f"{shape}, {drafts} drafts, overlap {overlap}: {got} instead of {expected}"
     pipeline.DraftPolicy = RandomDrafts  # each rank is a process of its own
-    for shape, drafts in (((1, 1), 4), ((4, 1), 2), ((4, 2), 3)):
-        got = answers(shape, drafts, adapts=True)
+    for shape, drafts, overlap in (((1, 1), 4, "off"), ((4, 1), 2, "on"), ((4, 2), 3, "off")):
+        got = answers(shape, drafts, overlap, adapts=True)
         assert got == expected or rank, f"{shape}, 0 to {drafts} drafts: {got} instead of {expected}"
 
 
@@ -448,8 +456,14 @@ def test_what_does_not_fit_is_refused_with_the_equation(tiny: Path, small: Path)
     for drafts in (-1, 5):
         with pytest.raises(ValueError, match=rf"--speculate is {drafts}; it must be in 0\.\.4"):
             EngineConfig(speculate=drafts)
-    with pytest.raises(ValueError, match="--speculate with --overlap on"):
-        EngineConfig(speculate=1, overlap="on")
+    with pytest.raises(ValueError, match=r"--speculate is auto:0; it must be in auto:1\.\.auto:4"):
+        EngineConfig(speculate=0, adapts=True)
+    for text in ("", "auto:", "auto2", "auto:x", "two", "2:auto"):
+        with pytest.raises(ValueError, match=f"--speculate is '{text}'; it must be N, auto or auto:N, with a number N"):
+            parse_speculate(text)
+    assert [parse_speculate(text) for text in ("3", "auto:3", "auto")] == [(3, False), (3, True), (4, True)]
+    each = [EngineConfig(speculate=2, adapts=a, decodes=d).drafts_per_step for a, d in ((0, 1), (1, 1), (1, 0))]
+    assert [list(numbers) for numbers in each] == [[2], [0, 1, 2], [2]], "a prefill job makes all"
     rule = r"--max-batch \(40\) x \(1 \+ --speculate 2\) = 120 is over --max-tokens-per-step \(100\): .* 3 tokens"
     with pytest.raises(ValueError, match=rule):
         make_engine(tiny, 2, max_batch=40, max_tokens_per_step=100)
@@ -463,8 +477,8 @@ def test_what_does_not_fit_is_refused_with_the_equation(tiny: Path, small: Path)
 
 def test_the_command_line(tiny: Path) -> None:
     asked = ("--model", str(tiny), "--prompt", "And God said, Let there be", "--max-tokens", "24")
-    plain, drafted = run(*asked), run(*asked, "--speculate", "2")
+    plain, drafted = run(*asked), run(*asked, "--speculate", "auto")
     assert plain[0] == drafted[0] == 0 and drafted[1] == plain[1], drafted[2]
-    assert "    drafts: 2 per step, without overlap\n" in drafted[2] and "drafts" not in plain[2]
+    assert "    drafts: 0 to 4 per step\n" in drafted[2] and "drafts" not in plain[2]
     code, _, err = run(*asked, "--speculate", "7")
     assert code == 2 and "--speculate is 7; it must be in 0..4" in err and "Traceback" not in err

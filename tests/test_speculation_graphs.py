@@ -59,7 +59,7 @@ def captured(engine: Engine) -> Rerun:
 
 def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled requests, and greedy ones beside them, replay the same parts. Only who asks for experts stops it."""
-    requests, engine = all_kinds(tiny), make_engine(tiny, 2)
+    requests, engine = all_kinds(tiny), make_engine(tiny, 2, overlap="on")
     want, graphs = serve(make_engine(tiny, 0), requests)[0], captured(engine)
     assert len(graphs.captured) == 4 * len(engine.decode.buckets)
     got, stats = serve(engine, requests)
