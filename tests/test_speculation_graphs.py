@@ -60,6 +60,13 @@ def captured(engine: Engine) -> Rerun:
 def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled requests, and greedy ones beside them, replay the same parts. Only who asks for experts stops it."""
     requests, engine = all_kinds(tiny), make_engine(tiny, 2, overlap="on")
+    body, halves = engine.model.body, []
+
+    def run_body(batch: Batch, pool: torch.Tensor, dispatcher: object, both: tuple, *rest: Any) -> torch.Tensor:
+        halves.extend([half.num_tokens for half in both] for _ in range(batch.max_q == 0))
+        return body(batch, pool, dispatcher, both, *rest)
+
+    monkeypatch.setattr(engine.model, "body", run_body)
     want, graphs = serve(make_engine(tiny, 0), requests)[0], captured(engine)
     assert len(graphs.captured) == 4 * len(engine.decode.buckets)
     got, stats = serve(engine, requests)
@@ -67,6 +74,7 @@ def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.Mo
     steps = engine.graph_replays
     assert 0 < steps < stats["decode_steps"]
     assert graphs.reruns == {"_verify": steps, "_accept": steps, "_draft": 2 * steps}
+    assert len(halves) > steps and all(first == second > 0 for first, second in halves)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     others = [request for request in requests if not request.processes_logits]
     same(serve(engine, others)[0], {request.uid: want[request.uid] for request in others})
