@@ -40,7 +40,7 @@ class Chances:
 
     def add(self, place: int, tried: int, right: int) -> None:
         """Count a step's drafts in a place: `tried` of them came after right ones only, and `right` were right."""
-        kept = min(max(1 - tried / MEMORY, 0), 1) if tried * MEMORY_STEPS < MEMORY else 1 - 1 / MEMORY_STEPS
+        kept = max(1 - tried / MEMORY, 1 - 1 / MEMORY_STEPS)
         self._tried[place - 1] = self._tried[place - 1] * kept + tried
         self._right[place - 1] = self._right[place - 1] * kept + right
 

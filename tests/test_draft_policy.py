@@ -167,9 +167,10 @@ def test_a_probe_ends_with_its_bucket() -> None:
     assert [policy.choose(4) for _ in range(2)] == [1, 1]
     policy.count_step(4, 0, 1, 0.02)
     policy.count_step(4, 1, 1, 0.03)
-    assert policy.choose(8) == 0, "the next bucket begins with what the nearest one uses"
+    assert policy.choose(8) == 0
     assert policy._times[4].ratio(1) == pytest.approx(1.5, rel=0.01)
     assert [policy.choose(4) for _ in range(3)] == [1, 1, 1], "a draft in half of a step pays: 1.7 tokens"
+    assert policy.choose(2) == 1 and policy.choose(16) == 0, "a bucket begins with what the nearest one uses"
 
 
 def test_beside_prompts_drafts_pay_where_a_token_of_such_a_step_is_cheap() -> None:

@@ -185,21 +185,18 @@ def test_a_step_that_runs_ahead_of_the_host_gives_the_same(
     assert all(count == (overlap == "on") * stats[f"{name}_steps"] for name, count in overlapped.items())
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_any_number_of_drafts_in_each_step_gives_the_same(
-    tiny: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also none, in which case later drafts need the KV that was filled; and when pages come from the cache."""
+def test_any_number_of_drafts_in_each_step_gives_the_same(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also none; also when steps run ahead of the host, and pages come from the cache."""
     monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
-    requests = [r for r in all_kinds(tiny) if not (ahead and r.processes_logits)]
+    requests = [r for r in all_kinds(tiny) if not r.processes_logits]
     want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, 2, adapts=True)
-    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
-    run, seen = engine.run, set()
-    monkeypatch.setattr(engine, "run", lambda work: (seen.add((work.mixed, work.drafts)), run(work))[1])
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
+    run, works = engine.run, []
+    monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
     for _ in range(2):
         same(serve(engine, requests)[0], want)
-    assert {drafts for mixed, drafts in seen if not mixed} == set(itertools.product(range(3), repeat=2))
-    assert {drafts.made for mixed, drafts in seen if mixed} == set(range(3)) and engine.scheduler.cache.hits
+    assert {work.drafts for work in works if not work.mixed} == set(itertools.product(range(3), repeat=2))
+    assert {work.drafts.made for work in works if work.mixed} == set(range(3)) and engine.scheduler.cache.hits
 
 
 def test_the_policy_hears_of_each_step_and_of_all_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +216,12 @@ def test_the_policy_hears_of_each_step_and_of_all_drafts(tiny: Path, monkeypatch
     engine, works = make_engine(tiny, 3, adapts=True), []
     run = engine.run
     monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
-    _, stats = serve(engine, all_kinds(tiny)[:8], lambda role, turn: roles.append(role))
+
+    def between(role: Unified, turn: int) -> None:
+        roles.append(role)
+        assert engine.scheduler.decode_tokens == 1 + works[-1].drafts.made, "prompts get the room that drafts leave"
+
+    _, stats = serve(engine, all_kinds(tiny)[:8], between)
     steps = [item for item in heard if isinstance(item, tuple)]
     assert [step[:-1] for step in steps] == [
         (None, work.most_tokens) if work.mixed else (work.decode_rows, *work.drafts) for work in works
@@ -229,6 +231,38 @@ def test_the_policy_hears_of_each_step_and_of_all_drafts(tiny: Path, monkeypatch
     counts, told = roles[0].stats(), [item for item in heard if isinstance(item, list)]
     assert told[-1] == [counts[f"{kind}_drafts_{i}"] for kind in ("verified", "accepted") for i in (1, 2, 3)]
     assert all(a <= b for before, after in itertools.pairwise(told) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_decides_and_hears_the_drafts_of_each_replica_once(
+    tiny: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside another rank of the replica, which is simulated, and counts as if all its drafts were right."""
+    told, works, policy = [], [], RandomDrafts(2)
+
+    def agree(mesh: Mesh, *mine: int) -> list[list[int]]:
+        other = [*mine[:5], 7 if rank == 0 else policy.choose(1), *[len(told) * (rank == 1)] * 4]
+        told.append([list(mine), other] if rank == 0 else [other, list(mine)])
+        return told[-1]
+
+    monkeypatch.setattr(Mesh, "agree", agree)
+    monkeypatch.setattr(Mesh, "leads", rank == 0)
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", lambda most: policy)
+    engine = make_engine(tiny, 2, Mesh(rank), adapts=True)
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda work: (works.append((work, told[-1])), run(work))[1])
+    role = Unified(engine)
+    turns = Pipeline(role, engine, engine.mesh)
+    for request in all_kinds(tiny)[:3]:
+        role.handle(Submit(request, None))
+    while turns.turn() == Turn.WORKED:
+        pass
+    assert [work.drafts.made for work, _ in works] == [first[5] for _, (first, _) in works]
+    assert {work.drafts.made for work, _ in works} == {0, 1, 2}
+    counts = role.acceptance.counts()
+    assert counts[0] > counts[2] > 0
+    assert told[-1][rank][6:] == (counts if rank == 0 else [0] * 4)
+    assert policy._counts == (counts if rank == 0 else [0] * 4)
 
 
 def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
