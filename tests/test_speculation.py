@@ -41,6 +41,7 @@ from tests import hf
 from tests.conftest import ROOT
 from tests.deployment import run
 from tests.news import singly
+from tests.rerun import captured
 from tests.test_mtp import DOMAINS
 from tests.test_worlds import SETTINGS, one_run
 from tests.worlds import run_world, sub_mesh
@@ -441,27 +442,34 @@ def test_the_shipped_models_drafts_are_worth_it(tiny: Path, temperature: float) 
 def on_ranks(rank: int, folder: Path) -> None:
     """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same.
 
-    With overlap, a half may be empty on some.
+    With overlap, a half may be empty on some. Where the parts of decode steps are replayed, that holds for ranks with
+    sampled requests, with greedy ones and with none.
     """
     config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
 
-    def answers(shape: tuple[int, int], drafts: int, overlap: str = "off", adapts: bool = False) -> list[tuple]:
+    def answers(
+        shape: tuple[int, int], drafts: int, overlap: str = "off", replays: bool = False, adapts: bool = False
+    ) -> list[tuple]:
         mesh = sub_mesh(0, *shape)
         settings = replace(SETTINGS, speculate=drafts, overlap=overlap, adapts=adapts)
         engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
-        return one_run([("unified", engine, mesh)], folder, interrupt)
+        graphs = captured(engine) if replays and engine is not None else None
+        found = one_run([("unified", engine, mesh)], folder, interrupt)
+        assert graphs is None or graphs.reruns["_verify"] > 0
+        return found
 
     expected = answers((1, 1), 0)
     assert rank or len({tuple(tokens) for tokens, *_ in expected}) == 7
-    plain = [((2, 1), 1), ((4, 1), 2), ((4, 4), 1), ((8, 2), 2)]
-    overlapped = [((1, 1), 2), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3)]
-    for shape, drafts, overlap in (*((*job, "off") for job in plain), *((*job, "on") for job in overlapped)):
-        got = answers(shape, drafts, overlap)
-        assert got == expected or rank, f"{shape}, {drafts} drafts, overlap {overlap}: {got} instead of {expected}"
+    plain = [((2, 1), 1), ((4, 4), 1), ((8, 2), 2)]
+    overlapped = [((1, 1), 2), ((2, 2), 1), ((4, 1), 2)]
+    replayed = [((4, 1), 2, "off"), ((4, 2), 3, "on")]
+    for job in (*((*job, "off") for job in plain), *((*job, "on") for job in overlapped), *replayed):
+        got = answers(*job, replays=job in replayed)
+        assert got == expected or rank, f"{job}: {got} instead of {expected}"
     pipeline.DraftPolicy = RandomDrafts  # each rank is a process of its own
-    for shape, drafts, overlap in (((1, 1), 4, "off"), ((4, 1), 2, "on"), ((4, 2), 3, "off")):
-        got = answers(shape, drafts, overlap, adapts=True)
-        assert got == expected or rank, f"{shape}, 0 to {drafts} drafts: {got} instead of {expected}"
+    for job in (((1, 1), 4, "off"), ((4, 1), 2, "on"), ((4, 2), 3, "off", True)):
+        got = answers(*job, adapts=True)
+        assert got == expected or rank, f"{job}, or fewer drafts: {got} instead of {expected}"
 
 
 def test_every_arrangement_gives_the_same_tokens(tiny: Path) -> None:

@@ -3,58 +3,15 @@
 So all is tested here but CUDA's own capture, which `test_gpu_speculation.py` needs a GPU for.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from disagg.engine import Engine
-from disagg.graphs import Graphs
 from model.batch import Batch
+from tests.rerun import captured
 from tests.test_speculation import RandomDrafts, all_kinds, make_engine, same, serve
-
-
-class Rerun(Graphs):
-    """Replays by calling again what was captured, and puts the results where they were the first time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reruns: Counter[str] = Counter()
-
-    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        result = call()
-
-        def replay() -> None:
-            self.reruns[call.func.__name__] += 1  # type: ignore[attr-defined]
-            put(call(), result)
-
-        return replay, result
-
-
-def put(new: Any, old: Any) -> None:
-    """Copy all tensors of `new` into those at the same places of `old`."""
-    if isinstance(old, torch.Tensor):
-        old.copy_(new)
-    elif is_dataclass(old):
-        put([getattr(new, f.name) for f in fields(old)], [getattr(old, f.name) for f in fields(old)])
-    elif isinstance(old, tuple | list):
-        for one, other in zip(new, old, strict=True):
-            put(one, other)
-    else:
-        assert new == old
-
-
-def captured(engine: Engine) -> Rerun:
-    """Make an engine replay its decode steps."""
-    graphs = Rerun()
-    assert engine.speculation is not None
-    engine.captures, engine.graphs, engine.speculation.graphs = True, graphs, graphs
-    engine.run_every_size(list)
-    return graphs
 
 
 def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
