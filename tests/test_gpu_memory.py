@@ -31,14 +31,14 @@ def kept_by_graphs() -> int:
     return sum(s["total_size"] - s["allocated_size"] for s in segments)
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_the_table_is_what_the_gpu_reports(drafts: int) -> None:
+@pytest.mark.parametrize(("drafts", "adapts"), [(0, False), (2, False), (2, True)])
+def test_the_table_is_what_the_gpu_reports(drafts: int, adapts: bool) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     before, kept_before = torch.cuda.memory_allocated(), kept_by_graphs()
     config = replace(SHAPES["v2_lite"], num_hidden_layers=6, drafts=drafts > 0)
     mesh, kv_tokens = Mesh(device=torch.device("cuda", 0)), BATCH * (PROMPT + 64)
-    settings = EngineConfig(BATCH, BATCH * PROMPT, kv_tokens, max_model_len=2048, speculate=drafts)
+    settings = EngineConfig(BATCH, BATCH * PROMPT, kv_tokens, max_model_len=2048, speculate=drafts, adapts=adapts)
     model = random_model(config, mesh, settings.positions(config), ["auto"])
     engine = Engine(settings, model, mesh, print)
     engine.warm_up(list)

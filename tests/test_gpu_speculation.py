@@ -15,7 +15,7 @@ from model.transformer import op_shape
 from parallel.mesh import Mesh
 from tests.test_gpu_engine import differences
 from tests.test_gpu_engine import serve as serve_joining
-from tests.test_speculation import all_kinds, make_engine, prompts_of, same, serve
+from tests.test_speculation import RandomDrafts, all_kinds, make_engine, prompts_of, same, serve
 from tests.worlds import run_world, sub_mesh
 
 pytestmark = pytest.mark.gpu
@@ -24,22 +24,33 @@ MESH = Mesh(device=DEVICE)
 
 
 def engine_of(
-    folder: Path, drafts: int, dtype: torch.dtype, graphs: str = "auto", mesh: Mesh = MESH, overlap: str = "auto"
+    folder: Path,
+    drafts: int,
+    dtype: torch.dtype,
+    graphs: str = "auto",
+    mesh: Mesh = MESH,
+    overlap: str = "auto",
+    adapts: bool = False,
 ) -> Engine:
     ops, _ = choose(op_shape(ModelConfig.from_pretrained(folder)), dtype, DEVICE)
-    name = str(dtype).removeprefix("torch.")
-    engine = make_engine(folder, drafts, mesh, ops, dtype=name, graphs=graphs, overlap=overlap, prefix_cache="off")
+    name, how = str(dtype).removeprefix("torch."), {"graphs": graphs, "overlap": overlap, "adapts": adapts}
+    engine = make_engine(folder, drafts, mesh, ops, dtype=name, prefix_cache="off", **how)
     engine.warm_up(list)
     assert bool(engine.graphs.captured) == (graphs == "auto")
     return engine
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 4])
-def test_every_kind_of_request_gets_the_same_answer_in_float32(tiny: Path, drafts: int) -> None:
-    """Steps run ahead of the host here, but for those of requests that change their logits."""
-    requests = all_kinds(tiny)
-    plain, drafting = (engine_of(tiny, n, torch.float32) for n in (0, drafts))
+@pytest.mark.parametrize(("drafts", "adapts"), [(1, False), (2, False), (4, False), (3, True)])
+def test_every_kind_of_request_gets_the_same_answer_in_float32(
+    tiny: Path, drafts: int, adapts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps run ahead of the host here, but for those of requests that change their logits. With `adapts` each has any
+    number of drafts."""
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
+    requests, plain = all_kinds(tiny), engine_of(tiny, 0, torch.float32)
+    drafting = engine_of(tiny, drafts, torch.float32, adapts=adapts)
     same(serve(drafting, requests)[0], serve(plain, requests)[0])
+    assert drafting.graph_replays > 0
     for engine in (plain, drafting):
         engine.close()
 
