@@ -1,6 +1,7 @@
 """Run the work of scripts.bench.engine through another engine, with random weights of the same distribution.
 
 python scripts/bench/engine/peer.py vllm --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
+python scripts/bench/engine/peer.py sglang --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
 python scripts/bench/engine/peer.py transformers --model FOLDER --batch 1,4 --prompt 32 --output 8 --step-tokens 128
 
 `python -m scripts.bench.engine --peer` runs this, with a FOLDER that holds a config.json and no weights. The last line
@@ -9,9 +10,9 @@ vLLM where it is installed, otherwise transformers.
 
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
-This file is a script that imports nothing of the project, but loads model/dummy.py by its path. So the peer may have
-another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables reach
-the peer, for example VLLM_TUNED_CONFIG_FOLDER.
+This file is a script. Of the project it imports only its neighbours, and model/dummy.py by its path. So the peer may
+have another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables
+reach the peer, for example VLLM_TUNED_CONFIG_FOLDER.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from peer_sglang import SGLang, watch  # these two lie beside this script
+from peer_work import generated
 
 LAW = importlib.util.spec_from_file_location("dummy", Path(__file__).parents[3] / "model" / "dummy.py")
 assert LAW is not None and LAW.loader is not None
@@ -60,7 +63,7 @@ class VLLM:
             dtype="bfloat16",
             seed=0,
             enable_prefix_caching=False,
-            max_model_len=args.prompt + self.tokens(max(args.batch)),
+            max_model_len=args.prompt + generated(args, args.prompt, max(args.batch)),
             max_num_seqs=max(*args.batch, args.prefill_batch),
             max_num_batched_tokens=max(args.step_tokens, *args.batch, args.prefill_batch),
             compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batch})},
@@ -68,10 +71,6 @@ class VLLM:
         llm.apply_model(dummy.randomize)  # vLLM's dummy weights send every token to the same experts
         self.engine = llm.llm_engine
         self.vocab = self.engine.vllm_config.model_config.get_vocab_size()
-
-    def tokens(self, batch: int) -> int:
-        """Return how many tokens each request generates, so that all decode together for --output steps."""
-        return self.args.output + -(-batch * self.args.prompt // self.args.step_tokens) + 3
 
     def drive(self, batch: int, max_tokens: int) -> tuple[float, list[tuple[float, int, int]]]:
         """Run `batch` requests to their end. Return the time of the start, and a mark for each step that gave tokens.
@@ -109,7 +108,7 @@ class VLLM:
         return batch * self.args.prompt / (marks[-1][0] - start)
 
     def decode(self, batch: int) -> float:
-        _, marks = self.drive(batch, self.tokens(batch))
+        _, marks = self.drive(batch, generated(self.args, self.args.prompt, batch))
         window = [now for now, tokens, seen in marks if tokens == seen == batch][1:]  # after the last prompt
         return batch * (len(window) - 1) / (window[-1] - window[0])
 
@@ -163,7 +162,7 @@ class Transformers:
         return batch * self.args.output / (self.now() - start)
 
 
-PEERS = {"vllm": VLLM, "transformers": Transformers}
+PEERS = {"vllm": VLLM, "sglang": SGLang, "transformers": Transformers}
 
 
 def rate(measure: Callable[[int], float], batch: int, repeat: int) -> float | None:
@@ -211,3 +210,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # in a process of SGLang's
+    watch(dummy.randomize)

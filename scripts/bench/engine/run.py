@@ -3,6 +3,7 @@
 python -m scripts.bench.engine --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
 python -m scripts.bench.engine --peer                                        # beside vLLM, else transformers
 python -m scripts.bench.engine --peer vllm --peer-python "source peer/env.sh && python3"
+python -m scripts.bench.engine --peer sglang --peer-python "source sglang/env.sh && python3"
 torchrun --nproc-per-node 2 -m scripts.bench.engine --shape v3 --layers 6 --batch 128 --prefill-batch 16 --overlap on
 
 On a GPU the reference of each rate is a roofline (scripts.bench.lib.roofline). It is modelled from this GPU's ceilings,
@@ -49,6 +50,7 @@ from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts.bench.engine.peer_config import write_config
+from scripts.bench.engine.peer_work import generated
 from scripts.bench.lib import roofline
 from scripts.bench.lib.flags import new_file, positive, positives
 from scripts.bench.lib.measurements import Measurement, Report, save
@@ -212,7 +214,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         "--peer",
         nargs="?",
         const="auto",
-        choices=("auto", "vllm", "transformers"),
+        choices=("auto", "vllm", "sglang", "transformers"),
         help="also run the same work through this engine",
     )
     add(
@@ -241,14 +243,6 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def outputs(args: argparse.Namespace) -> dict[int, int]:
     """Return `generated` for each decode batch."""
     return {batch: generated(args, args.prompt, batch) for batch in args.batch}
-
-
-def generated(args: argparse.Namespace, prompt: int, batch: int) -> int:
-    """Return how many tokens each request generates, so that all decode together for --output steps.
-
-    The first requests already decode while the last prompts are computed.
-    """
-    return args.output + -(-batch * prompt // args.step_tokens) + 3
 
 
 def measure(bench: Bench, report: EngineReport, args: argparse.Namespace) -> None:
