@@ -115,7 +115,12 @@ def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
     )
     add("--prefix-cache", choices=("auto", "off"), default="auto", help="compute once what prompts share (auto: on)")
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
-    add("--speculate", type=int, default=0, metavar="N", help="drafts per step, by the model's own MTP layer (0)")
+    add(
+        "--speculate",
+        default="0",
+        metavar="N|auto[:N]",
+        help="drafts per step, by the model's own MTP layer; auto: 0 to N (4), whatever pays best (0)",
+    )
     if role != "prefill":
         add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for decode steps (auto)")
 

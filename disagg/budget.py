@@ -101,7 +101,7 @@ def plan_parts(
     captures: bool,
     spare_layers: int = 0,
     handoff: int = 0,
-    drafts: int = 0,
+    drafts: abc.Sequence[int] = (0,),
 ) -> dict[str, int]:
     """Return the table's rows without KV: name -> bytes.
 
@@ -110,13 +110,13 @@ def plan_parts(
     many tokens in addition to the step's own.
     `spare_layers`: layers whose experts may move at once (`disagg/rebalance.py`).
     `handoff`: bytes of the KV handoff's buffers (`disagg/handoff/credits.py`).
-    `drafts`: of each decoding sequence, which a step verifies.
+    `drafts`: how many of each decoding sequence a step may verify, the most last.
     """
     tokens = shape.whole(max_tokens_per_step)
     most = max(buckets)
-    rows = most * (1 + drafts)  # tokens of decode steps, and rows of logits
+    rows = most * (1 + drafts[-1])  # tokens of decode steps, and rows of logits
     steps = [contiguous_step(shape, tokens, tokens + longest, rows), masked_step(shape, rows)]
-    if drafts:
+    if drafts[-1]:
         steps = [drafting(shape, count, step) for count, step in zip((tokens, rows), steps, strict=True)]
     steps.append(sampling(shape.config, rows))
     weights = weight_bytes(shape)
@@ -126,6 +126,6 @@ def plan_parts(
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),
-        "CUDA graphs": graphs(shape, buckets) if captures else 0,
+        "CUDA graphs": graphs(shape, buckets, drafts) if captures else 0,
         "cuBLAS workspaces": WORKSPACES,
     }

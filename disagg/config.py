@@ -61,7 +61,8 @@ class EngineConfig:
     decodes: bool = True  # False for a prefill job
     graphs: str = "auto"  # decode in CUDA graphs if there is CUDA; or "off"
     overlap: str = "auto"
-    speculate: int = 0  # drafts per step by the multi-token-prediction layer
+    speculate: int = 0  # N: drafts per step by the multi-token-prediction layer, at most
+    adapts: bool = False  # a decode step has 0 to N drafts, whatever pays best
     redundant_experts: int = 0  # slots of the job beyond one per expert
     expert_map: str | None = None  # path of a recording to balance for
     record_experts: str | None = None  # path of a recording to write
@@ -76,8 +77,8 @@ class EngineConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if not 0 <= self.speculate <= MOST_DRAFTS:
             raise ValueError(f"--speculate is {self.speculate}; it must be in 0..{MOST_DRAFTS}")
-        if self.speculate and self.overlap == "on":
-            raise ValueError("--speculate with --overlap on: a step that verifies drafts does not run as two halves")
+        if self.adapts and not self.speculate:
+            raise ValueError(f"--speculate is auto:0; it must be in auto:1..auto:{MOST_DRAFTS}")
         if self.kv_tokens is not None and self.kv_tokens < PAGE:
             raise ValueError(f"--kv-tokens is {self.kv_tokens}; it must be at least a page of {PAGE}")
         if self.redundant_experts < 0:
@@ -99,7 +100,13 @@ class EngineConfig:
         given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
         chosen = [text.removeprefix(DISPATCH) for text in args.backend if text.startswith(DISPATCH)]
         given |= {"decodes": args.role != "prefill", "rebalance": Rebalance.parse(args.rebalance)}
+        given["speculate"], given["adapts"] = parse_speculate(args.speculate)
         return cls(**given, dispatch=chosen[-1] if chosen else "auto")
+
+    @property
+    def drafts_per_step(self) -> range:
+        """Return the numbers of drafts that a step may make. A prefill job always makes N."""
+        return range(0 if self.adapts and self.decodes else self.speculate, self.speculate + 1)
 
     def model_len(self, model: ModelConfig) -> int:
         limit = self.max_model_len or model.max_position_embeddings
@@ -121,3 +128,12 @@ class EngineConfig:
         one more may follow unseen. Each goes N + 1 positions further, and their drafts less than that.
         """
         return self.model_len(model) + (3 * (self.speculate + 1) if self.speculate else 0)
+
+
+def parse_speculate(text: str) -> tuple[int, bool]:
+    """Parse `N`, `auto` or `auto:N`: return N, and whether steps may have fewer drafts. Raises ValueError."""
+    number, adapts = text.removeprefix("auto:"), text.startswith("auto")
+    try:
+        return (MOST_DRAFTS if text == "auto" else int(number)), adapts
+    except ValueError:
+        raise ValueError(f"--speculate is {text!r}; it must be N, auto or auto:N, with a number N") from None

@@ -6,7 +6,6 @@ It launches steps and returns their tokens. It knows nothing of routers and link
 import gc
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,16 +16,19 @@ from torch import Tensor
 from disagg.buckets import make_buckets
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_placement
+from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs, Progress
 from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
 from disagg.page_cache import PageCache
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
 from disagg.speculation import Speculation
-from disagg.step import NO_WORK, Step, Work
-from disagg.steps import DecodeStep, PromptStep
+from disagg.step import NO_WORK, Drafts, Step, Work
+from disagg.steps import DecodeStep, PromptStep, places
+from disagg.warm_up import decode_work, prompt_sizes, prompt_work
 from kernels.ops import Ops
-from model.batch import NO_DECODES, Batch, Chunk, to_host
+from model.batch import Batch, to_host
 from model.checkpoint import open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
@@ -64,10 +66,8 @@ class Engine:
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.loaded = loaded
         self.max_model_len = settings.model_len(self.config)
-        self.rule = Rule(
-            "off" if settings.speculate else settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share
-        )
-        buckets = make_buckets(settings.max_batch, self.rule.row_multiple)
+        self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
+        buckets = make_buckets(settings.max_batch, partial(self.rule.row_multiple, each=1 + settings.speculate))
         max_tokens = -(-settings.max_tokens_per_step // mesh.attn.size)  # that this rank dispatches in the largest step
         self.dispatchers = make_dispatchers(
             settings.dispatch,
@@ -83,10 +83,10 @@ class Engine:
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
             decodes=settings.decodes,
         )
-        self.graphs, self.why_graphs = self._decide_graphs()
+        self.captures, self.why_graphs = self._decide_graphs()
         self.budget = None
         if mesh.device.type == "cuda":
-            self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.graphs, handoff_bytes)
+            self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.captures, handoff_bytes)
         if self.budget is not None:
             pages = self.budget.pages(settings.kv_tokens)
             memory = self.budget.table(pages)
@@ -113,16 +113,17 @@ class Engine:
         # Two host copies, used in turn: a step's tokens are read when the next step may have been launched, but not the
         # one after.
         self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
-        self._latest = NO_WORK
-        max_pages = pages_for(self.max_model_len)
+        self._latest, self._made = NO_WORK, settings.speculate
+        width = pages_for(settings.positions(self.config))
+        inputs = FixedInputs(2 + settings.speculate, buckets[-1], width, mesh.device)
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
-        self.decode = DecodeStep(masked, self.tokens, buckets, max_pages, self.rule.in_decode)
+        self.graphs, self.graph_replays = Graphs(), 0  # steps that replayed some
+        self.decode = DecodeStep(masked, self.tokens, buckets, inputs, self.graphs, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
         self.sampler = Sampler(self.tokens, mesh.attn)
         self.speculation: Speculation | None = None
         if settings.speculate:
-            drafts, width = settings.speculate, pages_for(settings.positions(self.config))
-            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, drafts, buckets[-1], width)
+            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, inputs, self.graphs)
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -184,8 +185,6 @@ class Engine:
             return False, ""
         if self.settings.graphs == "off":
             return False, "no CUDA graphs: --graphs off"
-        if self.settings.speculate:
-            return False, "no CUDA graphs: --speculate"
         if not self.ops.capturable:
             return False, "no CUDA graphs: torch serves ops that wait for the host"
         return True, "in CUDA graphs"
@@ -207,36 +206,46 @@ class Engine:
         """
         if self.mesh.device.type != "cuda":
             return
-        limit = min(self.max_model_len, self.kv_tokens)
-        largest = min(self.settings.max_tokens_per_step, self.settings.max_batch * limit)
-        # largest - 1, because odd sizes use other kernels
-        sizes = {2**i for i in range(largest.bit_length())} | {largest, max(1, largest - 1)}
-        vocab = self.config.vocab_size
-        for size in progress(sorted(sizes, reverse=True)):
-            prompts = [
-                Chunk([i * 7919 % vocab for i in range(min(limit, size - at))], 0, range(1, pages_for(limit) + 1))
-                for at in range(0, size, limit)
-            ]
-            self.prompt.run(NO_DECODES, prompts)
-            if self.rule.in_prefill(size):
-                self.prompt.run(NO_DECODES, prompts, overlapped=True)
-        page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
-        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
-        self.ops.pack_pages(self.pool, page, packed)
-        self.ops.unpack_pages(packed, self.pool, page)
-        if self.graphs:
-            self.decode.capture(progress)
-        elif self.settings.decodes:
-            for rows in progress(self.decode.buckets[::-1]):
-                if self.speculation is not None:
-                    self.speculation.run(replace(NO_WORK, decode_rows=rows))
-                else:
-                    self.decode.run(NO_DECODES, rows)
+        self.run_every_size(progress)
         torch.cuda.synchronize()
         if self.model.load_counter is not None:
             self.model.load_counter.forget()
         gc.collect()
         gc.freeze()  # these objects live as long as the engine, so later collections can skip them
+
+    def run_every_size(self, progress: Progress) -> None:
+        """Collective. Run steps of all sizes in which kernels differ, and capture those that decode."""
+        limit, drafts = min(self.max_model_len, self.kv_tokens), self._every_drafts()[-1]
+        most, vocab = self.settings.max_tokens_per_step, self.config.vocab_size
+        for size in progress(prompt_sizes(min(most, self.settings.max_batch * limit))):
+            for overlapped in (False, True)[: 1 + self.rule.in_prefill(size)]:
+                self._compute(prompt_work(size, limit, vocab, overlapped, drafts))
+        page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
+        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
+        self.ops.pack_pages(self.pool, page, packed)
+        self.ops.unpack_pages(packed, self.pool, page)
+        buckets = self.decode.buckets
+        if drafts is not None:  # how many get a token in a step with prompts: drafts follow
+            for rows in progress(buckets[::-1]):
+                self._compute(prompt_work(rows, 1, vocab, False, drafts))
+        if self.captures:
+            self.graphs.capture(self.decode_nothing, buckets, progress)
+        elif self.settings.decodes:
+            for rows in progress(buckets[::-1]):
+                self.decode_nothing(rows)
+
+    def decode_nothing(self, rows: int) -> None:
+        """Collective. Run a decode step of so many rows of padding."""
+        for drafts in reversed(self._every_drafts()):
+            self._compute(decode_work(rows, self._overlaps(rows, drafts), drafts))
+
+    def _every_drafts(self) -> list[Drafts] | list[None]:
+        """Return the drafts of steps that follow on their like, the most last."""
+        return [Drafts(n, n) for n in self.settings.drafts_per_step] if self.speculation is not None else [None]
+
+    def _overlaps(self, rows: int, drafts: Drafts | None) -> bool:
+        """Return whether a decode step runs as two halves."""
+        return self.rule.in_decode(rows, 1 + drafts.verified if drafts is not None else 1)
 
     def launch(
         self,
@@ -245,18 +254,19 @@ class Engine:
         most_tokens: int,
         meanwhile: Callable[[], None] = lambda: None,
         eager: bool = False,
+        makes: int | None = None,
     ) -> Step:
         """Start this rank's part of an agreed step. It may be empty: every rank takes part in every step.
 
         `decode_rows`: the bucket, if no rank has prompt tokens in this step, or None. With a bucket, all ranks use the
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica. `eager`: replay no graph, because a request
-        on some rank asks for its chosen experts.
+        on some rank asks for its chosen experts. `makes`: drafts, if not as many as in every step.
 
         `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
         Any other step calls it before the launch, because that takes about as long as the step itself. On a CPU the
         host computes the step. On a GPU it waits inside the step for the experts' row counts.
         """
-        work = self.lay_out(plan, decode_rows, most_tokens, eager)
+        work = self.lay_out(plan, decode_rows, most_tokens, eager, makes)
         ahead = self.runs_ahead(work)
         if not ahead:
             meanwhile()
@@ -265,25 +275,40 @@ class Engine:
             meanwhile()
         return step
 
-    def lay_out(self, plan: Plan, decode_rows: int | None, most_tokens: int, eager: bool = False) -> Work:
+    def lay_out(
+        self, plan: Plan, decode_rows: int | None, most_tokens: int, eager: bool = False, makes: int | None = None
+    ) -> Work:
         """Collect a step's inputs. The previous step's tokens may still be unseen.
 
         Everything that reads the sequences comes before `Plan.advance`. From then on the step counts as launched: a
         sequence that ends now keeps its pages.
         """
         decodes, prompts = self._latest.next_decodes(plan.decodes), plan.prompt_chunks()
-        sequences = plan.advance()
+        sequences, drafts = plan.advance(), self._next_drafts(makes) if self.speculation is not None else None
         if decode_rows is None:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
-            rows, overlapped = self.decode.places(len(sequences), decode_rows), self.rule.in_decode(decode_rows)
-        drafts = self.settings.speculate
-        self._latest = Work(plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts)
+            overlapped = self._overlaps(decode_rows, drafts)
+            rows = places(len(sequences), decode_rows, overlapped)
+        self._latest = Work(
+            plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts, most_tokens
+        )
         return self._latest
+
+    def _next_drafts(self, makes: int | None) -> Drafts:
+        """Return the drafts of the next step, which makes `makes` new ones, and count it as launched.
+
+        It verifies as many as the step before it has made. A handed-over sequence brings N, and may lose some.
+        """
+        drafts = Drafts(self._made, self.settings.speculate if makes is None else makes)
+        self._made = drafts.made
+        self.scheduler.decode_tokens = 1 + drafts.made
+        return drafts
 
     def runs_ahead(self, work: Work) -> bool:
         """Does `run` return long before the step is done?"""
-        needs_tokens = work.drafts > 0 and work.plan.processes_logits  # all of them, which the host may not have seen
+        # All of them, which the host may not have seen.
+        needs_tokens = work.drafts is not None and work.plan.processes_logits
         return self.tokens.is_cuda and not work.mixed and not needs_tokens
 
     def run(self, work: Work) -> Step:
@@ -295,10 +320,8 @@ class Engine:
         scored = PromptLogprobs(work.prompts, self.tokens.device) if scores else None
         if not work.mixed:
             self.dispatchers.prepare_masked()
-        if self.speculation is not None:
-            tokens, counts, logprobs = self.speculation.run(work, chosen, scored)
-        else:
-            tokens, counts, logprobs = self._next_tokens(work, chosen, scored)
+            self.graph_replays += self.captures and not work.eager
+        tokens, counts, logprobs = self._compute(work, chosen, scored)
         experts = self._reported(chosen.rows()) if chosen is not None else None
         prompt_rows = self._reported(scored.rows()) if scored is not None else None
         done = None
@@ -310,10 +333,12 @@ class Engine:
                 observer.step()
         return Step(work, started, tokens, logprobs, done, experts, prompt_rows, counts)
 
-    def _next_tokens(
-        self, work: Work, chosen: ChosenExperts | None, scored: PromptLogprobs | None
-    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
-        """Run a step that gives each sequence one token. Returns the tokens and log probabilities of a Step."""
+    def _compute(
+        self, work: Work, chosen: ChosenExperts | None = None, scored: PromptLogprobs | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Run a step. Returns the tokens, counts and log probabilities of a Step."""
+        if self.speculation is not None:
+            return self.speculation.run(work, chosen, scored)
         latest = self.sampler.latest(work)
         if work.decode_rows is None:
             logits = self.prompt.run(work.decodes, work.prompts, work.overlapped, chosen, scored)
@@ -362,7 +387,7 @@ class Engine:
             self.rebalancer.close()
         if self.recording is not None:
             self.recording.save()
-        self.decode.reset()
+        self.graphs.reset()
         self.dispatchers.close()
         lift_limit(self.mesh.device)
 

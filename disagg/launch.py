@@ -79,7 +79,9 @@ def run_worker(
     if engine.why_graphs:
         say(f"{'decode':>10}: {engine.why_graphs}")
     if settings.speculate:
-        say(f"{'drafts':>10}: {settings.speculate} per step, without overlap")
+        drafts = settings.drafts_per_step
+        range_ = f"{drafts[0]} to " if len(drafts) > 1 else ""
+        say(f"{'drafts':>10}: {range_}{settings.speculate} per step")
     if engine.rebalancer is not None:
         say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:

@@ -141,7 +141,7 @@ def budget_of_all(
         captures,
         settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
         handoff_bytes,
-        settings.speculate,
+        settings.drafts_per_step,
     )
     page = page_bytes(config, model.dtype.itemsize)
     own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)

@@ -3,8 +3,8 @@
 A step is scheduled before the previous step's tokens have been read. A decode step is also launched before that. While
 the GPU computes it, the CPU takes up those tokens, reports to the router, and schedules the next step.
 
-The ranks of the job agree once per turn, in one collective, on the kind of step and on whether experts move before it.
-After that no rank returns early: a rank without work runs an empty batch.
+The ranks of the job agree once per turn, in one collective, on the kind of step, on whether experts move before it, and
+on how many drafts it makes. After that no rank returns early: a rank without work runs an empty batch.
 """
 
 from collections import defaultdict
@@ -15,6 +15,7 @@ from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
+from disagg.draft_policy import DraftPolicy
 from disagg.engine import Engine
 from disagg.role import Role
 from disagg.scheduler import Plan
@@ -42,6 +43,7 @@ class Agreement(NamedTuple):
     ends: tuple[int, ...]  # GOING_ON to LEAVING
     votes: tuple[int, ...]  # on moving experts
     returns_experts: tuple[int, ...]  # does a request of its step ask for its chosen experts?
+    makes: tuple[int, ...]  # the drafts that the step shall make; that of rank 0 counts
 
     @property
     def is_over(self) -> bool:
@@ -52,10 +54,9 @@ class Agreement(NamedTuple):
     def has_work(self) -> bool:
         return any(self.prefill_tokens) or any(self.decodes)
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the fullest replica."""
-        return max(map(sum, zip(self.prefill_tokens, self.decodes, strict=True)))
+    def most_tokens(self, each: int) -> int:
+        """Return the tokens of the fullest replica. `each`: those of a decoding sequence."""
+        return max(prompts + each * decodes for prompts, decodes in zip(self.prefill_tokens, self.decodes, strict=True))
 
 
 class Pipeline:
@@ -77,6 +78,10 @@ class Pipeline:
         self.stats: defaultdict[str, float] = defaultdict(int)
         self._running: Step | None = None
         self._seen = 0.0  # time.perf_counter() when the latest step had been taken up
+        settings = engine.settings
+        self._adapts = len(settings.drafts_per_step) > 1
+        self._policy = DraftPolicy(settings.speculate) if self._adapts and mesh.rank == 0 else None
+        self._rows, self._mixed = 1, False  # of the latest step: its bucket, and if it has prompt tokens
 
     def turn(self, end: int = GOING_ON) -> Turn:
         """Collective. `end`: this rank's state, GOING_ON to LEAVING."""
@@ -95,15 +100,22 @@ class Pipeline:
         return Turn.IDLE if before is None and self._running is None else Turn.WORKED
 
     def _agree(self, plan: Plan, end: int) -> Agreement:
+        makes = self.engine.settings.speculate if self._policy is None else self._policy.choose(self._rows, self._mixed)
+        mine = plan.num_prefill_tokens, len(plan.decodes), end, self.engine.vote(), plan.returns_experts, makes
+        counts = self.role.acceptance.counts() if self._adapts else []
+        if not self.mesh.leads:  # the replica's other ranks count the same
+            counts = [0] * len(counts)
         with self.waiting():
-            told = self.mesh.agree(
-                plan.num_prefill_tokens, len(plan.decodes), end, self.engine.vote(), plan.returns_experts
-            )
-        return Agreement(*zip(*told, strict=True))
+            columns = list(zip(*self.mesh.agree(*mine, *counts), strict=True))
+        if self._policy is not None:
+            self._policy.count_drafts([sum(column) for column in columns[len(mine) :]])
+        return Agreement(*columns[: len(mine)])
 
     def _launch(self, plan: Plan, agreed: Agreement, meanwhile: Callable[[], None]) -> Step:
-        rows = None if any(agreed.prefill_tokens) else self.engine.decode.bucket(max(agreed.decodes))
-        step = self.engine.launch(plan, rows, agreed.most_tokens, meanwhile, eager=any(agreed.returns_experts))
+        self._rows, self._mixed = self.engine.decode.bucket(max(agreed.decodes)), any(agreed.prefill_tokens)
+        rows, tokens = None if self._mixed else self._rows, agreed.most_tokens(self.engine.scheduler.decode_tokens)
+        eager, makes = any(agreed.returns_experts), agreed.makes[0]
+        step = self.engine.launch(plan, rows, tokens, meanwhile, eager, makes)
         self.role.launched(step)
         return step
 
@@ -124,3 +136,8 @@ class Pipeline:
         self.stats["prompt_tokens"] += step.work.plan.num_prefill_tokens
         self.stats[f"{phase}_step_tokens"] += tokens
         self.stats[f"{phase}_overlapped"] += step.work.overlapped
+        if self._policy is not None and (drafts := step.work.drafts) is not None:
+            if step.work.decode_rows is None:
+                self._policy.count_mixed(step.work.most_tokens, seconds)
+            else:
+                self._policy.count_step(step.work.decode_rows, *drafts, seconds)

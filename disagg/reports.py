@@ -68,7 +68,7 @@ class Reports:
 
     def _known(self) -> dict[str, float]:
         """Return what every rank of the replica knows alike, without communication."""
-        replays = {"graph_replays": self._engine.decode.replays}
+        replays = {"graph_replays": self._engine.graph_replays}
         known = self._pipeline.stats | replays | self._engine.scheduler.cache.stats()
         rebalancer = self._engine.rebalancer
         return known if rebalancer is None else known | rebalancer.stats.copy() | rebalancer.ages()

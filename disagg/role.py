@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import abc
 from itertools import islice
 
+from disagg.acceptance import Acceptance
 from disagg.control.messages import MOST_LEFT, Forget, Load, ToWorker, Updates
 from disagg.engine import Engine
 from disagg.handoff.protocol import LinkEvent
@@ -24,6 +25,7 @@ class Role(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.scheduler = engine, engine.scheduler
+        self.acceptance = Acceptance(engine.settings.speculate)
 
     def collect(self) -> abc.Sequence[Event]:
         """Return the events that only this rank saw since the last turn. The loop shares them within the replica."""

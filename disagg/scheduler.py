@@ -182,11 +182,11 @@ class Scheduler:
     ) -> None:
         """At most `max_batch` sequences run at once. A step computes at most `max_tokens_per_step` tokens.
 
-        A decoding sequence takes 1 + `drafts` of them. The prompts of a step see at most `max_context` tokens together,
-        which only cached ones can reach. None: a step's tokens and the longest request, as without the cache.
+        A decoding sequence takes at most 1 + `drafts` of them. The prompts of a step see at most `max_context` tokens
+        together, which only cached ones can reach. None: a step's tokens and the longest request, as without the cache.
         Raises ValueError if a step could not hold the tokens of every running sequence.
         """
-        self.decode_tokens = 1 + drafts
+        self.decode_tokens = 1 + drafts  # of a decoding sequence, in the next step
         if max_batch * self.decode_tokens > max_tokens_per_step:
             each = f" x (1 + --speculate {drafts}) = {max_batch * self.decode_tokens}" if drafts else ""
             raise ValueError(

@@ -4,42 +4,62 @@ A step of B decoding sequences with N drafts each, here N = 2. x is a sequence's
 d are for p + 1 and p + 2:
 
     x d d    target    B (N + 1) rows -> y y y, its own tokens for p + 1 .. p + 3; the first k equal the drafts
-    y y y    draft     the same rows, each with the token after it: the layer's KV, and from row k the next first draft
-    d        draft     one row per sequence, N - 1 times: the other drafts
+    y y y    fill      the same rows, each with the token after it: the draft layer's KV, and nothing else
+    y        draft     one row per sequence, its latest one: the first of the next drafts
+    d        draft     N - 1 times: the others
 
-So a step gives k + 1 tokens to a sequence. Every rank runs N drafts behind each target, whether it is idle or not. The
-KV of wrong drafts lies behind the sequence's end, where the next step writes. Chunks of prompts go through the draft
-layer too. Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
+So a step gives k + 1 tokens to a sequence. Every rank runs as many drafts behind each target, whether it is idle or
+not. A step may verify fewer drafts than N, and make fewer, down to none. It fills in any case, chunks of prompts too:
+so drafts can be made after any step. The KV of wrong drafts lies behind the sequence's end, where the next step writes.
+Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
+Where a step overlaps, the target runs as two halves of whole sequences, and the draft layer runs whole.
 
-The device alone knows the front of a sequence: x, its drafts and p, by its row in the latest step. The host says
--1 - row for x and for p. A sequence that was handed over brings its own front: the prefill job made the drafts.
+A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, fills, and drafts;
+behind the first, and behind each draft, the host chooses for requests that are not plainly greedy
+(`speculative_sampler.py`). Then what the step gave is copied to the host. In a step without prompts on a GPU, the
+device's parts are CUDA graphs: one up to the logits, one that fills, and one up to each draft. So all ranks replay the
+same ones, whatever a request of one rank asks for. Only the first two depend on how many drafts were verified.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disagg.sampler import process, sampling_rows
+from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
+from disagg.speculation_inputs import Inputs, SpeculationInputs
+from disagg.speculative_sampler import SpeculativeSampler
 from disagg.step import Work
-from model.batch import Batch, Chunk, Decodes, page_rows, to_device, to_host
+from model.batch import Batch
 from model.prompt_logprobs import PromptLogprobs
-from model.sampling import COLDEST, NO_TOKEN, accepted, likeliest, sample, top_logprobs
+from model.sampling import accepted, likeliest
 from model.transformer import Transformer
 from parallel.chosen_experts import ChosenExperts
-from parallel.dispatchers import Dispatchers
+from parallel.dispatchers import Dispatcher, Dispatchers
 from parallel.mesh import Group
 
 
 class Outcome(NamedTuple):
-    """What a step gives to its S sequences, decodes first. On the host once the step is done."""
+    """What a step gives, by row, on the host once the step is done. Read it before the second step after this one."""
 
-    tokens: Tensor  # [S, N + 1] int64; of a prompt that ends here, its first token and the drafts after it
-    counts: Tensor  # [S] int64: so many of them are new
-    logprobs: tuple[Tensor, Tensor] | None  # ids and values [S, N + 1, K + 1], if a request asks
+    tokens: Tensor  # [rows, N + 1] int64; of a prompt that ends here, its first token and the drafts after it
+    counts: Tensor  # [rows] int64: so many of them are new
+    logprobs: tuple[Tensor, Tensor] | None  # ids and values [S, verified + 1, K + 1], if a request asks
+
+
+class Verified(NamedTuple):
+    """What the target's forward leaves to the rest of the step. R rows of decodes, T tokens, P prompts that end."""
+
+    batch: Batch
+    fed: Tensor  # [R, v + 1] int64: each sequence's latest token, and the v drafts that were verified
+    start: Tensor  # [R] int64: that token's position
+    hidden: Tensor  # [T, D], after the final norm
+    choice: Tensor  # [R (v + 1) + P] int64: the model's own tokens, which the sampler may replace in place
+    after: Tensor  # [R (v + 1) + P] int64: their positions
 
 
 class Speculation:
@@ -51,159 +71,121 @@ class Speculation:
         pool: Tensor,
         dispatchers: Dispatchers,
         attn: Group,
-        drafts: int,
-        rows: int,
-        width: int,
+        inputs: FixedInputs,
+        graphs: Graphs,
     ) -> None:
-        """`drafts`: N. `rows`: the most sequences of a step. `width`: the most pages of one, and those behind it."""
-        self.model, self.pool, self.dispatchers, self.attn = model, pool, dispatchers, attn
-        self.drafts, self.width, self.device = drafts, width, pool.device
-        self.tokens = torch.zeros(rows, drafts + 1, dtype=torch.int64, device=self.device)
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        """`inputs`: with a column per draft behind ids and positions. Its pages reach behind those of a sequence."""
+        self.model, self.pool, self.dispatchers, self.device = model, pool, dispatchers, pool.device
+        self.graphs = graphs
+        self.inputs, self.sampler = SpeculationInputs(inputs, attn.size), SpeculativeSampler(attn)
+        columns, rows = inputs.columns.shape
+        kind = {"dtype": torch.int64, "device": self.device}
+        # The fronts: each sequence's latest token and drafts, by its row in the latest step, and the token's position.
+        self.tokens, self.positions = torch.zeros(rows, columns - 1, **kind), torch.zeros(rows, **kind)
+        self._hidden = torch.zeros(
+            rows, model.config.hidden_size, dtype=model.dtype, device=self.device
+        )  # to draft from
+        # What a step gives: its number of new tokens, and the tokens. Two host copies, used in turn: one is read when
+        # the next step may have been launched, but not the one after.
+        self._given = torch.zeros(rows, columns, **kind)
+        on_gpu = self.device.type == "cuda"
+        self._seen = [torch.zeros(rows, columns, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
 
     @torch.inference_mode()
     def run(self, work: Work, chosen: ChosenExperts | None = None, scored: PromptLogprobs | None = None) -> Outcome:
         """Run a step: verify, draft, and keep the fronts. `chosen`, `scored`: as in `Transformer.body`."""
-        model, count, each = self.model, len(work.decodes.pages), self.drafts + 1
-        rows = count if work.decode_rows is None else work.decode_rows  # of decodes, padding included
+        assert work.drafts is not None
+        inputs, (verifies, makes) = self.inputs.lay_out(work), work.drafts
         dispatcher = self.dispatchers.contiguous if work.mixed else self.dispatchers.masked
-        table = self._page_table(work, rows)
-        tokens, start = self._fronts(work.decodes, rows)
-        places = start[:, None] + torch.arange(each, device=self.device)
-        batch = Batch.decode(tokens.flatten(), places.flatten(), table[:rows])
-        if work.mixed:
-            batch = Batch.join(batch, Batch.build([], self._padded(work.prompts, rows * each), self.device))
-
-        hidden = model.head.norm(model.body(batch, self.pool, dispatcher, None, chosen, scored))
-        logits = model.head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
-        lengths = to_device(np.array([s.computed for s in work.sequences[count:]], np.int64), self.device)
-        after = torch.cat((places[:count].flatten() + 1, lengths))
-        choice, logprobs = self._choose(logits, work, tokens, after)
+        eager, rows = work.mixed or work.eager, inputs.rows
+        assert eager or chosen is None, "a graph records no experts"
+        verify = partial(self._verify, inputs, verifies, dispatcher, chosen, scored)
+        verified, logits = self.graphs.part(("verify", rows, verifies), verify, eager)
+        logprobs = self.sampler.choose(logits, verified.choice, work, verified.fed, verified.after)
         del logits
-        own, first = choice[: rows * each].view(rows, each), choice[rows * each :]
-        right = accepted(tokens[:, 1:], own)
+        self.graphs.part(("accept", rows, verifies), partial(self._accept, inputs, verified), eager)
+        del verified
+        for place in range(1, makes + 1):
+            draft = partial(self._draft, inputs, place, dispatcher)
+            logits, drafts = self.graphs.part(("draft", rows, place), draft, eager)
+            self.sampler.draft(logits, drafts, work, self.positions, place)
+            del logits
+        return self._report(inputs, makes, logprobs)
 
-        following = own.flatten() if not work.mixed else torch.cat((own.flatten(), self._following(work, batch, first)))
-        state = model.draft(hidden, replace(batch, token_ids=following.clamp(min=0)), self.pool, dispatcher)
-        del hidden
-        ends = torch.arange(rows, device=self.device) * each + right
-        if batch.logit_rows is not None:
-            ends = torch.cat((ends, batch.logit_rows[rows * each :]))
-        state = F.pad(state[ends], (0, 0, 0, len(table) - len(ends)))
-        front = torch.cat((own.gather(1, right[:, None])[:, 0], first)).clamp(min=0)
-        position = torch.cat((start + right + 1, lengths))
-        size, fronts = len(front), [front]
-        at = F.pad(position, (0, len(table) - size))
-        for i in range(self.drafts):
-            if i > 0:
-                ids = F.pad(fronts[-1], (0, len(table) - size))
-                state = model.draft(state, Batch.decode(ids, at + i - 1, table), self.pool, dispatcher)
-            fronts.append(self._draft(model.head.project(state[:size]), work, position + i + 1))
-        self.tokens[:size], self.positions[:size] = torch.stack(fronts, 1), position
-        return Outcome(
-            to_host(torch.cat((own[:count], torch.stack((first, *(f[rows:] for f in fronts[1:])), 1)))),
-            to_host(torch.cat((right[:count] + 1, torch.ones_like(first)))),
-            logprobs,
-        )
+    def _verify(
+        self,
+        inputs: Inputs,
+        verifies: int,
+        dispatcher: Dispatcher,
+        chosen: ChosenExperts | None,
+        scored: PromptLogprobs | None,
+    ) -> tuple[Verified, Tensor]:
+        """Run the target over each sequence's latest token and first drafts, `verifies` of them, and over the prompts.
 
-    def _fronts(self, decodes: Decodes, rows: int) -> tuple[Tensor, Tensor]:
-        """Return each sequence's latest token and drafts [rows, N + 1], and that token's position [rows]."""
-        known = np.zeros((len(decodes.pages), self.drafts + 2), np.int64)
-        known[:, 0], known[:, 1] = decodes.positions, decodes.ids
-        for row, drafts in zip(known, decodes.drafts, strict=False):
-            row[2 : 2 + len(drafts)] = drafts
-        columns = to_device(known, self.device)
-        positions, ids, front = columns[:, 0], columns[:, 1], columns[:, 1:]
-        place = (-1 - ids).clamp(min=0)
-        tokens = self.tokens[place].where(ids[:, None] < 0, front)
-        start = self.positions[place].where(positions < 0, positions)
-        more = rows - len(ids)
-        return F.pad(tokens, (0, 0, 0, more)), F.pad(start, (0, more))
-
-    def _page_table(self, work: Work, rows: int) -> Tensor:
-        """Return the pages [.., width] of the decodes, padded to `rows`, and of the prompts that end here.
-
-        In a step with prompts, empty rows follow until they divide over the replica's ranks.
+        Returns also its logits [R (v + 1) + P, V].
         """
-        pages = [*work.decodes.pages, *[()] * (rows - len(work.decodes.pages))]
-        pages += [chunk.pages for chunk in work.prompts if chunk.wants_logits]
-        pages += [()] * (-len(pages) % self.attn.size)
-        return to_device(page_rows(pages, self.width).astype(np.int32), self.device)
+        head = self.model.head
+        row, place = (-1 - inputs.ids).clamp(min=0), (-1 - inputs.positions).clamp(min=0)
+        known = torch.cat((inputs.ids[:, None], inputs.drafts[:verifies].T), 1)
+        fed = self.tokens[row, : verifies + 1].where(inputs.ids[:, None] < 0, known)
+        start = self.positions[place].where(inputs.positions < 0, inputs.positions)
+        places = start[:, None] + torch.arange(verifies + 1, device=self.device)
 
-    def _padded(self, prompts: list[Chunk], decode_tokens: int) -> list[Chunk]:
-        """Put a chunk of padding before the prompts, so that the step's tokens divide over the replica's ranks."""
-        missing = -(decode_tokens + sum(len(c.token_ids) for c in prompts)) % self.attn.size
-        return [Chunk((0,) * missing, 0, (), wants_logits=False), *prompts] if missing else prompts
+        def batch_of(rows: slice, prompts: Batch | None) -> Batch:
+            decodes = Batch.decode(fed[rows].flatten(), places[rows].flatten(), inputs.page_table[: inputs.rows][rows])
+            return decodes if prompts is None else Batch.join(decodes, prompts)
 
-    def _following(self, work: Work, batch: Batch, first: Tensor) -> Tensor:
-        """Return the token after each of the step's prompt tokens, padding included. `first`: those after prompts."""
-        ids, ended = [], 0
-        for (sequence, count), chunk in zip(work.plan.prefills, work.prompts, strict=True):
-            ids += chunk.token_ids[1:]
-            if chunk.wants_logits:
-                ended += 1
-                ids.append(-ended)
-            else:
-                ids.append(sequence.request.prompt[chunk.start + count])
-        padding = batch.num_tokens - batch.decode_tokens - len(ids)
-        known = to_device(np.array([0] * padding + ids, np.int64), self.device)
-        return first[(-1 - known).clamp(min=0)].where(known < 0, known) if ended else known
+        prompts, after, halves = inputs.prompts, places.flatten() + 1, None
+        if prompts is not None:
+            after = torch.cat((after, prompts.lengths))
+        batch = batch_of(slice(None), None if prompts is None else prompts.batch)
+        if inputs.cut is not None:
+            first, second = (None, None) if prompts is None or prompts.halves is None else prompts.halves
+            halves = batch_of(slice(inputs.cut), first), batch_of(slice(inputs.cut, None), second)
+        hidden = head.norm(self.model.body(batch, self.pool, dispatcher, halves, chosen, scored))
+        logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
+        return Verified(batch, fed, start, hidden, likeliest(logits), after), logits
 
-    def _choose(
-        self, logits: Tensor, work: Work, tokens: Tensor, after: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the model's own token for each row of logits [R, V], as without drafts, and log probabilities.
+    def _accept(self, inputs: Inputs, verified: Verified) -> None:
+        """Write what the step gives, and the fronts without their drafts. Fill, so that drafts can follow."""
+        (rows, each), size = verified.fed.shape, inputs.fronts
+        own, first = verified.choice[: rows * each].view(rows, each), verified.choice[rows * each :]
+        right = accepted(verified.fed[:, 1:], own)
+        self._given[:rows, 0], self._given[:rows, 1 : each + 1] = right + 1, own
+        self._given[rows:size, 0], self._given[rows:size, 1] = 1, first
+        self.tokens[:rows, 0] = own.gather(1, right[:, None])[:, 0].clamp(min=0)
+        self.tokens[rows:size, 0] = first.clamp(min=0)
+        self.positions[:rows] = verified.start + right + 1
+        following, latest = own.flatten(), torch.arange(rows, device=self.device) * each + right
+        if inputs.prompts is not None and verified.batch.logit_rows is not None:
+            self.positions[rows:size] = inputs.prompts.lengths
+            after = inputs.prompts.following
+            if len(first):
+                after = first[(-1 - after).clamp(min=0)].where(after < 0, after)
+            following = torch.cat((following, after))
+            latest = torch.cat((latest, verified.batch.logit_rows[rows * each :]))
+        batch = replace(verified.batch, token_ids=following.clamp(min=0))
+        self.model.fill_draft(verified.hidden, batch, self.pool)
+        self._hidden[:size], self._hidden[size : len(inputs.page_table)] = verified.hidden[latest], 0
 
-        tokens [.., N + 1]: what was verified. `after`: the position behind each row that belongs to a sequence.
+    def _draft(self, inputs: Inputs, place: int, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
+        """Run the draft layer over each sequence's token before the one at `place`, 1 to N, and draft that one.
+
+        Returns its logits [S, V], and the likeliest drafts [S], for the sampler to replace in place in the fronts.
         """
-        choice, plan, count, each = likeliest(logits), work.plan, len(work.decodes.pages), self.drafts + 1
-        if plan.is_plain:
-            return choice, None
-        sequences = [*(s for s in plan.decodes for _ in range(each)), *work.sequences[count:]]
-        real = torch.arange(len(choice), device=self.device)[: len(after)]
-        if work.mixed:
-            assert len(choice) == len(after)
-        rows, greedy = logits[real], choice[real]
-        if plan.processes_logits:
-            seen = [len(s.tokens) for s in plan.decodes for _ in range(each)]
-            ends = [n + i % each for i, n in enumerate(seen)] + [s.computed for s in work.sequences[count:]]
-            owner, column = before_each(count, each)
-            process(rows, sequences, tokens[to_device(owner // each, self.device), to_device(column, self.device)],
-                    owner, ends)  # fmt: skip
-        warm = any(s.request.temperature > COLDEST for s in sequences)
-        if warm or plan.processes_logits:
-            parameters = replace(sampling_rows(sequences, self.device), position=after)
-            mine = sample(rows, parameters) if warm else rows.argmax(-1)
-            choice[real] = self.attn.broadcast(mine.masked_fill(greedy == NO_TOKEN, NO_TOKEN))
-        most = max((s.request.logprobs for s in sequences), default=0)
-        if not most:
-            return choice, None
-        ids, values = top_logprobs(logits[real], choice[real].clamp(min=0), most)
-        return choice, (self._by_sequence(ids, count), self._by_sequence(values, count))
+        size, rows = inputs.fronts, len(inputs.page_table)
+        padding = (0, rows - size)
+        ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size] - 1, padding)
+        batch = Batch.decode(ids, at + place - 1, inputs.page_table)
+        self._hidden[:rows] = self.model.draft(self._hidden[:rows], batch, self.pool, dispatcher)
+        logits, drafts = self.model.head.project(self._hidden[:size]), self.tokens[:size, place]
+        drafts[:] = likeliest(logits).clamp(min=0)
+        return logits, drafts
 
-    def _by_sequence(self, rows: Tensor, count: int) -> Tensor:
-        """Return rows [R, K] of `count` decodes, N + 1 each, and of prompts as [S, N + 1, K] on the host."""
-        each = self.drafts + 1
-        decodes = rows[: count * each].view(count, each, rows.shape[1])
-        prompts = rows[count * each :, None].expand(-1, each, -1)
-        return to_host(torch.cat((decodes, prompts)))
-
-    def _draft(self, logits: Tensor, work: Work, positions: Tensor) -> Tensor:
-        """Return a draft [S] for each row of logits [S, V], with the noise that the model will choose with."""
-        drafts, sequences = likeliest(logits).clamp(min=0), work.sequences
-        if any(s.request.temperature > COLDEST for s in sequences):
-            real = slice(len(sequences))
-            parameters = replace(sampling_rows(sequences, self.device), position=positions[real])
-            drafts[real] = self.attn.broadcast(sample(logits[real], parameters))
-        return drafts
-
-
-def before_each(count: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the drafts before each row of `count` sequences of `each` rows, as pairs (row, place among its tokens).
-
-    Row 0 follows on the latest token alone, row 2 on the drafts in the places 1 and 2.
-    """
-    place = np.concatenate([np.arange(1, i + 1) for i in range(each)])
-    row = np.repeat(np.arange(each), np.arange(each))
-    rows = (np.arange(count)[:, None] * each + row).ravel()
-    return rows, np.tile(place, count)
+    def _report(self, inputs: Inputs, makes: int, logprobs: tuple[Tensor, Tensor] | None) -> Outcome:
+        """Copy what the step gives to the host."""
+        rows, size = inputs.rows, inputs.fronts
+        self._given[rows:size, 2 : makes + 2] = self.tokens[rows:size, 1 : makes + 1]
+        seen = self._seen[0][:size].copy_(self._given[:size], non_blocking=True)
+        self._seen.reverse()
+        return Outcome(seen[:, 1:], seen[:, 0], logprobs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,13 @@ from disagg.scheduler import Plan, Sequence
 from model.batch import NO_DECODES, Chunk, Decodes
 from model.prompt_row import pack
 from model.sampling import logprob_pairs
+
+
+class Drafts(NamedTuple):
+    """How many drafts a step has of each sequence."""
+
+    verified: int  # of those that decode, behind their latest token
+    made: int  # new ones, for the next step to verify
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class Work:
     sequences: list[Sequence]  # those that get a token, decodes first
     rows: np.ndarray  # [sequences]: the row of each one's token
     eager: bool = False  # a decode step that replays no graph
-    drafts: int = 0  # N: the step verifies so many of each decoding sequence, and makes as many new ones
+    drafts: Drafts | None = None  # None: the job does not speculate
+    most_tokens: int = 0  # of the fullest replica
 
     @property
     def mixed(self) -> bool:
@@ -56,12 +65,12 @@ class Step:
 
     work: Work
     started: float  # time.perf_counter() when its launch began
-    tokens: Tensor  # [max rows]; read it before the second step after this one, which overwrites it
-    logprobs: tuple[Tensor, Tensor] | None  # ids and values, both [sequences, ...]; with drafts [sequences, N + 1, ...]
+    tokens: Tensor  # [rows]; read it before the second step after this one, which overwrites it
+    logprobs: tuple[Tensor, Tensor] | None  # ids and values [sequences, ...]; with drafts [sequences, verified + 1, ..]
     done: torch.cuda.Event | None  # None on a CPU, where the step is done already
     chosen: Tensor | None = None  # [T, MoE layers, K] int16, at the replica's first rank if a request asks
     prompt_rows: Tensor | None = None  # [targets, 2, K + 1] int32 of `model/prompt_logprobs.py`, likewise
-    counts: Tensor | None = None  # with drafts: [sequences], how many of tokens [sequences, N + 1] are new
+    counts: Tensor | None = None  # with drafts: [rows], how many of tokens [rows, N + 1] are new; overwritten likewise
 
     def wait(self) -> None:
         """Wait until the tensors are valid on the host. The methods below read them."""
@@ -82,16 +91,20 @@ class Step:
                 yield sequence, [token], [pairs] if pairs else []
             return
         ids, values = self.logprobs or (None, None)
-        for i, (sequence, count) in enumerate(zip(self.work.sequences, self.counts.tolist(), strict=True)):
+        tokens, counts = self.tokens.numpy()[self.work.rows], self.counts.numpy()[self.work.rows].tolist()
+        for i, (sequence, count) in enumerate(zip(self.work.sequences, counts, strict=True)):
             pairs, most = [], sequence.request.logprobs
             if ids is not None and values is not None and most:
                 rows = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
                 pairs = [logprob_pairs(row_ids, row_values, most) for row_ids, row_values in rows]
-            yield sequence, self.tokens[i, :count].tolist(), pairs
+            yield sequence, tokens[i, :count].tolist(), pairs
 
     def first_drafts(self) -> list[list[int]]:
         """Return the drafts that follow the first token of each of work.sequences, if all of them are prompts."""
-        return [[]] * len(self.work.sequences) if self.counts is None else self.tokens[:, 1:].tolist()
+        drafts = self.work.drafts
+        if drafts is None:
+            return [[]] * len(self.work.sequences)
+        return self.tokens.numpy()[self.work.rows, 1 : drafts.made + 1].tolist()
 
     def pairs(self) -> list[list[tuple[int, float]]]:
         """Return (token, log probability) pairs per sequence: empty unless requested."""
@@ -131,10 +144,11 @@ class Step:
 
         The first new token followed on the first token fed, and so on. Wrong drafts were fed, too.
         """
-        if self.chosen is None or not self.work.drafts:
+        if self.chosen is None or self.work.drafts is None:
             return {}
-        chosen, each = self.chosen.numpy().astype("<i2", copy=False), self.work.drafts + 1
-        asking = [(i, s) for i, s in enumerate(self.work.plan.decodes) if s.request.return_experts]
+        chosen, each = self.chosen.numpy().astype("<i2", copy=False), self.work.drafts.verified + 1
+        decodes = zip(self.work.rows.tolist(), self.work.plan.decodes, strict=False)  # prompts have rows, too
+        asking = [(i, s) for i, s in decodes if s.request.return_experts]
         return {s: [row.tobytes() for row in chosen[i * each : (i + 1) * each]] for i, s in asking}
 
     def prompt_logprobs(self) -> list[tuple[Sequence, bytes]]:

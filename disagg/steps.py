@@ -2,7 +2,7 @@
 
 A decode step on the GPU has fixed inputs and one of a few sizes ("buckets"), each captured once as a CUDA graph:
 
-    host:   token ids, positions, pages --copy--> inputs [2, rows], page_table [rows, P]
+    host:   token ids, positions, pages --copy--> FixedInputs
     graph:  ids of tokens in flight resolved -> model (attention, dispatch, experts, combine, head) -> argmax
 
 In an overlapped step, sequences go to the two halves of the rows in turn. The ranks of a job agree on the bucket, so
@@ -11,14 +11,16 @@ nowhere. Without graphs (on a CPU, or with --graphs off) the same forward runs e
 request asks for its chosen experts. A graph that recorded them would do so in every step, asked or not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import NO_DECODES, Batch, Chunk, Decodes, pad, page_rows, split
+from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
+from model.batch import Batch, Chunk, Decodes, pad, split
 from model.prompt_logprobs import PromptLogprobs
 from model.sampling import likeliest
 from parallel.chosen_experts import ChosenExperts
@@ -70,6 +72,15 @@ class PromptStep:
         return logits
 
 
+def places(count: int, rows: int, overlapped: bool) -> np.ndarray:
+    """Return the row of each of `count` sequences in a step of `rows` rows: in turns in its two halves, if it overlaps.
+
+    So the halves have as many sequences.
+    """
+    i = np.arange(count)
+    return i % 2 * (rows // 2) + i // 2 if overlapped else i
+
+
 class DecodeStep:
     """A step in which every sequence has one token, in a bucket of rows."""
 
@@ -78,50 +89,35 @@ class DecodeStep:
         forward: Forward,
         tokens: Tensor,
         buckets: list[int],
-        max_pages: int,
+        inputs: FixedInputs,
+        graphs: Graphs,
         overlaps: Callable[[int], bool] = lambda rows: False,
     ) -> None:
         """`forward` returns logits [rows, V]. `tokens` [rows]: the sampled tokens of the latest step,
-        written in place. `overlaps(rows)`: do steps of this size run as two halves?"""
+        written in place. `inputs`: of which ids and positions are the first two columns. `overlaps(rows)`: do steps of
+        this size run as two halves?"""
         self.forward, self.tokens, self.buckets, self.overlaps = forward, tokens, buckets, overlaps
-        device, max_rows = tokens.device, buckets[-1]
-        on_gpu = device.type == "cuda"
-        self.inputs = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
-        self.page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
-        # Two buffers, used in turn: the copy out of one may not have begun when the next step is prepared.
-        self._staging = [torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
-        self._staged: tuple | None = None  # the rows, and the pages in page_table
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.replays = 0  # of a graph
+        self.inputs, self.graphs = inputs, graphs
 
     def bucket(self, count: int) -> int:
         """Return the rows of a step with `count` sequences."""
         return next(rows for rows in self.buckets if rows >= count)
 
-    def places(self, count: int, rows: int) -> np.ndarray:
-        """Return the row of each of `count` sequences, in a step of `rows` rows."""
-        i = np.arange(count)
-        return i % 2 * (rows // 2) + i // 2 if self.overlaps(rows) else i
-
     def run(self, decodes: Decodes, rows: int, eager: bool = False, chosen: ChosenExperts | None = None) -> Tensor:
         """Return the logits [rows, V], each sequence's at its place. Writes their argmax to `tokens`.
 
-        `eager`: run no graph, which `chosen` needs. All ranks of a job must agree on it: NCCL requires that a
-        collective is captured on all ranks or on none.
+        `eager`: run no graph, which `chosen` needs.
         """
-        self._stage(decodes, rows)
-        if rows in self._graphs and not eager:
-            assert chosen is None, "a graph records no experts"
-            graph, logits = self._graphs[rows]
-            graph.replay()
-            self.replays += 1
-            return logits
-        return self._forward(rows, chosen)
+        assert eager or chosen is None, "a graph records no experts"
+        at = places(len(decodes.pages), rows, self.overlaps(rows))
+        self.inputs.stage((decodes.ids, decodes.positions), at, rows)
+        self.inputs.stage_pages(decodes.pages, at, rows)
+        return self.graphs.part(rows, lambda: self._forward(rows, chosen), eager)
 
     @torch.inference_mode()
     def _forward(self, rows: int, chosen: ChosenExperts | None = None) -> Tensor:
-        ids, positions = self.inputs[:, :rows]
-        columns = resolve(ids, self.tokens), positions, self.page_table[:rows]
+        ids, positions = self.inputs.columns[:2, :rows]
+        columns = resolve(ids, self.tokens), positions, self.inputs.page_table[:rows]
         halves = None
         if self.overlaps(rows):
             first, second = zip(*(column.chunk(2) for column in columns), strict=True)
@@ -129,43 +125,3 @@ class DecodeStep:
         logits = self.forward(Batch.decode(*columns), halves, chosen, None)
         self.tokens[:rows] = likeliest(logits)
         return logits
-
-    def _stage(self, decodes: Decodes, rows: int) -> None:
-        staging = self._staging[0]
-        self._staging.reverse()
-        host = staging.numpy()
-        places = self.places(len(decodes.pages), rows)
-        host[:, :rows] = 0
-        host[0, places] = decodes.ids
-        host[1, places] = decodes.positions
-        self.inputs.copy_(staging, non_blocking=True)
-        if self._staged != (rows, decodes.pages):
-            table = np.zeros((rows, self.page_table.shape[1]), np.int32)
-            table[places] = page_rows(decodes.pages, table.shape[1])
-            host_table = torch.from_numpy(table)
-            if self.tokens.is_cuda:
-                host_table = host_table.pin_memory()
-            self.page_table[:rows].copy_(host_table, non_blocking=True)
-            self._staged = rows, decodes.pages
-
-    def capture(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
-        """Collective. Run every bucket, so that kernels compile, then capture it.
-
-        The largest comes first, so that the others fit into its memory pool.
-        """
-        pool = None
-        for rows in progress(self.buckets[::-1]):
-            for _ in range(2):
-                self.run(NO_DECODES, rows)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._forward(rows)
-            pool = graph.pool()
-            self._graphs[rows] = graph, logits
-
-    def reset(self) -> None:
-        """Free the graphs. Call it before the process groups end: destroying a group that a graph uses hangs."""
-        for graph, _ in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()

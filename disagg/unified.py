@@ -1,6 +1,5 @@
 """The unified role: one job computes prompts and decodes. The decode role is a subclass."""
 
-from disagg.acceptance import Acceptance
 from disagg.control.messages import Abort, Forget, Parts, Submit, Tokens, Update, Updates, Withdraw, in_pieces
 from disagg.engine import Engine
 from disagg.request import FinishReason, Request
@@ -18,7 +17,6 @@ class Unified(Role):
         self.updates: list[Update | Tokens] = []  # news for the router, as are the next two
         self.begun: list[int] = []
         self.returned: list[int] = []
-        self.acceptance = Acceptance(engine.settings.speculate)
 
     def handle(self, event: Event) -> None:
         match event:
@@ -58,8 +56,8 @@ class Unified(Role):
 
     def take_up(self, step: Step) -> int:
         step.wait()
-        plan, drafted = step.work.plan, step.counts is not None
-        tokens = [] if drafted else step.sampled()
+        plan, drafts = step.work.plan, step.work.drafts
+        tokens = step.sampled() if drafts is None else []
         for sequence, experts in step.chosen_experts():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_experts(sequence.uid, experts)
@@ -67,7 +65,7 @@ class Unified(Role):
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_prompt(sequence.uid, rows)
         nothing_else = (
-            not drafted and not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
+            drafts is None and not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
         )
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
@@ -88,8 +86,8 @@ class Unified(Role):
             new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
             useful += count
             given = new[:-1] if new[-1] == NO_TOKEN else new
-            if given and drafted and i < len(plan.decodes):
-                self.acceptance.add(len(given) - 1)
+            if given and drafts is not None and i < len(plan.decodes):
+                self.acceptance.add(drafts.verified, len(given) - 1)
             if new[-1] == NO_TOKEN:
                 if given:
                     self.emit(sequence, given, logprobs[: len(given)], None, accepted=len(given) - 1)

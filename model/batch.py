@@ -15,6 +15,7 @@ sampled token.
 from collections import abc
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,12 +180,23 @@ def split(decodes: abc.Sequence[Chunk], prefills: abc.Sequence[Chunk], multiple:
     A prompt chunk that lies across the cut is cut too: its second part attends to the first part's KV. The number of
     tokens must be a multiple of `multiple` (`pad`). Either half may be empty.
     """
-    tokens = len(decodes) + sum(len(c.token_ids) for c in prefills)
+    cut, first, second = split_behind(len(decodes), 1, prefills, multiple)
+    return (list(decodes[:cut]), first), (list(decodes[cut:]), second)
+
+
+def split_behind(
+    decodes: int, each: int, prefills: abc.Sequence[Chunk], multiple: int = 1
+) -> tuple[int, list[Chunk], list[Chunk]]:
+    """Cut a batch of so many decode sequences, of `each` tokens, and chunks as `split` does.
+
+    Returns how many sequences the first half has, its chunks, and those of the second half. No sequence is cut.
+    """
+    tokens = decodes * each + sum(len(c.token_ids) for c in prefills)
     assert tokens % multiple == 0, f"{tokens=} {multiple=}"
-    room = round(tokens / 2 / multiple) * multiple - len(decodes)  # prompt tokens that fit into the first half
-    if room <= 0:
-        cut = len(decodes) + room
-        return (list(decodes[:cut]), []), (list(decodes[cut:]), list(prefills))
+    room = round(tokens / 2 / multiple) * multiple - decodes * each  # prompt tokens that fit into the first half
+    if room < 0:
+        whole = multiple // gcd(each, multiple)  # so many sequences divide
+        return (decodes * each + room) // each // whole * whole, [], list(prefills)
     first, second = [], []
     for chunk in prefills:
         taken = min(room, len(chunk.token_ids))
@@ -196,7 +208,7 @@ def split(decodes: abc.Sequence[Chunk], prefills: abc.Sequence[Chunk], multiple:
         else:
             first.append(chunk._replace(token_ids=chunk.token_ids[:taken], wants_logits=False))
             second.append(chunk._replace(token_ids=chunk.token_ids[taken:], start=chunk.start + taken))
-    return (list(decodes), first), ([], second)
+    return decodes, first, second
 
 
 def page_rows(pages: abc.Sequence[abc.Sequence[int]], width: int | None = None) -> np.ndarray:

@@ -95,6 +95,10 @@ class Block(nn.Module):
         del operand
         return x, self.self_attn.attend(q, batch, kv_pages)
 
+    def fill(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> None:
+        """Write the layer's KV for x [T, D], and nothing else. No communication."""
+        self.self_attn.fill(self.input_layernorm.operand(x), batch, kv_pages)
+
     def steps(
         self,
         residual: Residual,

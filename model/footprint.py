@@ -200,11 +200,11 @@ def masked_step(shape: StepShape, tokens: int) -> int:
 def drafting(shape: StepShape, tokens: int, step: int) -> int:
     """Return the peak bytes of a step that also drafts, if without that a step of `tokens` tokens takes `step`.
 
-    The draft layer's own peak is that of the other layers with experts. Beside it lives the main model's output. Before
-    it there are this, the embeddings, the norms of both, the two in one, and what eh_proj makes of them.
+    The draft layer runs over fewer rows than the other layers with experts. While its KV is filled for all tokens,
+    there are the main model's output, the embeddings, the norms of both, the two in one, and what eh_proj makes of it.
     """
     row = tokens * shape.row(shape.config.hidden_size)
-    return max(step + row, 7 * row)
+    return max(step, 7 * row)
 
 
 def sampling(config: ModelConfig, rows: int) -> int:
@@ -212,17 +212,29 @@ def sampling(config: ModelConfig, rows: int) -> int:
     return SAMPLING * rows * config.vocab_size * FLOAT
 
 
-def graphs(shape: StepShape, buckets: abc.Sequence[int]) -> int:
-    """Estimate the bytes that the captured decode steps hold: one shared pool, and 60 KiB per layer of each step.
+def graphs(shape: StepShape, buckets: abc.Sequence[int], drafts: abc.Sequence[int] = (0,)) -> int:
+    """Estimate the bytes that the captured decode steps hold: one shared pool, and 60 KiB per layer of each forward.
 
-    Captures run from the largest bucket to the smallest. Each capture's logits stay in the pool. So a capture needs its
-    own step and the logits of all captures before it. The pool is as large as the largest of these sums.
+    Captures run from the largest bucket to the smallest. What each returns stays in the pool: its logits, and with
+    drafts the target's output. So a capture needs its own step and what all those before it returned. The pool is as
+    large as the largest of these sums. `drafts`: how many steps may have, the most last.
     """
-    logits, pool = 0, 0
+    c, kept, pool, most = shape.config, 0, 0, max(drafts)
+
+    def capture(tokens: int, width: int) -> None:
+        """Capture a forward that returns `width` bytes for each of its tokens."""
+        nonlocal kept, pool
+        pool = max(pool, kept + masked_step(shape, tokens))
+        kept += tokens * width
+
+    logits, output = c.vocab_size * FLOAT, shape.row(c.hidden_size) if most else 0
     for rows in sorted(buckets, reverse=True):
-        pool = max(pool, logits + masked_step(shape, rows))
-        logits += rows * shape.config.vocab_size * FLOAT
-    return pool + len(buckets) * shape.config.num_hidden_layers * KERNELS * KERNEL_BYTES
+        for verified in reversed(drafts):
+            capture(rows * (1 + verified), logits + output)
+            for _ in range(verified if verified == most else 0):
+                capture(rows, logits)
+    layers = c.num_hidden_layers * len(drafts) + most + (len(drafts) if most else 0)  # the last: those that fill
+    return pool + len(buckets) * layers * KERNELS * KERNEL_BYTES
 
 
 def _attention(shape: StepShape, tokens: int, inside: int) -> int:

@@ -59,6 +59,10 @@ class MLA(nn.Module):
         self.write_kv(kv, batch, kv_pages)
         return self.queries(q)
 
+    def fill(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> None:
+        """Write to kv_pages what `project` writes, and attend nothing. The product is whole, so it is the same."""
+        self.write_kv(self.qkv_a_proj(x).split(self.split, -1)[1], batch, kv_pages)
+
     def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
         """Attend with q of `project`, which may be rotated in place -> [T, D], to be summed over mesh.attn."""
         split, quantize = batch.decode_tokens, self.o_proj.weight_scale_inv is not None

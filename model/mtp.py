@@ -54,11 +54,17 @@ class MTP(nn.Module):
 
         kv_pages [pages, 64, C + R] is written in place. Collective: the layer has experts.
         """
-        x = self.eh_proj(torch.cat((self.enorm(embed(batch.token_ids)), self.hnorm(hidden)), -1))
-        residual = Residual(x)
-        del x
+        residual = Residual(self._joined(hidden, batch, embed))
         run(self.block.steps(residual, batch, kv_pages, dispatcher, ()))
         return self.norm(residual.sum())
+
+    def fill(self, hidden: Tensor, batch: Batch, embed: Embedding, kv_pages: Tensor) -> None:
+        """Write the KV that `forward` writes, and draft nothing: without attention, experts and communication."""
+        self.block.fill(self._joined(hidden, batch, embed), batch, kv_pages)
+
+    def _joined(self, hidden: Tensor, batch: Batch, embed: Embedding) -> Tensor:
+        """Return the block's input [T, D]."""
+        return self.eh_proj(torch.cat((self.enorm(embed(batch.token_ids)), self.hnorm(hidden)), -1))
 
 
 def spread(num_experts: int, num_slots: int, mesh: Mesh) -> Placement:

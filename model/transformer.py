@@ -119,6 +119,12 @@ class Transformer(nn.Module):
         assert self.mtp is not None
         return self.mtp(hidden, self.planned(batch), self.embed_tokens, kv_pool[-1], dispatcher)
 
+    @torch.inference_mode()
+    def fill_draft(self, hidden: Tensor, batch: Batch, kv_pool: Tensor) -> None:
+        """Write the KV that `draft` writes, and draft nothing. No communication: each rank may do it or not."""
+        assert self.mtp is not None
+        self.mtp.fill(hidden, batch, self.embed_tokens, kv_pool[-1])
+
     def dense_layers(self, parts: list[tuple[Residual, Batch]], kv_pool: Tensor) -> None:
         """Run the layers without experts, in each layer one part after the other."""
         for layer, kv_pages in zip(self.layers[: self.first], kv_pool, strict=False):

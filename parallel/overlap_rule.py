@@ -25,16 +25,19 @@ class Rule:
     attn_tp: int
     share: float  # the fraction of the job's tokens that an expert gets (ModelConfig.expert_share)
 
-    def in_decode(self, rows: int) -> bool:
-        """Return whether a decode step of `rows` per replica, padding included, runs as two halves.
+    def in_decode(self, rows: int, each: int = 1) -> bool:
+        """Return whether a decode step of `rows` sequences per replica, padding included, runs as two halves.
 
-        Each half must divide over the attention group.
+        Each half must divide over the attention group. `each`: tokens per sequence, with its drafts.
         """
-        return self._wanted(rows, self._decode_from) and rows % (2 * self.attn_tp) == 0
+        return self._wanted(rows * each, self._decode_from) and rows % (2 * self.attn_tp) == 0
 
-    def row_multiple(self, rows: int) -> int:
-        """Return the number that a decode step's rows must be a multiple of, so that it can be divided."""
-        return (2 if self._wanted(rows, self._decode_from) else 1) * self.attn_tp
+    def row_multiple(self, rows: int, each: int = 1) -> int:
+        """Return the number that a decode step's rows must be a multiple of, so that it can be divided.
+
+        `each`: the most tokens per sequence.
+        """
+        return (2 if self._wanted(rows * each, self._decode_from) else 1) * self.attn_tp
 
     def in_prefill(self, tokens: int) -> bool:
         """Return whether a step with prompts runs as two halves. `tokens`: those of the fullest replica."""

@@ -28,6 +28,8 @@ DECODE_STATS = {
     "decode_overlapped": 0,
     "graph_replays": 48,
     "verifications": 30,
+    "verified_drafts_1": 30,
+    "verified_drafts_2": 20,
     "accepted_drafts_1": 12,
     "accepted_drafts_2": 4,
     "cache_hit_tokens": 640,

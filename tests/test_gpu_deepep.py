@@ -363,7 +363,7 @@ def engine_body(rank: int, seed: int, overlap: str) -> None:
     engine = Engine(settings, model, mesh)
     work = requests(random.Random(seed + rank))[: 10 - 4 * rank]
     eager = serve(engine, work)
-    engine.decode.capture(list)
+    engine.graphs.capture(engine.decode_nothing, engine.decode.buckets, list)
     captured = serve(engine, work)
     for request in work:
         assert len(captured[request.uid][0]) == request.max_tokens

@@ -103,7 +103,7 @@ def test_chosen_experts_are_those_of_a_job_without_graphs(overlap: str) -> None:
             EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap, prefix_cache="off"), model, MESH
         )
         engine.warm_up(list)
-        assert bool(engine.decode._graphs) == (graphs == "auto"), "no graphs: the test shows nothing"
+        assert bool(engine.graphs.captured) == (graphs == "auto"), "no graphs: the test shows nothing"
         experts.append(experts_of(engine, work))
         answers.append(serve(engine, work))
         engine.close()
@@ -147,7 +147,7 @@ def test_graphs_change_nothing(backend: str, overlap: str, fp8: bool) -> None:
         settings = EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap, prefix_cache="off")
         engine = Engine(settings, model, MESH)
         engine.warm_up(list)
-        assert bool(engine.decode._graphs) == (graphs == "auto")
+        assert bool(engine.graphs.captured) == (graphs == "auto")
         answers.append(serve(engine, work))
         assert not differences(serve(engine, work), answers[-1]), f"again, {graphs=} {seed=}"
         engine.close()

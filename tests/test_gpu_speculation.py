@@ -1,9 +1,11 @@
-"""Speculation on a GPU: the tokens of a job without, where rounding leaves no choice."""
+"""Speculation on a GPU: the tokens of a job without, where rounding leaves no choice, and with graphs those without."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from disagg.engine import Engine
 from disagg.request import Request
@@ -11,17 +13,24 @@ from kernels.backend import choose
 from model.config import ModelConfig
 from model.transformer import op_shape
 from parallel.mesh import Mesh
+from tests.test_gpu_engine import differences
+from tests.test_gpu_engine import serve as serve_joining
 from tests.test_speculation import all_kinds, make_engine, prompts_of, same, serve
+from tests.worlds import run_world, sub_mesh
 
 pytestmark = pytest.mark.gpu
-MESH = Mesh(device=torch.device("cuda"))
+DEVICE = torch.device("cuda")
+MESH = Mesh(device=DEVICE)
 
 
-def engine_of(folder: Path, drafts: int, dtype: torch.dtype) -> Engine:
-    ops, _ = choose(op_shape(ModelConfig.from_pretrained(folder)), dtype, MESH.device)
+def engine_of(
+    folder: Path, drafts: int, dtype: torch.dtype, graphs: str = "auto", mesh: Mesh = MESH, overlap: str = "auto"
+) -> Engine:
+    ops, _ = choose(op_shape(ModelConfig.from_pretrained(folder)), dtype, DEVICE)
     name = str(dtype).removeprefix("torch.")
-    engine = make_engine(folder, drafts, MESH, ops, dtype=name, graphs="off")
+    engine = make_engine(folder, drafts, mesh, ops, dtype=name, graphs=graphs, overlap=overlap, prefix_cache="off")
     engine.warm_up(list)
+    assert bool(engine.graphs.captured) == (graphs == "auto")
     return engine
 
 
@@ -33,6 +42,44 @@ def test_every_kind_of_request_gets_the_same_answer_in_float32(tiny: Path, draft
     same(serve(drafting, requests)[0], serve(plain, requests)[0])
     for engine in (plain, drafting):
         engine.close()
+
+
+@pytest.mark.parametrize(("drafts", "overlap"), [(1, "off"), (3, "off"), (2, "on")])
+def test_graphs_change_nothing(tiny: Path, drafts: int, overlap: str) -> None:
+    """Sampled requests, and greedy ones beside them, replay the same graphs. Nor does doing it once more."""
+    work, answers = all_kinds(tiny), []
+    for graphs in ("off", "auto"):
+        engine = engine_of(tiny, drafts, torch.bfloat16, graphs, overlap=overlap)
+        for _ in range(2):
+            answers.append(serve_joining(engine, work))
+        assert (engine.graph_replays > 0) == (graphs == "auto")
+        engine.close()
+    for again in answers[1:]:
+        assert not differences(again, answers[0])
+
+
+def on_ranks(rank: int, folder: Path) -> None:
+    """Replicas with other requests, the fourth with none."""
+    work = all_kinds(folder)
+    for ranks, attn_tp, overlap in ((2, 1, "off"), (2, 2, "on"), (4, 2, "off"), (4, 1, "on")):
+        mesh, answers = sub_mesh(0, ranks, attn_tp), []
+        if mesh is None:
+            continue
+        mesh = replace(mesh, device=DEVICE)
+        mine = work[mesh.replica :: 3] if mesh.replica < 3 else []
+        for graphs in ("off", "auto"):
+            engine = engine_of(folder, 2, torch.bfloat16, graphs, mesh, overlap)
+            answers.append(serve_joining(engine, mine))
+            torch.cuda.synchronize()
+            mesh.agree(0)
+            engine.close()
+        assert not differences(answers[1], answers[0]), f"{ranks=} {attn_tp=} {overlap=} {rank=}"
+    dist.barrier()
+
+
+def test_graphs_change_nothing_on_several_ranks(tiny: Path) -> None:
+    """Where one rank has sampled requests and another has none, both replay the same graphs."""
+    run_world(4, on_ranks, tiny, timeout_s=280, device="cuda")
 
 
 @pytest.mark.parametrize("drafts", [1, 3])

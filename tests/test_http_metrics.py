@@ -83,7 +83,8 @@ def test_replicas_are_shown_as_they_report(text: bytes) -> None:
     transfers = ("transfers", "transfer_bytes", "transfer_seconds", "transfer_failures", "transfer_mismatches")
     for name in (*transfers, "graph_replays", "verifications"):
         assert value(text, f"moesaic_{name}_total", **DECODE) == DECODE_STATS[name]
-    assert [value(text, "moesaic_accepted_drafts_total", place=place, **DECODE) for place in "12"] == [12, 4]
+    for kind, counts in (("verified", [30, 20]), ("accepted", [12, 4])):
+        assert [value(text, f"moesaic_{kind}_drafts_total", place=place, **DECODE) for place in "12"] == counts
     assert value(text, "moesaic_transfers_in_flight", **DECODE) == 2
     assert value(text, "moesaic_refusals_total", **DECODE) == 6
     assert value(text, "moesaic_refusals_total", role="router", job="", rank="") == 0

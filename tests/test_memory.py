@@ -216,6 +216,12 @@ def test_graphs_hold_their_logits() -> None:
     wide = replace(job, config=replace(job.config, vocab_size=100_000))
     logits = [rows * 100_000 * 4 for rows in (128, 192, 256)]
     assert graphs(wide, [128, 192, 256]) == masked_step(wide, 128) + logits[1] + logits[2] + kernels
+    # With two drafts a bucket has four graphs: the target's over 3 tokens a row, one that fills, and two that draft.
+    logits, output, last = 128 * 100_000 * 4, 128 * 512 * 2, masked_step(wide, 128)
+    assert masked_step(wide, 384) < 4 * logits + 3 * output + last
+    assert graphs(wide, [128], (2,)) == 4 * logits + 3 * output + last + (4 + 2 + 1) * 30 * 2048
+    # With zero to two, the target's over 2 tokens and over 1, too, and two more that fill.
+    assert graphs(wide, [128], range(3)) == 7 * logits + 5 * output + last + (3 * 4 + 2 + 3) * 30 * 2048
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -274,17 +280,19 @@ def test_drafting_fits_beside_the_step(ranks: int, attn_tp: int, fp8: bool) -> N
         job = StepShape(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
         pool, ids = make_pool(config, 2, torch.bfloat16, "cpu"), torch.zeros(tokens).long()
         prompt = Batch.build([], [Chunk([0] * 64, 0, [1])] * (tokens // 64), "cpu")
-        verify = Batch.decode(ids, ids, torch.ones(tokens // 4, 2, dtype=torch.int32))
-        for batch, dispatcher, step in (
-            (prompt, contiguous, contiguous_step(job, tokens, tokens, 64)),
-            (verify, masked, masked_step(job, tokens)),
+        table = torch.ones(tokens // 4, 2, dtype=torch.int32)
+        for batch, dispatcher, step, rows in (
+            (prompt, contiguous, contiguous_step(job, tokens, tokens, 64), tokens // 64),
+            (Batch.decode(ids, ids, table), masked, masked_step(job, tokens), tokens // 4),
         ):
             with Peak() as peak:
                 hidden = net.head.norm(net.body(batch, pool, dispatcher))
                 logits = net.head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
                 del logits
-                net.draft(hidden, batch, pool, dispatcher)
+                net.fill_draft(hidden, batch, pool)
+                latest = hidden[:rows]
                 del hidden
+                net.draft(latest, Batch.decode(ids[:rows], ids[:rows], table[:rows]), pool, dispatcher)
             assert peak.most <= 1.01 * drafting(job, tokens, step) <= 1.15 * peak.most, name
 
 

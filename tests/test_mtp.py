@@ -166,6 +166,34 @@ def test_a_checkpoint_without_the_layer_is_one_clear_line(random_folder: Path, t
         open_checkpoint(folder, config).close()  # who does not draft need not have them
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("fp8", [False, True])
+def test_filling_writes_the_kv_that_drafting_writes(tiny: Path, fp8: bool) -> None:
+    """To the last bit, for chunks of prompts, several tokens of each sequence, and padding."""
+    config = ModelConfig.from_pretrained(tiny).drafting()
+    if fp8:  # widths of whole blocks
+        config = replace(config, q_lora_rank=128, kv_lora_rank=112, qk_nope_head_dim=48, moe_intermediate_size=128)
+    dtype, placement = (torch.bfloat16 if fp8 else torch.float32), Placement.identity(4, config.n_routed_experts, 1)
+    model = Transformer(config, Mesh(), placement, Ops(), dtype, 256, fp8)
+    for weight in model.parameters():
+        weight.copy_(torch.rand(weight.shape).sub(0.5).to(weight.dtype))
+    ids = torch.arange(9) * 31
+    prompts = Batch.build([], [Chunk(range(40), 50, [1, 3]), Chunk(range(7), 0, [2])], "cpu")
+    decodes = Batch.decode(ids, torch.tensor([62, 63, 64] * 3), torch.tensor([[4, 5], [6, 7], [0, 0]]).int())
+    before = make_pool(config, 8, dtype, "cpu").normal_(generator=torch.Generator().manual_seed(1))
+    contiguous, masked = hf.dispatchers(model)
+    for batch, dispatcher in (
+        (decodes, masked), (prompts, contiguous), (Batch.join(decodes, prompts), contiguous)
+    ):  # fmt: skip
+        hidden = torch.randn(batch.num_tokens, config.hidden_size, generator=torch.Generator().manual_seed(2)).to(dtype)
+        drafted, filled = before.clone(), before.clone()
+        model.draft(hidden, batch, drafted, dispatcher)
+        model.fill_draft(hidden, batch, filled)
+        assert torch.equal(filled, drafted) and torch.equal(filled[:-1], before[:-1])
+        rows = (filled[-1] != before[-1]).any(-1).flatten().nonzero().flatten()
+        assert rows.tolist() == sorted(set(batch.kv_rows.tolist()))
+
+
 def test_random_weights_are_those_of_the_layers_names(tiny: Path) -> None:
     config = ModelConfig.from_pretrained(tiny).drafting()
     placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, 1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.ops import Ops
-from model.batch import Batch, Chunk, Chunks, pad, split
+from model.batch import Batch, Chunk, Chunks, pad, split, split_behind
 from model.block import Residual
 from model.kv_cache import make_pool
 from model.transformer import Transformer
@@ -225,6 +225,27 @@ def test_a_split_keeps_every_token_in_order(decodes: int, prompts: list[int], mu
     assert joined == rest
 
 
+@given(
+    decodes=st.integers(0, 9),
+    each=st.integers(1, 5),
+    prompts=lengths,
+    multiple=st.sampled_from((1, 2, 4)),
+)
+def test_a_split_behind_sequences_of_several_tokens_cuts_none(
+    decodes: int, each: int, prompts: list[int], multiple: int
+) -> None:
+    chunks = [Chunk([100 * i + j for j in range(n)], 3 * i, [i]) for i, n in enumerate(prompts)]
+    total = decodes * each + sum(prompts)
+    chunks = [Chunk([0] * (-total % multiple), 0, [], False), *chunks]
+    cut, first, second = split_behind(decodes, each, chunks, multiple)
+    size = cut * each + sum(len(c.token_ids) for c in first)
+    total += -total % multiple
+    assert 0 <= cut <= decodes and size % multiple == 0 and not (first and cut < decodes)
+    assert abs(2 * size - total) <= 2 * each * multiple, "a half is the larger by more than a cut could be moved"
+    tokens = [token for chunk in [*first, *second] for token in chunk.token_ids]
+    assert tokens == [token for chunk in chunks for token in chunk.token_ids]
+
+
 def test_when_it_pays() -> None:
     one, none = Rule("auto", 1, 1, 1 / 32), Rule("auto", 8, 1, 0)
     assert not any(rule.in_decode(256) or rule.in_prefill(10_000) for rule in (one, none))
@@ -233,6 +254,8 @@ def test_when_it_pays() -> None:
     assert [auto.in_prefill(tokens) for tokens in (8191, 8192)] == [False, True]
     few = Rule("auto", 2, 1, 1 / 32)  # 4096 x 2 / 32 = 256 rows an expert
     assert [few.in_decode(rows) for rows in (4094, 4096)] == [False, True]
+    assert [few.in_decode(rows, 2) for rows in (2046, 2048)] == [False, True]  # drafts are tokens, too
+    assert [few.row_multiple(rows, 2) for rows in (2046, 2048)] == [1, 2]
     four = Rule("auto", 4, 1, 1 / 32)  # as measured: 4,096 tokens a rank lose, 8,192 break even
     assert [four.in_prefill(tokens) for tokens in (8192, 16383, 16384)] == [False, False, True]
     on, off = Rule("on", 1, 2, 1 / 32), Rule("off", 72, 1, 1 / 32)

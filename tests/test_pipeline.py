@@ -12,10 +12,12 @@ import torch
 from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
+from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
 from disagg.pipeline import LEAVING, Pipeline, Turn
 from disagg.request import Request
 from disagg.role import NOT_FINITE
-from disagg.steps import DecodeStep, resolve
+from disagg.steps import DecodeStep, places, resolve
 from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import Decodes, page_rows
@@ -186,14 +188,15 @@ def test_whoever_joins_or_leaves_a_step_computes_what_its_sequences_need(
 
     def check(rows: int, chosen: None) -> torch.Tensor:
         decode, work = engine.decode, works[-1]
-        ids, positions = decode.inputs[:, :rows]
+        ids, positions = decode.inputs.columns[:2, :rows]
         expected = torch.zeros(2, rows, dtype=torch.int64)
         pages = [()] * rows
         for row, sequence in zip(work.rows, work.plan.decodes, strict=True):
             expected[:, row] = torch.tensor((sequence.tokens[sequence.computed - 1], sequence.computed - 1))
             pages[row] = sequence.pages
         assert torch.equal(torch.stack((resolve(ids, engine.tokens), positions)), expected)
-        assert decode.page_table[:rows].tolist() == page_rows(pages, decode.page_table.shape[1]).tolist()
+        table = decode.inputs.page_table
+        assert table[:rows].tolist() == page_rows(pages, table.shape[1]).tolist()
         checked.append(len(work.plan.decodes))
         return forward(rows, chosen)
 
@@ -217,7 +220,9 @@ def test_a_step_is_staged_the_same_whatever_was_staged_before() -> None:
 
     def make() -> DecodeStep:
         forward = lambda batch, halves, *_: torch.zeros(batch.num_tokens, 5)  # noqa: E731
-        return DecodeStep(forward, torch.zeros(8, dtype=torch.int64), [2, 4, 8], 3, lambda rows: rows == 4)
+        inputs = FixedInputs(2, 8, 3, torch.device("cpu"))
+        tokens = torch.zeros(8, dtype=torch.int64)
+        return DecodeStep(forward, tokens, [2, 4, 8], inputs, Graphs(), lambda rows: rows == 4)
 
     one = make()
     pages = [list(range(3 * i + 1, 3 * i + 1 + rng.randrange(1, 4))) for i in range(6)]
@@ -230,8 +235,9 @@ def test_a_step_is_staged_the_same_whatever_was_staged_before() -> None:
         decodes, fresh = Decodes(ids, positions.clip(0), sequences), make()
         one.run(decodes, rows)
         fresh.run(decodes, rows)
-        assert torch.equal(one.inputs[:, :rows], fresh.inputs[:, :rows])
-        assert torch.equal(one.page_table[:rows], fresh.page_table[:rows])
-        places = fresh.places(len(sequences), rows)
-        assert (one.inputs.numpy()[:, places] == (decodes.ids, decodes.positions)).all()
-        assert [[page for page in row if page] for row in one.page_table[places].tolist()] == sequences
+        mine, theirs = one.inputs, fresh.inputs
+        assert torch.equal(mine.columns[:, :rows], theirs.columns[:, :rows])
+        assert torch.equal(mine.page_table[:rows], theirs.page_table[:rows])
+        at = places(len(sequences), rows, rows == 4)
+        assert (mine.columns.numpy()[:, at] == (decodes.ids, decodes.positions)).all()
+        assert [[page for page in row if page] for row in mine.page_table[at].tolist()] == sequences

@@ -1,5 +1,6 @@
 """Speculation changes no answer: not its tokens, log probabilities, experts or end, on any ranks, in any steps."""
 
+import itertools
 import json
 import random
 from array import array
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from disagg.config import EngineConfig
+from disagg import pipeline
+from disagg.config import EngineConfig, parse_speculate
 from disagg.control.messages import Abort, Submit, Update
+from disagg.draft_policy import DraftPolicy
 from disagg.engine import Engine
 from disagg.front.tokenizer import load_tokenizer
 from disagg.interrupt import Interrupt
@@ -23,7 +26,7 @@ from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.role import NOT_FINITE
 from disagg.scheduler import Sequence
-from disagg.speculation import before_each
+from disagg.speculative_sampler import before_each
 from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
@@ -97,6 +100,19 @@ def serve(
     return dict(answers), pipeline.stats
 
 
+class RandomDrafts(DraftPolicy):
+    """Makes any number of drafts, whatever was learned."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.rng, self.chosen = random.Random(most), []
+
+    def choose(self, bucket: int, mixed: bool = False) -> int:
+        super().choose(bucket, mixed)
+        self.chosen.append(self.rng.randrange(self.most + 1))
+        return self.chosen[-1]
+
+
 def same(got: dict[int, Answer], want: dict[int, Answer]) -> None:
     """Log probabilities within rounding: products of more rows are summed in another order."""
     assert got.keys() == want.keys()
@@ -155,15 +171,64 @@ def test_every_kind_of_request_gets_the_same_answer(tiny: Path, drafts: int) -> 
     same(serve(make_engine(tiny, drafts), requests)[0], want)
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize(("drafts", "overlap"), [(1, "off"), (3, "on")])
 def test_a_step_that_runs_ahead_of_the_host_gives_the_same(
-    tiny: Path, drafts: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, drafts: int, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: it is laid out and launched before the host has seen the tokens of the step before it."""
     requests = [r for r in all_kinds(tiny) if not r.processes_logits]
-    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts)
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts, overlap=overlap)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
-    same(serve(engine, requests)[0], want)
+    got, stats = serve(engine, requests)
+    same(got, want)
+    overlapped = {name: stats[f"{name}_overlapped"] for name in ("prefill", "decode")}
+    assert all(count == (overlap == "on") * stats[f"{name}_steps"] for name, count in overlapped.items())
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_any_number_of_drafts_in_each_step_gives_the_same(
+    tiny: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also none, in which case later drafts need the KV that was filled; and when pages come from the cache."""
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
+    requests = [r for r in all_kinds(tiny) if not (ahead and r.processes_logits)]
+    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, 2, adapts=True)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
+    run, seen = engine.run, set()
+    monkeypatch.setattr(engine, "run", lambda work: (seen.add((work.mixed, work.drafts)), run(work))[1])
+    for _ in range(2):
+        same(serve(engine, requests)[0], want)
+    assert {drafts for mixed, drafts in seen if not mixed} == set(itertools.product(range(3), repeat=2))
+    assert {drafts.made for mixed, drafts in seen if mixed} == set(range(3)) and engine.scheduler.cache.hits
+
+
+def test_the_policy_hears_of_each_step_and_of_all_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, roles = [], []
+
+    class Heard(RandomDrafts):
+        def count_step(self, bucket: int, verified: int, made: int, seconds: float) -> None:
+            heard.append((bucket, verified, made, seconds))
+
+        def count_mixed(self, tokens: int, seconds: float) -> None:
+            heard.append((None, tokens, seconds))
+
+        def count_drafts(self, counts: list[int]) -> None:
+            heard[len(heard) :] = [counts] if any(counts) else []
+
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", Heard)
+    engine, works = make_engine(tiny, 3, adapts=True), []
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
+    _, stats = serve(engine, all_kinds(tiny)[:8], lambda role, turn: roles.append(role))
+    steps = [item for item in heard if isinstance(item, tuple)]
+    assert [step[:-1] for step in steps] == [
+        (None, work.most_tokens) if work.mixed else (work.decode_rows, *work.drafts) for work in works
+    ]
+    assert sum(step[-1] for step in steps) == pytest.approx(stats["prefill_seconds"] + stats["decode_seconds"])
+    assert max(work.most_tokens for work in works) > 40 and {work.decode_rows for work in works} > {None, 4, 5}
+    counts, told = roles[0].stats(), [item for item in heard if isinstance(item, list)]
+    assert told[-1] == [counts[f"{kind}_drafts_{i}"] for kind in ("verified", "accepted") for i in (1, 2, 3)]
+    assert all(a <= b for before, after in itertools.pairwise(told) for a, b in zip(before, after, strict=True))
 
 
 def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
@@ -286,11 +351,17 @@ def drafts_after(model: Transformer, text: list[int], drafts: int, temperature: 
     return made
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> None:
-    """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks."""
+@pytest.mark.parametrize(("temperature", "adapts"), [(0.0, False), (0.8, False), (0.0, True)])
+def test_drafts_are_those_of_the_text_alone(
+    tiny: Path, temperature: float, adapts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks.
+
+    And however many were: the layer's KV is there after steps without drafts, too.
+    """
     drafts, seed, fronts, roles = 3, 4, {}, []
-    engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25)
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
+    engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25, adapts=adapts)
     prompts = [[*prompts_of(tiny)[0], *prompts_of(tiny)[1] * 5], prompts_of(tiny)[9]]
     speculation = engine.speculation
     assert speculation is not None and len(prompts[0]) < 64 < len(prompts[0]) + 25
@@ -298,7 +369,8 @@ def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> N
     def between(role: Unified, turn: int) -> None:
         roles[:] = [role]
         for row, sequence in enumerate(engine._latest.sequences):
-            fronts[sequence.uid, int(speculation.positions[row])] = speculation.tokens[row].tolist()
+            front = speculation.tokens[row, : engine._made + 1]
+            fronts[sequence.uid, int(speculation.positions[row])] = front.tolist()
 
     fields = {"temperature": temperature, "seed": seed, "ignore_eos": True}
     answers, _ = serve(engine, [Request(i, prompt, 25, **fields) for i, prompt in enumerate(prompts)], between)
@@ -307,13 +379,15 @@ def test_drafts_are_those_of_the_text_alone(tiny: Path, temperature: float) -> N
         text = [*prompts[uid], *answers[uid].tokens][: position + 1]
         if len(text) == position + 1:  # a request's last steps may go further than its answer
             assert token == text[-1]
-            assert drafted == drafts_after(engine.model, text, drafts, temperature, seed), (uid, position)
+            assert drafted == drafts_after(engine.model, text, len(drafted), temperature, seed), (uid, position)
             following = [*prompts[uid], *answers[uid].tokens][position + 1 :]
-            right.append(drafted[:1] == following[:1])
-            counted["verifications"] += bool(following)
-            for place in range(1, min(drafts + 1, len(following))):
+            right += [drafted[:1] == following[:1]] * bool(drafted)
+            if following:
+                counted.update(["verifications", *(f"verified_drafts_{i + 1}" for i in range(len(drafted)))])
+            for place in range(1, min(len(drafted) + 1, len(following))):
                 counted[f"accepted_drafts_{place}"] += drafted[:place] == following[:place]
     assert len(right) > 20 and {True, False} == set(right)
+    assert {len(front) for front in fronts.values()} == set(range(1, 5) if adapts else [4])
     assert roles[0].stats() == counted and counted["accepted_drafts_2"] > 0
 
 
@@ -331,20 +405,29 @@ def test_the_shipped_models_drafts_are_worth_it(tiny: Path, temperature: float) 
 
 
 def on_ranks(rank: int, folder: Path) -> None:
-    """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same."""
+    """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same.
+
+    With overlap, a half may be empty on some.
+    """
     config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
 
-    def answers(shape: tuple[int, int], drafts: int) -> list[tuple]:
+    def answers(shape: tuple[int, int], drafts: int, overlap: str = "off", adapts: bool = False) -> list[tuple]:
         mesh = sub_mesh(0, *shape)
-        settings = replace(SETTINGS, speculate=drafts)
+        settings = replace(SETTINGS, speculate=drafts, overlap=overlap, adapts=adapts)
         engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
         return one_run([("unified", engine, mesh)], folder, interrupt)
 
     expected = answers((1, 1), 0)
     assert rank or len({tuple(tokens) for tokens, *_ in expected}) == 7
-    for shape, drafts in (((1, 1), 2), ((2, 1), 1), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3), ((4, 4), 1), ((8, 2), 2)):
-        got = answers(shape, drafts)
-        assert got == expected or rank, f"{shape}, {drafts} drafts: {got} instead of {expected}"
+    plain = [((2, 1), 1), ((4, 1), 2), ((4, 4), 1), ((8, 2), 2)]
+    overlapped = [((1, 1), 2), ((2, 2), 1), ((4, 1), 2), ((4, 2), 3)]
+    for shape, drafts, overlap in (*((*job, "off") for job in plain), *((*job, "on") for job in overlapped)):
+        got = answers(shape, drafts, overlap)
+        assert got == expected or rank, f"{shape}, {drafts} drafts, overlap {overlap}: {got} instead of {expected}"
+    pipeline.DraftPolicy = RandomDrafts  # each rank is a process of its own
+    for shape, drafts, overlap in (((1, 1), 4, "off"), ((4, 1), 2, "on"), ((4, 2), 3, "off")):
+        got = answers(shape, drafts, overlap, adapts=True)
+        assert got == expected or rank, f"{shape}, 0 to {drafts} drafts: {got} instead of {expected}"
 
 
 def test_every_arrangement_gives_the_same_tokens(tiny: Path) -> None:
@@ -373,8 +456,14 @@ def test_what_does_not_fit_is_refused_with_the_equation(tiny: Path, small: Path)
     for drafts in (-1, 5):
         with pytest.raises(ValueError, match=rf"--speculate is {drafts}; it must be in 0\.\.4"):
             EngineConfig(speculate=drafts)
-    with pytest.raises(ValueError, match="--speculate with --overlap on"):
-        EngineConfig(speculate=1, overlap="on")
+    with pytest.raises(ValueError, match=r"--speculate is auto:0; it must be in auto:1\.\.auto:4"):
+        EngineConfig(speculate=0, adapts=True)
+    for text in ("", "auto:", "auto2", "auto:x", "two", "2:auto"):
+        with pytest.raises(ValueError, match=f"--speculate is '{text}'; it must be N, auto or auto:N, with a number N"):
+            parse_speculate(text)
+    assert [parse_speculate(text) for text in ("3", "auto:3", "auto")] == [(3, False), (3, True), (4, True)]
+    each = [EngineConfig(speculate=2, adapts=a, decodes=d).drafts_per_step for a, d in ((0, 1), (1, 1), (1, 0))]
+    assert [list(numbers) for numbers in each] == [[2], [0, 1, 2], [2]], "a prefill job makes all"
     rule = r"--max-batch \(40\) x \(1 \+ --speculate 2\) = 120 is over --max-tokens-per-step \(100\): .* 3 tokens"
     with pytest.raises(ValueError, match=rule):
         make_engine(tiny, 2, max_batch=40, max_tokens_per_step=100)
@@ -388,8 +477,8 @@ def test_what_does_not_fit_is_refused_with_the_equation(tiny: Path, small: Path)
 
 def test_the_command_line(tiny: Path) -> None:
     asked = ("--model", str(tiny), "--prompt", "And God said, Let there be", "--max-tokens", "24")
-    plain, drafted = run(*asked), run(*asked, "--speculate", "2")
+    plain, drafted = run(*asked), run(*asked, "--speculate", "auto")
     assert plain[0] == drafted[0] == 0 and drafted[1] == plain[1], drafted[2]
-    assert "    drafts: 2 per step, without overlap\n" in drafted[2] and "drafts" not in plain[2]
+    assert "    drafts: 0 to 4 per step\n" in drafted[2] and "drafts" not in plain[2]
     code, _, err = run(*asked, "--speculate", "7")
     assert code == 2 and "--speculate is 7; it must be in 0..4" in err and "Traceback" not in err

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec import to_builtins
 
+from disagg import pipeline
 from disagg.engine import Engine
 from disagg.front.answer import Answer
 from disagg.front.http.completions import usage
@@ -19,7 +20,7 @@ from model.config import ModelConfig
 from model.pages import PAGE
 from parallel.mesh import Mesh
 from tests.deployment import Deployment, read, run, timeless, write_lines
-from tests.test_speculation import prompts_of
+from tests.test_speculation import RandomDrafts, prompts_of
 from tests.test_worlds import SETTINGS, answers_to, collect, one_run
 from tests.worlds import run_world, sub_mesh
 
@@ -28,10 +29,10 @@ def body(rank: int, folder: Path) -> None:
     config, interrupt = ModelConfig.from_pretrained(folder), Interrupt()
     texts = prompts_of(folder)
 
-    def engine(mesh: Mesh | None, drafts: int, cache: str = "off") -> Engine | None:
+    def engine(mesh: Mesh | None, drafts: int, cache: str = "off", adapts: bool = False) -> Engine | None:
         if mesh is None:
             return None
-        settings = replace(SETTINGS, speculate=drafts, prefix_cache=cache)
+        settings = replace(SETTINGS, speculate=drafts, prefix_cache=cache, adapts=adapts)
         return Engine.from_pretrained(settings, config, folder, mesh, Ops())
 
     def talks(_: int) -> list[UserRequest]:
@@ -64,6 +65,11 @@ def body(rank: int, folder: Path) -> None:
         assert collect(found) == told or rank, f"{here}, {there}, {drafts} drafts: {found} instead of {told}"
         got = [found[i].accepted_tokens for i in sorted(found)]
         assert got == accepted[drafts] or rank, f"{here}, {there}, {drafts} drafts, accepted: {got} not {accepted}"
+    here, there = sub_mesh(0, 1), sub_mesh(2, 2, 2)
+    pipeline.DraftPolicy = RandomDrafts  # each rank is a process of its own
+    jobs = [("prefill", engine(here, 3), here), ("decode", engine(there, 3, adapts=True), there)]
+    got = one_run(jobs, folder, interrupt), one_run(jobs, folder, interrupt, talks)
+    assert got == (kinds, told) or rank, f"0 to 3 drafts: {got} instead of {kinds} and {told}"
     here, there = sub_mesh(0, 1), sub_mesh(2, 1)
     for left, right in (("auto", "auto"), ("auto", "off"), ("off", "auto")):
         jobs = [("prefill", engine(here, 2, left), here), ("decode", engine(there, 2, right), there)]
@@ -90,19 +96,20 @@ def test_jobs_with_other_drafts_are_refused_and_those_alike_serve(tiny: Path, tm
     code, _, err = deployment.jobs.pop("decode").finish()
     said = "decode: refused: its KV is not the others': --speculate is 0, the others have 2\n"
     assert code != 0 and said in err, err
-    deployment.start_job("decode", 1, "--speculate", "2")
+    deployment.start_job("decode", 1, "--speculate", "auto:2")
     ended = deployment.finish()
     assert {role: code for role, (code, *_) in ended.items()} == {"prefill": 0, "decode": 0, "router": 0}, ended
-    assert "    drafts: 2 per step, without overlap\n" in ended["prefill"][2]
+    assert "    drafts: 2 per step\n" in ended["prefill"][2] and "    drafts: 0 to 2 per step\n" in ended["decode"][2]
     code, _, err = run("--model", str(tiny), "--input", str(source), "--output", str(tmp_path / "alone.jsonl"))
     answers, alone = read(deployment.out), read(tmp_path / "alone.jsonl")
     assert code == 0 and timeless(answers) == timeless(alone), err
     accepted = [answer["accepted_tokens"] for answer in answers]
     steps = sum(answer["completion_tokens"] - 1 for answer in answers) - sum(accepted)
-    said = r"\n +drafts  decode: (\S+) tokens per request and step; right by place: \S+%, \S+%\n"
+    said = r"\n +drafts  decode: (\S+) tokens per request and step, of (\S+) drafts; right by place: \S+, \S+\n"
     match = re.search(said, ended["router"][2])
     assert match and sum(accepted) > 10, ended["router"][2]
     assert float(match[1]) == pytest.approx(1 + sum(accepted) / steps, abs=0.1), "a stop string cuts a step's tokens"
+    assert 0 < float(match[2]) < 2, "the policy tries other numbers"
     assert "drafts" not in err and not any("accepted_tokens" in answer for answer in alone)
 
 

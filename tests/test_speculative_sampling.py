@@ -1,15 +1,24 @@
 """Drafts change no token and no distribution: the model's own sampling, with the noise of the seed and the position."""
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from disagg.front.tokenizer import load_tokenizer
-from model.batch import Batch, Chunk
+from disagg.request import Request
+from disagg.sampler import process, sampling_rows
+from disagg.scheduler import Plan, Sequence
+from disagg.speculative_sampler import SpeculativeSampler
+from disagg.step import Drafts, Work
+from disagg.steps import places
+from model.batch import Batch, Chunk, Decodes
 from model.kv_cache import make_pool
-from model.sampling import SamplingRows, accepted, keep_top, sample
+from model.sampling import SamplingRows, accepted, keep_top, sample, top_logprobs
+from parallel.mesh import Group
 from tests import hf
 from tests.test_mtp import draft_rows
 
@@ -132,3 +141,49 @@ def test_alike_logits_choose_the_same_token_as_often_as_is_known() -> None:
         distance = (target.softmax(-1) - draft.softmax(-1)).abs().sum().item() / 2
         margin = 4 * (0.25 / count) ** 0.5  # four standard deviations, at most
         assert (1 - distance) / (1 + distance) - margin <= same <= 1 - distance + margin, (spread, distance, same)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_each_row_is_chosen_as_that_of_a_sequence_with_its_drafts(overlapped: bool) -> None:
+    """Whatever the requests beside it want, and wherever it lies: as alone, with the drafts before it as its tokens."""
+    generator, rng, vocab, drafts, rows = torch.Generator().manual_seed(2), random.Random(2), 12, 2, 8
+    kinds = [
+        {},
+        {"temperature": 1.0, "seed": 3, "top_k": 5, "logprobs": 2},
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logprobs": 1},
+        {"repetition_penalty": 3.0, "temperature": 0.7, "seed": 4},
+        {"min_tokens": 9, "stop_token_ids": list(range(6))},
+        {"logit_bias": {7: 5.0}, "frequency_penalty": 2.0},
+    ]
+    sequences, each = [], drafts + 1
+    for i, kind in enumerate(kinds * 20):
+        tokens = [rng.randrange(vocab) for _ in range(3 + i % 4)]
+        request = Request(i, tokens[:2], **{"max_tokens": 40, "ignore_eos": True} | kind)
+        sequences.append(Sequence(request, tokens=tokens, computed=len(tokens)))
+    for at in range(0, len(sequences), len(kinds)):
+        mine = sequences[at : at + len(kinds)]
+        where = places(len(mine), rows, overlapped)
+        nothing = np.zeros(len(mine), np.int64)
+        decodes = Decodes(nothing, nothing, [[1]] * len(mine))
+        work = Work(Plan(mine, []), decodes, [], rows, overlapped, mine, where, drafts=Drafts(drafts, drafts))
+        fed = torch.randint(vocab, (rows, each), generator=generator)
+        logits, after = torch.randn(rows * each, vocab, generator=generator), torch.zeros(rows, each, dtype=torch.int64)
+        for row, sequence in zip(where, mine, strict=True):
+            after[row] = len(sequence.tokens) + torch.arange(each)
+        choice, later = logits.argmax(-1), fed[:, 0].clone()
+        sampler = SpeculativeSampler(Group())
+        found = sampler.choose(logits.clone(), choice, work, fed, after.flatten())
+        sampler.draft(logits[::each], later, work, after[:, 0], place=2)
+        assert found is not None
+        for i, (row, sequence) in enumerate(zip(where, mine, strict=True)):
+            for place in range(each):
+                known = [*sequence.tokens, *fed[row, 1 : place + 1].tolist()]
+                alone = Sequence(sequence.request, tokens=known, computed=len(known))
+                line = logits[row * each + place][None].clone()
+                best = top_logprobs(line, choice[row * each + place][None], 2)
+                process(line, [alone], line.new_zeros(0, dtype=torch.int64), nothing[:0], [len(known)])
+                assert choice[row * each + place] == sample(line, sampling_rows([alone], line.device))
+                assert all(torch.allclose(a[i, place], b[0]) for a, b in zip(found, best, strict=True))
+            if sequence.request.temperature:
+                further = Sequence(sequence.request, computed=len(sequence.tokens) + 2)
+                assert later[row] == sample(logits[row * each][None], sampling_rows([further], logits.device))

@@ -20,9 +20,9 @@ def balancedness(stats: dict[str, float]) -> str:
     return f"balancedness {stats['balancedness']:.3f} (layers {min(layers):.3f} to {max(layers):.3f})"
 
 
-def accepted_drafts(stats: dict[str, float]) -> list[float]:
-    """Return how many drafts in each place were right, of a replica's statistics."""
-    names = sorted(name for name in stats if name.startswith("accepted_drafts_"))
+def drafts_by_place(stats: dict[str, float], kind: str) -> list[float]:
+    """Return how many drafts in each place were `kind`, verified or accepted, of a replica's statistics."""
+    names = sorted(name for name in stats if name.startswith(f"{kind}_drafts_"))
     return [stats[name] for name in names]
 
 
@@ -141,12 +141,16 @@ class Metrics:
         return f"{role}: {hits:,.0f} prompt tokens{share}; {evicted:,.0f} pages evicted, {idle:,.0f} kept"
 
     def _drafts(self, role: str) -> str:
-        """Format how many tokens a request got per step, and the share of the drafts in each place that was right."""
+        """Format tokens and drafts per request and step, and the share of the drafts in each place that was right."""
         drafting = [stats for of, stats in self._stats if of == role and "verifications" in stats]
         steps = sum(stats["verifications"] for stats in drafting)
-        right = [sum(counts) / steps for counts in zip(*map(accepted_drafts, drafting), strict=True)]
-        shares = ", ".join(f"{share:.1%}" for share in right)
-        return f"{role}: {1 + sum(right):.2f} tokens per request and step; right by place: {shares}"
+        verified, right = (
+            [sum(counts) for counts in zip(*(drafts_by_place(stats, kind) for stats in drafting), strict=True)]
+            for kind in ("verified", "accepted")
+        )
+        shares = ", ".join(f"{n / of:.1%}" if of else "-" for n, of in zip(right, verified, strict=True))
+        rate = f"{1 + sum(right) / steps:.2f} tokens per request and step"
+        return f"{role}: {rate}, of {sum(verified) / steps:.2f} drafts; right by place: {shares}"
 
     def _rebalancing(self, role: str) -> str:
         """Format the rebalancing of the first job to leave. A job's replicas all report the same numbers."""

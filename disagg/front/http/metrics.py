@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from disagg.front.histogram import TIMES, Histogram
-from disagg.front.metrics import ROLE_PHASES, STEP_TOKENS, accepted_drafts
+from disagg.front.metrics import ROLE_PHASES, STEP_TOKENS, drafts_by_place
 from disagg.front.replica import Replica
 from disagg.front.router import Router
 from disagg.front.tracked import STATES
@@ -41,8 +41,12 @@ REPLICA_COUNTERS = {
         "cache_hit_tokens",
     ),
     "moesaic_cache_evictions": ("Pages that the prefix cache gave up because others needed them.", "cache_evictions"),
-    "moesaic_verifications": ("Steps of a request that verified drafts; each gives a token at least.", "verifications"),
+    "moesaic_verifications": ("Steps of a request where the model drafts; each gives a token.", "verifications"),
     "moesaic_graph_replays": ("Decode steps that replayed a CUDA graph.", "graph_replays"),
+}
+DRAFTS = {
+    "verified": "Drafts that were verified, by their place in a step.",
+    "accepted": "Drafts that were right, by their place in a step. Each gives a token more.",
 }
 PHASE_COUNTERS = {
     "moesaic_steps": ("Steps. One in which any rank of the job has prompt tokens is a prefill step.", "{}_steps"),
@@ -133,9 +137,10 @@ def _loads(replicas: list[Replica]) -> Iterator[Metric]:
 def _steps(replicas: list[Replica]) -> Iterator[Metric]:
     for name, (help, stat) in REPLICA_COUNTERS.items():
         yield _counter(name, help, REPLICA, [(_labels(r), r.stats[stat]) for r in replicas if stat in r.stats])
-    right = [((*_labels(r), str(i)), n) for r in replicas for i, n in enumerate(accepted_drafts(r.stats), 1)]
-    help = "Drafts that were right, by their place in a step. Each gives a token more."
-    yield _counter("moesaic_accepted_drafts", help, (*REPLICA, "place"), right)
+    for kind, help in DRAFTS.items():
+        places = [(r, i, n) for r in replicas for i, n in enumerate(drafts_by_place(r.stats, kind), 1)]
+        found = [((*_labels(r), str(i)), n) for r, i, n in places]
+        yield _counter(f"moesaic_{kind}_drafts", help, (*REPLICA, "place"), found)
     phases = [(r, phase) for r in replicas for phase in ROLE_PHASES[r.hello.role]]
     for name, (help, pattern) in PHASE_COUNTERS.items():
         found = [((*_labels(r), phase), r.stats.get(pattern.format(phase), 0)) for r, phase in phases if r.stats]

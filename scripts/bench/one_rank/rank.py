@@ -7,12 +7,15 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from disagg.fixed_inputs import FixedInputs
+from disagg.graphs import Graphs
 from disagg.steps import DecodeStep
 from kernels.backend import choose
 from kernels.ops import Ops
@@ -169,16 +172,17 @@ class Rank:
         def forward(rows: Batch, halves: tuple[Batch, Batch] | None, *_: None) -> Tensor:
             return self.model(rows, self.pool, masked, halves)
 
-        eager, captured = (DecodeStep(forward, tokens, [batch], each, lambda rows: overlap) for _ in range(2))
+        inputs, graphs = FixedInputs(2, batch, each, self.device), Graphs()
+        step = DecodeStep(forward, tokens, [batch], inputs, graphs, lambda rows: overlap)
         pages = [range(1 + i * each, 1 + (i + 1) * each) for i in range(batch)]
         decodes = Decodes(np.arange(batch), np.full(batch, kv - 1), pages)
-        eager.run(decodes, batch)
+        eager = partial(step.run, decodes, batch, eager=True)
+        eager()
         if self.device.type != "cuda":
-            return RankStep(lambda: eager.run(decodes, batch), lambda: eager.run(decodes, batch))
-        captured.run(decodes, batch)
-        captured.capture(list)
+            return RankStep(eager, eager)
+        graphs.capture(lambda rows: step.run(decodes, rows), [batch], list)
         torch.cuda.empty_cache()  # the eager steps' memory: the graph has its own, and little is free
-        return RankStep(lambda: captured.run(decodes, batch), lambda: eager.run(decodes, batch), captured.reset)
+        return RankStep(partial(step.run, decodes, batch), eager, graphs.reset)
 
     def prefill(
         self,

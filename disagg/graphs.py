@@ -1,0 +1,67 @@
+"""Graphs: the parts of decode steps on the device, each captured once as a CUDA graph, all in one memory pool.
+
+A step of a drafting job has several parts, because the host may choose tokens between them; any other step is one. What
+a part returns stays where it is: each replay writes it anew. So the next part, and the host's choice, find it there.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+class Graphs:
+    """The captured parts, by key. Without any, as on a CPU, parts run as they are."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Hashable, tuple[Callable[[], None], Any]] = {}  # a part's replay, and what it returned
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._capturing = False
+
+    def part(self, key: Hashable, call: Callable[[], Result], eager: bool = False) -> Result:
+        """Run a part: replay its graph if there is one, otherwise call it.
+
+        `call` must do the same for equal keys, from tensors that stay in place. `eager`: replay nothing. All ranks of a
+        job must agree on that: NCCL requires that a collective is captured on all ranks or on none.
+        """
+        if eager:
+            return call()
+        if self._capturing and key not in self.captured:
+            self.captured[key] = self.record(call)
+            return self.captured[key][1]
+        if key not in self.captured:
+            return call()
+        replay, result = self.captured[key]
+        replay()
+        return result
+
+    def record(self, call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Capture a call. Returns what replays it, and what it returned, which nothing has computed yet."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graphs[0].pool() if self._graphs else None):
+            result = call()
+        self._graphs.append(graph)
+        return graph.replay, result
+
+    def capture(self, step: Callable[[int], object], sizes: list[int], progress: Progress) -> None:
+        """Collective. Run `step(rows)` of every size, so that kernels compile, then capture its parts.
+
+        The largest comes first, so that the others fit into its memory.
+        """
+        for rows in progress(sorted(sizes, reverse=True)):
+            for _ in range(2):
+                step(rows)
+            self._capturing = True
+            step(rows)
+            self._capturing = False
+
+    def reset(self) -> None:
+        """Free the graphs. Call it before the process groups end: destroying a group that a graph uses hangs."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+        self.captured.clear()

@@ -1,0 +1,116 @@
+"""Captured steps with drafts: on a CPU, a part that is replayed runs the code that was captured, in the same tensors.
+
+So all is tested here but CUDA's own capture, which `test_gpu_speculation.py` needs a GPU for.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from disagg.engine import Engine
+from disagg.graphs import Graphs
+from model.batch import Batch
+from tests.test_speculation import RandomDrafts, all_kinds, make_engine, same, serve
+
+
+class Rerun(Graphs):
+    """Replays by calling again what was captured, and puts the results where they were the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reruns: Counter[str] = Counter()
+
+    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        result = call()
+
+        def replay() -> None:
+            self.reruns[call.func.__name__] += 1  # type: ignore[attr-defined]
+            put(call(), result)
+
+        return replay, result
+
+
+def put(new: Any, old: Any) -> None:
+    """Copy all tensors of `new` into those at the same places of `old`."""
+    if isinstance(old, torch.Tensor):
+        old.copy_(new)
+    elif is_dataclass(old):
+        put([getattr(new, f.name) for f in fields(old)], [getattr(old, f.name) for f in fields(old)])
+    elif isinstance(old, tuple | list):
+        for one, other in zip(new, old, strict=True):
+            put(one, other)
+    else:
+        assert new == old
+
+
+def captured(engine: Engine) -> Rerun:
+    """Make an engine replay its decode steps."""
+    graphs = Rerun()
+    assert engine.speculation is not None
+    engine.captures, engine.graphs, engine.speculation.graphs = True, graphs, graphs
+    engine.run_every_size(list)
+    return graphs
+
+
+def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled requests, and greedy ones beside them, replay the same parts. Only who asks for experts stops it."""
+    requests, engine = all_kinds(tiny), make_engine(tiny, 2, overlap="on")
+    body, halves = engine.model.body, []
+
+    def run_body(batch: Batch, pool: torch.Tensor, dispatcher: object, both: tuple, *rest: Any) -> torch.Tensor:
+        halves.extend([half.num_tokens for half in both] for _ in range(batch.max_q == 0))
+        return body(batch, pool, dispatcher, both, *rest)
+
+    monkeypatch.setattr(engine.model, "body", run_body)
+    want, graphs = serve(make_engine(tiny, 0), requests)[0], captured(engine)
+    assert len(graphs.captured) == 4 * len(engine.decode.buckets)
+    got, stats = serve(engine, requests)
+    same(got, want)
+    steps = engine.graph_replays
+    assert 0 < steps < stats["decode_steps"]
+    assert graphs.reruns == {"_verify": steps, "_accept": steps, "_draft": 2 * steps}
+    assert len(halves) > steps and all(first == second > 0 for first, second in halves)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
+    others = [request for request in requests if not request.processes_logits]
+    same(serve(engine, others)[0], {request.uid: want[request.uid] for request in others})
+
+
+def test_a_step_may_verify_and_make_any_number_of_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number is captured once, whatever the step before it did."""
+    monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
+    requests, engine = all_kinds(tiny), make_engine(tiny, 3, adapts=True)
+    want, graphs = serve(make_engine(tiny, 0), requests)[0], captured(engine)
+    assert len(graphs.captured) == (4 + 4 + 3) * len(engine.decode.buckets)
+    same(serve(engine, requests)[0], want)
+    assert graphs.reruns["_verify"] == graphs.reruns["_accept"] == engine.graph_replays > 0
+
+
+def test_the_warm_up_runs_the_draft_layer_in_all_that_it_runs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it is not run, none of its kernels is compiled. It fills for what the target runs over. Drafts have as
+    many rows as sequences get a token, also in a step with prompts."""
+    for decodes in (False, True):
+        engine = make_engine(tiny, 2, decodes=decodes)
+        ran, masked = {"body": set(), "fill_draft": set(), "draft": set()}, engine.dispatchers.masked
+
+        def watch(name: str) -> None:
+            inner = getattr(engine.model, name)  # noqa: B023
+
+            def run(*args: Any) -> Any:
+                (batch,) = (arg for arg in args if isinstance(arg, Batch))
+                ran[name].add((batch.num_tokens, batch.num_decodes, masked in args))  # noqa: B023
+                return inner(*args)
+
+            monkeypatch.setattr(engine.model, name, run)  # noqa: B023
+
+        for name in ran:
+            watch(name)
+        engine.run_every_size(list)
+        assert {shape[:2] for shape in ran["body"]} == {shape[:2] for shape in ran["fill_draft"]}
+        assert {(size, 0, False) for size in (1, 2, 4, 8, 16, 32, 63, 64)} <= ran["body"]
+        kinds = (False, True) if decodes else (False,)
+        assert {(rows, rows, kind) for rows in engine.decode.buckets for kind in kinds} == ran["draft"]
