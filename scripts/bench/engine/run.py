@@ -105,7 +105,7 @@ class Timed(Unified):
         step.wait()
         now = time.perf_counter()
         sequences = len(step.work.sequences)
-        tokens = sequences if step.counts is None else int(step.counts.sum())
+        tokens = sequences if step.counts is None else int(step.counts.numpy()[step.work.rows].sum())
         self.marks.append(Mark(now, now - start, self.launching, sequences, tokens, step.work.mixed))
         return super().take_up(step)
 
