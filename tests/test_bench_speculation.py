@@ -1,9 +1,11 @@
 """Benchmarks of drafts: acceptance is forced as asked and said so, and counts of real drafts are the engine's own."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +22,10 @@ from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank.drafts import DraftingStep
 from scripts.bench.one_rank.simulated_load import SimulatedLoad
+from scripts.bench.speculation import run as bench
+from scripts.tools.tiny_text import DOMAINS
 from tests.processes import run_module
-from tests.test_speculation import make_engine, prompts_of
+from tests.test_speculation import make_engine, prompts_of, serve
 
 CPU = torch.device("cpu")
 
@@ -117,3 +121,39 @@ def test_one_rank_needs_room_for_its_drafts() -> None:
     flags = "--shape tiny --device cpu --ep 4 --redundant 4 --batch 4 --kv 3 --speculate 1"
     run = run_module("scripts.bench.one_rank.drafts", *flags.split())
     assert run.returncode == 2 and "--kv 3: with 1 drafts it must be at least 4" in run.stderr
+
+
+def test_the_shipped_models_figures_are_the_engines_counts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Tokens per step, and the steps whose drafts were right up to a place, from another run of the requests."""
+    streams = {domain: np.array(sum(prompts_of(tiny)[i::3], []), np.uint16) for i, domain in enumerate(DOMAINS)}
+    monkeypatch.setattr(bench, "held_out", lambda wordnet, stdlib: streams)
+    flags = "--device cpu --requests 3 --prompt 6 --output 12 --drafts 2 --timed 1 --repeat 1 --out"
+    monkeypatch.setattr(sys, "argv", ["bench", *flags.split(), str(tmp_path / "r.json")])
+    bench.main()
+    values = {record.name.removeprefix("tiny, held-out "): record for record in load(tmp_path / "r.json")}
+    for domain, stream in streams.items():
+        prompts = bench.pieces(stream, 3, 6)
+        assert len(prompts) == 3 and prompts[0] == stream[:6].tolist()
+        answers, _ = serve(make_engine(tiny, 2), [Request(i, p, 12, ignore_eos=True) for i, p in enumerate(prompts)])
+        accepted_tokens = sum(answer.accepted for answer in answers.values())
+        steps = 3 * (12 - 1) - accepted_tokens
+        name = f"{domain}, greedy, drafts: 2"
+        assert values[f"{name}: tokens per step"].value == pytest.approx(3 * 11 / steps, abs=1e-3)
+        first, second = (values[f"{name}: right up to place {place}"].value for place in (1, 2))
+        assert first + second == pytest.approx(100 * accepted_tokens / steps, abs=0.11) and first >= second
+        timed = f"{domain}, greedy, one request at a time, drafts: "
+        assert values[f"{timed}2"].reference == values[f"{timed}0"].value > 0
+    assert "parted" not in capsys.readouterr().out
+
+
+def test_another_corpus_than_that_of_the_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def documents(*where: Path) -> dict[str, list[tuple[str, bool]]]:
+        return {domain: [("In the beginning", True), ("And", False)] for domain in DOMAINS}
+
+    monkeypatch.setattr(bench, "read_documents", documents)
+    with pytest.raises(ValueError, match="bible: 0 tokens are held out, and 47,104 were in training: another corpus"):
+        bench.held_out(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="--requests 3 --prompt 6: a domain has only 17 held-out tokens"):
+        bench.pieces(np.arange(17), 3, 6)
