@@ -15,7 +15,7 @@ from torch import Tensor
 
 from disagg.buckets import make_buckets
 from disagg.config import EngineConfig
-from disagg.experts import Recording, make_placement
+from disagg.experts import Recording, make_draft_placement, make_placement
 from disagg.fixed_inputs import FixedInputs
 from disagg.graphs import Graphs, Progress
 from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
@@ -41,7 +41,6 @@ from model.weights import DummyWeights, ExpertReader, load_weights
 from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
 from parallel.copies import most_copies
 from parallel.dispatchers import Dispatcher, make_dispatchers
-from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from parallel.overlap_rule import Rule
 
@@ -127,9 +126,9 @@ class Engine:
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
-            model.load_counter = LoadCounter(model.placement, self.config.n_routed_experts)
+            model.count_loads()
             if settings.record_experts:
-                self.recording = Recording(model.load_counter, mesh, settings.record_experts)
+                self.recording = Recording(model.load_counters, mesh, settings.record_experts)
         if reader is not None:
             how = settings.rebalance
             self.rebalancer = Rebalancer(model, mesh, reader, how.interval, how.threshold, how.layers_per_step)
@@ -162,9 +161,10 @@ class Engine:
         dtype = dtype_on(mesh.device, settings.dtype)
         fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
+        of_drafts = make_draft_placement(config, mesh, settings.redundant_experts, settings.expert_map, say)
         slots = placement.slots_per_rank
         check_weights(mesh, StepShape(config, dtype.itemsize, fp8, mesh.attn.size, mesh.size, slots))
-        model = Transformer(config, mesh, placement, ops, dtype, settings.positions(config), fp8)
+        model = Transformer(config, mesh, placement, ops, dtype, settings.positions(config), fp8, of_drafts)
         began, problem = time.perf_counter(), None
         try:
             loaded = load_weights(model, source, mesh, hide=None if mesh.rank == 0 else True)
@@ -208,8 +208,8 @@ class Engine:
             return
         self.run_every_size(progress)
         torch.cuda.synchronize()
-        if self.model.load_counter is not None:
-            self.model.load_counter.forget()
+        for counter in self.model.load_counters:
+            counter.forget()
         gc.collect()
         gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 

@@ -41,7 +41,7 @@ def make_role(
     members = mesh.attn.exchange(me, Member)
     if name == "unified":
         return Unified(engine), members
-    endpoint = handoff.make_endpoint(host, engine.pool[:, 0].nbytes, engine.pool.device)
+    endpoint = handoff.make_endpoint(host, engine.pool)
     if door is not None:
         return Prefill(engine, members, door, endpoint, handoff.checksums), members
     return Decode(engine, members, endpoint, secret), members

@@ -34,6 +34,7 @@ from model.slots import IDENTITY, Slots
 from model.transformer import Transformer
 from model.weights import ExpertReader
 from parallel.eplb import balance, balancedness
+from parallel.load_counter import total_of
 from parallel.mesh import Mesh
 from parallel.placement import Placement, keep_in_place
 
@@ -73,20 +74,23 @@ class Rebalancer:
         threshold: float = 1.0,
         layers_per_step: int = 1,
     ) -> None:
-        """Collective. `model` has its weights and its load_counter.
+        """Collective. `model` has its weights and its load_counters.
 
         `interval`: steps between looks. `threshold`: a layer moves only if its balancedness is at most this, and only
-        if the average over all layers is, too. `layers_per_step`: layers per chunk.
+        if the average over all layers is, too. The draft layer, whose row is the last of the maps here, is not in the
+        average and moves by its own balancedness. `layers_per_step`: layers per chunk.
         """
-        assert model.load_counter is not None
-        self.mesh, self.reader, self.load_counter, self.placement = mesh, reader, model.load_counter, model.placement
+        self.mesh, self.reader, self.counters, self.placement = mesh, reader, model.load_counters, model.placement
+        self.places = [(c.placement, row) for c in self.counters for row in range(len(c.by_expert))]  # by layer
+        self.own = len(self.counters[0].by_expert)  # layers of the model itself
         self.interval, self.threshold, self.chunk = interval, threshold, layers_per_step
         self.groups = model.config.n_group
-        self.map = self.placement.expert_of_slot.cpu()  # [layers, P], a copy of the map on the device
+        self.map = self._expert_of_slot().cpu()  # [layers, P], a copy of the maps on the device
         local = self.placement.slots_per_rank
         self.mine = slice(mesh.ep.rank * local, (mesh.ep.rank + 1) * local)
-        self.identity = self.placement.expert_of_slot[:, self.mine].clone()  # [layers, L]: experts in this rank's slots
-        experts = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, MoE)]
+        self.identity = self._expert_of_slot()[:, self.mine].clone()  # [layers, L]: experts in this rank's slots
+        blocks = [*model.layers, *([model.mtp.block] if model.mtp is not None else [])]
+        experts = [block.mlp.experts for block in blocks if isinstance(block.mlp, MoE)]
         self.layers = [
             Slots(dict(e.named_parameters()) | {IDENTITY: row}) for e, row in zip(experts, self.identity, strict=True)
         ]
@@ -103,7 +107,7 @@ class Rebalancer:
         self._stream = torch.cuda.Stream(device, priority=-1) if self.on_gpu else None
         self._thread = ThreadPoolExecutor(1, "rebalance")
         self._checks: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._counted = torch.zeros_like(self.load_counter.by_expert)  # [layers, E]: the counts at the last look
+        self._counted = torch.zeros_like(total_of(self.counters))  # [layers, E]: the counts at the last look
         self._steps = 0  # since the last look
         self._requested: Tensor | None = None
         self._reason = ""  # of the last failure that was printed
@@ -147,7 +151,7 @@ class Rebalancer:
 
         Every rank must call it, between the same two turns. Raises ValueError if a layer lacks an expert.
         """
-        experts = self.load_counter.by_expert.shape[1]
+        experts = self._counted.shape[1]
         if expert_of_slot.shape != self.map.shape:
             raise ValueError(f"the map is {list(expert_of_slot.shape)}, must be {list(self.map.shape)}")
         for layer, row in enumerate(expert_of_slot.tolist()):
@@ -199,7 +203,7 @@ class Rebalancer:
 
     def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """Return the job's tokens per expert since the last look, [layers, E]: on the host, valid after the event."""
-        total = self.load_counter.total()
+        total = total_of(self.counters)
         window, self._counted = total - self._counted, total
         return to_host(self.mesh.ep.all_reduce(window)), self._record()
 
@@ -212,11 +216,13 @@ class Rebalancer:
             counted.synchronize()
         counts, ranks = loads.numpy(), self.placement.ep_size
         now = balancedness(counts, self.map.numpy(), ranks)
-        self.stats |= balance_stats(now)
-        if now.mean() > self.threshold:
+        self.stats |= balance_stats(now, self.own)
+        may_move = now <= self.threshold
+        may_move[: self.own] &= now[: self.own].mean() <= self.threshold
+        if not may_move.any():
             return None
         wanted = balance(counts, self.map.shape[1], ranks, self.groups, self.mesh.nodes)
-        better = torch.from_numpy((now <= self.threshold) & (balancedness(counts, wanted, ranks) > now))
+        better = torch.from_numpy(may_move & (balancedness(counts, wanted, ranks) > now))
         return self._settle(torch.from_numpy(wanted).where(better[:, None], self.map)) if better.any() else None
 
     def _settle(self, wanted: Tensor) -> Tensor:
@@ -288,15 +294,21 @@ class Rebalancer:
 
         So every step launched before sees only the old map, and every later one only the new map.
         """
-        self.load_counter.fold()
+        for counter in self.counters:
+            counter.fold()
         for layer, slot, spare in moves:
             self.layers[layer].put(slot, self.spare, spare)
         for row, layer in enumerate(layers):
-            self.placement.replace(layer, self.spare_rows, row)
+            placement, own_row = self.places[layer]
+            placement.replace(own_row, self.spare_rows, row)
         self.map[layers] = wanted[layers]
-        both = torch.stack((self.identity, self.placement.expert_of_slot[:, self.mine]))
+        both = torch.stack((self.identity, self._expert_of_slot()[:, self.mine]))
         self._checks.append((to_host(both), self._record()))
         self._free = self._record()
+
+    def _expert_of_slot(self) -> Tensor:
+        """Return the maps on the device, one below the other [layers, P]. The draft layer's is the last."""
+        return torch.cat([counter.placement.expert_of_slot for counter in self.counters])
 
     def _check(self, wait: bool = False) -> None:
         """Compare slots and map after each flip that the device has completed. `wait`: after all flips.

@@ -10,7 +10,7 @@ Applied again at p + 1, to h' and the token that it predicted, it predicts the t
 its own, at position p for h[p]. Embedding and LM head are the main model's (README_WEIGHTS.md of DeepSeek-V3). A
 checkpoint holds copies of them, which are not read. eh_proj keeps the activations' dtype even with fp8 weights.
 
-Its experts have a placement map of their own, in as many slots as those of the other layers.
+Its experts have a placement map and a load counter of their own, in as many slots as those of the other layers.
 """
 
 import torch
@@ -22,6 +22,7 @@ from model.block import Block, Residual
 from model.config import ModelConfig
 from model.layers import Embedding, Linear, RMSNorm
 from parallel.dispatchers import Dispatcher
+from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
 from parallel.overlap import Beside, run
 from parallel.placement import Placement
@@ -39,13 +40,14 @@ class MTP(nn.Module):
         dtype: torch.dtype,
         fp8: bool,
     ) -> None:
-        """`placement`: that of the other layers, for its number of slots."""
+        """`placement`: of this layer's experts, a map of one layer."""
         super().__init__()
         hidden, on = config.hidden_size, {"dtype": dtype, "device": mesh.device}
         self.enorm, self.hnorm, self.norm = (RMSNorm(hidden, config.rms_norm_eps, ops, **on) for _ in range(3))
         self.eh_proj = Linear(2 * hidden, hidden, ops, **on)
-        self.placement = spread(config.n_routed_experts, placement.num_slots, mesh)
-        self.block = Block(config, 0, mesh, self.placement, rope, ops, beside, dtype, fp8)
+        self.placement = placement
+        self.load_counter: LoadCounter | None = None
+        self.block = Block(config, 0, mesh, placement, rope, ops, beside, dtype, fp8)
 
     def forward(
         self, hidden: Tensor, batch: Batch, embed: Embedding, kv_pages: Tensor, dispatcher: Dispatcher
@@ -55,7 +57,8 @@ class MTP(nn.Module):
         kv_pages [pages, 64, C + R] is written in place. Collective: the layer has experts.
         """
         residual = Residual(self._joined(hidden, batch, embed))
-        run(self.block.steps(residual, batch, kv_pages, dispatcher, ()))
+        observers = (self.load_counter,) if self.load_counter is not None else ()
+        run(self.block.steps(residual, batch, kv_pages, dispatcher, observers))
         return self.norm(residual.sum())
 
     def fill(self, hidden: Tensor, batch: Batch, embed: Embedding, kv_pages: Tensor) -> None:

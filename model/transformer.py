@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.divisibility import check_split, fp8_misfit
 from model.head import Head
 from model.layers import Embedding, rope_table
-from model.mtp import MTP
+from model.mtp import MTP, spread
 from model.precision import dtype_name
 from model.prompt_logprobs import PromptLogprobs
 from parallel.chosen_experts import ChosenExperts, Part
@@ -39,11 +39,13 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         max_model_len: int,
         fp8: bool = False,
+        draft_placement: Placement | None = None,
     ) -> None:
         """Allocate this rank's share of the weights, uninitialised. `max_model_len` sizes the rope table.
 
         `fp8`: the projections stay in block fp8 (`model/precision.py` decides). Embeddings, norms, gates, kv_b_proj and
-        the LM head never do. Raises ValueError with the equation that does not hold.
+        the LM head never do. `draft_placement`: of the draft layer's experts; None: one for equal loads.
+        Raises ValueError with the equation that does not hold.
         """
         super().__init__()
         check_split(config, mesh.attn.size)
@@ -59,7 +61,22 @@ class Transformer(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.head = Head(config, mesh.attn, ops, dtype, mesh.device)
-        self.mtp = MTP(config, mesh, placement, rope, ops, beside, dtype, fp8) if config.drafts else None
+        self.mtp: MTP | None = None
+        if config.drafts:
+            of_drafts = draft_placement or spread(config.n_routed_experts, placement.num_slots, mesh)
+            self.mtp = MTP(config, mesh, of_drafts, rope, ops, beside, dtype, fp8)
+
+    def count_loads(self) -> None:
+        """Count the tokens per expert from now on: those of the draft layer apart."""
+        self.load_counter = LoadCounter(self.placement, self.config.n_routed_experts)
+        if self.mtp is not None:
+            self.mtp.load_counter = LoadCounter(self.mtp.placement, self.config.n_routed_experts)
+
+    @property
+    def load_counters(self) -> list[LoadCounter]:
+        """The counter of the model's layers, and then that of the draft layer, as far as there are any."""
+        both = self.load_counter, self.mtp.load_counter if self.mtp is not None else None
+        return [counter for counter in both if counter is not None]
 
     @torch.inference_mode()
     def forward(

@@ -140,7 +140,6 @@ NO_MESSAGES = {
     "a piece of experts that is too large": encode(Updates([Update(3, experts=b"x" * (PIECE + 1))])),
     "a piece of log probabilities that is too large": encode(Updates([Update(3, prompt_rows=b"x" * (PIECE + 1))])),
     "an unknown reason to finish": encode(Updates([Update(3, finish="weird reason")])),
-    "a location of 257 bytes": forged(Sending([5], [9]), location=b"x" * 257),
     "a checksum of 33 bits": forged(Sending([5], [9]), checksum=2**32),
     "a load below nothing": forged(Beat("a", 1, False), load=load(kv_pages=-1)),
     "a load that no float can hold": forged(Beat("a", 1, False), load=load(queued_tokens=2**53)),

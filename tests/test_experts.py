@@ -191,7 +191,9 @@ def check_stats(stats: dict[str, float], path: Path, engine: Engine) -> None:
 
 
 def test_a_model_without_experts_has_no_balance() -> None:
-    assert balance_stats(balancedness(torch.zeros(0, 4).numpy(), torch.zeros(0, 4, dtype=torch.int64).numpy(), 2)) == {}
+    assert (
+        balance_stats(balancedness(torch.zeros(0, 4).numpy(), torch.zeros(0, 4, dtype=torch.int64).numpy(), 2), 0) == {}
+    )
 
 
 def check_recordings(scratch: Path, config: ModelConfig) -> None:

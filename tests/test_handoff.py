@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -63,7 +63,7 @@ from tests.processes import fork_server
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
 TORCH = TorchEndpoint(CPU, HOST)
-MADE: list[tuple[str, Endpoint]] = []  # endpoints that no test is using; to make one takes half a second
+MADE: list["Rank"] = []  # those that no test is using; to make an endpoint takes half a second
 LAYERS, WIDTH, NUM_PAGES = 2, 24, 16
 CANARY = -7.5
 SOON = 20  # seconds; nothing here takes one
@@ -212,15 +212,32 @@ def obstacle(library: str) -> str | None:
     return None
 
 
-def endpoint_of(library: str) -> Endpoint:
-    """An endpoint that no other links use: of a process of its own, as it were. Skips the test without the package."""
+@dataclass
+class Rank:
+    """A process, as it were: several links may share its endpoint. Their pools lie in its registered memory."""
+
+    library: str
+    endpoint: Endpoint
+    memory: Tensor
+    credits: Credits = field(default_factory=Credits)
+    taken: int = 0  # bytes of the memory
+
+    def pool(self, value: float | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        pool = make_pool(value, dtype)
+        start, self.taken = self.taken, self.taken + pool.nbytes
+        return self.memory[0, 0, start : self.taken].view(dtype).view(pool.shape).copy_(pool)
+
+
+def make_rank(library: str) -> Rank:
+    """A rank that no other links use. Skips the test without the transport's package."""
     if why_not := obstacle(library):
         pytest.skip(why_not)
-    for i, (name, endpoint) in enumerate(MADE):
-        if name == library:
+    for i, made in enumerate(MADE):
+        if made.library == library:
             del MADE[i]
-            return endpoint
-    return Handoff(library).make_endpoint(HOST, 2**24, CPU)  # buffers for all pages, however a test limits transfers
+            return replace(made, credits=Credits(), taken=0)
+    memory = torch.empty(1, 1, 2**24, dtype=torch.uint8)  # of one large page: a buffer has all pages of any test
+    return Rank(library, Handoff(library).make_endpoint(HOST, memory), memory)
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -228,24 +245,16 @@ def library(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@dataclass
-class Rank:
-    """A prefill rank that several links share."""
-
-    endpoint: Endpoint
-    credits: Credits = field(default_factory=Credits)
-
-
 @pytest.fixture
 def make_pair(library: str) -> Iterator[Any]:
     """`make_pair.library`: how its pairs move bytes."""
     pairs: list[Pair] = []
     doors = []  # a door's store ends with it
-    used: list[Endpoint] = []
+    used: list[Rank] = []
 
-    def make_rank() -> Rank:
-        used.append(endpoint_of(library))
-        return Rank(used[-1])
+    def one_more() -> Rank:
+        used.append(make_rank(library))
+        return used[-1]
 
     def make(
         dtype: torch.dtype = torch.float32,
@@ -258,19 +267,20 @@ def make_pair(library: str) -> Iterator[Any]:
         doors.append(door := Door(HOST))
         prefill, decode = Member("p", HOST, door.port, door.store.port), Member(name, HOST)
         theirs, ours = queue.SimpleQueue(), queue.SimpleQueue()
-        pool, here, there = make_pool(CANARY, dtype), decode_rank or make_rank(), rank or make_rank()
+        here, there = decode_rank or one_more(), rank or one_more()
+        pool = here.pool(CANARY, dtype)
         knock_and_meet = dial(prefill, decode, here.endpoint)
         receive = ReceiveLink(link_key(prefill, decode), knock_and_meet, pool, ours, here.credits)
         (knock,) = door.poll(SOON * 1000)
         assert knock.decode == decode
-        source = make_pool(None, dtype)
+        source = there.pool(None, dtype)
         connect = listen(door.store.port, HOST, there.endpoint)
         key = link_key(prefill, knock.decode)
         send = SendLink(key, connect, source, theirs, there.credits, checksums=checksums)
         pairs.append(Pair(End(source, send, theirs), End(pool, receive, ours), decode))
         return pairs[-1]
 
-    make.rank, make.library = make_rank, library
+    make.rank, make.library = one_more, library
     yield make
     over = True
     for pair in pairs:
@@ -283,7 +293,7 @@ def make_pair(library: str) -> Iterator[Any]:
                 end.link._mover.join(SOON)
                 over &= not end.link._mover.is_alive()
     assert over or library == "torch", "a transfer never ended"
-    MADE.extend((library, endpoint) for endpoint in used)
+    MADE.extend(used)
 
 
 def torch_only(test: Any) -> Any:
@@ -317,17 +327,34 @@ def test_pages_arrive_bit_by_bit_where_they_belong_and_nowhere_else(make_pair: A
     pair.hush()
 
 
+@pytest.mark.parametrize("checksums", (False, True))
+def test_only_nixl_reads_from_the_pool_itself(make_pair: Any, checksums: bool) -> None:
+    """The other transports pack. A checksum is of the same bytes either way."""
+    pair, packed = make_pair(checksums=checksums), []
+    link = pair.prefill.link
+    pack = link._pack_pages
+    link._pack_pages = lambda *args: (packed.append(len(args[1])), pack(*args))
+    pair.open(1, [9, 2, 3])
+    link.put(SendPages(1, [3, 4, 1], [9, 2, 3]))
+    link.put(SendLast(1, 7, []))
+    pair.decode.hear_end(1)
+    pair.prefill.hear_end(1)
+    assert pair.decode.pool[:, [9, 2, 3]].equal(pair.prefill.pool[:, [3, 4, 1]])
+    assert packed == ([] if make_pair.library == "nixl" else [3])
+    pair.hush()
+
+
 class Gate:
     """Until it is opened no transfer that a link has started is through."""
 
     def __init__(self, link: Link) -> None:
         self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
         send, recv = link.transport.send, link.transport.recv
-        link.transport.send = lambda x: (self.held(x, (sent := send(x))[0]), sent[1])
-        link.transport.recv = lambda x, location: self.held(x, recv(x, location))
+        link.transport.send = lambda x, pages: (self.held(len(pages or x[0]), (sent := send(x, pages))[0]), sent[1])
+        link.transport.recv = lambda x, location: self.held(len(x[0]), recv(x, location))
 
-    def held(self, x: Tensor, transfer: Transfer) -> Transfer:
-        self.started.append(x.shape[1])
+    def held(self, pages: int, transfer: Transfer) -> Transfer:
+        self.started.append(pages)
         wait = transfer.wait
         transfer.wait = lambda: self.opened.wait(SOON) and wait()
         return transfer
@@ -739,13 +766,17 @@ def test_links_that_are_over_keep_no_sockets(library: str) -> None:
     door = Door(HOST)
     prefill, decode = Member("p", HOST, door.port, door.store.port), Member("d", HOST)
     links, most = [], None  # the links are kept, as a rank's `Links` keeps them
-    here, there = endpoint_of(library), endpoint_of(library)
+    here, there = make_rank(library), make_rank(library)
     for generation in range(3):
-        ends = [End(make_pool(None), None, queue.SimpleQueue()) for _ in range(2)]
+        ends = [End(rank.pool(None), None, queue.SimpleQueue()) for rank in (there, here)]
         key, (source, sink) = link_key(prefill, decode, generation), ends
-        sink.link = ReceiveLink(key, dial(prefill, decode, here, generation), sink.pool, sink.events, Credits())
+        sink.link = ReceiveLink(
+            key, dial(prefill, decode, here.endpoint, generation), sink.pool, sink.events, Credits()
+        )
         assert door.poll(SOON * 1000)
-        source.link = SendLink(key, listen(door.store.port, HOST, there), source.pool, source.events, Credits())
+        source.link = SendLink(
+            key, listen(door.store.port, HOST, there.endpoint), source.pool, source.events, Credits()
+        )
         pair = Pair(source, sink, decode)
         pair.open(1, [4])
         source.link.put(SendPages(1, [1], [4]))

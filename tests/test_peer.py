@@ -1,8 +1,14 @@
-"""The engine's benchmark with transformers as its peer, on the shipped model's shape."""
+"""The engine's benchmark with transformers as its peer, on the shipped model's shape.
+
+SGLang needs a GPU. Only what its figures are made of is tested here.
+"""
 
 from pathlib import Path
 
+import pytest
+
 from scripts.bench.lib.measurements import load
+from tests.conftest import ROOT
 from tests.processes import run_module
 
 WORK = "--shape tiny --layers 2 --batch 1,3 --prompt 20 --output 4 --prefill-batch 2 --step-tokens 40 --repeat 1"
@@ -22,3 +28,20 @@ def test_the_benchmark_puts_a_peer_beside_the_engine(tmp_path: Path) -> None:
 def test_a_peer_that_fails_ends_the_benchmark() -> None:
     run = run_module("scripts.bench.engine", *WORK.split(), "--peer", "--peer-python", "false")
     assert run.returncode == 1 and "the peer failed (status 1)" in run.stderr
+
+
+def test_sglangs_rates_are_those_of_the_steps_in_which_all_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/bench/engine"))
+    import peer_sglang as sglang
+
+    steps = [(1.0, b"C", 4, 0), (2.0, b"P", 2, 60), (2.5, b"D", 2, 0), (3.0, b"P", 2, 40)]  # two join, and the others
+    steps += [(4.0, b"D", 4, 0), (4.5, b"D", 4, 0), (5.0, b"D", 4, 0), (9.0, b"D", 4, 0), (9.1, b"D", 1, 0)]
+    path = tmp_path / "marks"
+    earlier = sglang.RECORD.pack(0.5, b"D", 4, 0)
+    path.write_bytes(earlier + b"".join(sglang.RECORD.pack(*step) for step in steps))
+    marks = sglang.read(str(path), len(earlier))
+    assert marks == [sglang.Mark(*step) for step in steps]
+    assert sglang.prefill_rate(marks, 100) == 100 / (3.0 - 1.0)
+    assert sglang.decode_rate(marks, 4) == 4 * 2 / (5.0 - 4.0)

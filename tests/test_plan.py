@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from disagg.page_cache import PageCache
+from disagg.scheduler import Scheduler
 from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes, weight_bytes
 from model.pages import PAGE
@@ -31,12 +33,14 @@ from scripts.tools.plan.rank import (
     dispatch,
     fits,
     kv_pages,
+    largest,
     least_gpus,
     longest_prompt,
     smallest,
+    tokens_of_a_decode_step,
 )
-from scripts.tools.plan.rates import decode_step, prefill_step
-from scripts.tools.plan.report import WEIGHTS
+from scripts.tools.plan.rates import decode_step, output_rate, prefill_step
+from scripts.tools.plan.report import DRAFT, WEIGHTS
 from scripts.tools.plan.sizes import check_job, dense_ffn_split, job_sizes, least_redundant, splits
 from tests.conftest import ROOT
 from tests.test_memory import make, parameter_bytes
@@ -69,6 +73,51 @@ def test_the_reports_decode_rank_is_reproduced() -> None:
     assert not fits(V3, H100, EP72, Traffic(4000, 96)) and fits(V3, H200, EP72, Traffic(4000, 96))
 
 
+def test_what_drafts_add_to_a_rank_by_hand() -> None:
+    """One draft on EP72: a layer of weights, a layer of KV, and twice the tokens of a decode step.
+
+    The layer by hand: attention, a gate, 4 of 288 experts and the shared one as in any layer, and eh_proj in bf16.
+    """
+    config, job = V3.drafting(), replace(EP72, max_batch=128, max_model_len=4096)
+    without, limits = budget(V3, H200, job), budget(config, H200, replace(job, speculate=1))
+    attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 128 * 128 * 7168 + 2 * 512 * 128 * 256
+    by_hand = attention + 3 * 7168 * 2048 * (1 + 4) + 2 * 256 * 7168 + 2 * 2 * 7168 * 7168
+    assert by_hand < limits.parts["draft layer"] < 1.001 * by_hand and "draft layer" not in without.parts
+    assert {name: limits.parts[name] for name in WEIGHTS} == {name: without.parts[name] for name in WEIGHTS}
+    assert limits.page == PAGE * 62 * 576 * 2 and without.page == PAGE * 61 * 576 * 2
+    assert tokens_of_a_decode_step(config, replace(job, speculate=1)) == 2 * 128
+    assert limits.parts["communication buffers"] == pytest.approx(4 * 288 * 256 * (2 * 7168 + 224), rel=1e-4)
+    assert (
+        limits.parts["communication buffers"]
+        == budget(V3, H200, replace(job, max_batch=256)).parts["communication buffers"]
+    )
+    # rope's tables go 3 x (1 + 1) positions further; the draft layer's experts have two maps more
+    assert limits.parts["tables"] - without.parts["tables"] == 6 * 64 * 4 + 128 * 4 + (256 + 288) * 8
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_a_plan_that_drafts_is_one_that_starts(drafts: int) -> None:
+    """Its steps hold every request's tokens, DeepEP has room for them, and its rates follow the assumed acceptance."""
+    config = V3.drafting()
+    found = options(config, H200, 16, TRAFFIC, 8, None, drafts)
+    for one in found.jobs:
+        job = one.job
+        Scheduler(PageCache(65), job.max_batch, job.max_tokens_per_step, job.max_model_len, job.speculate)
+        _, sizes = dispatch(config, H200, job)
+        assert job.speculate == drafts == sizes.drafts
+        assert job.role == "prefill" or sizes.capacity == job.max_batch * (1 + drafts) <= 1024
+    least = smallest(config, "decode", 8, 8, 0, Traffic(60, 4), 8, drafts)
+    assert largest(config, H200, least, Traffic(60, 4)).max_batch * (1 + drafts) <= 1024, "a replica of 8 has no more"
+    for line in commands(apart(found, 16), "DIR")[1:]:
+        assert parse_args(shlex.split(line.split(" run.py ")[1])).speculate == drafts
+    job = found.decode[0].job
+    seconds = decode_step(config, H200, job, job.max_batch, 2050)
+    assert seconds > decode_step(V3, H200, replace(job, speculate=0), job.max_batch, 2050)
+    rates = [output_rate(config, H200, job, replace(TRAFFIC, accept=accept)) for accept in (0.0, 0.6, 1.0)]
+    right = sum(0.6**place for place in range(drafts + 1))
+    assert rates == pytest.approx([job.max_batch * tokens / seconds for tokens in (1, right, 1 + drafts)])
+
+
 @pytest.mark.parametrize("ranks", [12, 72])
 def test_sizes_that_are_no_power_of_two_need_redundant_experts(ranks: int) -> None:
     """288 = 256 + 32 slots are 24 on each of 12 ranks, and 4 on each of 72."""
@@ -96,17 +145,20 @@ def test_the_dense_ffn_follows_the_published_formula() -> None:
     assert dense_ffn_split(V3, 128, 3) == pytest.approx(6, rel=1e-12)
 
 
-@pytest.mark.parametrize(("ranks", "attn_tp", "gpu"), [(72, 1, H100), (16, 4, H200), (16, 2, GPUS["a100"])])
-def test_weights_are_those_of_the_model_that_would_be_built(ranks: int, attn_tp: int, gpu: Gpu) -> None:
-    config = replace(V3, num_hidden_layers=5)
-    job = replace(EP72, ranks=ranks, attn_tp=attn_tp, redundant=least_redundant(config, ranks))
+@pytest.mark.parametrize(("ranks", "attn_tp", "gpu", "drafts"),
+                         [(72, 1, H100, 1), (16, 4, H200, 0), (16, 2, GPUS["a100"], 0)])  # fmt: skip
+def test_weights_are_those_of_the_model_that_would_be_built(ranks: int, attn_tp: int, gpu: Gpu, drafts: int) -> None:
+    config = replace(V3, num_hidden_layers=5, drafts=drafts > 0)
+    job = replace(EP72, ranks=ranks, attn_tp=attn_tp, redundant=least_redundant(config, ranks), speculate=drafts)
     run = as_run(config, gpu, attn_tp)
     assert run.fp8 == (gpu is not GPUS["a100"])
     slots = replace(run, n_routed_experts=256 + job.redundant)  # the gate aside, an expert per slot
     built = parameter_bytes(make(slots, ranks, attn_tp, torch.bfloat16, run.fp8, "meta"))
     built["gates and norms"] -= 2 * job.redundant * (7168 * 2 + 4)
+    if drafts:
+        built[DRAFT] -= job.redundant * (7168 * 2 + 4)
     parts = budget(config, gpu, job).parts
-    assert {name: parts[name] for name in WEIGHTS} == built
+    assert {name: parts[name] for name in (*WEIGHTS, *[DRAFT] * drafts)} == built
 
 
 def test_the_modelled_cluster_is_the_benchmarks() -> None:
@@ -253,6 +305,23 @@ def test_the_text_and_the_json(
         assert all(f" {model if model == str(tiny) else 'DIR'}" in one["commands"][-1] for one in seen["deployments"])
 
 
+def test_what_is_assumed_of_drafts_is_said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("v3", "--gpus", "16", "--gpu", "h200", "--speculate", "2")
+    code, text, err = run_plan(capsys, monkeypatch, *flags)
+    assert (code, err) == (0, "") and "KV: 71,424 bytes per token" in text and "and on an assumed acceptance" in text
+    assert "ASSUMED: a draft is right in 60% of the cases if those before it are, so a step gives 1.96 tokens" in text
+    seen = json.loads(run_plan(capsys, monkeypatch, *flags, "--accept", "0.8", "--json")[1])
+    assert seen["speculate"] == 2 and seen["assumed"] == {
+        "a_draft_is_right": 0.8,
+        "tokens_per_step": pytest.approx(2.44),
+    }
+    jobs = [line for one in seen["deployments"] for line in one["commands"] if "torchrun" in line]
+    assert len(jobs) == 3 and all(line.endswith(" --speculate 2") for line in jobs)
+    without = json.loads(run_plan(capsys, monkeypatch, *flags[:-2], "--json")[1])
+    assert "assumed" not in without and not any("--speculate" in " ".join(one["commands"]) for one in
+                                                without["deployments"])  # fmt: skip
+
+
 def test_a_plan_imports_no_torch() -> None:
     """Importing it takes longer than the whole plan."""
     program = (
@@ -278,6 +347,9 @@ def test_a_plan_imports_no_torch() -> None:
         (("v3", "--gpus", "1000000", "--gpu", "h200"), "--gpus is 1000000; it must be at most 100000"),
         (("v3", "--gpus", "9" * 9999, "--gpu", "h200"), "--gpus"),
         (("v3", "--gpu", "h200"), "--gpus"),
+        (("v3", "--gpus", "8", "--gpu", "h200", "--speculate", "5"), "--speculate is 5; it must be at most 4"),
+        (("v3", "--gpus", "8", "--gpu", "h200", "--accept", "60"), "--accept: '60' is not a number in [0, 1]"),
+        (("v2", "--gpus", "8", "--gpu", "h200", "--speculate", "1"), "num_nextn_predict_layers is 0 or missing"),
         (("x" * 9999, "--gpus", "8", "--gpu", "h200"), "too long"),
         (("v3", "--gpus", "8", "--gpu", "h200", "--rate"), "--rate"),
     ],

@@ -246,12 +246,15 @@ class Mistaken(ExpertReader):
         super().read(layer, (expert + (layer == 2)) % 32, into, slot)
 
 
-def first_of_two(tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: float) -> Rebalancer:
+def first_of_two(
+    tiny: Path, reader: type[ExpertReader] = ExpertReader, *how: float, drafts: bool = False
+) -> Rebalancer:
     """Of the first of two ranks, alone: it agrees with nobody."""
-    config = ModelConfig.from_pretrained(tiny)
-    model = Transformer(config, Mesh(), Placement.identity(4, 32, 2), Ops(), torch.float32, 256)
+    config = replace(ModelConfig.from_pretrained(tiny), drafts=drafts)
+    placement, of_drafts = (Placement.identity(layers, 32, 2) for layers in (4, 1))
+    model = Transformer(config, Mesh(), placement, Ops(), torch.float32, 256, draft_placement=of_drafts)
     load_weights(model, open_checkpoint(tiny, config), Mesh())
-    model.load_counter = LoadCounter(model.placement, 32)
+    model.count_loads()
     return Rebalancer(model, Mesh(), reader(open_checkpoint(tiny, config), config), *how or (NEVER,))
 
 
@@ -269,7 +272,7 @@ def test_a_moved_map_keeps_tokens_on_the_real_machines(machines: int, tiny: Path
     mesh = Mesh(size=ranks, node_of_rank=tuple(rank // 2 for rank in range(ranks)))
     rebalancer = Rebalancer(model, mesh, ExpertReader(open_checkpoint(tiny, config), config), 1, 1.0, 2)
     generator = torch.Generator().manual_seed(0)
-    rebalancer.load_counter.by_expert += torch.randint(1, 9, (4, 32), generator=generator) ** 3
+    rebalancer.counters[0].by_expert += torch.randint(1, 9, (4, 32), generator=generator) ** 3
     rebalancer.step()
     drive(rebalancer)
     of_slot = model.placement.expert_of_slot
@@ -302,7 +305,7 @@ def test_what_is_above_the_threshold_stays(tiny: Path, threshold: float, moved: 
     loads = torch.ones(4, 32, dtype=torch.int64)
     loads[[0, 2], :8] += 2  # 32 on the first rank, 16 on the second
     loads[[1, 3], :4] += 1  # 20, 16
-    rebalancer.load_counter.by_expert += loads
+    rebalancer.counters[0].by_expert += loads
     rebalancer.step()
     drive(rebalancer)
     assert rebalancer.stats["balancedness"] == pytest.approx(0.825)

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig
 from scripts.bench.lib.shapes import SHAPES
-from scripts.bench.lib.step_cost import Ceilings, Cost, Part, decode, prefill, total
+from scripts.bench.lib.step_cost import Ceilings, Cost, Part, decode, prefill, tokens_per_step, total
 
 H100 = Ceilings(798e12, 1400e12, 3.0e12)
 EASY = ModelConfig(
@@ -66,12 +66,43 @@ def test_an_easy_decode_step_in_bf16() -> None:
     }
 
 
+def test_an_easy_decode_step_that_drafts() -> None:
+    """The same with two drafts of each sequence, so 6 rows: KV is read once for three rows of a sequence.
+
+    The draft layer runs on 6 rows, then on 2. Drafts right half of the time give 1 + 1/2 + 1/4 tokens per sequence.
+    """
+    work = decode(EASY, 2, 10, drafts=2, accept=0.5)
+    assert work.tokens == 2 * 1.75 and tokens_per_step(2, 0.5) == 1.75 and tokens_per_step(1, 0.6) == 1.6
+    again = "draft layer, for each further draft"
+    assert {kind: count for kind, (count, _) in work.kinds.items()} == {
+        "dense layer": 1, "MoE layer": 2, "head": 1, "draft layer": 1, again: 1, "draft layer's head": 2
+    }  # fmt: skip
+    verified, drafting, further = (numbers(work, kind) for kind in ("MoE layer", "draft layer", again))
+    assert verified["MLA projections: q, kv_a"] == (57_600, 11_376)  # weights 9,600, in 1,200, out 576
+    assert verified["MLA core: 24/20, absorbed"] == (10_560, 2_016)  # cache 960; queries 576, out 480
+    assert drafting.keys() - verified.keys() == {"draft's input: eh_proj", "elementwise: enorm, hnorm"}
+    assert all(drafting[name] == part for name, part in verified.items())
+    assert drafting["draft's input: eh_proj"] == (240_000, 43_600)  # 100 of 200: weights 40,000, in 2,400, out 1,200
+    assert drafting["elementwise: enorm, hnorm"] == (0, 4_800)  # 4 passes over 6 x 100
+    alone = numbers(decode(EASY, 2, 10), "MoE layer")
+    assert all(further[name] == part for name, part in alone.items())
+    assert further["draft's input: eh_proj"] == (80_000, 41_200)
+    assert numbers(work, "head")["LM head: lm_head"] == (1_200_000, 225_200)  # weights 200,000, in 1,200, logits 24,000
+    assert numbers(work, "draft layer's head") == numbers(decode(EASY, 2, 10), "head")
+    single = decode(EASY, 2, 10, drafts=1, accept=0.5)
+    assert again not in single.kinds and single.kinds["draft layer's head"][0] == 1
+
+
 def test_an_easy_prefill_step_in_bf16() -> None:
     """Two prompts of 3 tokens: 2 * (1 + 2 + 3) = 12 pairs of query and key."""
     parts = numbers(prefill(EASY, 6, 3), "dense layer")
     assert parts["MLA projections: kv_b"] == (8_640, 2_112)  # 36 of 20: weights 1,440, in 240, out 432
     assert parts["MLA core: 12/10, causal"] == (1_056, 1_056)  # 24 head-pairs of 22; 2 x 12 and 2 x 10 wide
     assert numbers(prefill(EASY, 6, 3), "head")["LM head: lm_head"] == (400_000, 208_400)  # 2 first tokens
+    drafting = prefill(EASY, 6, 3, drafts=2)
+    assert drafting.tokens == 6 and numbers(drafting, "draft layer")["MLA core: 12/10, causal"] == (1_056, 1_056)
+    further = numbers(drafting, "draft layer, for each further draft")["MLA core: 24/20, absorbed"]
+    assert further == (1_056, 640)  # 2 rows after 3 tokens: 24 products of 44; cache 288, queries 192, out 160
 
 
 def test_the_real_decode_rank() -> None:
@@ -114,7 +145,16 @@ def test_the_real_prefill_rank() -> None:
     assert total(work.kinds["MoE layer"][1], H100) == pytest.approx(20.47e-3, rel=0.02)
 
 
-@pytest.mark.parametrize("work", [decode(EASY, 2, 10), prefill(EASY, 6, 3), decode(SHAPES["v3"], 64, 4096, 72, 4)])
+@pytest.mark.parametrize(
+    "work",
+    [
+        decode(EASY, 2, 10),
+        decode(EASY, 2, 10, drafts=2, accept=0.6),
+        prefill(EASY, 6, 3),
+        prefill(EASY, 6, 3, drafts=2),
+        decode(SHAPES["v3"], 64, 4096, 72, 4),
+    ],
+)
 def test_the_step_is_the_sum_of_its_parts(work: Cost) -> None:
     parts = [part for count, layer in work.kinds.values() for part in count * layer]
     assert work.seconds(H100) == pytest.approx(sum(part.seconds(H100) for part in parts))

@@ -440,12 +440,13 @@ def test_an_attempt_counts_once_it_has_begun_or_was_refused_for_nothing() -> Non
     assert [answers[i].error for i in range(2)] == ["cut"] * 2
 
 
-def test_a_request_whose_replicas_keep_dying_begins_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_whose_replicas_keep_dying_begins_five_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if it has gone on each time. One that kills them as it begins is found earlier (test_trials.py)."""
+    assert module.ATTEMPTS == 5
     monkeypatch.setattr(fleet, "PING_S", 0.05)
     with serving(Request(0, [5], 40)) as (router, answers):
         prefill = joining("p", "prefill", router)
-        for number in range(3):
+        for number in range(module.ATTEMPTS):
             assert not answers
             decode = joining(f"d{number}", "decode", router)
             uid = decode.hear(Submit).request.uid

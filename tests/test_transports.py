@@ -29,7 +29,7 @@ from disagg.handoff.endpoints import TRANSPORTS, Handoff
 from disagg.handoff.protocol import Join, Open, RoomEnded, SendLast, SendPages
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transports.one_sided import LOCATION
+from disagg.handoff.transports.one_sided import PAGES, WHERE
 from disagg.interrupt import Interrupt
 from disagg.request import Request
 from kernels.ops import Ops
@@ -120,10 +120,11 @@ def test_run_py_serves_over_the_library_of_its_flags_and_says_so(tiny: Path, tmp
 def prefill_that_stops(library: str, prefill: Member, decode: Member, doing: Any) -> None:
     """A peer process with a link: it says Sending, and is stopped before it is read from."""
     os.environ["UCX_TLS"] = "tcp,self"  # over shared memory UCX would not need this process any more
-    door, endpoint = Door(HOST), Handoff(library).make_endpoint(HOST, 4 * 3 * 64 * 100_000, CPU)
+    pool = torch.full(HUGE, 5.0)
+    door, endpoint = Door(HOST), Handoff(library).make_endpoint(HOST, pool)
     doing.put(Member(prefill.id, HOST, door.port, door.store.port))
     assert door.poll(SOON * 1000)
-    events, pool = queue.SimpleQueue(), torch.full(HUGE, 5.0)
+    events = queue.SimpleQueue()
     link = SendLink(link_key(prefill, decode), listen(door.store.port, HOST, endpoint), pool, events, Credits())
     say = None
 
@@ -156,7 +157,7 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
     process.start()
     prefill = doing.get(timeout=60)
     pool, events, mine = torch.full(HUGE, CANARY), queue.SimpleQueue(), Credits()
-    endpoint, stopped = Handoff(library).make_endpoint(HOST, 4 * 3 * 64 * 100_000, CPU), threading.Event()
+    endpoint, stopped = Handoff(library).make_endpoint(HOST, pool), threading.Event()
     connect = endpoint.connect
 
     def connect_and_hold(store: Any, me: int) -> Any:
@@ -197,7 +198,7 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
 
 def decode_that_dies(library: str, prefill: Member, decode: Member, doing: Any) -> None:
     """A peer process that asks for KV, hears of it, and never reads it."""
-    endpoint = Handoff(library).make_endpoint(HOST, 2**20, CPU)
+    endpoint = Handoff(library).make_endpoint(HOST, torch.empty(2, 4, 64, 24))
     pipe, _ = dial(prefill, decode, endpoint)(link_key(prefill, decode))
     pipe.send(Open(Request(1, [1]), [1, 2], [decode]))
     doing.put([type(message).__name__ for message in pipe.poll(SOON * 1000)])
@@ -213,7 +214,7 @@ def test_rooms_end_when_decode_dies_before_it_has_read(library: str) -> None:
     process.start()
     assert door.poll(60_000)
     pool, events, mine = torch.randn(2, 4, 64, 24), queue.SimpleQueue(), Credits()
-    endpoint = Handoff(library).make_endpoint(HOST, 2**20, CPU)
+    endpoint = Handoff(library).make_endpoint(HOST, pool)
     link = SendLink(link_key(prefill, decode), listen(door.store.port, HOST, endpoint), pool, events, mine)
     assert events.get(timeout=SOON).request.uid == 1
     for command in (Join(1), SendPages(1, [1, 2], [1, 2]), SendLast(1, 7, [])):
@@ -232,7 +233,7 @@ def test_rooms_end_when_decode_dies_before_it_has_read(library: str) -> None:
 def test_nixl_meets_a_peer_anew_after_a_failure_and_not_before() -> None:
     """Both processes live on, so the next link between them must not use the connection that failed."""
     needs("nixl")
-    prefill, decode = (Handoff("nixl").make_endpoint(HOST, 2**20, CPU) for _ in range(2))
+    prefill, decode = (Handoff("nixl").make_endpoint(HOST, torch.empty(2, 4, 64, 24)) for _ in range(2))
     agent, met = decode.agent, []
     add = agent.add_remote_agent
     agent.add_remote_agent = lambda metadata: met.append(metadata) or add(metadata)
@@ -244,7 +245,7 @@ def test_nixl_meets_a_peer_anew_after_a_failure_and_not_before() -> None:
         source.fill_(generation)
         _, location = ends[0].send(source)
         try:
-            ends[1].recv(target, LOCATION.pack(where, 0) if where else location).wait()
+            ends[1].recv(target, WHERE.pack(where, 0, 0) + PAGES.pack(0, 64) if where else location).wait()
             assert (target == generation).all()
         finally:
             for end in ends:
@@ -281,13 +282,13 @@ def test_mooncake_serves_no_gpu_and_no_ipv6() -> None:
     with pytest.raises(ValueError, match="--transport mooncake is for CPUs"):
         Handoff("mooncake").check(torch.device("cuda", 0))
     with pytest.raises(ValueError, match="needs an IPv4 address, not ::1"):
-        Handoff("mooncake").make_endpoint("::1", 2**20, CPU)
+        Handoff("mooncake").make_endpoint("::1", torch.empty(2, 4, 64, 24))
 
 
 @pytest.mark.parametrize("library", ONE_SIDED)
 def test_the_registered_memory_is_what_the_memory_table_counts(library: str) -> None:
     needs(library)
-    endpoint = Handoff(library).make_endpoint(HOST, 2**24, CPU)
+    endpoint = Handoff(library).make_endpoint(HOST, torch.empty(2, 3, 2**23, dtype=torch.uint8))
     assert endpoint.staging.memory.nbytes == credits.buffer_bytes(2**24)
     buffers = [endpoint.staging.buffer(credit, (3, 5), torch.float32) for credit in range(IN_FLIGHT)]
     for value, buffer in enumerate(buffers):

@@ -15,9 +15,10 @@ ROLE_PHASES = {"unified": ("prefill", "decode"), "prefill": ("prefill",), "decod
 
 
 def balancedness(stats: dict[str, float]) -> str:
-    """Format the balancedness: averaged over the layers with experts, and the range over these layers."""
+    """Format the balancedness: averaged over the layers with experts, the range over these, and the draft layer's."""
     layers = [value for name, value in stats.items() if name.startswith("balancedness_")]
-    return f"balancedness {stats['balancedness']:.3f} (layers {min(layers):.3f} to {max(layers):.3f})"
+    drafts = f", draft layer {stats['draft_balancedness']:.3f}" if "draft_balancedness" in stats else ""
+    return f"balancedness {stats['balancedness']:.3f} (layers {min(layers):.3f} to {max(layers):.3f}{drafts})"
 
 
 def drafts_by_place(stats: dict[str, float], kind: str) -> list[float]:

@@ -50,7 +50,7 @@ from disagg.request import Request
 from model.pages import pages_for
 
 SUSPECT_S = 3.0  # how long a request avoids a job where it has failed
-ATTEMPTS = 3  # how often a request may begin
+ATTEMPTS = 5  # how often a request may begin
 MOST_WAITING = 1_000  # requests that are read before a replica can begin them
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from disagg.handoff.transport import Endpoint
 from disagg.handoff.transports import mooncake_tcp, nixl_ucx
@@ -32,17 +33,17 @@ class Handoff:
             case "mooncake":
                 mooncake_tcp.load(device)
 
-    def make_endpoint(self, host: str, page: int, device: torch.device) -> Endpoint:
-        """Make this rank's endpoint. `host`: this rank's address; `page`: bytes of a page over all layers.
+    def make_endpoint(self, host: str, pool: Tensor) -> Endpoint:
+        """Make this rank's endpoint, for pages of `pool` [layers, pages, ..]. `host`: this rank's address.
 
         Raises ValueError if the library cannot be used.
         """
         match self.transport:
             case "nixl":
-                return NixlEndpoint(page, device)
+                return NixlEndpoint(pool)
             case "mooncake":
-                return MooncakeEndpoint(host, page, device)
-        return TorchEndpoint(device, host)
+                return MooncakeEndpoint(host, pool)
+        return TorchEndpoint(pool.device, host)
 
 
 BY_DEFAULT = Handoff()

@@ -201,7 +201,7 @@ class Link(threading.Thread, ABC):
                     self._awaited_since = None
                     began, ended = max(transfer.began, ended), time.perf_counter()
                     self.seconds_moving += ended - began
-                    self.bytes_moved += transfer.x.nbytes
+                    self.bytes_moved += transfer.nbytes
                     self.transfers += 1
                 then()
             except Exception as broken:

@@ -101,7 +101,7 @@ class Sending(msgspec.Struct, frozen=True, tag=True):
 
     uids: Annotated[list[int], Meta(min_length=1)]
     pages: Annotated[list[Page], Meta(min_length=1)]
-    location: Annotated[bytes, Meta(max_length=256)] = b""  # where to read it from, if the transport is one-sided
+    location: bytes = b""  # where to read it from, if the transport is one-sided
     checksum: Annotated[int, Meta(ge=0, lt=2**32)] | None = None  # of its bytes, with --kv-checksum
 
 

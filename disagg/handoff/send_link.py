@@ -1,4 +1,4 @@
-"""The prefill rank's end of a link: packs pages, announces and starts transfers, and ends each room."""
+"""The prefill rank's end of a link: packs pages if need be, announces and starts transfers, and ends each room."""
 
 import time
 from collections.abc import Callable
@@ -114,14 +114,18 @@ class SendLink(Link):
         if not uids:  # the peer has cancelled them meanwhile
             self._credits.give_back(credit)
             return
-        packed = self.buffer(credit, len(mine))
-        self._pack_pages(self.pool, self.page_ids(mine), packed)
+        ids = self.page_ids(mine)
+        x, pages = self.pool, mine
+        if not self.transport.in_place:
+            x, pages = self.buffer(credit, len(mine)), None
+            self._pack_pages(self.pool, ids, x)
         # The send runs after the packing on the same stream, so this GPU has room for it by then. `Sending` comes after
         # both, because the peer's receive occupies its GPU until the bytes arrive.
-        transfer, location = self.transport.send(packed)
-        if packed.is_cuda:
+        transfer, location = self.transport.send(x, pages)
+        if x.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.pipe.send(Sending(uids, theirs, location, checksum(packed) if self._checksums else None))
+        summed = checksum(x if pages is None else x[:, ids]) if self._checksums else None
+        self.pipe.send(Sending(uids, theirs, location, summed))
         self.then(lambda: None, (transfer, credit))
         for word in last_words:
             self.handle(word)

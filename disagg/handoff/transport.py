@@ -14,10 +14,13 @@ they were started, at both ends. A transport must not need any collective of the
                                        was_read: complete <-------- Read  complete when they are there
                                        Last, after all Reads -----------> the room is done
 
-Only the decode rank writes to its own pages. With a one-sided library it reads the packed bytes, because neither
-library can cancel a remote write. No memory of either end is ever written by the other one.
+Only the decode rank writes to its own pages. With a one-sided library it reads the bytes, because neither library can
+cancel a remote write. No memory of either end is ever written by the other one.
 
-A one-sided send that was aborted gives its buffer away, though the peer may still read it. Then the peer reads other
+It reads from a buffer where prefill packed the pages, or, in place, from prefill's pool. On a GPU, packing is cheap and
+many small reads are not. In host memory it is the other way round.
+
+A one-sided send that was aborted gives its memory away, though the peer may still read it. Then the peer reads other
 bytes, but it hears no `Last`: that is said only when the peer has read everything. So it ends the room with an error.
 """
 
@@ -32,16 +35,16 @@ TIMEOUT = datetime.timedelta(seconds=60)  # for the two sides to meet, and for e
 
 
 class Transfer(Protocol):
-    """A tensor in flight."""
+    """Bytes in flight. It keeps their memory alive until it has completed."""
 
-    x: Tensor  # kept alive until the transfer has completed
+    nbytes: int
     began: float  # time.perf_counter()
 
     def wait(self) -> None:
-        """Wait for the transfer to complete: the tensor may be overwritten, or it is filled.
+        """Wait for the transfer to complete: its memory may be overwritten, or it is filled.
 
         Called once, by one thread. Raises RuntimeError if it fails. When this has returned or raised, nothing writes
-        the tensor any more. So after `Transport.abort` a receive may still wait: with gloo for its time-out, with a
+        the memory any more. So after `Transport.abort` a receive may still wait: with gloo for its time-out, with a
         one-sided library until the library is done with it.
         """
         ...
@@ -49,6 +52,7 @@ class Transfer(Protocol):
 
 class Transport(Protocol):
     one_sided: bool  # the decode end reads, and says `Read`
+    in_place: bool  # it reads from prefill's pool, and nothing is packed; one-sided only
 
     def greet(self) -> None:
         """Connect, if the library connects at the first transfer. Both ends call it once, before any transfer.
@@ -65,8 +69,11 @@ class Transport(Protocol):
         """
         ...
 
-    def send(self, x: Tensor) -> tuple[Transfer, bytes]:
-        """Start to send `x`, after the work queued on the current stream. Overwrite `x` only after its completion.
+    def send(self, x: Tensor, pages: list[int] | None = None) -> tuple[Transfer, bytes]:
+        """Start to send x [layers, n, ..], after the work queued on the current stream.
+
+        `pages`: send only these pages of x, the pool. None: all, and x is contiguous. A transport that is not
+        `in_place` sends only whole tensors, of `buffer`. Overwrite what is sent only after the completion.
 
         Returns the transfer, and the location of the bytes for the peer's `recv`: b"" if the transport is two-sided.
         Raises RuntimeError if the link is broken.
@@ -74,10 +81,10 @@ class Transport(Protocol):
         ...
 
     def recv(self, x: Tensor, location: bytes) -> Transfer:
-        """Start to fill `x`. Receives match the peer's sends in order. Call it only for an announced send.
+        """Start to fill x [layers, n, ..]. Receives match the peer's sends in order.
 
-        `location`: what the peer's `send` returned. Raises RuntimeError if the link is broken, ValueError if the
-        location is none.
+        Call it only for an announced send. `location`: what the peer's `send` returned. Raises RuntimeError if the link
+        is broken, ValueError if the location is none.
         """
         ...
 

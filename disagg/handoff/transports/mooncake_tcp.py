@@ -3,9 +3,10 @@
 A process has one engine, which listens on two ports of all this machine's addresses: it has no setting for that. Its
 threads move the bytes, and it is safe for threads.
 
-A read is cut into pieces, which the engine moves over several connections. Each is a batch of one entry. For a larger
-batch the engine's quick question (`transfer_check_status`) tells of the first entry only. Its other question blocks
-without a pause, gives up after a time, and frees what may still be written then.
+Prefill packs the pages, because the engine is slow with many small reads. A read is cut into pieces, which the engine
+moves over several connections. Each is a batch of one entry. For a larger batch the engine's quick question
+(`transfer_check_status`) tells of the first entry only. Its other question blocks without a pause, gives up after a
+time, and frees what may still be written then.
 
 The engine has no way to cancel. A read whose peer has died ends with an error. One whose peer is frozen may last as
 long as that. Its buffer and its credit stay taken until then: at most one link's share for each frozen peer.
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
 from disagg.handoff.transport import TIMEOUT, Transfer
-from disagg.handoff.transports.one_sided import PAUSE_S, OneSided, Staging
+from disagg.handoff.transports.one_sided import PAUSE_S, OneSided, Run, Staging
 
 PACKAGE = "mooncake-transfer-engine-non-cuda"
 PIECE = 16 * 2**20  # bytes
@@ -49,15 +50,15 @@ def load(device: torch.device) -> Any:
 
 
 class MooncakeEndpoint:
-    def __init__(self, host: str, page: int, device: torch.device) -> None:
-        """`host`: this rank's address. `page`: bytes of a page over all layers. Raises ValueError like `load`."""
+    def __init__(self, host: str, pool: Tensor) -> None:
+        """`host`: this rank's address. Raises ValueError like `load`."""
         if ":" in host:
             raise ValueError(f"--transport mooncake: it needs an IPv4 address, not {host}")
-        self.engine = load(device).TransferEngine()
+        self.engine = load(pool.device).TransferEngine()
         if self.engine.initialize(host, "P2PHANDSHAKE", "tcp", "") != 0:
             raise ValueError(f"--transport mooncake: the engine does not start at {host}")
         self.session = f"{host}:{self.engine.get_rpc_port()}"
-        self.staging = Staging(page, device)
+        self.staging = Staging(pool)
         if self.engine.register_memory(self.staging.memory.data_ptr(), self.staging.memory.nbytes) != 0:
             raise ValueError("--transport mooncake: the engine does not register its buffers")
         self.about = f"Mooncake {version(PACKAGE)} over TCP"
@@ -75,7 +76,7 @@ class MooncakeRead:
 
     def __init__(self, x: Tensor, check: Callable[[int], int], batches: list[int], whole: bool) -> None:
         """`check`: the engine's question. `whole`: the engine has taken all pieces."""
-        self.x, self.began = x, time.perf_counter()
+        self.x, self.nbytes, self.began = x, x.nbytes, time.perf_counter()
         self._check, self._batches, self._whole = check, batches, whole
 
     def wait(self) -> None:
@@ -97,13 +98,12 @@ class MooncakeTransport(OneSided):
     def greet(self) -> None:
         """Do nothing: the engine connects in the first read."""
 
-    def _read(self, x: Tensor, address: int, device: int) -> Transfer:
-        engine, here, batches = self.endpoint.engine, x.data_ptr(), []
-        for at in range(0, x.nbytes, PIECE):
-            batch = engine.batch_transfer_async_read(
-                self.peer, [here + at], [address + at], [min(PIECE, x.nbytes - at)]
-            )
-            if batch in NO_BATCH:
-                return MooncakeRead(x, engine.transfer_check_status, batches, whole=False)
-            batches.append(batch)
+    def _read(self, x: Tensor, runs: list[Run], device: int) -> Transfer:
+        engine, batches = self.endpoint.engine, []
+        for here, there, size in runs:
+            for at in range(0, size, PIECE):
+                batch = engine.batch_transfer_async_read(self.peer, [here + at], [there + at], [min(PIECE, size - at)])
+                if batch in NO_BATCH:
+                    return MooncakeRead(x, engine.transfer_check_status, batches, whole=False)
+                batches.append(batch)
         return MooncakeRead(x, engine.transfer_check_status, batches, whole=True)

@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - as in disagg/handoff/connect.py
 
 from disagg.handoff.transport import TIMEOUT, Transfer
-from disagg.handoff.transports.one_sided import PAUSE_S, OneSided, Staging
+from disagg.handoff.transports.one_sided import PAUSE_S, OneSided, Run, Staging
 
 BACKEND = "UCX"
 IDLE_S = 0.01  # between two calls that make progress while no link waits
-Place = tuple[int, int, int]  # address, bytes, device
 
 
 def load(device: torch.device) -> Any:
@@ -45,19 +44,20 @@ def load(device: torch.device) -> Any:
 
 
 class NixlEndpoint:
-    def __init__(self, page: int, device: torch.device) -> None:
-        """`page`: bytes of a page over all layers. Raises ValueError if the library cannot be used."""
-        api = load(device)
+    def __init__(self, pool: Tensor) -> None:
+        """Raises ValueError if the library cannot be used."""
+        api = load(pool.device)
         self.lock = threading.Lock()  # guards the agent, and what follows from `_peers` on
-        on_gpu = device.type == "cuda"
+        on_gpu = pool.is_cuda
         self.kind = "VRAM" if on_gpu else "DRAM"
         # With a thread of its own, the agent would take a whole core of a CPU.
         config = api.nixl_agent_config(backends=[BACKEND], enable_prog_thread=on_gpu)
         self.agent = api.nixl_agent(uuid.uuid4().hex, config)
         if BACKEND not in self.agent.backends:
             raise ValueError(f"--transport nixl: this nixl-cu13 has no {BACKEND} backend")
-        self.staging = Staging(page, device)
-        self.agent.register_memory(self.staging.memory, backends=[BACKEND])
+        self.staging = Staging(pool)
+        for memory in (self.staging.memory,) if on_gpu else (self.staging.memory, pool):
+            self.agent.register_memory(memory, backends=[BACKEND])
         self.metadata = self.agent.get_agent_metadata()
         self._peers: dict[bytes, str] = {}  # metadata -> agent; a connection serves all links between two processes
         self._reading: Counter[str] = Counter()  # by agent: reads that go on
@@ -90,11 +90,15 @@ class NixlEndpoint:
                 self._peers[metadata] = name.decode() if isinstance(name, bytes) else name
             return self._peers[metadata]
 
-    def read(self, here: Place, there: Place, peer: str) -> tuple[Any, str]:
-        """Post a read. Returns its handle and its state, as `state` does. Raises RuntimeError if nothing was posted."""
+    def read(self, runs: list[Run], here: int, there: int, peer: str) -> tuple[Any, str]:
+        """Post a read from the peer's device `there` to the device `here`.
+
+        Returns its handle and its state, as `state` does. Raises RuntimeError if nothing was posted.
+        """
+        mine, theirs = [(at, size, here) for at, _, size in runs], [(at, size, there) for _, at, size in runs]
         with self.lock:
             try:
-                local, remote = (self.agent.get_xfer_descs([place], mem_type=self.kind) for place in (here, there))
+                local, remote = (self.agent.get_xfer_descs(places, mem_type=self.kind) for places in (mine, theirs))
                 handle = self.agent.initialize_xfer("READ", local, remote, peer)
             except Exception as error:  # the library's own types
                 self._failed.add(peer)
@@ -137,7 +141,7 @@ class NixlRead:
 
     def __init__(self, x: Tensor, began: float, state: str, ask: Callable[[], str]) -> None:
         """`state`: as it was posted. `ask`: return the state now."""
-        self.x, self.began, self._state, self._ask = x, began, state, ask
+        self.x, self.nbytes, self.began, self._state, self._ask = x, x.nbytes, began, state, ask
 
     def wait(self) -> None:
         while self._state == "PROC":
@@ -150,13 +154,13 @@ class NixlRead:
 class NixlTransport(OneSided):
     def __init__(self, endpoint: NixlEndpoint, peer: str) -> None:
         """`peer`: the agent that this end reads from; "" at the prefill end."""
-        super().__init__(endpoint.staging, None if endpoint.kind == "VRAM" else endpoint.progress)
+        self.in_place = endpoint.kind == "DRAM"
+        super().__init__(endpoint.staging, endpoint.progress if self.in_place else None)
         self.endpoint, self.peer = endpoint, peer
 
-    def _read(self, x: Tensor, address: int, device: int) -> Transfer:
-        endpoint, peer = self.endpoint, self.peer
-        began, here = time.perf_counter(), (x.data_ptr(), x.nbytes, x.device.index or 0)
-        handle, state = endpoint.read(here, (address, x.nbytes, device), peer)
+    def _read(self, x: Tensor, runs: list[Run], device: int) -> Transfer:
+        endpoint, peer, began = self.endpoint, self.peer, time.perf_counter()
+        handle, state = endpoint.read(runs, x.device.index or 0, device, peer)
         return NixlRead(x, began, state, lambda: endpoint.state(handle, peer))
 
     def greet(self) -> None:

@@ -1,4 +1,6 @@
-"""What the one-sided transports share: registered buffers, locations, and sends that wait until they have been read.
+"""What the one-sided transports share: registered memory, locations, and sends that wait until they have been read.
+
+A location says where pages lie in the sender's memory: its first page, the distance of the layers, and runs of pages.
 
 A process registers the memory of all its credits once, because registering takes longer than many a transfer. It stays
 registered as long as the process lives. So a peer that reads late finds memory, and its own room ends with the link.
@@ -18,15 +20,19 @@ from disagg.handoff.credits import IN_FLIGHT, most_pages
 from disagg.handoff.transport import Transfer
 
 PAUSE_S = 0.0003  # between two questions to a library: has it completed?
-LOCATION = struct.Struct("<QI")  # address and device
+WHERE = struct.Struct("<QIQ")  # of a location: the address of page 0, the device, and bytes from a layer to the next
+PAGES = struct.Struct("<II")  # of a location, repeated: the first page of a run, and how many pages it has
+MOST_ADDRESS = 2**64
+Run = tuple[int, int, int]  # address here, address at the peer, bytes
 
 
 class Staging:
     """The buffers of a process's transfers: one for each credit, `credits.buffer_bytes` in all."""
 
-    def __init__(self, page: int, device: torch.device) -> None:
-        """`page`: bytes of a page over all layers."""
-        self.memory = torch.empty(IN_FLIGHT, most_pages(page) * page, dtype=torch.uint8, device=device)
+    def __init__(self, pool: Tensor) -> None:
+        """`pool` [layers, pages, ..]: what is sent, or unpacked to."""
+        page = pool[:, 0].nbytes
+        self.memory = torch.empty(IN_FLIGHT, most_pages(page) * page, dtype=torch.uint8, device=pool.device)
 
     def buffer(self, credit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
@@ -36,9 +42,9 @@ class Staging:
 class Announced:
     """A send: it completes when the peer has read it."""
 
-    def __init__(self, x: Tensor, progress: Callable[[], None] | None) -> None:
-        """`progress`: called repeatedly while waiting, if the library needs that to serve the peer."""
-        self.x, self.began, self._progress = x, time.perf_counter(), progress
+    def __init__(self, x: Tensor, nbytes: int, progress: Callable[[], None] | None) -> None:
+        """`nbytes`: of x, so many. `progress`: called while waiting, if the library needs that to serve the peer."""
+        self.x, self.nbytes, self.began, self._progress = x, nbytes, time.perf_counter(), progress
         self.was_read = False
         self.ended = threading.Event()
 
@@ -54,6 +60,7 @@ class OneSided(ABC):
     """One end of a link. A subclass reads."""
 
     one_sided = True
+    in_place = False
 
     def __init__(self, staging: Staging, progress: Callable[[], None] | None = None) -> None:
         self._staging, self._progress = staging, progress
@@ -64,13 +71,15 @@ class OneSided(ABC):
     def buffer(self, credit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._staging.buffer(credit, shape, dtype)
 
-    def send(self, x: Tensor) -> tuple[Transfer, bytes]:
-        transfer = Announced(x, self._progress)
+    def send(self, x: Tensor, pages: list[int] | None = None) -> tuple[Transfer, bytes]:
+        runs = [(0, x.shape[1])] if pages is None else runs_of(pages)
+        transfer = Announced(x, sum(count for _, count in runs) * x[:, 0].nbytes, self._progress)
         with self._lock:
             if self._aborted:
                 raise RuntimeError("the link is down")
             self._unread.append(transfer)
-        return transfer, LOCATION.pack(x.data_ptr(), x.device.index or 0)
+        where = WHERE.pack(x.data_ptr(), x.device.index or 0, x.stride(0) * x.itemsize)
+        return transfer, where + b"".join(PAGES.pack(*run) for run in runs)
 
     def was_read(self) -> None:
         with self._lock:
@@ -81,13 +90,10 @@ class OneSided(ABC):
         oldest.ended.set()
 
     def recv(self, x: Tensor, location: bytes) -> Transfer:
-        try:
-            address, device = LOCATION.unpack(location)
-        except struct.error:
-            raise ValueError(f"the other end sent a location of {len(location)} bytes, not {LOCATION.size}") from None
+        runs, device = find(location, x)
         if self._aborted:
             raise RuntimeError("the link is down")
-        return self._read(x, address, device)
+        return self._read(x, runs, device)
 
     def abort(self) -> None:
         with self._lock:
@@ -97,9 +103,53 @@ class OneSided(ABC):
             self._unread.clear()
 
     @abstractmethod
-    def _read(self, x: Tensor, address: int, device: int) -> Transfer:
-        """Start to read the peer's bytes at this address into `x`. Raises RuntimeError, if none will be written."""
+    def _read(self, x: Tensor, runs: list[Run], device: int) -> Transfer:
+        """Start to read `runs` from the peer's memory into `x`. Raises RuntimeError, if none will be written."""
 
     @abstractmethod
     def greet(self) -> None:
         """As in Transport."""
+
+
+def runs_of(pages: list[int]) -> list[tuple[int, int]]:
+    """Return `pages` as runs of pages that follow each other: (the first page, how many)."""
+    runs = [(pages[0], 1)]
+    for page in pages[1:]:
+        first, count = runs[-1]
+        if page == first + count:
+            runs[-1] = first, count + 1
+        else:
+            runs.append((page, 1))
+    return runs
+
+
+def find(location: bytes, x: Tensor) -> tuple[list[Run], int]:
+    """Return what is to be read into x [layers, n, ..] contiguous, as long runs as possible, and the peer's device.
+
+    Raises ValueError if the location does not name n pages.
+    """
+    layers, n = x.shape[:2]
+    page = x[0, 0].nbytes
+    try:
+        address, device, stride = WHERE.unpack_from(location)
+        pages = list(PAGES.iter_unpack(location[WHERE.size :]))
+    except struct.error:
+        raise ValueError(f"the other end sent a location of {len(location)} bytes, which is none") from None
+    counts = [count for _, count in pages]
+    if sum(counts) != n:
+        raise ValueError(f"the other end sent a location of {sum(counts)} pages, and not of {n}")
+    if not all(counts):
+        raise ValueError(f"the other end sent a location of {n} pages, one run of none")
+    if address + (layers - 1) * stride + max(first + count for first, count in pages) * page > MOST_ADDRESS:
+        raise ValueError("the other end sent a location behind the last address")
+    runs: list[Run] = []
+    here = x.data_ptr()
+    for layer in range(layers):
+        for first, count in pages:
+            there, size = address + layer * stride + first * page, count * page
+            if runs and there == sum(runs[-1][1:]):
+                runs[-1] = *runs[-1][:2], runs[-1][2] + size
+            else:
+                runs.append((here, there, size))
+            here += size
+    return runs, device

@@ -20,7 +20,7 @@ class TorchTransfer:
     """A tensor in flight since `began` (time.perf_counter()), kept alive until the transfer has completed."""
 
     def __init__(self, x: Tensor, work: dist.Work, began: float, stream: torch.cuda.Stream | None) -> None:
-        self.x, self.began, self._work, self._stream = x, began, work, stream
+        self.x, self.nbytes, self.began, self._work, self._stream = x, x.nbytes, began, work, stream
 
     def wait(self) -> None:
         """Wait for completion, in one thread. After an abort it returns or raises; with gloo, after the time-out."""
@@ -34,7 +34,7 @@ class TorchTransfer:
 
 
 class TorchTransport:
-    one_sided = False
+    one_sided = in_place = False
 
     def __init__(self, store: Store, me: int, device: torch.device, host: str) -> None:
         """`me` is 0 or 1. `host`: where gloo listens, this machine's address as the peer reaches it.
@@ -72,8 +72,9 @@ class TorchTransport:
 
     # torch's stubs declare `send` and `recv` for ProcessGroup only; the backends' own bindings have them too.
 
-    def send(self, x: Tensor) -> tuple[TorchTransfer, bytes]:
+    def send(self, x: Tensor, pages: list[int] | None = None) -> tuple[TorchTransfer, bytes]:
         """Start to send `x`, after the work queued on the current stream. Overwrite `x` only after its completion."""
+        assert pages is None, "only whole tensors"
         began = time.perf_counter()
         work = self.group.send([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
         return TorchTransfer(x, work, began, self._stream), b""

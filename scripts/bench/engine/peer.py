@@ -1,6 +1,7 @@
 """Run the work of scripts.bench.engine through another engine, with random weights of the same distribution.
 
 python scripts/bench/engine/peer.py vllm --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
+python scripts/bench/engine/peer.py sglang --model FOLDER --batch 1,32,64,128 --prompt 1024 --output 128
 python scripts/bench/engine/peer.py transformers --model FOLDER --batch 1,4 --prompt 32 --output 8 --step-tokens 128
 
 `python -m scripts.bench.engine --peer` runs this, with a FOLDER that holds a config.json and no weights. The last line
@@ -9,9 +10,13 @@ vLLM where it is installed, otherwise transformers.
 
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
-This file is a script that imports nothing of the project, but loads model/dummy.py by its path. So the peer may have
-another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables reach
-the peer, for example VLLM_TUNED_CONFIG_FOLDER.
+With --speculate N vLLM drafts with the model's multi-token-prediction layer (`speculative_config`, method `mtp`). As in
+our benchmark its acceptance is FORCED: "synthetic" is its own name for that, and its rate is an average over the drafts
+of a step. A version without it fails here. This has never run.
+
+This file is a script. Of the project it imports only its neighbours, and model/dummy.py by its path. So the peer may
+have another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables
+reach the peer, for example VLLM_TUNED_CONFIG_FOLDER.
 """
 
 import argparse
@@ -27,6 +32,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from peer_sglang import SGLang, watch  # these two lie beside this script
+from peer_work import generated
 
 LAW = importlib.util.spec_from_file_location("dummy", Path(__file__).parents[3] / "model" / "dummy.py")
 assert LAW is not None and LAW.loader is not None
@@ -53,6 +60,7 @@ class VLLM:
             "output_kind": RequestOutputKind.FINAL_ONLY,  # like vLLM's offline API
         }
         self.make_params = vllm.SamplingParams
+        each = 1 + args.speculate  # tokens of a request in a decode step
         llm = vllm.LLM(
             model=folder,
             load_format="dummy",
@@ -62,21 +70,33 @@ class VLLM:
             enable_prefix_caching=False,
             max_model_len=args.prompt + self.tokens(max(args.batch)),
             max_num_seqs=max(*args.batch, args.prefill_batch),
-            max_num_batched_tokens=max(args.step_tokens, *args.batch, args.prefill_batch),
-            compilation_config={"cudagraph_capture_sizes": sorted({1, *args.batch})},
+            max_num_batched_tokens=max(args.step_tokens, each * max(args.batch), args.prefill_batch),
+            compilation_config={"cudagraph_capture_sizes": sorted({each * b for b in (1, *args.batch)})},
+            **self.drafting(),
         )
         llm.apply_model(dummy.randomize)  # vLLM's dummy weights send every token to the same experts
+        if args.speculate:
+            llm.collective_rpc(randomize_draft_layer)
         self.engine = llm.llm_engine
         self.vocab = self.engine.vllm_config.model_config.get_vocab_size()
 
-    def tokens(self, batch: int) -> int:
-        """Return how many tokens each request generates, so that all decode together for --output steps."""
-        return self.args.output + -(-batch * self.args.prompt // self.args.step_tokens) + 3
+    def drafting(self) -> dict[str, Any]:
+        """Return the arguments that make vLLM draft, with forced acceptance."""
+        drafts, accept = self.args.speculate, self.args.accept
+        if not drafts:
+            return {}
+        right = sum(accept**place for place in range(1, drafts + 1))  # drafts of a step, on average
+        how = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rate": right / drafts}
+        return {"speculative_config": {"method": "mtp", "num_speculative_tokens": drafts, **how}}
 
-    def drive(self, batch: int, max_tokens: int) -> tuple[float, list[tuple[float, int, int]]]:
+    def tokens(self, batch: int) -> int:
+        return generated(self.args, self.args.prompt, batch, self.args.speculate)
+
+    def drive(self, batch: int, max_tokens: int) -> tuple[float, list[tuple[float, int, int, int]]]:
         """Run `batch` requests to their end. Return the time of the start, and a mark for each step that gave tokens.
 
-        A mark has the time, the number of tokens, and the number of requests with a token so far.
+        A mark has the time, the number of tokens, that of requests that got some, and that of requests with a token so
+        far.
         """
         params = self.make_params(max_tokens=max_tokens, **self.sampling)
         for _ in range(batch):
@@ -91,7 +111,7 @@ class VLLM:
             gave = [one for one in fetched.outputs if one.new_token_ids]
             seen.update(one.request_id for one in gave)
             if gave:
-                marks.append((time.perf_counter(), sum(len(one.new_token_ids) for one in gave), len(seen)))
+                marks.append((time.perf_counter(), sum(len(one.new_token_ids) for one in gave), len(gave), len(seen)))
             return fetched
 
         core.get_output = marked
@@ -101,7 +121,7 @@ class VLLM:
             self.engine.step()
         if getattr(core.engine_core, "batch_queue", None):
             self.engine.step()  # an empty step was scheduled ahead
-        assert sum(tokens for _, tokens, _ in marks) == batch * max_tokens, "not every token was seen"
+        assert sum(tokens for _, tokens, _, _ in marks) == batch * max_tokens, "not every token was seen"
         return start, marks
 
     def prefill(self, batch: int) -> float:
@@ -110,8 +130,12 @@ class VLLM:
 
     def decode(self, batch: int) -> float:
         _, marks = self.drive(batch, self.tokens(batch))
-        window = [now for now, tokens, seen in marks if tokens == seen == batch][1:]  # after the last prompt
-        return batch * (len(window) - 1) / (window[-1] - window[0])
+        window = [mark for mark in marks if mark[2] == mark[3] == batch][1:]  # after the last prompt
+        return sum(tokens for _, tokens, _, _ in window[1:]) / (window[-1][0] - window[0][0])
+
+
+def randomize_draft_layer(worker: Any) -> None:
+    dummy.randomize(worker.model_runner.drafter.model)
 
 
 class Transformers:
@@ -163,7 +187,7 @@ class Transformers:
         return batch * self.args.output / (self.now() - start)
 
 
-PEERS = {"vllm": VLLM, "transformers": Transformers}
+PEERS = {"vllm": VLLM, "sglang": SGLang, "transformers": Transformers}
 
 
 def rate(measure: Callable[[int], float], batch: int, repeat: int) -> float | None:
@@ -195,10 +219,14 @@ def main() -> None:
     add("--prefill-batch", type=number, default=64, help="requests per prefill (64)")
     add("--step-tokens", type=number, default=16384, help="prompt tokens per step (16384)")
     add("--repeat", type=number, default=3, help="runs per median (3)")
+    add("--speculate", type=int, default=0, help="drafts per step, with forced acceptance (0)")
+    add("--accept", type=float, default=0.6, help="how likely a draft counts as right (0.6)")
     args = parser.parse_args()
     kind = args.peer if args.peer != "auto" else "vllm" if importlib.util.find_spec("vllm") else "transformers"
     random.seed(0)
     torch.manual_seed(0)
+    if args.speculate and kind != "vllm":
+        raise SystemExit(f"--speculate: of the peers vLLM alone can force acceptance, not {kind}")
     peer = PEERS[kind](args.model, args)
     found = {
         "peer": peer.name,
@@ -211,3 +239,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # in a process of SGLang's
+    watch(dummy.randomize)

@@ -3,7 +3,9 @@
 python -m scripts.bench.engine --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
 python -m scripts.bench.engine --peer                                        # beside vLLM, else transformers
 python -m scripts.bench.engine --peer vllm --peer-python "source peer/env.sh && python3"
+python -m scripts.bench.engine --peer sglang --peer-python "source sglang/env.sh && python3"
 torchrun --nproc-per-node 2 -m scripts.bench.engine --shape v3 --layers 6 --batch 128 --prefill-batch 16 --overlap on
+python -m scripts.bench.engine --speculate 1,2 --accept 0.6 --batch 1,32,128
 
 On a GPU the reference of each rate is a roofline (scripts.bench.lib.roofline). It is modelled from this GPU's ceilings,
 which are measured in the same run. With --peer the same work first goes through another engine (peer.py). Its
@@ -13,18 +15,25 @@ Under torchrun each rank has a batch of its own, and the ranks share the experts
 rooflines are sums over all ranks; a roofline counts no communication. A shape in fp8 (v3) runs in fp8 where a
 checkpoint of that shape would.
 
+With --speculate N,... everything runs without drafts, and then with N of them by a multi-token-prediction layer with
+random weights. Its drafts are hardly ever right, so acceptance is FORCED: a seeded draw takes each as right with
+probability --accept, if those before it are. Every figure with drafts says so. A rate counts the tokens that the steps
+gave. --peer then runs vLLM's drafts with its own forced acceptance ("synthetic"), as far as its version has that.
+
 Times are taken on the host. Prefill lasts from the first step until the last request's first token is known. Decode is
 timed over the steps in which all requests decode. Requests go through the scheduler and the step loop, as in a job
 without a router.
 """
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -37,7 +46,7 @@ from disagg.config import EngineConfig
 from disagg.control.messages import Submit
 from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
-from disagg.request import Request
+from disagg.request import MOST_DRAFTS, Request
 from disagg.step import Step, Work
 from disagg.unified import Unified
 from kernels.backend import choose
@@ -49,11 +58,14 @@ from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from scripts.bench.engine.peer_config import write_config
+from scripts.bench.engine.peer_work import generated
 from scripts.bench.lib import roofline
-from scripts.bench.lib.flags import new_file, positive, positives
+from scripts.bench.lib.flags import new_file, positive, positives, probability
+from scripts.bench.lib.forced import forced_acceptance
 from scripts.bench.lib.measurements import Measurement, Report, save
 from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES, check_size
+from scripts.bench.lib.step_cost import tokens_per_step
 
 
 class Mark(NamedTuple):  # because it is cheap: making one counts as the host's time
@@ -62,8 +74,18 @@ class Mark(NamedTuple):  # because it is cheap: making one counts as the host's 
     now: float
     waited: float  # seconds that the host was blocked on them
     launching: float  # seconds so far in which the host launched steps, or waited to launch one
+    sequences: int  # that got a token
     tokens: int
     mixed: bool
+
+
+class Decoded(NamedTuple):
+    """Decode steps. The host's time is without that in which it waits for tokens."""
+
+    rate: float  # tokens per second, of all replicas
+    host: float  # milliseconds per step
+    launching: float  # of these, in the step's launch
+    each: float  # tokens per step and request
 
 
 class Timed(Unified):
@@ -84,7 +106,9 @@ class Timed(Unified):
         start = time.perf_counter()
         step.wait()
         now = time.perf_counter()
-        self.marks.append(Mark(now, now - start, self.launching, len(step.work.sequences), step.work.mixed))
+        sequences = len(step.work.sequences)
+        tokens = sequences if step.counts is None else int(step.counts.numpy()[step.work.rows].sum())
+        self.marks.append(Mark(now, now - start, self.launching, sequences, tokens, step.work.mixed))
         return super().take_up(step)
 
 
@@ -113,19 +137,17 @@ class Bench:
         start = self.drive(batch, length, 1)
         return self.engine.mesh.num_replicas * batch * length / (self.role.marks[-1].now - start)
 
-    def decode(self, batch: int, length: int, max_tokens: int) -> tuple[float, float, float]:
-        """Measure the steps in which all requests decode.
-
-        Returns the tokens per second of all replicas, the host's milliseconds per step, and those of them in the step's
-        launch. The time in which the host waits for tokens does not count.
-        """
+    def decode(self, batch: int, length: int, max_tokens: int) -> Decoded:
+        """Measure the steps in which all requests decode."""
         self.drive(batch, length, max_tokens)
-        all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.tokens == batch]
+        all_decode = [mark for mark in self.role.marks if not mark.mixed and mark.sequences == batch]
         window = all_decode[1:]  # after the last prompt
         seconds = window[-1].now - window[0].now
         host = seconds - sum(mark.waited for mark in window[1:])
         launching, steps = window[-1].launching - window[0].launching, len(window) - 1
-        return self.engine.mesh.num_replicas * batch * steps / seconds, 1e3 * host / steps, 1e3 * launching / steps
+        tokens = sum(mark.tokens for mark in window[1:])
+        rate = self.engine.mesh.num_replicas * tokens / seconds
+        return Decoded(rate, 1e3 * host / steps, 1e3 * launching / steps, tokens / steps / batch)
 
     def experts_hit(self, batch: int) -> float:
         """Return the mean number of distinct experts per layer and decode step. Call it before graphs are captured."""
@@ -152,10 +174,11 @@ def random_model(
     return model
 
 
-def run_peer(args: argparse.Namespace, config: ModelConfig) -> dict:
+def run_peer(args: argparse.Namespace, config: ModelConfig, drafts: int) -> dict:
     """Run peer.py on the same work and return its figures. A process of its own, because that frees its memory."""
     options = {"batch": ",".join(map(str, args.batch)), "prompt": args.prompt, "output": args.output}
     options |= {"prefill-batch": args.prefill_batch, "step-tokens": args.step_tokens, "repeat": args.repeat}
+    options |= {"speculate": drafts, "accept": args.accept} if drafts else {}
     words = [str(Path(__file__).with_name("peer.py")), args.peer, *(f"--{name}={v}" for name, v in options.items())]
     with tempfile.TemporaryDirectory() as folder:
         write_config(config, folder)
@@ -167,22 +190,30 @@ def run_peer(args: argparse.Namespace, config: ModelConfig) -> dict:
 
 
 class EngineReport(Report):
-    """The figures, with rooflines and a peer's rates as references."""
+    """The figures, with rooflines, a peer's rates, and the rates without drafts as references."""
 
     def __init__(
-        self, shape: str, ceilings: roofline.Ceilings | None, peer: dict | None, ranks: int, rank: int
+        self, shape: str, ceilings: roofline.Ceilings | None, peers: dict[int, dict], ranks: int, rank: int
     ) -> None:
+        """`peers`: by the number of drafts, a peer's figures."""
         super().__init__(rank)
-        self.shape, self.ceilings, self.peer, self.ranks = shape, ceilings, peer, ranks
+        self.shape, self.ceilings, self.peers, self.ranks = shape, ceilings, peers, ranks
+        self.drafts, self.label = 0, ""
+        self.plain: dict[str, float] = {}  # rates without drafts, by name
         if ceilings is not None:
             self.add("bf16 GEMM 8192^3, a ceiling of the roofline", ceilings.bf16 / 1e12, "TFLOP/s")
             if ceilings.fp8 is not None:
                 self.add("fp8 GEMM 8192^3, a ceiling of the roofline", ceilings.fp8 / 1e12, "TFLOP/s")
             self.add("copy, a ceiling of the roofline", ceilings.bandwidth / 1e12, "TB/s")
 
+    def begin(self, drafts: int, accept: float) -> None:
+        """Let the next figures be those of an engine with so many drafts per step."""
+        self.drafts = drafts
+        self.label = f", drafts: {drafts}, forced acceptance {accept:g}" if drafts else ""
+
     def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
         better, reference = "lower" if unit == "ms" else "higher", reference and round(reference, 3)
-        self.keep(Measurement(f"{self.shape}, {name}", round(value, 3), unit, better, reference, source))
+        self.keep(Measurement(f"{self.shape}, {name}{self.label}", round(value, 3), unit, better, reference, source))
 
     def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Cost) -> None:
         """Add a rate in tokens per second, with the roofline and the peer's rate as references."""
@@ -191,9 +222,14 @@ class EngineReport(Report):
         else:
             modelled = self.ranks * work.rate(self.ceilings)
             self.add(name, value, "tok/s", modelled, "roofline, same run (modelled)")
-        theirs = self.peer and self.peer[phase][str(batch)]
-        if theirs:
-            peer = self.peer["peer"]
+        if not self.drafts:
+            self.plain[name] = value
+        else:
+            self.add(f"{name}, against no drafts", value, "tok/s", self.plain[name], "no drafts, same run")
+        of_peer = self.peers.get(self.drafts)
+        theirs = of_peer and of_peer[phase][str(batch)]
+        if of_peer and theirs:
+            peer = of_peer["peer"]
             self.add(f"{name}, against {peer.split()[0]}", value, "tok/s", theirs, f"{peer}, same run")
 
 
@@ -212,7 +248,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         "--peer",
         nargs="?",
         const="auto",
-        choices=("auto", "vllm", "transformers"),
+        choices=("auto", "vllm", "sglang", "transformers"),
         help="also run the same work through this engine",
     )
     add(
@@ -221,6 +257,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         metavar="CMD",
         help="the peer's Python, as a shell command",
     )
+    add("--speculate", type=positives, default=[], metavar="N,...", help="also with so many drafts per step")
+    add("--accept", type=probability, default=0.6, help="FORCED acceptance: how likely a draft counts as right (0.6)")
     add("--backend", action="append", metavar="[OP=]LIB", help="force a library, as in run.py")
     add("--no-graphs", action="store_true", help="decode without CUDA graphs")
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
@@ -231,6 +269,10 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     config = SHAPES[args.shape]
     if (args.layers or 0) > config.num_hidden_layers:
         parser.error(f"argument --layers: {args.shape} has {config.num_hidden_layers}, not {args.layers}")
+    if any(drafts > MOST_DRAFTS for drafts in args.speculate):
+        parser.error(f"argument --speculate: at most {MOST_DRAFTS} drafts, not {max(args.speculate)}")
+    if args.speculate and args.peer in ("sglang", "transformers"):
+        parser.error(f"argument --speculate: of the peers vLLM alone can force acceptance, not {args.peer}")
     longest = args.prompt + max(outputs(args).values())
     if longest > config.max_position_embeddings:
         parser.error(f"--prompt and --output make requests of {longest} tokens; {args.shape} takes "
@@ -240,30 +282,27 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def outputs(args: argparse.Namespace) -> dict[int, int]:
     """Return `generated` for each decode batch."""
-    return {batch: generated(args, args.prompt, batch) for batch in args.batch}
-
-
-def generated(args: argparse.Namespace, prompt: int, batch: int) -> int:
-    """Return how many tokens each request generates, so that all decode together for --output steps.
-
-    The first requests already decode while the last prompts are computed.
-    """
-    return args.output + -(-batch * prompt // args.step_tokens) + 3
+    drafts = max(args.speculate, default=0)
+    return {batch: generated(args, args.prompt, batch, drafts) for batch in args.batch}
 
 
 def measure(bench: Bench, report: EngineReport, args: argparse.Namespace) -> None:
     model = bench.engine.model
-    config, ranks = replace(model.config, fp8=model.fp8), bench.engine.mesh.size
+    config, ranks, drafts = replace(model.config, fp8=model.fp8), bench.engine.mesh.size, report.drafts
     bench.prefill(args.prefill_batch, args.prompt)
     for batch in dict.fromkeys((args.prefill_batch, 1)):
         rates = [bench.prefill(batch, args.prompt) for _ in range(args.repeat)]
-        work = roofline.prefill(config, min(batch * args.prompt, args.step_tokens), args.prompt, ranks)
+        tokens = min(batch * args.prompt, args.step_tokens)
+        work = roofline.prefill(config, tokens, args.prompt, ranks, drafts=drafts)
         report.rate("prefill", batch, f"prefill {batch} x {args.prompt}", median(rates), work)
     for batch, tokens in outputs(args).items():
         runs = [bench.decode(batch, args.prompt, tokens) for _ in range(args.repeat)]
-        rates, host, launching = zip(*runs, strict=True)
-        work = roofline.decode(config, batch, args.prompt + tokens / 2, ranks)
+        rates, host, launching, each = zip(*runs, strict=True)
+        work = roofline.decode(config, batch, args.prompt + tokens / 2, ranks, drafts=drafts, accept=args.accept)
         report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
+        if drafts:
+            expected = tokens_per_step(drafts, args.accept)
+            report.add(f"tokens per step and request, batch {batch}", median(each), "", expected, "by the probability")
         report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
         report.add(f"of that, in the step's launch, batch {batch}", median(launching), "ms")
 
@@ -290,35 +329,51 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers)
     check_size(args.shape, config, mesh.device.type)
-    peer = run_peer(args, config) if args.peer else None
-    report = EngineReport(named(args, config, mesh.size), ceilings(mesh), peer, mesh.size, mesh.rank)
+    drafting = replace(config, num_nextn_predict_layers=1)
+    if args.speculate:
+        drafting = drafting.drafting()
+        check_size(args.shape, drafting, mesh.device.type)
+    variants = (0, *args.speculate)
+    peers = {drafts: run_peer(args, drafting if drafts else config, drafts) for drafts in variants if args.peer}
+    report = EngineReport(named(args, config, mesh.size), ceilings(mesh), peers, mesh.size, mesh.rank)
+    try:
+        for drafts in variants:
+            report.begin(drafts, args.accept)
+            with forced_acceptance(args.accept, mesh.device) if drafts else nullcontext():
+                run_engine(args, mesh, drafting if drafts else config, report)
+            gc.collect()  # an engine is a cycle
+            if mesh.device.type == "cuda":
+                torch.cuda.empty_cache()
+    finally:
+        if args.out is not None and mesh.rank == 0:
+            save(report.records, args.out)
+
+
+def run_engine(args: argparse.Namespace, mesh: Mesh, config: ModelConfig, report: EngineReport) -> None:
+    """Make an engine with random weights and measure it, with the drafts that `report` began with."""
     max_batch, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())
     settings = EngineConfig(
         max_batch=max_batch,
-        max_tokens_per_step=max(args.step_tokens, max_batch),
+        max_tokens_per_step=max(args.step_tokens, max_batch * (1 + report.drafts)),
         kv_tokens=max_batch * (length + 64),
         max_model_len=length,
         dtype="bfloat16",
         graphs="off" if args.no_graphs else "auto",
-        overlap=args.overlap,
+        overlap="off" if report.drafts else args.overlap,
+        speculate=report.drafts,
         dispatch=args.dispatch,
     )
     start = time.perf_counter()
-    model = random_model(config, mesh, settings.model_len(config), args.backend or ["auto"])
+    model = random_model(config, mesh, settings.positions(config), args.backend or ["auto"])
     bench = Bench(Engine(settings, model, mesh, report.say))
     report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
-    for batch in args.batch if config.num_moe_layers and mesh.size == 1 else ():
+    for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafts else ():
         uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
         print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
     quiet = True if mesh.rank else None
     bench.engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=quiet))
-    report.say(f"ready after {time.perf_counter() - start:.1f} s")
-
-    try:
-        measure(bench, report, args)
-    finally:
-        if args.out is not None and mesh.rank == 0:
-            save(report.records, args.out)
+    report.say(f"ready after {time.perf_counter() - start:.1f} s{report.label}")
+    measure(bench, report, args)
     if mesh.device.type == "cuda":
         report.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     bench.engine.close()

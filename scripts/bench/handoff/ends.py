@@ -146,7 +146,7 @@ class End:
 
     def _link(self, me: Member, peer: Member, door: Door, ops: Ops) -> Link:
         own = self.pool, self.events, Credits()
-        endpoint = Handoff(self.args.transport).make_endpoint(HOST, self.page_bytes, self.device)
+        endpoint = Handoff(self.args.transport).make_endpoint(HOST, self.pool)
         if self.sends:
             (knock,) = door.poll(1000 * int(TIMEOUT.total_seconds()))
             connect = listen(door.store.port, HOST, endpoint)

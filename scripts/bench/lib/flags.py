@@ -39,6 +39,17 @@ def fraction(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """Parse a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1]")
+    return value
+
+
 def positives(text: str) -> list[int]:
     """Parse whole numbers of at least 1, separated by commas."""
     return [positive(part) for part in text.split(",")]

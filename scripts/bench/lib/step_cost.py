@@ -10,6 +10,9 @@ belongs to the communication. Communication, embedding, sampling arithmetic and 
 Ranks are balanced and routing is uniform. So the slots that are read on this rank are the expected number that its
 tokens hit.
 
+With drafts (`disagg/speculation.py`) the draft layer runs once on all rows of the step, and drafts - 1 times more on a
+row per sequence. How many drafts are right is ASSUMED, and decides the tokens of a decode step.
+
 Another count, for one GPU, leaves out the shared expert's silu, the latents' norms, the rotation of queries and the
 sampler's pass over the logits. Its rates are up to 4 % higher in prefill, 1 % in decode (tests/test_roofline.py).
 """
@@ -51,7 +54,7 @@ class Part:
 class Cost:
     """The cost of a step of `tokens` tokens: for each kind of layer, the number of layers and the parts of one."""
 
-    tokens: int
+    tokens: float
     kinds: dict[str, tuple[int, list[Part]]]
 
     def seconds(self, ceilings: Ceilings) -> float:
@@ -66,27 +69,93 @@ def total(parts: list[Part], ceilings: Ceilings) -> float:
     return sum(part.seconds(ceilings) for part in parts)
 
 
-def decode(config: ModelConfig, batch: int, kv: float, ep: int = 1, local: int | None = None, attn_tp: int = 1) -> Cost:
-    """Return the cost of one token for each of `batch` sequences, which attend to `kv` tokens on average.
+def tokens_per_step(drafts: int, accept: float) -> float:
+    """Return the tokens that a sequence gets of a step, on average. Each gets one, and those of the right drafts.
+
+    `accept`: how likely a draft is right if all before it are. A wrong one ends the step's tokens.
+    """
+    return sum(accept**place for place in range(drafts + 1))
+
+
+def decode(
+    config: ModelConfig,
+    batch: int,
+    kv: float,
+    ep: int = 1,
+    local: int | None = None,
+    attn_tp: int = 1,
+    drafts: int = 0,
+    accept: float = 0.0,
+) -> Cost:
+    """Return the cost of a step of `batch` sequences, which attend to `kv` tokens on average.
 
     With `attn_tp`, the sequences are those of a replica of that many ranks, and the cost is one rank's. The replica's
     all-reduces are not counted.
+    The step verifies `drafts` drafts of each sequence, and drafts anew. `accept`: as in `tokens_per_step`.
     """
-    split, spread = _split(config, attn_tp), _Spread(config, batch / attn_tp, ep, local)
-    return _work(config, split, batch, batch, _absorbed(split, batch, kv), spread, permutes=ep == 1)
+    split, each = _split(config, attn_tp), 1 + drafts
+    spread, permutes = _Spread(config, batch * each / attn_tp, ep, local), ep == 1
+    attention = _absorbed(split, batch, kv, each)
+    work = _work(config, split, batch * each, batch * each, attention, spread, permutes)
+    if not drafts:
+        return work
+    one = _Spread(config, batch / attn_tp, ep, local)
+    kinds = _drafting(config, split, attention, spread, batch * each, drafts, batch, kv, one, permutes)
+    return Cost(batch * tokens_per_step(drafts, accept), work.kinds | kinds)
 
 
 def prefill(
-    config: ModelConfig, tokens: int, prompt: int, ep: int = 1, local: int | None = None, attn_tp: int = 1
+    config: ModelConfig,
+    tokens: int,
+    prompt: int,
+    ep: int = 1,
+    local: int | None = None,
+    attn_tp: int = 1,
+    drafts: int = 0,
 ) -> Cost:
     """Return the cost of whole prompts of `prompt` tokens, `tokens` together; each yields its first token.
 
-    `attn_tp`: as in `decode`.
+    `attn_tp`: as in `decode`. The step also drafts `drafts` tokens after each prompt.
     """
     split, sequences = _split(config, attn_tp), tokens / prompt
     attention = _expanded(split, tokens, sequences * prompt * (prompt + 1) / 2)
     spread = _Spread(config, tokens / attn_tp, ep, local)
-    return _work(config, split, tokens, sequences, attention, spread, permutes=True)
+    work = _work(config, split, tokens, sequences, attention, spread, permutes=True)
+    if not drafts:
+        return work
+    one = _Spread(config, sequences / attn_tp, ep, local)
+    kinds = _drafting(config, split, attention, spread, tokens, drafts, sequences, prompt, one, permutes=True)
+    return replace(work, kinds=work.kinds | kinds)
+
+
+def _drafting(
+    config: ModelConfig,
+    split: ModelConfig,
+    attention: list[Part],
+    spread: "_Spread",
+    rows: float,
+    drafts: int,
+    sequences: float,
+    kv: float,
+    one: "_Spread",
+    permutes: bool,
+) -> dict[str, tuple[int, list[Part]]]:
+    """Return the draft layer's kinds: on all `rows` of a step, then on a row of each sequence; and its heads.
+
+    `attention`, `spread`: of all rows, as in the other layers. `one`: the load of a row of each sequence.
+    """
+
+    def layer(rows: float, attention: list[Part], spread: _Spread) -> list[Part]:
+        hidden = config.hidden_size
+        joined = _product("draft's input", "eh_proj", rows, hidden, 2 * hidden, fp8=False)
+        norms = Part("elementwise", "enorm, hnorm", 0, rows * 4 * hidden * BF16)
+        return [norms, joined, *attention, *_norms(split, rows), *_moe(config, spread.tokens, spread, permutes)]
+
+    kinds = {"draft layer": (1, layer(rows, attention, spread))}
+    if drafts > 1:
+        again = layer(sequences, _absorbed(split, sequences, kv), one)
+        kinds["draft layer, for each further draft"] = (drafts - 1, again)
+    return kinds | {"draft layer's head": (drafts, _head(split, sequences))}
 
 
 def _split(config: ModelConfig, attn_tp: int) -> ModelConfig:
@@ -155,7 +224,7 @@ def _product(
     return Part(group, name, 2 * count * rows * out * inner, nbytes, "fp8" if fp8 else "bf16")
 
 
-def _projections(config: ModelConfig, tokens: int) -> list[Part]:
+def _projections(config: ModelConfig, tokens: float) -> list[Part]:
     """Return the projections that both forms of attention share."""
     heads, fp8, group = config.num_attention_heads, config.fp8, "MLA projections"
     first = config.q_lora_rank or heads * config.qk_head_dim
@@ -166,14 +235,15 @@ def _projections(config: ModelConfig, tokens: int) -> list[Part]:
     return [*parts, _product(group, "o_proj", tokens, config.hidden_size, heads * config.v_head_dim, fp8)]
 
 
-def _absorbed(config: ModelConfig, batch: int, kv: float) -> list[Part]:
-    heads, latent, width = config.num_attention_heads, config.kv_lora_rank, config.kv_dim
-    flop = 2 * batch * heads * kv * (width + latent)
-    nbytes = batch * (kv * width + heads * (width + latent)) * BF16
+def _absorbed(config: ModelConfig, batch: float, kv: float, each: int = 1) -> list[Part]:
+    """Return the parts of absorbed attention. The `each` rows of a sequence share one reading of its KV."""
+    heads, latent, width, rows = config.num_attention_heads, config.kv_lora_rank, config.kv_dim, batch * each
+    flop = 2 * rows * heads * kv * (width + latent)
+    nbytes = (batch * kv * width + rows * heads * (width + latent)) * BF16
     return [
-        *_projections(config, batch),
-        _product("MLA projections", "W_UK", batch, latent, config.qk_nope_head_dim, False, heads),
-        _product("MLA projections", "W_UV", batch, config.v_head_dim, latent, False, heads),
+        *_projections(config, rows),
+        _product("MLA projections", "W_UK", rows, latent, config.qk_nope_head_dim, False, heads),
+        _product("MLA projections", "W_UV", rows, config.v_head_dim, latent, False, heads),
         Part("MLA core", f"{width}/{latent}, absorbed", flop, nbytes),
     ]
 
@@ -190,7 +260,7 @@ def _expanded(config: ModelConfig, tokens: int, pairs: float) -> list[Part]:
     ]
 
 
-def _norms(config: ModelConfig, tokens: int) -> list[Part]:
+def _norms(config: ModelConfig, tokens: float) -> list[Part]:
     """Return the elementwise work around attention."""
     operand = SCALED if config.fp8 else BF16
     attended = config.num_attention_heads * config.v_head_dim

@@ -129,11 +129,13 @@ class Rank:
         self.slots = config.n_routed_experts + args.redundant
         table = torch.arange(self.slots, device=device) % config.n_routed_experts
         first, layers = torch.arange(config.n_routed_experts, device=device), config.num_moe_layers
-        placement = Placement(first.repeat(layers, 1), table.repeat(layers, 1), args.ep)
+        placement, of_drafts = (
+            Placement(first.repeat(count, 1), table.repeat(count, 1), args.ep) for count in (layers, 1)
+        )
         ops, self.choices = choose(op_shape(config), self.dtype, device, args.backend or ())
         self.ops = of_ops(ops)
         self.mesh = Mesh(device=device)
-        self.model = Transformer(config, self.mesh, placement, self.ops, self.dtype, length + 1, config.fp8)
+        self.model = Transformer(config, self.mesh, placement, self.ops, self.dtype, length + 1, config.fp8, of_drafts)
         randomize(self.model)
         self.pool = make_pool(config, pages + 1, self.dtype, device)
         for layer in self.pool:

@@ -127,6 +127,9 @@ class Ranges:
             else:
                 put(layer.mlp, "forward", "dense:dense FFN")
         put(model.head, "forward", "head:LM head")
+        put(model.head, "project", "head:LM head")
+        if model.mtp is not None:
+            put(model.mtp, "forward", "drafts:draft layer")
 
     def times(self, step: Callable[[], object], device: torch.device, trace: Path | None) -> dict[str, float]:
         """Profile the step. Return milliseconds of kernels (on a CPU: of calls) by kind of layer and part.

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from disagg.request import MOST_DRAFTS
 from model.config import ModelConfig, read_json
-from scripts.bench.lib.flags import natural, positive
+from scripts.bench.lib.flags import natural, positive, probability
 from scripts.bench.lib.shapes import SHAPES
 from scripts.tools.plan.deployment import apart, options, unified
 from scripts.tools.plan.gpus import GPUS
@@ -44,9 +45,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=positive, default=100, metavar="N", help="tokens to generate per request (100)")
     add("--gpus-per-host", type=positive, default=8, metavar="N", help="GPUs of one machine (8)")
     add("--redundant-experts", type=natural, metavar="N", help="as in run.py, for every job (the least that divides)")
+    add("--speculate", type=natural, default=0, metavar="N", help="drafts per step, as in run.py (0)")
+    add(
+        "--accept",
+        type=probability,
+        default=Traffic.accept,
+        metavar="X",
+        help="ASSUMED probability that a draft is right if those before it are (0.6, as in SGLang's report)",
+    )
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    for flag, value, most in (("--gpus", args.gpus, MOST_GPUS), ("--gpus-per-host", args.gpus_per_host, MOST_PER_HOST)):
+    limits = (("--gpus", args.gpus, MOST_GPUS), ("--gpus-per-host", args.gpus_per_host, MOST_PER_HOST),
+              ("--speculate", args.speculate, MOST_DRAFTS))  # fmt: skip
+    for flag, value, most in limits:
         if value > most:
             raise ValueError(f"{flag} is {value}; it must be at most {most}")
     return args
@@ -73,13 +84,14 @@ def read_config(model: str) -> ModelConfig:
 def main() -> int:
     try:
         args = parse_args()
-        config, gpu, traffic = read_config(args.model), GPUS[args.gpu], Traffic(args.prompt, args.output)
+        config, gpu, traffic = read_config(args.model), GPUS[args.gpu], Traffic(args.prompt, args.output, args.accept)
+        config = config.drafting() if args.speculate else config
         if traffic.total > config.max_position_embeddings:
             raise ValueError(
                 f"--prompt + --output = {args.prompt} + {args.output} = {traffic.total} is over the model's "
                 f"max_position_embeddings ({config.max_position_embeddings})"
             )
-        found = options(config, gpu, args.gpus, traffic, args.gpus_per_host, args.redundant_experts)
+        found = options(config, gpu, args.gpus, traffic, args.gpus_per_host, args.redundant_experts, args.speculate)
         if apart(found, args.gpus) is None and unified(found, args.gpus) is None:
             reasons = found.illegal | found.too_small
             raise ValueError(reasons[max(reasons)])

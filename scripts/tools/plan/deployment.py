@@ -88,9 +88,15 @@ class Options:
 
 
 def options(
-    config: ModelConfig, gpu: Gpu, gpus: int, traffic: Traffic, per_host: int, redundant: int | None
+    config: ModelConfig,
+    gpu: Gpu,
+    gpus: int,
+    traffic: Traffic,
+    per_host: int,
+    redundant: int | None,
+    speculate: int = 0,
 ) -> Options:
-    """Try every size of job. `redundant` None: as few redundant experts as divide."""
+    """Try every size of job. `redundant` None: as few redundant experts as divide. `speculate`: drafts per step."""
     found = Options([], [], [], {}, {})
     for ranks in job_sizes(config, gpus, per_host):
         extra = least_redundant(config, ranks) if redundant is None else redundant
@@ -102,19 +108,21 @@ def options(
         for role, fitting in (("prefill", found.prefill), ("decode", found.decode), ("unified", found.unified)):
             if role == "unified" and ranks > per_host and apart(found, gpus) is not None:
                 continue
-            job = best_split(config, gpu, role, ranks, extra, traffic, per_host)
+            job = best_split(config, gpu, role, ranks, extra, traffic, per_host, speculate)
             if job is not None:
                 fitting.append(option(config, gpu, job, traffic))
             elif role == "decode":
-                found.too_small[ranks] = _excess(config, gpu, ranks, extra, traffic, per_host)
+                found.too_small[ranks] = _excess(config, gpu, ranks, extra, traffic, per_host, speculate)
     return found
 
 
-def _excess(config: ModelConfig, gpu: Gpu, ranks: int, redundant: int, traffic: Traffic, per_host: int) -> str:
+def _excess(
+    config: ModelConfig, gpu: Gpu, ranks: int, redundant: int, traffic: Traffic, per_host: int, speculate: int
+) -> str:
     """Return the sum that is over the limit, with as much attention TP as is legal."""
     attn_tp = max(splits(config, ranks, redundant, per_host))
     for role in ("unified", "decode"):  # a unified job needs a little less
-        least = smallest(config, role, ranks, attn_tp, redundant, traffic, per_host)
+        least = smallest(config, role, ranks, attn_tp, redundant, traffic, per_host, speculate)
         if not fits(config, gpu, least, traffic):
             break
     return refusal(config, gpu, least, traffic)
@@ -163,6 +171,7 @@ def command(job: Job, model: str) -> str:
         "--max-model-len": job.max_model_len,
         "--max-batch": job.max_batch,
         "--max-tokens-per-step": job.max_tokens_per_step,
+        "--speculate": job.speculate or None,
     }
     words += [word for flag, value in sizes.items() if value is not None for word in (flag, str(value))]
     return shlex.join(words)

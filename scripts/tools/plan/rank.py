@@ -37,6 +37,7 @@ class Job:
     max_tokens_per_step: int
     max_model_len: int
     per_host: int = 8
+    speculate: int = 0  # drafts per step
 
     @property
     def hosts(self) -> int:
@@ -68,8 +69,9 @@ def dispatch(config: ModelConfig, gpu: Gpu, job: Job) -> tuple[str, deepep_sizes
         config.n_routed_experts + job.redundant,
         config.hidden_size,
         config.num_experts_per_tok,
-        _buckets(config, job)[-1] // job.attn_tp,
+        tokens_of_a_decode_step(config, job),
         DTYPE,
+        job.speculate,
     )
     plain = "all-to-all over NCCL"
     why = deepep_sizes.misfits(sizes, job.role != "prefill")
@@ -81,11 +83,22 @@ def dispatch(config: ModelConfig, gpu: Gpu, job: Job) -> tuple[str, deepep_sizes
 
 
 def _buckets(config: ModelConfig, job: Job) -> list[int]:
-    return make_buckets(job.max_batch, Rule("auto", job.ranks, job.attn_tp, config.expert_share).row_multiple)
+    mode = "off" if job.speculate else "auto"
+    return make_buckets(job.max_batch, Rule(mode, job.ranks, job.attn_tp, config.expert_share).row_multiple)
+
+
+def tokens_of_a_decode_step(config: ModelConfig, job: Job) -> int:
+    """Return the most tokens that a rank dispatches in a decode step: of each sequence its latest, and its drafts."""
+    return _buckets(config, job)[-1] * (1 + job.speculate) // job.attn_tp
 
 
 def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
-    """Return the memory budget of one of the job's ranks, as the engine computes it at its start."""
+    """Return the memory budget of one of the job's ranks, as the engine computes it at its start.
+
+    `config`: of a job that drafts, `ModelConfig.drafting`, as in the engine.
+    """
+    assert config.drafts == (job.speculate > 0)
+    settings = EngineConfig(max_model_len=job.max_model_len, speculate=job.speculate)
     _, deepep = dispatch(config, gpu, job)
     shape = StepShape(
         config,
@@ -106,10 +119,11 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
         buffers,
         _buckets(config, job),
         job.max_tokens_per_step,
-        job.max_model_len,
-        longest=job.max_model_len,
+        settings.positions(config),
+        settings.longest(config),
         captures=job.role != "prefill",
         handoff=credits.buffer_bytes(page) if job.role != "unified" else 0,
+        drafts=job.speculate,
     )
     limit, why = share_of_gpu(gpu.memory, gpu.memory, 0, DEFAULTS.gpu_memory_fraction, 1)
     return Budget(limit, why, parts, page)
@@ -121,6 +135,7 @@ class Traffic:
 
     prompt: int
     output: int
+    accept: float = 0.6  # ASSUMED: how likely a draft is right if those before it are. SGLang's report takes 60 %.
 
     @property
     def total(self) -> int:
@@ -137,18 +152,25 @@ def fits(config: ModelConfig, gpu: Gpu, job: Job, traffic: Traffic) -> bool:
 
 
 def smallest(
-    config: ModelConfig, role: str, ranks: int, attn_tp: int, redundant: int, traffic: Traffic, per_host: int
+    config: ModelConfig,
+    role: str,
+    ranks: int,
+    attn_tp: int,
+    redundant: int,
+    traffic: Traffic,
+    per_host: int,
+    speculate: int = 0,
 ) -> Job:
     """Return a job for one request at a time: the least memory that a rank needs."""
     tokens = PROMPT_STEPS[-1] if role == "prefill" else DEFAULTS.max_tokens_per_step
-    return Job(role, ranks, attn_tp, redundant, 1, tokens, traffic.total, per_host)
+    return Job(role, ranks, attn_tp, redundant, 1, tokens, traffic.total, per_host, speculate)
 
 
 def largest(config: ModelConfig, gpu: Gpu, least: Job, traffic: Traffic) -> Job | None:
     """Return `least` with the sizes that serve the most, or None if it does not fit itself.
 
     A prefill job gets the largest step whose prompts it can hold twice: in one step they are computed, while those of
-    the step before travel. Other jobs get the largest batch.
+    the step before travel. Other jobs get the largest batch, of which a step holds every request's tokens.
     """
     if not fits(config, gpu, least, traffic):
         return None
@@ -158,7 +180,8 @@ def largest(config: ModelConfig, gpu: Gpu, least: Job, traffic: Traffic) -> Job 
             if fits(config, gpu, steps, traffic):
                 return steps
         return least
-    low, high = 1, MOST_BATCH * least.attn_tp + 1  # `low` fits, `high` is too many
+    most = min(MOST_BATCH * least.attn_tp, least.max_tokens_per_step) // (1 + least.speculate)
+    low, high = 1, most + 1  # `low` fits, `high` is too many
     while high - low > 1:
         middle = (low + high) // 2
         if fits(config, gpu, replace(least, max_batch=middle), traffic):
@@ -170,18 +193,30 @@ def largest(config: ModelConfig, gpu: Gpu, least: Job, traffic: Traffic) -> Job 
 
 
 def best_split(
-    config: ModelConfig, gpu: Gpu, role: str, ranks: int, redundant: int, traffic: Traffic, per_host: int
+    config: ModelConfig,
+    gpu: Gpu,
+    role: str,
+    ranks: int,
+    redundant: int,
+    traffic: Traffic,
+    per_host: int,
+    speculate: int = 0,
 ) -> Job | None:
     """Return the job with the smallest attention TP that fits, at its largest sizes. None: none fits."""
     for attn_tp in splits(config, ranks, redundant, per_host):
-        least = smallest(config, role, ranks, attn_tp, redundant, traffic, per_host)
+        least = smallest(config, role, ranks, attn_tp, redundant, traffic, per_host, speculate)
         if (job := largest(config, gpu, least, traffic)) is not None:
             return job
     return None
 
 
 def least_gpus(
-    config: ModelConfig, gpu: Gpu, role: str = "unified", traffic: Traffic = Traffic(4000, 96), per_host: int = 8
+    config: ModelConfig,
+    gpu: Gpu,
+    role: str = "unified",
+    traffic: Traffic = Traffic(4000, 96),
+    per_host: int = 8,
+    speculate: int = 0,
 ) -> Job | None:
     """Return the smallest job that holds the configuration and one request, or None if none does.
 
@@ -191,7 +226,7 @@ def least_gpus(
     for ranks in sorted(sizes):
         redundant = least_redundant(config, ranks)
         for attn_tp in splits(config, ranks, redundant, per_host):
-            job = smallest(config, role, ranks, attn_tp, redundant, traffic, per_host)
+            job = smallest(config, role, ranks, attn_tp, redundant, traffic, per_host, speculate)
             if fits(config, gpu, job, traffic):
                 return job
     return None
@@ -217,7 +252,8 @@ def refusal(config: ModelConfig, gpu: Gpu, least: Job, traffic: Traffic) -> str:
     hints = []
     if prompt := longest_prompt(config, gpu, least, traffic):
         hints.append(f"prompts of at most {prompt} tokens would fit")
-    if (enough := least_gpus(config, gpu, least.role, traffic, least.per_host)) is not None:
+    enough = least_gpus(config, gpu, least.role, traffic, least.per_host, least.speculate)
+    if enough is not None:
         hints.append(f"{enough.ranks} GPUs would hold it (attention TP {enough.attn_tp})")
     nearest = "; ".join(hints) or "more GPUs do not help: every rank holds the parts that are not split"
     where = f"{least.role} job of {least.ranks} x {gpu.name}, attention TP {least.attn_tp}"

@@ -7,6 +7,9 @@ the step of one rank on an H100. Small steps achieve less than these. Communicat
 authors published (`deepep_times.py`), without overlap. Where NCCL serves instead, it takes longer, so there the rates
 are too high.
 
+A job that drafts (--speculate) takes a longer step, and gets more tokens of it: `tokens_per_step`, from an ASSUMED
+acceptance.
+
 Loads are even, queues are full, and the all-reduces of attention TP take no time.
 """
 
@@ -46,24 +49,32 @@ def achieved(phase: str) -> float:
 def decode_step(config: ModelConfig, gpu: Gpu, job: Job, batch: int, kv: float) -> float:
     """Return the seconds of a decode step of `batch` requests per replica, which attend to `kv` tokens on average."""
     run = as_run(config, gpu, job.attn_tp)
-    work = step_cost.decode(run, batch, kv, job.ranks, job.slots(config), job.attn_tp)
-    return work.seconds(gpu.ceilings) / achieved("decode") + _transfers(run, job, "decode", batch)
+    work = step_cost.decode(run, batch, kv, job.ranks, job.slots(config), job.attn_tp, job.speculate)
+    sent = _transfers(run, job, "decode", batch * (1 + job.speculate), batch)
+    return work.seconds(gpu.ceilings) / achieved("decode") + sent
 
 
 def prefill_step(config: ModelConfig, gpu: Gpu, job: Job, tokens: int, prompt: int) -> float:
     """Return the seconds of a step of `tokens` prompt tokens per replica, of prompts of `prompt` tokens."""
     run = as_run(config, gpu, job.attn_tp)
-    work = step_cost.prefill(run, tokens, prompt, job.ranks, job.slots(config), job.attn_tp)
-    return work.seconds(gpu.ceilings) / achieved("prefill") + _transfers(run, job, "prefill", tokens)
+    work = step_cost.prefill(run, tokens, prompt, job.ranks, job.slots(config), job.attn_tp, job.speculate)
+    sent = _transfers(run, job, "prefill", tokens, -(-tokens // prompt))
+    return work.seconds(gpu.ceilings) / achieved("prefill") + sent
 
 
-def _transfers(config: ModelConfig, job: Job, phase: str, tokens: int) -> float:
-    """Return the seconds of a step's dispatches and combines."""
+def _transfers(config: ModelConfig, job: Job, phase: str, tokens: int, sequences: int) -> float:
+    """Return the seconds of a step's dispatches and combines.
+
+    The draft layer's are those of all `tokens`, and of one of each of the `sequences` for every further draft.
+    """
     if job.ranks == 1:
         return 0.0
     delays = (deepep_times.low_latency if phase == "decode" else deepep_times.normal)(config, job.ranks)
-    each = tokens // job.attn_tp
-    return config.num_moe_layers * sum(delays(what, each).total for what in ("dispatch", "combine"))
+    whole, single = (
+        sum(delays(what, count // job.attn_tp).total for what in ("dispatch", "combine"))
+        for count in (tokens, sequences)
+    )
+    return (config.num_moe_layers + config.drafts) * whole + max(0, job.speculate - 1) * single
 
 
 def prompt_rate(config: ModelConfig, gpu: Gpu, job: Job, traffic: Traffic) -> float:
@@ -74,7 +85,8 @@ def prompt_rate(config: ModelConfig, gpu: Gpu, job: Job, traffic: Traffic) -> fl
 
 def output_rate(config: ModelConfig, gpu: Gpu, job: Job, traffic: Traffic) -> float:
     """Return generated tokens per second and rank, with the largest batch halfway through its outputs."""
-    return job.max_batch / decode_step(config, gpu, job, job.max_batch, mean_kv(traffic)) / job.attn_tp
+    tokens = job.max_batch * step_cost.tokens_per_step(job.speculate, traffic.accept)
+    return tokens / decode_step(config, gpu, job, job.max_batch, mean_kv(traffic)) / job.attn_tp
 
 
 def mean_kv(traffic: Traffic) -> float:

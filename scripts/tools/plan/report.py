@@ -6,6 +6,7 @@ from disagg.budget import GIB
 from model.config import ModelConfig
 from model.footprint import page_bytes
 from model.pages import PAGE
+from scripts.bench.lib.step_cost import tokens_per_step
 from scripts.tools.plan.deployment import (
     MOST_LINKS,
     Deployment,
@@ -18,15 +19,16 @@ from scripts.tools.plan.deployment import (
     unified,
 )
 from scripts.tools.plan.gpus import Gpu
-from scripts.tools.plan.rank import ITEMSIZE, Traffic, as_run, budget, dispatch
+from scripts.tools.plan.rank import ITEMSIZE, Traffic, as_run, budget, dispatch, tokens_of_a_decode_step
 from scripts.tools.plan.rates import achieved, decode_step, mean_kv, prefill_step, records
 from scripts.tools.plan.sizes import dense_ffn_split, least_redundant, splits
 
 COLUMNS = ("role", "ranks", "attn TP", "redundant", "slots", "dispatch", "weights", "buffers", "activations", "graphs",
            "other", "KV", "KV tokens", "batch", "step ms", "rate")  # fmt: skip
 WEIGHTS = ("attention", "dense FFN", "shared experts", "routed experts", "gates and norms", "embedding", "LM head")
-PLACES = {"weights": WEIGHTS, "buffers": ("communication buffers", "KV handoff"), "activations": ("activations",),
-          "graphs": ("CUDA graphs",)}  # fmt: skip
+DRAFT = "draft layer"  # in the tables of jobs that draft
+PLACES = {"weights": (*WEIGHTS, DRAFT), "buffers": ("communication buffers", "KV handoff"),
+          "activations": ("activations",), "graphs": ("CUDA graphs",)}  # fmt: skip
 UNITS = {"prefill": "prompt_tokens", "decode": "generated_tokens", "unified": "requests"}
 
 
@@ -40,6 +42,8 @@ class Plan:
         self.traffic, self.found, self.model = traffic, found, model
         self.deployments = {"prefill and decode apart": apart(found, gpus), "unified": unified(found, gpus)}
         self.splits = list(splits(config, per_host, least_redundant(config, per_host), per_host))
+        self.speculate = max(one.job.speculate for one in found.jobs)  # of every job
+        self.tokens_per_step = tokens_per_step(self.speculate, traffic.accept)
         self.kv_token = page_bytes(config, ITEMSIZE) // PAGE  # bytes
         self.dense_ffn = {"prefill": dense_ffn_split(config, 2048, 0), "decode": dense_ffn_split(config, 128, 3)}
 
@@ -59,6 +63,7 @@ class Plan:
             "bytes": limits.parts | {"KV": limits.left},
             "limit_bytes": limits.available,
             "kv_tokens": limits.most_pages * PAGE,
+            "tokens_per_decode_step_and_rank": tokens_of_a_decode_step(config, job),
             "modelled": {
                 "step_ms": 1e3 * seconds,
                 f"{UNITS[job.role]}_per_second_and_rank": one.rate,
@@ -67,11 +72,16 @@ class Plan:
         }
 
     def as_object(self) -> dict:
-        """Return the plan for JSON. All rates, times and ratios are below keys named `modelled`."""
+        """Return the plan for JSON. All rates, times and ratios are below keys named `modelled`.
+
+        `assumed`, if the jobs draft: what the rates are modelled from, and nobody measured.
+        """
+        assumed = {"a_draft_is_right": self.traffic.accept, "tokens_per_step": self.tokens_per_step}
         return {
             "gpu": {**asdict(self.gpu), "source": "ceilings: NVIDIA's data sheets; memory: as CUDA reports it"},
             "gpus": self.gpus,
-            "traffic": asdict(self.traffic),
+            "traffic": {"prompt": self.traffic.prompt, "output": self.traffic.output},
+            **({"speculate": self.speculate, "assumed": assumed} if self.speculate else {}),
             "kv_bytes_per_token": self.kv_token,
             "attention_tp_that_divides": self.splits,
             "dense_ffn_tp_by_formula": self.dense_ffn,
@@ -108,6 +118,12 @@ class Plan:
         if config.first_k_dense_replace:
             by_phase = ", ".join(f"{size:.1f} ({phase})" for phase, size in self.dense_ffn.items())
             lines.append(f"dense FFN: least memory at TP {by_phase} by SGLang's formula; here it follows attention TP")
+        if self.speculate:
+            lines.append(
+                f"drafts: {self.speculate} per step; KV: {config.num_hidden_layers} + 1 layers; a decode step has "
+                f"batch x (1 + {self.speculate}) tokens. ASSUMED: a draft is right in {self.traffic.accept:.0%} of the "
+                f"cases if those before it are, so a step gives {self.tokens_per_step:.3g} tokens"
+            )
         lines += [
             "",
             "Jobs that fit, with the smallest attention TP that fits. GiB per rank; batch per attention replica.",
@@ -122,11 +138,12 @@ class Plan:
         for name, one in self.deployments.items():
             if one is not None:
                 lines += ["", *self._chosen(name, one)]
+        drafting = ", and on an assumed acceptance" if self.speculate else ""
         about = ", ".join(f"{achieved(phase):.2f} ({phase})" for phase in records())
         lines += [
             "",
             "MODELLED: the roofline on the data sheet's ceilings, divided by the fraction that one H100 rank achieved,",
-            f"{about}. Plus the times that DeepEP's authors published, without overlap.",
+            f"{about}{drafting}. Plus the times that DeepEP's authors published, without overlap.",
             "Loads are even and queues full. Small steps achieve less, and NCCL takes longer than DeepEP.",
         ]
         return "\n".join(lines)
@@ -134,7 +151,7 @@ class Plan:
     def _row(self, one: Option) -> list[str]:
         job, seen = one.job, self.describe(one)
         sizes = seen["bytes"]
-        shown = {place: sum(sizes[name] for name in names) for place, names in PLACES.items()}
+        shown = {place: sum(sizes.get(name, 0) for name in names) for place, names in PLACES.items()}
         other = sum(sizes.values()) - sum(shown.values()) - sizes["KV"]
         gib = [f"{size / GIB:.1f}" for size in (*shown.values(), other, sizes["KV"])]
         counts = map(str, (job.ranks, job.attn_tp, job.redundant, seen["slots_per_rank"]))

@@ -1,0 +1,1 @@
+"""How many of the shipped model's drafts are right, by domain."""
