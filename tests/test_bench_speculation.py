@@ -22,6 +22,7 @@ from scripts.bench.lib.shapes import SHAPES
 from scripts.bench.one_rank import deepep_times
 from scripts.bench.one_rank.drafts import DraftingStep
 from scripts.bench.one_rank.simulated_load import SimulatedLoad
+from scripts.bench.speculation import auto
 from scripts.bench.speculation import run as bench
 from scripts.tools.tiny_text import DOMAINS
 from tests.processes import run_module
@@ -146,6 +147,19 @@ def test_the_shipped_models_figures_are_the_engines_counts(
         timed = f"{domain}, greedy, one request at a time, drafts: "
         assert values[f"{timed}2"].reference == values[f"{timed}0"].value > 0
     assert "parted" not in capsys.readouterr().out
+
+
+def test_auto_is_compared_with_the_best_number_and_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--device cpu --batch 2 --drafts 1,2 --most 2 --output 8 --learning 1 --repeat 2 --out"
+    monkeypatch.setattr(sys, "argv", ["bench", *flags.split(), str(tmp_path / "r.json")])
+    auto.main()
+    of = "tiny, 2 requests at once, drafts: "
+    values = {record.name.removeprefix(of): record for record in load(tmp_path / "r.json")}
+    assert values.keys() == {"0", "1", "2", "auto:2", "auto:2, beside none"}
+    best = max("012", key=lambda name: values[name].value)
+    assert values["auto:2"].reference == values[best].value and values["auto:2"].source.startswith(f"{best} drafts")
+    assert values["auto:2, beside none"].reference == values["1"].reference == values["0"].value > 0
+    assert values["auto:2, beside none"].value == values["auto:2"].value > 0 and values["0"].reference is None
 
 
 def test_another_corpus_than_that_of_the_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
