@@ -14,10 +14,18 @@ import torch
 from disagg.step import Drafts
 from model.batch import Batch
 from tests.rerun import captured
-from tests.test_speculation import all_kinds, make_engine, same, serve
+from tests.test_speculation import Answer, all_kinds, make_engine, same, serve
 
 
-def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> dict[int, Answer]:
+    """The answers to all kinds of requests without drafts."""
+    return serve(make_engine(tiny, 0), all_kinds(tiny))[0]
+
+
+def test_replayed_steps_give_the_same_answers(
+    tiny: Path, plain: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sampled requests, and greedy ones beside them, replay the same parts. Only who asks for experts stops it."""
     requests, engine = all_kinds(tiny), make_engine(tiny, 2, overlap="on")
     body, halves = engine.model.body, []
@@ -27,24 +35,26 @@ def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.Mo
         return body(batch, pool, dispatcher, both, *rest)
 
     monkeypatch.setattr(engine.model, "body", run_body)
-    want, graphs = serve(make_engine(tiny, 0), requests)[0], captured(engine)
+    graphs = captured(engine)
     assert len(graphs.captured) == 3 * len(engine.decode.buckets)
     got, stats = serve(engine, requests)
-    same(got, want)
+    same(got, plain)
     steps = engine.graph_replays
     assert 0 < steps < stats["decode_steps"]
     assert graphs.reruns == dict.fromkeys(("_verify", "_draft_first", "_draft_next"), steps)
     assert len(halves) > steps and all(first == second > 0 for first, second in halves)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     others = [request for request in requests if not request.processes_logits]
-    same(serve(engine, others)[0], {request.uid: want[request.uid] for request in others})
+    same(serve(engine, others)[0], {request.uid: plain[request.uid] for request in others})
 
 
-def test_a_step_may_verify_and_make_any_number_of_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_may_verify_and_make_any_number_of_drafts(
+    tiny: Path, plain: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From 0 to N, each step anew. What was not drafted is wrong at worst."""
     requests, drafts, rng = all_kinds(tiny), 3, random.Random(2)
-    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts)
-    graphs, seen = captured(engine), Counter()
+    engine, seen = make_engine(tiny, drafts), Counter()
+    graphs = captured(engine)
 
     def some() -> Drafts:
         seen[chosen := Drafts(rng.randrange(drafts + 1), rng.randrange(drafts + 1))] += 1
@@ -53,7 +63,7 @@ def test_a_step_may_verify_and_make_any_number_of_drafts(tiny: Path, monkeypatch
     works, run = [], engine.run
     monkeypatch.setattr(engine, "_drafts", some)
     monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
-    same(serve(engine, requests)[0], want)
+    same(serve(engine, requests)[0], plain)
     captured_ones = [w for w in works if not w.mixed and not w.eager and w.drafts.verified == drafts]
     assert graphs.reruns["_verify"] == len(captured_ones) > 0
     assert any(few.made < few.verified for few in seen) and any(few.made > few.verified for few in seen)
