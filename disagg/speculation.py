@@ -31,7 +31,7 @@ from torch import Tensor
 
 from disagg.fixed_inputs import FixedInputs
 from disagg.graphs import Graphs
-from disagg.speculation_inputs import Inputs, SpeculationInputs
+from disagg.speculation_inputs import Half, Inputs, SpeculationInputs
 from disagg.speculative_sampler import SpeculativeSampler
 from disagg.step import Work
 from model.batch import Batch
@@ -82,9 +82,8 @@ class Speculation:
         kind = {"dtype": torch.int64, "device": self.device}
         # The fronts: each sequence's latest token and drafts, by its row in the latest step, and the token's position.
         self.tokens, self.positions = torch.zeros(rows, columns - 1, **kind), torch.zeros(rows, **kind)
-        self._hidden = torch.zeros(
-            rows, model.config.hidden_size, dtype=model.dtype, device=self.device
-        )  # to draft from
+        width = model.config.hidden_size
+        self._hidden = torch.zeros(rows, width, dtype=model.dtype, device=self.device)  # what the next draft follows
         # What a step gives: its number of new tokens, and the tokens. Two host copies, used in turn: one is read when
         # the next step may have been launched, but not the one after.
         self._given = torch.zeros(rows, columns, **kind)
@@ -124,27 +123,22 @@ class Speculation:
 
         Returns also its logits [R (v + 1) + P, V].
         """
-        head = self.model.head
+        fed, start = self._fronts(inputs, verifies)
+        places, head = start[:, None] + torch.arange(verifies + 1, device=self.device), self.model.head
+        batch, halves = batches(inputs, fed, places)
+        hidden = head.norm(self.model.body(batch, self.pool, dispatcher, halves, chosen, scored))
+        logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
+        after = places.flatten() + 1
+        if inputs.prompts is not None:
+            after = torch.cat((after, inputs.prompts.lengths))
+        return Verified(batch, fed, start, hidden, likeliest(logits), after), logits
+
+    def _fronts(self, inputs: Inputs, verifies: int) -> tuple[Tensor, Tensor]:
+        """Return each sequence's latest token and first drafts [R, v + 1], and that token's position [R]."""
         row, place = (-1 - inputs.ids).clamp(min=0), (-1 - inputs.positions).clamp(min=0)
         known = torch.cat((inputs.ids[:, None], inputs.drafts[:verifies].T), 1)
         fed = self.tokens[row, : verifies + 1].where(inputs.ids[:, None] < 0, known)
-        start = self.positions[place].where(inputs.positions < 0, inputs.positions)
-        places = start[:, None] + torch.arange(verifies + 1, device=self.device)
-
-        def batch_of(rows: slice, prompts: Batch | None) -> Batch:
-            decodes = Batch.decode(fed[rows].flatten(), places[rows].flatten(), inputs.page_table[: inputs.rows][rows])
-            return decodes if prompts is None else Batch.join(decodes, prompts)
-
-        prompts, after, halves = inputs.prompts, places.flatten() + 1, None
-        if prompts is not None:
-            after = torch.cat((after, prompts.lengths))
-        batch = batch_of(slice(None), None if prompts is None else prompts.batch)
-        if inputs.cut is not None:
-            first, second = (None, None) if prompts is None or prompts.halves is None else prompts.halves
-            halves = batch_of(slice(inputs.cut), first), batch_of(slice(inputs.cut, None), second)
-        hidden = head.norm(self.model.body(batch, self.pool, dispatcher, halves, chosen, scored))
-        logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
-        return Verified(batch, fed, start, hidden, likeliest(logits), after), logits
+        return fed, self.positions[place].where(inputs.positions < 0, inputs.positions)
 
     def _accept(self, inputs: Inputs, verified: Verified) -> None:
         """Write what the step gives, and the fronts without their drafts. Fill, so that drafts can follow."""
@@ -189,3 +183,18 @@ class Speculation:
         seen = self._seen[0][:size].copy_(self._given[:size], non_blocking=True)
         self._seen.reverse()
         return Outcome(seen[:, 1:], seen[:, 0], logprobs)
+
+
+def batches(inputs: Inputs, fed: Tensor, places: Tensor) -> tuple[Batch, tuple[Batch, Batch] | None]:
+    """Return the target's batch, and its halves if the step overlaps.
+
+    fed, places [R, v + 1]: the tokens of the decoding sequences, and their positions.
+    """
+
+    def batch(half: Half) -> Batch:
+        table = inputs.page_table[: inputs.rows]
+        decodes = Batch.decode(fed[half.rows].flatten(), places[half.rows].flatten(), table[half.rows])
+        return decodes if half.prompts is None else Batch.join(decodes, half.prompts)
+
+    whole = batch(Half(slice(None), None if inputs.prompts is None else inputs.prompts.batch))
+    return whole, None if inputs.halves is None else (batch(inputs.halves[0]), batch(inputs.halves[1]))

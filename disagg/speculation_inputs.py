@@ -10,6 +10,7 @@ over brings its own front: the prefill job made the drafts.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -24,9 +25,15 @@ class Prompts:
     """The prompt tokens of a step, T with padding, which comes first. P prompts end here."""
 
     batch: Batch
-    halves: tuple[Batch, Batch] | None  # if the step overlaps
     following: Tensor  # [T] int64: the token after each; -1 - i: that of the i-th prompt that ends
     lengths: Tensor  # [P] int64, of those that end
+
+
+class Half(NamedTuple):
+    """A half of a step that overlaps: some of its decoding sequences, whole, and some of its prompt tokens."""
+
+    rows: slice
+    prompts: Batch | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Inputs:
     drafts: Tensor  # [N, R] int64
     page_table: Tensor  # [at least R + P, width] int32
     prompts: Prompts | None
-    cut: int | None  # if the step overlaps: the rows of the first half
+    halves: tuple[Half, Half] | None  # if the step overlaps
 
     @property
     def rows(self) -> int:
@@ -70,10 +77,10 @@ class SpeculationInputs:
             places, fronts = np.arange(len(pages)), -(-len(pages) // self.multiple) * self.multiple
         self.fixed.stage_pages(pages, places, fronts)
         ids, positions, *_ = columns = self.fixed.columns[:, :rows]
-        prompts, cut = None, rows // 2 if work.overlapped else None
-        if work.mixed:
-            prompts, cut = self._prompts(work, count)
-        return Inputs(ids, positions, columns[2:], self.fixed.page_table[:fronts], prompts, cut)
+        chunks = self._chunks(work, count) if work.mixed else []
+        prompts = self._prompts(work, chunks) if work.mixed else None
+        halves = self._halves(work, rows, chunks) if work.overlapped else None
+        return Inputs(ids, positions, columns[2:], self.fixed.page_table[:fronts], prompts, halves)
 
     def _drafts(self, decodes: Decodes) -> np.ndarray:
         """Return the drafts [N, B] that the host knows, 0 for others."""
@@ -82,25 +89,31 @@ class SpeculationInputs:
             column[: len(known)] = known
         return drafts
 
-    def _prompts(self, work: Work, count: int) -> tuple[Prompts, int | None]:
-        """Lay out the chunks behind `count` decodes. Padding before them makes the step's tokens divide.
+    def _chunks(self, work: Work, count: int) -> list[Chunk]:
+        """Return the chunks behind `count` decodes. Padding before them makes the step's tokens divide."""
+        padding = -(count * each(work) + sum(len(chunk.token_ids) for chunk in work.prompts)) % self.multiple
+        return [Chunk((0,) * padding, 0, (), wants_logits=False), *work.prompts] if padding else work.prompts
 
-        Returns also how many of the decodes are in the first half, if the step overlaps.
-        """
-        assert work.drafts is not None
-        each = work.drafts.verified + 1
-        padding = -(count * each + sum(len(chunk.token_ids) for chunk in work.prompts)) % self.multiple
-        chunks = [Chunk((0,) * padding, 0, (), wants_logits=False), *work.prompts] if padding else work.prompts
+    def _prompts(self, work: Work, chunks: list[Chunk]) -> Prompts:
         device = self.fixed.columns.device
-        cut, halves = None, None
-        if work.overlapped:
-            cut, *both = split_behind(count, each, chunks, self.multiple)
-            first, second = (Batch.build([], half, device) for half in both)
-            halves = first, second
-        lengths = np.array([sequence.computed for sequence in work.sequences[count:]], np.int64)
-        following = np.array([0] * padding + following_tokens(work), np.int64)
-        batch = Batch.build([], chunks, device)
-        return Prompts(batch, halves, to_device(following, device), to_device(lengths, device)), cut
+        batch, following = Batch.build([], chunks, device), following_tokens(work)
+        following = np.array([0] * (batch.num_tokens - len(following)) + following, np.int64)
+        lengths = np.array([sequence.computed for sequence in work.sequences[len(work.decodes.pages) :]], np.int64)
+        return Prompts(batch, to_device(following, device), to_device(lengths, device))
+
+    def _halves(self, work: Work, rows: int, chunks: list[Chunk]) -> tuple[Half, Half]:
+        """Cut a step. One without prompts is cut in the middle of its rows, padding included, on all ranks."""
+        cut, both = rows // 2, (None, None)
+        if work.mixed:
+            cut, *chunks_of = split_behind(rows, each(work), chunks, self.multiple)
+            both = [Batch.build([], half, self.fixed.columns.device) for half in chunks_of]
+        return Half(slice(cut), both[0]), Half(slice(cut, None), both[1])
+
+
+def each(work: Work) -> int:
+    """Return the tokens of each decoding sequence in a step."""
+    assert work.drafts is not None
+    return work.drafts.verified + 1
 
 
 def following_tokens(work: Work) -> list[int]:

@@ -352,14 +352,15 @@ def model_body(rank: int, seed: int) -> None:
 
 
 @torch.inference_mode()
-def engine_body(rank: int, seed: int, overlap: str) -> None:
+def engine_body(rank: int, seed: int, overlap: str, drafts: int) -> None:
     """The engine's own loop: prompts over normal mode, decode over low latency, without graphs and then with them."""
+    config = replace(CONFIG, drafts=drafts > 0)
+    settings = EngineConfig(6, 100, 2000, 512, dispatch="deepep", overlap=overlap, speculate=drafts, prefix_cache="off")
     mesh = Mesh(rank, 2, DEVICE, Group(), Group(2, rank, dist.group.WORLD))
     ops, _ = choose(op_shape(CONFIG), torch.bfloat16, DEVICE, ["triton"])
-    placement = Placement.identity(CONFIG.num_moe_layers, CONFIG.n_routed_experts, 2, DEVICE)
-    model = Transformer(CONFIG, mesh, placement, ops, torch.bfloat16, 512)
+    placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, 2, DEVICE)
+    model = Transformer(config, mesh, placement, ops, torch.bfloat16, settings.positions(config))
     fill(model, 2, rank, seed)
-    settings = EngineConfig(6, 100, 2000, 512, dispatch="deepep", overlap=overlap, prefix_cache="off")
     engine = Engine(settings, model, mesh)
     work = requests(random.Random(seed + rank))[: 10 - 4 * rank]
     eager = serve(engine, work)
@@ -373,9 +374,9 @@ def engine_body(rank: int, seed: int, overlap: str) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("overlap", ["off", "on"])
-def test_the_engine_with_graphs(overlap: str) -> None:
-    run_world(2, engine_body, torch.initial_seed() % 2**31, overlap, timeout_s=280, device="cuda")
+@pytest.mark.parametrize(("overlap", "drafts"), [("off", 0), ("on", 0), ("off", 2), ("on", 2)])
+def test_the_engine_with_graphs(overlap: str, drafts: int) -> None:
+    run_world(2, engine_body, torch.initial_seed() % 2**31, overlap, drafts, timeout_s=280, device="cuda")
 
 
 def test_the_whole_model() -> None:
