@@ -352,9 +352,9 @@ def test_the_table_of_a_plan() -> None:
 def test_a_plan_that_drafts_has_room_for_them() -> None:
     """One whose logits are the largest part: 3 rows of them for each of 64 sequences, beside the model's output."""
     shape = replace(HAND, config=replace(SMALL, vocab_size=100_000, drafts=True))
-    parts = plan_parts(shape, 0, [1, 64], 1000, 512, 512, captures=True, drafts=2)
+    parts = plan_parts(shape, 0, [1, 64], 1000, 512, 512, captures=True, drafts=(2,))
     assert parts["activations"] == sampling(shape.config, 3 * 64) + 1000 * 512 * 2
-    assert parts["CUDA graphs"] == graphs(shape, [1, 64], 2) > graphs(shape, [1, 64])
+    assert parts["CUDA graphs"] == graphs(shape, [1, 64], (2,)) > graphs(shape, [1, 64])
 
 
 def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
