@@ -391,6 +391,21 @@ def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
     assert answers[0].error is None and answers[1].error is None
 
 
+def test_what_another_rooms_failure_sends_back_counts_as_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may begin more than ATTEMPTS times, and at once where it was."""
+    monkeypatch.setattr(module, "SUSPECT_S", 0.0)
+    with serving(Request(0, [5], 1)) as (router, answers):
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+        submit = decode.hear(Submit)
+        for _ in range(module.ATTEMPTS + 1):
+            decode.send(Updates(begun=[submit.request.uid], returned=[submit.request.uid]))
+            submit = decode.hear(Submit)
+        decode.send(Updates(begun=[submit.request.uid]))
+        submit = fail(decode, submit)
+        finish(decode, submit, prefill)
+    assert answers[0].error is None
+
+
 def test_what_moves_goes_before_what_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it has failed, or was taken back before it began."""
     monkeypatch.setattr(module, "SUSPECT_S", 0.0)

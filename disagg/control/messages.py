@@ -165,7 +165,7 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
 
     updates: list[Update | Tokens] = []
     begun: list[int] = []  # requests that have their pages, and whose prompts were requested from prefill
-    returned: list[int] = []  # requests that were withdrawn before they began
+    returned: list[int] = []  # to be sent again: withdrawn before they began, or they awaited a room that failed
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:

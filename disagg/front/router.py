@@ -185,7 +185,8 @@ class Router:
                     if (tracked := self._served(uid, replica_id)) and not tracked.begun:
                         tracked.begun, tracked.attempts = True, tracked.attempts + 1
                 for uid in returned:
-                    if self._served(uid, replica_id):
+                    if tracked := self._served(uid, replica_id):
+                        tracked.attempts -= tracked.begun  # not its own failure
                         self._queue(self._leave(uid))
                 now = time.monotonic()
                 for update in updates:
