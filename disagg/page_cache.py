@@ -17,6 +17,7 @@ until the promise is kept, or taken back.
 
 from collections.abc import Callable, Sequence
 
+from disagg.catalogue import Catalogue
 from model.pages import PAGE, PageAllocator
 
 Node = int | str  # of a published page, or a root
@@ -37,11 +38,12 @@ class PageCache:
         self.allocator = PageAllocator(num_pages)
         self._holders: dict[int, int] = {}  # page -> requests that hold it, at least one
         self._published: dict[Key, int] = {}  # key -> page
-        self._places: dict[int, tuple[Key, Node]] = {}  # published page -> its key and its node
+        self._places: dict[int, tuple[Key, int]] = {}  # published page -> its key and its node
         self._idle: dict[int, None] = {}  # published pages that nobody holds, the oldest first
         self._next_node = 0
         self._promised: set[int] = set()  # published pages whose KV is not there yet
         self._doubtful: set[int] = set()  # pages that are held, and are never published
+        self.catalogue: Catalogue | None = None  # which is told of all published pages
         self.hits = self.evictions = 0  # pages
 
     @property
@@ -112,7 +114,7 @@ class PageCache:
         for page in promised:
             if page in self._promised:
                 self._promised.remove(page)
-                del self._published[self._places.pop(page)[0]]
+                self._unpublish(page)
 
     def free(self, pages: Sequence[int], salt: str = "", written: Sequence[bytes] = ()) -> None:
         """Let go of a request's pages. The first ones, with the tokens `written`, have their KV, and are published.
@@ -143,6 +145,8 @@ class PageCache:
         self.allocator.free(list(self._idle))
         for known in (self._idle, self._published, self._places, self._promised):
             known.clear()
+        if self.catalogue is not None:
+            self.catalogue.clear()
         self._doubtful.update(self._holders)
 
     def _find(self, salt: str, prefix: Sequence[bytes], may_await: Callable[[int], bool] = never) -> list[int]:
@@ -177,13 +181,21 @@ class PageCache:
             new.append(page)
         return new
 
-    def _add(self, page: int, key: Key) -> Node:
+    def _add(self, page: int, key: Key) -> int:
         """Publish a page. Returns its node."""
         node = self._next_node
         self._next_node += 1
         self._published[key] = page
         self._places[page] = key, node
+        if self.catalogue is not None:
+            self.catalogue.add(node, *key)
         return node
+
+    def _unpublish(self, page: int) -> None:
+        key, node = self._places.pop(page)
+        del self._published[key]
+        if self.catalogue is not None:
+            self.catalogue.drop(node)
 
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)
@@ -205,7 +217,7 @@ class PageCache:
     def _evict(self) -> None:
         """Free the oldest idle page. Pages that came after it would be older, so there are none."""
         page = next(iter(self._idle))
-        key, _ = self._places.pop(page)
-        del self._idle[page], self._published[key]
+        del self._idle[page]
+        self._unpublish(page)
         self.allocator.free([page])
         self.evictions += 1
