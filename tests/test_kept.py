@@ -1,6 +1,6 @@
 """What a replica's cache has, and what the router takes it to have: the same, once all is reported.
 
-Two ends: a page cache with its catalogue, and the router's `Kept`. Between them messages, encoded and decoded.
+Two ends: a page cache with its catalogue, and the router's `Known`. Between them messages, encoded and decoded.
 """
 
 import random
@@ -15,9 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from disagg import catalogue as module
 from disagg.catalogue import Catalogue
 from disagg.control.messages import MOST_DIGESTS, Decoder, Kept, ToRouter, encode
-from disagg.front import kept
-from disagg.front.kept import REPORTS
-from disagg.front.kept import Kept as Known
+from disagg.front import known
+from disagg.front.known import REPORTS, Known
 from disagg.page_cache import PageCache
 from disagg.page_digest import DIGEST, page_digests
 from disagg.request import Request
@@ -183,7 +182,7 @@ def test_a_report_that_cannot_be_true_is_refused_and_takes_bounded_memory() -> N
 
 def test_what_was_sent_is_bounded_even_if_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last pages of a prompt go before the first ones, so that what is left is found."""
-    monkeypatch.setattr(kept, "MOST_LATELY", 5)
+    monkeypatch.setattr(known, "MOST_LATELY", 5)
     router = Known(100)
     for prefix in ([1, 2, 3], [4, 5, 6]):
         router.bring(prefix)

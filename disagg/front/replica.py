@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from disagg.control.messages import Hello, Load
-from disagg.front.kept import Kept
+from disagg.front.known import Known
 from model.pages import PAGE
 from parallel.interface import LOOPBACK
 
@@ -55,9 +55,9 @@ class Replica:
         return not self._pages and not self._left
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> Known:
         """What its cache has."""
-        return Kept(self.capacity if self.hello.caches else 0)
+        return Known(self.capacity if self.hello.caches else 0)
 
     @property
     def capacity(self) -> int:

@@ -1,4 +1,4 @@
-"""Kept: the pages that a replica has in its cache, as far as the router can know. By digest, see `page_digest.py`.
+"""Known: the pages that a replica has in its cache, as far as the router can know. By digest, see `page_digest.py`.
 
 The replica reports them, about a second late. Those of requests that it was sent are not there yet, or not reported. So
 they count as well, as long as the request is in the router's book, and then until the second report: the first one may
@@ -9,15 +9,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
-from disagg.control.messages import MOST_KEPT
-from disagg.control.messages import Kept as Report
+from disagg.control.messages import MOST_KEPT, Kept
 from disagg.page_digest import as_numbers
 
 REPORTS = 2  # after its request has ended, a page that is not reported counts until so many reports have come
 MOST_LATELY = 2**13  # such pages, also if no report comes
 
 
-class Kept:
+class Known:
     def __init__(self, capacity: int) -> None:
         """`capacity`: pages of the replica's KV, 0 if it has no cache."""
         self._most = min(capacity, MOST_KEPT)
@@ -51,7 +50,7 @@ class Kept:
             if len(self._lately) > MOST_LATELY:
                 del self._lately[next(iter(self._lately))]
 
-    def hear(self, report: Report) -> None:
+    def hear(self, report: Kept) -> None:
         """Take a report. Raises ValueError if it cannot be true. Then nothing counts that was reported so far."""
         try:
             got, lost = as_numbers(report.got), as_numbers(report.lost)
