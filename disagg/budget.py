@@ -118,7 +118,7 @@ def plan_parts(
     steps = [contiguous_step(shape, tokens, tokens + longest, rows), masked_step(shape, rows)]
     if drafts[-1]:
         steps = [drafting(shape, count, step) for count, step in zip((tokens, rows), steps, strict=True)]
-    beside = tokens * shape.row(shape.config.hidden_size) if drafts[-1] else 0  # the main model's output, for the drafts
+    beside = tokens * shape.row(shape.config.hidden_size) if drafts[-1] else 0  # the main model's output
     steps.append(sampling(shape.config, rows) + beside)
     weights = weight_bytes(shape)
     return weights | {

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from disagg.catalogue import Catalogue
 from disagg.control.address import format_address
 from disagg.control.messages import Bye, Forget, Hello, Load, Member, RoleName, Stats, ToWorker, Updates, in_messages
 from disagg.control.ports import WorkerPort
@@ -16,6 +17,7 @@ from model.kv_cache import kv_layout
 from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
+KEPT_S = 1.0  # between two reports of what the cache has
 LOAD_S = 0.1  # how old a reported load may be, apart from the turn that is running
 SAYING = {
     "waiting": "waiting for the router at {}",
@@ -47,6 +49,7 @@ class Connection:
         job = mesh.ep.exchange(members[0].id, str)[0]
         self.beacon = Beacon(members[mesh.attn.rank].id, *router, secret)
         self.port: WorkerPort | None = None
+        self._catalogue: Catalogue | None = None
         if mesh.leads:
             settings = engine.settings
             sizes = settings.max_batch, settings.max_tokens_per_step, engine.kv_tokens
@@ -62,7 +65,9 @@ class Connection:
                 drafts=settings.speculate,
             )
             self.port = WorkerPort(hello, *router, secret)
-        self._next_load = 0.0
+            if engine.scheduler.cache.keeps:
+                self._catalogue = engine.scheduler.cache.catalogue = Catalogue()
+        self._next_load = self._next_kept = 0.0
         self._state = ""
         self._update_state()
 
@@ -71,6 +76,8 @@ class Connection:
         if self.port is None:
             return []
         messages = self.port.poll()
+        if self._catalogue is not None and any(isinstance(message, Forget) for message in messages):
+            self._catalogue.tell_all()
         self._update_state()
         return messages
 
@@ -121,6 +128,15 @@ class Connection:
         if self.port is not None and (now := time.monotonic()) >= self._next_load:
             self._next_load = now + LOAD_S
             self.beacon.load = load()
+
+    def report_kept(self) -> None:
+        """Tell the router, every KEPT_S, how the pages in the replica's cache have changed."""
+        if self._catalogue is None or self.port is None or not self.port.welcomed:
+            return
+        if (now := time.monotonic()) >= self._next_kept:
+            self._next_kept = now + KEPT_S
+            for message in self._catalogue.news():
+                self.port.send(message)
 
     def close(self, bye: Bye) -> None:
         self.report(bye)

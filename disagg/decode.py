@@ -5,7 +5,6 @@ queue --(all its pages)--> room --(KV and first token)--> scheduler --> tokens
 
 import time
 from collections import abc, deque
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -14,29 +13,15 @@ from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
-from disagg.handoff.protocol import Cancel, Join, Open, Room, RoomEnded, RoomState
+from disagg.handoff.protocol import Join, Open, Room, RoomEnded
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.transport import Endpoint
+from disagg.incoming import Incoming, Rooms
 from disagg.role import Event
 from disagg.scheduler import Sequence
 from disagg.unified import Unified
 from model.pages import pages_for
 from model.prompt_row import row_bytes
-
-
-@dataclass(eq=False)
-class Incoming:
-    """A request whose KV has not arrived yet."""
-
-    sequence: Sequence
-    prefill: list[Member]
-    room: Room
-    link: ReceiveLink | None = None  # from the moment it has its pages
-    generation: int = 0  # of the link
-    first: RoomEnded | None = None  # with the first token
-    link_down: bool = False
-    wanted: bool = True  # False once aborted
-    submitted: float = field(default_factory=time.perf_counter)
 
 
 class Decode(Unified):
@@ -46,7 +31,7 @@ class Decode(Unified):
         self.members, self.endpoint, self.secret = members, endpoint, secret
         self.rank = engine.mesh.attn.rank
         self.queue: deque[Incoming] = deque()  # waiting for pages
-        self.incoming: dict[int, Incoming] = {}  # by uid: have pages, waiting for KV
+        self.incoming = Rooms(self.scheduler)  # have pages, waiting for KV
         self.links = Links(self.make_link)
         self.failures = 0  # handoffs that ended with an error, and were not cancelled
         self.generations: dict[str, int] = {}  # of the links to a prefill replica, by its first rank's id
@@ -74,7 +59,7 @@ class Decode(Unified):
                 self.queue = deque(a for a in self.queue if a.sequence.uid not in uids)
             case Forget():
                 self.queue.clear()
-                for arrival in self.incoming.values():
+                for arrival in self.incoming:
                     self.cancel(arrival)
                 self.renew_links(list(self.generations))
                 self.links.gone.clear()  # the next session repeats who is gone
@@ -90,10 +75,9 @@ class Decode(Unified):
         return any(uid in uids for uids in known)
 
     def cancel(self, arrival: Incoming) -> None:
-        """Cancel a request that has its pages. It keeps them until its room has ended on every link."""
-        assert arrival.link is not None
+        """Cancel a request that has its pages, and that the router does not want any more."""
         arrival.wanted = False
-        arrival.link.put(Cancel(arrival.sequence.uid))
+        self.incoming.cancel(arrival)
 
     def admit(self) -> None:
         """Open rooms, in order, as long as there are free pages."""
@@ -106,11 +90,9 @@ class Decode(Unified):
         if any(member.id in self.links.gone for member in arrival.prefill):
             self.updates.append(Update(request.uid, error="its prefill replica has died", retry=True))
             return True
-        if not self.scheduler.reserve(sequence, request.most_tokens):
-            return False
-        self.incoming[request.uid] = arrival
-        arrival.room.rise(RoomState.WAITING)
         arrival.generation = self.generations.setdefault(arrival.prefill[0].id, 0)
+        if not self.incoming.open(arrival):
+            return False
         opening = None
         if self.rank == 0:
             opening = Open(request, sequence.pages, self.members, arrival.generation, sequence.hits)
@@ -133,8 +115,8 @@ class Decode(Unified):
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 
     def room_ended(self, ended: RoomEnded) -> None:
-        """Record that one link has ended a room. The last one starts the request, or releases its pages."""
-        uid, arrival = ended.uid, self.incoming[ended.uid]
+        """Record that one link has ended a room. The last one ends the room, and those that only awaited it."""
+        arrival = self.incoming[ended.uid]
         error = ended.error or self.misfit(ended)
         arrival.room.end_link(error)
         if ended.link_down:
@@ -142,30 +124,43 @@ class Decode(Unified):
             self.give_up_links(arrival)
         if error is None:
             arrival.first = ended
+        else:
+            self.incoming.break_promise(arrival)
         if not arrival.room.may_release:
             return
-        del self.incoming[uid]
-        sequence = arrival.sequence
+        arrival.ended = ended
+        for one in list(self.incoming):  # those that it awaits come before it, and those that await it behind it
+            if one.is_over:
+                self.settle(one)
+
+    def settle(self, arrival: Incoming) -> None:
+        """Start the request of a room that is over, or release its pages."""
+        uid = arrival.uid
         assert arrival.link is not None
         experts, prompt_rows = arrival.link.experts.take(uid), arrival.link.prompt_rows.take(uid)
-        if arrival.room.state == RoomState.DONE and arrival.wanted:
-            sequence.computed = len(sequence.tokens)
-            self.scheduler.publish(sequence, sequence.computed)
-            self.sequences[uid] = sequence
-            first = arrival.first
-            assert first is not None  # every link has ended the room without an error
-            reason, sequence.drafts = sequence.append(first.token), first.drafts
-            self.report_experts(uid, experts)
-            self.report_prompt(uid, prompt_rows)
-            logprobs = [first.logprobs] if first.logprobs else []
-            self.emit(sequence, [first.token], logprobs, reason, self.parts(arrival, ended), first.cached)
-            if reason is None:
-                self.scheduler.add(sequence)
-            return
-        self.scheduler.release(sequence)
-        if arrival.wanted:
+        self.incoming.close(arrival)
+        if arrival.is_good:
+            self.start(arrival, experts, prompt_rows)
+        elif arrival.wanted and arrival.cancelled and not arrival.link_down:
+            self.returned.append(uid)
+        elif arrival.wanted:
             self.failures += 1
             self.updates.append(Update(uid, error=arrival.room.error, retry=True, link_down=arrival.link_down))
+
+    def start(self, arrival: Incoming, experts: bytes, prompt_rows: bytes) -> None:
+        """Report a request's first token, and let it run. `experts`, `prompt_rows`: what came with its KV."""
+        sequence, first, ended = arrival.sequence, arrival.first, arrival.ended
+        assert first is not None and ended is not None  # every link has ended the room without an error
+        sequence.computed = len(sequence.tokens)
+        self.scheduler.publish(sequence, sequence.computed)
+        self.sequences[sequence.uid] = sequence
+        reason, sequence.drafts = sequence.append(first.token), first.drafts
+        self.report_experts(sequence.uid, experts)
+        self.report_prompt(sequence.uid, prompt_rows)
+        logprobs = [first.logprobs] if first.logprobs else []
+        self.emit(sequence, [first.token], logprobs, reason, self.parts(arrival, ended), first.cached)
+        if reason is None:
+            self.scheduler.add(sequence)
 
     def misfit(self, ended: RoomEnded) -> str | None:
         """Return why no step could take what prefill has chosen, or None. A step that fails would end the process."""
@@ -204,7 +199,7 @@ class Decode(Unified):
     def load(self) -> Load:
         load = super().load()
         waiting = load.waiting + len(self.queue) + len(self.incoming)
-        unwanted = sum(len(arrival.sequence.pages) for arrival in self.incoming.values() if not arrival.wanted)
+        unwanted = sum(len(arrival.sequence.pages) for arrival in self.incoming if not arrival.wanted)
         return msgspec.structs.replace(load, waiting=waiting, unwanted_pages=unwanted)
 
     @property

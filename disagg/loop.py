@@ -109,6 +109,7 @@ def _serve(
             connection.port.wait(nap_ms)
         connection.report(role.news())  # what no step brought
         connection.report_load(role.load)
+        connection.report_kept()
         connection.report(reports.news())
 
     connection.report(role.news())  # of the step that was in flight at the end

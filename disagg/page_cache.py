@@ -10,14 +10,23 @@ first page of a prompt comes after a root, the request's `cache_salt`. Requests 
 
 Nobody holds a published page without the pages before it, and they are let go of from the last to the first. So pages
 are evicted before those that they need. A published page is never written again: its tokens are a whole page.
+
+A page whose KV is still on its way can be *promised*. Only those find it who say that they will await it. It is held
+until the promise is kept, or taken back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from disagg.catalogue import Catalogue
 from model.pages import PAGE, PageAllocator
 
 Node = int | str  # of a published page, or a root
 Key = tuple[Node, bytes]  # the page before, and this page's tokens
+
+
+def never(page: int) -> bool:
+    """Await no page that is promised."""
+    return False
 
 
 class PageCache:
@@ -29,10 +38,12 @@ class PageCache:
         self.allocator = PageAllocator(num_pages)
         self._holders: dict[int, int] = {}  # page -> requests that hold it, at least one
         self._published: dict[Key, int] = {}  # key -> page
-        self._places: dict[int, tuple[Key, Node]] = {}  # published page -> its key and its node
+        self._places: dict[int, tuple[Key, int]] = {}  # published page -> its key and its node
         self._idle: dict[int, None] = {}  # published pages that nobody holds, the oldest first
         self._next_node = 0
+        self._promised: set[int] = set()  # published pages whose KV is not there yet
         self._doubtful: set[int] = set()  # pages that are held, and are never published
+        self.catalogue: Catalogue | None = None  # which is told of all published pages
         self.hits = self.evictions = 0  # pages
 
     @property
@@ -51,12 +62,19 @@ class PageCache:
             "cache_idle_pages": len(self._idle),
         }
 
-    def reserve(self, count: int, salt: str = "", prefix: Sequence[bytes] = ()) -> tuple[list[int], int] | None:
+    def reserve(
+        self,
+        count: int,
+        salt: str = "",
+        prefix: Sequence[bytes] = (),
+        may_await: Callable[[int], bool] = never,
+    ) -> tuple[list[int], int] | None:
         """Take `count` pages, of which the first may be published ones with the tokens of `prefix`.
 
-        Returns the pages, and how many of them have their KV. Returns None if there are not enough.
+        Among these are promised ones for which may_await(page) is true. Returns the pages, and how many of them are
+        published. Returns None if there are not enough.
         """
-        hits = self._find(salt, prefix)
+        hits = self._find(salt, prefix, may_await)
         fresh = count - len(hits)
         if fresh > self.num_free - sum(page in self._idle for page in hits):
             return None
@@ -76,12 +94,27 @@ class PageCache:
         Their KV must be there before anybody who finds them reads it. Where another page was first with the same
         tokens, this request does not hold what is before its later pages. So those wait for `free`.
         """
-        begin, node = self._known(pages, salt)
-        for page, tokens in zip(pages[begin:], written[begin:], strict=False):
-            key = node, tokens
-            if page in self._doubtful or key in self._published or not self.keeps:
-                return
-            node = self._add(page, key)
+        self._publish(pages, salt, written)
+
+    def promise(self, pages: Sequence[int], salt: str, tokens: Sequence[bytes]) -> list[int]:
+        """As `publish`, for pages whose KV is on its way. Returns those that can be found from now on.
+
+        They must be held until `keep` or `retract`.
+        """
+        promised = self._publish(pages, salt, tokens)
+        self._promised.update(promised)
+        return promised
+
+    def keep(self, promised: Sequence[int]) -> None:
+        """The KV of these pages is there."""
+        self._promised.difference_update(promised)
+
+    def retract(self, promised: Sequence[int]) -> None:
+        """The KV of these pages will not come. Whoever found them must let go of them unread."""
+        for page in promised:
+            if page in self._promised:
+                self._promised.remove(page)
+                self._unpublish(page)
 
     def free(self, pages: Sequence[int], salt: str = "", written: Sequence[bytes] = ()) -> None:
         """Let go of a request's pages. The first ones, with the tokens `written`, have their KV, and are published.
@@ -96,6 +129,8 @@ class PageCache:
             if page in self._doubtful:
                 break
             first = self._published.get(key)
+            if first in self._promised:
+                break
             if first is None:
                 node = self._add(page, key)
             else:
@@ -108,16 +143,18 @@ class PageCache:
     def distrust(self) -> None:
         """Publish nothing of what is there now, because some of it may be damaged. Idle pages become free."""
         self.allocator.free(list(self._idle))
-        for known in (self._idle, self._published, self._places):
+        for known in (self._idle, self._published, self._places, self._promised):
             known.clear()
+        if self.catalogue is not None:
+            self.catalogue.clear()
         self._doubtful.update(self._holders)
 
-    def _find(self, salt: str, prefix: Sequence[bytes]) -> list[int]:
+    def _find(self, salt: str, prefix: Sequence[bytes], may_await: Callable[[int], bool] = never) -> list[int]:
         """Return the published pages of the longest part of `prefix`."""
         pages, node = [], salt
         for tokens in prefix:
             page = self._published.get((node, tokens))
-            if page is None:
+            if page is None or (page in self._promised and not may_await(page)):
                 break
             pages.append(page)
             node = self._places[page][1]
@@ -132,13 +169,33 @@ class PageCache:
             known += 1
         return known, places[pages[known - 1]][1] if known else salt
 
-    def _add(self, page: int, key: Key) -> Node:
+    def _publish(self, pages: Sequence[int], salt: str, tokens: Sequence[bytes]) -> list[int]:
+        """Publish the first pages with these tokens, but for those that are known. Returns what is new."""
+        new: list[int] = []
+        begin, node = self._known(pages, salt)
+        for page, its_tokens in zip(pages[begin:], tokens[begin:], strict=False):
+            key = node, its_tokens
+            if page in self._doubtful or key in self._published or not self.keeps:
+                break
+            node = self._add(page, key)
+            new.append(page)
+        return new
+
+    def _add(self, page: int, key: Key) -> int:
         """Publish a page. Returns its node."""
         node = self._next_node
         self._next_node += 1
         self._published[key] = page
         self._places[page] = key, node
+        if self.catalogue is not None:
+            self.catalogue.add(node, *key)
         return node
+
+    def _unpublish(self, page: int) -> None:
+        key, node = self._places.pop(page)
+        del self._published[key]
+        if self.catalogue is not None:
+            self.catalogue.drop(node)
 
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)
@@ -149,6 +206,7 @@ class PageCache:
         self._holders[page] -= 1
         if self._holders[page]:
             return
+        assert page not in self._promised, f"{page=} is promised"
         del self._holders[page]
         self._doubtful.discard(page)
         if page in self._places:
@@ -159,7 +217,7 @@ class PageCache:
     def _evict(self) -> None:
         """Free the oldest idle page. Pages that came after it would be older, so there are none."""
         page = next(iter(self._idle))
-        key, _ = self._places.pop(page)
-        del self._idle[page], self._published[key]
+        del self._idle[page]
+        self._unpublish(page)
         self.allocator.free([page])
         self.evictions += 1

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from disagg.history import History
-from disagg.page_cache import PageCache
+from disagg.page_cache import PageCache, never
 from disagg.request import FinishReason, Request
 from model.batch import Chunk
 from model.pages import PAGE, pages_for
@@ -216,15 +216,17 @@ class Scheduler:
         """Queue a sequence that passed `check_fits`. A handed-over sequence already has its pages."""
         self.waiting.append(sequence)
 
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+    def reserve(self, sequence: Sequence, num_tokens: int, may_await: Callable[[int], bool] = never) -> bool:
         """Give a sequence all its pages. Returns False if there are not enough free pages now.
 
-        At least the last token of its prompt stays to be computed, because its logits are needed.
+        At least the last token of its prompt stays to be computed, because its logits are needed. `may_await`: as in
+        `PageCache.reserve`.
         """
         request, most = sequence.request, 0
         if self.cache.keeps and request.reads_cache:
             most = (sequence.prompt_len - 1) // PAGE
-        found = self.cache.reserve(pages_for(num_tokens), request.cache_salt, sequence.page_tokens(most))
+        prefix = sequence.page_tokens(most)
+        found = self.cache.reserve(pages_for(num_tokens), request.cache_salt, prefix, may_await)
         if found is None:
             return False
         sequence.pages, sequence.hits = found
@@ -236,6 +238,13 @@ class Scheduler:
         if self.cache.keeps:
             written = sequence.page_tokens(num_tokens // PAGE)
             self.cache.publish(sequence.pages, sequence.request.cache_salt, written)
+
+    def promise(self, sequence: Sequence) -> list[int]:
+        """Promise the whole pages of a prompt whose KV is on its way. Returns the pages that are promised now."""
+        if not self.cache.keeps:
+            return []
+        tokens = sequence.page_tokens(sequence.prompt_len // PAGE)
+        return self.cache.promise(sequence.pages, sequence.request.cache_salt, tokens)
 
     def schedule(self, reserve_output: bool = True) -> Plan:
         """Plan the next step: the next token of every running request, then prompt chunks, oldest first.

@@ -16,6 +16,7 @@ from disagg.control.messages import (
     Finish,
     Gone,
     Hello,
+    Kept,
     Load,
     Member,
     Ping,
@@ -75,6 +76,8 @@ TO_ROUTER = (
     ),
     Updates([]),
     Stats({"decode_steps": 3, "seconds": 0.125}),
+    Kept(b"12345678", b"87654321abcdefgh", True),
+    Kept(),
     Bye({"decode_steps": 3, "seconds": 0.125}),
     Bye({}),
 )
@@ -153,6 +156,7 @@ NO_MESSAGES = {
     "a batch of none": forged(HELLO, max_batch=0),
     "a name of 300 characters": forged(HELLO, job="x" * 300),
     "a reason of 300 characters": forged(HELLO, about={"overlap": "x" * 300}),
+    "8,193 digests": encode(Kept(bytes(8 * 8193))),
     "5,000 statistics": encode(Stats({f"s{i}": 0.0 for i in range(5000)})),
     "a statistic that is no number": forged(Stats({}), stats={"decode_steps": "3"}),
 }

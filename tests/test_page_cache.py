@@ -29,6 +29,8 @@ class Holder:
     tokens: list[bytes]
     pages: list[int]
     hits: int
+    awaits: list[int] = field(default_factory=list)  # pages that another one promised it
+    promised: list[int] = field(default_factory=list)
     written: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +48,9 @@ class Life(RuleBasedStateMachine):
         self.content: dict[int, Content] = {}  # by page: what was written to it last
         self.damaged: set[int] = set()  # pages that were there when the cache was told to distrust them
 
+    def may_await(self, page: int) -> bool:
+        return page % 3 > 0
+
     def both(self, name: str, *args: object) -> object:
         """Two caches that hear the same answer the same."""
         one, other = (getattr(cache, name)(*args) for cache in (self.cache, self.twin))
@@ -56,15 +61,19 @@ class Life(RuleBasedStateMachine):
     def come(self, salt: str, tokens: list[bytes], more: int, reads: bool) -> None:
         """`reads`: may it use what is there? `more`: pages beyond the tokens that are known now."""
         free, idle, prefix = self.cache.num_free, set(self.cache._idle), tokens if reads else []
-        found = self.both("reserve", len(tokens) + more, salt, prefix)
+        found = self.both("reserve", len(tokens) + more, salt, prefix, self.may_await)
         if found is None:
             assert self.cache.num_free == free < len(tokens) + more and set(self.cache._idle) == idle
             return
         pages, hits = found
         assert len(set(pages)) == len(pages) == len(tokens) + more and NULL_PAGE not in pages and hits <= len(prefix)
         one = Holder(salt, [*tokens, *[b"c"] * more], pages, hits)
+        one.awaits = [page for page in pages[:hits] if any(page in other.promised for other in self.holders)]
+        assert all(self.may_await(page) for page in one.awaits)
         for i, page in enumerate(pages):
-            if i < hits:
+            if page in one.awaits:
+                assert any(one.content(i) == other.content(i) for other in self.holders if page in other.promised)
+            elif i < hits:
                 assert self.content[page] == one.content(i), "another prefix"
                 assert page not in self.damaged
             else:
@@ -75,10 +84,49 @@ class Life(RuleBasedStateMachine):
         return data.draw(st.sampled_from(self.holders))
 
     @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def promise(self, data: st.DataObject) -> None:
+        """As a room does that has just been opened."""
+        one = self.holder(data)
+        if one.written == one.hits and not one.promised:
+            one.promised = list(self.both("promise", one.pages, one.salt, one.tokens))
+            assert not set(one.promised) & set(one.pages[: one.hits])
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        """All KV of a prompt has come; that which it awaited was there before."""
+        one = self.holder(data)
+        if one.awaits:
+            return
+        for i in range(one.written, len(one.pages)):
+            self.content[one.pages[i]] = one.content(i)
+        one.written = len(one.pages)
+        self.both("keep", one.promised)
+        for other in self.holders:
+            other.awaits = [page for page in other.awaits if page not in one.promised]
+        one.promised = []
+        self.both("publish", one.pages, one.salt, one.tokens)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def retract(self, data: st.DataObject) -> None:
+        """It ends, and so do those that await it, unread and the last one first."""
+        one = self.holder(data)
+        for other in reversed(self.holders.copy()):
+            if other is one or set(one.promised) & set(other.awaits):
+                self.both("retract", other.promised)
+                self.holders.remove(other)
+                self.both("free", other.pages, other.salt, [])
+        self.damaged &= {page for other in self.holders for page in other.pages}
+
+    @precondition(lambda self: self.holders)
     @rule(data=st.data(), count=st.integers(1, 3), published=st.booleans())
     def write(self, data: st.DataObject, count: int, published: bool) -> None:
         """Fill the next pages. A damaged page stays damaged, whoever publishes it."""
         one = self.holder(data)
+        if one.promised or one.awaits:
+            return
         for _ in range(min(count, len(one.pages) - one.written)):
             page = one.pages[one.written]
             assert not any(page in other.pages for other in self.holders if other is not one), "another one reads it"
@@ -91,14 +139,19 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), published=st.booleans())
     def end(self, data: st.DataObject, published: bool) -> None:
         one = self.holder(data)
+        if one.promised or one.awaits:
+            return
         self.holders.remove(one)
+        promised = {page for other in self.holders for page in other.promised}
         self.both("free", one.pages, one.salt, one.tokens[: one.written] if published else [])
         doubted = self.damaged & set(one.pages)
         assert not doubted & self.cache._places.keys(), "published, though it may be damaged"
         self.damaged &= {page for other in self.holders for page in other.pages}
         if published and not doubted:
             for i in range(one.written):
-                page = self.cache._find(one.salt, one.tokens[: i + 1])[i]
+                page = self.cache._find(one.salt, one.tokens[: i + 1], lambda page: True)[i]
+                if page in promised:
+                    break
                 assert self.content[page] == one.content(i), "a page that was written is not found"
 
     @precondition(lambda self: self.holders)
@@ -106,7 +159,13 @@ class Life(RuleBasedStateMachine):
     def distrust(self) -> None:
         self.both("distrust")
         self.damaged = {page for one in self.holders for page in one.pages}
-        assert not self.cache._published and self.cache.num_free == CAPACITY - len(self.damaged)
+        for one in self.holders:
+            one.promised, one.awaits = [], []
+        assert (
+            not self.cache._published
+            and not self.cache._promised
+            and self.cache.num_free == CAPACITY - len(self.damaged)
+        )
 
     @invariant()
     def every_page_has_its_holders_and_one_state(self) -> None:
@@ -116,6 +175,8 @@ class Life(RuleBasedStateMachine):
         assert not held.keys() & cache._idle.keys() and len(held) + cache.num_free == CAPACITY
         assert set(cache._published.values()) == cache._places.keys() >= cache._idle.keys()
         assert len(cache._published) == len(cache._places) and not self.damaged & cache._places.keys()
+        promised = [page for one in self.holders for page in one.promised]
+        assert cache._promised == set(promised) <= cache._places.keys() and len(set(promised)) == len(promised)
 
     @invariant()
     def a_page_goes_before_those_that_it_needs(self) -> None:
@@ -126,13 +187,17 @@ class Life(RuleBasedStateMachine):
             if before in SALTS:
                 continue
             parent = by_node[before]
-            assert self.content[page][:-1] == self.content[parent]
+            assert page in cache._promised or parent not in cache._promised, "kept behind one that is only promised"
+            if page not in cache._promised:
+                assert self.content[page][:-1] == self.content[parent]
             if page in cache._holders:
                 assert parent in cache._holders, "held without the page before it"
             elif parent in cache._idle:
                 assert ages.index(page) < ages.index(parent), "evicted before the page that needs it"
 
     def teardown(self) -> None:
+        for one in reversed(self.holders):
+            self.cache.retract(one.promised)
         for one in self.holders:
             self.cache.free(one.pages, one.salt, one.tokens[: one.written])
         assert self.cache.num_free == CAPACITY and not self.cache._holders and not self.cache._doubtful
@@ -164,6 +229,20 @@ def test_a_page_that_is_found_is_no_free_page_too() -> None:
     cache.free(pages, "", tokens)
     assert cache.num_free == 4 and cache.reserve(5, "", tokens) is None and cache.num_free == 4
     assert cache.reserve(4, "", tokens)[1] == 2
+
+
+def test_a_promised_page_takes_no_other_ones_place() -> None:
+    """Another prompt's own pages are ready first. They are let go of, and what follows on them is not kept."""
+    cache, tokens = PageCache(9), [b"a", b"b"]
+    pages, _ = cache.reserve(2, "", tokens)
+    assert cache.promise(pages, "", tokens) == pages
+    others, hits = cache.reserve(3, "", tokens)
+    assert hits == 0
+    cache.publish(others, "", [*tokens, b"c"])
+    cache.free(others, "", [*tokens, b"c"])
+    assert cache.num_free == 6 and set(cache._places) == set(pages)
+    with pytest.raises(AssertionError, match="is promised"):
+        cache.free(pages)
 
 
 def test_a_cache_that_is_off_keeps_nothing() -> None:

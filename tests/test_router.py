@@ -2,6 +2,7 @@
 
 import threading
 import time
+from array import array
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from disagg.control.messages import (
     Forget,
     Gone,
     Hello,
+    Kept,
     Load,
     Member,
     Submit,
@@ -32,7 +34,9 @@ from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
 from disagg.handoff.endpoints import Handoff
+from disagg.page_digest import page_digests
 from disagg.request import Request
+from model.pages import PAGE
 from tests.clients import listed
 from tests.conftest import eventually
 from tests.workers import (
@@ -389,6 +393,40 @@ def test_what_has_not_begun_is_taken_back_when_another_replica_joins() -> None:
         decode.send(Updates([Update(begun, [9], finish="length")]))
         finish(other, submit, decode, prefill)
     assert answers[0].error is None and answers[1].error is None
+
+
+def test_what_another_rooms_failure_sends_back_counts_as_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may begin more than ATTEMPTS times, and at once where it was."""
+    monkeypatch.setattr(module, "SUSPECT_S", 0.0)
+    with serving(Request(0, [5], 1)) as (router, answers):
+        decode, prefill = (joining(role, role, router) for role in ("decode", "prefill"))
+        submit = decode.hear(Submit)
+        for _ in range(module.ATTEMPTS + 1):
+            decode.send(Updates(begun=[submit.request.uid], returned=[submit.request.uid]))
+            submit = decode.hear(Submit)
+        decode.send(Updates(begun=[submit.request.uid]))
+        submit = fail(decode, submit)
+        finish(decode, submit, prefill)
+    assert answers[0].error is None
+
+
+def test_a_replicas_report_of_its_cache_counts_only_if_it_can_be_true(capsys: pytest.CaptureFixture) -> None:
+    """Not one of a replica that said that it has none, or of more pages than it has. It is served on."""
+    pages = page_digests([5] * (2 * PAGE), "", 2).tobytes()
+    with serving(Request(0, [5] * (2 * PAGE + 1), 1)) as (router, answers):
+        keeping, other = (joining(name, "decode", router, kv_tokens=256, caches=True) for name in ("keeping", "other"))
+        none = joining("none", "decode", router, kv_tokens=256)
+        for worker in (keeping, none):
+            worker.send(Kept(pages))
+        other.send(Kept(bytes(range(5 * 8))))
+        other.send(Kept(pages[1:]))
+        assert eventually(lambda: router.port.refusals.count == 3)
+        known = {id: one.kept.count(array("Q", pages)) for id, one in router.fleet.replicas.items()}
+        assert known == {"keeping": 2, "other": 0, "none": 0}
+        prefill = joining("prefill", "prefill", router)
+        finish(keeping, keeping.hear(Submit), other, none, prefill)
+    assert answers[0].error is None
+    assert "a report of a cache was refused: " in capsys.readouterr().err
 
 
 def test_what_moves_goes_before_what_came_later(monkeypatch: pytest.MonkeyPatch) -> None:

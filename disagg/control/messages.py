@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from disagg.page_digest import DIGEST
 from disagg.request import FinishReason, Request
 
 T = TypeVar("T")
@@ -26,6 +27,9 @@ PIECE = 2**20  # bytes
 PIECES = 8  # per message to the router
 MOST_LEFT = 256  # prompts that one report names
 Piece = Annotated[bytes, Meta(max_length=PIECE)]
+MOST_KEPT = 2**18  # cached pages of a replica that the router knows, each about 100 bytes there
+MOST_DIGESTS = 2**13  # per message
+Digests = Annotated[bytes, Meta(max_length=MOST_DIGESTS * DIGEST)]  # of `page_digest.py`, one after another
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -165,7 +169,7 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
 
     updates: list[Update | Tokens] = []
     begun: list[int] = []  # requests that have their pages, and whose prompts were requested from prefill
-    returned: list[int] = []  # requests that were withdrawn before they began
+    returned: list[int] = []  # to be sent again: withdrawn before they began, or they awaited a room that failed
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
@@ -192,6 +196,14 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     stats: Statistics
 
 
+class Kept(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A replica to the router, every second: how the pages in its cache have changed since it said so last."""
+
+    got: Digests = b""
+    lost: Digests = b""
+    anew: bool = False  # what it said before holds no more
+
+
 class Bye(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router, as its last message: its statistics."""
 
@@ -199,7 +211,7 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = Welcome | Submit | Withdraw | Abort | Gone | Back | Finish | Ping
-ToRouter = Hello | Beat | Updates | Stats | Bye
+ToRouter = Hello | Beat | Updates | Stats | Kept | Bye
 
 encode = msgspec.msgpack.encode
 

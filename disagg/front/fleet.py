@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Member, Stats, ToWorker
+from disagg.control.messages import Back, Beat, Bye, Finish, Gone, Hello, Kept, Member, Stats, ToWorker
 from disagg.control.ports import RouterPort
 from disagg.control.pulse import Pulses
 from disagg.front.replica import Replica
@@ -74,7 +74,7 @@ class Fleet:
         for replica in replicas:
             self.port.send(replica.id, message)
 
-    def hear(self, id: str, message: Hello | Beat | Stats | Bye) -> None:
+    def hear(self, id: str, message: Hello | Beat | Stats | Kept | Bye) -> None:
         match message:
             case Beat():
                 self._pulses.beat(message)
@@ -86,6 +86,12 @@ class Fleet:
                 if id in self.replicas:
                     self.replicas[id].stats = stats
                     self.replicas[id].reported = time.monotonic()
+            case Kept():
+                if id in self.replicas:
+                    try:
+                        self.replicas[id].kept.hear(message)
+                    except ValueError as wrong:
+                        self.port.refusals.add("a report of a cache", str(wrong))
             case Hello():
                 self._welcome(Replica(id, message))
             case Bye(stats):

@@ -9,10 +9,12 @@ with its news about requests. They therefore hold only what an old report cannot
 - The pages of aborted requests that a transfer may still write. No request of the book owns them.
 """
 
-from collections.abc import KeysView
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from disagg.control.messages import Hello, Load
+from disagg.front.known import Known
 from model.pages import PAGE
 from parallel.interface import LOOPBACK
 
@@ -29,6 +31,7 @@ class Replica:
     finished: bool = False  # was Finish sent, because its job drains?
     _pages: dict[int, int] = field(default_factory=dict)  # by uid: of KV that a request may fill in the end
     _left: dict[int, int] = field(default_factory=dict)  # by uid: tokens left of a prompt without a first token
+    _prefixes: dict[int, Sequence[int]] = field(default_factory=dict)  # by uid: pages that it brings to the cache
     pages: int = 0  # the sum of `_pages`
     queued_tokens: int = 0  # the sum of `_left`
 
@@ -51,6 +54,11 @@ class Replica:
     def is_idle(self) -> bool:
         return not self._pages and not self._left
 
+    @cached_property
+    def kept(self) -> Known:
+        """What its cache has."""
+        return Known(self.capacity if self.hello.caches else 0)
+
     @property
     def capacity(self) -> int:
         """Pages of KV."""
@@ -66,19 +74,33 @@ class Replica:
     def kv_share(self) -> float:
         return self.kv_pages / self.capacity
 
-    def add_request(self, uid: int, pages: int) -> None:
+    def add_request(self, uid: int, pages: int, prefix: Sequence[int] = ()) -> None:
+        """`prefix`: the digests of its first pages."""
         self._pages[uid] = pages
         self.pages += pages
+        self._bring(uid, prefix)
 
     def end_request(self, uid: int) -> None:
         self.pages -= self._pages.pop(uid, 0)
+        self._end(uid)
 
-    def add_prompt(self, uid: int, tokens: int) -> None:
+    def add_prompt(self, uid: int, tokens: int, prefix: Sequence[int] = ()) -> None:
+        """`tokens`: to be computed. `prefix`: the digests of its first pages."""
         self._left[uid] = tokens
         self.queued_tokens += tokens
+        self._bring(uid, prefix)
 
     def end_prompt(self, uid: int) -> None:
         self.queued_tokens -= self._left.pop(uid, 0)
+        self._end(uid)
+
+    def _bring(self, uid: int, prefix: Sequence[int]) -> None:
+        if uid not in self._prefixes:  # a unified replica has it as a request and as a prompt
+            self._prefixes[uid] = prefix
+            self.kept.bring(prefix)
+
+    def _end(self, uid: int) -> None:
+        self.kept.brought(self._prefixes.pop(uid, ()))
 
     def tokens_left(self, uid: int) -> int | None:
         """Return how many tokens of a prompt are not computed, as far as reported. None if it is not here."""

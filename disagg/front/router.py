@@ -23,6 +23,7 @@ from disagg.control.messages import (
     Beat,
     Bye,
     Hello,
+    Kept,
     Parts,
     Stats,
     Submit,
@@ -42,12 +43,11 @@ from disagg.front.missing_roles import MissingRoles
 from disagg.front.parse import UserRequest
 from disagg.front.progress import Progress
 from disagg.front.replica import Replica
-from disagg.front.routing import Routing, suitable
+from disagg.front.routing import Choice, Routing, suitable
 from disagg.front.source import Source
 from disagg.front.tracked import Tracked
 from disagg.front.trials import DEATHS, Trials
 from disagg.request import Request
-from model.pages import pages_for
 
 SUSPECT_S = 3.0  # how long a request avoids a job where it has failed
 ATTEMPTS = 5  # how often a request may begin
@@ -178,14 +178,15 @@ class Router:
 
     def _handle(self, replica_id: str, message: ToRouter) -> None:
         match message:
-            case Hello() | Beat() | Stats() | Bye():
+            case Hello() | Beat() | Stats() | Kept() | Bye():
                 self.fleet.hear(replica_id, message)
             case Updates(updates, begun, returned):
                 for uid in begun:
                     if (tracked := self._served(uid, replica_id)) and not tracked.begun:
                         tracked.begun, tracked.attempts = True, tracked.attempts + 1
                 for uid in returned:
-                    if self._served(uid, replica_id):
+                    if tracked := self._served(uid, replica_id):
+                        tracked.attempts -= tracked.begun  # not its own failure
                         self._queue(self._leave(uid))
                 now = time.monotonic()
                 for update in updates:
@@ -221,23 +222,23 @@ class Router:
             sources = suitable(prefills, len(request.prompt), tracked.suspects)
             decodes, sources = (self._trials.places(tracked, replicas) for replicas in (decodes, sources))
             if choice := self._routing.choose(request, tracked.user.session_id, decodes, sources):
-                self._submit(tracked, request, *choice)
+                self._submit(tracked, request, choice)
                 continue
             unassigned.append(tracked)
             if decodes and (sources or decodes[0].hello.role == "unified"):
                 break  # it waits for room, which later requests must not take
         self._waiting.extendleft(reversed(unassigned))
 
-    def _submit(self, tracked: Tracked, request: Request, decode: Replica, prefill: Replica, tokens: int) -> None:
+    def _submit(self, tracked: Tracked, request: Request, choice: Choice) -> None:
         if not self._open:
             self._start_clocks()
+        decode, prefill = choice.decode, choice.prefill
         tracked.decode, tracked.prefill, tracked.begun = decode, prefill, False
         if decode.hello.drafts and tracked.accepted_tokens is None:
             tracked.accepted_tokens = 0
         tracked.path = prefill.id, decode.id
         tracked.restart()
-        decode.add_request(request.uid, pages_for(request.most_tokens))
-        prefill.add_prompt(request.uid, tokens)
+        choice.book(request)
         self._trials.begin(tracked)
         self.port.send(decode.id, Submit(request, prefill.hello.members if prefill is not decode else None))
 

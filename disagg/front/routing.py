@@ -4,25 +4,25 @@ A request waits in the router until replicas have room. The least loaded replica
 share of the KV in decode, and the queued tokens in prefill.
 
 But requests are sticky. In decode, the replica that served the same `session_id` last is preferred, and then the one
-that got the same prefix last. In prefill it is the one that got the same prefix last. They may still hold that KV. What
-ranks have in their caches is not reported: it would be late, and the router knows what it has sent where. So this is a
-guess. The skew says how much more loaded the preferred replica may be than the least loaded one. It is limited by the
-work that the KV could save.
+whose cache has the longest prefix of the prompt. In prefill it is the one whose cache has that. The skew says how much
+more loaded the preferred replica may be than the least loaded one. It is limited by the work that its cache saves.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from disagg.front.apart import Apart, partners
-from disagg.front.recent import Recent, prefix_keys, session_key
+from disagg.front.recent import Recent
 from disagg.front.replica import Replica
+from disagg.page_digest import page_digests
 from disagg.request import Request
 from model.pages import PAGE, pages_for
 
 BATCHES = 2  # requests per decode replica, in multiples of its batch, so that the next ones already have their KV
 STEPS_AHEAD = 2  # a prefill replica gets prompts up to this many steps' tokens,
 LEAST_AHEAD = 4  # or this many prompts, whichever is more
+MOST_PAGES = 256  # of a prompt's prefix, whose digests are compared
 KV_SKEW = 0.02  # the largest skew, as a share of the KV: with more, simulated loads are visibly less even
 
 
@@ -32,14 +32,19 @@ class Choice(NamedTuple):
     decode: Replica
     prefill: Replica
     tokens: int
+    prefix: Sequence[int] = ()  # digests of the prompt's pages, which the replicas' caches will have
+
+    def book(self, request: Request) -> None:
+        """Enter the request in the replicas' books."""
+        self.decode.add_request(request.uid, pages_for(request.most_tokens), self.prefix)
+        self.prefill.add_prompt(request.uid, self.tokens, self.prefix)
 
 
 class Routing:
-    """Chooses replicas, and remembers its choices."""
+    """Chooses replicas."""
 
     def __init__(self) -> None:
-        self._computed, self._received = Recent(), Recent()  # by prefix: the prefill and the decode replica
-        self._sessions = Recent()  # by session: the decode replica
+        self._sessions = Recent()  # decode replicas
         self.apart = Apart()
 
     def choose(
@@ -47,8 +52,8 @@ class Routing:
     ) -> Choice | None:
         """Return a decode and a prefill replica that can begin the request now, or None.
 
-        `decodes`: the suitable decode replicas, or unified ones, of which one is returned twice. The choice is
-        remembered, so the request must go there.
+        `decodes`: the suitable decode replicas, or unified ones, of which one is returned twice. The session's replica
+        is remembered, so the request must go there.
         """
         apart = self.apart.among(decodes, prefills)  # of those without time too: a request waits for them
         decodes = with_room(decodes, pages_for(request.most_tokens))
@@ -71,69 +76,69 @@ class Routing:
         apart: set[tuple[str, str]],
     ) -> Choice:
         """Return one decode and one prefill replica. `prefills`: None if `decodes` are unified."""
-        prefix = prefix_keys(request.prompt, request.cache_salt)
-        session = None if session_id is None else session_key(session_id)
-        least = min(decodes, key=lambda r: (r.kv_share, r.queued_tokens, len(r.requests)))
+        caches = any(r.hello.caches for r in (*decodes, *(prefills or ())))
+        prefix = page_digests(request.prompt, request.cache_salt, MOST_PAGES) if caches else ()
+        readable = prefix[: (len(request.prompt) - 1) // PAGE] if request.reads_cache else ()
+
+        def load(replica: Replica) -> tuple[float, int, int]:
+            return replica.kv_share, replica.queued_tokens, len(replica.requests)
+
+        least = min(decodes, key=load)
 
         def is_near(replica: Replica, saved: int) -> bool:
             return replica.kv_share <= least.kv_share + min(saved / replica.capacity, KV_SKEW)
 
         saved = pages_for(len(request.prompt))  # at most: the prompt may repeat what the session had before
         near = [r for r in decodes if is_near(r, saved)]
+        session = self._with_session(session_id, near)
         if prefills is None:
-            decode = self._with_computed(prefix, near) or self._with_session(session, near) or least
-            prefill = decode
+            decode = prefill = with_prefix(readable, near, queued, is_near_in_prefill(near)) or session or least
         else:
-            keeping = [r for r in decodes if r.hello.caches] if request.reads_cache else []
-            received = with_prefix(self._received, prefix, keeping, is_near)
-            decode = self._with_session(session, near) or received or least
+            decode = session or with_prefix(readable, decodes, load, is_near) or least
             prefills = partners(decode, prefills, apart)
-            prefill = self._with_computed(prefix, prefills) or min(prefills, key=lambda r: r.queued_tokens)
-        tokens = len(request.prompt) - self._expected_hits(request, prefix, prefill)
-        if session is not None:
-            self._sessions.put(session, decode.id)
-        for key in prefix:
-            self._computed.put(key, prefill.id)
-            self._received.put(key, decode.id)
-        return Choice(decode, prefill, tokens)
+            prefill = with_prefix(readable, prefills, queued, is_near_in_prefill(prefills)) or min(prefills, key=queued)
+        if session_id is not None:
+            self._sessions.put(session_id, decode.id)
+        tokens = len(request.prompt) - prefill.kept.count(readable) * PAGE
+        return Choice(decode, prefill, tokens, prefix)
 
-    def _with_session(self, session: bytes | None, replicas: Sequence[Replica]) -> Replica | None:
-        """Return the replica that served the session last, if it is among `replicas`. `session`: its key, if any."""
-        last = self._sessions.get(session) if session is not None else None
+    def _with_session(self, session_id: str | None, replicas: Sequence[Replica]) -> Replica | None:
+        """Return the replica that served the session last, if it is among `replicas`."""
+        last = self._sessions.get(session_id) if session_id is not None else None
         return next((r for r in replicas if r.id == last), None)
 
-    def _with_computed(self, prefix: Sequence[bytes], replicas: Sequence[Replica]) -> Replica | None:
-        """Return the replica that computed the longest prefix of the prompt last, within the skew limit.
 
-        The limit is the length of that prefix: the replica saves it, if it still has its KV. The limit is never more
-        than one step's tokens, because a guess may not cost more than a step.
-        """
-        least = min((r.queued_tokens for r in replicas), default=0)
+def queued(replica: Replica) -> int:
+    return replica.queued_tokens
 
-        def is_near(replica: Replica, pages: int) -> bool:
-            return replica.queued_tokens <= least + min(pages * PAGE, replica.hello.step_tokens)
 
-        return with_prefix(self._computed, prefix, replicas, is_near)
+def is_near_in_prefill(replicas: Sequence[Replica]) -> Callable[[Replica, int], bool]:
+    """Return whether a replica is within the skew limit: its queue may be longer by the tokens that it saves.
 
-    def _expected_hits(self, request: Request, prefix: Sequence[bytes], prefill: Replica) -> int:
-        """Return the prompt tokens whose KV the prefill replica presumably has."""
-        if not (prefill.hello.caches and request.reads_cache):
-            return 0
-        most = min(len(prefix), (len(request.prompt) - 1) // PAGE)
-        known = (pages for pages in range(most, 0, -1) if self._computed.get(prefix[pages - 1]) == prefill.id)
-        return next(known, 0) * PAGE
+    But never by more than one step's tokens, because others may need the replica, too.
+    """
+    least = min(map(queued, replicas), default=0)
+
+    def is_near(replica: Replica, pages: int) -> bool:
+        return replica.queued_tokens <= least + min(pages * PAGE, replica.hello.step_tokens)
+
+    return is_near
 
 
 def with_prefix(
-    recent: Recent, prefix: Sequence[bytes], replicas: Sequence[Replica], is_near: Callable[[Replica, int], bool]
+    prefix: Sequence[int],
+    replicas: Sequence[Replica],
+    load: Callable[[Replica], Any],
+    is_near: Callable[[Replica, int], bool],
 ) -> Replica | None:
-    """Return the replica that had the longest prefix of a prompt last, if it may have it: is_near(replica, pages)."""
-    by_id = {r.id: r for r in replicas}
-    for pages in range(len(prefix), 0, -1):
-        last = by_id.get(recent.get(prefix[pages - 1]) or "")
-        if last is not None and is_near(last, pages):
-            return last
-    return None
+    """Return the replica whose cache has the longest prefix of a prompt, the least loaded one of several.
+
+    It must be near: is_near(replica, pages), with the pages that the least loaded replica of all would lack.
+    """
+    counts = {r.id: r.kept.count(prefix) for r in replicas}
+    ranked = sorted((r for r in replicas if counts[r.id]), key=lambda r: (-counts[r.id], load(r)))
+    at_least = counts[min(replicas, key=load).id] if ranked else 0
+    return next((r for r in ranked if is_near(r, max(0, counts[r.id] - at_least))), None)
 
 
 def suitable(replicas: Sequence[Replica], tokens: int, suspects: Mapping[str, float]) -> list[Replica]:

@@ -8,7 +8,7 @@ python -m scripts.tools.routing_sim --output 1000 --kv-tokens 1048576 --out a.js
 The router's own code chooses (`disagg/front/routing.py`), and the engine's own scheduler and page allocator do what it
 says. Time is simulated. Prompts and outputs are log-normal, and requests arrive at random times. A prefill step takes
 as long as that of its fullest replica, because all replicas of a job step together. A decode step always takes the same
-time. Messages take no time, and prefill replicas report their load every second.
+time. Messages take no time, and prefill replicas report their load and their cache every second.
 
     chance              any replica, at random
     chance, with room   any replica that has room by the router's limits, at random
@@ -21,8 +21,8 @@ The default lengths are those of Azure's conversations: 179 requests in a row of
 A load is sampled over time, after a warm-up. "Over mean" is the fullest replica's mean load over that of all replicas.
 Many requests per replica are nearly even by chance. "Floor" is what no router can go below: a request is on one
 replica, so the fullest one has at least the mean, and at least the largest request in the system. "Same replica again"
-counts requests that went where the latest request of their conversation went. No prefix cache is simulated, so that
-gains nothing here.
+counts requests that went where the latest request of their conversation went. Prefill replicas have the prefix cache,
+and report what is in it; decode replicas have none.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from disagg.catalogue import Catalogue
 from disagg.control.messages import Hello, Load, Member, RoleName
 from disagg.control.pulse import BEAT_S
 from disagg.front.replica import Replica
@@ -173,10 +174,12 @@ class Simulation:
 
         def replica(role: RoleName, i: int) -> Replica:
             name = f"{role}{i}"
-            return Replica(name, Hello(role, [Member(name, "")], args.max_batch, args.step_tokens, kv_tokens, {}, role))
+            sizes = args.max_batch, args.step_tokens, kv_tokens
+            return Replica(name, Hello(role, [Member(name, "")], *sizes, {}, role, caches=role == "prefill"))
 
         def scheduler() -> Scheduler:
-            pages = PageCache(kv_tokens // PAGE + 1, keeps=False)
+            pages = PageCache(kv_tokens // PAGE + 1)
+            pages.catalogue = Catalogue()
             return Scheduler(pages, min(args.max_batch, args.step_tokens), args.step_tokens, 2 * args.limit)
 
         self.prefills = [Prefill(replica("prefill", i), scheduler()) for i in range(args.prefills)]
@@ -220,8 +223,7 @@ class Simulation:
             self._same_prefill += names[1] == before[1]
             self._latest[conversation] = names
             decode, prefill = self._decode_of[names[0]], self._prefill_of[names[1]]
-            decode.replica.add_request(request.uid, pages_for(request.most_tokens))
-            prefill.replica.add_prompt(request.uid, choice.tokens)
+            choice.book(request)
             decode.queue.append((request, prefill))
             self._open(decode)
 
@@ -284,6 +286,9 @@ class Simulation:
             left = tokens_left(one.outgoing.values())
             waiting, running = len(one.scheduler.waiting), len(one.scheduler.running)
             one.replica.hear(Load(one.scheduler.queued_tokens, 0, running, waiting, left))
+            assert one.scheduler.cache.catalogue is not None
+            for kept in one.scheduler.cache.catalogue.news():
+                one.replica.kept.hear(kept)
         self._at(self.now + BEAT_S, self._beat)
 
     # ---- what is seen

@@ -4,7 +4,8 @@
     python -m scripts.bench.prefix.cost --shape tiny --device cpu --batch 4 --prompt 256 --output 16
 
 One engine in one process, whose requests are random, so that nothing is found. All that is published is evicted later,
-which counts. Each figure is the median over the rounds; a round measures both kinds, the one that was second first.
+which counts, and so does listing it for the router. Each figure is the median over the rounds; a round measures both
+kinds, the one that was second first.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from disagg.catalogue import Catalogue
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.page_cache import PageCache
@@ -33,7 +35,9 @@ def measure(bench: Bench, args: argparse.Namespace, caches: dict[str, PageCache]
     tokens = args.output + -(-args.batch * args.prompt // args.step_tokens) + 3  # so that all decode together
     for number in tqdm(range(-1, args.repeat), desc="rounds"):
         for kind in KINDS if number % 2 else KINDS[::-1]:
-            bench.engine.scheduler.cache = caches[kind]
+            bench.engine.scheduler.cache = cache = caches[kind]
+            if cache.catalogue is not None:
+                cache.catalogue.news()
             prefill = bench.prefill(args.batch, args.prompt)
             decode, *_ = bench.decode(args.batch, args.prompt, tokens)
             if number >= 0:  # the first round warms up
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> list[Measurement]:
     engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up"))
     pages = engine.scheduler.cache.capacity + 1
     caches = {kind: PageCache(pages, keeps=kind != "off") for kind in KINDS}
+    caches["auto"].catalogue = Catalogue()
     found = measure(Bench(engine), args, caches)
     if caches["auto"].hits or not caches["auto"].evictions:
         raise RuntimeError(f"not what was to be measured: {caches['auto'].stats()}")
