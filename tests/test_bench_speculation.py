@@ -2,8 +2,10 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from disagg.control.messages import Submit
 from disagg.pipeline import Pipeline
 from disagg.request import Request
 from disagg.unified import Unified
-from model.batch import page_rows
+from model.batch import Batch, page_rows
 from model.sampling import accepted
 from scripts.bench.lib.forced import ForcedAcceptance, forced_acceptance
 from scripts.bench.lib.measurements import load
@@ -71,29 +73,43 @@ def test_the_engines_rates_with_drafts_say_what_was_forced(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("drafts", [1, 3])
-def test_one_ranks_step_is_the_engines(tiny: Path, drafts: int) -> None:
-    """With the engine's dispatcher and real acceptance, from the same fronts and KV, it makes the same fronts."""
+def test_one_ranks_step_is_the_engines(tiny: Path, monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
+    """With the engine's dispatcher and real acceptance, from the same fronts and KV, it makes the same fronts.
+
+    The draft layer is filled for as many rows as in the engine's step, and runs on as many.
+    """
     engine = make_engine(tiny, drafts)
     role, model = Unified(engine), engine.model
     pipeline = Pipeline(role, engine, engine.mesh)
-    for uid, prompt in enumerate(prompts_of(tiny)[4:7]):
+    for uid, prompt in enumerate(prompts_of(tiny)[4:8]):
         role.handle(Submit(Request(uid, prompt, 60, ignore_eos=True), None))
     pipeline.turn()
     fronts = engine.speculation
-    before, start, pool = fronts.tokens[:3].clone(), fronts.positions[:3].clone(), engine.pool.clone()
+    before, start, pool = fronts.tokens[:4].clone(), fronts.positions[:4].clone(), engine.pool.clone()
     table = page_rows([sequence.pages for sequence in engine.scheduler.running])
     rank = SimpleNamespace(
         model=model, pool=pool, config=engine.config, ep=1, ops=model.ops, device=CPU, dtype=model.dtype,
         even=lambda tokens: (SimulatedLoad.even(tokens, 1, 4, 32),),
     )  # fmt: skip
-    step = DraftingStep(rank, 3, 128, drafts, 0.6)
+    step = DraftingStep(rank, 4, 128, drafts, 0.6)
     step.tokens.copy_(before)
     step.start, step.table = start, torch.from_numpy(table).to(torch.int32)
     step.dispatcher, step.accepted = engine.dispatchers.masked, accepted
+    rows: list[tuple[str, int]] = []
+
+    def seen(name: str, inner: Any, *args: Any) -> Any:
+        rows.extend((name, arg.num_tokens) for arg in args if isinstance(arg, Batch))
+        return inner(*args)
+
+    for name in ("body", "fill_draft", "draft"):
+        monkeypatch.setattr(model, name, partial(seen, name, getattr(model, name)))
     pipeline.turn()
+    engines = rows.copy()
+    rows.clear()
     right = step.run()
-    assert torch.equal(step.tokens, fronts.tokens[:3]) and not torch.equal(step.tokens, before)
-    assert torch.equal(start + right + 1, fronts.positions[:3])
+    assert rows == engines == [("body", 4 * (1 + drafts)), ("fill_draft", 4 * (1 + drafts)), *[("draft", 4)] * drafts]
+    assert torch.equal(step.tokens, fronts.tokens[:4]) and not torch.equal(step.tokens, before)
+    assert torch.equal(start + right + 1, fronts.positions[:4])
 
 
 def test_one_rank_that_drafts_on_a_cpu(tmp_path: Path) -> None:
@@ -111,7 +127,7 @@ def test_one_rank_that_drafts_on_a_cpu(tmp_path: Path) -> None:
     assert {"0: MLA core of 1 tokens, a MoE layer", f"{label}MLA core of 3 tokens, a MoE layer"} <= values.keys()
     delays = deepep_times.low_latency(SHAPES["tiny"], 4)
     whole, single = (1e3 * sum(delays(what, n).total for what in ("dispatch", "combine")) for n in (12, 4))
-    ms = values[f"{label}{names[0]}"]["value"] + 3 * whole + single  # two layers with experts, and the draft layer
+    ms = values[f"{label}{names[0]}"]["value"] + 2 * whole + 2 * single  # two layers with experts, and two drafts
     assert values[f"{label}{names[1]}"]["value"] == pytest.approx(8 * 4 * 3 / ms * 1e3, abs=1)
     beside = values[f"{label}{names[1]}, against no drafts"]
     assert beside["reference"] == values[f"0: {names[1]}"]["value"] and beside["kind"] == "modelled"

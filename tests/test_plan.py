@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
 import torch
 
+from disagg.config import EngineConfig
 from disagg.page_cache import PageCache
 from disagg.scheduler import Scheduler
 from model.config import ModelConfig
@@ -21,6 +23,7 @@ from parallel.deepep_sizes import Sizes, buffer_bytes
 from run import parse_args
 from scripts.bench.lib.measurements import load
 from scripts.bench.lib.shapes import SHAPES
+from scripts.bench.lib.step_cost import Ceilings
 from scripts.tools.plan import __main__ as plan
 from scripts.tools.plan.deployment import apart, commands, options, unified
 from scripts.tools.plan.gpus import GPUS, Gpu
@@ -109,13 +112,38 @@ def test_a_plan_that_drafts_is_one_that_starts(drafts: int) -> None:
     least = smallest(config, "decode", 8, 8, 0, Traffic(60, 4), 8, drafts)
     assert largest(config, H200, least, Traffic(60, 4)).max_batch * (1 + drafts) <= 1024, "a replica of 8 has no more"
     for line in commands(apart(found, 16), "DIR")[1:]:
-        assert parse_args(shlex.split(line.split(" run.py ")[1])).speculate == drafts
+        settings = EngineConfig.from_flags(parse_args(shlex.split(line.split(" run.py ")[1])))
+        assert settings.speculate == drafts and not settings.adapts
     job = found.decode[0].job
     seconds = decode_step(config, H200, job, job.max_batch, 2050)
     assert seconds > decode_step(V3, H200, replace(job, speculate=0), job.max_batch, 2050)
     rates = [output_rate(config, H200, job, replace(TRAFFIC, accept=accept)) for accept in (0.0, 0.6, 1.0)]
     right = sum(0.6**place for place in range(drafts + 1))
     assert rates == pytest.approx([job.max_batch * tokens / seconds for tokens in (1, right, 1 + drafts)])
+
+
+def test_what_drafts_add_to_the_communication_by_hand() -> None:
+    """A step on a GPU that computes at once is transfers: of all rows in 58 layers, of a row per sequence and draft.
+
+    Decode on 64 ranks: DeepEP's table has 173 and 314 us for 128 tokens. Of each, 22.2 us do not grow with the tokens.
+    Prefill's times do all.
+    """
+    at_once, config = replace(H200, ceilings=Ceilings(inf, inf, inf)), V3.drafting()
+    fixed = 173 - (314 - 173) / (2 * 7168 - (7168 + 224 + 16)) * (7168 + 224 + 16)
+    assert fixed == pytest.approx(22.2, abs=0.05)
+    single, whole = 173 + 314, 2 * fixed + 3 * (173 + 314 - 2 * fixed)
+    job = replace(EP72, ranks=64, redundant=0, speculate=2)
+    assert decode_step(config, at_once, job, 128, 2048) == pytest.approx((58 * whole + 2 * single) * 1e-6)
+    ratio = (58 * 16384 + 2 * 4) / (58 * 16384)  # four prompts, two drafts after each
+    plain = prefill_step(V3, at_once, replace(job, speculate=0), 16384, 4096)
+    assert prefill_step(config, at_once, job, 16384, 4096) / plain == pytest.approx(ratio, rel=1e-9)
+
+
+def test_decode_steps_that_draft_have_the_engines_sizes() -> None:
+    """65 sequences with a draft each reach the rule's 128 tokens per rank. So the step must divide into two halves."""
+    config, job = V3.drafting(), replace(EP72, max_batch=65, max_model_len=4096, speculate=1)
+    assert tokens_of_a_decode_step(config, job) == 2 * 66
+    assert tokens_of_a_decode_step(config, replace(job, max_batch=63)) == 2 * 63
 
 
 @pytest.mark.parametrize("ranks", [12, 72])

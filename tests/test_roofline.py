@@ -69,28 +69,32 @@ def test_an_easy_decode_step_in_bf16() -> None:
 def test_an_easy_decode_step_that_drafts() -> None:
     """The same with two drafts of each sequence, so 6 rows: KV is read once for three rows of a sequence.
 
-    The draft layer runs on 6 rows, then on 2. Drafts right half of the time give 1 + 1/2 + 1/4 tokens per sequence.
+    The draft layer is filled for 6 rows, and runs on 2 for each draft. Drafts right half of the time give
+    1 + 1/2 + 1/4 tokens per sequence.
     """
     work = decode(EASY, 2, 10, drafts=2, accept=0.5)
     assert work.tokens == 2 * 1.75 and tokens_per_step(2, 0.5) == 1.75 and tokens_per_step(1, 0.6) == 1.6
-    again = "draft layer, for each further draft"
     assert {kind: count for kind, (count, _) in work.kinds.items()} == {
-        "dense layer": 1, "MoE layer": 2, "head": 1, "draft layer": 1, again: 1, "draft layer's head": 2
+        "dense layer": 1, "MoE layer": 2, "head": 1, "draft layer's fill": 1, "draft layer": 2, "draft layer's head": 2
     }  # fmt: skip
-    verified, drafting, further = (numbers(work, kind) for kind in ("MoE layer", "draft layer", again))
+    verified, drafting = numbers(work, "MoE layer"), numbers(work, "draft layer")
     assert verified["MLA projections: q, kv_a"] == (57_600, 11_376)  # weights 9,600, in 1,200, out 576
     assert verified["MLA core: 24/20, absorbed"] == (10_560, 2_016)  # cache 960; queries 576, out 480
-    assert drafting.keys() - verified.keys() == {"draft's input: eh_proj", "elementwise: enorm, hnorm"}
-    assert all(drafting[name] == part for name, part in verified.items())
-    assert drafting["draft's input: eh_proj"] == (240_000, 43_600)  # 100 of 200: weights 40,000, in 2,400, out 1,200
-    assert drafting["elementwise: enorm, hnorm"] == (0, 4_800)  # 4 passes over 6 x 100
-    alone = numbers(decode(EASY, 2, 10), "MoE layer")
-    assert all(further[name] == part for name, part in alone.items())
-    assert further["draft's input: eh_proj"] == (80_000, 41_200)
+    assert numbers(work, "draft layer's fill") == {
+        "elementwise: enorm, hnorm": (0, 4_800),  # 4 passes over 6 x 100
+        "draft's input: eh_proj": (240_000, 43_600),  # 100 of 200: weights 40,000, in 2,400, out 1,200
+        "elementwise: norm": (0, 2_400),  # 2 passes
+        "MLA projections: q, kv_a": (57_600, 11_376),  # whole, as in the other layers
+        "elementwise: latent's norm, rope, KV write": (0, 576),  # kv_a of 24 per token, read and written
+    }
+    assert drafting == numbers(decode(EASY, 2, 10), "MoE layer") | {
+        "elementwise: enorm, hnorm": (0, 1_600),
+        "draft's input: eh_proj": (80_000, 41_200),
+    }
     assert numbers(work, "head")["LM head: lm_head"] == (1_200_000, 225_200)  # weights 200,000, in 1,200, logits 24,000
     assert numbers(work, "draft layer's head") == numbers(decode(EASY, 2, 10), "head")
     single = decode(EASY, 2, 10, drafts=1, accept=0.5)
-    assert again not in single.kinds and single.kinds["draft layer's head"][0] == 1
+    assert [single.kinds[f"draft layer{part}"][0] for part in ("'s fill", "", "'s head")] == [1, 1, 1]
 
 
 def test_an_easy_prefill_step_in_bf16() -> None:
@@ -100,9 +104,10 @@ def test_an_easy_prefill_step_in_bf16() -> None:
     assert parts["MLA core: 12/10, causal"] == (1_056, 1_056)  # 24 head-pairs of 22; 2 x 12 and 2 x 10 wide
     assert numbers(prefill(EASY, 6, 3), "head")["LM head: lm_head"] == (400_000, 208_400)  # 2 first tokens
     drafting = prefill(EASY, 6, 3, drafts=2)
-    assert drafting.tokens == 6 and numbers(drafting, "draft layer")["MLA core: 12/10, causal"] == (1_056, 1_056)
-    further = numbers(drafting, "draft layer, for each further draft")["MLA core: 24/20, absorbed"]
-    assert further == (1_056, 640)  # 2 rows after 3 tokens: 24 products of 44; cache 288, queries 192, out 160
+    assert drafting.tokens == 6 and drafting.kinds["draft layer"][0] == 2
+    assert numbers(drafting, "draft layer's fill") == numbers(decode(EASY, 2, 3, drafts=2), "draft layer's fill")
+    core = numbers(drafting, "draft layer")["MLA core: 24/20, absorbed"]
+    assert core == (1_056, 640)  # 2 rows after 3 tokens: 24 products of 44; cache 288, queries 192, out 160
 
 
 def test_the_real_decode_rank() -> None:
@@ -129,6 +134,9 @@ def test_the_real_decode_rank() -> None:
     for name, pair in expected.items():
         assert parts[name] == pytest.approx(pair, rel=1e-12), name
     assert not any(name.startswith("EP permute") for name in parts)
+    fill = numbers(decode(SHAPES["v3"], 128, 2048, ep=72, local=4, drafts=1), "draft layer's fill")
+    assert fill["MLA projections: q_a, kv_a"] == parts["MLA projections: q_a, kv_a"]  # of 256 rows as well
+    assert fill["elementwise: norm"] == (0, 5_562_368)  # 2 bytes in, 1.03125 out
     # 0.503 ms and 8,159 tok/s by a count with slightly different elementwise traffic (under 1 % of the whole).
     assert total(work.kinds["MoE layer"][1], H100) == pytest.approx(503e-6, rel=0.01)
     assert work.rate(H100) == pytest.approx(8159, rel=0.01)

@@ -359,7 +359,7 @@ def run_engine(args: argparse.Namespace, mesh: Mesh, config: ModelConfig, report
         max_model_len=length,
         dtype="bfloat16",
         graphs="off" if args.no_graphs else "auto",
-        overlap="off" if report.drafts else args.overlap,
+        overlap=args.overlap,
         speculate=report.drafts,
         dispatch=args.dispatch,
     )

@@ -10,8 +10,9 @@ belongs to the communication. Communication, embedding, sampling arithmetic and 
 Ranks are balanced and routing is uniform. So the slots that are read on this rank are the expected number that its
 tokens hit.
 
-With drafts (`disagg/speculation.py`) the draft layer runs once on all rows of the step, and drafts - 1 times more on a
-row per sequence. How many drafts are right is ASSUMED, and decides the tokens of a decode step.
+With drafts (`disagg/speculation.py`) the draft layer's KV is filled for all rows of the step: its input and the first
+product of attention. Then the layer and the head run once per draft, on a row per sequence. How many drafts are right
+is ASSUMED, and decides the tokens of a decode step.
 
 Another count, for one GPU, leaves out the shared expert's silu, the latents' norms, the rotation of queries and the
 sampler's pass over the logits. Its rates are up to 4 % higher in prefill, 1 % in decode (tests/test_roofline.py).
@@ -100,7 +101,7 @@ def decode(
     if not drafts:
         return work
     one = _Spread(config, batch / attn_tp, ep, local)
-    kinds = _drafting(config, split, attention, spread, batch * each, drafts, batch, kv, one, permutes)
+    kinds = _drafting(config, split, batch * each, drafts, batch, kv, one, permutes)
     return Cost(batch * tokens_per_step(drafts, accept), work.kinds | kinds)
 
 
@@ -124,15 +125,13 @@ def prefill(
     if not drafts:
         return work
     one = _Spread(config, sequences / attn_tp, ep, local)
-    kinds = _drafting(config, split, attention, spread, tokens, drafts, sequences, prompt, one, permutes=True)
+    kinds = _drafting(config, split, tokens, drafts, sequences, prompt, one, permutes=True)
     return replace(work, kinds=work.kinds | kinds)
 
 
 def _drafting(
     config: ModelConfig,
     split: ModelConfig,
-    attention: list[Part],
-    spread: "_Spread",
     rows: float,
     drafts: int,
     sequences: float,
@@ -140,22 +139,31 @@ def _drafting(
     one: "_Spread",
     permutes: bool,
 ) -> dict[str, tuple[int, list[Part]]]:
-    """Return the draft layer's kinds: on all `rows` of a step, then on a row of each sequence; and its heads.
+    """Return the draft layer's kinds: filled for all `rows` of a step, run on a row of each sequence; and its heads.
 
-    `attention`, `spread`: of all rows, as in the other layers. `one`: the load of a row of each sequence.
+    `one`: the experts' load of a row of each sequence.
     """
+    hidden, operand = config.hidden_size, SCALED if config.fp8 else BF16
 
-    def layer(rows: float, attention: list[Part], spread: _Spread) -> list[Part]:
-        hidden = config.hidden_size
-        joined = _product("draft's input", "eh_proj", rows, hidden, 2 * hidden, fp8=False)
-        norms = Part("elementwise", "enorm, hnorm", 0, rows * 4 * hidden * BF16)
-        return [norms, joined, *attention, *_norms(split, rows), *_moe(config, spread.tokens, spread, permutes)]
+    def joined(rows: float) -> list[Part]:
+        return [
+            Part("elementwise", "enorm, hnorm", 0, rows * 4 * hidden * BF16),
+            _product("draft's input", "eh_proj", rows, hidden, 2 * hidden, fp8=False),
+        ]
 
-    kinds = {"draft layer": (1, layer(rows, attention, spread))}
-    if drafts > 1:
-        again = layer(sequences, _absorbed(split, sequences, kv), one)
-        kinds["draft layer, for each further draft"] = (drafts - 1, again)
-    return kinds | {"draft layer's head": (drafts, _head(split, sequences))}
+    fill = [
+        *joined(rows),
+        Part("elementwise", "norm", 0, rows * hidden * (BF16 + operand)),
+        _first_projection(split, rows),
+        Part("elementwise", "latent's norm, rope, KV write", 0, rows * 2 * config.kv_dim * BF16),
+    ]
+    attention = [*_absorbed(split, sequences, kv), *_norms(split, sequences)]
+    layer = [*joined(sequences), *attention, *_moe(config, one.tokens, one, permutes)]
+    return {
+        "draft layer's fill": (1, fill),
+        "draft layer": (drafts, layer),
+        "draft layer's head": (drafts, _head(split, sequences)),
+    }
 
 
 def _split(config: ModelConfig, attn_tp: int) -> ModelConfig:
@@ -224,12 +232,17 @@ def _product(
     return Part(group, name, 2 * count * rows * out * inner, nbytes, "fp8" if fp8 else "bf16")
 
 
+def _first_projection(config: ModelConfig, tokens: float) -> Part:
+    """Return the product that makes the latents, and what queries begin with."""
+    first = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
+    name = "q_a, kv_a" if config.q_lora_rank else "q, kv_a"
+    return _product("MLA projections", name, tokens, first + config.kv_dim, config.hidden_size, config.fp8)
+
+
 def _projections(config: ModelConfig, tokens: float) -> list[Part]:
     """Return the projections that both forms of attention share."""
     heads, fp8, group = config.num_attention_heads, config.fp8, "MLA projections"
-    first = config.q_lora_rank or heads * config.qk_head_dim
-    parts = [_product(group, "q_a, kv_a" if config.q_lora_rank else "q, kv_a", tokens, first + config.kv_dim,
-                      config.hidden_size, fp8)]  # fmt: skip
+    parts = [_first_projection(config, tokens)]
     if config.q_lora_rank:
         parts.append(_product(group, "q_b", tokens, heads * config.qk_head_dim, config.q_lora_rank, fp8))
     return [*parts, _product(group, "o_proj", tokens, config.hidden_size, heads * config.v_head_dim, fp8)]

@@ -3,13 +3,15 @@
 python -m scripts.bench.one_rank.drafts --ep 72 --batch 128 --kv 4096 --speculate 1 --accept 0.6
 
 The step does on the device what `disagg/speculation.py` does: the model verifies N drafts of each sequence together
-with its latest token, and the draft layer makes N new ones. On a GPU all of it is one CUDA graph. A draft counts as
-right by a seeded draw (`forced.py`), because weights are random. Sequences stay where they are, so each step attends to
-the same tokens.
+with its latest token, and the draft layer's KV is filled for all these rows. Then that layer makes N new drafts, one
+after the other, with a row per sequence each. On a GPU all of it is one CUDA graph, where the engine has several. A
+draft counts as right by a seeded draw (`forced.py`), because weights are random. Sequences stay where they are, so each
+step attends to the same tokens.
 
 The same rank's step without drafts runs in turns with it. Attention with N + 1 tokens of a sequence, and with one, is
-profiled in each. At the end the throughput of a cluster of such ranks is MODELLED: the step, plus all dispatches and
-combines by deepep_times.py without overlap, because steps that draft do not overlap. Its tokens follow from --accept.
+profiled in each. Both steps run as one micro-batch. An engine may run the model's part of each as two that overlap;
+that is not measured here. At the end the throughput of a cluster of such ranks is MODELLED: the step, plus all
+dispatches and combines by deepep_times.py, without overlap. Its tokens follow from --accept.
 """
 
 import argparse
@@ -72,13 +74,12 @@ class DraftingStep:
         own = likeliest(model.head.project(hidden)).view(count, each)
         right = self.accepted(self.tokens[:, 1:], own)
         following = replace(batch, token_ids=own.flatten().clamp(min=0))
-        state = model.draft(hidden, following, self.pool, self.dispatcher)
-        state = state[torch.arange(count, device=right.device) * each + right]
+        model.fill_draft(hidden, following, self.pool)
+        state = hidden[torch.arange(count, device=right.device) * each + right]
         front = [own.gather(1, right[:, None])[:, 0].clamp(min=0)]
-        at = self.start + right + 1
-        for i in range(self.drafts):
-            if i > 0:
-                state = model.draft(state, Batch.decode(front[-1], at + i - 1, self.table), self.pool, self.dispatcher)
+        for place in range(self.drafts):
+            latest = Batch.decode(front[-1], self.start + right + place, self.table)
+            state = model.draft(state, latest, self.pool, self.dispatcher)
             front.append(likeliest(model.head.project(state)).clamp(min=0))
         self.tokens.copy_(torch.stack(front, 1))
         return right
@@ -111,14 +112,16 @@ def attention_of(ranges: Ranges, step: RankStep, rank: Rank) -> float:
 
 
 def cluster_ms(args: argparse.Namespace, rank: Rank, step: float, drafts: int) -> float:
-    """Return the milliseconds of a step in the cluster, MODELLED: with all dispatches and combines, one by one."""
+    """Return the milliseconds of a step in the cluster, MODELLED: with all dispatches and combines, one by one.
+
+    In the model's layers they are those of all rows, and in the draft layer those of a row per sequence for each draft.
+    """
     delays = deepep_times.low_latency(rank.config, args.ep)
     whole, single = (
         1e3 * sum(delays(what, tokens).total for what in ("dispatch", "combine"))
         for tokens in (args.batch * (1 + drafts), args.batch)
     )
-    layers = rank.config.num_moe_layers + (drafts > 0)
-    return step + layers * whole + max(0, drafts - 1) * single
+    return step + rank.config.num_moe_layers * whole + drafts * single
 
 
 def prepare(args: argparse.Namespace, ranges: Ranges) -> tuple[roofline.Ceilings | None, Rank]:

@@ -130,6 +130,7 @@ class Ranges:
         put(model.head, "project", "head:LM head")
         if model.mtp is not None:
             put(model.mtp, "forward", "drafts:draft layer")
+            put(model.mtp, "fill", "drafts:fill")
 
     def times(self, step: Callable[[], object], device: torch.device, trace: Path | None) -> dict[str, float]:
         """Profile the step. Return milliseconds of kernels (on a CPU: of calls) by kind of layer and part.

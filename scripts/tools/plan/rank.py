@@ -4,6 +4,7 @@ Where the engine's table depends on the installed libraries, the plan takes thos
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from disagg.buckets import make_buckets
 from disagg.budget import Budget, plan_parts, share_of_gpu
@@ -83,8 +84,8 @@ def dispatch(config: ModelConfig, gpu: Gpu, job: Job) -> tuple[str, deepep_sizes
 
 
 def _buckets(config: ModelConfig, job: Job) -> list[int]:
-    mode = "off" if job.speculate else "auto"
-    return make_buckets(job.max_batch, Rule(mode, job.ranks, job.attn_tp, config.expert_share).row_multiple)
+    rule = Rule(DEFAULTS.overlap, job.ranks, job.attn_tp, config.expert_share)
+    return make_buckets(job.max_batch, partial(rule.row_multiple, each=1 + job.speculate))
 
 
 def tokens_of_a_decode_step(config: ModelConfig, job: Job) -> int:
@@ -123,7 +124,7 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
         settings.longest(config),
         captures=job.role != "prefill",
         handoff=credits.buffer_bytes(page) if job.role != "unified" else 0,
-        drafts=job.speculate,
+        drafts=settings.drafts_per_step,
     )
     limit, why = share_of_gpu(gpu.memory, gpu.memory, 0, DEFAULTS.gpu_memory_fraction, 1)
     return Budget(limit, why, parts, page)

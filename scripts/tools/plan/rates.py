@@ -65,7 +65,7 @@ def prefill_step(config: ModelConfig, gpu: Gpu, job: Job, tokens: int, prompt: i
 def _transfers(config: ModelConfig, job: Job, phase: str, tokens: int, sequences: int) -> float:
     """Return the seconds of a step's dispatches and combines.
 
-    The draft layer's are those of all `tokens`, and of one of each of the `sequences` for every further draft.
+    The draft layer's are those of one token of each of the `sequences`, for every draft. Filling its KV has none.
     """
     if job.ranks == 1:
         return 0.0
@@ -74,7 +74,7 @@ def _transfers(config: ModelConfig, job: Job, phase: str, tokens: int, sequences
         sum(delays(what, count // job.attn_tp).total for what in ("dispatch", "combine"))
         for count in (tokens, sequences)
     )
-    return (config.num_moe_layers + config.drafts) * whole + max(0, job.speculate - 1) * single
+    return config.num_moe_layers * whole + job.speculate * single
 
 
 def prompt_rate(config: ModelConfig, gpu: Gpu, job: Job, traffic: Traffic) -> float:
