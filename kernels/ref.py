@@ -336,5 +336,6 @@ def pack_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> None:
 
 def unpack_pages(packed: Tensor, pool: Tensor, pages: Tensor) -> None:
     """Undo `pack_pages`, in place: packed [layers, n, 64, W] -> pool's pages [n] int64, all different."""
-    wide_pool, wide_packed = (x.view(*x.shape[:2], -1).view(torch.int64) for x in (pool, packed))  # faster on a CPU
+    page = pool[0, 0].numel()
+    wide_pool, wide_packed = (x.view(*x.shape[:2], page).view(torch.int64) for x in (pool, packed))  # faster on a CPU
     wide_pool.index_copy_(1, pages, wide_packed)
