@@ -111,6 +111,9 @@ def test_a_plan_that_drafts_is_one_that_starts(drafts: int) -> None:
         assert job.role == "prefill" or sizes.capacity == job.max_batch * (1 + drafts) <= 1024
     least = smallest(config, "decode", 8, 8, 0, Traffic(60, 4), 8, drafts)
     assert largest(config, H200, least, Traffic(60, 4)).max_batch * (1 + drafts) <= 1024, "a replica of 8 has no more"
+    short = smallest(config, "prefill", 8, 8, 0, Traffic(1, 4), 8, drafts)
+    job = largest(config, H200, short, Traffic(1, 4))
+    Scheduler(PageCache(65), job.max_batch, job.max_tokens_per_step, job.max_model_len, drafts)
     for line in commands(apart(found, 16), "DIR")[1:]:
         settings = EngineConfig.from_flags(parse_args(shlex.split(line.split(" run.py ")[1])))
         assert settings.speculate == drafts and not settings.adapts
@@ -137,6 +140,10 @@ def test_what_drafts_add_to_the_communication_by_hand() -> None:
     ratio = (58 * 16384 + 2 * 4) / (58 * 16384)  # four prompts, two drafts after each
     plain = prefill_step(V3, at_once, replace(job, speculate=0), 16384, 4096)
     assert prefill_step(config, at_once, job, 16384, 4096) / plain == pytest.approx(ratio, rel=1e-9)
+    wide = replace(job, attn_tp=8)  # one prompt is padded to eight rows: each rank dispatches one
+    plain = prefill_step(V3, at_once, replace(wide, speculate=0), 16384, 16384)
+    ratio = (58 * 2048 + 2 * 1) / (58 * 2048)
+    assert prefill_step(config, at_once, wide, 16384, 16384) / plain == pytest.approx(ratio, rel=1e-9)
 
 
 def test_decode_steps_that_draft_have_the_engines_sizes() -> None:

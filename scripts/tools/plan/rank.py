@@ -171,13 +171,15 @@ def largest(config: ModelConfig, gpu: Gpu, least: Job, traffic: Traffic) -> Job 
     """Return `least` with the sizes that serve the most, or None if it does not fit itself.
 
     A prefill job gets the largest step whose prompts it can hold twice: in one step they are computed, while those of
-    the step before travel. Other jobs get the largest batch, of which a step holds every request's tokens.
+    the step before travel. Other jobs get the largest batch. No job gets more requests than a step holds the tokens of
+    as they decode, which the engine demands.
     """
     if not fits(config, gpu, least, traffic):
         return None
     if least.role == "prefill":
         for tokens in PROMPT_STEPS:
-            steps = replace(least, max_tokens_per_step=tokens, max_batch=2 * -(-tokens // traffic.prompt))
+            batch = min(2 * -(-tokens // traffic.prompt), tokens // (1 + least.speculate))
+            steps = replace(least, max_tokens_per_step=tokens, max_batch=batch)
             if fits(config, gpu, steps, traffic):
                 return steps
         return least

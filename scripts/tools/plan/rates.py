@@ -71,7 +71,7 @@ def _transfers(config: ModelConfig, job: Job, phase: str, tokens: int, sequences
         return 0.0
     delays = (deepep_times.low_latency if phase == "decode" else deepep_times.normal)(config, job.ranks)
     whole, single = (
-        sum(delays(what, count // job.attn_tp).total for what in ("dispatch", "combine"))
+        sum(delays(what, -(-count // job.attn_tp)).total for what in ("dispatch", "combine"))
         for count in (tokens, sequences)
     )
     return config.num_moe_layers * whole + job.speculate * single
