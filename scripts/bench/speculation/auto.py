@@ -28,7 +28,7 @@ from model.config import ModelConfig
 from model.precision import dtype_on
 from model.transformer import op_shape
 from parallel.mesh import Mesh
-from scripts.bench.lib.flags import natural, naturals, new_file, positive, positives
+from scripts.bench.lib.flags import natural, new_file, positive, positives
 from scripts.bench.lib.measurements import ROOT, Measurement, Report, save
 from scripts.bench.lib.refusals import refusals
 
@@ -83,9 +83,10 @@ def measure(args: argparse.Namespace, batch: int, prompts: list[list[int]], mesh
     found = {name: round(median(those[args.learning :]), 2) for name, those in rates.items()}
     auto, best = kinds[-1][0], max(list(found)[:-1], key=found.__getitem__)
     for name, rate in found.items():
-        reference = (found[best], f"{best} drafts, the best, same run") if name == auto else (found["0"], "no drafts")
+        beside, source = (found[best], f"{best} drafts, the best") if name == auto else (found["0"], "no drafts")
+        reference = (beside, f"{source}, same run") if name != "0" else ()
         of = f"tiny, {batch} requests at once, drafts: {name}"
-        report.keep(Measurement(of, rate, "tok/s", "higher", *(reference if name != "0" else ())))
+        report.keep(Measurement(of, rate, "tok/s", "higher", *reference))
     report.keep(
         Measurement(
             f"tiny, {batch} requests at once, drafts: {auto}, beside none", found[auto], "tok/s", "higher", found["0"],
@@ -100,7 +101,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--batch", type=positives, default=[1, 4, 16], metavar="B,...", help="requests at once (1,4,16)")
-    add("--drafts", type=naturals, default=[1, 2, 3], metavar="N,...", help="fixed numbers of drafts (1,2,3)")
+    add("--drafts", type=positives, default=[1, 2, 3], metavar="N,...", help="fixed numbers of drafts (1,2,3)")
     add("--most", type=positive, default=3, metavar="N", help="the most drafts of auto (3)")
     add("--output", type=positive, default=256, help="tokens to generate per request (256)")
     add("--learning", type=natural, default=4, help="rounds that do not count (4)")

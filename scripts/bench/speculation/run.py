@@ -4,8 +4,9 @@
     python -m scripts.bench.speculation --drafts 1,2,3,4 --out records.json
 
 Prompts are pieces of held-out text, spread evenly over it. The engine continues each, without drafts and with each
-number of drafts. Where rounding makes tokens part, it says so. Tokens per step are those that a request gets of a step
-of the model, on average. "Right up to place k": the draft in place k and all before it. Neither depends on the machine.
+number of drafts. It says how many answers parted from those without, as rounding may make them. Tokens per step are
+those that a request gets of a step of the model, on average. "Right up to place k": the draft in place k and all before
+it. Neither depends on the machine.
 
 --timed requests per domain are also served one at a time, the numbers of drafts in turns: tokens per second after the
 first token, as the host sees them.
@@ -124,7 +125,7 @@ def measure(args: argparse.Namespace, texts: dict[str, list[list[int]]], mesh: M
             tokens, stats, _ = served.serve(prompts)
             parted = sum(mine != theirs for mine, theirs in zip(tokens, plain, strict=True))
             if parted:
-                report.say(f"{of}, drafts: {served.drafts}: {parted} of {len(prompts)} parted from it at a near tie")
+                report.say(f"{of}, drafts: {served.drafts}: {parted} of {len(prompts)} parted from those without")
             right, name = places(stats, served.drafts), f"{of}, drafts: {served.drafts}"
             report.keep(Measurement(f"{name}: tokens per step", round(1 + sum(right), 3), ""))
             for place, share in enumerate(right, 1):
