@@ -71,16 +71,16 @@ class SpeculationInputs:
         rows = count if work.decode_rows is None else work.decode_rows
         pages, places = work.decodes.pages, work.rows[:count]
         self.fixed.stage((work.decodes.ids, work.decodes.positions, *self._drafts(work.decodes)), places, rows)
-        fronts = rows
+        padded = rows  # of the page table
         if work.mixed:
             pages = [*pages, *(chunk.pages for chunk in work.prompts if chunk.wants_logits)]
-            places, fronts = np.arange(len(pages)), -(-len(pages) // self.multiple) * self.multiple
-        self.fixed.stage_pages(pages, places, fronts)
+            places, padded = np.arange(len(pages)), -(-len(pages) // self.multiple) * self.multiple
+        self.fixed.stage_pages(pages, places, padded)
         ids, positions, *_ = columns = self.fixed.columns[:, :rows]
         chunks = self._chunks(work, count) if work.mixed else []
         prompts = self._prompts(work, chunks) if work.mixed else None
         halves = self._halves(work, rows, chunks) if work.overlapped else None
-        return Inputs(ids, positions, columns[2:], self.fixed.page_table[:fronts], prompts, halves)
+        return Inputs(ids, positions, columns[2:], self.fixed.page_table[:padded], prompts, halves)
 
     def _drafts(self, decodes: Decodes) -> np.ndarray:
         """Return the drafts [N, B] that the host knows, 0 for others."""
