@@ -39,10 +39,13 @@ class Catalogue:
         self._anew = True
 
     def news(self) -> list[Kept]:
-        """Return the messages that tell what has changed since the last call."""
+        """Return the messages that tell what has changed since the last call.
+
+        What is lost comes first, so that the router never takes the cache to have more pages than it can hold.
+        """
         changes = dict.fromkeys(self._digests.values(), True) if self._anew else self._changes
         anew, self._anew, self._changes = self._anew, False, {}
-        rest, made = iter(changes.items()), []
+        rest, made = iter(sorted(changes.items(), key=lambda change: change[1])), []
         while part := list(islice(rest, MOST_DIGESTS)):
             got, lost = (b"".join(digest for digest, there in part if there == which) for which in (True, False))
             made.append(Kept(got, lost, anew and not made))

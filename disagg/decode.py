@@ -51,6 +51,7 @@ class Decode(Unified):
                 self.room_ended(ended)
             case Abort(uid) if uid in self.incoming:
                 self.cancel(self.incoming[uid])
+                self.settle_rooms()
             case Abort(uid):
                 self.queue = deque(a for a in self.queue if a.sequence.uid != uid)
                 super().handle(event)
@@ -61,6 +62,7 @@ class Decode(Unified):
                 self.queue.clear()
                 for arrival in self.incoming:
                     self.cancel(arrival)
+                self.settle_rooms()
                 self.renew_links(list(self.generations))
                 self.links.gone.clear()  # the next session repeats who is gone
                 super().handle(event)
@@ -115,7 +117,10 @@ class Decode(Unified):
         return ReceiveLink(key, connect, pool, self.links.events, self.links.credits, unpack_pages=unpack_pages)
 
     def room_ended(self, ended: RoomEnded) -> None:
-        """Record that one link has ended a room. The last one ends the room, and those that only awaited it."""
+        """Record that one link has ended a room. The last one ends the room, and those that only awaited it.
+
+        An error ends those that await it at once, as far as their own links have ended them.
+        """
         arrival = self.incoming[ended.uid]
         error = ended.error or self.misfit(ended)
         arrival.room.end_link(error)
@@ -126,10 +131,14 @@ class Decode(Unified):
             arrival.first = ended
         else:
             self.incoming.break_promise(arrival)
-        if not arrival.room.may_release:
-            return
-        arrival.ended = ended
-        for one in list(self.incoming):  # those that it awaits come before it, and those that await it behind it
+        if arrival.room.may_release:
+            arrival.ended = ended
+        if arrival.room.may_release or error is not None:
+            self.settle_rooms()
+
+    def settle_rooms(self) -> None:
+        """Settle the rooms that are over. Call it after whatever may end one: no other event may come."""
+        for one in list(self.incoming):  # in order, because a room that is settled may end later ones
             if one.is_over:
                 self.settle(one)
 

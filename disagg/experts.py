@@ -35,7 +35,7 @@ def make_draft_placement(
 ) -> Placement | None:
     """Collective. Decide the same for the draft layer, by its own loads. None: the model does not draft.
 
-    A recording of a job that did not draft has none. `say` is told so, and the loads count as equal. Raises ValueError.
+    A recording of a job that made no draft has none. `say` is told so, and the loads count as equal. Raises ValueError.
     """
     if not config.drafts:
         return None

@@ -77,12 +77,14 @@ def load_recording(path: str | Path, layers: int | None = None, num_experts: int
 
 
 def load_draft_recording(path: str | Path, num_experts: int) -> Tensor | None:
-    """Read the draft layer's counts [windows, 1, E] int64 of a recording. None: its job did not draft.
+    """Read the draft layer's counts [windows, 1, E] int64 of a recording. None: its job made no draft.
 
     Raises ValueError as `load_recording`.
     """
     tensors = _read(path)
-    return _checked(path, tensors, DRAFT_COUNTS, 1, num_experts) if DRAFT_COUNTS in tensors else None
+    if DRAFT_COUNTS not in tensors or not tensors[DRAFT_COUNTS].any():
+        return None
+    return _checked(path, tensors, DRAFT_COUNTS, 1, num_experts)
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:

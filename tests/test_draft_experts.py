@@ -136,6 +136,10 @@ def test_a_recording_has_the_draft_layers_loads_apart(tmp_path: Path) -> None:
     assert torch.equal(load_draft_recording(path, EXPERTS), together[:, LAYERS:])
     save_recording(path, [window[:LAYERS] for window in windows], LAYERS, EXPERTS)
     assert load_draft_recording(path, EXPERTS) is None
+    for window in windows:
+        window[LAYERS:] = 0  # --speculate auto found that no draft pays
+    save_recording(path, windows, LAYERS, EXPERTS)
+    assert load_draft_recording(path, EXPERTS) is None
     save_file({"counts": together, "draft_counts": together.clone()}, path)
     with pytest.raises(ValueError, match=rf"it has draft_counts \[3, 5, 32\], must be \[windows, 1, {EXPERTS}\]"):
         load_draft_recording(path, EXPERTS)

@@ -1352,6 +1352,17 @@ def test_a_page_that_is_not_of_its_room_ends_the_link_and_stays_as_it_is(make_pa
     pair.hush()
 
 
+def test_more_pages_at_once_than_a_buffer_has_end_the_link(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A two-sided transport would allocate them, however often a page is named."""
+    limit_transfers(monkeypatch, 2)
+    pair = make_pair()
+    pair.open(1, [4])
+    pair.prefill.say(Sending([1], [4, 4, 4]))
+    pair.decode.hear_end(1, "3 pages at once; it may send 2")
+    pair.prefill.hear_end(1, "the other end has gone")
+    pair.hush()
+
+
 def test_rows_come_before_the_rooms_end_and_are_taken_once(make_pair: Any) -> None:
     pair = make_pair()
     pair.decode.link.put(msgspec.structs.replace(pair.opening(1, [1]), expert_bytes=5, row_bytes=3))

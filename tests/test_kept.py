@@ -155,6 +155,22 @@ def test_many_pages_are_told_in_several_messages_and_the_first_one_begins_anew(m
     assert told(catalogue) == [Kept(anew=True)]
 
 
+def test_a_full_cache_never_seems_to_have_more_pages_than_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that goes and comes back is told where it went first: before the page that made room for it."""
+    monkeypatch.setattr(module, "MOST_DIGESTS", 2)
+    catalogue, router = Catalogue(), Known(4)
+    for node in range(4):
+        catalogue.add(node, "", bytes([node]))
+    for message in told(catalogue):
+        router.hear(message)
+    for gone, node, tokens in ((0, 4, bytes([4])), (1, 5, bytes([0]))):
+        catalogue.drop(gone)
+        catalogue.add(node, "", tokens)
+    for message in told(catalogue):
+        router.hear(message)
+    assert router._reported == {int.from_bytes(digest, "little") for digest in catalogue._digests.values()}
+
+
 def test_a_cache_that_is_too_large_is_listed_in_part_and_always_from_the_start() -> None:
     catalogue = Catalogue(most=2)
     for node, before in ((0, ""), (1, 0), (2, 1), (3, 2)):
@@ -172,8 +188,10 @@ def test_a_report_that_cannot_be_true_is_refused_and_takes_bounded_memory() -> N
     with pytest.raises(ValueError, match="4 cached pages; there can be 3"):
         router.hear(Kept(array("Q", [4]).tobytes()))
     assert not router._reported
+    router.hear(Kept(full))
     with pytest.raises(ValueError, match="9 and 0 bytes are no whole digests"):
         router.hear(Kept(bytes(9)))
+    assert not router._reported
     with pytest.raises(ValueError, match="1 cached pages; there can be 0"):
         Known(0).hear(Kept(array("Q", [4]).tobytes()))
     with pytest.raises(ValueError, match="not a message"):

@@ -52,6 +52,7 @@ def test_a_location_finds_the_pages_in_as_few_runs_as_there_are(data: st.DataObj
         (WHERE.pack(0, 0, 64), "of 0 pages, and not of 2"),
         (WHERE.pack(0, 0, 64) + PAGES.pack(0, 3), "of 3 pages, and not of 2"),
         (WHERE.pack(0, 0, 64) + PAGES.pack(0, 2) + PAGES.pack(7, 0), "of 2 pages, one run of none"),
+        (WHERE.pack(0, 0, 64) + 3 * PAGES.pack(0, 1), "of 44 bytes, too many for 2 pages"),
         (WHERE.pack(2**64 - 1, 0, 64) + PAGES.pack(0, 2), "behind the last address"),
         (WHERE.pack(0, 0, 2**64 - 1) + PAGES.pack(0, 2), "behind the last address"),
         (WHERE.pack(2**64 - 900, 0, 0) + PAGES.pack(2**32 - 1, 1) + PAGES.pack(0, 1), "behind the last address"),

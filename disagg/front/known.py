@@ -55,6 +55,7 @@ class Known:
         try:
             got, lost = as_numbers(report.got), as_numbers(report.lost)
         except ValueError:
+            self._reported.clear()
             raise ValueError(f"{len(report.got)} and {len(report.lost)} bytes are no whole digests") from None
         if report.anew:
             self._reported.clear()

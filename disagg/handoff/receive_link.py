@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from disagg.handoff.checksum import MISMATCH, checksum
+from disagg.handoff.credits import most_pages
 from disagg.handoff.link import Link
 from disagg.handoff.protocol import (
     AllRead,
@@ -102,7 +103,12 @@ class ReceiveLink(Link):
         self.then(lambda: self._unpack(packed, ids, sending), (transfer, credit))
 
     def _check_pages(self, sending: Sending) -> None:
-        """Raise ValueError if a page is none to which these rooms' KV may come: other requests may read it."""
+        """Raise ValueError if there are more pages than a buffer may have, or if one is not expected for these rooms.
+
+        Other requests may read that page.
+        """
+        if len(sending.pages) > (most := most_pages(self.pool[:, 0].nbytes)):
+            raise ValueError(f"the other end sends {len(sending.pages)} pages at once; it may send {most}")
         with self._changed:
             expected = frozenset().union(*(self._rooms.get(uid, ()) for uid in sending.uids))
         if others := sorted(set(sending.pages) - expected):

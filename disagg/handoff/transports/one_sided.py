@@ -130,6 +130,8 @@ def find(location: bytes, x: Tensor) -> tuple[list[Run], int]:
     """
     layers, n = x.shape[:2]
     page = x[0, 0].nbytes
+    if len(location) > WHERE.size + n * PAGES.size:  # before it takes time and memory
+        raise ValueError(f"the other end sent a location of {len(location)} bytes, too many for {n} pages")
     try:
         address, device, stride = WHERE.unpack_from(location)
         pages = list(PAGES.iter_unpack(location[WHERE.size :]))
