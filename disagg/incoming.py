@@ -118,7 +118,7 @@ class Rooms:
         if one.is_good:
             for page in one.promised:
                 del self._promises[page]
-            self._scheduler.cache.keep(one.promised)
+            self._scheduler.cache.fulfil(one.promised)
             for other in self:
                 if one in other.awaits:
                     other.awaits.remove(one)

@@ -99,13 +99,13 @@ class PageCache:
     def promise(self, pages: Sequence[int], salt: str, tokens: Sequence[bytes]) -> list[int]:
         """As `publish`, for pages whose KV is on its way. Returns those that can be found from now on.
 
-        They must be held until `keep` or `retract`.
+        They must be held until `fulfil` or `retract`.
         """
         promised = self._publish(pages, salt, tokens)
         self._promised.update(promised)
         return promised
 
-    def keep(self, promised: Sequence[int]) -> None:
+    def fulfil(self, promised: Sequence[int]) -> None:
         """The KV of these pages is there."""
         self._promised.difference_update(promised)
 

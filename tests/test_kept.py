@@ -64,7 +64,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), good=st.booleans())
     def end(self, data: st.DataObject, good: bool) -> None:
         sequence, salt, pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        (self.cache.keep if good else self.cache.retract)(pages)
+        (self.cache.fulfil if good else self.cache.retract)(pages)
         self.cache.free(pages, salt)
         self.router.brought(self.prefix(sequence, salt))
 
@@ -93,7 +93,7 @@ class Life(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for sequence, salt, pages in self.held:
-            self.cache.keep(pages)
+            self.cache.fulfil(pages)
             self.cache.free(pages, salt)
             self.router.brought(self.prefix(sequence, salt))
         self.report()

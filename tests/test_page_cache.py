@@ -94,7 +94,7 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
-    def keep(self, data: st.DataObject) -> None:
+    def fulfil(self, data: st.DataObject) -> None:
         """All KV of a prompt has come; that which it awaited was there before."""
         one = self.holder(data)
         if one.awaits:
@@ -102,7 +102,7 @@ class Life(RuleBasedStateMachine):
         for i in range(one.written, len(one.pages)):
             self.content[one.pages[i]] = one.content(i)
         one.written = len(one.pages)
-        self.both("keep", one.promised)
+        self.both("fulfil", one.promised)
         for other in self.holders:
             other.awaits = [page for page in other.awaits if page not in one.promised]
         one.promised = []

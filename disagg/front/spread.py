@@ -19,8 +19,8 @@ class Spread:
 def spread(replicas: Iterable[Replica]) -> dict[str, Spread]:
     """Return the spread of `queued` (prompt tokens) and `KV` (share of the pool), each if any replica has that load.
 
-    Decode replicas have no queue of prompts, and prefill replicas keep no KV. The loads are those that routing goes by:
-    requests that were sent, and the latest reports.
+    Decode replicas have no queue of prompts, and routing asks for no prefill replica's KV. The loads are those that it
+    goes by: requests that were sent, and the latest reports.
     """
     loads: dict[str, list[float]] = {"queued": [], "KV": []}
     for replica in replicas:
