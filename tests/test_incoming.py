@@ -329,12 +329,19 @@ def test_a_room_that_does_not_keep_its_promise_sends_the_others_back_to_the_rout
     assert role.scheduler.cache.num_free == CAPACITY
 
 
-def test_a_room_that_has_all_its_own_ends_as_soon_as_nobody_wants_it() -> None:
-    """The room that it awaits may take long."""
+def make_awaiting() -> Decode:
+    """A role whose room 1 has all its own KV, and awaits room 0."""
     role = make_decode()
     opened(role, 0)
     opened(role, 1)
     end(role, 1)
+    role.news()
+    return role
+
+
+def test_a_room_that_has_all_its_own_ends_as_soon_as_nobody_wants_it() -> None:
+    """The room that it awaits may take long."""
+    role = make_awaiting()
     free = role.scheduler.cache.num_free
     role.handle(Abort(1))
     assert 1 not in role.incoming and role.scheduler.cache.num_free == free + 1
@@ -343,11 +350,7 @@ def test_a_room_that_has_all_its_own_ends_as_soon_as_nobody_wants_it() -> None:
 
 def test_a_room_that_has_all_its_own_returns_at_the_first_error_of_the_one_that_it_awaits() -> None:
     """The other links of that one may take long."""
-    role = make_decode()
-    opened(role, 0)
-    opened(role, 1)
-    end(role, 1)
-    role.news()
+    role = make_awaiting()
     role.handle(RoomEnded(0, "cut"))
     news = role.news()
     assert news is not None and news.returned == [1] and not news.updates
@@ -355,11 +358,7 @@ def test_a_room_that_has_all_its_own_returns_at_the_first_error_of_the_one_that_
 
 
 def test_a_new_session_ends_what_only_awaits_another_room_and_says_nothing_of_it() -> None:
-    role = make_decode()
-    opened(role, 0)
-    opened(role, 1)
-    end(role, 1)
-    role.news()
+    role = make_awaiting()
     role.handle(Forget())
     assert [one.uid for one in role.incoming] == [0] and role.news() is None
 

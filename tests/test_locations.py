@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from disagg.handoff.transports.one_sided import PAGES, WHERE, OneSided, Run, Staging, find
+from disagg.handoff.transports.one_sided import PAGES, WHERE, OneSided, Run, Staging, parse_location
 
 
 class Sender(OneSided):
@@ -33,7 +33,7 @@ def test_a_location_finds_the_pages_in_as_few_runs_as_there_are(data: st.DataObj
     wanted = pool if pages is None else pool[:, pages]
     assert transfer.nbytes == wanted.nbytes
     read = torch.empty_like(wanted)
-    runs, device = find(location, read)
+    runs, device = parse_location(location, read)
     for here, there, size in runs:
         ctypes.memmove(here, there, size)
     assert read.equal(wanted) and device == 0
@@ -60,4 +60,4 @@ def test_a_location_finds_the_pages_in_as_few_runs_as_there_are(data: st.DataObj
 )
 def test_a_location_that_is_none_is_refused_before_anything_is_read(location: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=f"the other end sent a location {said}"):
-        find(location, torch.empty(3, 2, 64, dtype=torch.uint8))
+        parse_location(location, torch.empty(3, 2, 64, dtype=torch.uint8))

@@ -17,8 +17,8 @@ they were started, at both ends. A transport must not need any collective of the
 Only the decode rank writes to its own pages. With a one-sided library it reads the bytes, because neither library can
 cancel a remote write. No memory of either end is ever written by the other one.
 
-It reads from a buffer where prefill packed the pages, or, in place, from prefill's pool. On a GPU, packing is cheap and
-many small reads are not. In host memory it is the other way round.
+It reads from a buffer where prefill packed the pages, or, in place, from prefill's pool. NIXL does the latter in host
+memory, where packing is one more copy by the CPU.
 
 A one-sided send that was aborted gives its memory away, though the peer may still read it. Then the peer reads other
 bytes, but it hears no `Last`: that is said only when the peer has read everything. So it ends the room with an error.

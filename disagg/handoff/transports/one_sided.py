@@ -1,6 +1,7 @@
 """What the one-sided transports share: registered memory, locations, and sends that wait until they have been read.
 
-A location says where pages lie in the sender's memory: its first page, the distance of the layers, and runs of pages.
+A location says where pages lie in the sender's memory: the address of page 0, the distance from a layer to the next,
+and the runs of pages to read.
 
 A process registers the memory of all its credits once, because registering takes longer than many a transfer. It stays
 registered as long as the process lives. So a peer that reads late finds memory, and its own room ends with the link.
@@ -90,7 +91,7 @@ class OneSided(ABC):
         oldest.ended.set()
 
     def recv(self, x: Tensor, location: bytes) -> Transfer:
-        runs, device = find(location, x)
+        runs, device = parse_location(location, x)
         if self._aborted:
             raise RuntimeError("the link is down")
         return self._read(x, runs, device)
@@ -123,7 +124,7 @@ def runs_of(pages: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def find(location: bytes, x: Tensor) -> tuple[list[Run], int]:
+def parse_location(location: bytes, x: Tensor) -> tuple[list[Run], int]:
     """Return what is to be read into x [layers, n, ..] contiguous, as long runs as possible, and the peer's device.
 
     Raises ValueError if the location does not name n pages.
