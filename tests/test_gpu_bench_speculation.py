@@ -38,8 +38,8 @@ def test_a_step_that_drafts_replays(drafts: int) -> None:
     parser.add_argument("--backend", action="append")
     args = parser.parse_args(flags.split())
     config, device = check_flags(args, num_nextn_predict_layers=1, drafts=True, n_routed_experts=32, n_group=4)
-    rank = Rank(args, config, device, 1024, 8 * 16)
-    step = DraftingStep(rank, 8, 1024, drafts, 0.6)
+    rank = Rank(args, config, device, 1024, 64 * 16)
+    step = DraftingStep(rank, 64, 1024, drafts, 0.6)
     prepared = step.prepared()
     before = step.accepted.calls.item()
     tokens = [step.tokens.clone()]

@@ -150,7 +150,7 @@ def test_ranks_over_nccl(ranks: int, redundant: str, overlap: str, tmp_path: Pat
     code, _, err = run(*common, str(tmp_path / "gpu"), *where, *moving, ranks=ranks, timeout=240)
     assert code == 0, err
     assert re.search(
-        r"\n rebalancing  unified: [1-9]\d* times in [\d.]+ s, balancedness 0\.\d+ \(layers .*\) at", err
+        r"\]  rebalancing  unified: [1-9]\d* times in [\d.]+ s, balancedness 0\.\d+ \(layers .*\) at", err
     ), err
     assert "spare experts" in err
     assert tokens(tmp_path / "gpu") == tokens(tmp_path / "cpu")

@@ -39,8 +39,8 @@ def test_sglangs_rates_are_those_of_the_steps_in_which_all_decode(
     steps = [(1.0, b"C", 4, 0), (2.0, b"P", 2, 60), (2.5, b"D", 2, 0), (3.0, b"P", 2, 40)]  # two join, and the others
     steps += [(4.0, b"D", 4, 0), (4.5, b"D", 4, 0), (5.0, b"D", 4, 0), (9.0, b"D", 4, 0), (9.1, b"D", 1, 0)]
     path = tmp_path / "marks"
-    earlier = sglang.RECORD.pack(0.5, b"D", 4, 0)
-    path.write_bytes(earlier + b"".join(sglang.RECORD.pack(*step) for step in steps))
+    earlier, late = (sglang.RECORD.pack(when, b"D", 4, 0) for when in (0.5, 0.9))  # steps of earlier requests
+    path.write_bytes(earlier + late + b"".join(sglang.RECORD.pack(*step) for step in steps))
     marks = sglang.read(str(path), len(earlier))
     assert marks == [sglang.Mark(*step) for step in steps]
     assert sglang.prefill_rate(marks, 100) == 100 / (3.0 - 1.0)

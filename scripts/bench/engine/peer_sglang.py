@@ -14,6 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from peer_work import generated  # beside this file
@@ -75,7 +76,7 @@ class SGLang:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"SGLang: the marks do not have all prompts: {marks[:8]}")
             time.sleep(0.01)
-        if marks[0].kind != CAME or marks[0].requests != batch:
+        if marks[0].requests != batch:
             raise RuntimeError(f"SGLang: the prompts did not come together: {marks[:8]}")
         return marks
 
@@ -103,10 +104,15 @@ def last_prompt(marks: list[Mark]) -> Mark:
 
 
 def read(path: str, begin: int) -> list[Mark]:
-    """Return the marks from byte `begin` on. A mark is written in one call, so it is there whole or not at all."""
+    """Return the marks from byte `begin` on, from the arrival of prompts.
+
+    Before it may be a step of earlier requests: SGLang ends that one when the next requests are there. A mark is
+    written in one call, so it is there whole or not at all.
+    """
     with open(path, "rb") as file:
         file.seek(begin)
-        return [Mark(*fields) for fields in RECORD.iter_unpack(file.read())]
+        marks = [Mark(*fields) for fields in RECORD.iter_unpack(file.read())]
+    return list(dropwhile(lambda mark: mark.kind != CAME, marks))
 
 
 def watch(randomize: Callable[[Any], None]) -> None:
