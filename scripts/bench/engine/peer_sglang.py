@@ -22,6 +22,7 @@ from peer_work import generated  # beside this file
 FILE = "MOESAIC_PEER_MARKS"  # environment variable: the file of the marks
 RECORD = struct.Struct("<dcII")
 CAME, PROMPTS, DECODES = b"C", b"P", b"D"  # kinds of marks
+SPARE = 8  # places of a context that SGLang gives to no token
 SOON_S = 5.0  # the last mark may be written a moment after the answers
 
 
@@ -49,7 +50,7 @@ class SGLang:
             skip_tokenizer_init=True,
             dtype="bfloat16",
             random_seed=0,
-            context_length=args.prompt + generated(args, args.prompt, max(args.batch)),
+            context_length=args.prompt + generated(args, args.prompt, max(args.batch)) + SPARE,
             disable_radix_cache=True,
             mem_fraction_static=0.8,
             max_running_requests=max(*args.batch, args.prefill_batch),
