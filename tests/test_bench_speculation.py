@@ -56,20 +56,23 @@ def test_it_is_forced_only_meanwhile() -> None:
 def test_the_engines_rates_with_drafts_say_what_was_forced(tmp_path: Path) -> None:
     """All drafts are taken as right, so that a step gives exactly three tokens."""
     work = "--shape tiny --layers 2 --batch 1,3 --prompt 20 --output 12 --prefill-batch 2 --step-tokens 40 --repeat 1"
-    flags = *work.split(), "--device", "cpu", "--speculate", "2", "--accept", "1"
+    flags = *work.split(), "--device", "cpu", "--speculate", "2,auto:2", "--accept", "1"
     run = run_module("scripts.bench.engine", *flags, "--out", str(tmp_path / "r.json"))
     assert run.returncode == 0, run.stdout + run.stderr
     records = {record.name: record for record in load(tmp_path / "r.json")}
-    label = ", drafts: 2, forced acceptance 1"
+    label, adapting = ", drafts: 2, forced acceptance 1", ", drafts: auto:2, forced acceptance 1"
     for batch in (1, 3):
         name = f"tiny, decode, batch {batch} after 20"
         drafted, beside = records[f"{name}{label}"], records[f"{name}, against no drafts{label}"]
         assert drafted.value == beside.value > 0 and beside.reference == records[name].value > 0
         each = records[f"tiny, tokens per step and request, batch {batch}{label}"]
         assert each.value == each.reference == 3
-    plain = [name for name in records if not name.endswith(label)]
+        adapted = records[f"{name}, against no drafts{adapting}"]
+        assert adapted.value > 0 and adapted.reference == records[name].value
+        assert 1 <= records[f"tiny, tokens per step and request, batch {batch}{adapting}"].value <= 3
+    plain = [name for name in records if not name.endswith((label, adapting))]
     assert len(plain) == len([name for name in records if name.endswith(label) and "against" not in name]) - 2
-    assert all(label in line for line in run.stdout.splitlines() if "drafts" in line)
+    assert all(label in line or adapting in line for line in run.stdout.splitlines() if "drafts" in line)
 
 
 @pytest.mark.parametrize("drafts", [1, 3])

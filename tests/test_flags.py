@@ -49,7 +49,7 @@ BAD = [
     "lib.report --merge /nowhere.json: argument --merge: '/nowhere.json' is not a file",
     *(f"{ENGINE} --{flag} {value}: argument --{flag}: '{value}' is not a whole number of at least 1"
       for flag in ("prompt", "output", "repeat", "layers", "prefill-batch", "step-tokens") for value in ("0",)),
-    f"{ENGINE} --speculate 1,5: argument --speculate: at most 4 drafts, not 5",
+    f"{ENGINE} --speculate 1,5: argument --speculate: 5 is not 1 to 4 drafts",
     f"{ENGINE} --speculate 1 --peer transformers: argument --speculate: of the peers vLLM alone can force acceptance",
     f"{ENGINE} --accept 60: argument --accept: '60' is not a number in [0, 1]",
     f"{ENGINE} --batch 0: argument --batch: '0' is not",

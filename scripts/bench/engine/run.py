@@ -16,9 +16,10 @@ rooflines are sums over all ranks; a roofline counts no communication. A shape i
 checkpoint of that shape would.
 
 With --speculate N,... everything runs without drafts, and then with N of them by a multi-token-prediction layer with
-random weights. Its drafts are hardly ever right, so acceptance is FORCED: a seeded draw takes each as right with
-probability --accept, if those before it are. Every figure with drafts says so. A rate counts the tokens that the steps
-gave. --peer then runs vLLM's drafts with its own forced acceptance ("synthetic"), as far as its version has that.
+random weights. auto:N is as in run.py; what it has learned, it keeps from batch to batch. Random drafts are hardly ever
+right, so acceptance is FORCED: a seeded draw takes each as right with probability --accept, if those before it are.
+Every figure with drafts says so. A rate counts the tokens that the steps gave. --peer then runs vLLM's drafts with its
+own forced acceptance ("synthetic"), as far as its version has that.
 
 Times are taken on the host. Prefill lasts from the first step until the last request's first token is known. Decode is
 timed over the steps in which all requests decode. Requests go through the scheduler and the step loop, as in a job
@@ -42,7 +43,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from disagg.config import EngineConfig
+from disagg.config import EngineConfig, parse_speculate
 from disagg.control.messages import Submit
 from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
@@ -57,12 +58,13 @@ from model.transformer import Transformer, op_shape
 from parallel.dispatchers import CHOICES
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from scripts.bench.engine.figures import Drafting, EngineReport
 from scripts.bench.engine.peer_config import write_config
 from scripts.bench.engine.peer_work import generated
 from scripts.bench.lib import roofline
 from scripts.bench.lib.flags import new_file, positive, positives, probability
 from scripts.bench.lib.forced import forced_acceptance
-from scripts.bench.lib.measurements import Measurement, Report, save
+from scripts.bench.lib.measurements import save
 from scripts.bench.lib.refusals import refusals
 from scripts.bench.lib.shapes import SHAPES, check_size
 from scripts.bench.lib.step_cost import tokens_per_step
@@ -189,48 +191,16 @@ def run_peer(args: argparse.Namespace, config: ModelConfig, drafts: int) -> dict
     return json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
 
 
-class EngineReport(Report):
-    """The figures, with rooflines, a peer's rates, and the rates without drafts as references."""
-
-    def __init__(
-        self, shape: str, ceilings: roofline.Ceilings | None, peers: dict[int, dict], ranks: int, rank: int
-    ) -> None:
-        """`peers`: by the number of drafts, a peer's figures."""
-        super().__init__(rank)
-        self.shape, self.ceilings, self.peers, self.ranks = shape, ceilings, peers, ranks
-        self.drafts, self.label = 0, ""
-        self.plain: dict[str, float] = {}  # rates without drafts, by name
-        if ceilings is not None:
-            self.add("bf16 GEMM 8192^3, a ceiling of the roofline", ceilings.bf16 / 1e12, "TFLOP/s")
-            if ceilings.fp8 is not None:
-                self.add("fp8 GEMM 8192^3, a ceiling of the roofline", ceilings.fp8 / 1e12, "TFLOP/s")
-            self.add("copy, a ceiling of the roofline", ceilings.bandwidth / 1e12, "TB/s")
-
-    def begin(self, drafts: int, accept: float) -> None:
-        """Let the next figures be those of an engine with so many drafts per step."""
-        self.drafts = drafts
-        self.label = f", drafts: {drafts}, forced acceptance {accept:g}" if drafts else ""
-
-    def add(self, name: str, value: float, unit: str, reference: float | None = None, source: str = "") -> None:
-        better, reference = "lower" if unit == "ms" else "higher", reference and round(reference, 3)
-        self.keep(Measurement(f"{self.shape}, {name}{self.label}", round(value, 3), unit, better, reference, source))
-
-    def rate(self, phase: str, batch: int, name: str, value: float, work: roofline.Cost) -> None:
-        """Add a rate in tokens per second, with the roofline and the peer's rate as references."""
-        if self.ceilings is None:
-            self.add(name, value, "tok/s")
-        else:
-            modelled = self.ranks * work.rate(self.ceilings)
-            self.add(name, value, "tok/s", modelled, "roofline, same run (modelled)")
-        if not self.drafts:
-            self.plain[name] = value
-        else:
-            self.add(f"{name}, against no drafts", value, "tok/s", self.plain[name], "no drafts, same run")
-        of_peer = self.peers.get(self.drafts)
-        theirs = of_peer and of_peer[phase][str(batch)]
-        if of_peer and theirs:
-            peer = of_peer["peer"]
-            self.add(f"{name}, against {peer.split()[0]}", value, "tok/s", theirs, f"{peer}, same run")
+def draftings(text: str) -> list[Drafting]:
+    """Parse numbers of drafts, each N or auto:N, separated by commas."""
+    try:
+        found = [Drafting(*parse_speculate(part)) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    for drafting in found:
+        if not 1 <= drafting.most <= MOST_DRAFTS:
+            raise argparse.ArgumentTypeError(f"{drafting} is not 1 to {MOST_DRAFTS} drafts")
+    return found
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -257,7 +227,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         metavar="CMD",
         help="the peer's Python, as a shell command",
     )
-    add("--speculate", type=positives, default=[], metavar="N,...", help="also with so many drafts per step")
+    add("--speculate", type=draftings, default=[], metavar="N,...", help="also with so many drafts per step, or auto:N")
     add("--accept", type=probability, default=0.6, help="FORCED acceptance: how likely a draft counts as right (0.6)")
     add("--backend", action="append", metavar="[OP=]LIB", help="force a library, as in run.py")
     add("--no-graphs", action="store_true", help="decode without CUDA graphs")
@@ -269,8 +239,6 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     config = SHAPES[args.shape]
     if (args.layers or 0) > config.num_hidden_layers:
         parser.error(f"argument --layers: {args.shape} has {config.num_hidden_layers}, not {args.layers}")
-    if any(drafts > MOST_DRAFTS for drafts in args.speculate):
-        parser.error(f"argument --speculate: at most {MOST_DRAFTS} drafts, not {max(args.speculate)}")
     if args.speculate and args.peer in ("sglang", "transformers"):
         parser.error(f"argument --speculate: of the peers vLLM alone can force acceptance, not {args.peer}")
     longest = args.prompt + max(outputs(args).values())
@@ -282,13 +250,14 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def outputs(args: argparse.Namespace) -> dict[int, int]:
     """Return `generated` for each decode batch."""
-    drafts = max(args.speculate, default=0)
+    drafts = max((drafting.most for drafting in args.speculate), default=0)
     return {batch: generated(args, args.prompt, batch, drafts) for batch in args.batch}
 
 
 def measure(bench: Bench, report: EngineReport, args: argparse.Namespace) -> None:
     model = bench.engine.model
-    config, ranks, drafts = replace(model.config, fp8=model.fp8), bench.engine.mesh.size, report.drafts
+    config, ranks = replace(model.config, fp8=model.fp8), bench.engine.mesh.size
+    drafts = report.drafting.most
     bench.prefill(args.prefill_batch, args.prompt)
     for batch in dict.fromkeys((args.prefill_batch, 1)):
         rates = [bench.prefill(batch, args.prompt) for _ in range(args.repeat)]
@@ -301,8 +270,9 @@ def measure(bench: Bench, report: EngineReport, args: argparse.Namespace) -> Non
         work = roofline.decode(config, batch, args.prompt + tokens / 2, ranks, drafts=drafts, accept=args.accept)
         report.rate("decode", batch, f"decode, batch {batch} after {args.prompt}", median(rates), work)
         if drafts:
-            expected = tokens_per_step(drafts, args.accept)
-            report.add(f"tokens per step and request, batch {batch}", median(each), "", expected, "by the probability")
+            known = None if report.drafting.adapts else tokens_per_step(drafts, args.accept)
+            source = "by the probability" if known else ""
+            report.add(f"tokens per step and request, batch {batch}", median(each), "", known, source)
         report.add(f"the host's part of a decode step, batch {batch}", median(host), "ms")
         report.add(f"of that, in the step's launch, batch {batch}", median(launching), "ms")
 
@@ -333,14 +303,15 @@ def run(args: argparse.Namespace, mesh: Mesh) -> None:
     if args.speculate:
         drafting = drafting.drafting()
         check_size(args.shape, drafting, mesh.device.type)
-    variants = (0, *args.speculate)
-    peers = {drafts: run_peer(args, drafting if drafts else config, drafts) for drafts in variants if args.peer}
+    variants, peers = (Drafting(), *args.speculate), {}
+    if args.peer:
+        peers = {d: run_peer(args, drafting if d.most else config, d.most) for d in variants if not d.adapts}
     report = EngineReport(named(args, config, mesh.size), ceilings(mesh), peers, mesh.size, mesh.rank)
     try:
-        for drafts in variants:
-            report.begin(drafts, args.accept)
-            with forced_acceptance(args.accept, mesh.device) if drafts else nullcontext():
-                run_engine(args, mesh, drafting if drafts else config, report)
+        for variant in variants:
+            report.begin(variant, args.accept)
+            with forced_acceptance(args.accept, mesh.device) if variant.most else nullcontext():
+                run_engine(args, mesh, drafting if variant.most else config, report)
             gc.collect()  # an engine is a cycle
             if mesh.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -354,20 +325,21 @@ def run_engine(args: argparse.Namespace, mesh: Mesh, config: ModelConfig, report
     max_batch, length = max(*args.batch, args.prefill_batch), args.prompt + max(outputs(args).values())
     settings = EngineConfig(
         max_batch=max_batch,
-        max_tokens_per_step=max(args.step_tokens, max_batch * (1 + report.drafts)),
+        max_tokens_per_step=max(args.step_tokens, max_batch * (1 + report.drafting.most)),
         kv_tokens=max_batch * (length + 64),
         max_model_len=length,
         dtype="bfloat16",
         graphs="off" if args.no_graphs else "auto",
         overlap=args.overlap,
-        speculate=report.drafts,
+        speculate=report.drafting.most,
+        adapts=report.drafting.adapts,
         dispatch=args.dispatch,
     )
     start = time.perf_counter()
     model = random_model(config, mesh, settings.positions(config), args.backend or ["auto"])
     bench = Bench(Engine(settings, model, mesh, report.say))
     report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
-    for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafts else ():
+    for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafting.most else ():
         uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
         print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
     quiet = True if mesh.rank else None
