@@ -24,12 +24,11 @@ class PromptSize(NamedTuple):
     context: int  # of all sequences together
 
 
-def make_prompt_sizes(max_tokens_per_step: int, most_context: int) -> tuple[PromptSize, ...]:
-    """Return the sizes of captured steps of prompts, ascending. `most_context`: what all prompts can see together.
+def make_prompt_sizes(most_tokens: int, most_context: int) -> tuple[PromptSize, ...]:
+    """Return the sizes of captured steps of prompts, ascending. The arguments bound them, and the first the second.
 
     For each number of tokens there are two: for prompts that are computed whole, and for those with tokens before.
     """
-    most = min(max_tokens_per_step, most_context, MOST_TOKENS)
+    most = min(most_tokens, MOST_TOKENS)
     tokens = [*(size for size in (64, 128, 256, 512, 768, 1024, 1536) if size < most), most]
-    widest = {n: max(n, min(CONTEXT, most_context + n)) for n in tokens}
-    return tuple(PromptSize(n, context) for n in tokens for context in sorted({n, widest[n]}))
+    return tuple(PromptSize(n, context) for n in tokens for context in sorted({n, min(CONTEXT, most_context)}))

@@ -123,8 +123,12 @@ class EngineConfig:
         return min(self.model_len(model), self.kv_tokens or self.model_len(model))
 
     def prompt_sizes(self, model: ModelConfig) -> tuple[PromptSize, ...]:
-        """Return the sizes, ascending, of the steps of prompts that a rank may capture (`captures.py`)."""
-        return make_prompt_sizes(self.max_tokens_per_step, self.max_batch * self.longest(model))
+        """Return the sizes, ascending, of the steps of prompts that a rank may capture (`captures.py`).
+
+        They see no more than the largest step, for which the activations have room.
+        """
+        longest, most = self.longest(model), self.max_tokens_per_step
+        return make_prompt_sizes(min(most, self.max_batch * longest), most + longest)
 
     def positions(self, model: ModelConfig) -> int:
         """Return the length of tables by position.

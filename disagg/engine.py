@@ -260,9 +260,10 @@ class Engine:
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica. `eager`: replay no graph, because a request
         on some rank asks for its chosen experts. `makes`: drafts, if not as many as in every step.
 
-        `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
-        Any other step calls it before the launch, because that takes about as long as the step itself. On a CPU the
-        host computes the step. On a GPU it waits inside the step for the experts' row counts.
+        `meanwhile()` is called once. A step that runs in graphs calls it after the launch, while the GPU works by
+        itself. So does any decode step on a GPU. Any other step calls it before the launch, because that takes about as
+        long as the step itself. On a CPU the host computes the step. On a GPU it waits inside the step for the experts'
+        row counts, if there are several ranks.
         """
         work = self.lay_out(plan, decode_rows, most_tokens, eager, makes)
         ahead = self.runs_ahead(work)
@@ -307,7 +308,8 @@ class Engine:
         """Does `run` return long before the step is done?"""
         # All of them, which the host may not have seen.
         needs_tokens = work.drafts is not None and work.plan.processes_logits
-        return self.tokens.is_cuda and not work.mixed and not needs_tokens
+        quick = not work.mixed or self.prompt_graphs.serves(work)
+        return self.tokens.is_cuda and quick and not needs_tokens
 
     def run(self, work: Work) -> Step:
         """Launch a step."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from disagg.buckets import PromptSize
 from disagg.graphs import Graphs, Progress
+from disagg.step import Work
 from model.batch import Batch
 from model.pages import NULL_PAGE, PAGE
 from model.prompt_logprobs import PromptLogprobs
@@ -70,13 +71,22 @@ class PromptGraphs:
 
     def size_of(self, batch: Batch) -> PromptSize | None:
         """Return the size at which a batch runs in a graph, or None. The host knows all that decides it."""
-        if batch.num_decodes or not batch.num_tokens:
+        if batch.num_decodes:
             return None
         return self.fitting(batch.num_tokens, batch.context_rows.numel(), batch.q_starts.numel() - 1)
 
+    def serves(self, work: Work) -> bool:
+        """Will the layers of a step run in a graph?"""
+        if work.overlapped or len(work.decodes.pages) or work.plan.returns_experts:
+            return False
+        lengths = [len(chunk.token_ids) for chunk in work.prompts]
+        context = sum(lengths) + sum(chunk.start for chunk in work.prompts)
+        scored = any(chunk.targets for chunk in work.prompts)
+        return not scored and self.fitting(sum(lengths), context, len(lengths)) is not None
+
     def fitting(self, tokens: int, context: int, sequences: int) -> PromptSize | None:
         """Return the captured size for so many tokens, which see `context` tokens together, of so many sequences."""
-        for size in self.sizes:
+        for size in self.sizes if tokens else ():
             padding = size.tokens - tokens
             if padding >= 0 and context + padding <= size.context:
                 fits = sequences + (padding > 0) <= SEQUENCES and key(size) in self.graphs.captured

@@ -18,6 +18,7 @@ from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
 from disagg.prompt_graphs import SEQUENCES
 from disagg.request import Request
+from disagg.step import Step, Work
 from disagg.unified import Unified
 from kernels import ref
 from kernels.ops import Ops
@@ -31,7 +32,7 @@ from tests.test_speculation import all_kinds, same
 from tests.test_speculation import make_engine as make_drafting
 from tests.test_speculation import serve as serve_all
 
-SIZES = make_prompt_sizes(192, 512)  # (64, 64), (64, 512 + 64), (128, 128), ...
+SIZES = make_prompt_sizes(192, 576)  # (64, 64), (64, 576), (128, 128), ...
 NAN = float("nan")
 STEP = {"max_tokens_per_step": 192, "max_batch": 20, "kv_tokens": 64 * PAGE}
 
@@ -75,9 +76,31 @@ def test_every_kind_of_request_gets_the_same_answer(tiny: Path, drafts: int) -> 
     assert graphs.reruns["_layers"] > 0
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_step_in_graphs_runs_ahead_of_the_host(tiny: Path, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: it is launched before the host has seen the tokens of the step before it. Any other waits."""
+    requests, engine = [r for r in all_kinds(tiny) if not r.processes_logits], make_drafting(tiny, drafts)
+    graphs, run, found = captured(engine, make_prompt_sizes(64, 300)), engine.run, []
+
+    def watched(work: Work) -> Step:
+        before = graphs.reruns["_layers"]
+        step = run(work)
+        found.append((work.mixed, engine.prompt_graphs.serves(work), graphs.reruns["_layers"] - before))
+        return step
+
+    monkeypatch.setattr(engine, "run", watched)
+    monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed or engine.prompt_graphs.serves(work))
+    want = serve_all(make_drafting(tiny, 0), requests)[0]
+    same(serve_all(engine, requests)[0], want)
+    for request in requests:
+        same(serve_all(engine, [request])[0], {request.uid: want[request.uid]})
+    assert all(served == bool(replayed) for _, served, replayed in found)
+    assert {(mixed, served) for mixed, served, _ in found} == {(False, False), (True, False), (True, True)}
+
+
 def test_a_prefill_job_captures_prompts_alone(tiny: Path) -> None:
     engine = make_drafting(tiny, 2, decodes=False)
-    graphs = captured(engine, make_prompt_sizes(64, 64))
+    graphs = captured(engine, make_prompt_sizes(64, 128))
     assert set(graphs.captured) == {("prompts", (64, 64)), ("prompts", (64, 128))}
 
 
@@ -231,12 +254,12 @@ def test_requests_for_more_than_tokens_run_as_they_are(small: Path) -> None:
 
 
 def test_sizes_are_few_and_hold_every_step_up_to_the_largest() -> None:
-    for most, context in ((1, 1), (64, 64), (100, 5000), (1024, 100_000), (16384, 100_000), (700, 300)):
+    for most, context in ((1, 1), (1, 20), (64, 80), (100, 5000), (1024, 100_000), (16384, 100_000), (700, 720)):
         sizes = make_prompt_sizes(most, context)
         tokens = sorted({size.tokens for size in sizes})
-        assert list(sizes) == sorted(sizes) and len(sizes) == 2 * len(tokens) <= 16
-        assert tokens[-1] == min(most, context, MOST_TOKENS)
-        assert all(size.tokens <= size.context <= max(CONTEXT, size.tokens) for size in sizes)
+        assert list(sizes) == sorted(sizes) and len(sizes) <= 2 * len(tokens) <= 16
+        assert tokens[-1] == min(most, MOST_TOKENS)
+        assert {size.context for size in sizes} == {*tokens, min(CONTEXT, context)}
         assert all(b <= 2 * a for a, b in zip(tokens, tokens[1:], strict=False))
     assert make_prompt_sizes(1024, 100_000)[-2:] == ((1024, 1024), (1024, CONTEXT))
 
@@ -256,7 +279,7 @@ def test_what_is_captured_and_why_not(small: Path) -> None:
     config = ModelConfig.from_pretrained(small)
     settings, ops = EngineConfig(max_model_len=512), Ops(capturable=frozenset({"decodes", "prompts"}))
     gpu, prefill = Mesh(device=torch.device("cuda")), replace(settings, decodes=False)
-    sizes = make_prompt_sizes(1024, 64 * 512)
+    sizes = make_prompt_sizes(1024, 1024 + 512)
     assert decide(settings, config, Mesh(), ops) == Captures(False, (), "")
     both = decide(settings, config, gpu, ops)
     assert both == Captures(True, sizes, "decode steps; up to 1,024 tokens of prompts") and both

@@ -42,7 +42,7 @@ REPLICA_COUNTERS = {
     ),
     "moesaic_cache_evictions": ("Pages that the prefix cache gave up because others needed them.", "cache_evictions"),
     "moesaic_verifications": ("Steps of a request where the model drafts; each gives a token.", "verifications"),
-    "moesaic_graph_replays": ("Decode steps that replayed a CUDA graph.", "graph_replays"),
+    "moesaic_graph_replays": ("Steps that replayed a CUDA graph.", "graph_replays"),
 }
 DRAFTS = {
     "verified": "Drafts that were verified, by their place in a step.",
