@@ -225,7 +225,8 @@ class Engine:
         if drafts is not None:  # how many get a token in a step with prompts: drafts follow
             for rows in progress(buckets[::-1]):
                 self._compute(prompt_work(rows, 1, vocab, False, drafts))
-        self.prompt_graphs.capture(progress)
+        if self.captures.prompts:
+            self.prompt_graphs.capture(progress)
         if self.captures.decodes:
             self.graphs.capture(self.decode_nothing, buckets, progress)
         elif self.settings.decodes:
