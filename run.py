@@ -121,8 +121,7 @@ def add_engine(parser: argparse.ArgumentParser, role: str) -> None:
         metavar="N|auto[:N]",
         help="drafts per step, by the model's own MTP layer; auto: 0 to N (4), whatever pays best (0)",
     )
-    if role != "prefill":
-        add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for decode steps (auto)")
+    add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs for steps that allow it (auto)")
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:

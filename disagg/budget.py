@@ -6,6 +6,7 @@
 from collections import abc
 from dataclasses import dataclass
 
+from disagg.buckets import PromptSize
 from model.footprint import (
     StepShape,
     contiguous_step,
@@ -102,6 +103,7 @@ def plan_parts(
     spare_layers: int = 0,
     handoff: int = 0,
     drafts: abc.Sequence[int] = (0,),
+    prompts: abc.Sequence[PromptSize] = (),
 ) -> dict[str, int]:
     """Return the table's rows without KV: name -> bytes.
 
@@ -111,6 +113,7 @@ def plan_parts(
     `spare_layers`: layers whose experts may move at once (`disagg/rebalance.py`).
     `handoff`: bytes of the KV handoff's buffers (`disagg/handoff/credits.py`).
     `drafts`: how many of each decoding sequence a step may verify, the most last.
+    `captures`: are decode steps captured? `prompts`: of steps of prompts, the sizes that are.
     """
     tokens = shape.whole(max_tokens_per_step)
     most = max(buckets)
@@ -127,6 +130,6 @@ def plan_parts(
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),
-        "CUDA graphs": graphs(shape, buckets, drafts) if captures else 0,
+        "CUDA graphs": graphs(shape, buckets if captures else (), drafts, prompts),
         "cuBLAS workspaces": WORKSPACES,
     }

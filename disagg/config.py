@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from disagg.buckets import PromptSize, make_prompt_sizes
 from disagg.request import MOST_DRAFTS
 from model.config import ModelConfig
 from model.pages import PAGE
@@ -59,7 +60,7 @@ class EngineConfig:
     dtype: str = "auto"
     dispatch: str = "auto"
     decodes: bool = True  # False for a prefill job
-    graphs: str = "auto"  # decode in CUDA graphs if there is CUDA; or "off"
+    graphs: str = "auto"  # CUDA graphs for the steps that allow it (`captures.py`); or "off"
     overlap: str = "auto"
     speculate: int = 0  # N: drafts per step by the multi-token-prediction layer, at most
     adapts: bool = False  # a decode step has 0 to N drafts, whatever pays best
@@ -120,6 +121,14 @@ class EngineConfig:
     def longest(self, model: ModelConfig) -> int:
         """Return the most tokens of KV that a request can have, as far as it is known before there is a pool."""
         return min(self.model_len(model), self.kv_tokens or self.model_len(model))
+
+    def prompt_sizes(self, model: ModelConfig) -> tuple[PromptSize, ...]:
+        """Return the sizes, ascending, of the steps of prompts that a rank may capture (`captures.py`).
+
+        They see no more than the largest step, for which the activations have room.
+        """
+        longest, most = self.longest(model), self.max_tokens_per_step
+        return make_prompt_sizes(min(most, self.max_batch * longest), most + longest)
 
     def positions(self, model: ModelConfig) -> int:
         """Return the length of tables by position.

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from disagg.buckets import make_buckets
+from disagg.captures import decide
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_draft_placement, make_placement
 from disagg.fixed_inputs import FixedInputs
 from disagg.graphs import Graphs, Progress
 from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
 from disagg.page_cache import PageCache
+from disagg.prompt_graphs import PromptGraphs
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
 from disagg.scheduler import Plan, Scheduler
@@ -34,7 +36,8 @@ from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import make_pool
 from model.pages import PAGE, pages_for
-from model.precision import decide, dtype_on
+from model.precision import decide as decide_precision
+from model.precision import dtype_on
 from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
 from model.weights import DummyWeights, ExpertReader, load_weights
@@ -82,7 +85,7 @@ class Engine:
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
             decodes=settings.decodes,
         )
-        self.captures, self.why_graphs = self._decide_graphs()
+        self.captures = decide(settings, self.config, mesh, model.ops)
         self.budget = None
         if mesh.device.type == "cuda":
             self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.captures, handoff_bytes)
@@ -117,12 +120,16 @@ class Engine:
         inputs = FixedInputs(2 + settings.speculate, buckets[-1], width, mesh.device)
         masked, contiguous = (partial(self._forward, d) for d in (self.dispatchers.masked, self.dispatchers.contiguous))
         self.graphs, self.graph_replays = Graphs(), 0  # steps that replayed some
+        layers = self.dispatchers.contiguous, self.graphs, self.captures.prompts
+        self.prompt_graphs = PromptGraphs(model, self.pool, *layers)
         self.decode = DecodeStep(masked, self.tokens, buckets, inputs, self.graphs, self.rule.in_decode)
         self.prompt = PromptStep(contiguous, self.tokens, mesh.attn.size)
         self.sampler = Sampler(self.tokens, mesh.attn)
         self.speculation: Speculation | None = None
         if settings.speculate:
-            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, inputs, self.graphs)
+            self.speculation = Speculation(
+                model, self.pool, self.dispatchers, mesh.attn, inputs, self.graphs, self.prompt_graphs.body
+            )
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -159,7 +166,7 @@ class Engine:
         dummy = settings.load == "dummy"
         source = DummyWeights(config, mesh.device) if dummy else open_checkpoint(folder, config)
         dtype = dtype_on(mesh.device, settings.dtype)
-        fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
+        fp8 = decide_precision(config, mesh.attn.size, dtype, mesh.device).fp8
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         of_drafts = make_draft_placement(config, mesh, settings.redundant_experts, settings.expert_map, say)
         slots = placement.slots_per_rank
@@ -179,16 +186,6 @@ class Engine:
         text = f"{gigabytes:.3f} GB on rank {mesh.rank}, {rate}"
         return cls(settings, model, mesh, say, ExpertReader(source, config) if moves else None, handoff_bytes, text)
 
-    def _decide_graphs(self) -> tuple[bool, str]:
-        """Decide whether to capture the decode step. Returns that, and a line for the log, which may be empty."""
-        if self.mesh.device.type != "cuda" or not self.settings.decodes:
-            return False, ""
-        if self.settings.graphs == "off":
-            return False, "no CUDA graphs: --graphs off"
-        if not self.ops.capturable:
-            return False, "no CUDA graphs: torch serves ops that wait for the host"
-        return True, "in CUDA graphs"
-
     def _forward(
         self,
         dispatcher: Dispatcher,
@@ -197,10 +194,10 @@ class Engine:
         chosen: ChosenExperts | None = None,
         scored: PromptLogprobs | None = None,
     ) -> Tensor:
-        return self.model(batch, self.pool, dispatcher, halves, chosen, scored)
+        return self.model.head(self.prompt_graphs.body(batch, dispatcher, halves, chosen, scored), batch)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
-        """Collective. Compile every kernel before the first request, and capture the decode step. No-op on a CPU.
+        """Collective. Compile every kernel before the first request, and capture some steps. No-op on a CPU.
 
         `progress` wraps each list of sizes that is worked through.
         """
@@ -214,7 +211,7 @@ class Engine:
         gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
     def run_every_size(self, progress: Progress) -> None:
-        """Collective. Run steps of all sizes in which kernels differ, and capture those that decode."""
+        """Collective. Run steps of all sizes in which kernels differ, and capture those of `self.captures`."""
         limit, drafts = min(self.max_model_len, self.kv_tokens), self._every_drafts()[-1]
         most, vocab = self.settings.max_tokens_per_step, self.config.vocab_size
         for size in progress(prompt_sizes(min(most, self.settings.max_batch * limit))):
@@ -228,7 +225,9 @@ class Engine:
         if drafts is not None:  # how many get a token in a step with prompts: drafts follow
             for rows in progress(buckets[::-1]):
                 self._compute(prompt_work(rows, 1, vocab, False, drafts))
-        if self.captures:
+        if self.captures.prompts:
+            self.prompt_graphs.capture(progress)
+        if self.captures.decodes:
             self.graphs.capture(self.decode_nothing, buckets, progress)
         elif self.settings.decodes:
             for rows in progress(buckets[::-1]):
@@ -262,9 +261,10 @@ class Engine:
         fixed-capacity layout. `most_tokens`: tokens of the fullest replica. `eager`: replay no graph, because a request
         on some rank asks for its chosen experts. `makes`: drafts, if not as many as in every step.
 
-        `meanwhile()` is called once. A decode step on a GPU calls it after the launch, while the GPU works by itself.
-        Any other step calls it before the launch, because that takes about as long as the step itself. On a CPU the
-        host computes the step. On a GPU it waits inside the step for the experts' row counts.
+        `meanwhile()` is called once. A step that runs in graphs calls it after the launch, while the GPU works by
+        itself. So does any decode step on a GPU. Any other step calls it before the launch, because that takes about as
+        long as the step itself. On a CPU the host computes the step. On a GPU it waits inside the step for the experts'
+        row counts, if there are several ranks.
         """
         work = self.lay_out(plan, decode_rows, most_tokens, eager, makes)
         ahead = self.runs_ahead(work)
@@ -309,7 +309,8 @@ class Engine:
         """Does `run` return long before the step is done?"""
         # All of them, which the host may not have seen.
         needs_tokens = work.drafts is not None and work.plan.processes_logits
-        return self.tokens.is_cuda and not work.mixed and not needs_tokens
+        quick = not work.mixed or self.prompt_graphs.serves(work)
+        return self.tokens.is_cuda and quick and not needs_tokens
 
     def run(self, work: Work) -> Step:
         """Launch a step."""
@@ -320,8 +321,9 @@ class Engine:
         scored = PromptLogprobs(work.prompts, self.tokens.device) if scores else None
         if not work.mixed:
             self.dispatchers.prepare_masked()
-            self.graph_replays += self.captures and not work.eager
+        before = self.graphs.replays
         tokens, counts, logprobs = self._compute(work, chosen, scored)
+        self.graph_replays += self.graphs.replays > before
         experts = self._reported(chosen.rows()) if chosen is not None else None
         prompt_rows = self._reported(scored.rows()) if scored is not None else None
         done = None

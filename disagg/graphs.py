@@ -1,16 +1,20 @@
-"""Graphs: the parts of decode steps on the device, each captured once as a CUDA graph, all in one memory pool.
+"""Graphs: the parts of steps on the device, each captured once as a CUDA graph, all in one memory pool.
 
-A step of a drafting job has several parts, because the host may choose tokens between them; any other step is one. What
-a part returns stays where it is: each replay writes it anew. So the next part, and the host's choice, find it there.
+A decode step of a drafting job has several parts, because the host may choose tokens between them; any other decode
+step is one. The layers of a step of prompts are one, too (`prompt_graphs.py`). What a part returns stays where it is:
+each replay writes it anew. So the next part, and the host's choice, find it there.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from disagg.buckets import PromptSize
+
 Result = TypeVar("Result")
-Progress = Callable[[Iterable[int]], Iterable[int]]
+Size = TypeVar("Size", int, PromptSize)
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Graphs:
@@ -18,6 +22,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.captured: dict[Hashable, tuple[Callable[[], None], Any]] = {}  # a part's replay, and what it returned
+        self.replays = 0  # of parts
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._capturing = False
 
@@ -36,6 +41,7 @@ class Graphs:
             return call()
         replay, result = self.captured[key]
         replay()
+        self.replays += 1
         return result
 
     def record(self, call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
@@ -47,16 +53,16 @@ class Graphs:
         self._graphs.append(graph)
         return graph.replay, result
 
-    def capture(self, step: Callable[[int], object], sizes: list[int], progress: Progress) -> None:
-        """Collective. Run `step(rows)` of every size, so that kernels compile, then capture its parts.
+    def capture(self, step: Callable[[Size], object], sizes: Sequence[Size], progress: Progress) -> None:
+        """Collective. Run `step(size)` of every size, so that kernels compile, then capture its parts.
 
         The largest comes first, so that the others fit into its memory.
         """
-        for rows in progress(sorted(sizes, reverse=True)):
+        for size in progress(sorted(sizes, reverse=True)):
             for _ in range(2):
-                step(rows)
+                step(size)
             self._capturing = True
-            step(rows)
+            step(size)
             self._capturing = False
 
     def reset(self) -> None:

@@ -76,8 +76,8 @@ def run_worker(
     say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {where}")
     say(f"{'weights':>10}: {engine.loaded}")
     say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
-    if engine.why_graphs:
-        say(f"{'decode':>10}: {engine.why_graphs}")
+    if engine.captures.why:
+        say(f"{'graphs':>10}: {engine.captures.why}")
     if settings.speculate:
         drafts = settings.drafts_per_step
         range_ = f"{drafts[0]} to " if len(drafts) > 1 else ""

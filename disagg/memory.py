@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from disagg.budget import Budget, gib, plan_parts, share_of_gpu
+from disagg.captures import Captures
 from disagg.config import EngineConfig
 from model.footprint import StepShape, page_bytes, room_for_context, weight_bytes
 from model.pages import PAGE
@@ -121,12 +122,12 @@ def budget_of_all(
     mesh: Mesh,
     dispatchers: Dispatchers,
     buckets: list[int],
-    captures: bool,
+    captures: Captures,
     handoff_bytes: int,
 ) -> Budget:
     """Collective. Return the budget of the rank with the least memory left for KV, for all ranks to use.
 
-    `buckets`: row counts of decode steps. `captures`: are they captured? The rest is as in `Engine`.
+    `buckets`: row counts of decode steps. The rest is as in `Engine`.
     """
     config, shape = model.config, step_shape(model, mesh, dispatchers)
     needed = buckets[-1] * (1 + settings.speculate) // mesh.attn.size
@@ -138,10 +139,11 @@ def budget_of_all(
         settings.max_tokens_per_step,
         settings.positions(config),
         settings.longest(config),
-        captures,
+        captures.decodes,
         settings.rebalance.layers_per_step if settings.rebalance.interval else 0,
         handoff_bytes,
         settings.drafts_per_step,
+        captures.prompts,
     )
     page = page_bytes(config, model.dtype.itemsize)
     own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)

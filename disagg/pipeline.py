@@ -1,7 +1,8 @@
 """Pipeline: one turn of the step loop: schedule, agree, launch a step, take up the previous one.
 
-A step is scheduled before the previous step's tokens have been read. A decode step is also launched before that. While
-the GPU computes it, the CPU takes up those tokens, reports to the router, and schedules the next step.
+A step is scheduled before the previous step's tokens have been read. One that decodes, or that runs in graphs, is also
+launched before that. While the GPU computes it, the CPU takes up those tokens, reports to the router, and schedules the
+next step.
 
 The ranks of the job agree once per turn, in one collective, on the kind of step, on whether experts move before it, and
 on how many drafts it makes. After that no rank returns early: a rank without work runs an empty batch.

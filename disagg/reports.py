@@ -31,7 +31,7 @@ class RankStats(msgspec.Struct, frozen=True, tag=True):
 
 def about(engine: Engine) -> dict[str, str]:
     """Return how this job runs, in words: settings that the metrics show with their reasons."""
-    return {"overlap": engine.rule.mode, "overlap_rule": engine.rule.why, "graphs": engine.why_graphs or "none"}
+    return {"overlap": engine.rule.mode, "overlap_rule": engine.rule.why, "graphs": engine.captures.why or "none"}
 
 
 class Reports:

@@ -21,6 +21,7 @@ device's parts are CUDA graphs: one up to the logits, one that fills, and one up
 same ones, whatever a request of one rank asks for. Only the first two depend on how many drafts were verified.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -73,10 +74,14 @@ class Speculation:
         attn: Group,
         inputs: FixedInputs,
         graphs: Graphs,
+        body: Callable[..., Tensor],
     ) -> None:
-        """`inputs`: with a column per draft behind ids and positions. Its pages reach behind those of a sequence."""
+        """`inputs`: with a column per draft behind ids and positions. Its pages reach behind those of a sequence.
+
+        `body`: `PromptGraphs.body`, the target's layers.
+        """
         self.model, self.pool, self.dispatchers, self.device = model, pool, dispatchers, pool.device
-        self.graphs = graphs
+        self.graphs, self.body = graphs, body
         self.inputs, self.sampler = SpeculationInputs(inputs, attn.size), SpeculativeSampler(attn)
         columns, rows = inputs.columns.shape
         kind = {"dtype": torch.int64, "device": self.device}
@@ -126,7 +131,7 @@ class Speculation:
         fed, start = self._fronts(inputs, verifies)
         places, head = start[:, None] + torch.arange(verifies + 1, device=self.device), self.model.head
         batch, halves = batches(inputs, fed, places)
-        hidden = head.norm(self.model.body(batch, self.pool, dispatcher, halves, chosen, scored))
+        hidden = head.norm(self.body(batch, dispatcher, halves, chosen, scored))
         logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
         after = places.flatten() + 1
         if inputs.prompts is not None:

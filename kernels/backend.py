@@ -111,7 +111,9 @@ def choose(
         **chosen,
         decode_plan=_beside(chosen["mla_decode"], "decode_plan", ref.decode_plan),
         leave_sms=_beside(chosen["gemm_fp8"], "leave_sms", nullcontext),
-        capturable=not any(chosen[op] is getattr(ref, op) for op in ref.WAITING),
+        capturable=frozenset(
+            kind for kind, waiting in ref.WAITING.items() if not any(chosen[op] is getattr(ref, op) for op in waiting)
+        ),
         whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
         alignment=128 if padded else 1,
     ), choices

@@ -104,6 +104,7 @@ class EpScatter(Protocol):
         alignment: int,
         counts: abc.Sequence[int] | None = None,
         scales: Tensor | None = None,
+        num_rows: int | None = None,
     ) -> tuple[Tensor, ...]: ...
 
 
@@ -156,6 +157,6 @@ class Ops:
     unpack_pages: Callable[[T, T, T], None] = ref.unpack_pages
     # Within `with leave_sms(n):`, products leave n SMs free. From the library that serves gemm_fp8.
     leave_sms: Callable[[int], AbstractContextManager] = nullcontext
-    capturable: bool = False  # a decode step can be captured into a CUDA graph
+    capturable: frozenset[str] = frozenset()  # the kinds of steps in `ref.WAITING` that a CUDA graph can capture
     whole_keys: bool = False  # prefill_attention copies each key into one piece
     alignment: int = 1  # the grouped GEMMs want each expert's group or room padded to this many rows

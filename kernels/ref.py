@@ -1,6 +1,7 @@
 """The pure-torch twin of every op: the specification that the fast kernels are tested against, and the CPU path.
 
-WAITING names the twins among a decode step's ops that read numbers on the host: a CUDA graph cannot capture them.
+WAITING names the twins that read numbers on the host, by the kind of step that uses them: a CUDA graph cannot capture
+them.
 
 T tokens, D hidden, H heads, C kv latent, R rope dims, K experts per token, L local experts, I expert width.
 """
@@ -14,7 +15,16 @@ from torch import Tensor
 from kernels.fp8 import Quantized, dequantize_1x128, dequantize_128x128, quantize_1x128
 from kernels.ref_attention import decode_plan, mla_decode, prefill_attention  # noqa: F401 (twins, too)
 
-WAITING = ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8")
+WAITING = {
+    "decodes": ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8"),
+    "prompts": (
+        "prefill_attention",
+        "ep_scatter",
+        "silu_mul",
+        "grouped_gemm_contiguous",
+        "grouped_gemm_contiguous_fp8",
+    ),
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -198,6 +208,7 @@ def ep_scatter(
     alignment: int,
     counts: abc.Sequence[int] | None = None,
     scales: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Group received tokens by expert, each group padded to `alignment` rows.
 
@@ -205,7 +216,8 @@ def ep_scatter(
     row_expert [M] int32 (-1 = padding) and index [N, K], the row of token n's k-th copy (-1 = nowhere). With `scales`
     [N, S], also returns the scales of the rows [M, S].
 
-    `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. That spares a host sync.
+    `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. `num_rows`: M, whatever the
+    groups need, and no less than that; the rest is padding behind them. Either spares a host sync.
     """
     flat = experts.flatten()
     copies = torch.bincount(flat[flat >= 0], minlength=num_local)
@@ -216,7 +228,8 @@ def ep_scatter(
     expert = flat[order]
     first = copies.cumsum(0) - copies
     rows = starts[expert] + torch.arange(len(order), device=x.device) - first[expert]
-    total = int(sizes.sum())
+    total = int(sizes.sum()) if num_rows is None else num_rows
+    assert total >= int(sizes.sum()), f"{num_rows=} {sizes=}"
     index = torch.full_like(flat, -1)
     index[order] = rows
     row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)

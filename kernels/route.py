@@ -313,6 +313,7 @@ def ep_scatter(
     alignment: int,
     counts: list[int] | None = None,
     scales: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Group received tokens by expert, in token order, each group padded to `alignment` rows: `ref.ep_scatter`.
 
@@ -320,8 +321,8 @@ def ep_scatter(
     row_expert [M] int32 (-1 = padding) and index [N, K] int64, the row of token n's k-th copy (-1 = nowhere). With
     `scales` [N, S], also returns the scales of the rows [M, S].
 
-    `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. Without them, learning M
-    costs one host sync.
+    `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. `num_rows`: M, whatever the
+    groups need, and no less than that; the rest is padding behind them. With neither, learning M costs one host sync.
     """
     experts = experts.contiguous()
     width, num_copies = triton.next_power_of_2(num_local), experts.numel()
@@ -332,13 +333,14 @@ def ep_scatter(
     block_ends = block_ends.cumsum(1, dtype=torch.int32)
     sizes = (block_ends[:, -1] + alignment - 1) // alignment * alignment
     ends = sizes.cumsum(0)
-    total = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
-    row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
+    if num_rows is None:
+        num_rows = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
+    row_expert = torch.full((num_rows,), -1, dtype=torch.int32, device=x.device)
     index = torch.empty_like(experts)
     _place_kernel[blocks,](
         experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
     )
-    rows, *scale = _move(x, scales, index, total)
+    rows, *scale = _move(x, scales, index, num_rows)
     return rows, row_expert, index, *scale
 
 

@@ -30,7 +30,7 @@ from kernels.fp8_format import BLOCK
 from model.config import MOST_SIZE, ModelConfig
 from model.pages import PAGE
 from model.prompt_row import MAX_LOGPROBS, SLICE, row_bytes
-from parallel.copies import most_copies
+from parallel.copies import grouped_rows, most_copies
 
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
@@ -141,20 +141,20 @@ def table_bytes(shape: StepShape, max_model_len: int, max_batch: int) -> int:
     return rope + pages + (c.num_moe_layers + c.drafts) * (c.n_routed_experts + shape.ranks * shape.slots) * INDEX
 
 
-def grouped_rows(copies: int, groups: int, alignment: int) -> int:
-    """Return the most rows that `copies` copies take in `groups` groups, each padded to `alignment`.
-
-    In each group's last block, all rows but one may be padding.
-    """
-    groups = min(groups, copies)
-    return (copies + groups * (alignment - 1)) // alignment * alignment
-
-
 def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int) -> int:
     """Return the peak bytes of a step in the contiguous layout: prefill, or mixed.
 
     It has `tokens` tokens, of which up to `max_batch` are decodes. The prompts see `context` tokens.
     """
+    return max(
+        _contiguous_layers(shape, tokens, max(_expanded(shape, tokens, context), _absorbed(shape, max_batch))),
+        _head(shape, tokens, max_batch),
+        _scores(shape, tokens),
+    )
+
+
+def _contiguous_layers(shape: StepShape, tokens: int, inside: int) -> int:
+    """Return the peak bytes of all layers of such a step. `inside`: the bytes of the attention itself."""
     if not shape.normal:
         shape = replace(shape, capacity=None)
     local_tokens = tokens // shape.attn_tp
@@ -164,11 +164,9 @@ def contiguous_step(shape: StepShape, tokens: int, context: int, max_batch: int)
     sliced = max(1, max_copies // shape.copies) if copies > max_copies and shape.ranks > 1 else 0
     sent = local_tokens * (1 + min(shape.ranks - 1, shape.config.num_experts_per_tok - shape.copies))
     return max(
-        _attention(shape, tokens, max(_expanded(shape, tokens, context), _absorbed(shape, max_batch))),
+        _attention(shape, tokens, inside),
         _dense(shape, tokens),
         _experts(shape, tokens, rows, sent, received, sliced),
-        _head(shape, tokens, max_batch),
-        _scores(shape, tokens),
     )
 
 
@@ -212,14 +210,24 @@ def sampling(config: ModelConfig, rows: int) -> int:
     return SAMPLING * rows * config.vocab_size * FLOAT
 
 
-def graphs(shape: StepShape, buckets: abc.Sequence[int], drafts: abc.Sequence[int] = (0,)) -> int:
-    """Estimate the bytes that the captured decode steps hold: one shared pool, and 60 KiB per layer of each forward.
+def graphs(
+    shape: StepShape,
+    buckets: abc.Sequence[int],
+    drafts: abc.Sequence[int] = (0,),
+    prompts: abc.Sequence[tuple[int, int]] = (),
+) -> int:
+    """Estimate the bytes that the captured steps hold: one shared pool, and 60 KiB per layer of each forward.
 
-    Captures run from the largest bucket to the smallest. What each returns stays in the pool: its logits, and with
-    drafts the target's output. So a capture needs its own step and what all those before it returned. The pool is as
-    large as the largest of these sums. `drafts`: how many steps may have, the most last.
+    Captures run from the largest to the smallest, prompts first. What a decode step returns stays in the pool: its
+    logits, and with drafts the target's output. So a capture needs its own step and what all those before it returned.
+    The pool is as large as the largest of these sums. Those of prompts share their inputs and their output, which are
+    no part of it. `buckets`: of decode steps. `drafts`: how many these may have, the most last. `prompts`: the tokens
+    and the context of each captured step of prompts.
     """
-    c, kept, pool, most = shape.config, 0, 0, max(drafts)
+    c, kept, most = shape.config, 0, max(drafts)
+    pool = max((_contiguous_layers(shape, n, _expanded(shape, n, seen)) for n, seen in prompts), default=0)
+    tokens, context = (max(sizes) for sizes in zip((0, 0), *prompts, strict=True))
+    shared = tokens * (shape.row(c.hidden_size) + 3 * INDEX) + context * INDEX
 
     def capture(tokens: int, width: int) -> None:
         """Capture a forward that returns `width` bytes for each of its tokens."""
@@ -234,7 +242,8 @@ def graphs(shape: StepShape, buckets: abc.Sequence[int], drafts: abc.Sequence[in
             for _ in range(verified if verified == most else 0):
                 capture(rows, logits)
     layers = c.num_hidden_layers * len(drafts) + most + (len(drafts) if most else 0)  # the last: those that fill
-    return pool + len(buckets) * layers * KERNELS * KERNEL_BYTES
+    layers = len(buckets) * layers + len(prompts) * c.num_hidden_layers
+    return pool + shared + layers * KERNELS * KERNEL_BYTES
 
 
 def _attention(shape: StepShape, tokens: int, inside: int) -> int:

@@ -12,7 +12,7 @@ A row on the wire is bytes, because gloo has no fp8. Tokens in fp8 travel with t
 
 The experts take rows in one of four layouts. The first two are as in DeepEP:
 
-    Contiguous   "normal", for prefill: exactly the routed rows, sizes known on the host
+    Contiguous   "normal", for prefill: the routed rows, their number known on the host
     Masked       "low latency", for decode: fixed shapes, counts only on the device, safe in a CUDA graph
     Copies       for the smallest decode steps on a single rank: nothing is sorted
     Sliced       for prefill with far more rows than balanced routing brings: the experts take one slice at a time,
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
+from parallel.copies import grouped_rows
 from parallel.mesh import Group
 
 FEW_COPIES = 16  # the most that use `Copies`, which reads an expert's weights once per copy but starts few kernels
@@ -229,7 +230,10 @@ class MaskedAllToAll:
 
 
 class LocalContiguous:
-    """The dispatch of a single rank, which holds every expert: nothing travels."""
+    """The dispatch of a single rank, which holds every expert: nothing travels, and nothing waits for the host.
+
+    There are as many rows as the copies may take at most. A CUDA graph can hold it.
+    """
 
     casts, num_sms = False, 0
 
@@ -241,8 +245,9 @@ class LocalContiguous:
 
     def _group(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Contiguous:
         x, scales = (x, None) if isinstance(x, Tensor) else x
+        most = grouped_rows(slots.numel(), self.num_local, self.ops.alignment)
         rows, row_expert, index, *scale = self.ops.ep_scatter(
-            x, slots, self.num_local, self.ops.alignment, scales=scales
+            x, slots, self.num_local, self.ops.alignment, scales=scales, num_rows=most
         )
         return Contiguous(rows, row_expert, (index, weights), *scale)
 

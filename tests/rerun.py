@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from disagg.buckets import PromptSize
+from disagg.captures import Captures
 from disagg.engine import Engine
 from disagg.graphs import Graphs
+from disagg.prompt_graphs import PromptGraphs
 
 
 class Rerun(Graphs):
@@ -28,6 +31,7 @@ class Rerun(Graphs):
         return replay, result
 
 
+@torch.inference_mode()
 def put(new: Any, old: Any) -> None:
     """Copy all tensors of `new` into those at the same places of `old`."""
     if isinstance(old, torch.Tensor):
@@ -41,10 +45,15 @@ def put(new: Any, old: Any) -> None:
         assert new == old
 
 
-def captured(engine: Engine) -> Rerun:
-    """Make an engine replay its decode steps."""
+def captured(engine: Engine, prompts: tuple[PromptSize, ...] = ()) -> Rerun:
+    """Make an engine replay its decode steps, and steps of prompts in these sizes."""
     graphs = Rerun()
-    assert engine.speculation is not None
-    engine.captures, engine.graphs, engine.speculation.graphs = True, graphs, graphs
+    engine.captures = Captures(engine.settings.decodes, prompts, "")
+    engine.graphs = engine.decode.graphs = graphs
+    engine.prompt_graphs = PromptGraphs(
+        engine.model, engine.pool, engine.dispatchers.contiguous, graphs, engine.captures.prompts
+    )
+    if engine.speculation is not None:
+        engine.speculation.graphs, engine.speculation.body = graphs, engine.prompt_graphs.body
     engine.run_every_size(list)
     return graphs

@@ -341,9 +341,9 @@ BAD_COMMANDS = {
         ("--input", "{tmp}/in", "--output", "{tmp}/o", "--max-tokens", "8"),
         "--max-tokens 8 is for --prompt; a line of --input has its own max_tokens",
     ),
-    "graphs of prefill": (
-        ("--role", "prefill", "--router", "a:1", "--graphs", "off"),
-        "prefill does not take --graphs",
+    "graphs of a router": (
+        ("--role", "router", "--router", "a:1", "--graphs", "off"),
+        "--role router does not take --graphs",
     ),
     "input alone": (("--input", "x.jsonl"), "--input and --output go together"),
     "output of a prompt": (("--prompt", "x", "--output", "{tmp}/o"), "--input and --output go together"),
@@ -432,7 +432,7 @@ HANDOFF = {"--transport", "--kv-checksum"}
 FLAGS = {
     "unified": COMMON | REQUESTS | ENGINE,
     "router": COMMON | REQUESTS | {"--router"},
-    "prefill": COMMON | {"--router"} | HANDOFF | ENGINE - {"--graphs"},
+    "prefill": COMMON | {"--router"} | HANDOFF | ENGINE,
     "decode": COMMON | {"--router"} | HANDOFF | ENGINE,
 }
 

@@ -224,3 +224,20 @@ def test_experts_take_slices(tiny: Path, fp8: bool) -> None:
         outs.append(dispatcher.combine(*experts(lambda arrived=arrived: arrived), x).wait())
     assert outs[0].dtype == outs[1].dtype and outs[0].std() > 1 / 2
     torch.testing.assert_close(*outs, rtol=0.02 if fp8 else 1e-5, atol=0.02 if fp8 else 1e-5)
+
+
+def test_on_one_rank_the_number_of_rows_does_not_depend_on_the_routing() -> None:
+    """So the host need not learn it, and a CUDA graph can hold it. Rows that are not needed come last."""
+    generator, shapes = torch.Generator().manual_seed(4), set()
+    contiguous, _ = plain_dispatchers(Group(), EXPERTS, Ops(alignment=8))
+    for kind in ("random", "ragged", "one rank", "nowhere"):
+        x, slots = torch.randn(ROWS, HIDDEN, generator=generator), routing(kind, ROWS, EXPERTS, generator)
+        weights = torch.rand(ROWS, TOP_K, generator=generator)
+        arrived = contiguous.dispatch(x, slots, weights).wait()
+        shapes.add(arrived.x.shape)
+        used = sum(-(-int((slots == e).sum()) // 8) * 8 for e in range(EXPERTS))
+        assert (arrived.row_expert >= 0).sum() == (slots >= 0).sum() and (arrived.row_expert[used:] == -1).all()
+        got = contiguous.combine(apply_experts(arrived, 0), arrived.way_back).wait()
+        terms = torch.stack([expert(x, slots[:, k, None]) * weights[:, k, None] for k in range(TOP_K)], 1)
+        torch.testing.assert_close(got, terms.masked_fill(slots[..., None] < 0, 0).sum(1))
+    assert shapes == {((ROWS * TOP_K + EXPERTS * 7) // 8 * 8, HIDDEN)}

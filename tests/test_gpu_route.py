@@ -159,6 +159,10 @@ def test_scatter(tokens: int, top_k: int, num_local: int, share: float, dtype: t
     same(ep_scatter(x, experts, num_local, 128, counts), want, want[1] >= 0)
     aligned = [-(-count // 128) * 128 for count in counts]
     same(ep_scatter(x, experts, num_local, 128, aligned), want, want[1] >= 0)
+    for more in (0, 1, 1000):
+        rows = len(want[1]) + more
+        wide = ref.ep_scatter(x, experts, num_local, 128, num_rows=rows)
+        same(ep_scatter(x, experts, num_local, 128, num_rows=rows), wide, wide[1] >= 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

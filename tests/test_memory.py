@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from disagg.budget import GIB, WORKSPACES, Budget, plan_parts, share_of_gpu
+from disagg.captures import Captures
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
 from disagg.memory import budget_of_all, host_memory, pages_on_host, share_of_torch
@@ -23,7 +24,6 @@ from model.footprint import (
     contiguous_step,
     drafting,
     graphs,
-    grouped_rows,
     masked_step,
     page_bytes,
     room_for_context,
@@ -36,7 +36,7 @@ from model.prompt_logprobs import PromptLogprobs
 from model.prompt_row import MAX_LOGPROBS
 from model.sampling import SamplingRows, sample
 from model.transformer import Transformer
-from parallel.copies import most_copies
+from parallel.copies import grouped_rows, most_copies
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
@@ -222,6 +222,20 @@ def test_graphs_hold_their_logits() -> None:
     assert graphs(wide, [128], (2,)) == 4 * logits + 3 * output + last + (4 + 2 + 1) * 30 * 2048
     # With zero to two, the target's over 2 tokens and over 1, too, and two more that fill.
     assert graphs(wide, [128], range(3)) == 7 * logits + 5 * output + last + (3 * 4 + 2 + 3) * 30 * 2048
+
+
+def test_graphs_of_prompts_share_what_goes_in_and_comes_out() -> None:
+    """And the pool of those that decode. The larger of two contexts may make the peak."""
+    job = replace(HAND, ranks=1, slots=16, config=replace(SMALL, kv_lora_rank=64))
+    kernels, shared = 4 * 30 * 2048, 256 * (512 * 2 + 3 * 8)
+    layers = graphs(job, [], prompts=[(256, 256)]) - kernels - shared - 256 * 8
+    assert 0 < layers <= contiguous_step(job, 256, 256, 1)
+    assert graphs(job, [], prompts=[(64, 64), (256, 256)]) == layers + 2 * kernels + shared + 256 * 8
+    wide = graphs(job, [], prompts=[(256, 256), (256, 65536)])
+    assert wide - 2 * kernels - shared - 65536 * 8 > 65536 * (64 + 2 * 128) * 2 > layers
+    decodes = graphs(job, [512])
+    assert decodes - kernels > layers, "the pool is that of the larger"
+    assert graphs(job, [512], prompts=[(256, 256)]) == decodes + kernels + shared + 256 * 8
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -466,7 +480,7 @@ def test_an_engine_takes_its_share(
     settings = EngineConfig(kv_tokens=1024, max_model_len=512, gpu_memory_fraction=0.5)
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
     mesh = Mesh(device=torch.device("cuda", 0), ep=Hosts(5) if sharing else Group())
-    budget = budget_of_all(settings, engine.model, mesh, engine.dispatchers, [1, 2, 64], False, 0)
+    budget = budget_of_all(settings, engine.model, mesh, engine.dispatchers, [1, 2, 64], Captures(False, (), ""), 0)
     assert budget.available == (left - sharing) * GIB
     assert sum(budget.parts.values()) < GIB / 2
     assert budget.most_pages == (budget.available - sum(budget.parts.values())) // (5 * 64 * 80 * 4) - 1

@@ -283,6 +283,10 @@ def test_ep_scatter_groups_by_expert_and_pads_to_the_alignment(experts: list[lis
     assert row_expert.dtype == torch.int32
     assert rows.shape == (len(row_expert), HIDDEN)
     assert_provenance(rows, row_expert, index, x, ids)
+    for more in (0, 1, 300):
+        wide, expert, at = ref.ep_scatter(x, ids, LOCAL, alignment, num_rows=len(rows) + more)
+        assert expert.tolist() == row_expert.tolist() + [-1] * more and torch.equal(at, index)
+        assert_provenance(wide, expert, at, x, ids)
 
 
 @every_routing

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_iter
 
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
-from model.footprint import SPLIT_ROWS, SPLITS, grouped_rows
+from model.footprint import SPLIT_ROWS, SPLITS
+from parallel.copies import grouped_rows
 from parallel.mesh import AllToAll, Group
 
 
@@ -150,9 +151,10 @@ def _scatter(
     alignment: int,
     counts: Sequence[int] | None = None,
     scales: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> tuple:
-    """Allocate the rows for these counts; without counts, the largest possible number."""
-    rows = grouped_rows(experts.shape[0] * min(experts.shape[1], groups), groups, alignment)
+    """Allocate the rows for these counts, or as many as asked; with neither, the largest possible number."""
+    rows = num_rows or grouped_rows(experts.shape[0] * min(experts.shape[1], groups), groups, alignment)
     if counts is not None:
         rows = sum(-(-count // alignment) * alignment for count in counts)
     moved = [t.new_empty(rows, t.shape[1]) for t in (x, scales) if t is not None]

@@ -42,7 +42,7 @@ REPLICA_COUNTERS = {
     ),
     "moesaic_cache_evictions": ("Pages that the prefix cache gave up because others needed them.", "cache_evictions"),
     "moesaic_verifications": ("Steps of a request where the model drafts; each gives a token.", "verifications"),
-    "moesaic_graph_replays": ("Decode steps that replayed a CUDA graph.", "graph_replays"),
+    "moesaic_graph_replays": ("Steps that replayed a CUDA graph.", "graph_replays"),
 }
 DRAFTS = {
     "verified": "Drafts that were verified, by their place in a step.",
@@ -156,7 +156,7 @@ def _steps(replicas: list[Replica]) -> Iterator[Metric]:
 def _jobs(jobs: dict[tuple[str, str], Replica]) -> Iterator[Metric]:
     """Yield what all replicas of a job know alike: `jobs` has one replica per job."""
     texts = [((*job, *(r.hello.about.get(name, "") for name in ABOUT)), 1) for job, r in jobs.items()]
-    help = "1. overlap: the mode; overlap_rule: when steps overlap, or why not; graphs: CUDA graphs, or why not."
+    help = "1. overlap: the mode; overlap_rule: when steps overlap, or why not; graphs: what runs in CUDA graphs."
     yield _gauge("moesaic_job_info", help, (*JOB, *ABOUT), texts)
     help = "Mean tokens per rank over those of the fullest rank, at the latest look."
     found = [(job, r.stats["balancedness"]) for job, r in jobs.items() if "balancedness" in r.stats]

@@ -230,7 +230,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--speculate", type=draftings, default=[], metavar="N,...", help="also with so many drafts per step, or auto:N")
     add("--accept", type=probability, default=0.6, help="FORCED acceptance: how likely a draft counts as right (0.6)")
     add("--backend", action="append", metavar="[OP=]LIB", help="force a library, as in run.py")
-    add("--no-graphs", action="store_true", help="decode without CUDA graphs")
+    add("--no-graphs", action="store_true", help="run without CUDA graphs")
     add("--overlap", choices=("auto", "on", "off"), default="auto", help="two-batch overlap (auto)")
     add("--dispatch", choices=CHOICES, default="auto", help="library of dispatch and combine (auto)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

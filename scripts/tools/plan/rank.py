@@ -99,7 +99,8 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
     `config`: of a job that drafts, `ModelConfig.drafting`, as in the engine.
     """
     assert config.drafts == (job.speculate > 0)
-    settings = EngineConfig(max_model_len=job.max_model_len, speculate=job.speculate)
+    sizes = {"max_batch": job.max_batch, "max_tokens_per_step": job.max_tokens_per_step}
+    settings = EngineConfig(**sizes, max_model_len=job.max_model_len, speculate=job.speculate)
     _, deepep = dispatch(config, gpu, job)
     shape = StepShape(
         config,
@@ -125,6 +126,7 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
         captures=job.role != "prefill",
         handoff=credits.buffer_bytes(page) if job.role != "unified" else 0,
         drafts=settings.drafts_per_step,
+        prompts=() if job.ranks > 1 else settings.prompt_sizes(config),
     )
     limit, why = share_of_gpu(gpu.memory, gpu.memory, 0, DEFAULTS.gpu_memory_fraction, 1)
     return Budget(limit, why, parts, page)
