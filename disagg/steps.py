@@ -13,6 +13,7 @@ request asks for its chosen experts. A graph that recorded them would do so in e
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class DecodeStep:
         at = places(len(decodes.pages), rows, self.overlaps(rows))
         self.inputs.stage((decodes.ids, decodes.positions), at, rows)
         self.inputs.stage_pages(decodes.pages, at, rows)
-        return self.graphs.part(rows, lambda: self._forward(rows, chosen), eager)
+        return self.graphs.part(rows, partial(self._forward, rows, chosen), eager)
 
     @torch.inference_mode()
     def _forward(self, rows: int, chosen: ChosenExperts | None = None) -> Tensor:
