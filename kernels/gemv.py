@@ -121,9 +121,7 @@ def _few_kernel(
     tl.store(out + token * N + col, tl.sum(acc, 2).to(out.dtype.element_ty), mask=(token < T) & (col < N))
 
 
-def linear_of_few(
-    x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
+def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """Return x [T, D] @ weight [N, D].T -> [T, N] in `dtype` (None: x's), summed in float32. For 1 to 4 tokens.
 
     `out` [T, N] of that dtype, contiguous: where to put it; None: in a new tensor.

@@ -311,7 +311,7 @@ def _head(shape: StepShape, tokens: int, rows: int) -> int:
 
 
 def _gathered(shape: StepShape, rows: int) -> int:
-    """Return the bytes of logits before they are in order. With attention TP: this rank's, and all ranks' as they come."""
+    """Return the bytes of logits before they are in order: with attention TP this rank's, and all as gathered."""
     whole = logits(shape.config, rows)
     return whole // shape.attn_tp + whole if shape.attn_tp > 1 else 0
 

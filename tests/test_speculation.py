@@ -392,11 +392,13 @@ def test_drafts_are_those_of_the_text_alone(
 ) -> None:
     """After every step: whatever was drafted before, right or wrong, and however the prompt was cut into chunks.
 
-    And however many were: the layer's KV is there after steps without drafts, too.
+    And however many were: the layer's KV is there after steps without drafts, too. Steps are replayed, so a draft
+    that was chosen from the logits of a later part would be none of these.
     """
     drafts, seed, fronts, roles = 3, 4, {}, []
     monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
     engine = make_engine(tiny, drafts, max_batch=2, max_tokens_per_step=25, adapts=adapts)
+    graphs = captured(engine)
     prompts = [[*prompts_of(tiny)[0], *prompts_of(tiny)[1] * 5], prompts_of(tiny)[9]]
     speculation = engine.speculation
     assert speculation is not None and len(prompts[0]) < 64 < len(prompts[0]) + 25
@@ -409,6 +411,7 @@ def test_drafts_are_those_of_the_text_alone(
 
     fields = {"temperature": temperature, "seed": seed, "ignore_eos": True}
     answers, _ = serve(engine, [Request(i, prompt, 25, **fields) for i, prompt in enumerate(prompts)], between)
+    assert graphs.reruns["_draft"] > 0
     right, counted = [], Counter()
     for (uid, position), (token, *drafted) in fronts.items():
         text = [*prompts[uid], *answers[uid].tokens][: position + 1]
