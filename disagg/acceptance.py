@@ -1,23 +1,32 @@
-"""Acceptance: how many of a replica's drafts were verified, and how many were right, by their place in a step."""
+"""Acceptance: how many of a replica's drafts were verified, and how many were right, by their place in a step.
+
+Only drafts that can give their request a token more count. Its last token comes in any case, and nothing behind it. So
+the rates are the same however short requests are.
+"""
 
 
 class Acceptance:
-    """Counts the steps of sequences that decode. Tokens behind a request's end do not count."""
+    """Counts the steps of sequences that verify drafts."""
 
     def __init__(self, drafts: int) -> None:
         """`drafts`: N, at most per step and sequence; 0: there is nothing to count."""
-        self._steps, self._verified, self._accepted = 0, [0] * drafts, [0] * drafts
+        self._steps = 0
+        self._verified, self._judged, self._accepted = [0] * drafts, [0] * drafts, [0] * drafts
 
-    def add(self, verified: int, right: int) -> None:
-        """Count one sequence's step, in which the first `right` of `verified` drafts were right."""
-        self._steps += 1
-        for place in range(verified):
+    def add(self, verified: int, right: int, most: int) -> None:
+        """Count one sequence's step, in which the first `right` of `verified` drafts gave a token more.
+
+        `most`: how many drafts could have, before its request's end.
+        """
+        self._steps += verified > 0
+        for place in range(min(verified, most)):
             self._verified[place] += 1
+            self._judged[place] += place <= right
             self._accepted[place] += place < right
 
     def counts(self) -> list[int]:
-        """Return how many drafts were verified, N numbers by place, and behind them how many were right."""
-        return [*self._verified, *self._accepted]
+        """Return how many drafts came after right ones only, N numbers by place, and how many of them were right."""
+        return [*self._judged, *self._accepted]
 
     def stats(self) -> dict[str, float]:
         """Return the statistics for the router, by name. Places begin at 1."""

@@ -12,6 +12,7 @@ from model.footprint import (
     contiguous_step,
     drafting,
     graphs,
+    logits,
     masked_step,
     sampling,
     table_bytes,
@@ -127,6 +128,7 @@ def plan_parts(
     return weights | {
         "spare experts": spare_layers * weights["routed experts"] // max(shape.config.num_moe_layers, 1),
         "tables": table_bytes(shape, max_model_len, most),
+        "logits": logits(shape.config, rows),
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),

@@ -148,16 +148,11 @@ class DraftPolicy:
         self._mixed.append(seconds / tokens)
 
     def count_drafts(self, counts: list[int]) -> None:
-        """Take how many drafts all steps so far have verified, by place, and behind them how many were right.
-
-        A step verifies equally many of all sequences, so what a step adds shows how many.
-        """
+        """Take how many drafts of all steps so far came after right ones only, by place, and how many were right."""
         new = [count - before for count, before in zip(counts, self._counts, strict=True)]
         self._counts = counts
-        verified, right = new[: self.most], new[self.most :]
-        for i, tried in enumerate([verified[0], *right[:-1]]):
-            if verified[i]:
-                self._chances.add(i + 1, tried, right[i])
+        for place, (tried, right) in enumerate(zip(new[: self.most], new[self.most :], strict=True), 1):
+            self._chances.add(place, tried, right)
 
     def _of(self, bucket: int) -> StepTimes:
         if bucket not in self._times:

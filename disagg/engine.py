@@ -112,6 +112,8 @@ class Engine:
         self.pool = make_pool(self.config, pages + 1, model.dtype, mesh.device)
         # [rows]: the tokens that the latest step sampled
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)
+        # [rows, V] float32: the logits of the latest part of a step; `graphs.py` says until when
+        self.logits = torch.empty(buckets[-1] * (1 + settings.speculate), self.config.vocab_size, device=mesh.device)
         # Two host copies, used in turn: a step's tokens are read when the next step may have been launched, but not the
         # one after.
         self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
@@ -127,9 +129,8 @@ class Engine:
         self.sampler = Sampler(self.tokens, mesh.attn)
         self.speculation: Speculation | None = None
         if settings.speculate:
-            self.speculation = Speculation(
-                model, self.pool, self.dispatchers, mesh.attn, inputs, self.graphs, self.prompt_graphs.body
-            )
+            shared = inputs, self.logits, self.graphs, self.prompt_graphs.body
+            self.speculation = Speculation(model, self.pool, self.dispatchers, mesh.attn, *shared)
         self.recording: Recording | None = None
         self.rebalancer: Rebalancer | None = None
         if settings.record_experts or reader is not None:
@@ -194,7 +195,8 @@ class Engine:
         chosen: ChosenExperts | None = None,
         scored: PromptLogprobs | None = None,
     ) -> Tensor:
-        return self.model.head(self.prompt_graphs.body(batch, dispatcher, halves, chosen, scored), batch)
+        body = self.prompt_graphs.body(batch, dispatcher, halves, chosen, scored)
+        return self.model.head(body, batch, self.logits)
 
     def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
         """Collective. Compile every kernel before the first request, and capture some steps. No-op on a CPU.

@@ -3,6 +3,9 @@
 A decode step of a drafting job has several parts, because the host may choose tokens between them; any other decode
 step is one. The layers of a step of prompts are one, too (`prompt_graphs.py`). What a part returns stays where it is:
 each replay writes it anew. So the next part, and the host's choice, find it there.
+
+Its logits stay only until the next part. All parts write theirs into one buffer of the engine, because they are large:
+330 MB for 640 rows of DeepSeek-V3. So whatever chooses from them is launched before the next part, on the same stream.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence

@@ -16,7 +16,6 @@ from disagg.handoff.protocol import (
     Chosen,
     Closed,
     Join,
-    Knock,
     Open,
     Room,
     RoomEnded,
@@ -34,6 +33,7 @@ from model.pages import PAGE
 from model.sampling import NO_TOKEN
 
 MOST_LINKS = 256  # alive at once; each has two threads, and any process that reaches the door can ask for one
+NO_LINK = ValueError, zmq.ZMQError, RuntimeError  # the last two: too many open files, or threads
 
 
 @dataclass(eq=False)
@@ -66,16 +66,19 @@ class Prefill(Role):
     def collect(self) -> abc.Sequence[Event]:
         for knock in self.door.poll():
             try:
-                self.answer(knock)
-            except (ValueError, zmq.ZMQError, RuntimeError) as error:  # the last two: too many open files, or threads
+                self.link(knock.decode, knock.generation)
+            except NO_LINK as error:
                 self.door.refusals.add("a link", str(error))
         return self.links.drain()
 
-    def answer(self, knock: Knock) -> None:
-        """Make the requested link. Raises ValueError if there are too many."""
-        if (knock.decode.id, knock.generation) not in self.links and self.links.num_alive >= MOST_LINKS:
+    def link(self, decode: Member, generation: int) -> SendLink:
+        """Return the link to this peer and generation, and make it if there is none.
+
+        Raises one of NO_LINK, ValueError if there are too many.
+        """
+        if (decode.id, generation) not in self.links and self.links.num_alive >= MOST_LINKS:
             raise ValueError(f"{MOST_LINKS} are open")
-        self.links.get(knock.decode, knock.generation)
+        return self.links.get(decode, generation)
 
     def handle(self, event: Event) -> None:
         match event:
@@ -99,7 +102,13 @@ class Prefill(Role):
 
     def open(self, event: Open) -> None:
         request, step = event.request, len(self.members)
-        links = [self.links.get(decode, event.generation) for decode in event.decode[self.rank :: step]]
+        links = []
+        for decode in event.decode[self.rank :: step]:
+            try:
+                links.append(self.link(decode, event.generation))
+            except NO_LINK as error:  # to all ranks of this replica it is a link that went down
+                self.door.refusals.add("a link", str(error))
+                self.links.events.put(RoomEnded(request.uid, f"prefill: no link: {error}", link_down=True))
         sequence = Sequence(request, self.engine.config.eos_token_ids)
         departure = Outgoing(sequence, event.pages, links, Room(len(event.decode)), event.have)
         departure.room.rise(RoomState.WAITING)
@@ -168,8 +177,9 @@ class Prefill(Role):
             for sequence, data in found:
                 departure = self.outgoing.get(sequence.uid)
                 if departure is not None and departure.sequence is sequence:
-                    for piece in in_pieces(data):
-                        departure.links[0].put(kind(sequence.uid, piece))  # to the decode replica's first rank
+                    for link in departure.links[:1]:  # to the decode replica's first rank
+                        for piece in in_pieces(data):
+                            link.put(kind(sequence.uid, piece))
         for (sequence, (token,), pairs), drafts in given:
             sequence.tokens.append(token)
             uid = sequence.uid

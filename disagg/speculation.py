@@ -73,15 +73,17 @@ class Speculation:
         dispatchers: Dispatchers,
         attn: Group,
         inputs: FixedInputs,
+        logits: Tensor,
         graphs: Graphs,
         body: Callable[..., Tensor],
     ) -> None:
         """`inputs`: with a column per draft behind ids and positions. Its pages reach behind those of a sequence.
 
-        `body`: `PromptGraphs.body`, the target's layers.
+        `logits` [rows (N + 1), V] float32: where each part puts its own, over those of the part before. `body`:
+        `PromptGraphs.body`, the target's layers.
         """
         self.model, self.pool, self.dispatchers, self.device = model, pool, dispatchers, pool.device
-        self.graphs, self.body = graphs, body
+        self.logits, self.graphs, self.body = logits, graphs, body
         self.inputs, self.sampler = SpeculationInputs(inputs, attn.size), SpeculativeSampler(attn)
         columns, rows = inputs.columns.shape
         kind = {"dtype": torch.int64, "device": self.device}
@@ -106,14 +108,12 @@ class Speculation:
         verify = partial(self._verify, inputs, verifies, dispatcher, chosen, scored)
         verified, logits = self.graphs.part(("verify", rows, verifies), verify, eager)
         logprobs = self.sampler.choose(logits, verified.choice, work, verified.fed, verified.after)
-        del logits
         self.graphs.part(("accept", rows, verifies), partial(self._accept, inputs, verified), eager)
         del verified
         for place in range(1, makes + 1):
             draft = partial(self._draft, inputs, place, dispatcher)
             logits, drafts = self.graphs.part(("draft", rows, place), draft, eager)
             self.sampler.draft(logits, drafts, work, self.positions, place)
-            del logits
         return self._report(inputs, makes, logprobs)
 
     def _verify(
@@ -132,7 +132,7 @@ class Speculation:
         places, head = start[:, None] + torch.arange(verifies + 1, device=self.device), self.model.head
         batch, halves = batches(inputs, fed, places)
         hidden = head.norm(self.body(batch, dispatcher, halves, chosen, scored))
-        logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
+        logits = head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows], self.logits)
         after = places.flatten() + 1
         if inputs.prompts is not None:
             after = torch.cat((after, inputs.prompts.lengths))
@@ -177,7 +177,7 @@ class Speculation:
         ids, at = F.pad(self.tokens[:size, place - 1], padding), F.pad(self.positions[:size] - 1, padding)
         batch = Batch.decode(ids, at + place - 1, inputs.page_table)
         self._hidden[:rows] = self.model.draft(self._hidden[:rows], batch, self.pool, dispatcher)
-        logits, drafts = self.model.head.project(self._hidden[:size]), self.tokens[:size, place]
+        logits, drafts = self.model.head.project(self._hidden[:size], self.logits), self.tokens[:size, place]
         drafts[:] = likeliest(logits).clamp(min=0)
         return logits, drafts
 

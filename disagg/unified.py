@@ -87,7 +87,8 @@ class Unified(Role):
             useful += count
             given = new[:-1] if new[-1] == NO_TOKEN else new
             if given and drafts is not None and i < len(plan.decodes):
-                self.acceptance.add(drafts.verified, len(given) - 1)
+                left = 0 if reason or given != new else sequence.limit - len(sequence.tokens)
+                self.acceptance.add(drafts.verified, len(given) - 1, len(given) - 1 + left)
             if new[-1] == NO_TOKEN:
                 if given:
                     self.emit(sequence, given, logprobs[: len(given)], None, accepted=len(given) - 1)

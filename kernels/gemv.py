@@ -121,11 +121,15 @@ def _few_kernel(
     tl.store(out + token * N + col, tl.sum(acc, 2).to(out.dtype.element_ty), mask=(token < T) & (col < N))
 
 
-def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x [T, D] @ weight [N, D].T -> [T, N] in `dtype` (None: x's), summed in float32. For 1 to 4 tokens."""
+def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Return x [T, D] @ weight [N, D].T -> [T, N] in `dtype` (None: x's), summed in float32. For 1 to 4 tokens.
+
+    `out` [T, N] of that dtype, contiguous: where to put it; None: in a new tensor.
+    """
     (tokens, width), outputs = x.shape, weight.shape[0]
     assert 1 <= tokens <= ROWS, f"{tokens=}"
-    out = x.new_empty(tokens, outputs, dtype=dtype)
+    if out is None:
+        out = x.new_empty(tokens, outputs, dtype=dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
     block = triton.next_power_of_2(tokens)
     rows = ROWS // block

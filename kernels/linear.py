@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return linear_of_few(x, weight) if 0 < x.shape[0] <= FEW_TOKENS else F.linear(x, weight)
 
 
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+def linear_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Return x [T, D] @ weight [N, D].T in float32 [T, N], both bf16 (or float32). Contract: `ref.linear_float32`.
 
     Kernels of ours, which start faster, serve up to 4 tokens, or up to 64 with few outputs (a gate). cuBLAS serves the
@@ -48,12 +48,13 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """
     (tokens, width), outputs = x.shape, weight.shape[0]
     if x.dtype != torch.bfloat16:
-        return x.float() @ weight.float().T
+        return torch.mm(x.float(), weight.float().T, out=out)
     if 0 < tokens <= ROWS:
-        return linear_of_few(x, weight, torch.float32)
+        return linear_of_few(x, weight, torch.float32, out)
     if tokens > 64 or outputs > 512 or tokens == 0:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    out = x.new_empty(tokens, outputs, dtype=torch.float32)
+        return torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+    if out is None:
+        out = x.new_empty(tokens, outputs, dtype=torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
     _linear_float32_kernel[triton.cdiv(tokens, 16), triton.cdiv(outputs, 16)](
         x,

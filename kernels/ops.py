@@ -37,6 +37,10 @@ class AddRmsNormQuant(Protocol):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]: ...
 
 
+class ProductFloat32(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
 class ProjectValues(Protocol):
     def __call__(self, attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized: ...
 
@@ -138,7 +142,7 @@ class Ops:
     mla_decode: MlaDecode = ref.mla_decode
     decode_plan: Callable[[T, int], Any] = ref.decode_plan  # from the library that serves mla_decode
     linear: Product = ref.linear
-    linear_float32: Product = ref.linear_float32
+    linear_float32: ProductFloat32 = ref.linear_float32
     gate_topk: GateTopk = ref.gate_topk
     ep_scatter: EpScatter = ref.ep_scatter
     ep_scatter_masked: EpScatterMasked = ref.ep_scatter_masked

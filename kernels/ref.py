@@ -153,9 +153,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there; only sums are rounded."""
-    return F.linear(x.float(), weight.float())
+def linear_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there; only sums are rounded.
+
+    `out` [T, N] float32, contiguous: where to put it; None: in a new tensor.
+    """
+    return torch.mm(x.float(), weight.float().T, out=out)
 
 
 def gate_topk(

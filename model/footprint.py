@@ -34,7 +34,7 @@ from parallel.copies import grouped_rows, most_copies
 
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
-SAMPLING = 14  # copies of the logits: 9 in `sampling.py`, and an estimate of 5 for sorting
+SAMPLING = 13  # copies of the logits beside them: 8 in `sampling.py`, and an estimate of 5 for sorting
 # Split-KV partial sums of decode attention: SPLITS per sequence, for at least SPLIT_ROWS sequences (half the SMs).
 SPLITS, SPLIT_ROWS = 4, 66
 KERNELS, KERNEL_BYTES = 30, 2048  # kernels per layer of a captured step; bytes that a GPU keeps per kernel
@@ -205,9 +205,14 @@ def drafting(shape: StepShape, tokens: int, step: int) -> int:
     return max(step, 7 * row)
 
 
+def logits(config: ModelConfig, rows: int) -> int:
+    """Return the bytes of logits [rows, V]. Those of all steps lie in one buffer, which the sizes of steps exclude."""
+    return rows * config.vocab_size * FLOAT
+
+
 def sampling(config: ModelConfig, rows: int) -> int:
-    """Return the peak bytes of choosing a token per row of logits [rows, V], the logits included."""
-    return SAMPLING * rows * config.vocab_size * FLOAT
+    """Return the peak bytes of choosing a token per row of logits [rows, V]."""
+    return SAMPLING * logits(config, rows)
 
 
 def graphs(
@@ -218,29 +223,22 @@ def graphs(
 ) -> int:
     """Estimate the bytes that the captured steps hold: one shared pool, and 60 KiB per layer of each forward.
 
-    Captures run from the largest to the smallest, prompts first. What a decode step returns stays in the pool: its
-    logits, and with drafts the target's output. So a capture needs its own step and what all those before it returned.
-    The pool is as large as the largest of these sums. Those of prompts share their inputs and their output, which are
-    no part of it. `buckets`: of decode steps. `drafts`: how many these may have, the most last. `prompts`: the tokens
-    and the context of each captured step of prompts.
+    Captures run from the largest to the smallest, prompts first. With drafts, the target's output stays in the pool. So
+    a capture of a decode step needs its own step and all outputs before it. The pool is as large as the largest of
+    these sums. A graph that drafts needs less than its target. Captured prompts share their inputs and their output,
+    which are no part of the pool. `buckets`: of decode steps. `drafts`: how many these may have, the most last.
+    `prompts`: the tokens and the context of each captured step of prompts.
     """
     c, kept, most = shape.config, 0, max(drafts)
     pool = max((_contiguous_layers(shape, n, _expanded(shape, n, seen)) for n, seen in prompts), default=0)
     tokens, context = (max(sizes) for sizes in zip((0, 0), *prompts, strict=True))
     shared = tokens * (shape.row(c.hidden_size) + 3 * INDEX) + context * INDEX
-
-    def capture(tokens: int, width: int) -> None:
-        """Capture a forward that returns `width` bytes for each of its tokens."""
-        nonlocal kept, pool
-        pool = max(pool, kept + masked_step(shape, tokens))
-        kept += tokens * width
-
-    logits, output = c.vocab_size * FLOAT, shape.row(c.hidden_size) if most else 0
+    output = shape.row(c.hidden_size) if most else 0
     for rows in sorted(buckets, reverse=True):
         for verified in reversed(drafts):
-            capture(rows * (1 + verified), logits + output)
-            for _ in range(verified if verified == most else 0):
-                capture(rows, logits)
+            tokens = rows * (1 + verified)
+            pool = max(pool, kept + masked_step(shape, tokens))
+            kept += tokens * output
     layers = c.num_hidden_layers * len(drafts) + most + (len(drafts) if most else 0)  # the last: those that fill
     layers = len(buckets) * layers + len(prompts) * c.num_hidden_layers
     return pool + shared + layers * KERNELS * KERNEL_BYTES
@@ -318,13 +316,13 @@ def _experts(shape: StepShape, tokens: int, rows: int, sent: int, received: int,
 
 
 def _head(shape: StepShape, tokens: int, rows: int) -> int:
-    return shape.row((tokens + 2 * rows) * shape.config.hidden_size) + _logits(shape, rows)
+    return shape.row((tokens + 2 * rows) * shape.config.hidden_size) + _gathered(shape, rows)
 
 
-def _logits(shape: StepShape, rows: int) -> int:
-    """Return the peak of making logits. With attention TP: this rank's, all ranks' as gathered, and these in order."""
-    logits = rows * shape.config.vocab_size * FLOAT
-    return logits // shape.attn_tp + 2 * logits if shape.attn_tp > 1 else logits
+def _gathered(shape: StepShape, rows: int) -> int:
+    """Return the bytes of logits before they are in order: with attention TP this rank's, and all as gathered."""
+    whole = logits(shape.config, rows)
+    return whole // shape.attn_tp + whole if shape.attn_tp > 1 else 0
 
 
 def _scores(shape: StepShape, tokens: int) -> int:
@@ -335,5 +333,5 @@ def _scores(shape: StepShape, tokens: int) -> int:
     """
     c, rows = shape.config, min(SLICE, tokens)
     kept = tokens * (2 * INDEX + row_bytes(MAX_LOGPROBS, c.vocab_size))
-    head = shape.row(2 * rows * c.hidden_size) + _logits(shape, rows)
-    return shape.row(tokens * c.hidden_size) + kept + max(head, 2 * rows * c.vocab_size * FLOAT)
+    head = shape.row(2 * rows * c.hidden_size) + _gathered(shape, rows) + logits(c, rows)
+    return shape.row(tokens * c.hidden_size) + kept + max(head, 2 * logits(c, rows))

@@ -1,7 +1,10 @@
-"""Graphs that a CPU can replay: what was captured is called again, and its results go where the first ones are."""
+"""Graphs that a CPU can replay: what was captured is called again, and its results go where the first ones are.
+
+All parts put their logits into one buffer. Each begins by spoiling it, so whoever reads another part's finds NaN.
+"""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,9 +20,14 @@ from disagg.prompt_graphs import PromptGraphs
 class Rerun(Graphs):
     """Replays by calling again what was captured, and puts the results where they were the first time."""
 
-    def __init__(self) -> None:
+    def __init__(self, logits: torch.Tensor) -> None:
+        """`logits`: the buffer."""
         super().__init__()
-        self.reruns: Counter[str] = Counter()
+        self.logits, self.reruns = logits, Counter[str]()
+
+    def part(self, key: Hashable, call: Callable[[], Any], eager: bool = False) -> Any:
+        self.logits.fill_(torch.nan)
+        return super().part(key, call, eager)
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         result = call()
@@ -47,7 +55,7 @@ def put(new: Any, old: Any) -> None:
 
 def captured(engine: Engine, prompts: tuple[PromptSize, ...] = ()) -> Rerun:
     """Make an engine replay its decode steps, and steps of prompts in these sizes."""
-    graphs = Rerun()
+    graphs = Rerun(engine.logits)
     engine.captures = Captures(engine.settings.decodes, prompts, "")
     engine.graphs = engine.decode.graphs = graphs
     engine.prompt_graphs = PromptGraphs(

@@ -162,7 +162,8 @@ def test_the_shipped_models_figures_are_the_engines_counts(
         name = f"{domain}, greedy, drafts: 2"
         assert values[f"{name}: tokens per step"].value == pytest.approx(3 * 11 / steps, abs=1e-3)
         first, second = (values[f"{name}: right up to place {place}"].value for place in (1, 2))
-        assert first + second == pytest.approx(100 * accepted_tokens / steps, abs=0.11) and first >= second
+        most, least = (100 * accepted_tokens / of for of in (steps - 3 * 2, steps))  # last steps verify fewer
+        assert first >= second and least - 0.1 <= first + second <= most + 0.1
         timed = f"{domain}, greedy, one request at a time, drafts: "
         assert values[f"{timed}2"].reference == values[f"{timed}0"].value > 0
     assert "parted" not in capsys.readouterr().out

@@ -168,10 +168,19 @@ def test_what_is_no_message_to_the_router_is_a_value_error(body: bytes) -> None:
         DECODERS[ToRouter](body)
 
 
+def test_a_room_is_for_the_ranks_of_one_replica() -> None:
+    decoder = DECODERS[next(kind for kind, examples in EXAMPLES.items() if examples is ON_A_LINK)]
+    assert len(decoder(encode(Open(REQUEST, [4], [MEMBER] * 4096))).decode) == 4096
+    for count in (0, 4097):
+        with pytest.raises(ValueError, match="not a message"):
+            decoder(encode(Open(REQUEST, [4], [MEMBER] * count)))
+
+
 NOT_TO_SERVE = {
     "no prompt": Submit(Request(1, []), None),
     "a negative token": Submit(Request(1, [-1]), None),
     "a prefill replica without ranks": Submit(Request(1, [1]), []),
+    "a prefill replica of 4,097 ranks": Submit(Request(1, [1]), [MEMBER] * 4097),
     "a penalty that is no number": Submit(Request(1, [1], presence_penalty=float("nan")), None),
     "a penalty over 2": Submit(Request(1, [1], frequency_penalty=2.5), None),
     "a penalty by which one cannot divide": Submit(Request(1, [1], repetition_penalty=0.0), None),

@@ -55,7 +55,8 @@ def simulate(
         for chance in chances[:verified]:
             left = sum(rng.random() < chance for _ in range(left))
             right.append(left)
-        more = [count] * verified + [0] * (MOST - verified) + right + [0] * (MOST - verified)
+        judged, none = [count, *right][:verified], [0] * (MOST - verified)
+        more = [*judged, *none, *right, *none]
         seen = took * math.exp(rng.gauss(0, noise)) * (10 if rng.random() < noise / 10 else 1)
         queue.append((count, verified, made, seen, more))
         if len(queue) > late:
@@ -151,7 +152,7 @@ def test_what_is_right_is_known_by_place_and_forgotten() -> None:
 def test_counts_of_a_step_are_of_drafts_after_right_ones() -> None:
     policy, counts = DraftPolicy(3), [0] * 6
     for step in range(400):
-        more = [10, 10, 0, 9, 3, 0] if step % 2 else [10, 0, 0, 5, 0, 0]
+        more = [10, 9, 0, 9, 3, 0] if step % 2 else [10, 0, 0, 5, 0, 0]
         counts = [a + b for a, b in zip(counts, more, strict=True)]
         policy.count_drafts(counts)
         policy.count_drafts(counts)  # a turn without a step

@@ -50,6 +50,9 @@ def test_linear_float32(m: int, n: int, d: int, dtype: torch.dtype) -> None:
     out = linear_float32(x, weight)
     assert out.dtype == torch.float32
     close(out, ref.linear_float32(x, weight), rel=1e-4)
+    room = torch.full((m + 1, n), torch.nan, device=DEVICE)
+    again = linear_float32(x, weight, out=room[:m])
+    assert torch.equal(again, out) and torch.equal(room[:m], out) and room[m].isnan().all()
 
 
 def segments(counts: list[int], tail: int) -> Tensor:

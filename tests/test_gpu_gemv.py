@@ -56,3 +56,7 @@ def test_linear_of_few(tokens: int, outputs: int, width: int, dtype: torch.dtype
     assert out.dtype == torch.float32
     close(out, ref.linear_float32(x, weight), rel=1e-4)
     close(linear_float32(x, weight), ref.linear_float32(x, weight), rel=1e-4)
+    room = torch.full((tokens + 1, outputs), torch.nan, device=x.device)
+    linear_float32(x, weight, room[:tokens])
+    assert torch.equal(room[:tokens], out if dtype == torch.bfloat16 else linear_float32(x, weight))
+    assert room[tokens].isnan().all()

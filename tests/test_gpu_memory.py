@@ -61,7 +61,7 @@ def test_the_table_is_what_the_gpu_reports(drafts: int, adapts: bool) -> None:
     planned = sum(parts.values()) + engine.pool.nbytes
     steps = planned - parts["activations"] - parts["CUDA graphs"]
     print(f"planned {planned / GIB:.3f} GiB, measured {measured / GIB:.3f}: {planned / measured - 1:+.2%}")
-    print(f"graphs: planned {parts['CUDA graphs'] / GIB:.3f} GiB, kept {kept / GIB:.3f} and their logits")
+    print(f"graphs: planned {parts['CUDA graphs'] / GIB:.3f} GiB, kept {kept / GIB:.3f} and their outputs")
     print(f"steps and graphs: planned {(planned - steps) / GIB:.3f} GiB, measured {(measured - steps) / GIB:.3f}")
     assert planned == pytest.approx(measured, rel=0.05)
 

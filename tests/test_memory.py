@@ -207,21 +207,21 @@ def test_prompts_take_what_the_all_to_all_takes_where_deepep_serves_decode_steps
     assert sizes[0] < sizes[1] == sizes[2]
 
 
-def test_graphs_hold_their_logits() -> None:
-    """Each graph's logits stay; the largest is captured first, and a small one may need as much beside them."""
+def test_graphs_share_their_memory_and_keep_the_targets_output_alone() -> None:
+    """The largest is captured first, so the others fit into its memory. No graph has logits of its own."""
     job = replace(HAND, config=replace(SMALL, kv_lora_rank=64))
-    kernels = 3 * 4 * 30 * 2048
-    assert masked_step(job, 128) < masked_step(job, 256)
-    assert graphs(job, [128, 256]) == masked_step(job, 256) + 2 * 4 * 30 * 2048
-    wide = replace(job, config=replace(job.config, vocab_size=100_000))
-    logits = [rows * 100_000 * 4 for rows in (128, 192, 256)]
-    assert graphs(wide, [128, 192, 256]) == masked_step(wide, 128) + logits[1] + logits[2] + kernels
+    for vocabulary in (2048, 100_000):
+        one = replace(job, config=replace(job.config, vocab_size=vocabulary))
+        assert masked_step(one, 128) < masked_step(one, 256) == graphs(one, [128, 256]) - 2 * 4 * 30 * 2048
     # With two drafts a bucket has four graphs: the target's over 3 tokens a row, one that fills, and two that draft.
-    logits, output, last = 128 * 100_000 * 4, 128 * 512 * 2, masked_step(wide, 128)
-    assert masked_step(wide, 384) < 4 * logits + 3 * output + last
-    assert graphs(wide, [128], (2,)) == 4 * logits + 3 * output + last + (4 + 2 + 1) * 30 * 2048
+    output, steps = 128 * 512 * 2, [masked_step(job, rows) for rows in (128, 256, 384)]
+    assert steps[0] + 3 * output < steps[2]
+    assert graphs(job, [128], (2,)) == steps[2] + (4 + 2 + 1) * 30 * 2048
     # With zero to two, the target's over 2 tokens and over 1, too, and two more that fill.
-    assert graphs(wide, [128], range(3)) == 7 * logits + 5 * output + last + (3 * 4 + 2 + 3) * 30 * 2048
+    assert graphs(job, [128], range(3)) == steps[2] + (3 * 4 + 2 + 3) * 30 * 2048
+    # Where buckets are nearly equal, the last one's step is beside the outputs of the others.
+    assert masked_step(job, 381) + 3 * output > masked_step(job, 384)
+    assert graphs(job, [127, 128], (2,)) == masked_step(job, 381) + 3 * output + 2 * 7 * 30 * 2048
 
 
 def test_graphs_of_prompts_share_what_goes_in_and_comes_out() -> None:
@@ -255,7 +255,7 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         "prompts' log probabilities": ({"vocab_size": 20_000}, 512, 512, 4),
     }
     for name, (changes, tokens, context, most) in cases.items():
-        config, scores = replace(SMALL, **changes), name == "prompts' log probabilities"
+        config, scores = replace(SMALL, **changes), name in ("logits", "prompts' log probabilities")
         net = make(config, ranks, attn_tp, fp8=fp8)
         contiguous, masked = plain_dispatchers(
             Group() if ranks == 1 else FakeGroup(ranks), net.placement.num_slots, net.ops,
@@ -263,6 +263,7 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         )  # fmt: skip
         job = StepShape(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
         ids, rows = torch.zeros(tokens).long(), torch.zeros(context).long()
+        logits = torch.empty(most, config.vocab_size)  # where those of all steps go, which no step's size has
         bounds = torch.zeros(2)
         # One decode among the prompts: then what prefill attention gives stays in bf16, and is the larger.
         table, lens = torch.zeros(1, 2).int(), torch.ones(1).int()
@@ -275,7 +276,8 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
             (decode, masked, [], masked_step(job, most)),
         ):
             with Peak() as peak:
-                net(batch, pool, dispatcher, scored=PromptLogprobs(prompts, "cpu") if scores and prompts else None)
+                scored = PromptLogprobs(prompts, "cpu") if scores and prompts else None
+                net(batch, pool, dispatcher, scored=scored, out=logits)
             assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
 
 
@@ -293,6 +295,7 @@ def test_drafting_fits_beside_the_step(ranks: int, attn_tp: int, fp8: bool) -> N
         )
         job = StepShape(config, 2, fp8, attn_tp, ranks, net.placement.slots_per_rank, 128)
         pool, ids = make_pool(config, 2, torch.bfloat16, "cpu"), torch.zeros(tokens).long()
+        logits = torch.empty(tokens, config.vocab_size)
         prompt = Batch.build([], [Chunk([0] * 64, 0, [1])] * (tokens // 64), "cpu")
         table = torch.ones(tokens // 4, 2, dtype=torch.int32)
         for batch, dispatcher, step, rows in (
@@ -301,8 +304,7 @@ def test_drafting_fits_beside_the_step(ranks: int, attn_tp: int, fp8: bool) -> N
         ):
             with Peak() as peak:
                 hidden = net.head.norm(net.body(batch, pool, dispatcher))
-                logits = net.head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows])
-                del logits
+                net.head.project(hidden if batch.logit_rows is None else hidden[batch.logit_rows], logits)
                 net.fill_draft(hidden, batch, pool)
                 latest = hidden[:rows]
                 del hidden
@@ -341,7 +343,7 @@ def test_sampling_has_room() -> None:
     parameters = SamplingRows.build([(0.9, 0.95, 50, 1, 10)] * rows, "cpu")
     with Peak() as peak:
         sample(logits, parameters)
-    assert logits.nbytes + peak.most < sampling(replace(SMALL, vocab_size=vocab), rows) < 2 * peak.most
+    assert peak.most < sampling(replace(SMALL, vocab_size=vocab), rows) < 2 * peak.most
     fields = {"presence_penalty": 1.0, "repetition_penalty": 2.0, "min_p": 0.1, "temperature": 0.9}
     sequences = [Sequence(Request(0, [1], **fields), (2,), [1, 3, 3]) for _ in range(rows)]
     for sequence in sequences:
@@ -350,7 +352,7 @@ def test_sampling_has_room() -> None:
         mine = logits[torch.arange(rows)]
         process(mine, sequences, torch.full((rows,), 3))
         sample(mine, sampling_rows(sequences, torch.device("cpu")))
-    assert logits.nbytes + more.most < sampling(replace(SMALL, vocab_size=vocab), rows)
+    assert more.most < sampling(replace(SMALL, vocab_size=vocab), rows)
 
 
 def test_the_table_of_a_plan() -> None:
@@ -359,6 +361,7 @@ def test_the_table_of_a_plan() -> None:
     assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
     assert parts["KV handoff"] == 70
     assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
+    assert parts["logits"] == 64 * 2048 * 4
     assert parts["activations"] == contiguous_step(HAND, 1000, 1512, 64)
     assert parts["CUDA graphs"] == parts["spare experts"] == 0
 
@@ -367,6 +370,7 @@ def test_a_plan_that_drafts_has_room_for_them() -> None:
     """One whose logits are the largest part: 3 rows of them for each of 64 sequences, beside the model's output."""
     shape = replace(HAND, config=replace(SMALL, vocab_size=100_000, drafts=True))
     parts = plan_parts(shape, 0, [1, 64], 1000, 512, 512, captures=True, drafts=(2,))
+    assert parts["logits"] == 3 * 64 * 100_000 * 4
     assert parts["activations"] == sampling(shape.config, 3 * 64) + 1000 * 512 * 2
     assert parts["CUDA graphs"] == graphs(shape, [1, 64], (2,)) > graphs(shape, [1, 64])
 

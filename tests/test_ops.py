@@ -34,6 +34,16 @@ def test_add_rms_norm_norms_the_rounded_sum() -> None:
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 
+def test_linear_float32_rounds_nothing_and_fills_the_rows_that_it_is_given() -> None:
+    x, weight = torch.randn(3, 40).bfloat16(), torch.randn(7, 40).bfloat16()
+    want = torch.einsum("td,nd->tn", x.double(), weight.double()).float()
+    assert_close(ref.linear_float32(x, weight), want)
+    room = torch.full((4, 7), NAN)
+    out = ref.linear_float32(x, weight, room[:3])
+    assert out.data_ptr() == room.data_ptr() and room[3].isnan().all()
+    assert_close(room[:3], want)
+
+
 @pytest.mark.parametrize("dim", [128, 384])
 def test_rms_norm_quant_quantises_what_the_norm_gives(dim: int) -> None:
     x, residual = torch.randn(2, 5, 3, dim).bfloat16()

@@ -58,7 +58,7 @@ def test_the_reports_decode_rank_is_reproduced() -> None:
 
     A GB is 10^9 bytes. By hand: fp8 matrices, kv_b, gates, embedding and LM head in bf16, and 4 of 288 experts. The
     hand count leaves out scales, norms and the gates' biases, which are under 0.1 % of it. Beside DeepEP's buffer of
-    4 GiB there is not quite room for the 256 in 0.9 of the GPU: 248 fit.
+    4 GiB there is just room for the 256 in 0.9 of the GPU: 260 do not fit.
     """
     limits = budget(V3, H100, EP72)
     weights = sum(limits.parts[name] for name in WEIGHTS)
@@ -71,8 +71,8 @@ def test_the_reports_decode_rank_is_reproduced() -> None:
     by_hand += 2 * 2 * 129280 * 7168
     assert by_hand < weights < 1.001 * by_hand
     assert fits(V3, H100, replace(EP72, max_batch=128), Traffic(4000, 96))
-    assert fits(V3, H100, replace(EP72, max_batch=248), Traffic(2047, 1)) and not fits(V3, H100, EP72, Traffic(2047, 1))
-    assert 0.99 * 256 * 32 < limits.most_pages < 256 * 32
+    assert fits(V3, H100, EP72, Traffic(2047, 1)) and not fits(V3, H100, replace(EP72, max_batch=260), Traffic(2047, 1))
+    assert 256 * 32 < limits.most_pages < 1.01 * 256 * 32
     assert not fits(V3, H100, EP72, Traffic(4000, 96)) and fits(V3, H200, EP72, Traffic(4000, 96))
 
 

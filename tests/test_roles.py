@@ -400,6 +400,23 @@ def test_no_more_links_are_made_than_a_rank_can_have(prefill: Prefill, monkeypat
     sock.close()
 
 
+def test_a_room_for_more_ranks_than_links_can_be_made_to_fails(prefill: Prefill, monkeypatch: Any, capsys: Any) -> None:
+    """Its other links hear why, and nothing of it stays. The next room with one of them is served."""
+    monkeypatch.setattr(prefill_module, "MOST_LINKS", 3)
+    ranks = [Member(f"d{number}", HOST) for number in range(5)]
+    prefill.handle(Open(Request(7, [5] * 40, 1), [1], ranks))
+    assert [link.peer.id for link in links(prefill)] == ["d0", "d1", "d2"] and prefill.stats() == {"refusals": 2}
+    refused = prefill.collect()
+    assert refused == [RoomEnded(7, "prefill: no link: 3 are open", link_down=True)] * 2
+    assert "prefill: at the door: a link was refused: 3 are open\n" in capsys.readouterr().err
+    for event in [*refused, *[RoomEnded(7, "closed")] * 3]:
+        assert 7 in prefill.outgoing
+        prefill.handle(event)
+    assert not prefill.outgoing and not prefill.schedule().prefills
+    prefill.handle(Open(Request(8, [5] * 40, 1), [1], ranks[2:3]))
+    assert prefill.schedule().prefills and len(links(prefill)) == 3
+
+
 # ---- the loop
 
 

@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from msgspec import to_builtins
 
 from disagg import pipeline
@@ -108,8 +107,10 @@ def test_jobs_with_other_drafts_are_refused_and_those_alike_serve(tiny: Path, tm
     said = r"\n +drafts  decode: (\S+) tokens per request and step, of (\S+) drafts; right by place: \S+, \S+\n"
     match = re.search(said, ended["router"][2])
     assert match and sum(accepted) > 10, ended["router"][2]
-    assert float(match[1]) == pytest.approx(1 + sum(accepted) / steps, abs=0.1), "a stop string cuts a step's tokens"
-    assert 0 < float(match[2]) < 2, "the policy tries other numbers"
+    tokens, drafts = float(match[1]), float(match[2])
+    # Of the steps that verified drafts, while `steps` are all. A stop string cuts a step's tokens.
+    assert 1 + sum(accepted) / steps - 0.1 <= tokens <= 1 + drafts
+    assert 0 < drafts < 2, "the policy tries other numbers"
     assert "drafts" not in err and not any("accepted_tokens" in answer for answer in alone)
 
 

@@ -1,4 +1,6 @@
-"""Captured steps with drafts: on a CPU, a part that is replayed runs the code that was captured, in the same tensors.
+"""Captured steps: on a CPU, a part that is replayed runs the code that was captured, in the same tensors.
+
+Whatever reads the logits of another part than the latest finds NaN there (`rerun.py`).
 
 So all is tested here but CUDA's own capture, which `test_gpu_speculation.py` needs a GPU for.
 """
@@ -55,6 +57,26 @@ def test_a_step_may_verify_and_make_any_number_of_drafts(
     assert len(graphs.captured) == (4 + 4 + 3) * len(engine.decode.buckets)
     same(serve(engine, requests)[0], plain)
     assert graphs.reruns["_verify"] == graphs.reruns["_accept"] == engine.graph_replays > 0
+
+
+def test_replayed_steps_without_drafts_give_the_same_answers(tiny: Path, plain: dict[int, Answer]) -> None:
+    requests, engine = all_kinds(tiny), make_engine(tiny, 0)
+    graphs = captured(engine)
+    assert len(graphs.captured) == len(engine.decode.buckets)
+    same(serve(engine, requests)[0], plain)
+    assert graphs.reruns == {"_forward": engine.graph_replays} and engine.graph_replays > 0
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_no_graph_has_logits_of_its_own(tiny: Path, drafts: int) -> None:
+    """Whatever part, and of whatever size: they begin where the engine's buffer begins."""
+    engine = make_engine(tiny, drafts, adapts=drafts > 0)
+    assert engine.logits.shape == (5 * (1 + drafts), engine.config.vocab_size)
+    returned = [result for _, result in captured(engine).captured.values() if result is not None]
+    tensors = [item for result in returned for item in (result if isinstance(result, tuple) else [result])]
+    logits = [x for x in tensors if isinstance(x, torch.Tensor) and x.dtype == torch.float32]
+    assert len(logits) == len(engine.decode.buckets) * (4 + 3 if drafts else 1)
+    assert {x.data_ptr() for x in logits} == {engine.logits.data_ptr()}
 
 
 def test_the_warm_up_runs_the_draft_layer_in_all_that_it_runs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

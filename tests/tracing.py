@@ -83,7 +83,7 @@ def allocating_ops(alignment: int) -> Ops:
         prefill_attention=_prefill_attention,
         mla_decode=_mla_decode,
         linear=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
-        linear_float32=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
+        linear_float32=_linear_float32,
         gate_topk=_first_experts,
         ep_scatter=_scatter,
         ep_scatter_masked=_scatter_masked,
@@ -112,6 +112,10 @@ def _prefill_attention(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, *rest: A
 def _project_values(x: Tensor, weight: Tensor, quantize: bool = False) -> Tensor | Quantized:
     heads, width = weight.shape[:2]
     return _quantized(x.flatten(1), heads * width) if quantize else x.new_empty(len(x), heads, width)
+
+
+def _linear_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32) if out is None else out
 
 
 def _like(x: Tensor) -> Tensor:

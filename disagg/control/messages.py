@@ -43,11 +43,14 @@ class Member(msgspec.Struct, frozen=True):
     pid: Count = 0
 
 
+Members = Annotated[list[Member], Meta(min_length=1, max_length=4096)]  # the ranks of one replica
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A replica to the router: I am ready. `members` are its ranks, the sender first."""
 
     role: RoleName
-    members: Annotated[list[Member], Meta(min_length=1, max_length=4096)]
+    members: Members
     max_batch: Annotated[int, Meta(ge=1)]
     step_tokens: Annotated[int, Meta(ge=1)]  # the most tokens that one step computes
     kv_tokens: Annotated[int, Meta(ge=1)]
@@ -91,7 +94,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """
 
     request: Request
-    prefill: Annotated[list[Member], Meta(min_length=1)] | None
+    prefill: Members | None
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):

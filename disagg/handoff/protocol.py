@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from disagg.control.messages import Count, Member, Piece, TokenId
+from disagg.control.messages import Count, Member, Members, Piece, TokenId
 from disagg.request import MOST_DRAFTS, Request
 
 Page = Annotated[int, Meta(ge=1)]  # page 0 is the null page
@@ -85,7 +85,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
     request: Request
     pages: list[Page]
-    decode: Annotated[list[Member], Meta(min_length=1)]
+    decode: Members
     generation: Count = 0  # of the links to them
     have: Count = 0
 

@@ -41,11 +41,11 @@ REPLICA_COUNTERS = {
         "cache_hit_tokens",
     ),
     "moesaic_cache_evictions": ("Pages that the prefix cache gave up because others needed them.", "cache_evictions"),
-    "moesaic_verifications": ("Steps of a request where the model drafts; each gives a token.", "verifications"),
+    "moesaic_verifications": ("Steps of a request that verified drafts; each gives a token.", "verifications"),
     "moesaic_graph_replays": ("Steps that replayed a CUDA graph.", "graph_replays"),
 }
 DRAFTS = {
-    "verified": "Drafts that were verified, by their place in a step.",
+    "verified": "Drafts that were verified before a request's last token, by their place in a step.",
     "accepted": "Drafts that were right, by their place in a step. Each gives a token more.",
 }
 PHASE_COUNTERS = {

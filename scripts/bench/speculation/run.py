@@ -111,8 +111,13 @@ class Served:
 
 
 def places(stats: dict[str, float], drafts: int) -> list[float]:
-    """Return the share of the steps that verified in which the drafts up to each place were right."""
-    return [stats[f"accepted_drafts_{place}"] / stats["verifications"] for place in range(1, drafts + 1)]
+    """Return the share of the verified drafts in each place that were right, and all before them, too."""
+    return [stats[f"accepted_drafts_{i}"] / stats[f"verified_drafts_{i}"] for i in range(1, drafts + 1)]
+
+
+def tokens_per_step(stats: dict[str, float], drafts: int) -> float:
+    """Return the tokens of a step that verified, per request."""
+    return 1 + sum(stats[f"accepted_drafts_{i}"] for i in range(1, drafts + 1)) / stats["verifications"]
 
 
 def measure(args: argparse.Namespace, texts: dict[str, list[list[int]]], mesh: Mesh, report: Report) -> None:
@@ -126,9 +131,9 @@ def measure(args: argparse.Namespace, texts: dict[str, list[list[int]]], mesh: M
             parted = sum(mine != theirs for mine, theirs in zip(tokens, plain, strict=True))
             if parted:
                 report.say(f"{of}, drafts: {served.drafts}: {parted} of {len(prompts)} parted from those without")
-            right, name = places(stats, served.drafts), f"{of}, drafts: {served.drafts}"
-            report.keep(Measurement(f"{name}: tokens per step", round(1 + sum(right), 3), ""))
-            for place, share in enumerate(right, 1):
+            name = f"{of}, drafts: {served.drafts}"
+            report.keep(Measurement(f"{name}: tokens per step", round(tokens_per_step(stats, served.drafts), 3), ""))
+            for place, share in enumerate(places(stats, served.drafts), 1):
                 report.keep(Measurement(f"{name}: right up to place {place}", round(100 * share, 1), "%"))
         if not args.timed:
             continue
@@ -159,8 +164,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     args = parser.parse_args()
     if max(args.drafts) > MOST_DRAFTS:
         parser.error(f"argument --drafts: at most {MOST_DRAFTS} drafts, not {max(args.drafts)}")
-    if args.output < 2:
-        parser.error("argument --output: at least 2 tokens, because the first one comes with the prompt")
+    if args.output < (least := max(args.drafts) + 2):
+        parser.error(f"argument --output: at least {least} tokens, the first, the last, and one for each draft between")
     return parser, args
 
 
