@@ -163,7 +163,7 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
     def connect_and_hold(store: Any, me: int) -> Any:
         transport = connect(store, me)
         recv = transport.recv
-        transport.recv = lambda x, location: stopped.wait(SOON) and recv(x, location)
+        transport.recv = lambda *what: stopped.wait(SOON) and recv(*what)
         return transport
 
     endpoint.connect = connect_and_hold
