@@ -13,7 +13,7 @@ from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
-from disagg.handoff.protocol import Join, Open, Room, RoomEnded, RoomFailed
+from disagg.handoff.protocol import Join, Open, Room, RoomEnded, RoomFailed, RoomState
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.transport import Endpoint
 from disagg.incoming import Incoming, Rooms
@@ -232,7 +232,7 @@ class Decode(Unified):
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self.incoming)
+        return any(arrival.room.state != RoomState.FAILED for arrival in self.incoming)
 
     def stats(self) -> dict[str, float]:
         failures = self.failures if self.rank == 0 else 0  # every rank of the replica has counted the same ones
