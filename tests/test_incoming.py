@@ -430,6 +430,7 @@ def test_a_room_that_may_still_be_written_is_told_as_failed_at_once_and_keeps_it
     assert [(update.uid, update.error, update.retry, update.link_down) for update in role.news().updates] == [
         (0, "link down", True, True)
     ]
+    assert cancelled(role) == [1], "it counts on pages that will not come"
     assert all(link.is_down for link in role.links._links.values()), "those of the replica's other ranks end, too"
     for uid in (0, 1, 1):
         role.handle(RoomEnded(uid, "link down", link_down=True))

@@ -7,13 +7,16 @@ and does the work that follows it. The next transfer starts while one is in flig
               wire            0 >>>>>>>>>>>>>| 1 >>>>>>>>>>>>>| 2 >>>
     decode    mover                          | unpack 0       | unpack 1, room done
 
-A transport that is `in_place` spares both copies. Pages that become ready while the wire is busy share the next transfer, across rooms. So the two processes' cost per
-transfer is hidden behind the wire.
+Pages that become ready while the wire is busy share the next transfer, across rooms. So the two processes' cost per
+transfer is hidden behind the wire. A transport that is `in_place` needs neither packing nor unpacking.
 
 A link can fail or be stopped. Either way its rooms fail at once. It fails also when its oldest transfer has taken
-TIMEOUT, because not every library has a limit of its own. A room whose pages may be written just then ends later than
-it fails. Who writes them, the mover or the library, has a *claim* on the room, and the last one to let go ends it.
-A receive that the library cannot cancel goes on in the mover, with its credit. It has a buffer of its own, or a claim.
+TIMEOUT, because not every library has a limit of its own. A receive that the library cannot cancel goes on in the
+mover, and keeps its credit.
+
+Whoever may write the pages of a room has a *claim* on it: a receive in place from its start, another one while it is
+unpacked. A room that is claimed when its link goes down has failed, and ends when the last claim is let go of. Its
+pages stay its own until then.
 """
 
 import functools

@@ -8,7 +8,7 @@ Bytes go over the link's transport and messages over its pipe, in the same order
 so decode never posts a receive without a matching send. On each link a room ends exactly once: with `Last` or `Closed`,
 after all bytes sent before, or with the link itself. Its pages may be freed only when it has ended on every link,
 because until then a transfer may still write them. An abort therefore only ASKS (`Cancel`) and waits for `Closed`.
-A link that goes down amid a transfer into the pages says so at once (`RoomFailed`), and ends the room when that is over.
+A link that goes down while a room's pages are written says so at once (`RoomFailed`), and ends the room after that.
 
 With attention TP on either side, decode rank j is linked to prefill rank j % t. KV is the same on all ranks of a
 replica, so each decode rank takes a copy from one of them.
