@@ -3,9 +3,9 @@
 A location says where pages lie in the sender's memory: the address of page 0, the distance from a layer to the next,
 and the runs of pages to read. The router has compared both sides' models, so a page has the same layers and bytes here.
 
-A process registers the memory of all its transfers once, because registering takes longer than many a transfer: its
-pool if it reads in place, or the buffers of all its credits. It stays registered as long as the process lives. So a
-peer that reads late finds memory, and its own room ends with the link.
+A process registers memory once, because registering takes longer than many a transfer. In place, that is its pool,
+otherwise the buffers of all its credits. It stays registered as long as the process lives. So a peer that reads late
+finds memory, and its own room ends with the link.
 """
 
 import struct
