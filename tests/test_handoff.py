@@ -989,6 +989,23 @@ def test_a_transport_that_connects_after_the_link_was_stopped_is_aborted() -> No
     assert aborted.wait(SOON)
 
 
+def test_a_prefill_end_that_is_stopped_before_decode_came_ends_decodes_rooms(library: str) -> None:
+    """Decode then connects to a port that nobody has any more. Most libraries connect without the peer."""
+    here, there = make_rank(library), make_rank(library)
+    for _ in range(3):
+        door, decode = Door(HOST), Member("d", HOST)
+        prefill = Member("p", HOST, door.port, door.store.port)
+        end, key = End(here.pool(CANARY), None, queue.SimpleQueue()), link_key(prefill, decode)
+        end.link = ReceiveLink(key, dial(prefill, decode, here.endpoint), end.pool, end.events, Credits())
+        end.link.put(Join(1, Open(Request(1, [1]), [4], [decode]), pages=[4]))
+        assert door.poll(SOON * 1000)
+        connect = listen(door.store.port, HOST, there.endpoint)
+        SendLink(key, connect, there.pool(None), queue.SimpleQueue(), Credits()).stop()
+        assert "the other end has gone" in end.hear_end(1, "link p/d", within=5).error
+        end.hush()
+        door.close()
+
+
 def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> None:
     """The prefill rank announced a room and was lost before the router's word of it came to this decode rank."""
     pair = make_pair()
