@@ -13,7 +13,7 @@ from disagg.control.secret import Secret
 from disagg.engine import Engine
 from disagg.handoff.connect import dial, link_key
 from disagg.handoff.links import Links
-from disagg.handoff.protocol import Join, Open, Room, RoomEnded
+from disagg.handoff.protocol import Join, Open, Room, RoomEnded, RoomFailed, RoomState
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.transport import Endpoint
 from disagg.incoming import Incoming, Rooms
@@ -47,6 +47,8 @@ class Decode(Unified):
                 elif self.fits(request):
                     sequence = Sequence(request, self.engine.config.eos_token_ids)
                     self.queue.append(Incoming(sequence, prefill, Room(len(self.members))))
+            case RoomFailed(uid, error):
+                self.room_failed(uid, error)
             case RoomEnded() as ended:
                 self.room_ended(ended)
             case Abort(uid) if uid in self.incoming:
@@ -136,6 +138,24 @@ class Decode(Unified):
         if arrival.room.may_release or error is not None:
             self.settle_rooms()
 
+    def room_failed(self, uid: int, error: str) -> None:
+        """Say at once that a link went down. The room stays until nobody writes its pages."""
+        arrival = self.incoming[uid]
+        arrival.room.fail(error)
+        arrival.link_down = True
+        self.give_up_links(arrival)
+        self.incoming.break_promise(arrival)
+        self.tell_failure(arrival)
+        self.settle_rooms()
+
+    def tell_failure(self, arrival: Incoming) -> None:
+        """Tell the router, if it still wants the request. It tries it elsewhere, under another uid."""
+        if arrival.wanted:
+            arrival.wanted = False
+            self.failures += 1
+            error, down = arrival.room.error, arrival.link_down
+            self.updates.append(Update(arrival.uid, error=error, retry=True, link_down=down))
+
     def settle_rooms(self) -> None:
         """Settle the rooms that are over. Call it after whatever may end one: no other event may come."""
         for one in list(self.incoming):  # in order, because a room that is settled may end later ones
@@ -152,9 +172,8 @@ class Decode(Unified):
             self.start(arrival, experts, prompt_rows)
         elif arrival.wanted and arrival.cancelled and not arrival.link_down:
             self.returned.append(uid)
-        elif arrival.wanted:
-            self.failures += 1
-            self.updates.append(Update(uid, error=arrival.room.error, retry=True, link_down=arrival.link_down))
+        else:
+            self.tell_failure(arrival)
 
     def start(self, arrival: Incoming, experts: bytes, prompt_rows: bytes) -> None:
         """Report a request's first token, and let it run. `experts`, `prompt_rows`: what came with its KV."""
@@ -213,7 +232,7 @@ class Decode(Unified):
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self.incoming)
+        return any(arrival.room.state != RoomState.FAILED for arrival in self.incoming)
 
     def stats(self) -> dict[str, float]:
         failures = self.failures if self.rank == 0 else 0  # every rank of the replica has counted the same ones

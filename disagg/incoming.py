@@ -34,7 +34,7 @@ class Incoming:
     first: RoomEnded | None = None  # with the first token
     ended: RoomEnded | None = None  # of the link that ended the room last
     link_down: bool = False
-    wanted: bool = True  # False once aborted
+    wanted: bool = True  # False once aborted, or once the router knows that it failed
     cancelled: bool = False
     promised: list[int] = field(default_factory=list)  # pages that others may count on
     awaits: list["Incoming"] = field(default_factory=list)

@@ -45,6 +45,7 @@ from disagg.handoff.protocol import (
     Read,
     Room,
     RoomEnded,
+    RoomFailed,
     RoomState,
     Scored,
     Sending,
@@ -148,6 +149,20 @@ class End:
         event = self.hear(within)
         assert isinstance(event, RoomEnded) and event.uid == uid, event
         assert (event.error is None) == (error is None) and (error or "") in (event.error or ""), event
+        return event
+
+    def hear_failure(self, uid: int, error: str) -> None:
+        """The next event must be that this room failed, and has not ended."""
+        event = self.hear()
+        assert isinstance(event, RoomFailed) and event.uid == uid and error in event.error, event
+
+    def hear_bad_end(self, uid: int, error: str) -> RoomEnded:
+        """The same error may come twice: when the room fails, and when it ends."""
+        event = self.hear()
+        if isinstance(event, RoomFailed):
+            assert event.uid == uid and error in event.error, event
+            return self.hear_end(uid, event.error)
+        assert isinstance(event, RoomEnded) and event.uid == uid and error in (event.error or ""), event
         return event
 
     def hear_open(self, uid: int) -> Open:
@@ -351,7 +366,7 @@ class Gate:
         self.opened, self.started = threading.Event(), []  # the latter: pages of each transfer
         send, recv = link.transport.send, link.transport.recv
         link.transport.send = lambda x, pages: (self.held(len(pages or x[0]), (sent := send(x, pages))[0]), sent[1])
-        link.transport.recv = lambda x, location: self.held(len(x[0]), recv(x, location))
+        link.transport.recv = lambda x, location, pages: self.held(len(pages or x[0]), recv(x, location, pages))
 
     def held(self, pages: int, transfer: Transfer) -> Transfer:
         self.started.append(pages)
@@ -445,14 +460,15 @@ def test_a_link_that_breaks_by_itself_ends_what_it_has_under_way(make_pair: Any)
     def broken(*_: Any) -> None:
         raise RuntimeError("no room to unpack")
 
-    link._unpack_pages = broken
+    link._arrived = broken
     for mine, theirs in ((1, 4), (2, 5)):
         pair.prefill.link.put(SendPages(1, [mine], [theirs]))
-    pair.decode.hear_end(1, "no room to unpack")
+    pair.decode.hear_bad_end(1, "no room to unpack")
     pair.prefill.hear_end(1, "link p/d")
     assert aborted.wait(SOON)
     pair.hush()
-    assert (pair.decode.pool == CANARY).all()
+    others = [page for page in range(NUM_PAGES) if make_pair.library != "nixl" or page not in (4, 5)]
+    assert (pair.decode.pool[:, others] == CANARY).all()
 
 
 def test_rooms_that_share_a_link_do_not_mix(make_pair: Any) -> None:
@@ -897,6 +913,8 @@ def test_a_transfer_that_is_stuck_ends_its_link_in_time_and_keeps_its_buffer(
     assert eventually(lambda: getattr(pair, side).link.in_flight == 2 * one_sided)
     gate.opened.set()
     assert eventually(lambda: pair.prefill.link.in_flight == pair.decode.link.in_flight == 0)
+    if (make_pair.library, side) == ("nixl", "decode"):  # its room had only failed
+        pair.decode.hear_end(2, "link p/d")
     pair.hush()
 
 
@@ -942,7 +960,7 @@ def test_a_room_whose_last_word_came_before_the_link_went_down_ends_once(make_pa
     pair.prefill.link.put(SendPages(1, [1], [4]))
     pair.prefill.link.put(SendLast(1, 7, []))
     gate.await_start(1)
-    assert eventually(lambda: not pair.decode.link._in_flight.empty()), "the room's end waits for its bytes"
+    assert eventually(lambda: not pair.decode.link._tasks.empty()), "the room's end waits for its bytes"
     pair.decode.link.stop()
     pair.decode.hear_end(1, "stopped")
     gate.opened.set()
@@ -969,6 +987,23 @@ def test_a_transport_that_connects_after_the_link_was_stopped_is_aborted() -> No
     may_connect.set()
     link.join(SOON)
     assert aborted.wait(SOON)
+
+
+def test_a_prefill_end_that_is_stopped_before_decode_came_ends_decodes_rooms(library: str) -> None:
+    """Decode then connects to a port that nobody has any more. Most libraries connect without the peer."""
+    here, there = make_rank(library), make_rank(library)
+    for _ in range(3):
+        door, decode = Door(HOST), Member("d", HOST)
+        prefill = Member("p", HOST, door.port, door.store.port)
+        end, key = End(here.pool(CANARY), None, queue.SimpleQueue()), link_key(prefill, decode)
+        end.link = ReceiveLink(key, dial(prefill, decode, here.endpoint), end.pool, end.events, Credits())
+        end.link.put(Join(1, Open(Request(1, [1]), [4], [decode]), pages=[4]))
+        assert door.poll(SOON * 1000)
+        connect = listen(door.store.port, HOST, there.endpoint)
+        SendLink(key, connect, there.pool(None), queue.SimpleQueue(), Credits()).stop()
+        assert "the other end has gone" in end.hear_end(1, "link p/d", within=5).error
+        end.hush()
+        door.close()
 
 
 def test_stop_ends_a_link_that_waits_for_this_rank_to_join(make_pair: Any) -> None:
@@ -1042,6 +1077,7 @@ def test_bytes_that_come_after_the_link_went_down_touch_no_page(make_pair: Any) 
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all()
 
 
+@pytest.mark.parametrize("library", ["torch", "mooncake"], indirect=True)
 def test_a_buffer_that_may_still_be_written_keeps_its_credit_and_touches_no_page(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1098,7 +1134,7 @@ def test_a_sender_that_goes_down_amid_the_reading_completes_no_room(make_pair: A
     pair.prefill.link._mover.join(SOON)
     assert not pair.prefill.link._mover.is_alive() and pair.prefill.link.in_flight == 0
     gate.opened.set()
-    pair.decode.hear_end(1, "the other end has gone")
+    pair.decode.hear_bad_end(1, "the other end has gone")
     pair.hush()
 
 
@@ -1125,13 +1161,13 @@ def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: A
     link = pair.decode.link
     recv = link.transport.recv
 
-    def flipping(x: Tensor, location: bytes) -> Transfer:
-        transfer = recv(x, location)
+    def flipping(x: Tensor, location: bytes, pages: list[int] | None) -> Transfer:
+        transfer = recv(x, location, pages)
         wait = transfer.wait
 
         def wait_and_flip() -> None:
             wait()
-            x.view(torch.uint8).view(-1)[-1] ^= 1
+            x[-1, pages[-1] if pages else -1].view(torch.uint8).view(-1)[-1] ^= 1
 
         transfer.wait = wait_and_flip
         return transfer
@@ -1150,7 +1186,8 @@ def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: A
     assert pair.decode.hear_end(3).token == 30
     assert [pair.prefill.hear().uid for _ in range(3)] == [1, 2, 3]
     assert pair.decode.pool[:, [4, 6]].equal(pair.prefill.pool[:, [1, 3]])
-    assert (pair.decode.pool[:, 5] == CANARY).all() and link.mismatches == 1
+    others = [page for page in range(NUM_PAGES) if page not in (4, 5 if make_pair.library == "nixl" else 4, 6)]
+    assert (pair.decode.pool[:, others] == CANARY).all() and link.mismatches == 1
     pair.hush()
 
 
@@ -1350,6 +1387,22 @@ def test_a_page_that_is_not_of_its_room_ends_the_link_and_stays_as_it_is(make_pa
     assert (pair.decode.pool[:, [4, 9]] == CANARY).all()
     assert {pair.prefill.hear().uid, pair.prefill.hear().uid} == {1, 2}
     pair.hush()
+
+
+def test_a_page_that_comes_behind_the_last_word_on_its_room_ends_the_link_and_stays_as_it_is(make_pair: Any) -> None:
+    """The room ends behind what is under way, and then the page is another request's."""
+    pair = make_pair()
+    pair.open(1, [4])
+    pair.open(2, [5])
+    gate = Gate(pair.decode.link)
+    pair.prefill.link.put(SendPages(2, [2], [5]))
+    gate.await_start(1)
+    pair.prefill.say(Closed(1, "enough"))
+    pair.prefill.say(Sending([1], [4]))
+    errors = {event.uid: event.error for event in (pair.decode.hear(), pair.decode.hear())}
+    assert errors.keys() == {1, 2} and all("sends page 4, which is none of rooms [1]" in one for one in errors.values())
+    gate.opened.set()
+    assert eventually(lambda: pair.decode.link.in_flight == 0) and (pair.decode.pool[:, 4] == CANARY).all()
 
 
 def test_more_pages_at_once_than_a_buffer_has_end_the_link(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 A decode role without a model. Its links are played by the test, which writes the content of each page: the salt, the
 page's tokens, and those of all pages before it. What a request starts with must be its own prompt. No page is written
-while another request may read it. No page and no request is lost, and no room waits for ever.
+while another request may read it. No page and no request is lost, and no room waits for ever. A link that goes down may
+write a room's pages until it ends the room, and says at once that it has failed.
 """
 
 import inspect
@@ -19,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from disagg.control.messages import Abort, Forget, Member, Submit
 from disagg.decode import Decode
-from disagg.handoff.protocol import Cancel, Join, RoomEnded, RoomState
+from disagg.handoff.protocol import Cancel, Join, RoomEnded, RoomFailed, RoomState
 from disagg.handoff.receive_link import Pieces
 from disagg.page_cache import PageCache
 from disagg.request import Request
@@ -82,6 +83,7 @@ class Life(RuleBasedStateMachine):
         self.decode = make_decode()
         self.requests: dict[int, Request] = {}  # every one, by uid
         self.rooms: dict[int, Sender] = {}
+        self.written: dict[int, Sender] = {}  # rooms that failed, and whose pages may still be written
         self.content: dict[int, Content] = {}  # by page: what was written to it last
         self.fate: dict[int, str] = {}  # of the requests that are not here any more
         self.begun: set[int] = set()
@@ -129,8 +131,42 @@ class Life(RuleBasedStateMachine):
         elif what == "a link goes down":  # then all of the replica's links to that peer are given up
             link = self.rooms[self.some(data, self.rooms)].link
             for uid in [uid for uid, room in self.rooms.items() if room.link is link]:
-                for _ in self.rooms.pop(uid).open:
-                    self.decode.handle(RoomEnded(uid, "link down", link_down=True))
+                room = self.rooms.pop(uid)
+                writing = data.draw(st.sets(st.sampled_from(sorted(room.open))))
+                for rank in sorted(room.open):
+                    if rank in writing:
+                        self.decode.handle(RoomFailed(uid, "link down"))
+                    else:
+                        self.decode.handle(RoomEnded(uid, "link down", link_down=True))
+                if writing:
+                    room.open = writing
+                    self.written[uid] = room
+            self.look()
+            assert self.written.keys() <= self.fate.keys(), "a failure was not told at once"
+        self.look()
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def write_late(self, data: st.DataObject) -> None:
+        uid = self.some(data, self.written)
+        room, role = self.written[uid], self.decode
+        for page in room.pages:
+            assert page not in role.scheduler.cache._places, "others find it"
+            for other in (*role.sequences.values(), *(one.sequence for one in role.incoming if not one.cancelled)):
+                assert other.uid == uid or page not in other.pages, "it is somebody else's"
+            self.content[page] = "late", uid
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def end_writing(self, data: st.DataObject) -> None:
+        self.end_late(self.some(data, self.written))
+
+    def end_late(self, uid: int) -> None:
+        room = self.written[uid]
+        room.open.pop()
+        if not room.open:
+            del self.written[uid]
+        self.decode.handle(RoomEnded(uid, "link down", link_down=True))
         self.look()
 
     # -- what links do
@@ -229,7 +265,9 @@ class Life(RuleBasedStateMachine):
         for one in rooms:
             assert all(other in rooms[: rooms.index(one)] for other in one.awaits), "it awaits what is over or later"
             assert not one.promised or (one.room.state != RoomState.FAILED and not one.cancelled)
-            assert one.uid in self.rooms or (one.awaits and one.is_good), "it waits for nothing"
+            here = one.uid in self.rooms or one.uid in self.written
+            assert here or (one.awaits and one.is_good), "it waits for nothing"
+        assert self.written.keys() <= {one.uid for one in rooms}, "its pages were let go of too early"
 
     def teardown(self) -> None:
         """The last room ends first, so rooms wait for one another as long as they can."""
@@ -239,6 +277,8 @@ class Life(RuleBasedStateMachine):
         role = self.decode
         for uid in list(role.sequences):
             role.handle(Abort(uid))
+        while self.written:
+            self.end_late(min(self.written))
         for _ in self.requests:  # in each round at least one ends
             self.look()
             for uid in sorted(self.rooms):
@@ -246,6 +286,8 @@ class Life(RuleBasedStateMachine):
                     self.end_link(uid, rank, None)
             for uid in list(role.sequences):
                 role.handle(Abort(uid))
+            for uid in sorted(self.written):
+                self.end_late(uid)
         cache = role.scheduler.cache
         assert not len(role.incoming) and cache.num_free == CAPACITY and not cache._promised
         assert role.scheduler.cache.reserve(CAPACITY) is not None
@@ -376,6 +418,49 @@ def test_a_link_that_goes_down_fails_the_rooms_of_both() -> None:
         (1, True, True),
     ]
     assert not news.returned and role.scheduler.cache.num_free == CAPACITY
+
+
+def test_a_room_that_may_still_be_written_is_told_as_failed_at_once_and_keeps_its_pages() -> None:
+    """On one link of two. The room that awaits it is over at once, and nobody else gets the pages meanwhile."""
+    role = make_decode()
+    _, pages = opened(role, 0)
+    assert opened(role, 1)[0] == 3
+    role.news()
+    role.handle(RoomFailed(0, "link down"))
+    assert [(update.uid, update.error, update.retry, update.link_down) for update in role.news().updates] == [
+        (0, "link down", True, True)
+    ]
+    assert cancelled(role) == [1], "it counts on pages that will not come"
+    assert all(link.is_down for link in role.links._links.values()), "those of the replica's other ranks end, too"
+    for uid in (0, 1, 1):
+        role.handle(RoomEnded(uid, "link down", link_down=True))
+    news = role.news()
+    assert [update.uid for update in news.updates] == [1] and not news.returned and role.failures == 2
+    assert [one.uid for one in role.incoming] == [0] and role.load().unwanted_pages == len(pages)
+    assert role.scheduler.cache.num_free == CAPACITY - len(pages)
+    role.handle(Submit(Request(2, [8] * ((CAPACITY - 1) * PAGE), 4), [Member("peer 1", "")]))
+    role.admit()
+    assert role.news() is None and len(role.queue) == 1, "it got pages that are still written"
+    role.handle(RoomEnded(0, "link down", link_down=True))
+    role.admit()
+    news = role.news()
+    assert news.begun == [2] and not news.updates and [one.uid for one in role.incoming] == [2]
+
+
+@pytest.mark.parametrize("first", ["aborted", "link down"])
+def test_of_an_aborted_room_nothing_is_told_when_its_link_goes_down_amid_a_write(first: str) -> None:
+    role = make_decode()
+    opened(role, 0)
+    role.news()
+    events = [Abort(0), RoomFailed(0, "link down")]
+    for event in events if first == "aborted" else reversed(events):
+        role.handle(event)
+    news = role.news()
+    assert (news is None) == (first == "aborted") and role.failures == (first != "aborted")
+    role.handle(Forget())
+    assert [one.uid for one in role.incoming] == [0] and not role.is_waiting
+    end(role, 0, "link down")
+    assert role.news() is None and role.scheduler.cache.num_free == CAPACITY
 
 
 def test_rooms_of_other_links_are_not_awaited() -> None:

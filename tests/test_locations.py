@@ -32,16 +32,21 @@ def test_a_location_finds_the_pages_in_as_few_runs_as_there_are(data: st.DataObj
     transfer, location = Sender(Staging(torch.empty(1, 1, 1))).send(pool, pages)
     wanted = pool if pages is None else pool[:, pages]
     assert transfer.nbytes == wanted.nbytes
-    read = torch.empty_like(wanted)
-    runs, device = parse_location(location, read)
+    count = wanted.shape[1]
+    mine = data.draw(st.none() | st.permutations(range(15)).map(lambda order: order[:count]))
+    read = torch.full((layers, count if mine is None else 15, 5, 3), 7, dtype=torch.uint8)
+    runs, device = parse_location(location, read, mine)
     for here, there, size in runs:
         ctypes.memmove(here, there, size)
-    assert read.equal(wanted) and device == 0
-    if pages is None:
+    expected = torch.full_like(read, 7)
+    expected[:, range(count) if mine is None else mine] = wanted
+    assert read.equal(expected) and device == 0
+    if pages is None and mine is None:
         assert len(runs) == 1
     else:
-        breaks = sum(b != a + 1 for a, b in pairwise(pages))
-        assert len(runs) <= layers * (1 + breaks)
+        places = zip(pages or range(count), mine or range(count), strict=True)
+        breaks = sum(b != (a[0] + 1, a[1] + 1) for a, b in pairwise(places))
+        assert len(runs) == layers * (1 + breaks) or len(runs) == 1
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         self.cache, self.twin = PageCache(CAPACITY + 1), PageCache(CAPACITY + 1)
         self.holders: list[Holder] = []
+        self.written: list[Holder] = []  # those that failed, and whose pages may still be written
         self.content: dict[int, Content] = {}  # by page: what was written to it last
         self.damaged: set[int] = set()  # pages that were there when the cache was told to distrust them
 
@@ -77,7 +78,7 @@ class Life(RuleBasedStateMachine):
                 assert self.content[page] == one.content(i), "another prefix"
                 assert page not in self.damaged
             else:
-                assert not any(page in other.pages for other in self.holders), "it is held"
+                assert not any(page in other.pages for other in self.everybody), "it is held"
         self.holders.append(one)
 
     def holder(self, data: st.DataObject) -> Holder:
@@ -109,16 +110,44 @@ class Life(RuleBasedStateMachine):
         self.both("publish", one.pages, one.salt, one.tokens)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data())
-    def retract(self, data: st.DataObject) -> None:
-        """It ends, and so do those that await it, unread and the last one first."""
+    @rule(data=st.data(), written=st.booleans())
+    def retract(self, data: st.DataObject, written: bool) -> None:
+        """It fails, and so do those that await it, unread and the last one first. `written`: it ends later."""
         one = self.holder(data)
         for other in reversed(self.holders.copy()):
             if other is one or set(one.promised) & set(other.awaits):
                 self.both("retract", other.promised)
+                other.promised = []
                 self.holders.remove(other)
-                self.both("free", other.pages, other.salt, [])
-        self.damaged &= {page for other in self.holders for page in other.pages}
+                if other is one and written and one.written == one.hits:
+                    self.written.append(one)
+                else:
+                    self.both("free", other.pages, other.salt, [])
+        self.forget_damage()
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def write_late(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.written))
+        for page in one.pages[one.hits :]:
+            assert page not in self.cache._places, "it can be found"
+            assert not any(page in other.pages for other in self.everybody if other is not one), "it is another one's"
+            self.content[page] = ("late",)
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def end_writing(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.written))
+        self.written.remove(one)
+        self.both("free", one.pages, one.salt, [])
+        self.forget_damage()
+
+    @property
+    def everybody(self) -> list[Holder]:
+        return [*self.holders, *self.written]
+
+    def forget_damage(self) -> None:
+        self.damaged &= {page for one in self.everybody for page in one.pages}
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), count=st.integers(1, 3), published=st.booleans())
@@ -146,7 +175,7 @@ class Life(RuleBasedStateMachine):
         self.both("free", one.pages, one.salt, one.tokens[: one.written] if published else [])
         doubted = self.damaged & set(one.pages)
         assert not doubted & self.cache._places.keys(), "published, though it may be damaged"
-        self.damaged &= {page for other in self.holders for page in other.pages}
+        self.forget_damage()
         if published and not doubted:
             for i in range(one.written):
                 page = self.cache._find(one.salt, one.tokens[: i + 1], lambda page: True)[i]
@@ -158,7 +187,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def distrust(self) -> None:
         self.both("distrust")
-        self.damaged = {page for one in self.holders for page in one.pages}
+        self.damaged = {page for one in self.everybody for page in one.pages}
         for one in self.holders:
             one.promised, one.awaits = [], []
         assert (
@@ -170,7 +199,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def every_page_has_its_holders_and_one_state(self) -> None:
         cache = self.cache
-        held = Counter(page for one in self.holders for page in one.pages)
+        held = Counter(page for one in self.everybody for page in one.pages)
         assert cache._holders == held
         assert not held.keys() & cache._idle.keys() and len(held) + cache.num_free == CAPACITY
         assert set(cache._published.values()) == cache._places.keys() >= cache._idle.keys()
@@ -200,6 +229,8 @@ class Life(RuleBasedStateMachine):
             self.cache.retract(one.promised)
         for one in self.holders:
             self.cache.free(one.pages, one.salt, one.tokens[: one.written])
+        for one in self.written:
+            self.cache.free(one.pages)
         assert self.cache.num_free == CAPACITY and not self.cache._holders and not self.cache._doubtful
         found = self.cache.reserve(CAPACITY)
         assert found is not None and sorted(found[0]) == list(range(1, CAPACITY + 1)), "a page was lost"

@@ -23,6 +23,8 @@ from disagg.engine import Engine
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.handoff.endpoints import BY_DEFAULT, TRANSPORTS, Handoff
+from disagg.handoff.protocol import Sending
+from disagg.handoff.receive_link import ReceiveLink
 from disagg.incoming import Incoming
 from disagg.interrupt import Interrupt
 from disagg.loop import serve as serve_job
@@ -30,7 +32,6 @@ from disagg.page_digest import page_digests
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
-from kernels import ref
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.pages import PAGE
@@ -47,9 +48,9 @@ OUTPUT = 6  # tokens
 VOCAB = 4096
 
 
-def make_engine(folder: Path, mesh: Mesh | None = None, ops: Ops | None = None, **more: Any) -> Engine:
+def make_engine(folder: Path, mesh: Mesh | None = None, **more: Any) -> Engine:
     settings = EngineConfig(**SIZES | more)
-    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, mesh or Mesh(), ops or Ops())
+    return Engine.from_pretrained(settings, ModelConfig.from_pretrained(folder), folder, mesh or Mesh(), Ops())
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -314,12 +315,16 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
 
     Incoming.is_over = property(look)
 
-    def unpack(packed: Tensor, pool: Tensor, pages: Tensor) -> None:
+    arrived = ReceiveLink._arrived
+
+    def count(link: ReceiveLink, x: Tensor, pages: Tensor, sending: Sending) -> None:
         moved[0] += pages.numel()
-        ref.unpack_pages(packed, pool, pages)
+        arrived(link, x, pages, sending)
+
+    ReceiveLink._arrived = count
 
     def engine(mesh: Mesh | None, **more: Any) -> Engine | None:
-        return None if mesh is None else make_engine(folder, mesh, Ops(unpack_pages=unpack), **more)
+        return None if mesh is None else make_engine(folder, mesh, **more)
 
     def answer(jobs: list, prompts: list[list[int]], handoff: Handoff) -> list:
         users = [

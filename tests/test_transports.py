@@ -26,10 +26,10 @@ from disagg.handoff import credits
 from disagg.handoff.connect import Door, dial, link_key, listen
 from disagg.handoff.credits import IN_FLIGHT, Credits
 from disagg.handoff.endpoints import TRANSPORTS, Handoff
-from disagg.handoff.protocol import Join, Open, RoomEnded, SendLast, SendPages
+from disagg.handoff.protocol import Join, Open, RoomEnded, RoomFailed, SendLast, SendPages
 from disagg.handoff.receive_link import ReceiveLink
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transports.one_sided import PAGES, WHERE
+from disagg.handoff.transports.one_sided import PAGES, WHERE, Staging
 from disagg.interrupt import Interrupt
 from disagg.request import Request
 from kernels.ops import Ops
@@ -146,7 +146,7 @@ def prefill_that_stops(library: str, prefill: Member, decode: Member, doing: Any
 def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
     library: str, dies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read from a frozen peer has its buffer until that goes on. Its room does not wait for it."""
+    """A read from a frozen peer has its buffer, or the room's pages, until that goes on. Nobody waits for it."""
     needs(library)
     monkeypatch.setenv("UCX_TLS", "tcp,self")
     decode = Member("d", HOST)
@@ -163,7 +163,7 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
     def connect_and_hold(store: Any, me: int) -> Any:
         transport = connect(store, me)
         recv = transport.recv
-        transport.recv = lambda x, location: stopped.wait(SOON) and recv(x, location)
+        transport.recv = lambda *what: stopped.wait(SOON) and recv(*what)
         return transport
 
     endpoint.connect = connect_and_hold
@@ -181,15 +181,23 @@ def test_rooms_end_in_bounded_time_when_prefill_dies_amid_a_read(
         process.kill()
     else:
         link.stop()  # as when the router says that it is gone
-    ended: list[RoomEnded] = [events.get(timeout=SOON) for _ in range(2)]
-    assert {room.uid for room in ended} == {1, 2} and all("link p/d" in (room.error or "") for room in ended)
+    told: list[RoomFailed | RoomEnded] = [events.get(timeout=SOON) for _ in range(2)]
+    assert {room.uid for room in told} == {1, 2} and all("link p/d" in (room.error or "") for room in told)
     assert time.monotonic() - began < 5
+    in_place = library == "nixl"
+    others = [0] if in_place else [0, 1, 2]
     if not dies:
-        assert len(mine.free) == IN_FLIGHT - 1, "the library may still write the buffer"
-        pool.fill_(8.5)  # another room's
+        only_failed = [room.uid for room in told if isinstance(room, RoomFailed)]
+        assert only_failed == ([1] if in_place else []) and events.empty()
+        assert len(mine.free) == IN_FLIGHT - 1, "the library may still write"
+        pool[:, others] = 8.5  # another room's
         os.kill(process.pid, signal.SIGCONT)
     assert eventually(lambda: len(mine.free) == IN_FLIGHT), "the read ended, and its credit did not come back"
-    assert (pool == (CANARY if dies else 8.5)).all()
+    if any(isinstance(room, RoomFailed) for room in told):
+        assert isinstance(ended := events.get(timeout=SOON), RoomEnded) and ended.uid == 1
+    assert (pool[:, others] == (CANARY if dies else 8.5)).all()
+    if in_place and not dies:
+        assert (pool[:, [1, 2]] == 5).all(), "it was no late write"
     process.kill()
     process.join(SOON)
     link.join(SOON)
@@ -233,7 +241,8 @@ def test_rooms_end_when_decode_dies_before_it_has_read(library: str) -> None:
 def test_nixl_meets_a_peer_anew_after_a_failure_and_not_before() -> None:
     """Both processes live on, so the next link between them must not use the connection that failed."""
     needs("nixl")
-    prefill, decode = (Handoff("nixl").make_endpoint(HOST, torch.empty(2, 4, 64, 24)) for _ in range(2))
+    source, target = (torch.empty(2, 4, 64, 24) for _ in range(2))
+    prefill, decode = (Handoff("nixl").make_endpoint(HOST, pool) for pool in (source, target))
     agent, met = decode.agent, []
     add = agent.add_remote_agent
     agent.add_remote_agent = lambda metadata: met.append(metadata) or add(metadata)
@@ -241,12 +250,11 @@ def test_nixl_meets_a_peer_anew_after_a_failure_and_not_before() -> None:
 
     def read(generation: int, where: int = 0) -> None:
         ends = [end.connect(PrefixStore(str(generation), store), me) for me, end in enumerate((prefill, decode))]
-        source, target = (end.buffer(0, (2, 64, 24), torch.float32) for end in ends)
         source.fill_(generation)
-        _, location = ends[0].send(source)
+        _, location = ends[0].send(source, [3, 1])
         try:
-            ends[1].recv(target, WHERE.pack(where, 0, 0) + PAGES.pack(0, 64) if where else location).wait()
-            assert (target == generation).all()
+            ends[1].recv(target, WHERE.pack(where, 0, 0) + PAGES.pack(0, 2) if where else location, [0, 2]).wait()
+            assert (target[:, [0, 2]] == generation).all()
         finally:
             for end in ends:
                 end.abort()
@@ -285,12 +293,10 @@ def test_mooncake_serves_no_gpu_and_no_ipv6() -> None:
         Handoff("mooncake").make_endpoint("::1", torch.empty(2, 4, 64, 24))
 
 
-@pytest.mark.parametrize("library", ONE_SIDED)
-def test_the_registered_memory_is_what_the_memory_table_counts(library: str) -> None:
-    needs(library)
-    endpoint = Handoff(library).make_endpoint(HOST, torch.empty(2, 3, 2**23, dtype=torch.uint8))
-    assert endpoint.staging.memory.nbytes == credits.buffer_bytes(2**24)
-    buffers = [endpoint.staging.buffer(credit, (3, 5), torch.float32) for credit in range(IN_FLIGHT)]
+def test_the_registered_memory_is_what_the_memory_table_counts() -> None:
+    staging = Staging(torch.empty(2, 3, 2**23, dtype=torch.uint8))
+    assert staging.memory.nbytes == credits.buffer_bytes(2**24)
+    buffers = [staging.buffer(credit, (3, 5), torch.float32) for credit in range(IN_FLIGHT)]
     for value, buffer in enumerate(buffers):
         buffer.fill_(value)
     assert [buffer.unique().tolist() for buffer in buffers] == [[value] for value in range(IN_FLIGHT)]

@@ -8,11 +8,15 @@ and does the work that follows it. The next transfer starts while one is in flig
     decode    mover                          | unpack 0       | unpack 1, room done
 
 Pages that become ready while the wire is busy share the next transfer, across rooms. So the two processes' cost per
-transfer is hidden behind the wire.
+transfer is hidden behind the wire. A transport that is `in_place` needs neither packing nor unpacking.
 
-A link can fail or be stopped. Either way its rooms end at once, with an error, and the pool is not written any more. It
-fails also when its oldest transfer has taken TIMEOUT, because not every library has a limit of its own.
-A receive that the library cannot cancel goes on in the mover, into its own buffer, which keeps its credit until then.
+A link can fail or be stopped. Either way its rooms fail at once. It fails also when its oldest transfer has taken
+TIMEOUT, because not every library has a limit of its own. A receive that the library cannot cancel goes on in the
+mover, and keeps its credit.
+
+Whoever may write the pages of a room has a *claim* on it: a receive in place from its start, another one while it is
+unpacked. A room that is claimed when its link goes down has failed, and ends when the last claim is let go of. Its
+pages stay its own until then.
 """
 
 import functools
@@ -21,9 +25,10 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 import zmq
@@ -32,12 +37,19 @@ from torch import Tensor
 from disagg.control.ports import new_socket
 from disagg.handoff.credits import Credits, Share
 from disagg.handoff.pipe import Pipe
-from disagg.handoff.protocol import AllRead, Cancel, Command, Join, LinkEvent, Message, Read, RoomEnded
+from disagg.handoff.protocol import AllRead, Cancel, Command, Join, LinkEvent, Message, Read, RoomEnded, RoomFailed
 from disagg.handoff.transport import TIMEOUT, Transfer, Transport
 
 CHECK_MS = 500  # between two looks whether a transfer is stuck
-# A transfer with its credit, and what to do when it has completed.
-Started = tuple[tuple[Transfer, int] | None, Callable[[], None]]
+
+
+class Task(NamedTuple):
+    """For the mover: what to do when a transfer has completed, and everything given to it before."""
+
+    then: Callable[[], None]
+    transfer: Transfer | None = None
+    credit: int | None = None  # of the transfer, to be given back after `then()`
+    claimed: Sequence[int] = ()  # rooms, to be let go of after `then()`
 
 
 @functools.cache
@@ -69,9 +81,10 @@ class Link(threading.Thread, ABC):
         self._connect, self._events = connect, events
         self._commands: deque[Command] = deque()
         self._words: deque[Read | AllRead | Cancel] = deque()  # from the mover; they must not wait behind commands
-        self._writing = threading.Lock()  # held while the pool is written: a link goes down before or after that
-        self._changed = threading.Condition()  # guards _rooms and _down
+        self._changed = threading.Condition()  # guards what follows, up to _down
         self._rooms: dict[int, frozenset[int]] = {}  # joined and not yet ended: the pages to which its KV may come
+        self._claims: Counter[int] = Counter()  # by room: how many may be writing its pages
+        self._failed: set[int] = set()  # rooms that end when they are let go of
         self._down: str | None = None  # the reason, once it is down
         self._wake, self._woken = new_socket(zmq.PAIR), new_socket(zmq.PAIR)
         address = f"inproc://{uuid.uuid4().hex}"
@@ -80,7 +93,7 @@ class Link(threading.Thread, ABC):
         self._pipe: Pipe | None = None
         self._transport: Transport | None = None
         self._aborted = threading.Event()  # set when `_go_down` does not need the transport any more
-        self._in_flight: queue.SimpleQueue[Started | None] = queue.SimpleQueue()  # for the mover; None ends it
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # for the mover; None ends it
         self._credits = Share(credits)
         self._stream = packing_stream(pool.device) if pool.is_cuda else None
         self._awaited_since: float | None = None  # time.monotonic() when the mover began to wait for a transfer
@@ -123,21 +136,25 @@ class Link(threading.Thread, ABC):
         return self._down is not None
 
     def stop(self) -> None:
-        """End the link; the peer may be dead. Its rooms end at once, and the pool is not written any more.
+        """End the link; the peer may be dead. Its rooms fail at once, and end when nobody writes their pages.
 
-        With NCCL, a transfer in flight ends too. Otherwise a receive stays in the mover, with its own buffer: with gloo
-        until its time-out, with a one-sided library until that is done with it.
+        With NCCL, a transfer in flight ends too. Otherwise a receive stays in the mover: with gloo until its time-out,
+        with a one-sided library until that is done with it.
         """
         self._go_down("stopped")
 
     def _go_down(self, error: str) -> None:
-        """End all rooms, then abort the transport, unless the link is down already."""
-        with self._writing, self._changed:
+        """Fail all rooms, and end those that nobody has claimed. Then abort the transport. Only the first call does."""
+        with self._changed:
             if self._down is not None:
                 return
             self._down = f"link {self.key}: {error}"
             for uid in self._rooms:
-                self._events.put(RoomEnded(uid, self._down, link_down=True))
+                if uid in self._claims:
+                    self._failed.add(uid)
+                    self._events.put(RoomFailed(uid, self._down))
+                else:
+                    self._events.put(RoomEnded(uid, self._down, link_down=True))
             self._rooms.clear()
             self._changed.notify()
             with suppress(zmq.Again):  # its thread saw `_down` already, and has ended
@@ -166,17 +183,20 @@ class Link(threading.Thread, ABC):
         finally:
             if self._pipe is not None:
                 self._pipe.close()  # first, so that the peer learns of the end
-            self._in_flight.put(None)
+            self._tasks.put(None)
             with self._changed:  # `_go_down` may still be waking this thread
                 self._wake.close()
             self._woken.close()
 
-    def then(self, then: Callable[[], None], moving: tuple[Transfer, int] | None = None) -> None:
-        """Have the mover call `then()` when a transfer, and everything given to it before, has completed.
-
-        `moving`: the transfer and its credit, which the mover gives back after `then()`.
-        """
-        self._in_flight.put((moving, then))
+    def then(
+        self,
+        then: Callable[[], None],
+        transfer: Transfer | None = None,
+        credit: int | None = None,
+        claimed: Sequence[int] = (),
+    ) -> None:
+        """Have the mover call `then()` as a `Task`."""
+        self._tasks.put(Task(then, transfer, credit, claimed))
 
     def tell(self, word: Read | AllRead | Cancel) -> None:
         """Have the link's thread handle a word of the mover."""
@@ -191,22 +211,24 @@ class Link(threading.Thread, ABC):
             torch.cuda.set_device(self.pool.device)
             torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # not a priority whose streams may wait for a peer
         ended = 0.0
-        while (started := self._in_flight.get()) is not None:
-            moving, then = started
-            transfer, credit = moving if moving is not None else (None, None)
+        while (task := self._tasks.get()) is not None:
+            then, transfer, credit, claimed = task
             try:
-                if transfer is not None:
-                    self._awaited_since = time.monotonic()
-                    transfer.wait()
-                    self._awaited_since = None
-                    began, ended = max(transfer.began, ended), time.perf_counter()
-                    self.seconds_moving += ended - began
-                    self.bytes_moved += transfer.nbytes
-                    self.transfers += 1
-                then()
+                try:
+                    if transfer is not None:
+                        self._awaited_since = time.monotonic()
+                        transfer.wait()
+                        self._awaited_since = None
+                        began, ended = max(transfer.began, ended), time.perf_counter()
+                        self.seconds_moving += ended - began
+                        self.bytes_moved += transfer.nbytes
+                        self.transfers += 1
+                    then()
+                finally:
+                    self.let_go(claimed)
             except Exception as broken:
                 self._go_down(f"{type(broken).__name__}: {broken}")
-            moving = transfer = started = then = None  # free the buffer before giving back its credit
+            task = transfer = then = None  # free the buffer before giving back its credit
             if credit is not None:
                 self._credits.give_back(credit)
         self._aborted.wait()
@@ -275,6 +297,22 @@ class Link(threading.Thread, ABC):
 
     def is_open(self, uid: int) -> bool:
         return uid in self._rooms
+
+    def claim(self, uids: Sequence[int]) -> bool:
+        """Keep open rooms from ending until `let_go`, to write their pages. Returns False if the link is down."""
+        with self._changed:
+            if self._down is None:
+                self._claims.update(uids)
+            return self._down is None
+
+    def let_go(self, uids: Sequence[int]) -> None:
+        """End the writing of a claim. The last one of a room that has failed ends the room."""
+        with self._changed:
+            self._claims.subtract(uids)
+            self._claims = +self._claims
+            for uid in self._failed.intersection(uids) - self._claims.keys():
+                self._failed.remove(uid)
+                self._events.put(RoomEnded(uid, self._down, link_down=True))
 
     def end(self, ended: RoomEnded) -> None:
         """End a room, unless it has ended already, with the link."""

@@ -19,6 +19,7 @@ from disagg.handoff.protocol import Message
 
 DOUBT_S = 1.0  # after a peer has disconnected: ZeroMQ may take a moment to tell which one
 DOUBT_MS = 20  # between two checks meanwhile
+NOBODY = zmq.EVENT_CONNECT_RETRIED  # where the other end listened before it told its port
 PROBE = b""  # an empty message: sending it shows whether the other end is connected
 
 
@@ -28,8 +29,8 @@ class Pipe:
     def __init__(self, sock: zmq.Socket, kind: type | UnionType, name: str, refusals: Refusals, port: int = 0) -> None:
         self.sock, self.port = sock, port
         self._decode, self._refusals = Decoder[Message](kind), refusals
-        self.monitor = watch(sock, zmq.EVENT_DISCONNECTED | FAILED)
         self._to = [name.encode()] if sock.type == zmq.ROUTER else []  # the frames before a message
+        self.monitor = watch(sock, FAILED | zmq.EVENT_DISCONNECTED | (0 if self._to else NOBODY))
         self._said = self._heard = 0
         self.has_come = False  # has anything of the other end arrived?
         self._doubt_until = 0.0

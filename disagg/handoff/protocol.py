@@ -8,6 +8,7 @@ Bytes go over the link's transport and messages over its pipe, in the same order
 so decode never posts a receive without a matching send. On each link a room ends exactly once: with `Last` or `Closed`,
 after all bytes sent before, or with the link itself. Its pages may be freed only when it has ended on every link,
 because until then a transfer may still write them. An abort therefore only ASKS (`Cancel`) and waits for `Closed`.
+A link that goes down while a room's pages are written says so at once (`RoomFailed`), and ends the room after that.
 
 With attention TP on either side, decode rank j is linked to prefill rank j % t. KV is the same on all ranks of a
 replica, so each decode rank takes a copy from one of them.
@@ -191,6 +192,13 @@ class AllRead(msgspec.Struct, frozen=True):
     last: SendLast
 
 
+class RoomFailed(msgspec.Struct, frozen=True, tag=True):
+    """This link went down, and the room with it. But its pages may still be written until `RoomEnded` follows."""
+
+    uid: int
+    error: str
+
+
 class RoomEnded(msgspec.Struct, frozen=True, tag=True):
     """This link will not touch the room's pages any more. Exactly one per link and room that it joined."""
 
@@ -208,4 +216,4 @@ class RoomEnded(msgspec.Struct, frozen=True, tag=True):
 
 Message = Open | Cancel | Sending | Read | Chosen | Scored | Last | Closed  # over the pipe
 Command = Join | Cancel | SendPages | Chosen | Scored | SendLast | Closed  # from the rank's loop
-LinkEvent = Open | RoomEnded  # to the rank's loop
+LinkEvent = Open | RoomFailed | RoomEnded  # to the rank's loop

@@ -1,4 +1,4 @@
-"""The decode rank's end of a link: receives announced pages, unpacks them into the pool, and reports rooms as done."""
+"""The decode rank's end of a link: receives announced pages into the pool, and reports rooms as done."""
 
 import time
 from collections.abc import Callable
@@ -85,11 +85,11 @@ class ReceiveLink(Link):
             case Scored(uid, rows) if self.is_open(uid):
                 self.prompt_rows.add(uid, rows)
             case Last(uid) as last:
-                self._await(uid)
+                self._expect_no_more(uid)
                 came = time.perf_counter()
                 self.then(lambda: self._done(last, came))
             case Closed(uid, error):
-                self._await(uid)
+                self._expect_no_more(uid)
                 self.then(lambda: self.end(self._judged(RoomEnded(uid, error))))
 
     def _receive(self, sending: Sending) -> None:
@@ -98,12 +98,20 @@ class ReceiveLink(Link):
         self._check_pages(sending)
         ids = self.page_ids(sending.pages)
         credit = self._credits.take(self.check, TIMEOUT.total_seconds())
-        packed = self.buffer(credit, len(sending.pages))
-        transfer = self.transport.recv(packed, sending.location)
-        self.then(lambda: self._unpack(packed, ids, sending), (transfer, credit))
+        x, pages, claimed = self.pool, sending.pages, sending.uids
+        if not self.transport.in_place:
+            x, pages, claimed = self.buffer(credit, len(pages)), None, []
+        elif not self.claim(claimed):
+            raise RuntimeError(self._down)
+        try:
+            transfer = self.transport.recv(x, sending.location, pages)
+        except Exception:
+            self.let_go(claimed)
+            raise
+        self.then(lambda: self._arrived(x, ids, sending), transfer, credit, claimed)
 
     def _check_pages(self, sending: Sending) -> None:
-        """Raise ValueError if there are more pages than a buffer may have, or if one is not expected for these rooms.
+        """Raise ValueError if there are more pages than a transfer may have, or if one is not expected for these rooms.
 
         Other requests may read that page.
         """
@@ -116,20 +124,23 @@ class ReceiveLink(Link):
                 f"the other end sends page {others[0]}, which is none of rooms {sorted(set(sending.uids))}"
             )
 
-    def _unpack(self, packed: Tensor, ids: Tensor, sending: Sending) -> None:
+    def _arrived(self, x: Tensor, ids: Tensor, sending: Sending) -> None:
+        """Check what has come, and unpack it if it is in a buffer `x`. In place, `x` is the pool."""
+        in_place = self.transport.in_place
         if self.transport.one_sided:
             self.tell(Read())
-        if sending.checksum is not None and checksum(packed) != sending.checksum:
+        if sending.checksum is not None and checksum(x[:, ids] if in_place else x) != sending.checksum:
             self.mismatches += 1
             for uid in sending.uids:  # the rooms still end by the sender's word, after all that is under way
                 self._mismatched.add(uid)
                 self.tell(Cancel(uid))
-            return
-        with self._writing:
-            if self._down is None:  # otherwise the room has ended, and its pages may belong to another request
-                self._unpack_pages(packed, self.pool, ids)
-                if packed.is_cuda:
+        elif not in_place and self.claim(sending.uids):  # otherwise the pages may belong to another request
+            try:
+                self._unpack_pages(x, self.pool, ids)
+                if x.is_cuda:
                     torch.cuda.current_stream().synchronize()  # the room's end must not overtake the copy
+            finally:
+                self.let_go(sending.uids)
 
     def _done(self, last: Last, came: float) -> None:
         now = time.perf_counter()
@@ -144,6 +155,13 @@ class ReceiveLink(Link):
             return ended
         self._mismatched.remove(ended.uid)
         return RoomEnded(ended.uid, MISMATCH)
+
+    def _expect_no_more(self, uid: int) -> None:
+        """The peer has said its last word on a room: it ends behind what is under way, and no page may follow."""
+        self._await(uid)
+        with self._changed:
+            if uid in self._rooms:
+                self._rooms[uid] = frozenset()
 
     def _await(self, uid: int) -> None:
         """Wait until this rank's own loop has joined the room: another rank of the replica may have opened it earlier.

@@ -126,7 +126,7 @@ class SendLink(Link):
             torch.cuda.current_stream().synchronize()
         summed = checksum(x if pages is None else x[:, ids]) if self._checksums else None
         self.pipe.send(Sending(uids, theirs, location, summed))
-        self.then(lambda: None, (transfer, credit))
+        self.then(lambda: None, transfer, credit)
         for word in last_words:
             self.handle(word)
 

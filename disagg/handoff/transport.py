@@ -15,10 +15,12 @@ they were started, at both ends. A transport must not need any collective of the
                                        Last, after all Reads -----------> the room is done
 
 Only the decode rank writes to its own pages. With a one-sided library it reads the bytes, because neither library can
-cancel a remote write. No memory of either end is ever written by the other one.
+cancel a transfer: so the end whose memory is written knows when nothing writes it any more. No memory of either end is
+ever written by the other one.
 
-It reads from a buffer where prefill packed the pages, or, in place, from prefill's pool. NIXL does the latter in host
-memory, where packing is one more copy by the CPU.
+It reads from a buffer where prefill packed the pages into a buffer of its own, and unpacks them. Or it reads in place,
+from prefill's pool straight into its own. NIXL does so in host memory, where each copy by the CPU costs as much as the
+read itself.
 
 A one-sided send that was aborted gives its memory away, though the peer may still read it. Then the peer reads other
 bytes, but it hears no `Last`: that is said only when the peer has read everything. So it ends the room with an error.
@@ -52,7 +54,7 @@ class Transfer(Protocol):
 
 class Transport(Protocol):
     one_sided: bool  # the decode end reads, and says `Read`
-    in_place: bool  # it reads from prefill's pool, and nothing is packed; one-sided only
+    in_place: bool  # pages go from pool to pool, and nothing is packed: `buffer` is not for it; one-sided only
 
     def greet(self) -> None:
         """Connect, if the library connects at the first transfer. Both ends call it once, before any transfer.
@@ -80,11 +82,13 @@ class Transport(Protocol):
         """
         ...
 
-    def recv(self, x: Tensor, location: bytes) -> Transfer:
+    def recv(self, x: Tensor, location: bytes, pages: list[int] | None = None) -> Transfer:
         """Start to fill x [layers, n, ..]. Receives match the peer's sends in order.
 
-        Call it only for an announced send. `location`: what the peer's `send` returned. Raises RuntimeError if the link
-        is broken, ValueError if the location is none.
+        Call it only for an announced send. `location`: what the peer's `send` returned. `pages`: fill only these pages
+        of x, the pool, if the transport is `in_place`. None: all, and x is contiguous.
+
+        Raises RuntimeError if the link is broken, ValueError if the location is none. Then nothing will be written.
         """
         ...
 
@@ -96,7 +100,7 @@ class Transport(Protocol):
         """End all transfers in flight. Any thread may call it, repeatedly, but not two threads at a time.
 
         With NCCL, no tensor given to `recv` is written afterwards. Gloo and the one-sided libraries cannot cancel a
-        receive. Its tensor then stays in use until its `wait` ends, and nothing reads it. One-sided sends end at once.
+        receive. Its tensor or its pages then stay in use until its `wait` ends. One-sided sends end at once.
         """
         ...
 

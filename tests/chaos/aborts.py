@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from disagg.handoff.credits import IN_FLIGHT
 from disagg.handoff.endpoints import Handoff
 from disagg.handoff.protocol import Cancel, RoomState
 from disagg.handoff.send_link import SendLink
-from disagg.handoff.transport import Endpoint
+from disagg.handoff.transport import Endpoint, Transfer
 from disagg.interrupt import Interrupt
 from disagg.prefill import Prefill
 from disagg.request import Request
@@ -198,6 +199,19 @@ def note_cancels(roles: dict[str, Role], found: Counter[str]) -> None:
     SendLink.handle = handling
 
 
+class Slow:
+    """A read that begins up to SLOW_S later, and so writes late."""
+
+    def __init__(self, read: Callable[[], Transfer], seconds: float) -> None:
+        self.nbytes, self.began, self._read, self._seconds = 0, time.perf_counter(), read, seconds
+
+    def wait(self) -> None:
+        time.sleep(self._seconds)
+        transfer = self._read()
+        transfer.wait()
+        self.nbytes = transfer.nbytes
+
+
 def slow_down(rng: random.Random) -> None:
     """Let every transfer that decode receives take up to SLOW_S more."""
     make = Handoff.make_endpoint
@@ -211,6 +225,8 @@ def slow_down(rng: random.Random) -> None:
             recv = transport.recv
 
             def receiving(*args: Any) -> Any:
+                if transport.in_place:
+                    return Slow(lambda: recv(*args), SLOW_S * rng.random())
                 transfer = recv(*args)
                 wait = transfer.wait
                 transfer.wait = lambda: (time.sleep(SLOW_S * rng.random()), wait())[1]

@@ -5,8 +5,11 @@ so a lock guards it. UCX copies between processes of one machine inside the call
 lock. Over TCP it serves a read in the sender's process. On a CPU nothing makes progress by itself there, so the
 movers ask the agent for notifications while they wait, which does.
 
+In host memory, pages are read from pool to pool. On a GPU they are packed, because one large piece is faster there than
+many small ones.
+
 NIXL has no way to cancel. A read whose peer has died ends with an error. One whose peer is frozen may last as long as
-that. Its buffer and its credit stay taken until then: at most one link's share for each frozen peer.
+that. Its pages or its buffer, and its credit, stay taken until then: at most one link's share for each frozen peer.
 """
 
 import logging
@@ -55,9 +58,8 @@ class NixlEndpoint:
         self.agent = api.nixl_agent(uuid.uuid4().hex, config)
         if BACKEND not in self.agent.backends:
             raise ValueError(f"--transport nixl: this nixl-cu13 has no {BACKEND} backend")
-        self.staging = Staging(pool)
-        for memory in (self.staging.memory,) if on_gpu else (self.staging.memory, pool):
-            self.agent.register_memory(memory, backends=[BACKEND])
+        self.staging = Staging(pool) if on_gpu else None
+        self.agent.register_memory(pool if self.staging is None else self.staging.memory, backends=[BACKEND])
         self.metadata = self.agent.get_agent_metadata()
         self._peers: dict[bytes, str] = {}  # metadata -> agent; a connection serves all links between two processes
         self._reading: Counter[str] = Counter()  # by agent: reads that go on
@@ -139,9 +141,9 @@ class NixlEndpoint:
 class NixlRead:
     """A read under way, or one that has completed in the call that posted it."""
 
-    def __init__(self, x: Tensor, began: float, state: str, ask: Callable[[], str]) -> None:
-        """`state`: as it was posted. `ask`: return the state now."""
-        self.x, self.nbytes, self.began, self._state, self._ask = x, x.nbytes, began, state, ask
+    def __init__(self, x: Tensor, nbytes: int, began: float, state: str, ask: Callable[[], str]) -> None:
+        """`nbytes`: of x, so many. `state`: as it was posted. `ask`: return the state now."""
+        self.x, self.nbytes, self.began, self._state, self._ask = x, nbytes, began, state, ask
 
     def wait(self) -> None:
         while self._state == "PROC":
@@ -154,14 +156,15 @@ class NixlRead:
 class NixlTransport(OneSided):
     def __init__(self, endpoint: NixlEndpoint, peer: str) -> None:
         """`peer`: the agent that this end reads from; "" at the prefill end."""
-        self.in_place = endpoint.kind == "DRAM"
+        self.in_place = endpoint.staging is None
         super().__init__(endpoint.staging, endpoint.progress if self.in_place else None)
         self.endpoint, self.peer = endpoint, peer
 
     def _read(self, x: Tensor, runs: list[Run], device: int) -> Transfer:
         endpoint, peer, began = self.endpoint, self.peer, time.perf_counter()
         handle, state = endpoint.read(runs, x.device.index or 0, device, peer)
-        return NixlRead(x, began, state, lambda: endpoint.state(handle, peer))
+        nbytes = sum(size for _, _, size in runs)
+        return NixlRead(x, nbytes, began, state, lambda: endpoint.state(handle, peer))
 
     def greet(self) -> None:
         """Do nothing: UCX connects in the first read."""

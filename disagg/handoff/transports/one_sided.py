@@ -1,10 +1,11 @@
 """What the one-sided transports share: registered memory, locations, and sends that wait until they have been read.
 
 A location says where pages lie in the sender's memory: the address of page 0, the distance from a layer to the next,
-and the runs of pages to read.
+and the runs of pages to read. The router has compared both sides' models, so a page has the same layers and bytes here.
 
-A process registers the memory of all its credits once, because registering takes longer than many a transfer. It stays
-registered as long as the process lives. So a peer that reads late finds memory, and its own room ends with the link.
+A process registers memory once, because registering takes longer than many a transfer. In place, that is its pool,
+otherwise the buffers of all its credits. It stays registered as long as the process lives. So a peer that reads late
+finds memory, and its own room ends with the link.
 """
 
 import struct
@@ -12,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,17 +64,19 @@ class OneSided(ABC):
     one_sided = True
     in_place = False
 
-    def __init__(self, staging: Staging, progress: Callable[[], None] | None = None) -> None:
+    def __init__(self, staging: Staging | None, progress: Callable[[], None] | None = None) -> None:
+        """`staging`: None if it reads in place. `progress`: as in `Announced`."""
         self._staging, self._progress = staging, progress
         self._lock = threading.Lock()  # guards the following
         self._unread: deque[Announced] = deque()
         self._aborted = False
 
     def buffer(self, credit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        assert self._staging is not None, "pages go from pool to pool"
         return self._staging.buffer(credit, shape, dtype)
 
     def send(self, x: Tensor, pages: list[int] | None = None) -> tuple[Transfer, bytes]:
-        runs = [(0, x.shape[1])] if pages is None else runs_of(pages)
+        runs = [(0, x.shape[1])] if pages is None else [(first, count) for first, _, count in runs_of(pages, pages)]
         transfer = Announced(x, sum(count for _, count in runs) * x[:, 0].nbytes, self._progress)
         with self._lock:
             if self._aborted:
@@ -90,8 +93,8 @@ class OneSided(ABC):
         oldest.was_read = True
         oldest.ended.set()
 
-    def recv(self, x: Tensor, location: bytes) -> Transfer:
-        runs, device = parse_location(location, x)
+    def recv(self, x: Tensor, location: bytes, pages: list[int] | None = None) -> Transfer:
+        runs, device = parse_location(location, x, pages)
         if self._aborted:
             raise RuntimeError("the link is down")
         return self._read(x, runs, device)
@@ -105,54 +108,48 @@ class OneSided(ABC):
 
     @abstractmethod
     def _read(self, x: Tensor, runs: list[Run], device: int) -> Transfer:
-        """Start to read `runs` from the peer's memory into `x`. Raises RuntimeError, if none will be written."""
+        """Start to read `runs` from the peer's memory into `x`. Raises RuntimeError if nothing will be written."""
 
     @abstractmethod
     def greet(self) -> None:
         """As in Transport."""
 
 
-def runs_of(pages: list[int]) -> list[tuple[int, int]]:
-    """Return `pages` as runs of pages that follow each other: (the first page, how many)."""
-    runs = [(pages[0], 1)]
-    for page in pages[1:]:
-        first, count = runs[-1]
-        if page == first + count:
-            runs[-1] = first, count + 1
-        else:
-            runs.append((page, 1))
-    return runs
+def parse_location(location: bytes, x: Tensor, pages: list[int] | None = None) -> tuple[list[Run], int]:
+    """Return what is to be read into `pages` of x [layers, n, ..], and the peer's device. Runs are as long as possible.
 
-
-def parse_location(location: bytes, x: Tensor) -> tuple[list[Run], int]:
-    """Return what is to be read into x [layers, n, ..] contiguous, as long runs as possible, and the peer's device.
-
-    Raises ValueError if the location does not name n pages.
+    None: into all n, and x is contiguous. Raises ValueError if the location does not name as many pages.
     """
-    layers, n = x.shape[:2]
-    page = x[0, 0].nbytes
-    if len(location) > WHERE.size + n * PAGES.size:  # before it takes time and memory
-        raise ValueError(f"the other end sent a location of {len(location)} bytes, too many for {n} pages")
+    layers, page, here, stride = x.shape[0], x[0, 0].nbytes, x.data_ptr(), x.stride(0) * x.itemsize
+    mine = range(x.shape[1]) if pages is None else pages
+    if len(location) > WHERE.size + len(mine) * PAGES.size:  # before it takes time and memory
+        raise ValueError(f"the other end sent a location of {len(location)} bytes, too many for {len(mine)} pages")
     try:
-        address, device, stride = WHERE.unpack_from(location)
-        pages = list(PAGES.iter_unpack(location[WHERE.size :]))
+        there, device, their_stride = WHERE.unpack_from(location)
+        named = list(PAGES.iter_unpack(location[WHERE.size :]))
     except struct.error:
         raise ValueError(f"the other end sent a location of {len(location)} bytes, which is none") from None
-    counts = [count for _, count in pages]
-    if sum(counts) != n:
-        raise ValueError(f"the other end sent a location of {sum(counts)} pages, and not of {n}")
+    counts = [count for _, count in named]
+    if sum(counts) != len(mine):
+        raise ValueError(f"the other end sent a location of {sum(counts)} pages, and not of {len(mine)}")
     if not all(counts):
-        raise ValueError(f"the other end sent a location of {n} pages, one run of none")
-    if address + (layers - 1) * stride + max(first + count for first, count in pages) * page > MOST_ADDRESS:
+        raise ValueError(f"the other end sent a location of {len(mine)} pages, one run of none")
+    if there + (layers - 1) * their_stride + max(first + count for first, count in named) * page > MOST_ADDRESS:
         raise ValueError("the other end sent a location behind the last address")
-    runs: list[Run] = []
-    here = x.data_ptr()
-    for layer in range(layers):
-        for first, count in pages:
-            there, size = address + layer * stride + first * page, count * page
-            if runs and there == sum(runs[-1][1:]):
-                runs[-1] = *runs[-1][:2], runs[-1][2] + size
-            else:
-                runs.append((here, there, size))
-            here += size
-    return runs, device
+    theirs = [one for first, count in named for one in range(first, first + count)]
+    runs = [(here + a * page, there + b * page, count * page) for a, b, count in runs_of(mine, theirs)]
+    if len(runs) == 1 and runs[0][2] == stride == their_stride:  # no gap between two layers
+        return [(*runs[0][:2], layers * stride)], device
+    return [(a + i * stride, b + i * their_stride, size) for i in range(layers) for a, b, size in runs], device
+
+
+def runs_of(pages: Sequence[int], others: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return pages that follow each other in both lists as one run: (its first page, its first other one, how many)."""
+    runs = [(pages[0], others[0], 1)]
+    for page, other in zip(pages[1:], others[1:], strict=True):
+        first, first_other, count = runs[-1]
+        if (page, other) == (first + count, first_other + count):
+            runs[-1] = first, first_other, count + 1
+        else:
+            runs.append((page, other, 1))
+    return runs

@@ -79,11 +79,12 @@ class TorchTransport:
         work = self.group.send([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
         return TorchTransfer(x, work, began, self._stream), b""
 
-    def recv(self, x: Tensor, location: bytes) -> TorchTransfer:
+    def recv(self, x: Tensor, location: bytes, pages: list[int] | None = None) -> TorchTransfer:
         """Start to fill `x`. Receives match the peer's sends in order. Call it only for an announced send.
 
         An unmatched NCCL receive occupies the GPU. One whose peer has died never ends by itself (see `abort`).
         """
+        assert pages is None, "only whole tensors"
         began = time.perf_counter()
         work = self.group.recv([x], self.peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
         return TorchTransfer(x, work, began, self._stream)
