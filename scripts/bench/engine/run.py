@@ -279,9 +279,10 @@ def measure(bench: Bench, report: EngineReport, args: argparse.Namespace) -> Non
 
 def named(args: argparse.Namespace, config: ModelConfig, ranks: int) -> str:
     """Return the beginning of the figures' names."""
+    graphs = ", without graphs" if args.no_graphs else ""
     if ranks == 1:
-        return args.shape
-    return f"{args.shape} with {config.num_hidden_layers} layers, EP{ranks}, overlap {args.overlap}"
+        return f"{args.shape}{graphs}"
+    return f"{args.shape} with {config.num_hidden_layers} layers, EP{ranks}, overlap {args.overlap}{graphs}"
 
 
 def ceilings(mesh: Mesh) -> roofline.Ceilings | None:
