@@ -5,7 +5,7 @@ It launches steps and returns their tokens. It knows nothing of routers and link
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from disagg.captures import decide
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_draft_placement, make_placement
 from disagg.fixed_inputs import FixedInputs
-from disagg.graphs import Graphs, Progress
+from disagg.graphs import Graphs
 from disagg.memory import budget_of_all, check_weights, lift_limit, most_context, pages_on_host, step_shape
 from disagg.page_cache import PageCache
 from disagg.prompt_graphs import PromptGraphs
@@ -28,7 +28,6 @@ from disagg.scheduler import Plan, Scheduler
 from disagg.speculation import Speculation
 from disagg.step import NO_WORK, Drafts, Step, Work
 from disagg.steps import DecodeStep, PromptStep, places
-from disagg.warm_up import decode_work, prompt_sizes, prompt_work
 from kernels.ops import Ops
 from model.batch import Batch, to_host
 from model.checkpoint import open_checkpoint
@@ -198,53 +197,7 @@ class Engine:
         body = self.prompt_graphs.body(batch, dispatcher, halves, chosen, scored)
         return self.model.head(body, batch, self.logits)
 
-    def warm_up(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> None:
-        """Collective. Compile every kernel before the first request, and capture some steps. No-op on a CPU.
-
-        `progress` wraps each list of sizes that is worked through.
-        """
-        if self.mesh.device.type != "cuda":
-            return
-        self.run_every_size(progress)
-        torch.cuda.synchronize()
-        for counter in self.model.load_counters:
-            counter.forget()
-        gc.collect()
-        gc.freeze()  # these objects live as long as the engine, so later collections can skip them
-
-    def run_every_size(self, progress: Progress) -> None:
-        """Collective. Run steps of all sizes in which kernels differ, and capture those of `self.captures`."""
-        limit, drafts = min(self.max_model_len, self.kv_tokens), self._every_drafts()[-1]
-        most, vocab = self.settings.max_tokens_per_step, self.config.vocab_size
-        for size in progress(prompt_sizes(min(most, self.settings.max_batch * limit))):
-            for overlapped in (False, True)[: 1 + self.rule.in_prefill(size)]:
-                self._compute(prompt_work(size, limit, vocab, overlapped, drafts))
-        page = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
-        packed = torch.empty_like(self.pool[:, :1], memory_format=torch.contiguous_format)
-        self.ops.pack_pages(self.pool, page, packed)
-        self.ops.unpack_pages(packed, self.pool, page)
-        buckets = self.decode.buckets
-        if drafts is not None:  # how many get a token in a step with prompts: drafts follow
-            for rows in progress(buckets[::-1]):
-                self._compute(prompt_work(rows, 1, vocab, False, drafts))
-        if self.captures.prompts:
-            self.prompt_graphs.capture(progress)
-        if self.captures.decodes:
-            self.graphs.capture(self.decode_nothing, buckets, progress)
-        elif self.settings.decodes:
-            for rows in progress(buckets[::-1]):
-                self.decode_nothing(rows)
-
-    def decode_nothing(self, rows: int) -> None:
-        """Collective. Run a decode step of so many rows of padding."""
-        for drafts in reversed(self._every_drafts()):
-            self._compute(decode_work(rows, self._overlaps(rows, drafts), drafts))
-
-    def _every_drafts(self) -> list[Drafts] | list[None]:
-        """Return the drafts of steps that follow on their like, the most last."""
-        return [Drafts(n, n) for n in self.settings.drafts_per_step] if self.speculation is not None else [None]
-
-    def _overlaps(self, rows: int, drafts: Drafts | None) -> bool:
+    def overlaps(self, rows: int, drafts: Drafts | None) -> bool:
         """Return whether a decode step runs as two halves."""
         return self.rule.in_decode(rows, 1 + drafts.verified if drafts is not None else 1)
 
@@ -290,7 +243,7 @@ class Engine:
         if decode_rows is None:
             rows, overlapped = np.arange(len(sequences)), self.rule.in_prefill(most_tokens)
         else:
-            overlapped = self._overlaps(decode_rows, drafts)
+            overlapped = self.overlaps(decode_rows, drafts)
             rows = places(len(sequences), decode_rows, overlapped)
         self._latest = Work(
             plan, decodes, prompts, decode_rows, overlapped, sequences, rows, eager, drafts, most_tokens
@@ -324,7 +277,7 @@ class Engine:
         if not work.mixed:
             self.dispatchers.prepare_masked()
         before = self.graphs.replays
-        tokens, counts, logprobs = self._compute(work, chosen, scored)
+        tokens, counts, logprobs = self.compute(work, chosen, scored)
         self.graph_replays += self.graphs.replays > before
         experts = self._reported(chosen.rows()) if chosen is not None else None
         prompt_rows = self._reported(scored.rows()) if scored is not None else None
@@ -337,7 +290,7 @@ class Engine:
                 observer.step()
         return Step(work, started, tokens, logprobs, done, experts, prompt_rows, counts)
 
-    def _compute(
+    def compute(
         self, work: Work, chosen: ChosenExperts | None = None, scored: PromptLogprobs | None = None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         """Run a step. Returns the tokens, counts and log probabilities of a Step."""
@@ -386,7 +339,7 @@ class Engine:
 
     def close(self) -> None:
         """Collective. Call it before the process groups end."""
-        gc.unfreeze()  # undoes warm_up's freeze, or this engine would never be collected
+        gc.unfreeze()  # undoes that of `warm_up.py`, or this engine would never be collected
         if self.rebalancer is not None:
             self.rebalancer.close()
         if self.recording is not None:

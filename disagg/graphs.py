@@ -8,16 +8,16 @@ Its logits stay only until the next part. All parts write theirs into one buffer
 330 MB for 640 rows of DeepSeek-V3. So whatever chooses from them is launched before the next part, on the same stream.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from disagg.buckets import PromptSize
+from disagg.warm_up_progress import Shown, silent
 
 Result = TypeVar("Result")
 Size = TypeVar("Size", int, PromptSize)
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Graphs:
@@ -56,12 +56,14 @@ class Graphs:
         self._graphs.append(graph)
         return graph.replay, result
 
-    def capture(self, step: Callable[[Size], object], sizes: Sequence[Size], progress: Progress) -> None:
+    def capture(
+        self, step: Callable[[Size], object], sizes: Sequence[Size], what: str, progress: Shown = silent
+    ) -> None:
         """Collective. Run `step(size)` of every size, so that kernels compile, then capture its parts.
 
         The largest comes first, so that the others fit into its memory.
         """
-        for size in progress(sorted(sizes, reverse=True)):
+        for size in progress(sorted(sizes, reverse=True), what):
             for _ in range(2):
                 step(size)
             self._capturing = True

@@ -5,7 +5,6 @@ import sys
 from argparse import Namespace
 
 import torch
-from tqdm import tqdm
 
 from disagg.config import DISPATCH, EngineConfig
 from disagg.control.access import read_secret
@@ -17,6 +16,8 @@ from disagg.handoff.credits import buffer_bytes
 from disagg.handoff.endpoints import BY_DEFAULT, Handoff
 from disagg.interrupt import Interrupt
 from disagg.loop import serve
+from disagg.warm_up import warm_up
+from disagg.warm_up_progress import WarmUpProgress
 from kernels.backend import choose, table
 from model.config import ModelConfig
 from model.footprint import page_bytes
@@ -86,7 +87,10 @@ def run_worker(
         say(f"{'rebalance':>10}: {engine.rebalancer.why}")
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
-    engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", disable=None if mesh.rank == 0 else True))
+    progress = WarmUpProgress(say, bar=mesh.rank == 0)
+    warm_up(engine, progress)
+    if progress.summary:
+        say(f"{'warm-up':>10}: {progress.summary}")
     mesh.ep.barrier()  # until all ranks have come, Ctrl-C ends each rank by itself
     interrupt.hold()
     if front is not None:

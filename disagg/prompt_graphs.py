@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from disagg.buckets import PromptSize
-from disagg.graphs import Graphs, Progress
+from disagg.graphs import Graphs
 from disagg.step import Work
+from disagg.warm_up_progress import Shown
 from model.batch import Batch
 from model.pages import NULL_PAGE, PAGE
 from model.prompt_logprobs import PromptLogprobs
@@ -131,7 +132,7 @@ class PromptGraphs:
         self.hidden[: size.tokens] = self.model.body(batch, self.pool, self.dispatcher)
 
     @torch.inference_mode()
-    def capture(self, progress: Progress) -> None:
+    def capture(self, progress: Shown) -> None:
         """Capture the layers at every size, the largest first."""
         nothing = Batch.build([], [], self.pool.device)
 
@@ -139,7 +140,7 @@ class PromptGraphs:
             self.stage(nothing, size)
             self.run(size)
 
-        self.graphs.capture(step, self.sizes, progress)
+        self.graphs.capture(step, self.sizes, "prompts in graphs", progress)
 
 
 def key(size: PromptSize) -> tuple[str, PromptSize]:

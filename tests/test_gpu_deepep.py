@@ -7,6 +7,7 @@ and a process can set up DeepEP only once, so each world runs all checks.
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from disagg.config import EngineConfig
 from disagg.engine import Engine
+from disagg.warm_up import decode_nothing
 from kernels import ref
 from kernels.backend import choose
 from kernels.ops import Ops
@@ -364,7 +366,7 @@ def engine_body(rank: int, seed: int, overlap: str, drafts: int) -> None:
     engine = Engine(settings, model, mesh)
     work = requests(random.Random(seed + rank))[: 10 - 4 * rank]
     eager = serve(engine, work)
-    engine.graphs.capture(engine.decode_nothing, engine.decode.buckets, list)
+    engine.graphs.capture(partial(decode_nothing, engine), engine.decode.buckets, "decode steps")
     captured = serve(engine, work)
     for request in work:
         assert len(captured[request.uid][0]) == request.max_tokens

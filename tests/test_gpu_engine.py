@@ -17,6 +17,7 @@ from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
+from disagg.warm_up import warm_up
 from kernels.backend import choose
 from model.batch import Batch, Chunk
 from model.dummy import randomize
@@ -112,7 +113,7 @@ def test_chosen_experts_are_those_of_a_job_without_graphs(overlap: str) -> None:
             EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap, prefix_cache="off"), model, MESH
         )
         capture_no_prompts(engine)
-        engine.warm_up(list)
+        warm_up(engine)
         assert bool(engine.graphs.captured) == (graphs == "auto"), "no graphs: the test shows nothing"
         experts.append(experts_of(engine, work))
         answers.append(serve(engine, work))
@@ -157,7 +158,7 @@ def test_graphs_change_nothing(backend: str, overlap: str, fp8: bool) -> None:
         settings = EngineConfig(6, 100, 2000, 512, graphs=graphs, overlap=overlap, prefix_cache="off")
         engine = Engine(settings, model, MESH)
         capture_no_prompts(engine)
-        engine.warm_up(list)
+        warm_up(engine)
         assert bool(engine.graphs.captured) == (graphs == "auto")
         answers.append(serve(engine, work))
         assert not differences(serve(engine, work), answers[-1]), f"again, {graphs=} {seed=}"

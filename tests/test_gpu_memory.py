@@ -16,6 +16,7 @@ from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
+from disagg.warm_up import warm_up
 from parallel.mesh import Mesh
 from scripts.bench.engine.run import random_model
 from scripts.bench.lib.shapes import SHAPES
@@ -41,7 +42,7 @@ def test_the_table_is_what_the_gpu_reports(drafts: int, adapts: bool) -> None:
     settings = EngineConfig(BATCH, BATCH * PROMPT, kv_tokens, max_model_len=2048, speculate=drafts, adapts=adapts)
     model = random_model(config, mesh, settings.positions(config), ["auto"])
     engine = Engine(settings, model, mesh, print)
-    engine.warm_up(list)
+    warm_up(engine)
     torch.cuda.reset_peak_memory_stats()
 
     role = Unified(engine)

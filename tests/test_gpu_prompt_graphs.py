@@ -15,6 +15,7 @@ import torch
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.request import Request
+from disagg.warm_up import warm_up
 from kernels.backend import choose
 from model.batch import Batch
 from model.dummy import randomize
@@ -63,7 +64,7 @@ def test_a_captured_step_gives_what_the_same_step_gives_uncaptured(backend: str,
     for graphs in ("auto", "off"):
         engine = make_engine(model, graphs)
         if graphs == "auto":
-            engine.warm_up(list)
+            warm_up(engine)
             sizes = engine.captures.prompts
             assert {("prompts", size) for size in sizes} <= set(engine.graphs.captured)
         else:
@@ -82,7 +83,7 @@ def test_padding_changes_no_bit_whatever_it_holds(backend: str, fp8: bool) -> No
     """NaN in the null page, and in the rows of an earlier step. And in a clean page, padding itself is finite."""
     model = make_model(backend, fp8)
     engine = make_engine(model, "auto")
-    engine.warm_up(list)
+    warm_up(engine)
     layers, contiguous = engine.prompt_graphs, engine.dispatchers.contiguous
     engine.pool[:, NULL_PAGE + 1 :] = torch.randn_like(engine.pool[:, NULL_PAGE + 1 :])
     before = engine.pool.clone()

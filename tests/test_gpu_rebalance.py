@@ -18,6 +18,7 @@ from disagg.engine import Engine
 from disagg.pipeline import Pipeline
 from disagg.rebalance import Rebalancer
 from disagg.unified import Unified
+from disagg.warm_up import warm_up
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.checkpoint import checkpoint_table, open_checkpoint
@@ -117,7 +118,7 @@ def test_moving_changes_nothing(checkpoint: tuple[Path, ModelConfig], backend: s
     )  # fmt: skip
     engine = Engine.from_pretrained(settings, config, folder, MESH, ops)
     assert engine.model.fp8 == config.fp8
-    engine.warm_up(list)
+    warm_up(engine)
     still = serve(engine, work)
     rebalancer = engine.rebalancer
     counted = rebalancer.counters[0].total()

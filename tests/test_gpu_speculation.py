@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from disagg.engine import Engine
 from disagg.request import Request
+from disagg.warm_up import warm_up
 from kernels.backend import choose
 from model.config import ModelConfig
 from model.transformer import op_shape
@@ -39,7 +40,7 @@ def engine_of(
     engine = make_engine(folder, drafts, mesh, ops, dtype=name, prefix_cache="off", **how)
     if not prompts:
         capture_no_prompts(engine)
-    engine.warm_up(list)
+    warm_up(engine)
     assert bool(engine.graphs.captured) == (graphs == "auto")
     return engine
 

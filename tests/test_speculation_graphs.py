@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from disagg.warm_up import run_every_size
 from model.batch import Batch
 from tests.rerun import captured
 from tests.test_speculation import Answer, RandomDrafts, all_kinds, make_engine, same, serve
@@ -98,7 +99,7 @@ def test_the_warm_up_runs_the_draft_layer_in_all_that_it_runs(tiny: Path, monkey
 
         for name in ran:
             watch(name)
-        engine.run_every_size(list)
+        run_every_size(engine)
         assert {shape[:2] for shape in ran["body"]} == {shape[:2] for shape in ran["fill_draft"]}
         assert {(size, 0, False) for size in (1, 2, 4, 8, 16, 32, 63, 64)} <= ran["body"]
         kinds = (False, True) if decodes else (False,)

@@ -41,7 +41,6 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from disagg.config import EngineConfig, parse_speculate
 from disagg.control.messages import Submit
@@ -50,6 +49,8 @@ from disagg.pipeline import Pipeline, Turn
 from disagg.request import MOST_DRAFTS, Request
 from disagg.step import Step, Work
 from disagg.unified import Unified
+from disagg.warm_up import warm_up
+from disagg.warm_up_progress import WarmUpProgress
 from kernels.backend import choose
 from model.config import ModelConfig
 from model.dummy import randomize
@@ -343,8 +344,9 @@ def run_engine(args: argparse.Namespace, mesh: Mesh, config: ModelConfig, report
     for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafting.most else ():
         uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
         print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
-    quiet = True if mesh.rank else None
-    bench.engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up", file=sys.stderr, disable=quiet))
+    progress = WarmUpProgress(report.say, bar=mesh.rank == 0)
+    warm_up(bench.engine, progress)
+    report.say(f"warm-up: {progress.summary}")
     report.say(f"ready after {time.perf_counter() - start:.1f} s{report.label}")
     measure(bench, report, args)
     if mesh.device.type == "cuda":

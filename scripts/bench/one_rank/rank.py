@@ -182,7 +182,7 @@ class Rank:
         eager()
         if self.device.type != "cuda":
             return RankStep(eager, eager)
-        graphs.capture(lambda rows: step.run(decodes, rows), [batch], list)
+        graphs.capture(lambda rows: step.run(decodes, rows), [batch], "decode steps")
         torch.cuda.empty_cache()  # the eager steps' memory: the graph has its own, and little is free
         return RankStep(partial(step.run, decodes, batch), eager, graphs.reset)
 

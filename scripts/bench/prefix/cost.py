@@ -18,6 +18,8 @@ from disagg.catalogue import Catalogue
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.page_cache import PageCache
+from disagg.warm_up import warm_up
+from disagg.warm_up_progress import WarmUpProgress
 from model.pages import PAGE, pages_for
 from parallel.mesh import Mesh
 from scripts.bench.engine.run import Bench, random_model
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace, mesh: Mesh) -> list[Measurement]:
     report = Report()
     model = random_model(config, mesh, settings.model_len(config), ["auto"])
     engine = Engine(settings, model, mesh, report.say)
-    engine.warm_up(lambda sizes: tqdm(sizes, desc="warming up"))
+    warm_up(engine, WarmUpProgress(print, bar=True))
     pages = engine.scheduler.cache.capacity + 1
     caches = {kind: PageCache(pages, keeps=kind != "off") for kind in KINDS}
     caches["auto"].catalogue = Catalogue()

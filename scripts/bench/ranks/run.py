@@ -33,6 +33,7 @@ from torch import Tensor
 from disagg.config import EngineConfig, Rebalance
 from disagg.engine import Engine
 from disagg.experts import balanced, make_placement
+from disagg.warm_up import warm_up
 from model.config import ModelConfig
 from model.pages import PAGE, pages_for
 from parallel.dispatchers import CHOICES
@@ -135,7 +136,7 @@ class Comparison(Report):
         with tempfile.TemporaryDirectory() as folder:
             engine = self.engine(variant, Path(folder))
             built = time.perf_counter() - start
-            engine.warm_up(lambda sizes: sizes)
+            warm_up(engine)
             self.say(f"{variant}: built in {built:.1f} s, ready after {time.perf_counter() - start:.1f} s")
             bench = Bench(engine)
             if variant == "live":

@@ -23,6 +23,7 @@ from disagg.front.tokenizer import load_tokenizer
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import Request
 from disagg.unified import Unified
+from disagg.warm_up import warm_up
 from kernels.backend import choose
 from model.config import ModelConfig
 from model.precision import dtype_on
@@ -57,7 +58,7 @@ class Served:
             prefix_cache="off",
         )
         self.engine = Engine.from_pretrained(settings, config, MODEL, mesh, ops)
-        self.engine.warm_up(list)
+        warm_up(self.engine)
         self.role, self.uids = Unified(self.engine), count()
         self.pipeline = Pipeline(self.role, self.engine, mesh)
 

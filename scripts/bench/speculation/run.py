@@ -29,6 +29,7 @@ from disagg.engine import Engine
 from disagg.pipeline import Pipeline, Turn
 from disagg.request import MOST_DRAFTS, Request
 from disagg.unified import Unified
+from disagg.warm_up import warm_up
 from kernels.backend import choose
 from model.config import ModelConfig
 from model.precision import dtype_on
@@ -82,7 +83,7 @@ class Served:
             prefix_cache="off",
         )
         self.engine, self.output = Engine.from_pretrained(settings, config, MODEL, mesh, ops), args.output
-        self.engine.warm_up(list)
+        warm_up(self.engine)
 
     def serve(self, prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, float], float]:
         """Serve prompts together. Returns the tokens, the replica's statistics, and the seconds after first tokens."""
