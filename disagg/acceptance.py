@@ -1,7 +1,8 @@
 """Acceptance: how many of a replica's drafts were verified, and how many were right, by their place in a step.
 
 Only drafts that can give their request a token more count. Its last token comes in any case, and nothing behind it. So
-the rates are the same however short requests are.
+a limit does not change the rates, however short requests are. A stop token does, because nobody knows it before its
+step: drafts behind it were verified in the steps that ended earlier, by a wrong draft, and count as wrong.
 """
 
 

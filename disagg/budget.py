@@ -100,11 +100,12 @@ def plan_parts(
     max_tokens_per_step: int,
     max_model_len: int,
     longest: int,
-    captures: bool,
+    captures_decodes: bool,
     spare_layers: int = 0,
     handoff: int = 0,
     drafts: abc.Sequence[int] = (0,),
     prompts: abc.Sequence[PromptSize] = (),
+    decodes: bool = True,
 ) -> dict[str, int]:
     """Return the table's rows without KV: name -> bytes.
 
@@ -114,11 +115,12 @@ def plan_parts(
     `spare_layers`: layers whose experts may move at once (`disagg/rebalance.py`).
     `handoff`: bytes of the KV handoff's buffers (`disagg/handoff/credits.py`).
     `drafts`: how many of each decoding sequence a step may verify, the most last.
-    `captures`: are decode steps captured? `prompts`: of steps of prompts, the sizes that are.
+    `captures_decodes`: are decode steps captured? `prompts`: of steps of prompts, the sizes that are.
+    `decodes`: False for a prefill job, in which no step verifies drafts.
     """
     tokens = shape.whole(max_tokens_per_step)
     most = max(buckets)
-    rows = most * (1 + drafts[-1])  # tokens of decode steps, and rows of logits
+    rows = most * (1 + drafts[-1] if decodes else 1)  # tokens of decode steps, and rows of logits
     steps = [contiguous_step(shape, tokens, tokens + longest, rows), masked_step(shape, rows)]
     if drafts[-1]:
         steps = [drafting(shape, count, step) for count, step in zip((tokens, rows), steps, strict=True)]
@@ -132,6 +134,6 @@ def plan_parts(
         "communication buffers": buffers,
         "KV handoff": handoff,
         "activations": max(steps),
-        "CUDA graphs": graphs(shape, buckets if captures else (), drafts, prompts),
+        "CUDA graphs": graphs(shape, buckets if captures_decodes else (), drafts, prompts),
         "cuBLAS workspaces": WORKSPACES,
     }

@@ -17,24 +17,21 @@ class Captures:
     prompts: tuple[PromptSize, ...]  # ascending
     why: str  # for the log: what is captured, and why the rest is not; empty on a CPU
 
-    def __bool__(self) -> bool:
-        return self.decodes or bool(self.prompts)
-
-
-def decide(settings: EngineConfig, config: ModelConfig, mesh: Mesh, ops: Ops) -> Captures:
-    """Decide what to capture. All ranks of a job decide alike."""
-    if mesh.device.type != "cuda":
-        return Captures(False, (), "")
-    if settings.graphs == "off":
-        return Captures(False, (), "none: --graphs off")
-    decodes, prompts, said = settings.decodes and "decodes" in ops.capturable, (), []
-    if settings.decodes:
-        said.append("decode steps" if decodes else f"not decode steps: {WAITS}")
-    if mesh.ep.size > 1:
-        said.append("not prompts: the ranks tell one another how many rows they send")
-    elif "prompts" not in ops.capturable:
-        said.append(f"not prompts: {WAITS}")
-    else:
-        prompts = settings.prompt_sizes(config)
-        said.append(f"up to {prompts[-1].tokens:,} tokens of prompts")
-    return Captures(decodes, prompts, "; ".join(said))
+    @classmethod
+    def of(cls, settings: EngineConfig, config: ModelConfig, mesh: Mesh, ops: Ops) -> "Captures":
+        """Decide what to capture. All ranks of a job decide alike."""
+        if mesh.device.type != "cuda":
+            return cls(False, (), "")
+        if settings.graphs == "off":
+            return cls(False, (), "none: --graphs off")
+        decodes, prompts, said = settings.decodes and "decodes" in ops.capturable, (), []
+        if settings.decodes:
+            said.append("decode steps" if decodes else f"not decode steps: {WAITS}")
+        if mesh.size > 1:
+            said.append("not prompts: only a job of one rank can")
+        elif "prompts" not in ops.capturable:
+            said.append(f"not prompts: {WAITS}")
+        else:
+            prompts = settings.prompt_sizes(config)
+            said.append(f"up to {prompts[-1].tokens:,} tokens of prompts")
+        return cls(decodes, prompts, "; ".join(said))

@@ -122,6 +122,10 @@ class EngineConfig:
         """Return the most tokens of KV that a request can have, as far as it is known before there is a pool."""
         return min(self.model_len(model), self.kv_tokens or self.model_len(model))
 
+    def rows(self, sequences: int) -> int:
+        """Return the most tokens of so many sequences in a decode step, and rows of logits in any step."""
+        return sequences * (1 + self.speculate if self.decodes else 1)
+
     def prompt_sizes(self, model: ModelConfig) -> tuple[PromptSize, ...]:
         """Return the sizes, ascending, of the steps of prompts that a rank may capture (`captures.py`).
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from disagg.buckets import make_buckets
-from disagg.captures import decide
+from disagg.captures import Captures
 from disagg.config import EngineConfig
 from disagg.experts import Recording, make_draft_placement, make_placement
 from disagg.fixed_inputs import FixedInputs
@@ -35,14 +35,13 @@ from model.config import ModelConfig
 from model.footprint import StepShape, page_bytes
 from model.kv_cache import make_pool
 from model.pages import PAGE, pages_for
-from model.precision import decide as decide_precision
-from model.precision import dtype_on
+from model.precision import decide, dtype_on
 from model.prompt_logprobs import PromptLogprobs
 from model.transformer import Transformer
 from model.weights import DummyWeights, ExpertReader, load_weights
 from parallel.chosen_experts import ID_BYTES, MOST_EXPERTS, ChosenExperts
 from parallel.copies import most_copies
-from parallel.dispatchers import Dispatcher, make_dispatchers
+from parallel.dispatchers import Dispatcher, Dispatchers, make_dispatchers
 from parallel.mesh import Mesh
 from parallel.overlap_rule import Rule
 
@@ -57,11 +56,12 @@ class Engine:
         reader: ExpertReader | None = None,
         handoff_bytes: int = 0,
         loaded: str = "",
+        make: Callable[..., Dispatchers] = make_dispatchers,
     ) -> None:
         """Collective. `model` has its weights. `say` is called with the memory table, before the KV pool is made.
 
         `reader` reads experts from the checkpoint; None: they never move. `handoff_bytes`: GPU memory that the KV
-        handoff takes. `loaded`: how many weights, and how fast, for the log.
+        handoff takes. `loaded`: how many weights, and how fast, for the log. `make`: called like `make_dispatchers`.
         Raises ValueError if the settings do not fit the model or the memory.
         """
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
@@ -70,7 +70,7 @@ class Engine:
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
         buckets = make_buckets(settings.max_batch, partial(self.rule.row_multiple, each=1 + settings.speculate))
         max_tokens = -(-settings.max_tokens_per_step // mesh.attn.size)  # that this rank dispatches in the largest step
-        self.dispatchers = make_dispatchers(
+        self.dispatchers = make(
             settings.dispatch,
             mesh,
             model.ops,
@@ -84,7 +84,7 @@ class Engine:
             most_copies=most_copies(max_tokens, self.config.num_experts_per_tok),
             decodes=settings.decodes,
         )
-        self.captures = decide(settings, self.config, mesh, model.ops)
+        self.captures = Captures.of(settings, self.config, mesh, model.ops)
         self.budget = None
         if mesh.device.type == "cuda":
             self.budget = budget_of_all(settings, model, mesh, self.dispatchers, buckets, self.captures, handoff_bytes)
@@ -112,7 +112,7 @@ class Engine:
         # [rows]: the tokens that the latest step sampled
         self.tokens = torch.zeros(buckets[-1], dtype=torch.int64, device=mesh.device)
         # [rows, V] float32: the logits of the latest part of a step; `graphs.py` says until when
-        self.logits = torch.empty(buckets[-1] * (1 + settings.speculate), self.config.vocab_size, device=mesh.device)
+        self.logits = torch.empty(settings.rows(buckets[-1]), self.config.vocab_size, device=mesh.device)
         # Two host copies, used in turn: a step's tokens are read when the next step may have been launched, but not the
         # one after.
         self._seen = [torch.zeros(buckets[-1], dtype=torch.int64, pin_memory=self.tokens.is_cuda) for _ in range(2)]
@@ -166,7 +166,7 @@ class Engine:
         dummy = settings.load == "dummy"
         source = DummyWeights(config, mesh.device) if dummy else open_checkpoint(folder, config)
         dtype = dtype_on(mesh.device, settings.dtype)
-        fp8 = decide_precision(config, mesh.attn.size, dtype, mesh.device).fp8
+        fp8 = decide(config, mesh.attn.size, dtype, mesh.device).fp8
         placement = make_placement(config, mesh, settings.redundant_experts, settings.expert_map)
         of_drafts = make_draft_placement(config, mesh, settings.redundant_experts, settings.expert_map, say)
         slots = placement.slots_per_rank
@@ -217,7 +217,7 @@ class Engine:
         on some rank asks for its chosen experts. `makes`: drafts, if not as many as in every step.
 
         `meanwhile()` is called once. A step that runs in graphs calls it after the launch, while the GPU works by
-        itself. So does any decode step on a GPU. Any other step calls it before the launch, because that takes about as
+        itself. So does any decode step on a GPU. Any other step calls it before the launch, because that may take as
         long as the step itself. On a CPU the host computes the step. On a GPU it waits inside the step for the experts'
         row counts, if there are several ranks.
         """

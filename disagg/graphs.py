@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from disagg.buckets import PromptSize
 from disagg.warm_up_progress import Shown, silent
 
 Result = TypeVar("Result")
-Size = TypeVar("Size", int, PromptSize)
+Size = TypeVar("Size", bound=Any)
 
 
 class Graphs:

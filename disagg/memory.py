@@ -144,6 +144,7 @@ def budget_of_all(
         handoff_bytes,
         settings.drafts_per_step,
         captures.prompts,
+        settings.decodes,
     )
     page = page_bytes(config, model.dtype.itemsize)
     own = claim_memory(mesh, parts, page, dispatchers.num_bytes, settings.gpu_memory_fraction)

@@ -11,7 +11,8 @@ one of a few sizes (`buckets.py`), each captured once:
 The padding is a sequence of its own. Its tokens stand in the null page, and see as many rows of it. So they are finite
 whatever was in memory before, and they visit no routed expert. Rows of context behind all sequences belong to none.
 
-Any other step runs eagerly: one that is larger, decodes, overlaps, or records experts or log probabilities of prompts.
+Any other step runs eagerly: one of more tokens, context or sequences, one that decodes or overlaps, or that records
+experts or log probabilities of prompts.
 """
 
 from functools import partial
@@ -63,7 +64,8 @@ class PromptGraphs:
         scored: PromptLogprobs | None = None,
     ) -> Tensor:
         """Do `Transformer.body`, in a graph if one fits. What it returns is overwritten by the next step."""
-        size = self.size_of(batch) if halves is None and chosen is None and scored is None else None
+        plain = halves is None and chosen is None and scored is None and dispatcher is self.dispatcher
+        size = self.size_of(batch) if plain else None
         if size is None:
             return self.model.body(batch, self.pool, dispatcher, halves, chosen, scored)
         self.stage(batch, size)

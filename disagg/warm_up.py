@@ -36,7 +36,7 @@ def run_every_size(engine: Engine, progress: Shown = silent) -> None:
     settings, vocab, buckets = engine.settings, engine.config.vocab_size, engine.decode.buckets
     limit, drafts = min(engine.max_model_len, engine.kv_tokens), every_drafts(engine)[-1]
     most = min(settings.max_tokens_per_step, settings.max_batch * limit)
-    for size in progress(prompt_sizes(most), "prompts"):
+    for size in progress(sizes_of_prompts(most), "prompts"):
         for overlapped in (False, True)[: 1 + engine.rule.in_prefill(size)]:
             engine.compute(prompt_work(size, limit, vocab, overlapped, drafts))
     pool = engine.pool
@@ -67,7 +67,7 @@ def every_drafts(engine: Engine) -> list[Drafts] | list[None]:
     return [Drafts(n, n) for n in engine.settings.drafts_per_step] if engine.speculation is not None else [None]
 
 
-def prompt_sizes(most: int) -> list[int]:
+def sizes_of_prompts(most: int) -> list[int]:
     """Return the numbers of tokens of prompt steps, descending. `most` - 1, because odd sizes use other kernels."""
     return sorted({2**i for i in range(most.bit_length())} | {most, max(1, most - 1)}, reverse=True)
 

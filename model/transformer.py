@@ -87,10 +87,9 @@ class Transformer(nn.Module):
         halves: tuple[Batch, Batch] | None = None,
         chosen: ChosenExperts | None = None,
         scored: PromptLogprobs | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
-        """Run a step: return logits [N, V] of batch.logit_rows. `out`: as in `Head`. The rest is as in `body`."""
-        return self.head(self.body(batch, kv_pool, dispatcher, halves, chosen, scored), batch, out)
+        """Run a step: return logits [N, V] of batch.logit_rows. The rest is as in `body`."""
+        return self.head(self.body(batch, kv_pool, dispatcher, halves, chosen, scored), batch)
 
     @torch.inference_mode()
     def body(

@@ -170,10 +170,14 @@ def test_what_is_no_message_to_the_router_is_a_value_error(body: bytes) -> None:
 
 def test_a_room_is_for_the_ranks_of_one_replica() -> None:
     decoder = DECODERS[next(kind for kind, examples in EXAMPLES.items() if examples is ON_A_LINK)]
-    assert len(decoder(encode(Open(REQUEST, [4], [MEMBER] * 4096))).decode) == 4096
+    members = [msgspec.structs.replace(MEMBER, id=f"decode {i}") for i in range(4097)]
+    assert len(decoder(encode(Open(REQUEST, [4], members[:4096]))).decode) == 4096
     for count in (0, 4097):
         with pytest.raises(ValueError, match="not a message"):
-            decoder(encode(Open(REQUEST, [4], [MEMBER] * count)))
+            decoder(encode(Open(REQUEST, [4], members[:count])))
+    twice = encode(Open(REQUEST, [4], members[:2])).replace(b"decode 1", b"decode 0")
+    with pytest.raises(ValueError, match="a decode rank is named twice"):
+        decoder(twice)
 
 
 NOT_TO_SERVE = {

@@ -1101,6 +1101,36 @@ def test_a_buffer_that_may_still_be_written_keeps_its_credit_and_touches_no_page
     assert (pair.decode.pool[:, [4, 5]] == 8.5).all() and len(rank.credits.free) == IN_FLIGHT
 
 
+@pytest.mark.parametrize("library", ["torch", "mooncake"], indirect=True)
+def test_a_room_whose_link_goes_down_amid_its_unpacking_ends_behind_that_and_so_does_the_buffers_credit(
+    make_pair: Any,
+) -> None:
+    rank = make_pair.rank()
+    pair, begun, let = make_pair(decode_rank=rank), threading.Event(), threading.Event()
+    pair.open(1, [4])
+    unpack = pair.decode.link._unpack_pages
+
+    def slowly(*args: Tensor) -> None:
+        begun.set()
+        assert let.wait(SOON)
+        unpack(*args)
+
+    pair.decode.link._unpack_pages = slowly
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    assert begun.wait(SOON)
+    pair.decode.link.stop()
+    pair.decode.hear_failure(1, "stopped")
+    time.sleep(0.2)
+    assert pair.decode.events.empty() and (pair.decode.pool[:, 4] == CANARY).all()
+    assert len(rank.credits.free) == IN_FLIGHT - 1, "its buffer is in use"
+    let.set()
+    assert pair.decode.hear_end(1, "stopped").link_down
+    assert pair.decode.pool[:, 4].equal(pair.prefill.pool[:, 1])
+    pair.decode.link._mover.join(SOON)
+    assert len(rank.credits.free) == IN_FLIGHT
+    pair.decode.hush()
+
+
 @pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
 def test_a_room_is_done_only_when_its_peer_has_read_its_pages(make_pair: Any) -> None:
     """Until then a link that goes down could let another transfer have the buffer, amid the reading."""
@@ -1387,6 +1417,17 @@ def test_a_page_that_is_not_of_its_room_ends_the_link_and_stays_as_it_is(make_pa
     assert (pair.decode.pool[:, [4, 9]] == CANARY).all()
     assert {pair.prefill.hear().uid, pair.prefill.hear().uid} == {1, 2}
     pair.hush()
+
+
+def test_a_transfer_for_a_room_that_gets_no_page_of_it_ends_the_link(make_pair: Any) -> None:
+    """In place, a room is kept as long as a read for it goes on."""
+    pair = make_pair()
+    pair.open(1, [4])
+    pair.open(2, [5])
+    pair.prefill.say(Sending([1, 2], [4]))
+    errors = {event.uid: event.error for event in (pair.decode.hear(), pair.decode.hear())}
+    assert errors.keys() == {1, 2} and all("for room 2, but none of them is that room's" in e for e in errors.values())
+    pair.decode.hush()
 
 
 def test_a_page_that_comes_behind_the_last_word_on_its_room_ends_the_link_and_stays_as_it_is(make_pair: Any) -> None:

@@ -447,6 +447,18 @@ def test_a_room_that_may_still_be_written_is_told_as_failed_at_once_and_keeps_it
     assert news.begun == [2] and not news.updates and [one.uid for one in role.incoming] == [2]
 
 
+def test_a_room_that_is_done_does_not_wait_for_the_end_of_a_write_to_the_one_that_it_awaits() -> None:
+    role = make_decode()
+    opened(role, 0)
+    assert opened(role, 1)[0] == 3
+    end(role, 1)
+    role.news()
+    role.handle(RoomFailed(0, "link down"))
+    news = role.news()
+    assert news.returned == [1] and [update.uid for update in news.updates] == [0]
+    assert [one.uid for one in role.incoming] == [0]
+
+
 @pytest.mark.parametrize("first", ["aborted", "link down"])
 def test_of_an_aborted_room_nothing_is_told_when_its_link_goes_down_amid_a_write(first: str) -> None:
     role = make_decode()

@@ -277,7 +277,7 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         ):
             with Peak() as peak:
                 scored = PromptLogprobs(prompts, "cpu") if scores and prompts else None
-                net(batch, pool, dispatcher, scored=scored, out=logits)
+                net.head(net.body(batch, pool, dispatcher, scored=scored), batch, logits)
             assert want == pytest.approx(peak.most, rel=0.01), f"{name}: {batch.num_decodes=}"
 
 
@@ -357,7 +357,7 @@ def test_sampling_has_room() -> None:
 
 def test_the_table_of_a_plan() -> None:
     longest = {"max_model_len": 512, "longest": 512}
-    parts = plan_parts(HAND, 5000, [1, 2, 64], 1000, **longest, captures=False, handoff=70)
+    parts = plan_parts(HAND, 5000, [1, 2, 64], 1000, **longest, captures_decodes=False, handoff=70)
     assert parts["communication buffers"] == 5000 and parts["cuBLAS workspaces"] == WORKSPACES
     assert parts["KV handoff"] == 70
     assert parts["tables"] == 512 * 64 * 4 + 64 * 8 * 4 + 2 * 2 * 16 * 8
@@ -369,10 +369,13 @@ def test_the_table_of_a_plan() -> None:
 def test_a_plan_that_drafts_has_room_for_them() -> None:
     """One whose logits are the largest part: 3 rows of them for each of 64 sequences, beside the model's output."""
     shape = replace(HAND, config=replace(SMALL, vocab_size=100_000, drafts=True))
-    parts = plan_parts(shape, 0, [1, 64], 1000, 512, 512, captures=True, drafts=(2,))
+    parts = plan_parts(shape, 0, [1, 64], 1000, 512, 512, captures_decodes=True, drafts=(2,))
     assert parts["logits"] == 3 * 64 * 100_000 * 4
     assert parts["activations"] == sampling(shape.config, 3 * 64) + 1000 * 512 * 2
     assert parts["CUDA graphs"] == graphs(shape, [1, 64], (2,)) > graphs(shape, [1, 64])
+    prefill = plan_parts(shape, 0, [1, 64], 1000, 512, 512, captures_decodes=False, drafts=(2,), decodes=False)
+    assert prefill["logits"] == 64 * 100_000 * 4, "no step verifies"
+    assert prefill["activations"] == sampling(shape.config, 64) + 1000 * 512 * 2
 
 
 def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
@@ -384,12 +387,12 @@ def test_spare_experts_are_what_the_rebalancer_makes(tiny: str) -> None:
     engine = Engine.from_pretrained(settings, config, tiny, Mesh(), Ops())
     spare = engine.rebalancer.spare
     job = StepShape(config, 4, slots=36)
-    parts = plan_parts(job, 0, [1], 64, 64, 64, captures=False, spare_layers=2)
+    parts = plan_parts(job, 0, [1], 64, 64, 64, captures_decodes=False, spare_layers=2)
     identities = 2 * 36 * 8
     assert parts["spare experts"] + identities == sum(tensor.nbytes for tensor in spare.tensors.values())
     engine.close()
     v3 = StepShape(V3, 2, True, ranks=64, slots=4)
-    parts = plan_parts(v3, 0, [1], 64, 64, 64, captures=False, spare_layers=1)
+    parts = plan_parts(v3, 0, [1], 64, 64, 64, captures_decodes=False, spare_layers=1)
     assert parts["spare experts"] == 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
 
 

@@ -1,7 +1,9 @@
 """Experts sliced over ranks give the same result as whole experts on one rank."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
+from parallel.dispatch import LocalContiguous
 from parallel.dispatchers import Dispatchers, plain_dispatchers
 from parallel.mesh import Group, Mesh
-from scripts.bench.ranks.plain_tp import plain_tp, sliced_experts
+from scripts.bench.engine.run import Bench
+from scripts.bench.ranks.plain_tp import SlicedExperts, plain_tp, sliced_experts
+from scripts.bench.ranks.run import Comparison, parse
 from tests.test_dispatch import routing
 from tests.worlds import run_world, sub_mesh
 
@@ -75,3 +80,29 @@ def test_slices_add_up(tiny: Path) -> None:
 def test_what_does_not_divide_is_refused(tiny: Path) -> None:
     with pytest.raises(ValueError, match="moe_intermediate_size % ranks must be 0, not 24 % 5 = 4"):
         plain_tp(Mesh(size=5), whole(tiny)[0])
+
+
+def test_the_benchmark_computes_with_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer, of prompts and decode steps, on the one rank that is here."""
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--shape", "tiny", "--layers", "3", "--prompt", "20", "--batch", "2", "--step-tokens", "64"]
+    )
+    _, args = parse()
+    calls: Counter[str] = Counter()
+
+    def watch(kind: type) -> None:
+        inner = kind.dispatch
+
+        def dispatch(self: Any, *args: Tensor) -> Any:
+            calls[kind.__name__] += 1
+            return inner(self, *args)
+
+        monkeypatch.setattr(kind, "dispatch", dispatch)
+
+    watch(SlicedExperts)
+    watch(LocalContiguous)
+    engine = Comparison(args, ModelConfig.from_pretrained("model/tiny"), Mesh()).engine("tp", tmp_path)
+    bench = Bench(engine)
+    bench.drive(2, 20, 5)
+    steps, layers = len(bench.role.marks), engine.config.num_moe_layers
+    assert calls == {"SlicedExperts": steps * layers, "LocalContiguous": steps * layers} and steps >= 5

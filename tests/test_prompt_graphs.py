@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from disagg.buckets import CONTEXT, MOST_TOKENS, make_prompt_sizes
-from disagg.captures import Captures, decide
+from disagg.captures import Captures
 from disagg.config import EngineConfig
 from disagg.control.messages import Abort, Submit
 from disagg.engine import Engine
@@ -241,16 +241,20 @@ def test_steps_that_do_not_fit_run_as_they_are(small: Path, monkeypatch: pytest.
     assert seen.pop() is not whole and graphs.reruns["_layers"] == 1, "64 tokens need no padding"
 
 
-def test_requests_for_more_than_tokens_run_as_they_are(small: Path) -> None:
-    engine = make_engine(small, **STEP)
-    graphs = captured(engine, SIZES)
-    serve(engine, [tokens(20, 1)], return_experts=True)
-    serve(engine, [tokens(20, 2)], prompt_logprobs=0)
-    assert graphs.reruns["_layers"] == 0
-    overlapping = make_engine(small, **STEP, overlap="on")
-    graphs = captured(overlapping, SIZES)
-    serve(overlapping, [tokens(20, 1)])
-    assert graphs.reruns["_layers"] == 0
+def test_requests_for_more_than_tokens_run_as_they_are(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of their steps is said to run in a graph."""
+    for overlap, wanted in (("off", {"return_experts": True}), ("off", {"prompt_logprobs": 0}), ("on", {})):
+        engine = make_engine(small, **STEP, overlap=overlap)
+        graphs, run, mixed = captured(engine, SIZES), engine.run, []
+
+        def watched(work: Work, engine: Engine = engine, run: Any = run, mixed: list[bool] = mixed) -> Step:
+            assert not engine.prompt_graphs.serves(work), work
+            mixed.append(work.mixed)
+            return run(work)
+
+        monkeypatch.setattr(engine, "run", watched)
+        serve(engine, [tokens(20, 1)], **wanted)
+        assert graphs.reruns["_layers"] == 0 and any(mixed)
 
 
 def test_sizes_are_few_and_hold_every_step_up_to_the_largest() -> None:
@@ -280,17 +284,18 @@ def test_what_is_captured_and_why_not(small: Path) -> None:
     settings, ops = EngineConfig(max_model_len=512), Ops(capturable=frozenset({"decodes", "prompts"}))
     gpu, prefill = Mesh(device=torch.device("cuda")), replace(settings, decodes=False)
     sizes = make_prompt_sizes(1024, 1024 + 512)
-    assert decide(settings, config, Mesh(), ops) == Captures(False, (), "")
-    both = decide(settings, config, gpu, ops)
-    assert both == Captures(True, sizes, "decode steps; up to 1,024 tokens of prompts") and both
-    alone = decide(prefill, config, gpu, ops)
-    assert alone == Captures(False, sizes, "up to 1,024 tokens of prompts") and alone
-    off = decide(replace(settings, graphs="off"), config, gpu, ops)
-    assert off == Captures(False, (), "none: --graphs off") and not off
-    two = replace(gpu, ep=Group(2))
-    assert decide(settings, config, two, ops).why == (
-        "decode steps; not prompts: the ranks tell one another how many rows they send"
-    )
-    assert not decide(prefill, config, two, ops)
-    torch_serves = decide(settings, config, gpu, Ops())
-    assert not torch_serves and torch_serves.why.count("torch serves ops that wait for the host") == 2
+    assert Captures.of(settings, config, Mesh(), ops) == Captures(False, (), "")
+    both = Captures.of(settings, config, gpu, ops)
+    assert both == Captures(True, sizes, "decode steps; up to 1,024 tokens of prompts")
+    alone = Captures.of(prefill, config, gpu, ops)
+    assert alone == Captures(False, sizes, "up to 1,024 tokens of prompts")
+    off = Captures.of(replace(settings, graphs="off"), config, gpu, ops)
+    assert off == Captures(False, (), "none: --graphs off")
+    two = replace(gpu, size=2, ep=Group(2))
+    for mesh in (two, replace(two, attn=Group(2), ep=Group())):  # experts on two ranks, or slices of all on both
+        found = Captures.of(settings, config, mesh, ops)
+        assert found == Captures(True, (), "decode steps; not prompts: only a job of one rank can")
+        assert Captures.of(prefill, config, mesh, ops) == Captures(False, (), "not prompts: only a job of one rank can")
+    torch_serves = Captures.of(settings, config, gpu, Ops())
+    assert not torch_serves.decodes and not torch_serves.prompts
+    assert torch_serves.why.count("torch serves ops that wait for the host") == 2

@@ -89,8 +89,8 @@ class Share:
             self._closed = True
             self._credits.changed.notify_all()
 
-    def close(self) -> None:
-        """Give all credits back. No more can be taken."""
+    def close(self, but: int | None = None) -> None:
+        """Give all credits back, or all but one. No more can be taken."""
         self.shut()
-        for credit in list(self._held):
+        for credit in self._held - {but}:
             self.give_back(credit)

@@ -95,6 +95,7 @@ class Link(threading.Thread, ABC):
         self._aborted = threading.Event()  # set when `_go_down` does not need the transport any more
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # for the mover; None ends it
         self._credits = Share(credits)
+        self._credit: int | None = None  # of the transfer that the mover sees through
         self._stream = packing_stream(pool.device) if pool.is_cuda else None
         self._awaited_since: float | None = None  # time.monotonic() when the mover began to wait for a transfer
         self._mover = threading.Thread(target=self._see_through, name=f"mover {key}", daemon=True)
@@ -156,17 +157,18 @@ class Link(threading.Thread, ABC):
                 else:
                     self._events.put(RoomEnded(uid, self._down, link_down=True))
             self._rooms.clear()
+            unpacking = self._credit if self._claims else None
             self._changed.notify()
             with suppress(zmq.Again):  # its thread saw `_down` already, and has ended
                 self._wake.send(b"", zmq.DONTWAIT)
         try:
             if self._transport is not None:
                 self._transport.abort()
-        finally:  # only after the abort, which frees the buffers
+        finally:  # only after the abort, which frees the buffers, but for one that is being unpacked
             if self._transport is not None and self._transport.one_sided:
                 self._credits.shut()  # the mover gives back each credit, when its buffer is free
             else:
-                self._credits.close()
+                self._credits.close(but=unpacking)
             self._aborted.set()
 
     def run(self) -> None:
@@ -213,6 +215,7 @@ class Link(threading.Thread, ABC):
         ended = 0.0
         while (task := self._tasks.get()) is not None:
             then, transfer, credit, claimed = task
+            self._credit = credit
             try:
                 try:
                     if transfer is not None:
@@ -299,7 +302,7 @@ class Link(threading.Thread, ABC):
         return uid in self._rooms
 
     def claim(self, uids: Sequence[int]) -> bool:
-        """Keep open rooms from ending until `let_go`, to write their pages. Returns False if the link is down."""
+        """Keep rooms from ending with the link until `let_go`, to write their pages. Returns False if it is down."""
         with self._changed:
             if self._down is None:
                 self._claims.update(uids)

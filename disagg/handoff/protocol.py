@@ -90,6 +90,11 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     generation: Count = 0  # of the links to them
     have: Count = 0
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a member that is named twice: its link would end the room only once."""
+        if len({member.id for member in self.decode}) < len(self.decode):
+            raise ValueError("a decode rank is named twice")
+
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """decode -> prefill: stop sending for this room, and confirm it with `Closed`."""

@@ -111,18 +111,21 @@ class ReceiveLink(Link):
         self.then(lambda: self._arrived(x, ids, sending), transfer, credit, claimed)
 
     def _check_pages(self, sending: Sending) -> None:
-        """Raise ValueError if there are more pages than a transfer may have, or if one is not expected for these rooms.
+        """Raise ValueError for more pages than a transfer may have, for one of no room's, and for a room without one.
 
-        Other requests may read that page.
+        Other requests may read a page that is not expected. A room without one would be claimed for nothing.
         """
         if len(sending.pages) > (most := most_pages(self.pool[:, 0].nbytes)):
             raise ValueError(f"the other end sends {len(sending.pages)} pages at once; it may send {most}")
         with self._changed:
-            expected = frozenset().union(*(self._rooms.get(uid, ()) for uid in sending.uids))
-        if others := sorted(set(sending.pages) - expected):
+            of_room = {uid: self._rooms.get(uid, frozenset()) for uid in sending.uids}
+        pages, expected = set(sending.pages), frozenset().union(*of_room.values())
+        if others := sorted(pages - expected):
             raise ValueError(
                 f"the other end sends page {others[0]}, which is none of rooms {sorted(set(sending.uids))}"
             )
+        if idle := [uid for uid, own in of_room.items() if pages.isdisjoint(own)]:
+            raise ValueError(f"the other end sends pages for room {idle[0]}, but none of them is that room's")
 
     def _arrived(self, x: Tensor, ids: Tensor, sending: Sending) -> None:
         """Check what has come, and unpack it if it is in a buffer `x`. In place, `x` is the pool."""

@@ -18,9 +18,8 @@ Only the decode rank writes to its own pages. With a one-sided library it reads 
 cancel a transfer: so the end whose memory is written knows when nothing writes it any more. No memory of either end is
 ever written by the other one.
 
-It reads from a buffer where prefill packed the pages into a buffer of its own, and unpacks them. Or it reads in place,
-from prefill's pool straight into its own. NIXL does so in host memory, where each copy by the CPU costs as much as the
-read itself.
+It reads packed pages from prefill's buffer into one of its own, and unpacks them. Or it reads in place, from prefill's
+pool straight into its own. NIXL does so in host memory, where each copy by the CPU costs as much as the read itself.
 
 A one-sided send that was aborted gives its memory away, though the peer may still read it. Then the peer reads other
 bytes, but it hears no `Last`: that is said only when the peer has read everything. So it ends the room with an error.

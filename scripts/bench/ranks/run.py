@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from disagg.experts import balanced, make_placement
 from disagg.warm_up import warm_up
 from model.config import ModelConfig
 from model.pages import PAGE, pages_for
-from parallel.dispatchers import CHOICES
+from parallel.dispatchers import CHOICES, Dispatchers, make_dispatchers
 from parallel.eplb import balancedness
 from parallel.load_counter import LoadCounter
 from parallel.mesh import Mesh
@@ -175,9 +176,12 @@ class Comparison(Report):
             skew_gates(model, args.zipf)
             model.load_counter = LoadCounter(model.placement, config.n_routed_experts)
         reader = StandIns(folder, config, min(STAND_INS, config.n_routed_experts)) if variant == "live" else None
-        engine = Engine(settings, model, mesh, self.say, reader)
-        if variant == "tp":
-            engine.dispatchers = sliced_experts(engine.dispatchers, mesh)
+
+        def make(*how: Any, **rest: Any) -> Dispatchers:
+            local = make_dispatchers(*how, **rest)
+            return sliced_experts(local, mesh) if variant == "tp" else local
+
+        engine = Engine(settings, model, mesh, self.say, reader, make=make)
         self.say(f"{variant}: dispatch: {engine.dispatchers.why}; overlap: {engine.rule.why}; fp8: {model.fp8}")
         return engine
 

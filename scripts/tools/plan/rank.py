@@ -123,10 +123,11 @@ def budget(config: ModelConfig, gpu: Gpu, job: Job) -> Budget:
         job.max_tokens_per_step,
         settings.positions(config),
         settings.longest(config),
-        captures=job.role != "prefill",
+        captures_decodes=job.role != "prefill",
         handoff=credits.buffer_bytes(page) if job.role != "unified" else 0,
         drafts=settings.drafts_per_step,
         prompts=() if job.ranks > 1 else settings.prompt_sizes(config),
+        decodes=job.role != "prefill",
     )
     limit, why = share_of_gpu(gpu.memory, gpu.memory, 0, DEFAULTS.gpu_memory_fraction, 1)
     return Budget(limit, why, parts, page)
