@@ -67,9 +67,9 @@ def test_wrong_drafts_count_up_to_the_token_before_the_last(tiny: Path, drafts: 
 @pytest.mark.parametrize("output", [3, 6, 40])
 def test_the_policy_learns_the_same_from_short_requests(tiny: Path, output: int) -> None:
     """Three of five drafts after right ones are right. Of requests of three tokens none has a second draft."""
-    drafts, count = 4, 2400 // output
-    engine = make_engine(tiny, drafts, max_batch=16, max_tokens_per_step=80)
-    role, _ = serve(engine, [Request(i, prompts_of(tiny)[9], output, ignore_eos=True) for i in range(count)], 0.6)
+    drafts, count = 4, 1600 // output
+    engine = make_engine(tiny, drafts, max_batch=64, max_tokens_per_step=320)
+    role, _ = serve(engine, [Request(i, [i % 100], output, ignore_eos=True) for i in range(count)], 0.6)
     judged, right = role.acceptance.counts()[:drafts], role.acceptance.counts()[drafts:]
     assert judged[0] == role.stats()["verified_drafts_1"]
     known = [(of, n) for of, n in zip(judged, right, strict=True) if of > 80]

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disagg import engine
 from disagg.config import EngineConfig
+from disagg.engine import Engine
 from kernels.ops import Ops
 from model.config import ModelConfig
 from parallel import rdma
@@ -274,16 +274,16 @@ def test_a_job_asks_each_rank_once_where_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("decodes", [True, False])
-def test_the_engine_says_whether_its_job_decodes(decodes: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_says_whether_its_job_decodes(decodes: bool, tiny: Path) -> None:
     given: dict = {}
 
     def make(*args: object, **options: object) -> Dispatchers:
         given.update(options)
         return make_dispatchers(*args, **options)
 
-    monkeypatch.setattr(engine, "make_dispatchers", make)
     settings = EngineConfig(max_batch=2, kv_tokens=256, max_tokens_per_step=64, max_model_len=64, decodes=decodes)
-    engine.Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+    first = Engine.from_pretrained(settings, ModelConfig.from_pretrained(tiny), tiny, Mesh(), Ops())
+    Engine(settings, first.model, Mesh(), make=make)
     assert given["decodes"] == decodes
 
 
