@@ -40,7 +40,7 @@ Forward = Callable[[Batch, tuple[Batch, Batch] | None, ChosenExperts | None, Pro
 
 
 class PromptStep:
-    """A step with prompt tokens, and one token per decoding sequence. Of some, `prompt_graphs.py` has the layers."""
+    """A step with prompt tokens, and one token per decoding sequence. Some replay a graph of `prompt_graphs.py`."""
 
     def __init__(self, forward: Forward, tokens: Tensor, multiple: int) -> None:
         """`forward` returns the logits [N, V] of the rows that want them. `tokens` [rows]: the sampled tokens of the

@@ -231,8 +231,9 @@ def ep_scatter(
     expert = flat[order]
     first = copies.cumsum(0) - copies
     rows = starts[expert] + torch.arange(len(order), device=x.device) - first[expert]
-    total = int(sizes.sum()) if num_rows is None else num_rows
-    assert total >= int(sizes.sum()), f"{num_rows=} {sizes=}"
+    needed = int(sizes.sum())
+    total = needed if num_rows is None else num_rows
+    assert total >= needed, f"{num_rows=} {sizes=}"
     index = torch.full_like(flat, -1)
     index[order] = rows
     row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)

@@ -70,9 +70,7 @@ class Load(msgspec.Struct, frozen=True):
     running: Size  # requests in the batch
     waiting: Size  # other requests
     tokens_left: Annotated[dict[int, Size], Meta(max_length=MOST_LEFT)] = {}  # by uid, of begun prompts
-    unwanted_pages: Size = (
-        0  # part of `kv_pages`: of requests that were aborted or failed; a transfer may still write them
-    )
+    unwanted_pages: Size = 0  # part of `kv_pages`: of aborted or failed requests; a transfer may still write them
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):

@@ -142,10 +142,7 @@ class Metrics:
         return f"{role}: {hits:,.0f} prompt tokens{share}; {evicted:,.0f} pages evicted, {idle:,.0f} kept"
 
     def _drafts(self, role: str) -> str:
-        """Format tokens and drafts per request and step, and the share of the drafts in each place that was right.
-
-        Of the steps that verified drafts.
-        """
+        """Format the tokens and drafts of a step that verified, per request, and the share that was right by place."""
         drafting = [stats for of, stats in self._stats if of == role and "verifications" in stats]
         steps = sum(stats["verifications"] for stats in drafting)
         verified, right = (
