@@ -11,8 +11,7 @@ vLLM where it is installed, otherwise transformers.
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
 With --speculate N vLLM drafts with the model's multi-token-prediction layer (`speculative_config`, method `mtp`). As in
-our benchmark its acceptance is FORCED: "synthetic" is its own name for that, and its rate is an average over the drafts
-of a step. A version without it fails here. This has never run.
+our benchmark its acceptance is FORCED: "synthetic" is its own name for that. A version without it fails here.
 
 This file is a script. Of the project it imports only its neighbours, and model/dummy.py by its path. So the peer may
 have another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables
@@ -85,8 +84,8 @@ class VLLM:
         drafts, accept = self.args.speculate, self.args.accept
         if not drafts:
             return {}
-        right = sum(accept**place for place in range(1, drafts + 1))  # drafts of a step, on average
-        how = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rate": right / drafts}
+        rates = [accept**place for place in range(1, drafts + 1)]  # a draft is right only if those before it are
+        how = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
         return {"speculative_config": {"method": "mtp", "num_speculative_tokens": drafts, **how}}
 
     def tokens(self, batch: int) -> int:
@@ -135,7 +134,7 @@ class VLLM:
 
 
 def randomize_draft_layer(worker: Any) -> None:
-    dummy.randomize(worker.model_runner.drafter.model)
+    dummy.randomize(worker.get_draft_model())
 
 
 class Transformers:
