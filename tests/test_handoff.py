@@ -1241,9 +1241,7 @@ def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: A
 
 @pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
 @pytest.mark.parametrize("last_word", [SendLast(1, 7, []), Closed(1, "enough")], ids=lambda word: type(word).__name__)
-def test_a_sender_vouches_for_a_transfer_only_by_a_word_that_comes_after_the_reading(
-    make_pair: Any, last_word: Command
-) -> None:
+def test_a_checksum_counts_only_for_what_prefill_kept_until_it_was_read(make_pair: Any, last_word: Command) -> None:
     """Decode is frozen before it reads, so prefill gives the link up, and its memory is another request's at once.
 
     What decode reads then has another checksum, and no transfer is at fault.

@@ -156,8 +156,8 @@ class ReceiveLink(Link):
     def _judged(self, ended: RoomEnded) -> RoomEnded:
         """Return the end of a room, which is an error if a transfer did not have its checksum.
 
-        The sender's last word has come, so it has kept what it sent until it was read. A link that goes down says no
-        such word. Its transfers may have read memory that was another request's already.
+        The sender's last word has come, so it kept its memory until this end had read it. A link that goes down says no
+        such word. This end may have read another request's KV there.
         """
         if ended.uid not in self._mismatched:
             return ended

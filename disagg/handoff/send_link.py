@@ -42,7 +42,7 @@ class SendLink(Link):
     ) -> None:
         """`checksums`: send one with each transfer."""
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
-        self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
+        self._sending: set[int] = set()  # rooms on which the last word has not been given
         self._pack_pages, self._checksums = pack_pages, checksums
         super().__init__(*args)
 
@@ -164,8 +164,8 @@ class SendLink(Link):
     def _conclude(self, word: SendLast | Closed) -> None:
         """Send no more for a room. With a one-sided transport it ends only when the peer has read its pages.
 
-        Otherwise a link that goes down here could let them be overwritten while the peer reads them. A last word, of
-        either kind, so vouches for every transfer of the room.
+        Otherwise a link that goes down here could let them be overwritten while the peer reads them. So when the peer
+        hears the last word, it has read what was sent.
         """
         self._sending.remove(word.uid)
         if self.transport.one_sided:
