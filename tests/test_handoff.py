@@ -38,6 +38,7 @@ from disagg.handoff.protocol import (
     Cancel,
     Chosen,
     Closed,
+    Command,
     Join,
     Last,
     Message,
@@ -377,6 +378,17 @@ class Gate:
     def await_start(self, count: int) -> None:
         assert eventually(lambda: len(self.started) >= count, SOON)
         time.sleep(0.2)
+
+
+class Ready:
+    """A step's event, which has come when it is set."""
+
+    def __init__(self) -> None:
+        self.come = threading.Event()
+        self.query = self.come.is_set
+
+    def synchronize(self) -> None:
+        assert self.come.wait(SOON)
 
 
 def limit_transfers(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
@@ -1186,9 +1198,9 @@ def test_a_word_that_means_nothing_ends_the_link(make_pair: Any, side: str, lie:
 def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: Any) -> None:
     """With --kv-checksum, and never with a token. The others' pages have what was sent."""
     pair = make_pair(checksums=True)
-    for uid, page in ((1, 4), (2, 5), (3, 6)):
+    for uid, page in ((1, 4), (2, 5), (3, 6), (4, 7)):
         pair.open(uid, [page])
-    link = pair.decode.link
+    link, ready = pair.decode.link, Ready()
     recv = link.transport.recv
 
     def flipping(x: Tensor, location: bytes, pages: list[int] | None) -> Transfer:
@@ -1207,17 +1219,87 @@ def test_a_flipped_bit_fails_the_rooms_of_its_transfer_and_no_other(make_pair: A
     put(SendLast(1, 10, []))
     assert pair.decode.hear_end(1).token == 10
     link.transport.recv = flipping
-    put(SendPages(2, [2], [5]))
+    put(SendPages(2, [2], [5], ready))  # room 4 shares its transfer
+    put(SendPages(4, [4], [7]))
     put(SendLast(2, 20, []))
-    pair.decode.hear_end(2, "other bytes than were sent (--kv-checksum)")
+    put(SendLast(4, 40, []))
+    ready.come.set()
+    for uid in (2, 4):
+        pair.decode.hear_end(uid, "other bytes than were sent (--kv-checksum)")
     link.transport.recv = recv
     put(SendPages(3, [3], [6]))
     put(SendLast(3, 30, []))
     assert pair.decode.hear_end(3).token == 30
-    assert [pair.prefill.hear().uid for _ in range(3)] == [1, 2, 3]
+    assert [pair.prefill.hear().uid for _ in range(4)] == [1, 2, 4, 3]
     assert pair.decode.pool[:, [4, 6]].equal(pair.prefill.pool[:, [1, 3]])
-    others = [page for page in range(NUM_PAGES) if page not in (4, 5 if make_pair.library == "nixl" else 4, 6)]
-    assert (pair.decode.pool[:, others] == CANARY).all() and link.mismatches == 1
+    written = {4, 6, *((5, 7) if make_pair.library == "nixl" else ())}
+    others = [page for page in range(NUM_PAGES) if page not in written]
+    assert (pair.decode.pool[:, others] == CANARY).all()
+    assert (link.transfers, link.mismatches) == (3, 1)
+    pair.hush()
+
+
+@pytest.mark.parametrize("library", ["nixl", "mooncake"], indirect=True)
+@pytest.mark.parametrize("last_word", [SendLast(1, 7, []), Closed(1, "enough")], ids=lambda word: type(word).__name__)
+def test_a_checksum_counts_only_for_what_prefill_kept_until_it_was_read(make_pair: Any, last_word: Command) -> None:
+    """Decode is frozen before it reads, so prefill gives the link up, and its memory is another request's at once.
+
+    What decode reads then has another checksum, and no transfer is at fault.
+    """
+    pair = make_pair(checksums=True)
+    pair.open(1, [4])
+    link, frozen, goes_on = pair.decode.link, threading.Event(), threading.Event()
+    recv = link.transport.recv
+
+    def frozen_first(*args: Any) -> Transfer:
+        frozen.set()
+        assert goes_on.wait(SOON)
+        return recv(*args)
+
+    link.transport.recv = frozen_first
+    pair.prefill.link.put(SendPages(1, [1], [4]))
+    pair.prefill.link.put(last_word)
+    assert frozen.wait(SOON)
+    time.sleep(0.2)  # what prefill says without waiting for the reading has come
+    pair.prefill.link.stop()
+    assert pair.prefill.hear_end(1, "stopped").link_down
+    for memory in (pair.prefill.pool, getattr(pair.prefill.link.transport._staging, "memory", None)):
+        if memory is not None:
+            memory.view(torch.uint8).fill_(3)
+    goes_on.set()
+    assert pair.decode.hear_bad_end(1, "the other end has gone").link_down
+    link._mover.join(SOON)
+    assert link.transfers == 1, "nothing was read"
+    assert link.mismatches == 0
+    pair.hush()
+
+
+def test_pages_that_were_lost_before_they_are_packed_complete_no_room(make_pair: Any) -> None:
+    """The link is stopped while its thread prepares a transfer, and its pages are another request's at once.
+
+    Their checksum would be right, and gloo sends after its abort.
+    """
+    pair = make_pair(checksums=True)
+    pair.open(1, [4])
+    link, ready, over = pair.prefill.link, Ready(), threading.Event()
+    close, page_ids = link.pipe.close, link.page_ids
+    link.pipe.close = lambda: over.wait(SOON) and close()  # decode has time to hear what was said
+
+    def lose(pages: list[int]) -> Tensor:
+        link.stop()
+        pair.prefill.hear_end(1, "stopped")
+        pair.prefill.pool[:, pages] = 8.5
+        return page_ids(pages)
+
+    link.page_ids = lose
+    link.put(SendPages(1, [1], [4], ready))
+    link.put(SendLast(1, 7, []))
+    ready.come.set()
+    assert eventually(lambda: link.is_down)
+    time.sleep(0.5)
+    assert pair.decode.events.empty(), pair.decode.events.get()
+    over.set()
+    pair.decode.hear_bad_end(1, "the other end has gone")
     pair.hush()
 
 

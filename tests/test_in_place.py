@@ -172,9 +172,9 @@ def test_nothing_writes_the_pages_of_a_room_that_has_ended_whenever_its_link_goe
     """Its next owner paints the pages at once. The reads take their time, and either end may be the one that stops."""
     limit_transfers(monkeypatch, 2)
     rng, late, ranks = random.Random(seed), 0, [make_pair.rank() for _ in range(2)]
-    for _ in range(4):
+    for slow in (True, False, False, False):  # once, a read is under way for certain
         pair, pages = make_pair(rank=ranks[0], decode_rank=ranks[1]), rng.sample(range(1, NUM_PAGES), NUM_PAGES - 1)
-        make_late(pair, lambda: time.sleep(rng.choice([0, 0, 0.02])))
+        begun = make_late(pair, lambda slow=slow: time.sleep(0.1 if slow else rng.choice([0, 0, 0.02])))
         rooms = {uid: [pages.pop() for _ in range(rng.randint(1, 3))] for uid in range(5)}
         for uid, targets in rooms.items():
             pair.open(uid, targets)
@@ -184,6 +184,7 @@ def test_nothing_writes_the_pages_of_a_room_that_has_ended_whenever_its_link_goe
                 pair.decode.link.put(Cancel(uid))
             else:
                 pair.prefill.link.put(SendLast(uid, uid, []))
+        assert not slow or eventually(lambda begun=begun: bool(begun))
         time.sleep(rng.choice([0, 0.005, 0.01, 0.03]))
         rng.choice([pair.prefill, pair.decode]).link.stop()
         open_rooms, failed = set(rooms), set()

@@ -77,7 +77,7 @@ class Link(threading.Thread, ABC):
         super().__init__(name=f"link {key}", daemon=True)
         self.key, self.pool = key, pool
         self.transfers, self.bytes_moved, self.seconds_moving = 0, 0, 0.0
-        self.mismatches = 0  # transfers that did not have their checksum
+        self.mismatches = 0  # transfers that did not have their checksum, by the sender's last word on a room
         self._connect, self._events = connect, events
         self._commands: deque[Command] = deque()
         self._words: deque[Read | AllRead | Cancel] = deque()  # from the mover; they must not wait behind commands

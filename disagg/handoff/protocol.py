@@ -194,7 +194,7 @@ class SendLast(msgspec.Struct, frozen=True):
 class AllRead(msgspec.Struct, frozen=True):
     """From the mover to its link, if the transport is one-sided: the peer has read all pages of this room."""
 
-    last: SendLast
+    word: SendLast | Closed  # the last one on the room
 
 
 class RoomFailed(msgspec.Struct, frozen=True, tag=True):

@@ -1,6 +1,7 @@
 """The decode rank's end of a link: receives announced pages into the pool, and reports rooms as done."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,8 @@ class ReceiveLink(Link):
 
     def __init__(self, *args: Any, unpack_pages: Callable[[Tensor, Tensor, Tensor], None] = ref.unpack_pages) -> None:
         self._unpack_pages = unpack_pages
-        self._mismatched: set[int] = set()  # rooms with a transfer that did not have its checksum; for the mover
+        # For the mover: rooms with a transfer that did not have its checksum. Each transfer counts for its first room.
+        self._mismatched: Counter[int] = Counter()
         self.experts, self.prompt_rows = Pieces("chosen experts"), Pieces("prompt log probabilities")
         super().__init__(*args)
 
@@ -133,9 +135,8 @@ class ReceiveLink(Link):
         if self.transport.one_sided:
             self.tell(Read())
         if sending.checksum is not None and checksum(x[:, ids] if in_place else x) != sending.checksum:
-            self.mismatches += 1
+            self._mismatched.update({uid: int(uid == sending.uids[0]) for uid in sending.uids})
             for uid in sending.uids:  # the rooms still end by the sender's word, after all that is under way
-                self._mismatched.add(uid)
                 self.tell(Cancel(uid))
         elif not in_place and self.claim(sending.uids):  # otherwise the pages may belong to another request
             try:
@@ -153,10 +154,14 @@ class ReceiveLink(Link):
         self.end(self._judged(done))
 
     def _judged(self, ended: RoomEnded) -> RoomEnded:
-        """Return the end of a room, which is an error if a transfer did not have its checksum."""
+        """Return the end of a room, which is an error if a transfer did not have its checksum.
+
+        The sender's last word has come, so it kept its memory until this end had read it. A link that goes down says no
+        such word. This end may have read another request's KV there.
+        """
         if ended.uid not in self._mismatched:
             return ended
-        self._mismatched.remove(ended.uid)
+        self.mismatches += self._mismatched.pop(ended.uid)
         return RoomEnded(ended.uid, MISMATCH)
 
     def _expect_no_more(self, uid: int) -> None:

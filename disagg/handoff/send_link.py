@@ -42,7 +42,7 @@ class SendLink(Link):
     ) -> None:
         """`checksums`: send one with each transfer."""
         self._cancelled: set[int] = set()  # cancelled before this rank's loop joined the room
-        self._sending: set[int] = set()  # rooms for which neither Last nor Closed has been sent
+        self._sending: set[int] = set()  # rooms on which the last word has not been given
         self._pack_pages, self._checksums = pack_pages, checksums
         super().__init__(*args)
 
@@ -80,24 +80,19 @@ class SendLink(Link):
                 self._sending.add(uid)
                 if uid in self._cancelled:
                     self._cancelled.remove(uid)
-                    self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
+                    self._conclude(Closed(uid, "cancelled"))
             case Cancel(uid) if uid not in self._sending:
                 self._cancelled.add(uid)
             case Cancel(uid):
-                self._conclude(Closed(uid, "cancelled"), RoomEnded(uid, "cancelled"))
+                self._conclude(Closed(uid, "cancelled"))
             case SendPages(uid) if uid in self._sending:
                 self._send(item)
             case Chosen(uid) | Scored(uid) if uid in self._sending:
                 self.pipe.send(item)
-            case SendLast(uid) if uid in self._sending:
-                if self.transport.one_sided:
-                    self.then(lambda: self.tell(AllRead(item)))
-                else:
-                    self._finish(item)
-            case AllRead(SendLast(uid) as last) if uid in self._sending:
-                self._finish(last)
-            case Closed(uid, error) if uid in self._sending:
-                self._conclude(item, RoomEnded(uid, error))
+            case SendLast(uid) | Closed(uid) if uid in self._sending:
+                self._conclude(item)
+            case AllRead(word):
+                self._end(word)
             case Read():
                 self.transport.was_read()
 
@@ -125,6 +120,7 @@ class SendLink(Link):
         if x.is_cuda:
             torch.cuda.current_stream().synchronize()
         summed = checksum(x if pages is None else x[:, ids]) if self._checksums else None
+        self.check()  # once the link is down, these pages may have been another request's when they were packed
         self.pipe.send(Sending(uids, theirs, location, summed))
         self.then(lambda: None, transfer, credit)
         for word in last_words:
@@ -165,17 +161,25 @@ class SendLink(Link):
                     self.handle(item)
         return uids, mine, theirs, last_words
 
-    def _finish(self, last: SendLast) -> None:
-        """Send a room's first token. With a one-sided transport, only when the peer has read its pages.
+    def _conclude(self, word: SendLast | Closed) -> None:
+        """Send no more for a room. With a one-sided transport it ends only when the peer has read its pages.
 
-        Otherwise a link that goes down here could let a buffer be overwritten while the peer reads it for this room.
+        Otherwise a link that goes down here could let them be overwritten while the peer reads them. So when the peer
+        hears the last word, it has read what was sent.
         """
-        waited = time.perf_counter() - last.sampled
-        word = Last(last.uid, last.token, last.logprobs, last.prefill, waited, last.cached, last.drafts)
-        self._conclude(word, RoomEnded(last.uid))
-
-    def _conclude(self, word: Last | Closed, ended: RoomEnded) -> None:
-        """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""
         self._sending.remove(word.uid)
-        self.pipe.send(word)
-        self.then(lambda: self.end(ended))
+        if self.transport.one_sided:
+            self.then(lambda: self.tell(AllRead(word)))
+        else:
+            self._end(word)
+
+    def _end(self, word: SendLast | Closed) -> None:
+        """Send a room's last message, which the peer handles after the bytes. Here it ends when the bytes have left."""
+        match word:
+            case SendLast(uid, token, logprobs, prefill, sampled, cached, drafts):
+                waited = time.perf_counter() - sampled
+                message, error = Last(uid, token, logprobs, prefill, waited, cached, drafts), None
+            case Closed(uid, error):
+                message = word
+        self.pipe.send(message)
+        self.then(lambda: self.end(RoomEnded(uid, error)))

@@ -12,7 +12,7 @@ they were started, at both ends. A transport must not need any collective of the
     one-sided (NIXL, Mooncake)         send: nothing moves
                                        Sending(location) ---------------> recv: starts to read them from there
                                        was_read: complete <-------- Read  complete when they are there
-                                       Last, after all Reads -----------> the room is done
+                                       Last or Closed, after all Reads -> the room ends
 
 Only the decode rank writes to its own pages. With a one-sided library it reads the bytes, because neither library can
 cancel a transfer: so the end whose memory is written knows when nothing writes it any more. No memory of either end is
@@ -22,7 +22,8 @@ It reads packed pages from prefill's buffer into one of its own, and unpacks the
 pool straight into its own. NIXL does so in host memory, where each copy by the CPU costs as much as the read itself.
 
 A one-sided send that was aborted gives its memory away, though the peer may still read it. Then the peer reads other
-bytes, but it hears no `Last`: that is said only when the peer has read everything. So it ends the room with an error.
+bytes, but it hears no last word on the room: that is said only when it has read everything. So it ends the room with an
+error, which is not that of a checksum.
 """
 
 import datetime
