@@ -70,8 +70,9 @@ def has_ipv6() -> bool:
 
 # The files that take the longest, in this order. They come first, so that two workers end at about the same time.
 LONGEST = ("chaos", "torchrun", "faults", "rebalance", "worlds", "speculation", "model", "cli", "family", "handoff")
-LONGEST += ("bench_handoff", "router", "prefix_cache", "bench_rank", "chat_template", "bench_ranks", "peer", "hub")
-LONGEST += ("mtp", "overlap", "dummy", "pipeline", "dispatch")
+LONGEST += ("hosts", "prompt_graphs", "speculation_apart", "speculation_graphs", "transports", "bench_handoff")
+LONGEST += ("router", "prefix_cache", "bench_rank", "chat_template", "bench_ranks", "peer", "hub", "hostile_ports")
+LONGEST += ("scheduler", "mtp", "overlap", "dummy", "pipeline", "dispatch", "secret", "memory", "bench_prefix", "roles")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,29 +58,31 @@ def test_a_decode_job_that_slept_through_a_change_of_routers(
     ("role", "flags", "at_once"), [("decode", (), 1), ("decode", ("--attn-tp", "2"), 2), ("prefill", (), 1)]
 )
 def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]], role: str, flags: tuple[str, ...], at_once: int
+    small: Path, tmp_path: Path, role: str, flags: tuple[str, ...], at_once: int
 ) -> None:
-    """Not the rank that talks to the router. Another job of its role serves meanwhile.
+    """Not the rank that talks to the router. Another job of its role serves meanwhile, and it serves again itself.
 
     `at_once`: how many requests a decode replica serves, so that the batch outlasts the time until the loss is noticed.
     """
-    with town(tmp_path, tiny, **QUICK) as place:
-        router = place.router(LONG, "out")
+    with town(tmp_path, small, **QUICK) as place:
+        router = place.fed_router("out")
         other, few = "prefill" if role == "decode" else "decode", ("--max-batch", str(at_once))
         place.worker(other, 1, *(few if other == "decode" else ()))
         frozen = place.worker(role, 2, *flags, *(few if role == "decode" else ()))
         place.worker(role, 1, *(few if role == "decode" else ()))
         joined(place, router, 3 if flags else 4)
+        place.feed(LONG[:8], "out")
+        busy(place, "out")
         frozen.ranks[1].signal(signal.SIGSTOP)
         stopped = time.monotonic()
         place.until(lambda: re.search(r"is lost: .*rank 1 on 127.0.0.1", router.said) is not None, 10)
         assert time.monotonic() - stopped < 5
-        count = len(place.answers("out"))
-        busy(place, "out", min(count + 2, len(LONG)))
+        busy(place, "out", min(len(place.answers("out")) + 2, 8))
         frozen.ranks[1].signal(signal.SIGCONT)
-        if router.statuses == [None] and len(place.answers("out")) < len(LONG) // 2:
-            place.until(lambda: f"a {role} replica is back" in router.said, 10)
-        all_right(place, router, "out", LONG, expected)
+        place.until(lambda: f"a {role} replica is back" in router.said, 10)
+        place.feed(LONG[8:12], "out")
+        place.stop_feeding("out")
+        all_right(place, router, "out", LONG[:12], undisturbed(small))
         place.until(lambda: frozen.statuses == [0, 0], SOON)
 
 

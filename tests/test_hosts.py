@@ -45,17 +45,17 @@ def machines() -> Iterator[list[Host]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+def expected(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     folder = tmp_path_factory.mktemp("alone")
     source = folder / "in.jsonl"
     source.write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
-    return {answer["id"]: answer["token_ids"] for answer in answers_alone(tiny, source, folder / "out.jsonl")}
+    return {answer["id"]: answer["token_ids"] for answer in answers_alone(small, source, folder / "out.jsonl")}
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, machines: list[Host], tiny: Path, tmp_path: Path) -> Iterator[Town]:
+def place(request: pytest.FixtureRequest, machines: list[Host], small: Path, tmp_path: Path) -> Iterator[Town]:
     """A town whose jobs have a secret, with cables that are plugged in again. Its parameter: more constants."""
-    with town(tmp_path, tiny, machines[0], **QUICK, **getattr(request, "param", {})) as made:
+    with town(tmp_path, small, machines[0], **QUICK, **getattr(request, "param", {})) as made:
         made.flags = ("--secret-file", str(write_secret(tmp_path)))
         yield made
     for machine in machines:
@@ -121,10 +121,10 @@ def test_a_cable_that_is_pulled_and_plugged_in_again(
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_cable_that_is_pulled_for_a_minute(
-    tiny: Path, tmp_path: Path, machines: list[Host], expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, machines: list[Host], expected: dict[str, list[int]]
 ) -> None:
     """With the time-outs that users have: the router knows in 10 s, and takes the job back when the cable is there."""
-    with town(tmp_path, tiny, machines[0]) as place:
+    with town(tmp_path, small, machines[0]) as place:
         place.flags = ("--secret-file", str(write_secret(tmp_path)))
         router, away = start_two_decode_jobs(place, machines)
         place.feed(REQUESTS[:8], "out")

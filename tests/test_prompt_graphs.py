@@ -28,7 +28,7 @@ from model.pages import NULL_PAGE, PAGE, pages_for
 from parallel.mesh import Group, Mesh
 from tests.rerun import captured
 from tests.test_prefix_cache import VOCAB, make_engine, serve, tokens
-from tests.test_speculation import all_kinds, same
+from tests.test_speculation import all_kinds, same, without_drafts
 from tests.test_speculation import make_engine as make_drafting
 from tests.test_speculation import serve as serve_all
 
@@ -72,7 +72,7 @@ def test_ragged_prompts_in_one_step_give_the_same_tokens(small: Path) -> None:
 def test_every_kind_of_request_gets_the_same_answer(tiny: Path, drafts: int) -> None:
     requests, engine = all_kinds(tiny), make_drafting(tiny, drafts)
     graphs = captured(engine, make_prompt_sizes(64, 300))
-    same(serve_all(engine, requests)[0], serve_all(make_drafting(tiny, 0), requests)[0])
+    same(serve_all(engine, requests)[0], without_drafts(tiny, requests))
     assert graphs.reruns["_layers"] > 0
 
 
@@ -90,7 +90,7 @@ def test_a_step_in_graphs_runs_ahead_of_the_host(tiny: Path, drafts: int, monkey
 
     monkeypatch.setattr(engine, "run", watched)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed or engine.prompt_graphs.serves(work))
-    want = serve_all(make_drafting(tiny, 0), requests)[0]
+    want = without_drafts(tiny, requests)
     same(serve_all(engine, requests)[0], want)
     for request in requests:
         same(serve_all(engine, [request])[0], {request.uid: want[request.uid]})

@@ -1,5 +1,6 @@
 """Speculation changes no answer: not its tokens, log probabilities, experts or end, on any ranks, in any steps."""
 
+import functools
 import itertools
 import json
 import random
@@ -163,11 +164,21 @@ def all_kinds(folder: Path) -> list[Request]:
     return made
 
 
+@functools.cache
+def answers_to_all_kinds(folder: Path) -> dict[int, Answer]:
+    return serve(make_engine(folder, 0), all_kinds(folder))[0]
+
+
+def without_drafts(folder: Path, requests: list[Request]) -> dict[int, Answer]:
+    """Return what an engine without drafts answers to these of `all_kinds`. It computes them once."""
+    return {request.uid: answers_to_all_kinds(folder)[request.uid] for request in requests}
+
+
 @pytest.mark.parametrize("drafts", [1, 2, 4])
 def test_every_kind_of_request_gets_the_same_answer(tiny: Path, drafts: int) -> None:
     """In batches of five, where prompts run in chunks beside decodes."""
     requests = all_kinds(tiny)
-    want, _ = serve(make_engine(tiny, 0), requests)
+    want = without_drafts(tiny, requests)
     assert {answer.end for answer in want.values()} == {("length", None), ("stop", None)}
     assert any(answer.experts for answer in want.values()) and any(answer.prompt_rows for answer in want.values())
     same(serve(make_engine(tiny, drafts), requests)[0], want)
@@ -179,7 +190,7 @@ def test_a_step_that_runs_ahead_of_the_host_gives_the_same(
 ) -> None:
     """As on a GPU: it is laid out and launched before the host has seen the tokens of the step before it."""
     requests = [r for r in all_kinds(tiny) if not r.processes_logits]
-    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, drafts, overlap=overlap)
+    want, engine = without_drafts(tiny, requests), make_engine(tiny, drafts, overlap=overlap)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     got, stats = serve(engine, requests)
     same(got, want)
@@ -191,7 +202,7 @@ def test_any_number_of_drafts_in_each_step_gives_the_same(tiny: Path, monkeypatc
     """Also none; also when steps run ahead of the host, and pages come from the cache."""
     monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
     requests = [r for r in all_kinds(tiny) if not r.processes_logits]
-    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, 2, adapts=True)
+    want, engine = without_drafts(tiny, requests), make_engine(tiny, 2, adapts=True)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     run, works = engine.run, []
     monkeypatch.setattr(engine, "run", lambda work: (works.append(work), run(work))[1])
@@ -299,7 +310,7 @@ def test_aborts_and_late_requests_change_nothing_for_the_others(
     tiny: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [r for r in all_kinds(tiny) if not r.processes_logits]
-    want, engine = serve(make_engine(tiny, 0), requests)[0], make_engine(tiny, 2)
+    want, engine = without_drafts(tiny, requests), make_engine(tiny, 2)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: ahead and not work.mixed)
     late = [Request(100 + i, [7 + i] * (1 + 13 * i), 30, ignore_eos=True, return_experts=i == 2) for i in range(6)]
 

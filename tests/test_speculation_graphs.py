@@ -14,18 +14,10 @@ import torch
 from disagg.warm_up import run_every_size
 from model.batch import Batch
 from tests.rerun import captured
-from tests.test_speculation import Answer, RandomDrafts, all_kinds, make_engine, same, serve
+from tests.test_speculation import RandomDrafts, all_kinds, make_engine, same, serve, without_drafts
 
 
-@pytest.fixture(scope="module")
-def plain(tiny: Path) -> dict[int, Answer]:
-    """The answers to all kinds of requests without drafts."""
-    return serve(make_engine(tiny, 0), all_kinds(tiny))[0]
-
-
-def test_replayed_steps_give_the_same_answers(
-    tiny: Path, plain: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replayed_steps_give_the_same_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled requests, and greedy ones beside them, replay the same parts. Only who asks for experts stops it."""
     requests, engine = all_kinds(tiny), make_engine(tiny, 2, overlap="on")
     body, halves = engine.model.body, []
@@ -38,33 +30,31 @@ def test_replayed_steps_give_the_same_answers(
     graphs = captured(engine)
     assert len(graphs.captured) == 4 * len(engine.decode.buckets)
     got, stats = serve(engine, requests)
-    same(got, plain)
+    same(got, without_drafts(tiny, requests))
     steps = engine.graph_replays
     assert 0 < steps < stats["decode_steps"]
     assert graphs.reruns == {"_verify": steps, "_accept": steps, "_draft": 2 * steps}
     assert len(halves) > steps and all(first == second > 0 for first, second in halves)
     monkeypatch.setattr(engine, "runs_ahead", lambda work: not work.mixed)
     others = [request for request in requests if not request.processes_logits]
-    same(serve(engine, others)[0], {request.uid: plain[request.uid] for request in others})
+    same(serve(engine, others)[0], without_drafts(tiny, others))
 
 
-def test_a_step_may_verify_and_make_any_number_of_drafts(
-    tiny: Path, plain: dict[int, Answer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_may_verify_and_make_any_number_of_drafts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number is captured once, whatever the step before it did."""
     monkeypatch.setattr("disagg.pipeline.DraftPolicy", RandomDrafts)
     requests, engine = all_kinds(tiny), make_engine(tiny, 3, adapts=True)
     graphs = captured(engine)
     assert len(graphs.captured) == (4 + 4 + 3) * len(engine.decode.buckets)
-    same(serve(engine, requests)[0], plain)
+    same(serve(engine, requests)[0], without_drafts(tiny, requests))
     assert graphs.reruns["_verify"] == graphs.reruns["_accept"] == engine.graph_replays > 0
 
 
-def test_replayed_steps_without_drafts_give_the_same_answers(tiny: Path, plain: dict[int, Answer]) -> None:
+def test_replayed_steps_without_drafts_give_the_same_answers(tiny: Path) -> None:
     requests, engine = all_kinds(tiny), make_engine(tiny, 0)
     graphs = captured(engine)
     assert len(graphs.captured) == len(engine.decode.buckets)
-    same(serve(engine, requests)[0], plain)
+    same(serve(engine, requests)[0], without_drafts(tiny, requests))
     assert graphs.reruns == {"_forward": engine.graph_replays} and engine.graph_replays > 0
 
 
