@@ -119,6 +119,9 @@ class Faults:
         self.place.replace(slot)
         return f"rank {rank} of {slot}"
 
+    def lacked_prefill(self, now: float) -> bool:
+        return any(began <= now <= ended for began, ended in self.without)
+
     def kill_all(self, role: str) -> str:
         began = time.monotonic()
         for slot in self.place.of(role):

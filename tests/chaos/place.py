@@ -25,6 +25,7 @@ SHAPE = {
     "decode": [(2, ("--attn-tp", "2", *BATCH)), (1, BATCH)],
 }  # (ranks, flags)
 REPLICAS = {"prefill": 3, "decode": 2}
+JOINED = "joined the router at"
 
 
 @dataclass
@@ -116,6 +117,9 @@ class Place:
         return dict(found)
 
     def is_whole(self) -> bool:
+        """Whether the router has all replicas, and they are those of the jobs that run: a loss may not be seen yet."""
+        if not all(JOINED in slot.job.said for slot in self.slots):
+            return False
         with suppress(OSError, HTTPException):
             picture = json.loads(self.door.get("/deployment"))
             return Counter(card["role"] for card in picture["replicas"]) == REPLICAS

@@ -21,7 +21,9 @@ TOGETHER = 100  # streams that run while a decode job is killed
 STREAMING = f"kill a decode job while {TOGETHER} streams run"
 BEGUN = 3  # pieces of a stream that runs for certain: the first token alone is prefill's
 CLIENTS = 10
-ALLOWED = "no prefill replica"  # the error of a request for which there was no replica
+# The errors of a request for which there was no replica. The second is of one that was given to a job which had died in
+# the same moment as the one before it: the router blames it for both, because it cannot know.
+ALLOWED = ("no prefill replica", "given up: 2 jobs died as they began it")
 
 
 @dataclass
@@ -154,7 +156,7 @@ def judge(figures: Figures, streams: list[Stream], expected: dict[int, Said], fa
             figures.right += 1
         elif stream.left:
             figures.left += 1
-        elif stream.error and ALLOWED in stream.error and any(a <= stream.ended <= b for a, b in faults.without):
+        elif stream.error and any(e in stream.error for e in ALLOWED) and faults.lacked_prefill(stream.ended):
             figures.errors.append(stream.error)
         else:
             figures.wrong.append(f"{stream.name}: {stream.error or stream.said}, not {expected[id(stream.line)]}")

@@ -189,7 +189,9 @@ def run_peer(args: argparse.Namespace, config: ModelConfig, drafts: int) -> dict
         run = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
     if run.returncode:
         raise SystemExit(f"{run.stdout[-4000:]}\nthe peer failed (status {run.returncode}): {shlex.join(words)}")
-    return json.loads(next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{")))
+    found = next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{"))
+    print(f"the peer's tok/s, drafts: {drafts}: {found}", flush=True)  # should the rest not come to its end
+    return json.loads(found)
 
 
 def draftings(text: str) -> list[Drafting]:
