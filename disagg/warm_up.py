@@ -17,9 +17,9 @@ from model.pages import pages_for
 
 
 def warm_up(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Compile every kernel before the first request, and capture some steps. No-op on a CPU.
+    """Collective. Compile kernels before the first request, and capture some steps. No-op on a CPU.
 
-    `progress` shows how far it is.
+    A step that decodes beside prompts may still compile some. `progress` shows how far it is.
     """
     if engine.mesh.device.type != "cuda":
         return

@@ -120,6 +120,7 @@ class Faults:
         return f"rank {rank} of {slot}"
 
     def lacked_prefill(self, now: float) -> bool:
+        """Whether there was a time without prefill jobs then. It lasts until the deployment is whole again."""
         return any(began <= now <= ended for began, ended in self.without)
 
     def kill_all(self, role: str) -> str:

@@ -117,7 +117,7 @@ class Place:
         return dict(found)
 
     def is_whole(self) -> bool:
-        """Whether the router has all replicas, and they are those of the jobs that run: a loss may not be seen yet."""
+        """Whether every job has joined, and the router has all replicas. Their number alone may count a dead one."""
         if not all(JOINED in slot.job.said for slot in self.slots):
             return False
         with suppress(OSError, HTTPException):

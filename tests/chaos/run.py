@@ -21,8 +21,8 @@ TOGETHER = 100  # streams that run while a decode job is killed
 STREAMING = f"kill a decode job while {TOGETHER} streams run"
 BEGUN = 3  # pieces of a stream that runs for certain: the first token alone is prefill's
 CLIENTS = 10
-# The errors of a request for which there was no replica. The second is of one that was given to a job which had died in
-# the same moment as the one before it: the router blames it for both, because it cannot know.
+# The errors of a request for which there was no replica. When all prefill jobs are killed at once, a request may go
+# from one dead job to another that the router still takes for alive. Then it is blamed for both.
 ALLOWED = ("no prefill replica", "given up: 2 jobs died as they began it")
 
 

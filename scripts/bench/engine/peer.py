@@ -11,10 +11,11 @@ vLLM where it is installed, otherwise transformers.
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
 With --speculate N vLLM drafts with the model's multi-token-prediction layer (`speculative_config`, method `mtp`). As in
-our benchmark its acceptance is FORCED: "synthetic" is its own name for that. A version without it fails here.
+our benchmark its acceptance is FORCED: "synthetic" is its own name for that. A version without it fails here. It
+has run on a GPU with vLLM 0.26, but no figure of it is recorded.
 
-This file is a script. Of the project it imports only its neighbours, and model/dummy.py by its path. So the peer may
-have another environment (--peer-python), and it finds its own package `kernels` instead of ours. Environment variables
+This file is a script, because the peer may have an environment of its own (--peer-python). It imports the files beside
+it, and loads model/dummy.py by its path. So it finds the peer's package `kernels`, not ours. Environment variables
 reach the peer, for example VLLM_TUNED_CONFIG_FOLDER.
 """
 

@@ -190,7 +190,7 @@ def run_peer(args: argparse.Namespace, config: ModelConfig, drafts: int) -> dict
     if run.returncode:
         raise SystemExit(f"{run.stdout[-4000:]}\nthe peer failed (status {run.returncode}): {shlex.join(words)}")
     found = next(line for line in reversed(run.stdout.splitlines()) if line.startswith("{"))
-    print(f"the peer's tok/s, drafts: {drafts}: {found}", flush=True)  # should the rest not come to its end
+    print(f"the peer's tok/s, drafts: {drafts}: {found}", flush=True)  # in case the rest is cut short
     return json.loads(found)
 
 
