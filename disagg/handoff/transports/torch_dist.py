@@ -15,6 +15,10 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from disagg.handoff.transport import TIMEOUT
 from parallel.interface import resolve
 
+# How many SMs of a GPU one link's copies take from the steps beside them. Four move a prompt at 70 GB/s between two GPUs
+# of one host, and all that NCCL would take at 176 (docs/results.md). The environment's NCCL_MAX_CTAS comes first.
+LINK_SMS = 4
+
 
 class TorchTransfer:
     """A tensor in flight since `began` (time.perf_counter()), kept alive until the transfer has completed."""
@@ -45,6 +49,7 @@ class TorchTransport:
         if device.type == "cuda":
             # Before the steps' kernels: while one end waits for room on its GPU, the other end's SMs wait, too.
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options.config.max_ctas = LINK_SMS
             self.group = dist.ProcessGroupNCCL(store, me, 2, options)
             # This stream waits for the peer, so no other work may share it. torch hands out 32 streams per priority in
             # turn, and nothing else here asks for this priority. (NCCL's own streams have the highest, -3.)
