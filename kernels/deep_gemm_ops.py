@@ -7,6 +7,8 @@ import deep_gemm
 import torch
 from torch import Tensor
 
+from kernels.quant import silu_mul_masked
+
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous`. Groups must be padded to 128 rows."""
@@ -23,6 +25,11 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if x.shape[1]:
         deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, _expected_rows(x))
     return out
+
+
+def swiglu_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Serve `ref.swiglu_masked`, with our silu_mul. Rooms as for `grouped_gemm_masked`."""
+    return silu_mul_masked(grouped_gemm_masked(x, weight, counts), counts)
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
