@@ -1,7 +1,7 @@
 """The masked grouped GEMM where experts have few rows, as in a decode step: reading the weights is all that it costs.
 
-A tile is 128 rows of one expert's weight times 16 rows of x. The tensor core takes the weight as its left operand,
-because the left one has at least 64 rows: with x there, most of its rows, and of the loads of x, would be for nothing.
+A tile is 128 rows of one expert's weight times 16 rows of x. The weight is the tensor core's left operand, which has at
+least 64 rows. With x there, most of its rows would be padding, and loaded for nothing.
 """
 
 import triton

@@ -26,6 +26,7 @@ from kernels.gemm import (
 )
 from kernels.pdl import after_previous, pdl
 from kernels.quant import silu_mul_masked
+from kernels.rooms import FEW_ROWS
 
 ALIGNMENT = 128  # rows of a contiguous segment
 
@@ -129,9 +130,6 @@ def launch_masked(
         **pdl(x),
     )
     return out
-
-
-FEW_ROWS = 128  # rows of an expert's room, up to which reading the weights takes most of the time
 
 
 def plain_tile(x: Tensor) -> Tile:

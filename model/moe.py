@@ -116,7 +116,8 @@ class Experts(nn.Module):
                 x, scale = ops.silu_mul_quant(x, row_expert)
                 return ops.grouped_gemm_contiguous_fp8(x, scale, down, down_scale, row_expert), way_back
             case Masked(x, counts, way_back, None):
-                return ops.grouped_gemm_masked(ops.swiglu_masked(x, gate_up, counts), down, counts), way_back
+                x = ops.swiglu_masked(x, gate_up, counts)
+                return ops.grouped_gemm_masked(x, down, counts), way_back
             case Masked(x, counts, way_back, scale):
                 assert scale is not None and gate_up_scale is not None and down_scale is not None
                 x = ops.grouped_gemm_masked_fp8(x, scale, gate_up, gate_up_scale, counts)
