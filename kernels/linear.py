@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import ffn_of_few_rows
-from kernels.gemv import FEW_TOKENS, ROWS, linear_of_few
+from kernels.gemv import FEW_TOKENS, ROWS, linear_of_few, swiglu_of_one
 from kernels.pdl import after_previous, pdl
 from kernels.quant import silu_mul
 from kernels.rooms import FEW_ROWS
@@ -50,7 +50,8 @@ def ffn_beside(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """
     if FEW_TOKENS < x.shape[0] <= FEW_ROWS and x.dtype != torch.float32:
         return ffn_of_few_rows(x, gate_up, down)
-    return linear(silu_mul(linear(x, gate_up)), down)
+    hidden = swiglu_of_one(x, gate_up) if x.shape[0] == 1 else silu_mul(linear(x, gate_up))
+    return linear(hidden, down)
 
 
 def linear_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
