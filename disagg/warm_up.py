@@ -1,8 +1,12 @@
 """The warm-up: steps of all sizes in which kernels differ. Their requests are made up, and get no answer."""
 
 import gc
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +19,8 @@ from disagg.warm_up_progress import Shown, silent
 from model.batch import NO_DECODES
 from model.pages import pages_for
 
+Size = TypeVar("Size", bound=Any)
+
 
 def warm_up(engine: Engine, progress: Shown = silent) -> None:
     """Collective. Compile kernels before the first request, and capture some steps. No-op on a CPU.
@@ -23,6 +29,8 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
     """
     if engine.mesh.device.type != "cuda":
         return
+    if importlib.util.find_spec("triton") is not None:
+        compile_ahead(engine, progress)
     run_every_size(engine, progress)
     torch.cuda.synchronize()
     for counter in engine.model.load_counters:
@@ -31,8 +39,28 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
     gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
 
-def run_every_size(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Run steps of all sizes in which kernels differ, and capture those of `engine.captures`."""
+def compile_ahead(engine: Engine, progress: Shown) -> None:
+    """Collective. Compile the Triton kernels of all steps in many processes, unless every rank finds them compiled."""
+    mesh, nodes = engine.mesh, engine.mesh.node_of_rank
+    here = [rank for rank in range(mesh.size) if not nodes or nodes[rank] == nodes[mesh.rank]]
+    ops = [f"{op.__module__}.{op.__qualname__}" for op in vars(engine.ops).values() if callable(op)]
+    what = repr((engine.config, engine.settings, engine.model.fp8, engine.model.dtype, mesh.size, mesh.attn.size, ops))
+    module = importlib.import_module("kernels.compile_ahead")  # not at the top, because it needs Triton
+    ahead = module.CompileAhead(what, here.index(mesh.rank), len(here), alone=mesh.size == 1)
+    if all(mesh.ep.exchange(ahead.is_done, bool)):
+        return
+    with ahead.rehearsal():
+        run_every_size(engine, capture=False)
+    for problem in ahead.finish(progress):
+        print(f"warning: not compiled ahead: {problem}", file=sys.stderr)
+    mesh.ep.barrier()  # another rank may still compile what this one needs
+
+
+def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
+    """Collective. Run steps of all sizes in which kernels differ.
+
+    `capture`: also capture those of `engine.captures` as CUDA graphs.
+    """
     settings, vocab, buckets = engine.settings, engine.config.vocab_size, engine.decode.buckets
     limit, drafts = min(engine.max_model_len, engine.kv_tokens), every_drafts(engine)[-1]
     most = min(settings.max_tokens_per_step, settings.max_batch * limit)
@@ -47,13 +75,19 @@ def run_every_size(engine: Engine, progress: Shown = silent) -> None:
     if drafts is not None:  # how many get a token in a step with prompts: drafts follow
         for rows in progress(buckets[::-1], "prompts with drafts"):
             engine.compute(prompt_work(rows, 1, vocab, False, drafts))
-    if engine.captures.prompts:
-        engine.prompt_graphs.capture(progress)
-    if engine.captures.decodes:
-        engine.graphs.capture(partial(decode_nothing, engine), buckets, "decode steps", progress)
-    elif settings.decodes:
-        for rows in progress(buckets[::-1], "decode steps"):
-            decode_nothing(engine, rows)
+    captures, into_graphs = engine.captures, engine.graphs.capture
+    if captures.prompts:
+        run = into_graphs if capture else run_each
+        run(engine.prompt_graphs.run_padding, captures.prompts, "prompts in graphs", progress)
+    if settings.decodes:
+        run = into_graphs if capture and captures.decodes else run_each
+        run(partial(decode_nothing, engine), buckets, "decode steps", progress)
+
+
+def run_each(step: Callable[[Size], object], sizes: Iterable[Size], what: str, progress: Shown) -> None:
+    """Run `step(size)` of every size, the largest first."""
+    for size in progress(sorted(sizes, reverse=True), what):
+        step(size)
 
 
 def decode_nothing(engine: Engine, rows: int) -> None:

@@ -181,6 +181,8 @@ def _load(op: str, library: str) -> Callable:
         case "torch":
             return getattr(ref, op)
         case "triton":
-            return getattr(importlib.import_module(OURS[op]), op)
+            module = importlib.import_module(OURS[op])
+            importlib.import_module("kernels.cache_keys").settle(module)
+            return getattr(module, op)
         case _:
             return getattr(importlib.import_module(f"kernels.{library}_ops"), op)

@@ -10,7 +10,7 @@ from kernels.gemv import FEW_TOKENS, ROWS, linear_of_few
 from kernels.pdl import after_previous, pdl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear_float32_kernel(
     x,
     weight,
