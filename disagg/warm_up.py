@@ -16,21 +16,21 @@ from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
 from disagg.step import NO_WORK, Drafts, Work
 from disagg.warm_up_progress import Shown, silent
-from model.batch import NO_DECODES
+from kernels.compile_ahead import CompileAhead, Compiler
+from kernels.nvcc_ahead import NvccAhead
 from model.pages import pages_for
 
 Size = TypeVar("Size", bound=Any)
 
 
 def warm_up(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Compile kernels before the first request, and capture some steps. No-op on a CPU.
+    """Collective. Compile every Triton kernel before the first request, and capture some steps. No-op on a CPU.
 
-    A step that decodes beside prompts may still compile some. `progress` shows how far it is.
+    `progress` shows how far it is.
     """
     if engine.mesh.device.type != "cuda":
         return
-    if importlib.util.find_spec("triton") is not None:
-        compile_ahead(engine, progress)
+    compile_ahead(engine, progress)
     run_every_size(engine, progress)
     torch.cuda.synchronize()
     for counter in engine.model.load_counters:
@@ -40,20 +40,37 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
 
 
 def compile_ahead(engine: Engine, progress: Shown) -> None:
-    """Collective. Compile the Triton kernels of all steps in many processes, unless every rank finds them compiled."""
+    """Collective. Compile the kernels of all steps, many at once, unless every rank finds them compiled."""
     mesh, nodes = engine.mesh, engine.mesh.node_of_rank
     here = [rank for rank in range(mesh.size) if not nodes or nodes[rank] == nodes[mesh.rank]]
     ops = [f"{op.__module__}.{op.__qualname__}" for op in vars(engine.ops).values() if callable(op)]
     what = repr((engine.config, engine.settings, engine.model.fp8, engine.model.dtype, mesh.size, mesh.attn.size, ops))
-    module = importlib.import_module("kernels.compile_ahead")  # not at the top, because it needs Triton
-    ahead = module.CompileAhead(what, here.index(mesh.rank), len(here), alone=mesh.size == 1)
-    if all(mesh.ep.exchange(ahead.is_done, bool)):
-        return
-    with ahead.rehearsal():
-        run_every_size(engine, capture=False)
-    for problem in ahead.finish(progress):
-        print(f"warning: not compiled ahead: {problem}", file=sys.stderr)
-    mesh.ep.barrier()  # another rank may still compile what this one needs
+
+    def shown(sizes: Iterable[Size], what: str) -> Iterable[Size]:
+        return progress(sizes, "kernels")
+
+    with CompileAhead(compilers(engine), what, here.index(mesh.rank), len(here)) as ahead:
+        if all(mesh.ep.exchange(ahead.is_done, bool)):
+            return
+        with ahead.rehearsal():
+            run_every_size(engine, shown, capture=False)
+        for problem in ahead.finish(progress):
+            print(f"warning: not compiled ahead: {problem}", file=sys.stderr)
+        mesh.ep.barrier()  # another rank may still compile what this one needs
+
+
+def compilers(engine: Engine) -> list[Compiler]:
+    """Return those of the engine's kernels that can compile ahead."""
+    found: list[Compiler] = []
+    if importlib.util.find_spec("triton") is not None:
+        module = importlib.import_module("kernels.triton_ahead")  # not at the top, because it needs Triton
+        found.append(module.TritonAhead(alone=engine.mesh.size == 1))
+    if any(op.__module__ == "kernels.deep_gemm_ops" for op in vars(engine.ops).values() if callable(op)):
+        try:
+            found.append(NvccAhead.of_deep_gemm())
+        except OSError as error:
+            print(f"warning: DeepGEMM's kernels compile one by one: {error}", file=sys.stderr)
+    return found
 
 
 def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
@@ -75,6 +92,10 @@ def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = Tru
     if drafts is not None:  # how many get a token in a step with prompts: drafts follow
         for rows in progress(buckets[::-1], "prompts with drafts"):
             engine.compute(prompt_work(rows, 1, vocab, False, drafts))
+    if settings.decodes:  # without the fp8 output that other steps have
+        beside = {min(rows, settings.max_batch - 1) for rows in buckets} - {0}
+        for rows in progress(sorted(beside, reverse=True), "decodes beside prompts"):
+            engine.compute(prompt_work(1, 1, vocab, False, drafts, rows))
     captures, into_graphs = engine.captures, engine.graphs.capture
     if captures.prompts:
         run = into_graphs if capture else run_each
@@ -106,14 +127,19 @@ def sizes_of_prompts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length())} | {most, max(1, most - 1)}, reverse=True)
 
 
-def prompt_work(tokens: int, limit: int, vocab: int, overlapped: bool, drafts: Drafts | None) -> Work:
-    """Return a step of `tokens` prompt tokens, in prompts of `limit` tokens, all computed to their ends."""
+def prompt_work(tokens: int, limit: int, vocab: int, overlapped: bool, drafts: Drafts | None, decodes: int = 0) -> Work:
+    """Return a step of `tokens` prompt tokens, in prompts of `limit` tokens, all computed to their ends.
+
+    Beside them, `decodes` sequences decode.
+    """
     lengths = [min(limit, tokens - at) for at in range(0, tokens, limit)]
     pages = list(range(1, pages_for(limit) + 1))
     prompts = [Sequence(Request(0, [i * 7919 % vocab for i in range(n)]), pages=pages) for n in lengths]
-    plan = Plan([], [(sequence, sequence.prompt_len) for sequence in prompts])
-    chunks = plan.prompt_chunks()
-    return Work(plan, NO_DECODES, chunks, None, overlapped, plan.advance(), np.arange(len(prompts)), drafts=drafts)
+    decoding = [Sequence(Request(0, [0]), pages=pages) for _ in range(decodes)]
+    plan = Plan(decoding, [(sequence, sequence.prompt_len) for sequence in prompts])
+    chunks, columns = plan.prompt_chunks(), NO_WORK.next_decodes(decoding)
+    sequences = plan.advance()
+    return Work(plan, columns, chunks, None, overlapped, sequences, np.arange(len(sequences)), drafts=drafts)
 
 
 def decode_work(rows: int, overlapped: bool, drafts: Drafts | None) -> Work:

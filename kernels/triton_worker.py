@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels.cache_keys import settle
+from kernels.triton_keys import settle
 
 COMPILED = "compiled"
 
