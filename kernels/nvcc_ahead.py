@@ -48,10 +48,7 @@ class NvccAhead:
     @classmethod
     def of_deep_gemm(cls) -> "NvccAhead":
         """Find nvcc and the cache as DeepGEMM itself does. Raises OSError as the constructor does."""
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-        cache = os.environ.get("DG_JIT_CACHE_DIR") or Path.home() / ".deep_gemm"
-        return cls(os.environ.get(NVCC) or nvcc, Path(cache))
+        return cls(find_nvcc(), Path(os.environ.get("DG_JIT_CACHE_DIR") or Path.home() / ".deep_gemm"))
 
     def _program(self, script: str) -> str:
         """Make a script a program in the cache, named after its text. Returns its path."""
@@ -128,6 +125,12 @@ class NvccAhead:
 
     def close(self) -> None:
         """Do nothing: what nvcc does ends with the threads."""
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    default = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return os.environ.get(NVCC) or default
 
 
 @contextmanager
