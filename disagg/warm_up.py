@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from disagg.engine import Engine
+from disagg.products import run_products
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
 from disagg.step import NO_WORK, Drafts, Work
@@ -84,6 +85,7 @@ def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = Tru
     for size in progress(sizes_of_prompts(most), "prompts"):
         for overlapped in (False, True)[: 1 + engine.rule.in_prefill(size)]:
             engine.compute(prompt_work(size, limit, vocab, overlapped, drafts))
+    run_products(engine, most, progress)
     pool = engine.pool
     page = torch.zeros(1, dtype=torch.int64, device=pool.device)
     packed = torch.empty_like(pool[:, :1], memory_format=torch.contiguous_format)

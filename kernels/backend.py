@@ -116,6 +116,7 @@ def choose(
         ),
         whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
         alignment=128 if padded else 1,
+        by_rows=any(_beside(call, "BY_ROWS", False) for op, call in chosen.items() if "contiguous" in op),
     ), choices
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kernels import nvcc_ahead
 
+BY_ROWS = True  # a kernel's blocks are such that the last of them nearly fill the GPU
+
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous`. Groups must be padded to 128 rows."""
