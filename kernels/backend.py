@@ -45,7 +45,6 @@ OURS = {  # op -> the module with its Triton kernel
     "project_values": "kernels.absorb",
     "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",
-    "silu_mul_masked": "kernels.quant",
     "prefill_attention": "kernels.prefill_attention",
     "mla_decode": "kernels.mla_decode",
     "linear": "kernels.linear",
@@ -56,6 +55,7 @@ OURS = {  # op -> the module with its Triton kernel
     "ep_gather": "kernels.route",
     "grouped_gemm_contiguous": "kernels.grouped_gemm",
     "grouped_gemm_masked": "kernels.grouped_gemm",
+    "swiglu_masked": "kernels.grouped_gemm",
     "gemm_of_copies": "kernels.gemv",
     "swiglu_of_copies": "kernels.gemv",
     "quantize_1x128": "kernels.quant",
@@ -72,6 +72,7 @@ PREFERENCE = dict.fromkeys(OURS, ("triton", "torch")) | {
     "mla_decode": ("flash_mla", "triton", "torch"),
     "grouped_gemm_contiguous": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked": ("triton", "deep_gemm", "torch"),  # ours is faster for a decode step's few rows
+    "swiglu_masked": ("triton", "deep_gemm", "torch"),
     "gemm_fp8": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_contiguous_fp8": ("deep_gemm", "triton", "torch"),
     "grouped_gemm_masked_fp8": ("deep_gemm", "triton", "torch"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import nvcc_ahead
+from kernels.quant import silu_mul_masked
 
 BY_ROWS = True  # a kernel's blocks are such that the last of them nearly fill the GPU
 
@@ -29,6 +30,11 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if x.shape[1]:
         _call(deep_gemm.m_grouped_bf16_gemm_nt_masked, x, weight, out, counts, _expected_rows(x))
     return out
+
+
+def swiglu_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Serve `ref.swiglu_masked`, with our silu_mul. Rooms as for `grouped_gemm_masked`."""
+    return silu_mul_masked(grouped_gemm_masked(x, weight, counts), counts)
 
 
 def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     contiguous   rows [M, D] in per-expert segments of whole 128-row blocks; each row has its expert's id
     masked       rows [L, R, D], the first counts[e] of expert e real; only the GPU knows the counts
 
-`kernels/gemm.py` has the tile, and explains the fp8 scales.
+`kernels/gemm.py` has the tile, and explains the fp8 scales. Small rooms without scales go to `kernels/few_rows.py`.
 """
 
 import torch
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.few_rows import gemm_of_few_rows
 from kernels.gemm import (
     TWO_SLABS,
     Tile,
@@ -24,6 +25,8 @@ from kernels.gemm import (
     store_slabs,
 )
 from kernels.pdl import after_previous, pdl
+from kernels.quant import silu_mul_masked
+from kernels.rooms import FEW_ROWS
 
 ALIGNMENT = 128  # rows of a contiguous segment
 
@@ -129,9 +132,6 @@ def launch_masked(
     return out
 
 
-FEW_ROWS = 128  # rows of an expert's room, up to which reading the weights takes most of the time
-
-
 def plain_tile(x: Tensor) -> Tile:
     """Return the tile without scales. float32 runs outside the tensor cores; its sums only fit a small tile."""
     return Tile(64, 64, 1, 8, 2) if x.dtype == torch.float32 else Tile(128, 128, 1, 8, 4)
@@ -164,13 +164,25 @@ def grouped_gemm_contiguous_fp8(
     return launch_tiles(x, x_scale, weight, weight_scale, row_expert, TWO_SLABS)
 
 
+def _few_rows(x: Tensor) -> bool:
+    return x.shape[1] <= FEW_ROWS and x.dtype != torch.float32
+
+
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Return out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T; the rest is undefined. No host sync: graph safe.
 
     x [L, R, D] bf16 (or float16, float32), weight [L, N, D], counts [L] int32 on the GPU -> [L, R, N].
     """
-    few = x.shape[1] <= FEW_ROWS and x.dtype != torch.float32
-    return launch_masked(x, None, weight, None, counts, Tile(64, 128, 1, 4, 6) if few else plain_tile(x))
+    if _few_rows(x):
+        return gemm_of_few_rows(x, weight, counts, gated=False)
+    return launch_masked(x, None, weight, None, counts, plain_tile(x))
+
+
+def swiglu_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Return silu_mul of `grouped_gemm_masked`; the rest is undefined. weight [L, 2I, D] -> [L, R, I]."""
+    if _few_rows(x):
+        return gemm_of_few_rows(x, weight, counts, gated=True)
+    return silu_mul_masked(grouped_gemm_masked(x, weight, counts), counts)
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:

@@ -137,7 +137,6 @@ class Ops:
     project_values: ProjectValues = ref.project_values
     norm_rope_write: NormRopeWrite = ref.norm_rope_write
     silu_mul: SiluMul = ref.silu_mul
-    silu_mul_masked: Product = ref.silu_mul_masked
     prefill_attention: PrefillAttention = ref.prefill_attention
     mla_decode: MlaDecode = ref.mla_decode
     decode_plan: Callable[[T, int], Any] = ref.decode_plan  # from the library that serves mla_decode
@@ -149,6 +148,7 @@ class Ops:
     ep_gather: EpGather = ref.ep_gather
     grouped_gemm_contiguous: GroupedProduct = ref.grouped_gemm_contiguous
     grouped_gemm_masked: GroupedProduct = ref.grouped_gemm_masked
+    swiglu_masked: GroupedProduct = ref.swiglu_masked
     gemm_of_copies: GroupedProduct = ref.gemm_of_copies
     swiglu_of_copies: GroupedProduct = ref.swiglu_of_copies
     quantize_1x128: Callable[[T], Quantized] = ref.quantize_1x128

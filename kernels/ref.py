@@ -16,7 +16,7 @@ from kernels.fp8 import Quantized, dequantize_1x128, dequantize_128x128, quantiz
 from kernels.ref_attention import decode_plan, mla_decode, prefill_attention  # noqa: F401 (twins, too)
 
 WAITING = {
-    "decodes": ("mla_decode", "silu_mul_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8"),
+    "decodes": ("mla_decode", "swiglu_masked", "grouped_gemm_masked", "grouped_gemm_masked_fp8"),
     "prompts": (
         "prefill_attention",
         "ep_scatter",
@@ -103,14 +103,6 @@ def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
         return out
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
-    """Do silu_mul on x[e, :counts[e]]; the rest is undefined. x [L, R, 2I], counts [L] int32 -> [L, R, I]."""
-    out = x.new_empty(*x.shape[:2], x.shape[2] // 2)
-    for expert, count in enumerate(counts.tolist()):
-        out[expert, :count] = silu_mul(x[expert, :count])
-    return out
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -313,6 +305,14 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     for expert, count in enumerate(counts.tolist()):
         out[expert, :count] = x[expert, :count] @ weight[expert].T
+    return out
+
+
+def swiglu_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Return silu_mul of grouped_gemm_masked; the rest is undefined. weight [L, 2I, D] -> [L, R, I]."""
+    out = x.new_empty(*x.shape[:2], weight.shape[1] // 2)
+    for expert, (count, rows) in enumerate(zip(counts.tolist(), grouped_gemm_masked(x, weight, counts), strict=True)):
+        out[expert, :count] = silu_mul(rows[:count])
     return out
 
 

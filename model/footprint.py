@@ -27,6 +27,7 @@ from collections import abc
 from dataclasses import dataclass, replace
 
 from kernels.fp8_format import BLOCK
+from kernels.rooms import FEW_ROWS
 from model.config import MOST_SIZE, ModelConfig
 from model.pages import PAGE
 from model.prompt_row import MAX_LOGPROBS, SLICE, row_bytes
@@ -198,7 +199,14 @@ def masked_step(shape: StepShape, tokens: int) -> int:
     return max(
         _attention(shape, tokens, _absorbed(shape, tokens)),
         _dense(shape, tokens),
-        _experts(shape, tokens, shape.slots * room, arriving, arriving if shape.capacity is None else local_tokens),
+        _experts(
+            shape,
+            tokens,
+            shape.slots * room,
+            arriving,
+            arriving if shape.capacity is None else local_tokens,
+            room=room,
+        ),
         _head(shape, tokens, tokens),
     )
 
@@ -293,19 +301,21 @@ def _dense(shape: StepShape, tokens: int) -> int:
     return tokens * (shape.row(c.hidden_size) + shape.operand(c.hidden_size) + inside)
 
 
-def _experts(shape: StepShape, tokens: int, rows: int, sent: int, received: int, sliced: int = 0) -> int:
+def _experts(
+    shape: StepShape, tokens: int, rows: int, sent: int, received: int, sliced: int = 0, room: int | None = None
+) -> int:
     """Return the peak of an MoE layer, from dispatch to combine.
 
     `rows`: M. `sent`, `received`: tokens on the wire. (With DeepEP's low latency, tokens arrive in the groups
-    themselves.) `sliced`: tokens per slice, if the received tokens do not fit into M rows; else 0.
+    themselves.) `sliced`: tokens per slice, if the received tokens do not fit into M rows; else 0. `room`: rows of an
+    expert's room, in the masked layout.
     """
     c, local_tokens = shape.config, tokens // shape.attn_tp
     if not c.num_moe_layers:
         return 0
-    hidden, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
+    hidden, top_k = c.hidden_size, c.num_experts_per_tok
     outside = local_tokens * (shape.row(2 * hidden) + shape.operand(hidden) + top_k * INDEX)  # lives throughout
-    given, between, out = shape.operand(hidden), shape.operand(width), shape.row(hidden)
-    inside = rows * (FLOAT + max(given + shape.row(2 * width), shape.row(2 * width) + between, between + out))
+    inside = rows * (FLOAT + _expert_row(shape, room))
     if shape.ranks == 1:
         gathering = rows * FLOAT + shape.row((rows + local_tokens) * hidden)
         return outside + local_tokens * top_k * FLOAT + max(inside, gathering)
@@ -321,6 +331,21 @@ def _experts(shape: StepShape, tokens: int, rows: int, sent: int, received: int,
         return outside + max(arrival, routing + columns + shape.row(received * hidden) + of_slice)
     returning = shape.row((received + (sent if shape.capacity is None else local_tokens)) * hidden)
     return outside + max(arrival, routing + max(inside, shape.row(rows * hidden) + returning))
+
+
+def _expert_row(shape: StepShape, room: int | None) -> int:
+    """Return the most bytes of an expert's row, from the first product to the last."""
+    hidden, width = shape.config.hidden_size, shape.config.moe_intermediate_size
+    given, gate_up, between, out = (
+        shape.operand(hidden),
+        shape.row(2 * width),
+        shape.operand(width),
+        shape.row(hidden),
+    )
+    if room is None or shape.fp8:
+        return max(given + gate_up, gate_up + between, between + out)
+    few = room <= FEW_ROWS and shape.itemsize < FLOAT  # then one kernel makes `between`; else the op has `gate_up`, too
+    return max(given + between + (0 if few else gate_up), between + out)
 
 
 def _head(shape: StepShape, tokens: int, rows: int) -> int:

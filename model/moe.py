@@ -116,8 +116,7 @@ class Experts(nn.Module):
                 x, scale = ops.silu_mul_quant(x, row_expert)
                 return ops.grouped_gemm_contiguous_fp8(x, scale, down, down_scale, row_expert), way_back
             case Masked(x, counts, way_back, None):
-                x = ops.grouped_gemm_masked(x, gate_up, counts)
-                x = ops.silu_mul_masked(x, counts)
+                x = ops.swiglu_masked(x, gate_up, counts)
                 return ops.grouped_gemm_masked(x, down, counts), way_back
             case Masked(x, counts, way_back, scale):
                 assert scale is not None and gate_up_scale is not None and down_scale is not None

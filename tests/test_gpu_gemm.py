@@ -17,6 +17,7 @@ from kernels.grouped_gemm import (
     grouped_gemm_contiguous_fp8,
     grouped_gemm_masked,
     grouped_gemm_masked_fp8,
+    swiglu_masked,
 )
 from kernels.linear import linear_float32
 from kernels.quant import quantize_1x128, silu_mul, silu_mul_masked, silu_mul_quant, silu_mul_quant_masked
@@ -121,6 +122,40 @@ def test_masked(sizes: list[int], room: int, n: int, d: int, dtype: torch.dtype)
     out = grouped_gemm_masked(x, weight, counts)
     assert out.dtype == dtype
     close(out[real], ref.grouped_gemm_masked(x.float(), weight.float(), counts)[real])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(
+    ("sizes", "room", "width", "d"),
+    [
+        ([3, 0, 17, 64], 64, 1408, 2048),
+        ([0, 128, 1, 16], 128, 200, 264),  # widths that no tile divides
+        ([5, 7, 0], 7, 72, 72),  # a room that no tile divides: the next expert's rows are in the tile
+        ([0, 0], 128, 64, 64),
+        ([0, 130, 5], 200, 192, 256),  # large rooms
+        ([], 8, 64, 64),
+        ([0], 0, 64, 64),
+    ],
+)
+def test_masked_swiglu(sizes: list[int], room: int, width: int, d: int, dtype: torch.dtype) -> None:
+    counts = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
+    real = valid(counts, room)
+    x, gate_up, down = (
+        (normal(*shape) * size).to(dtype)  # small enough for float16
+        for shape, size in (
+            ((len(sizes), room, d), 1),
+            ((len(sizes), 2 * width, d), d**-0.5 / 30),
+            ((len(sizes), d, width), width**-0.5),
+        )
+    )
+    x[~real] = float("nan")
+    hidden = swiglu_masked(x, gate_up, counts)
+    assert hidden.dtype == dtype
+    close(hidden[real], ref.swiglu_masked(x.float(), gate_up.float(), counts)[real])
+    hidden[~real] = float("nan")
+    out = grouped_gemm_masked(hidden, down, counts)
+    close(out[real], ref.grouped_gemm_masked(hidden.float(), down.float(), counts)[real])
+    assert torch.equal(hidden[real], swiglu_masked(x, gate_up, counts)[real]), "other bits in another run"
 
 
 @pytest.mark.parametrize(("sizes", "room", "n", "d"), [*MASKED, ([3, 140], 144, 200, 272)])

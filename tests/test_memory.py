@@ -190,13 +190,15 @@ def test_deepseek_v3s_prefill_fits() -> None:
 
 
 def test_decode_by_hand() -> None:
-    """256 tokens: each of the 16 experts has a room for all of them."""
+    """256 tokens: each of the 16 experts has a room for all of them, with its rows, the first product and silu_mul."""
     job = replace(HAND, config=replace(SMALL, kv_lora_rank=64))
     layer, routing = 3 * 256 * 512 * 2, 256 * 4 * 12 + 16 * 256 * 4
-    assert masked_step(job, 256) == layer + routing + 16 * 256 * (512 + 2 * 256) * 2
+    assert masked_step(job, 256) == layer + routing + 16 * 256 * (512 + 3 * 256) * 2
+    small = 3 * 128 * 512 * 2 + 128 * 4 * 12 + 16 * 128 * 4  # rooms in which one kernel makes silu_mul
+    assert masked_step(job, 128) == small + 16 * 128 * (512 + 256) * 2
     deepep = replace(job, ranks=2, slots=8, capacity=300)  # rooms for what two ranks may ever send
     rows, routing = 8 * 2 * 300, 256 * 4 * 8 + 8 * 2 * 300 * 4 + 256 * 4 * 12
-    assert masked_step(deepep, 256) == layer + routing + rows * (512 + 2 * 256) * 2
+    assert masked_step(deepep, 256) == layer + routing + rows * (512 + 3 * 256) * 2
 
 
 def test_prompts_take_what_the_all_to_all_takes_where_deepep_serves_decode_steps_alone() -> None:

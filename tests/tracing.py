@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
+from kernels.rooms import FEW_ROWS
 from model.footprint import SPLIT_ROWS, SPLITS
 from parallel.copies import grouped_rows
 from parallel.mesh import AllToAll, Group
@@ -79,7 +80,6 @@ def allocating_ops(alignment: int) -> Ops:
         project_values=_project_values,
         norm_rope_write=lambda *_: None,
         silu_mul=_halved,
-        silu_mul_masked=_halved,
         prefill_attention=_prefill_attention,
         mla_decode=_mla_decode,
         linear=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
@@ -94,6 +94,7 @@ def allocating_ops(alignment: int) -> Ops:
         swiglu_of_copies=lambda x, weight, slots: x.new_empty(slots.numel(), weight.shape[1] // 2),
         grouped_gemm_contiguous=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
         grouped_gemm_masked=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
+        swiglu_masked=_swiglu_masked,
         quantize_1x128=_quantized,
         silu_mul_quant=lambda x, _=None: _quantized(x, x.shape[-1] // 2),
         silu_mul_quant_masked=lambda x, _: _quantized(x, x.shape[-1] // 2),
@@ -130,6 +131,14 @@ def _quantized(x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
 
 def _halved(x: Tensor, _: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _swiglu_masked(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    """In small rooms one kernel makes it."""
+    width = weight.shape[-2]
+    if x.shape[1] <= FEW_ROWS:
+        return x.new_empty(*x.shape[:-1], width // 2)
+    return _halved(x.new_empty(*x.shape[:-1], width))
 
 
 def _gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:

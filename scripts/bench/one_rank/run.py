@@ -75,7 +75,7 @@ PAPER = {  # tok/s per node of 8 GPUs: SGLang's report, with overlap
 }  # fmt: skip
 ELEMENTWISE = (
     "rms_norm", "add_rms_norm", "rms_norm_quant", "add_rms_norm_quant", "rope_query", "norm_rope_write",
-    "silu_mul", "silu_mul_masked", "quantize_1x128", "silu_mul_quant", "silu_mul_quant_masked",
+    "silu_mul", "quantize_1x128", "silu_mul_quant", "silu_mul_quant_masked",
 )  # fmt: skip
 OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")
 OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP permute")
