@@ -1,7 +1,7 @@
 """The warm-up: steps of all sizes in which kernels differ. Their requests are made up, and get no answer."""
 
 import gc
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -63,9 +63,11 @@ def compile_ahead(engine: Engine, progress: Shown) -> None:
 def compilers(engine: Engine) -> list[Compiler]:
     """Return those of the engine's kernels that can compile ahead."""
     found: list[Compiler] = []
-    if importlib.util.find_spec("triton") is not None:
+    try:
         module = importlib.import_module("kernels.triton_ahead")  # not at the top, because it needs Triton
         found.append(module.TritonAhead(alone=engine.mesh.size == 1))
+    except ImportError as error:  # also of what another version of Triton lacks
+        print(f"warning: Triton's kernels compile one by one: {error}", file=sys.stderr)
     if any(op.__module__ == "kernels.deep_gemm_ops" for op in vars(engine.ops).values() if callable(op)):
         try:
             found.append(NvccAhead.of_deep_gemm())

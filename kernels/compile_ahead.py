@@ -95,12 +95,16 @@ class CompileAhead:
         done = as_completed(futures)
         for _ in progress(range(len(futures)), "kernels"):
             next(done)
-        problems = [problem for future in futures if (problem := future.result()) is not None]
+        problems = [str(future.exception() or future.result()) for future in futures if _failed(future)]
         if not problems:
             for mark in self._marks:
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
         return problems
+
+
+def _failed(future: Future[str | None]) -> bool:
+    return future.exception() is not None or future.result() is not None
 
 
 class _Filled(TorchFunctionMode):

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import nvcc_ahead
 from kernels.quant import silu_mul_masked
 
-BY_ROWS = True  # a kernel's blocks are such that the last of them nearly fill the GPU
+BY_ROWS = True  # the number of rows decides which blocks fill the GPU best, and so the kernel
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
