@@ -23,7 +23,6 @@ from torch import Tensor
 from disagg.buckets import PromptSize
 from disagg.graphs import Graphs
 from disagg.step import Work
-from disagg.warm_up_progress import Shown
 from model.batch import Batch
 from model.pages import NULL_PAGE, PAGE
 from model.prompt_logprobs import PromptLogprobs
@@ -134,15 +133,10 @@ class PromptGraphs:
         self.hidden[: size.tokens] = self.model.body(batch, self.pool, self.dispatcher)
 
     @torch.inference_mode()
-    def capture(self, progress: Shown) -> None:
-        """Capture the layers at every size, the largest first."""
-        nothing = Batch.build([], [], self.pool.device)
-
-        def step(size: PromptSize) -> None:
-            self.stage(nothing, size)
-            self.run(size)
-
-        self.graphs.capture(step, self.sizes, "prompts in graphs", progress)
+    def run_padding(self, size: PromptSize) -> None:
+        """Run the layers of a step of padding alone."""
+        self.stage(Batch.build([], [], self.pool.device), size)
+        self.run(size)
 
 
 def key(size: PromptSize) -> tuple[str, PromptSize]:

@@ -1,28 +1,37 @@
 """The warm-up: steps of all sizes in which kernels differ. Their requests are made up, and get no answer."""
 
 import gc
+import importlib
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from disagg.engine import Engine
+from disagg.products import run_products
 from disagg.request import Request
 from disagg.scheduler import Plan, Sequence
 from disagg.step import NO_WORK, Drafts, Work
 from disagg.warm_up_progress import Shown, silent
-from model.batch import NO_DECODES
+from kernels.compile_ahead import CompileAhead, Compiler
+from kernels.nvcc_ahead import NvccAhead
 from model.pages import pages_for
+
+Size = TypeVar("Size", bound=Any)
 
 
 def warm_up(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Compile kernels before the first request, and capture some steps. No-op on a CPU.
+    """Collective. Compile every Triton kernel before the first request, and capture some steps. No-op on a CPU.
 
-    A step that decodes beside prompts may still compile some. `progress` shows how far it is.
+    `progress` shows how far it is.
     """
     if engine.mesh.device.type != "cuda":
         return
+    compile_ahead(engine, progress)
     run_every_size(engine, progress)
     torch.cuda.synchronize()
     for counter in engine.model.load_counters:
@@ -31,14 +40,54 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
     gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
 
-def run_every_size(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Run steps of all sizes in which kernels differ, and capture those of `engine.captures`."""
+def compile_ahead(engine: Engine, progress: Shown) -> None:
+    """Collective. Compile the kernels of all steps, many at once, unless every rank finds them compiled."""
+    mesh, nodes = engine.mesh, engine.mesh.node_of_rank
+    here = [rank for rank in range(mesh.size) if not nodes or nodes[rank] == nodes[mesh.rank]]
+    ops = [f"{op.__module__}.{op.__qualname__}" for op in vars(engine.ops).values() if callable(op)]
+    what = repr((engine.config, engine.settings, engine.model.fp8, engine.model.dtype, mesh.size, mesh.attn.size, ops))
+
+    def shown(sizes: Iterable[Size], what: str) -> Iterable[Size]:
+        return progress(sizes, "kernels")
+
+    with CompileAhead(compilers(engine), what, here.index(mesh.rank), len(here)) as ahead:
+        if all(mesh.ep.exchange(ahead.is_done, bool)):
+            return
+        with ahead.rehearsal():
+            run_every_size(engine, shown, capture=False)
+        for problem in ahead.finish(progress):
+            print(f"warning: not compiled ahead: {problem}", file=sys.stderr)
+        mesh.ep.barrier()  # another rank may still compile what this one needs
+
+
+def compilers(engine: Engine) -> list[Compiler]:
+    """Return those of the engine's kernels that can compile ahead."""
+    found: list[Compiler] = []
+    try:
+        module = importlib.import_module("kernels.triton_ahead")  # not at the top, because it needs Triton
+        found.append(module.TritonAhead(alone=engine.mesh.size == 1))
+    except ImportError as error:  # also of what another version of Triton lacks
+        print(f"warning: Triton's kernels compile one by one: {error}", file=sys.stderr)
+    if any(op.__module__ == "kernels.deep_gemm_ops" for op in vars(engine.ops).values() if callable(op)):
+        try:
+            found.append(NvccAhead.of_deep_gemm())
+        except OSError as error:
+            print(f"warning: DeepGEMM's kernels compile one by one: {error}", file=sys.stderr)
+    return found
+
+
+def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
+    """Collective. Run steps of all sizes in which kernels differ.
+
+    `capture`: also capture those of `engine.captures` as CUDA graphs.
+    """
     settings, vocab, buckets = engine.settings, engine.config.vocab_size, engine.decode.buckets
     limit, drafts = min(engine.max_model_len, engine.kv_tokens), every_drafts(engine)[-1]
     most = min(settings.max_tokens_per_step, settings.max_batch * limit)
     for size in progress(sizes_of_prompts(most), "prompts"):
         for overlapped in (False, True)[: 1 + engine.rule.in_prefill(size)]:
             engine.compute(prompt_work(size, limit, vocab, overlapped, drafts))
+    run_products(engine, most, progress)
     pool = engine.pool
     page = torch.zeros(1, dtype=torch.int64, device=pool.device)
     packed = torch.empty_like(pool[:, :1], memory_format=torch.contiguous_format)
@@ -47,13 +96,23 @@ def run_every_size(engine: Engine, progress: Shown = silent) -> None:
     if drafts is not None:  # how many get a token in a step with prompts: drafts follow
         for rows in progress(buckets[::-1], "prompts with drafts"):
             engine.compute(prompt_work(rows, 1, vocab, False, drafts))
-    if engine.captures.prompts:
-        engine.prompt_graphs.capture(progress)
-    if engine.captures.decodes:
-        engine.graphs.capture(partial(decode_nothing, engine), buckets, "decode steps", progress)
-    elif settings.decodes:
-        for rows in progress(buckets[::-1], "decode steps"):
-            decode_nothing(engine, rows)
+    if settings.decodes:  # without the fp8 output that other steps have
+        beside = {min(rows, settings.max_batch - 1) for rows in buckets} - {0}
+        for rows in progress(sorted(beside, reverse=True), "decodes beside prompts"):
+            engine.compute(prompt_work(1, 1, vocab, False, drafts, rows))
+    captures, into_graphs = engine.captures, engine.graphs.capture
+    if captures.prompts:
+        run = into_graphs if capture else run_each
+        run(engine.prompt_graphs.run_padding, captures.prompts, "prompts in graphs", progress)
+    if settings.decodes:
+        run = into_graphs if capture and captures.decodes else run_each
+        run(partial(decode_nothing, engine), buckets, "decode steps", progress)
+
+
+def run_each(step: Callable[[Size], object], sizes: Iterable[Size], what: str, progress: Shown) -> None:
+    """Run `step(size)` of every size, the largest first."""
+    for size in progress(sorted(sizes, reverse=True), what):
+        step(size)
 
 
 def decode_nothing(engine: Engine, rows: int) -> None:
@@ -72,14 +131,19 @@ def sizes_of_prompts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length())} | {most, max(1, most - 1)}, reverse=True)
 
 
-def prompt_work(tokens: int, limit: int, vocab: int, overlapped: bool, drafts: Drafts | None) -> Work:
-    """Return a step of `tokens` prompt tokens, in prompts of `limit` tokens, all computed to their ends."""
+def prompt_work(tokens: int, limit: int, vocab: int, overlapped: bool, drafts: Drafts | None, decodes: int = 0) -> Work:
+    """Return a step of `tokens` prompt tokens, in prompts of `limit` tokens, all computed to their ends.
+
+    Beside them, `decodes` sequences decode.
+    """
     lengths = [min(limit, tokens - at) for at in range(0, tokens, limit)]
     pages = list(range(1, pages_for(limit) + 1))
     prompts = [Sequence(Request(0, [i * 7919 % vocab for i in range(n)]), pages=pages) for n in lengths]
-    plan = Plan([], [(sequence, sequence.prompt_len) for sequence in prompts])
-    chunks = plan.prompt_chunks()
-    return Work(plan, NO_DECODES, chunks, None, overlapped, plan.advance(), np.arange(len(prompts)), drafts=drafts)
+    decoding = [Sequence(Request(0, [0]), pages=pages) for _ in range(decodes)]
+    plan = Plan(decoding, [(sequence, sequence.prompt_len) for sequence in prompts])
+    chunks, columns = plan.prompt_chunks(), NO_WORK.next_decodes(decoding)
+    sequences = plan.advance()
+    return Work(plan, columns, chunks, None, overlapped, sequences, np.arange(len(sequences)), drafts=drafts)
 
 
 def decode_work(rows: int, overlapped: bool, drafts: Drafts | None) -> Work:

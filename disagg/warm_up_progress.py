@@ -13,7 +13,7 @@ Size = TypeVar("Size")
 
 class Shown(Protocol):
     def __call__(self, sizes: Iterable[Size], what: str) -> Iterable[Size]:
-        """Return the sizes, to be worked through one after the other. `what`: the steps that have them."""
+        """Return the sizes, to be worked through one after the other. `what`: the part of the warm-up that has them."""
         ...
 
 
@@ -28,14 +28,14 @@ class WarmUpProgress:
         """`say` is called with a line, if there is no bar. `bar`: show one, if this is a terminal."""
         self._say, self._clock, self._bar = say, clock, bar and sys.stderr.isatty()
         self._said = clock()
-        self.seconds: dict[str, float] = {}  # by kind of step
+        self.seconds: dict[str, float] = {}  # by part
 
     def __call__(self, sizes: Iterable[Size], what: str) -> Iterator[Size]:
         began, sizes = self._clock(), list(sizes)
         for done, size in enumerate(tqdm(sizes, desc=f"warming up: {what}", disable=not self._bar)):
             if not self._bar and self._clock() - self._said >= EVERY_S:
                 self._said = self._clock()
-                self._say(f"warming up: {what}, {done} of {len(sizes)} sizes done")
+                self._say(f"warming up: {what}, {done} of {len(sizes)} done")
             yield size
         self.seconds[what] = self.seconds.get(what, 0.0) + self._clock() - began
 

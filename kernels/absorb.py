@@ -20,7 +20,7 @@ from kernels.pdl import after_previous, pdl
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _absorb_few_kernel(
     q_ptr,
     w_ptr,
@@ -131,7 +131,7 @@ def _values_few_kernel(
         tl.store(out_ptr + (token * heads + head) * v_dim + row, y.to(out_ptr.dtype.element_ty), mask=row < v_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "scale_stride"])
 def _values_kernel(
     x_ptr,
     w_ptr,

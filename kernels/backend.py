@@ -118,6 +118,7 @@ def choose(
         ),
         whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
         alignment=128 if padded else 1,
+        by_rows=any(_beside(call, "BY_ROWS", False) for op, call in chosen.items() if "contiguous" in op),
     ), choices
 
 
@@ -183,6 +184,8 @@ def _load(op: str, library: str) -> Callable:
         case "torch":
             return getattr(ref, op)
         case "triton":
-            return getattr(importlib.import_module(OURS[op]), op)
+            module = importlib.import_module(OURS[op])
+            importlib.import_module("kernels.triton_keys").settle(module)
+            return getattr(module, op)
         case _:
             return getattr(importlib.import_module(f"kernels.{library}_ops"), op)

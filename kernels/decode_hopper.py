@@ -165,7 +165,7 @@ def _decode_attend(
         gl.store(lse + head, top + gl.log2(norm), mask=head < heads)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["page_table", "kv_lens", "splits", "table_stride"])
 def decode_kernel(
     q_left_desc,
     q_right_desc,

@@ -1,20 +1,25 @@
 """DeepGEMM behind our contracts (Hopper; bf16, and fp8 with float32 scales and bf16 out)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import deep_gemm
 import torch
 from torch import Tensor
 
+from kernels import nvcc_ahead
 from kernels.quant import silu_mul_masked
+
+BY_ROWS = True  # the number of rows decides which blocks fill the GPU best, and so the kernel
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous`. Groups must be padded to 128 rows."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     if x.shape[0]:
-        deep_gemm.m_grouped_bf16_gemm_nt_contiguous(x, weight, out, row_expert)
+        _call(deep_gemm.m_grouped_bf16_gemm_nt_contiguous, x, weight, out, row_expert)
     return out
 
 
@@ -23,7 +28,7 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     _check_room(x)
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     if x.shape[1]:
-        deep_gemm.m_grouped_bf16_gemm_nt_masked(x, weight, out, counts, _expected_rows(x))
+        _call(deep_gemm.m_grouped_bf16_gemm_nt_masked, x, weight, out, counts, _expected_rows(x))
     return out
 
 
@@ -37,7 +42,7 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
     if x.shape[0]:
         rows = (x, _column_major(x_scale))
-        deep_gemm.fp8_gemm_nt(rows, (weight, weight_scale), out, disable_ue8m0_cast=True)
+        _call(deep_gemm.fp8_gemm_nt, rows, (weight, weight_scale), out, disable_ue8m0_cast=True)
     return out
 
 
@@ -48,9 +53,8 @@ def grouped_gemm_contiguous_fp8(
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[0]:
         rows = (x, _column_major(x_scale))
-        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
-            rows, (weight, weight_scale), out, row_expert, disable_ue8m0_cast=True
-        )
+        weights = weight, weight_scale
+        _call(deep_gemm.m_grouped_fp8_gemm_nt_contiguous, rows, weights, out, row_expert, disable_ue8m0_cast=True)
     return out
 
 
@@ -60,9 +64,8 @@ def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_s
     out = x.new_empty(*x.shape[:2], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[1]:
         rows = (x, _column_major(x_scale))
-        deep_gemm.m_grouped_fp8_gemm_nt_masked(
-            rows, (weight, weight_scale), out, counts, _expected_rows(x), disable_ue8m0_cast=True
-        )
+        rest = (weight, weight_scale), out, counts, _expected_rows(x)
+        _call(deep_gemm.m_grouped_fp8_gemm_nt_masked, rows, *rest, disable_ue8m0_cast=True)
     return out
 
 
@@ -93,4 +96,27 @@ def _expected_rows(x: Tensor) -> int:
 
 def _column_major(scale: Tensor) -> Tensor:
     """Return the scales as TMA reads them: columns contiguous, each padded to 16 bytes. Copies only where needed."""
-    return deep_gemm.get_mn_major_tma_aligned_tensor(scale)
+    columns = _call(deep_gemm.get_mn_major_tma_aligned_tensor, scale)
+    if columns is None:
+        *lead, rows, groups = scale.shape
+        columns = scale.new_empty(*lead, groups, -(-rows // 4) * 4).transpose(-1, -2)[..., :rows, :]
+    return columns
+
+
+def _call(function: Callable, *arguments: Any, **options: Any) -> Any:
+    """Call a function of DeepGEMM. A rehearsal may leave it out: then return None, and no tensor is written."""
+    if nvcc_ahead.rehearsing is None:
+        return function(*arguments, **options)
+    what = function.__name__, deep_gemm.get_num_sms(), _shapes(arguments)
+    return nvcc_ahead.rehearsing.attempt(what, partial(function, *arguments, **options))
+
+
+def _shapes(arguments: Any) -> Hashable:
+    """Return all that a kernel may depend on: shapes and strides of tensors, and other values."""
+    match arguments:
+        case Tensor():
+            return arguments.shape, arguments.stride()
+        case tuple():
+            return tuple(map(_shapes, arguments))
+        case _:
+            return arguments

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 GATED, PLAIN = Tile(16, 64, 4), Tile(16, 128, 4)  # either has 128 rows of the weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def few_rows_kernel(
     x_desc,
     w_desc,

@@ -207,7 +207,7 @@ def one_tile(
         store_slabs(out, slabs, row, col, M, N, BLOCK_M, BLOCK_N, SLABS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_scale_stride", "M"])
 def tiles_kernel(
     x_desc,
     w_desc,
@@ -292,7 +292,7 @@ def tiles_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def sum_parts_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     after_previous(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -13,7 +13,7 @@ from kernels.quant import silu_mul
 from kernels.rooms import FEW_ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear_float32_kernel(
     x,
     weight,

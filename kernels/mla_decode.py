@@ -66,7 +66,7 @@ def _last_keys(q_main, q_rest, kv_main, kv_rest, page_table, n, last, limit, top
     return top, total, acc, acc_rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_table", "kv_lens", "splits", "table_stride"])
 def _decode_kernel(
     q_ptr,
     kv_main,
@@ -166,7 +166,7 @@ def _decode_kernel(
         tl.store(lse_ptr + place, top + tl.log2(norm), mask=head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _combine_kernel(
     partial,
     lse_ptr,

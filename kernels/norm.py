@@ -27,7 +27,7 @@ def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "scale_stride"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -157,7 +157,7 @@ def add_rms_norm_quant(
     return _norm(x, residual, weight, eps, True, bare)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr", "rows"])
 def _rope_kernel(
     source_ptr,
     target_ptr,
@@ -233,7 +233,7 @@ def rope_into(q: Tensor, out: Tensor, cos_table: Tensor, sin_table: Tensor, posi
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr", "rows_ptr", "tokens"])
 def _norm_rope_write_kernel(
     kv_ptr,
     weight_ptr,

@@ -165,3 +165,4 @@ class Ops:
     capturable: frozenset[str] = frozenset()  # the kinds of steps in `ref.WAITING` that a CUDA graph can capture
     whole_keys: bool = False  # prefill_attention copies each key into one piece
     alignment: int = 1  # the grouped GEMMs want each expert's group or room padded to this many rows
+    by_rows: bool = False  # grouped_gemm_contiguous and its fp8 form choose their kernel by the number of rows

@@ -16,7 +16,7 @@ from kernels.quant import GROUP, fp8_like, quantize_1x128
 WIDEST = 384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_starts", "kv_starts"])
 def _prefill_kernel(
     q_ptr,
     k_main,

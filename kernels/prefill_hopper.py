@@ -210,7 +210,7 @@ def _prefill_rows(
     gl.store(at, gl.convert_layout(y, wide), mask=(query < num_q) & (col >= 0))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["q_starts", "kv_starts", "scale_stride"])
 def prefill_kernel(
     q_main_desc,
     q_rest_desc,

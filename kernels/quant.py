@@ -36,7 +36,7 @@ def store_quantized(y, values_at, scales_at, mask, live):
     tl.store(scales_at, scale, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "scale_stride"])
 def _quantize_kernel(x, out, scales, M, D, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
     after_previous(PDL)
     group = tl.program_id(1)
@@ -49,7 +49,7 @@ def _quantize_kernel(x, out, scales, M, D, scale_stride, ROWS: tl.constexpr, PDL
     store_quantized(y, out + at, scales + group.to(tl.int64) * scale_stride + rows, mask, live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "scale_stride"])
 def _silu_mul_kernel(x, row_expert, out, scales, M, W, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
     """Do silu(gate) * up, and quantise it unless scales is None. row_expert None: every row is real."""
     after_previous(PDL)

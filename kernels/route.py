@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.pdl import after_previous, pdl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["is_token"])
 def _gate_kernel(
     logits,
     bias,
@@ -140,7 +140,7 @@ def gate_topk(
     return ids, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_copies"])
 def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr):
     """Count, in block_counts[e, block], the block's copies that go to expert e."""
     after_previous(PDL)
@@ -151,7 +151,7 @@ def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, C
     tl.store(block_counts + ids * tl.num_programs(0) + tl.program_id(0), tl.sum(hot, 0), mask=ids < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_copies"])
 def _place_kernel(
     experts,
     block_ends,
@@ -199,7 +199,7 @@ def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.co
     tl.store(counts + mine, (row - mine.to(tl.int64) * room).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale_col"])
 def _move_kernel(
     x,
     index,
@@ -246,7 +246,7 @@ def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weights"])
 def _gather_kernel(
     rows,
     index,

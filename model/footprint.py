@@ -161,7 +161,7 @@ def _contiguous_layers(shape: StepShape, tokens: int, inside: int) -> int:
     local_tokens = tokens // shape.attn_tp
     received = shape.ranks * local_tokens
     copies, max_copies = received * shape.copies, most_copies(local_tokens, shape.config.num_experts_per_tok)
-    rows = grouped_rows(min(copies, max_copies), shape.slots, shape.alignment)
+    rows = most_rows(shape, tokens)
     sliced = max(1, max_copies // shape.copies) if copies > max_copies and shape.ranks > 1 else 0
     sent = local_tokens * (1 + min(shape.ranks - 1, shape.config.num_experts_per_tok - shape.copies))
     return max(
@@ -169,6 +169,14 @@ def _contiguous_layers(shape: StepShape, tokens: int, inside: int) -> int:
         _dense(shape, tokens),
         _experts(shape, tokens, rows, sent, received, sliced),
     )
+
+
+def most_rows(shape: StepShape, tokens: int) -> int:
+    """Return the most rows that the experts of a rank take at once in such a step."""
+    local_tokens = tokens // shape.attn_tp
+    max_copies = most_copies(local_tokens, shape.config.num_experts_per_tok)
+    copies = min(shape.ranks * local_tokens * shape.copies, max_copies)
+    return grouped_rows(copies, shape.slots, shape.alignment)
 
 
 def room_for_context(shape: StepShape, tokens: int, least: int, max_batch: int) -> int:

@@ -1,0 +1,153 @@
+"""DeepGEMM's kernels compiled ahead (`compile_ahead.py`), into a store in DeepGEMM's cache.
+
+DeepGEMM builds a kernel when it first needs it: it writes the source to a folder, runs nvcc, which takes seconds, and
+loads the cubin. It does not build without a launch. But its nvcc can be chosen, so a stand-in comes first:
+
+    rehearsal   `nvcc_stand_in.py` notes source and flags in the store, and fails. So does the call: it is left out
+    meanwhile   threads run nvcc for what the store lacks
+    warm-up     DeepGEMM builds again, and the stand-in gives it the cubins
+
+The store has `KEY.json`, what is to be compiled, and then `KEY.cubin`. A start that was killed leaves both to the next
+one.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from kernels import nvcc_stand_in
+from kernels.compile_ahead import Offer
+
+NVCC = "DG_JIT_NVCC_COMPILER"  # environment variable: DeepGEMM reads it once, before its first build
+FAILED = b"NVCC compilation failed"  # DeepGEMM prints it, and then what nvcc said
+Result = TypeVar("Result")
+rehearsing: "NvccAhead | None" = None  # whose rehearsal goes on, if one does
+
+
+class NvccAhead:
+    def __init__(self, nvcc: str, cache: Path) -> None:
+        """`nvcc`: the true one. `cache`: DeepGEMM's. Raises OSError without nvcc, or if no program may be put there."""
+        self.nvcc, self.cache = nvcc, cache / "moesaic"
+        version = getattr(sys.modules.get("deep_gemm"), "__version__", "")
+        self.identity = f"deep_gemm {version} {nvcc_stand_in.identity(nvcc)}"
+        self._left_out: set[Hashable] = set()
+        command = [sys.executable, "-I", "-S", nvcc_stand_in.__file__, nvcc, str(self.cache)]
+        self._stand_in = self._program(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+
+    @classmethod
+    def of_deep_gemm(cls) -> "NvccAhead":
+        """Find nvcc and the cache as DeepGEMM itself does. Raises OSError as the constructor does."""
+        return cls(find_nvcc(), Path(os.environ.get("DG_JIT_CACHE_DIR") or Path.home() / ".deep_gemm"))
+
+    def _program(self, script: str) -> str:
+        """Make a script a program in the cache, named after its text. Returns its path."""
+        path = str(self.cache / f"nvcc-{hashlib.sha256(script.encode()).hexdigest()[:16]}")
+        if shlex.quote(path) != path:
+            raise OSError(f"{path}: DeepGEMM's command line would not quote it")
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.cache, delete=False) as file:
+            file.write(script)
+        os.chmod(file.name, 0o755)
+        os.replace(file.name, path)
+        if not os.access(path, os.X_OK):
+            raise OSError(f"{path}: programs may not run in that folder")
+        return path
+
+    @contextmanager
+    def rehearsal(self, offer: Offer) -> Iterator[None]:
+        """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these."""
+        global rehearsing
+        meanwhile = {NVCC: self._stand_in, nvcc_stand_in.REHEARSAL: "1"}
+        before = {name: os.environ.get(name) for name in meanwhile}
+        os.environ |= meanwhile
+        self._offer, rehearsing = offer, self
+        self._offer_missing()
+        try:
+            yield
+        finally:
+            rehearsing = None
+            self._left_out.clear()
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+    def attempt(self, what: Hashable, call: Callable[[], Result]) -> Result | None:
+        """Call DeepGEMM. Return None if that is left out. `what` tells calls apart that may need different kernels."""
+        if what in self._left_out:
+            return None
+        try:
+            with without_failure():
+                return call()
+        except RuntimeError:  # DeepGEMM's for a failed build. If it is another's, the warm-up itself will show it
+            self._left_out.add(what)
+            self._offer_missing()
+            return None
+
+    def _offer_missing(self) -> None:
+        for job in self.cache.glob("*.json"):
+            if not job.with_suffix(".cubin").exists():
+                self._offer(job.stem, partial(self._compile, job))
+
+    def _compile(self, job: Path) -> str | None:
+        """Compile what a file of the store describes, into the store. Returns None, or what went wrong."""
+        try:
+            made = json.loads(job.read_text())
+            problem = None
+            if made["nvcc"] == nvcc_stand_in.identity(self.nvcc):  # an earlier start may have had another one
+                problem = self._run(made["source"], made["flags"], job.with_suffix(".cubin"))
+        except OSError as error:
+            problem = str(error)
+        job.unlink(missing_ok=True)
+        return problem
+
+    def _run(self, source: str, flags: list[str], result: Path) -> str | None:
+        with tempfile.TemporaryDirectory(dir=self.cache) as folder:
+            Path(folder, "kernel.cu").write_bytes(source.encode("latin-1"))
+            command = [self.nvcc, "kernel.cu", "-cubin", "-o", "kernel.cubin", *flags]
+            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            if done.returncode:
+                lines = done.stdout.decode(errors="replace").split("\n")
+                return f"{self.nvcc}: {next(filter(None, lines), f'status {done.returncode}')}"
+            os.replace(Path(folder, "kernel.cubin"), result)
+        return None
+
+    def close(self) -> None:
+        """Do nothing: what nvcc does ends with the threads."""
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    default = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return os.environ.get(NVCC) or default
+
+
+@contextmanager
+def without_failure() -> Iterator[None]:
+    """Keep back what C code prints to stdout inside, from the news of a failed build on."""
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)  # all streams
+    stdout = os.dup(1)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 1)
+        try:
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            printed.seek(0)
+            if kept := printed.read().partition(FAILED)[0]:
+                with suppress(OSError):  # nobody reads it
+                    os.write(1, kept)

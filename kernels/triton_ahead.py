@@ -1,0 +1,92 @@
+"""Triton's kernels compiled ahead (`compile_ahead.py`), each by one of several processes, into Triton's cache."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
+
+from kernels.compile_ahead import Offer
+from kernels.triton_worker import COMPILED, what_to_compile
+
+PLACES = ("_gate_kernel", "_count_kernel", "_place_kernel", "_place_masked_kernel")  # what they write, ranks exchange
+
+
+class TritonAhead:
+    def __init__(self, alone: bool) -> None:
+        """`alone`: no other rank in this job. Otherwise kernels that say where tokens go compile here, and run."""
+        self._alone, self.cache = alone, Path(triton.knobs.cache.dir)
+        target = triton.runtime.driver.active.get_current_target()
+        self._target = [target.backend, target.arch, target.warp_size]
+        self.identity = f"triton {triton.__version__} {self._target}"
+        self._own, self._processes = threading.local(), []  # each thread has a process, which starts with its first job
+
+    @contextmanager
+    def rehearsal(self, offer: Offer) -> Iterator[None]:
+        """Launch no kernel inside that has not been compiled in this process: offer it."""
+        runtime = triton.knobs.runtime
+        before, runtime.jit_cache_hook = runtime.jit_cache_hook, partial(self._leave_out, offer)
+        try:
+            yield
+        finally:
+            runtime.jit_cache_hook = before
+
+    def _leave_out(self, offer: Offer, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Triton's hook before it compiles a kernel. Returns whether it shall neither compile it nor launch it."""
+        if fn.name in PLACES and not self._alone:
+            return False
+        offer(f"{fn.name} {key}", partial(self._compile, fn, compile["specialization_data"]))
+        return True
+
+    def _compile(self, fn: Any, special: str) -> str | None:
+        """Compile a kernel, unless it is cached. Returns None, or what went wrong."""
+        if self._is_cached(fn.jit_function, special):
+            return None
+        try:
+            process = getattr(self._own, "process", None) or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            job = {"module": fn.module, "name": fn.name, "target": self._target, "special": special}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            answer = process.stdout.readline().rstrip("\n")
+        except OSError as error:
+            answer = str(error)
+        if answer == COMPILED:
+            return None
+        return f"{fn.name}: {answer or 'its process ended'}"
+
+    def _is_cached(self, kernel: Any, special: str) -> bool:
+        """Return whether Triton's cache on disk has a kernel, under the key that `triton.compile` makes."""
+        source, options = what_to_compile(kernel, special)
+        backend = make_backend(GPUTarget(*self._target))
+        key = get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
+        manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        return manager.get_file(f"{source.name[:150]}.json") is not None
+
+    def _start(self) -> subprocess.Popen[str]:
+        """Start this thread's process."""
+        paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+        process = self._own.process = subprocess.Popen(
+            [sys.executable, "-m", "kernels.triton_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.communicate()  # closes its stdin, which ends it

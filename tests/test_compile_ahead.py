@@ -1,0 +1,230 @@
+"""DeepGEMM's kernels compiled ahead, with doubles of DeepGEMM and of nvcc (`tests/deep_gemm_double.py`).
+
+`tests/test_gpu_compile_ahead.py` has the true ones, and Triton's kernels.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from disagg.warm_up_progress import silent
+from kernels import ref
+from kernels.compile_ahead import CompileAhead
+from kernels.nvcc_ahead import NVCC, NvccAhead
+from tests.conftest import ROOT, eventually
+from tests.deep_gemm_double import DeepGemmDouble, make_nvcc
+
+SIZES = [(rows, outputs) for rows in (300, 100, 1) for outputs in (128, 256)]
+KERNELS = len(SIZES) + 1  # and one that transposes the scales
+
+Start = Callable[[], tuple[ModuleType, DeepGemmDouble]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """start() gives the ops of a fresh process, and its DeepGEMM. All share an nvcc and a cache."""
+    monkeypatch.setenv(NVCC, str(make_nvcc(tmp_path / "cuda")))
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
+    yield lambda: fresh(monkeypatch)
+    sys.modules.pop("kernels.deep_gemm_ops", None)
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, DeepGemmDouble]:
+    double = DeepGemmDouble()
+    monkeypatch.setitem(sys.modules, "deep_gemm", double)
+    if (
+        importlib.util.find_spec("triton") is None
+    ):  # then DeepGEMM's ops lack one that they borrow; no test here calls it
+        monkeypatch.setitem(sys.modules, "kernels.quant", SimpleNamespace(silu_mul_masked=None))
+    sys.modules.pop("kernels.deep_gemm_ops", None)
+    return importlib.import_module("kernels.deep_gemm_ops"), double
+
+
+def operands(rows: int, outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, 256).to(torch.float8_e4m3fn)
+    return *ref.quantize_1x128(torch.randn(rows, 256)), weight, torch.ones(outputs // 128, 2)
+
+
+def steps(ops: ModuleType) -> list[Tensor]:
+    return [ops.gemm_fp8(*operands(*size)) for size in SIZES]
+
+
+def ahead(place: int = 0, ranks: int = 1) -> CompileAhead:
+    return CompileAhead([NvccAhead.of_deep_gemm()], "", place, ranks)
+
+
+def rehearse(ops: ModuleType, place: int = 0, ranks: int = 1) -> list[str]:
+    """Do what a start does before its warm-up. Returns what went wrong."""
+    with ahead(place, ranks) as now:
+        with now.rehearsal():
+            steps(ops)
+        return now.finish(silent)
+
+
+def runs(tmp_path: Path) -> list[str]:
+    """What nvcc compiled, in order."""
+    log = tmp_path / "cuda" / "log"
+    return [line for line in log.read_text().splitlines() if line != "version"] if log.exists() else []
+
+
+def store(tmp_path: Path, suffix: str) -> list[Path]:
+    return list((tmp_path / "cache" / "moesaic").glob(f"*{suffix}"))
+
+
+def test_after_a_rehearsal_nvcc_is_not_run_again(tmp_path: Path, start: Start) -> None:
+    """It was run once for each kernel. Products are right, nothing is left behind, and a later start has no work."""
+    ops, double = start()
+    environment = dict(os.environ)
+    assert rehearse(ops) == []
+    assert dict(os.environ) == environment
+    compiled = runs(tmp_path)
+    assert len(set(compiled)) == len(compiled) == KERNELS == len(store(tmp_path, ".cubin"))
+    for out, size in zip(steps(ops), SIZES, strict=True):
+        assert torch.equal(out, ref.gemm_fp8(*operands(*size)))
+    assert len(double.loaded) == KERNELS and runs(tmp_path) == compiled
+    assert not store(tmp_path, ".json") and not list((tmp_path / "cache" / "tmp").iterdir())
+    with ahead() as later:
+        assert later.is_done
+    steps(start()[0])
+    assert runs(tmp_path) == compiled
+
+
+def test_a_call_that_is_left_out_is_not_tried_again(tmp_path: Path, start: Start) -> None:
+    """Its result stays as it was made. With another number of SMs it is another call."""
+    ops, double = start()
+    given, hold = operands(300, 128), tmp_path / "cuda" / "hold"
+    hold.touch()
+    with ahead() as now, now.rehearsal():
+        outs = [ops.gemm_fp8(*given) for _ in range(3)]
+        assert double.builds == 2  # the scales', and the product's
+        double.num_sms = 112
+        ops.gemm_fp8(*given)
+        assert double.builds == 4
+        hold.unlink()
+    assert all(out.shape == (300, 128) and out.min() >= 0 and 0 < out.max() <= 1 for out in outs)
+
+
+def test_people_see_no_failure_of_a_rehearsal(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    """What DeepGEMM says besides stays."""
+    ops, double = start()
+    assert rehearse(ops) == [] and double.builds >= KERNELS
+    steps(ops)
+    assert capfd.readouterr() == ("Warning: an old nvcc\n", "")
+
+
+def test_what_nvcc_refuses_is_shown_by_the_warm_up_itself(
+    tmp_path: Path, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others are compiled ahead. Nothing is marked as done."""
+    ops, double = start()
+    with ahead() as now:
+        with now.rehearsal():
+            ops.gemm_fp8(*operands(64, 128))
+            double.flaw = " broken"
+            ops.gemm_fp8(*operands(64, 256))
+        (problem,) = now.finish(silent)
+        assert problem == f"{tmp_path / 'cuda' / 'nvcc'}: kernel.cu(1): error: broken"
+        assert not now.is_done
+    assert "broken" not in capfd.readouterr().out
+    with pytest.raises(RuntimeError, match="NVCC compilation failed"):
+        ops.gemm_fp8(*operands(64, 256))
+    double.flaw = ""
+    ops.gemm_fp8(*operands(64, 128))
+    assert "NVCC compilation failed" in capfd.readouterr().out
+    assert sum("broken" in line for line in runs(tmp_path)) == 2 and len(runs(tmp_path)) == 4
+
+
+def test_ranks_of_a_machine_share_the_work(tmp_path: Path, start: Start) -> None:
+    """Each compiles a part, and finds the others'."""
+    ranks = [start()[0] for _ in range(2)]
+    shares = []
+    for place, ops in enumerate(ranks):
+        assert rehearse(ops, place, 2) == []
+        shares.append(len(runs(tmp_path)))
+    assert 0 < shares[0] < shares[1] == KERNELS
+    for ops in ranks:
+        steps(ops)
+    assert len(runs(tmp_path)) == KERNELS
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pytest
+from tests.conftest import eventually
+from tests.test_compile_ahead import ahead, fresh, operands, runs, store
+folder = Path(sys.argv[1])
+ops, _ = fresh(pytest.MonkeyPatch())
+with ahead() as now, now.rehearsal():
+    ops.gemm_fp8(*operands(300, 128))
+    assert eventually(lambda: len(store(folder, ".cubin")) == 2)
+    (folder / "cuda" / "hold").touch()
+    ops.gemm_fp8(*operands(300, 256))
+    assert eventually(lambda: len(runs(folder)) == 3)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_start_leaves_its_work_to_the_next(tmp_path: Path, start: Start) -> None:
+    """Also what it had only noted: that is compiled before anybody asks."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, timeout=100, check=False).returncode == -9
+    (tmp_path / "cuda" / "hold").unlink()
+    assert len(store(tmp_path, ".cubin")) == 2 and len(store(tmp_path, ".json")) == 1
+    ops, double = start()
+    with ahead() as now:
+        with now.rehearsal():
+            assert eventually(lambda: len(store(tmp_path, ".cubin")) == 3)
+            for size in ((300, 128), (300, 256)):
+                ops.gemm_fp8(*operands(*size))
+            assert len(double.loaded) == 3
+        assert now.finish(silent) == []
+    assert len(runs(tmp_path)) == 4
+
+
+def test_another_nvcc_makes_other_cubins(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was noted for the first one is dropped."""
+    assert rehearse(start()[0]) == []
+    old = store(tmp_path, ".cubin")[0]
+    shutil.rmtree(tmp_path / "cache" / "cache", ignore_errors=True)  # what DeepGEMM has loaded in the rehearsal
+    noted = old.rename(old.with_suffix(".json"))
+    noted.write_text('{"source": "", "flags": [], "nvcc": ["/elsewhere/nvcc", 1, 2]}')
+    nvcc = make_nvcc(tmp_path / "other")
+    monkeypatch.setenv(NVCC, str(nvcc))
+    assert rehearse(start()[0]) == []
+    assert len((tmp_path / "other" / "log").read_text().splitlines()) == KERNELS + 1  # its version, too
+    assert not noted.exists() and not old.exists()
+
+
+def test_where_no_stand_in_can_be_nothing_is_compiled_ahead(tmp_path: Path) -> None:
+    nvcc = make_nvcc(tmp_path / "cuda")
+    with pytest.raises(OSError, match="No such file"):
+        NvccAhead(str(tmp_path / "nvcc"), tmp_path)
+    with pytest.raises(OSError, match="would not quote it"):
+        NvccAhead(str(nvcc), tmp_path / "a folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        NvccAhead(str(nvcc), tmp_path / "file")
+
+
+def test_the_stand_in_leaves_all_else_to_nvcc(tmp_path: Path) -> None:
+    """A version, PTX, and a verbose build, whose words may be what is wanted."""
+    nvcc = make_nvcc(tmp_path / "cuda")
+    stand_in = next((NvccAhead(str(nvcc), tmp_path / "cache").cache).iterdir())
+    (tmp_path / "kernel.cu").write_text("text\n")
+    out, environment = str(tmp_path / "out"), os.environ | {"MOESAIC_REHEARSAL": "1"}
+    for arguments in (["-ptx", "-o", out], ["-cubin", "-o", out, "--ptxas-options=--verbose"]):
+        command = [str(stand_in), str(tmp_path / "kernel.cu"), *arguments]
+        assert subprocess.run(command, env=environment, timeout=20, check=False).returncode == 0
+    assert runs(tmp_path) == ["text", "text"]
+    assert b"release 13.0" in subprocess.check_output([str(stand_in), "--version"], env=environment)
