@@ -104,11 +104,11 @@ class NvccAhead:
         """Compile what a file of the store describes, into the store. Returns None, or what went wrong."""
         try:
             made = json.loads(job.read_text())
-            problem = None
-            if made["nvcc"] == nvcc_stand_in.identity(self.nvcc):  # an earlier start may have had another one
-                problem = self._run(made["source"], made["flags"], job.with_suffix(".cubin"))
-        except OSError as error:
-            problem = str(error)
+        except FileNotFoundError:  # another job on this machine has compiled it
+            return None
+        problem = None
+        if made["nvcc"] == nvcc_stand_in.identity(self.nvcc):  # an earlier start may have had another one
+            problem = self._run(made["source"], made["flags"], job.with_suffix(".cubin"))
         job.unlink(missing_ok=True)
         return problem
 
