@@ -31,7 +31,7 @@ from tests.town import Town, town
 WHY_NOT = obstacle()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 REQUESTS = [
-    {"id": str(i), "prompt": f"And the LORD spake {i}", "max_tokens": 60, "ignore_eos": True} for i in range(16)
+    {"id": str(i), "prompt": f"And the LORD spake {i}", "max_tokens": 30, "ignore_eos": True} for i in range(16)
 ]
 FEW = ("--max-batch", "1")  # so that the requests outlast what happens to the cable
 COLLECTIVE_S = 6
