@@ -103,7 +103,7 @@ class Town:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not in {seconds} s:\n{self.said}"
-            time.sleep(0.02)
+            time.sleep(0.05)  # a look reads logs, and some ask the router
 
     @property
     def said(self) -> str:
