@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from scripts.bench.lib.measurements import Measurement
-from tests.chaos.run import Figures, longest
+from tests.chaos.run import STREAMING, TOGETHER, Figures, longest
 
 
 def of_faults(figures: Figures, args: argparse.Namespace) -> list[Measurement]:
@@ -15,12 +15,10 @@ def of_faults(figures: Figures, args: argparse.Namespace) -> list[Measurement]:
         Measurement(f"{name}: faults", figures.faults.total(), ""),
         Measurement(f"{name}: requests with the tokens of one process", figures.right, ""),
         Measurement(f"{name}: other requests, apart from those without any replica", len(figures.wrong), "", "lower"),
-        Measurement(f"{name}: right answers of {figures.streams}, {figures.streaming}", figures.together, ""),
+        Measurement(f"{name}: right answers of {TOGETHER}, {STREAMING}", figures.together, ""),
         Measurement(f"{name}: transfers of KV", figures.transfers, ""),
         Measurement(f"{name}: corrupt ones of them", figures.corrupt, "", "lower"),
-        Measurement(
-            f"{name}: {pauses}, {figures.streaming}", round(longest(figures, figures.streaming), 3), "s", "lower"
-        ),
+        Measurement(f"{name}: {pauses}, {STREAMING}", round(longest(figures, STREAMING), 3), "s", "lower"),
         *(Measurement(f"{name}: {pauses}, {kind}", round(longest(figures, kind), 3), "s", "lower") for kind in kinds),
         Measurement(f"{name}: {pauses}, whatever happened", round(longest(figures), 3), "s", "lower"),
         Measurement(f"{name}: longest gap of a stream whose job went on", round(figures.other_s, 3), "s", "lower"),

@@ -17,7 +17,8 @@ from tests.chaos.place import Place
 from tests.conftest import eventually
 from tests.town import Town, town
 
-TOGETHER = 100  # streams that run while a decode job is killed, unless said otherwise
+TOGETHER = 100  # streams that run while a decode job is killed
+STREAMING = f"kill a decode job while {TOGETHER} streams run"
 BEGUN = 3  # pieces of a stream that runs for certain: the first token alone is prefill's
 CLIENTS = 10
 # The errors of a request for which there was no replica. When all prefill jobs are killed at once, a request may go
@@ -32,10 +33,9 @@ class Figures:
     left: int = 0  # requests whose client has left
     wrong: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # of requests for which there was no replica
-    streams: int = TOGETHER  # those that run together while a decode job is killed
-    together: int = 0  # of them, those with the right answer
-    ran_together: int = 0  # of them, those that ran as the decode job was killed
-    moved_together: int = 0  # of them, those that went on in the other decode job
+    together: int = 0  # of TOGETHER, those with the right answer
+    ran_together: int = 0  # of TOGETHER, those that ran as the decode job was killed
+    moved_together: int = 0  # of TOGETHER, those that went on in the other decode job
     faults: Counter[str] = field(default_factory=Counter)
     pauses: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of streams that moved
     own_s: float = 0.0  # longest gap of a stream whose decode job, or the router, was stopped
@@ -50,11 +50,6 @@ class Figures:
     memory: list[str] = field(default_factory=list)
     tracebacks: int = 0  # of the router and of the jobs that lived to the end
 
-    @property
-    def streaming(self) -> str:
-        """The kind of fault that meets all these streams."""
-        return f"kill a decode job while {self.streams} streams run"
-
 
 def chaos(
     folder: Path,
@@ -65,16 +60,13 @@ def chaos(
     constants: dict[str, Any],
     limit_s: float = 120.0,
     transport: str = "torch",
-    together: int = TOGETHER,
     say: Callable[[str], None] = lambda _: None,
 ) -> Figures:
     """Run faults for so many seconds, and each kind at least once. `constants`: as in `tests.town.town`.
 
-    `limit_s`: what takes longer hangs. `together`: streams that run while a decode job is killed.
-
-    Raises AssertionError if something does not come in that time.
+    `limit_s`: what takes longer hangs. Raises AssertionError if something does not come in that time.
     """
-    figures, shared, lines = Figures(streams=together), left.shared_memory(), make_lines(seed)
+    figures, shared, lines = Figures(), left.shared_memory(), make_lines(seed)
     with town(folder, model, **constants) as streets:
         expected = answers_of_one_process(streets, lines, limit_s)
         place = Place(streets, ("--transport", transport, "--kv-checksum"), limit_s)
@@ -137,19 +129,19 @@ def look_behind(figures: Figures, place: Place, shared: set[str]) -> None:
 
 
 def kill_while_streaming(figures: Figures, faults: Faults, expected: dict[int, Said]) -> None:
-    """Kill one of two decode jobs while many streams run."""
-    place, load, together = faults.place, faults.load, figures.streams
-    began, streams = time.monotonic(), load.together(together)
+    """Kill one of two decode jobs while TOGETHER streams run."""
+    place, load = faults.place, faults.load
+    began, streams = time.monotonic(), load.together(TOGETHER)
     place.until(lambda: all(len(stream.times) >= BEGUN or stream.ended for stream in streams))
     figures.ran_together = sum(not stream.ended for stream in streams)
     victim = place.of("decode")[1]
     place.kill(victim)
     place.until(lambda: all(stream.ended for stream in streams))
-    faults.happened.append((figures.streaming, began, time.monotonic()))
+    faults.happened.append((STREAMING, began, time.monotonic()))
     figures.together = sum(stream.said == expected[id(stream.line)] for stream in streams)
     figures.moved_together = sum(any(gap.moved for gap in stream.gaps) for stream in streams)
     faults.say(
-        f"{figures.ran_together} of {together} streams ran as {victim} was killed; {figures.together} have the right "
+        f"{figures.ran_together} of {TOGETHER} streams ran as {victim} was killed; {figures.together} have the right "
         f"answer, {figures.moved_together} moved"
     )
     place.replace(victim)
@@ -193,8 +185,8 @@ def problems(figures: Figures) -> list[str]:
     statuses = {status for job in figures.statuses.values() for status in job}
     found = [
         (figures.wrong, f"{len(figures.wrong)} wrong: {figures.wrong[:3]}"),
-        (together != (figures.streams,) * 2, f"{together} streams ran, and were right: {figures.streaming}"),
-        (not figures.moved_together, f"no stream moved: {figures.streaming}"),
+        (together != (TOGETHER, TOGETHER), f"{together} of {TOGETHER} streams ran, and were right: {STREAMING}"),
+        (not figures.moved_together, f"no stream moved: {STREAMING}"),
         (not figures.errors, "nobody heard that there was no replica"),
         (figures.corrupt, f"{figures.corrupt} transfers did not have their checksum"),
         (not figures.transfers, "no transfer was counted"),
