@@ -55,8 +55,8 @@ def compile_ahead(engine: Engine, progress: Shown) -> None:
             return
         with ahead.rehearsal():
             run_every_size(engine, shown, capture=False)
-        for problem in ahead.finish(progress):
-            print(f"warning: not compiled ahead: {problem}", file=sys.stderr)
+        if problems := ahead.finish(progress):
+            print(f"warning: {len(problems)} kernels not compiled ahead, first {problems[0]}", file=sys.stderr)
         mesh.ep.barrier()  # another rank may still compile what this one needs
 
 

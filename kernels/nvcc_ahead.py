@@ -38,7 +38,7 @@ rehearsing: "NvccAhead | None" = None  # whose rehearsal goes on, if one does
 class NvccAhead:
     def __init__(self, nvcc: str, cache: Path) -> None:
         """`nvcc`: the true one. `cache`: DeepGEMM's. Raises OSError without nvcc, or if no program may be put there."""
-        self.nvcc, self.cache = nvcc, cache / "moesaic"
+        self.nvcc, self.cache = nvcc, cache.absolute() / "moesaic"
         version = getattr(sys.modules.get("deep_gemm"), "__version__", "")
         self.identity = f"deep_gemm {version} {nvcc_stand_in.identity(nvcc)}"
         self._left_out: set[Hashable] = set()
@@ -104,11 +104,11 @@ class NvccAhead:
         """Compile what a file of the store describes, into the store. Returns None, or what went wrong."""
         try:
             made = json.loads(job.read_text())
-            problem = None
-            if made["nvcc"] == nvcc_stand_in.identity(self.nvcc):  # an earlier start may have had another one
-                problem = self._run(made["source"], made["flags"], job.with_suffix(".cubin"))
-        except OSError as error:
-            problem = str(error)
+        except FileNotFoundError:  # another job on this machine has compiled it
+            return None
+        problem = None
+        if made["nvcc"] == nvcc_stand_in.identity(self.nvcc):  # an earlier start may have had another one
+            problem = self._run(made["source"], made["flags"], job.with_suffix(".cubin"))
         job.unlink(missing_ok=True)
         return problem
 
