@@ -95,7 +95,7 @@ class CompileAhead:
         done = as_completed(futures)
         for _ in progress(range(len(futures)), "kernels"):
             next(done)
-        problems = [str(future.exception() or future.result()) for future in futures if _failed(future)]
+        problems = [problem for future in futures if (problem := _problem(future)) is not None]
         if not problems:
             for mark in self._marks:
                 mark.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +103,9 @@ class CompileAhead:
         return problems
 
 
-def _failed(future: Future[str | None]) -> bool:
-    return future.exception() is not None or future.result() is not None
+def _problem(future: Future[str | None]) -> str | None:
+    error = future.exception()
+    return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 
 class _Filled(TorchFunctionMode):

@@ -38,7 +38,7 @@ rehearsing: "NvccAhead | None" = None  # whose rehearsal goes on, if one does
 class NvccAhead:
     def __init__(self, nvcc: str, cache: Path) -> None:
         """`nvcc`: the true one. `cache`: DeepGEMM's. Raises OSError without nvcc, or if no program may be put there."""
-        self.nvcc, self.cache = nvcc, cache / "moesaic"
+        self.nvcc, self.cache = nvcc, cache.absolute() / "moesaic"
         version = getattr(sys.modules.get("deep_gemm"), "__version__", "")
         self.identity = f"deep_gemm {version} {nvcc_stand_in.identity(nvcc)}"
         self._left_out: set[Hashable] = set()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -145,16 +146,37 @@ def test_what_nvcc_refuses_is_shown_by_the_warm_up_itself(
 
 
 def test_ranks_of_a_machine_share_the_work(tmp_path: Path, start: Start) -> None:
-    """Each compiles a part, and finds the others'."""
+    """Each kernel is compiled by one of them, and found by all."""
     ranks = [start()[0] for _ in range(2)]
-    shares = []
     for place, ops in enumerate(ranks):
         assert rehearse(ops, place, 2) == []
-        shares.append(len(runs(tmp_path)))
-    assert 0 < shares[0] < shares[1] == KERNELS
+    assert len(runs(tmp_path)) == KERNELS
     for ops in ranks:
         steps(ops)
     assert len(runs(tmp_path)) == KERNELS
+
+
+def test_every_kernel_is_the_share_of_one_rank() -> None:
+    """Shares are about equal. What is offered again is not compiled again."""
+    compiled: list[list[int]] = [[], [], []]
+    for place, mine in enumerate(compiled):
+        with CompileAhead([], "", place, 3) as now:
+            for kernel in [*range(300), *range(300)]:
+                now.offer(f"kernel {kernel}", partial(mine.append, kernel))
+            assert now.finish(silent) == []
+    assert sorted(kernel for mine in compiled for kernel in mine) == list(range(300))
+    assert all(80 < len(mine) < 120 for mine in compiled)
+
+
+def test_a_kernel_that_cannot_be_compiled_ends_no_start() -> None:
+    def broken() -> str:
+        raise KeyError("of the library")
+
+    with CompileAhead([], "") as now:
+        now.offer("one", broken)
+        now.offer("two", lambda: "what the compiler said")
+        now.offer("three", lambda: None)
+        assert now.finish(silent) == ["KeyError: 'of the library'", "what the compiler said"]
 
 
 KILLED = """
