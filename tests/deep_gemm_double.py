@@ -20,7 +20,8 @@ from kernels import ref
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "version" >>{log}; echo "Cuda compilation tools, release 13.0, V13.0.1"; exit; fi
 head -n 1 "$1" >>{log}
-while [ -e {hold} ]; do sleep 0.05; done
+n=0
+while [ -e {hold} ] && [ $n -lt 600 ]; do sleep 0.05; n=$((n + 1)); done
 if grep -q broken "$1"; then echo "$1(1): error: broken"; exit 2; fi
 {{ echo "cubin, $5"; cat "$1"; }} >"$4"
 """
@@ -29,7 +30,7 @@ if grep -q broken "$1"; then echo "$1(1): error: broken"; exit 2; fi
 def make_nvcc(folder: Path) -> Path:
     """Make an nvcc. `log` beside it has a line for each run: the source's first, or the word version.
 
-    It refuses sources with the word broken, and waits while there is a file `hold` beside it.
+    It refuses sources with the word broken, and waits while there is a file `hold` beside it, for half a minute at most.
     """
     folder.mkdir()
     nvcc = folder / "nvcc"
