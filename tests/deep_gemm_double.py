@@ -30,7 +30,7 @@ if grep -q broken "$1"; then echo "$1(1): error: broken"; exit 2; fi
 def make_nvcc(folder: Path) -> Path:
     """Make an nvcc. `log` beside it has a line for each run: the source's first, or the word version.
 
-    It refuses sources with the word broken, and waits while there is a file `hold` beside it, for half a minute at most.
+    It refuses sources with the word broken, and waits while there is a file `hold` beside it, for 30 s at most.
     """
     folder.mkdir()
     nvcc = folder / "nvcc"
