@@ -31,7 +31,8 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
     """
     if engine.mesh.device.type != "cuda":
         return
-    compile_ahead(engine, progress)
+    if not compile_ahead(engine, progress):
+        run_seldom(engine, progress)
     run_every_size(engine, progress)
     torch.cuda.synchronize()
     for counter in engine.model.load_counters:
@@ -40,8 +41,11 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
     gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
 
-def compile_ahead(engine: Engine, progress: Shown) -> None:
-    """Collective. Compile the kernels of all steps, many at once, unless every rank finds them compiled."""
+def compile_ahead(engine: Engine, progress: Shown) -> bool:
+    """Collective. Compile the kernels of all steps, many at once, unless every rank finds them compiled.
+
+    Returns whether every rank found all kernels in its caches, from earlier starts.
+    """
     mesh, nodes = engine.mesh, engine.mesh.node_of_rank
     here = [rank for rank in range(mesh.size) if not nodes or nodes[rank] == nodes[mesh.rank]]
     ops = [f"{op.__module__}.{op.__qualname__}" for op in vars(engine.ops).values() if callable(op)]
@@ -50,30 +54,55 @@ def compile_ahead(engine: Engine, progress: Shown) -> None:
     def shown(sizes: Iterable[Size], what: str) -> Iterable[Size]:
         return progress(sizes, "kernels")
 
-    with CompileAhead(compilers(engine), what, here.index(mesh.rank), len(here)) as ahead:
-        if all(mesh.ep.exchange(ahead.is_done, bool)):
-            return
+    found, all_of_them = compilers(engine)
+    with CompileAhead(found, what, here.index(mesh.rank), len(here)) as ahead:
+        if all(mesh.ep.exchange(all_of_them and ahead.is_done, bool)):
+            return True
         with ahead.rehearsal():
+            run_seldom(engine, shown)
             run_every_size(engine, shown, capture=False)
         if problems := ahead.finish(progress):
             print(f"warning: {len(problems)} kernels not compiled ahead, first {problems[0]}", file=sys.stderr)
         mesh.ep.barrier()  # another rank may still compile what this one needs
+    return False
 
 
-def compilers(engine: Engine) -> list[Compiler]:
-    """Return those of the engine's kernels that can compile ahead."""
+def compilers(engine: Engine) -> tuple[list[Compiler], bool]:
+    """Return those of the engine's kernels that can compile ahead, and whether these are all."""
     found: list[Compiler] = []
+    all_of_them = True
     try:
         module = importlib.import_module("kernels.triton_ahead")  # not at the top, because it needs Triton
         found.append(module.TritonAhead(alone=engine.mesh.size == 1))
     except ImportError as error:  # also of what another version of Triton lacks
         print(f"warning: Triton's kernels compile one by one: {error}", file=sys.stderr)
+        all_of_them = False
     if any(op.__module__ == "kernels.deep_gemm_ops" for op in vars(engine.ops).values() if callable(op)):
         try:
             found.append(NvccAhead.of_deep_gemm())
         except OSError as error:
             print(f"warning: DeepGEMM's kernels compile one by one: {error}", file=sys.stderr)
-    return found
+            all_of_them = False
+    return found, all_of_them
+
+
+def run_seldom(engine: Engine, progress: Shown = silent) -> None:
+    """Collective. Run what serving may need beside the steps of `run_every_size`, once per machine.
+
+    Once its kernels are in the caches, serving takes them from there when it needs them.
+    """
+    buckets, settings, drafts = engine.decode.buckets, engine.settings, every_drafts(engine)[-1]
+    run_products(engine, most_prompt_tokens(engine), progress)
+    if settings.decodes:  # without the fp8 output that other steps have
+        beside = {min(rows, settings.max_batch - 1) for rows in buckets} - {0}
+        for rows in progress(sorted(beside, reverse=True), "decodes beside prompts"):
+            engine.compute(prompt_work(1, 1, engine.config.vocab_size, False, drafts, rows))
+
+
+def most_prompt_tokens(engine: Engine) -> int:
+    """Return the most prompt tokens of a step."""
+    limit = min(engine.max_model_len, engine.kv_tokens)
+    return min(engine.settings.max_tokens_per_step, engine.settings.max_batch * limit)
 
 
 def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
@@ -83,11 +112,9 @@ def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = Tru
     """
     settings, vocab, buckets = engine.settings, engine.config.vocab_size, engine.decode.buckets
     limit, drafts = min(engine.max_model_len, engine.kv_tokens), every_drafts(engine)[-1]
-    most = min(settings.max_tokens_per_step, settings.max_batch * limit)
-    for size in progress(sizes_of_prompts(most), "prompts"):
+    for size in progress(sizes_of_prompts(most_prompt_tokens(engine)), "prompts"):
         for overlapped in (False, True)[: 1 + engine.rule.in_prefill(size)]:
             engine.compute(prompt_work(size, limit, vocab, overlapped, drafts))
-    run_products(engine, most, progress)
     pool = engine.pool
     page = torch.zeros(1, dtype=torch.int64, device=pool.device)
     packed = torch.empty_like(pool[:, :1], memory_format=torch.contiguous_format)
@@ -96,10 +123,6 @@ def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = Tru
     if drafts is not None:  # how many get a token in a step with prompts: drafts follow
         for rows in progress(buckets[::-1], "prompts with drafts"):
             engine.compute(prompt_work(rows, 1, vocab, False, drafts))
-    if settings.decodes:  # without the fp8 output that other steps have
-        beside = {min(rows, settings.max_batch - 1) for rows in buckets} - {0}
-        for rows in progress(sorted(beside, reverse=True), "decodes beside prompts"):
-            engine.compute(prompt_work(1, 1, vocab, False, drafts, rows))
     captures, into_graphs = engine.captures, engine.graphs.capture
     if captures.prompts:
         run = into_graphs if capture else run_each

@@ -49,6 +49,7 @@ OURS = {  # op -> the module with its Triton kernel
     "mla_decode": "kernels.mla_decode",
     "linear": "kernels.linear",
     "linear_float32": "kernels.linear",
+    "ffn_beside": "kernels.linear",
     "gate_topk": "kernels.route",
     "ep_scatter": "kernels.route",
     "ep_scatter_masked": "kernels.route",

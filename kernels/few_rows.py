@@ -1,8 +1,10 @@
-"""The masked grouped GEMM where experts have few rows, as in a decode step: reading the weights is all that it costs.
+"""Products in which the weight's rows are the tensor core's left operand: for few rows of x, as in a decode step.
 
-A tile is 128 rows of one expert's weight times 16 rows of x. The weight is the tensor core's left operand, which has at
-least 64 rows. With x there, most of its rows would be padding, and loaded for nothing.
+The left operand has at least 64 rows. With x there, most of its rows would be padding, and loaded for nothing. Reading
+the weights is all that such a product costs. Its programs leave room in their SMs, where another stream's may run.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,11 +13,20 @@ from torch import Tensor
 from kernels.gemm import block_descriptor, num_sms
 from kernels.pdl import after_previous, pdl
 
-ROWS = 16  # of x in a tile: the tensor core's unit is 8, Triton's least is 16
-STAGES = 4  # steps of D loaded ahead; two programs then fill an SM
+
+class Tile(NamedTuple):
+    """The output block of one program."""
+
+    rows: int  # at least 16
+    columns: int
+    stages: int  # steps of D loaded ahead
 
 
-@triton.jit
+# Of the experts' products, two programs fit an SM, and 80 KiB stay free: room for one program of `ffn_of_few_rows`.
+GATED, PLAIN = Tile(16, 64, 4), Tile(16, 128, 4)  # either has 128 rows of the weight
+
+
+@triton.jit(do_not_specialize=["R"])
 def few_rows_kernel(
     x_desc,
     w_desc,
@@ -33,14 +44,16 @@ def few_rows_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Deal the tiles with rows, expert by expert, among a fixed number of programs.
+    """Deal the tiles with rows, expert by expert, among a fixed number of programs. counts_ptr None: all rows are real.
 
     A tile is out[row.. : BLOCK_M rows, col.. : BLOCK_N columns]. GATED: weight is [L, 2N, D], and the tile silu_mul of
     two products. Both are rounded first, as a GEMM's output would be.
     """
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)  # the next kernel would take the room from the other stream's
     ids = tl.arange(0, EXPERTS)
-    counts = tl.load(counts_ptr + ids, mask=ids < L, other=0)
+    counts = tl.where(ids < L, R, 0)
+    if counts_ptr is not None:
+        counts = tl.load(counts_ptr + ids, mask=ids < L, other=0)
     num_n, num_k = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_K)
     tiles = tl.cdiv(counts, BLOCK_M) * num_n  # [EXPERTS]
     ends = tl.cumsum(tiles, 0)
@@ -68,19 +81,22 @@ def few_rows_kernel(
         tl.store(out + rows.to(tl.int64)[None] * N + cols[:, None], acc.to(kind), mask=here)
 
 
-def gemm_of_few_rows(x: Tensor, weight: Tensor, counts: Tensor, gated: bool) -> Tensor:
+def gemm_of_few_rows(
+    x: Tensor, weight: Tensor, counts: Tensor | None, gated: bool = False, tile: Tile | None = None
+) -> Tensor:
     """Return out[e, :counts[e]] = x[e, :counts[e]] @ weight[e].T, or silu_mul of it if `gated`; the rest is undefined.
 
-    x [L, R, D] bf16 or float16, weight [L, N, D], counts [L] int32 -> [L, R, N], or [L, R, N / 2] if `gated`.
+    x [L, R, D] bf16 or float16, weight [L, N, D], counts [L] int32 (None: R each) -> [L, R, N]; [L, R, N / 2] if
+    `gated`.
     """
     (num_local, room, d), columns = x.shape, weight.shape[1] // (2 if gated else 1)
     out = x.new_empty(num_local, room, columns)
     if out.numel() == 0:
         return out
-    block_n = 64 if gated else 128  # 128 rows of the weight either way
-    most = num_local * triton.cdiv(room, ROWS) * triton.cdiv(columns, block_n)
+    rows, block_n, stages = tile or (GATED if gated else PLAIN)
+    most = num_local * triton.cdiv(room, rows) * triton.cdiv(columns, block_n)
     few_rows_kernel[min(most, 2 * num_sms(x.device)),](
-        block_descriptor(x, ROWS),
+        block_descriptor(x, rows),
         block_descriptor(weight, block_n),
         counts,
         out,
@@ -90,12 +106,19 @@ def gemm_of_few_rows(x: Tensor, weight: Tensor, counts: Tensor, gated: bool) -> 
         d,
         gated,
         triton.next_power_of_2(num_local),
-        ROWS,
+        rows,
         block_n,
         128 // x.itemsize,
-        STAGES,
+        stages,
         num_warps=4,
-        num_stages=STAGES,
+        num_stages=stages,
         **pdl(x),
     )
     return out
+
+
+def ffn_of_few_rows(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Return silu_mul(x @ gate_up.T) @ down.T: x [T, D] bf16 or float16, gate_up [2I, D], down [D, I] -> [T, D]."""
+    rows = min(64, max(16, triton.next_power_of_2(x.shape[0])))
+    hidden = gemm_of_few_rows(x[None], gate_up[None], None, True, Tile(rows, 64, 3))
+    return gemm_of_few_rows(hidden, down[None], None, False, Tile(rows, 64, 4))[0]

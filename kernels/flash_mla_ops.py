@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import flash_mla
 from torch import Tensor
 
+from kernels import mla_decode as ours
+
 
 class TilePlan(NamedTuple):
     lens: Tensor  # [B] int32, at least Q because the library reads a row for every query
@@ -24,8 +26,13 @@ def mla_decode(
     v_dim: int | None = None,
     plan: TilePlan | None = None,
 ) -> Tensor:
-    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 attends the first rows of its first page."""
+    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 may attend the first rows of its first page.
+
+    Very few sequences of few heads take our own kernel, which is faster there.
+    """
     assert v_dim == 512, f"{v_dim=}"
+    if ours.serves_few(q, len(kv_lens)):
+        return ours.mla_decode(q, kv_pages, page_table, kv_lens, scale, v_dim)
     batch, q_len = len(kv_lens), len(q) // max(1, len(kv_lens))
     plan = plan or decode_plan(kv_lens, q_len)
     out, _ = flash_mla.flash_mla_with_kvcache(

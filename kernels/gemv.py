@@ -29,10 +29,15 @@ def _copies_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply row c // share of x with BLOCK_N rows of slot slots[c]'s weight [N, D], or [2N, D] if GATED."""
+    """Multiply row c // share of x with BLOCK_N rows of slot slots[c]'s weight [N, D], or [2N, D] if GATED.
+
+    slots None: the only one.
+    """
     after_previous(PDL)
     copy = tl.program_id(1)
-    slot = tl.load(slots + copy)
+    slot = copy * 0
+    if slots is not None:
+        slot = tl.load(slots + copy)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if slot >= 0:
@@ -58,15 +63,15 @@ def _copies_kernel(
     tl.store(out + copy.to(tl.int64) * N + col, y.to(out.dtype.element_ty), mask=col < N)
 
 
-def _launch(x: Tensor, weight: Tensor, slots: Tensor, gated: bool) -> Tensor:
-    copies, width = slots.numel(), weight.shape[1] // (2 if gated else 1)
+def _launch(x: Tensor, weight: Tensor, slots: Tensor | None, gated: bool) -> Tensor:
+    copies, width = len(x) if slots is None else slots.numel(), weight.shape[1] // (2 if gated else 1)
     out = x.new_empty(copies, width)
     if copies:
         columns = 1024 if x.shape[1] % 1024 == 0 else 512
         _copies_kernel[triton.cdiv(width, ROWS), copies](
             x.contiguous(),
             weight,
-            slots.contiguous(),
+            None if slots is None else slots.contiguous(),
             out,
             width,
             x.shape[1],
@@ -92,6 +97,11 @@ def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
 def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
     """Return silu_mul of `gemm_of_copies`, in one kernel: weight [L, 2I, D] -> [T * K, I]."""
     return _launch(x, weight, slots, gated=True)
+
+
+def swiglu_of_one(x: Tensor, weight: Tensor) -> Tensor:
+    """Return silu_mul(x @ weight.T): x [1, D], weight [2I, D], both bf16 or both float32 -> [1, I]."""
+    return _launch(x, weight[None], None, gated=True)
 
 
 @triton.jit

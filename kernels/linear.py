@@ -6,8 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemv import FEW_TOKENS, ROWS, linear_of_few
+from kernels.few_rows import ffn_of_few_rows
+from kernels.gemv import FEW_TOKENS, ROWS, linear_of_few, swiglu_of_one
 from kernels.pdl import after_previous, pdl
+from kernels.quant import silu_mul
+from kernels.rooms import FEW_ROWS
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -38,6 +41,17 @@ def _linear_float32_kernel(
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] @ weight [N, D].T -> [T, N] in their dtype. Contract: `ref.linear`."""
     return linear_of_few(x, weight) if 0 < x.shape[0] <= FEW_TOKENS else F.linear(x, weight)
+
+
+def ffn_beside(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Return silu_mul(x @ gate_up.T) @ down.T, beside another stream's kernels. Contract: `ref.ffn_beside`.
+
+    x [T, D], gate_up [2I, D], down [D, I] -> [T, D]. A kernel of cuBLAS needs a whole SM, and would wait for one.
+    """
+    if FEW_TOKENS < x.shape[0] <= FEW_ROWS and x.dtype != torch.float32:
+        return ffn_of_few_rows(x, gate_up, down)
+    hidden = swiglu_of_one(x, gate_up) if x.shape[0] == 1 else silu_mul(linear(x, gate_up))
+    return linear(hidden, down)
 
 
 def linear_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

@@ -4,6 +4,8 @@ The heads of a sequence's Q tokens are rows of one matrix, Q H of them, which al
 Q - 1 keys are not for all rows. So two tokens of 16 heads cost what one of 32 heads does.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,8 @@ def _load_kv(kv_main, kv_rest, page_table, n, PAGE: tl.constexpr, MAIN: tl.const
 
 
 @triton.jit
-def _split_plan(kv_lens, seq, batch, splits, most, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Return how a sequence is cut: blocks per split, and splits in use (0 for an empty sequence).
+def _split_plan(kv_lens, seq, batch, splits, most, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, LEAST: tl.constexpr):
+    """Return how a sequence is cut: blocks per split, at least LEAST, and splits in use (0 for an empty sequence).
 
     A sequence of average length gets `splits`, others more or fewer in proportion, so all programs take about as long.
     """
@@ -36,7 +38,7 @@ def _split_plan(kv_lens, seq, batch, splits, most, BLOCK_N: tl.constexpr, BLOCK_
     all_blocks = tl.sum(tl.cdiv(tl.load(kv_lens + index, mask=index < batch, other=0), BLOCK_N), 0)
     blocks = tl.cdiv(tl.load(kv_lens + seq), BLOCK_N)
     wanted = (2 * splits * batch * blocks + all_blocks) // tl.maximum(2 * all_blocks, 1)  # rounded
-    wanted = tl.maximum(tl.minimum(tl.minimum(wanted, most), blocks // 2), 1)
+    wanted = tl.maximum(tl.minimum(tl.minimum(wanted, most), blocks // LEAST), 1)
     chunk = tl.maximum(tl.cdiv(blocks, wanted), 1)
     return chunk, tl.cdiv(blocks, chunk)
 
@@ -91,6 +93,7 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     REST_VALUES: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    LEAST: tl.constexpr,
     Q_LEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -98,7 +101,7 @@ def _decode_kernel(
     after_previous(PDL)
     split, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_len = tl.load(kv_lens + seq)
-    chunk, used = _split_plan(kv_lens, seq, tl.num_programs(2), splits, tl.num_programs(1), BLOCK_N, BLOCK_B)
+    chunk, used = _split_plan(kv_lens, seq, tl.num_programs(2), splits, tl.num_programs(1), BLOCK_N, BLOCK_B, LEAST)
     if split == 0 and tl.program_id(0) == 0:
         tl.store(used_ptr + seq, used)
     if split >= tl.maximum(used, 1):
@@ -176,13 +179,13 @@ def _combine_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the splits of one head of one sequence, weighted by their share of the softmax sum."""
+    """Merge the splits of BLOCK_V columns of one head of one sequence, weighted by their share of the softmax sum."""
     after_previous(PDL)
     head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
     used = tl.load(used_ptr + seq)
     if used <= 1:
         return
-    split, col = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    split, col = tl.arange(0, BLOCK_S), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
     top, total = float("-inf"), 0.0
     for first in range(0, used, BLOCK_S):  # BLOCK_S loads in flight
@@ -217,6 +220,36 @@ def _choose_splits(programs: int, pages: int, device: torch.device) -> int:
     return min(range(1, max_splits + 1), key=lambda s: -(-programs * s // sms) * (-(-min(pages, 32) // s) + 2))
 
 
+class Cut(NamedTuple):
+    """How a batch is cut into programs."""
+
+    rows: int  # heads of a program, those of all Q tokens counted
+    keys: int  # of a block
+    warps: int
+    splits: int  # of a sequence of average length
+    least: int  # blocks per split
+    merged: tuple[int, int]  # splits and columns that a program of the second kernel merges at once
+
+
+FEW_SEQUENCES = 2  # up to which cutting a sequence into its smallest parts pays, with FEW_HEADS at most
+FEW_HEADS = 16
+
+
+def serves_few(q: Tensor, batch: int) -> bool:
+    """Is q [B Q, H, C + R] of so few sequences and heads that our Triton kernel is faster than all others?"""
+    return q.dtype == torch.bfloat16 and len(q) == batch <= FEW_SEQUENCES and q.shape[1] <= FEW_HEADS
+
+
+def _cut(q: Tensor, batch: int, heads: int, pages: int, v_dim: int) -> Cut:
+    whole = triton.next_power_of_2(v_dim)
+    if serves_few(q, batch):
+        return Cut(16, 32, 4, max(1, min(64, 2 * pages)), 1, (64, min(64, whole)))
+    fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
+    rows, keys, warps = (64, PAGE, 8) if fast else (16, 16, 4)
+    splits = _choose_splits(batch * triton.cdiv(heads, rows), pages, q.device)
+    return Cut(rows, keys, warps, splits, 2, (8, whole))
+
+
 def mla_decode(
     q: Tensor,
     kv_pages: Tensor,
@@ -234,7 +267,8 @@ def mla_decode(
 
     64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
     as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
-    bf16 with v_dim <= C takes `decode_hopper`: pass v_dim.
+    bf16 with v_dim <= C takes `decode_hopper`: pass v_dim. For very few sequences and heads (`serves_few`) no page is
+    read twice anyway, and splits are as short as they can be.
     """
     (tokens, of_token, kv_dim), batch = q.shape, len(kv_lens)
     v_dim = v_dim or kv_dim
@@ -245,27 +279,24 @@ def mla_decode(
     heads = q_len * of_token
     in_a_row = q_len == 1 or q.stride(0) == of_token * q.stride(1)
     q = q if q.stride(-1) == 1 and in_a_row else q.contiguous()
-    fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
-    block_h, block_n = (64, PAGE) if fast else (16, 16)
+    cut = _cut(q, batch, heads, page_table.shape[1], v_dim)
     main, rest = _columns(kv_dim)
     rows = kv_pages.view(-1, kv_dim)
-    groups = triton.cdiv(heads, block_h)
-    splits = _choose_splits(batch * groups, page_table.shape[1], q.device)
-    max_splits = splits
+    splits = max_splits = cut.splits
     if batch > 1:  # a long sequence among short ones takes more than the average
-        max_splits = min(2 * splits, max(1, page_table.shape[1] // 2))
+        max_splits = min(2 * splits, max(1, page_table.shape[1] * PAGE // cut.keys // cut.least))
     partial = torch.empty(batch, max_splits, heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
-    if decode_hopper.can_decode(q, main, v_dim):
+    if decode_hopper.can_decode(q, main, v_dim) and not serves_few(q, batch):
         decode_hopper.launch_decode(
             q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest, q_len
         )
     else:
-        _decode_kernel[groups, max_splits, batch](
+        _decode_kernel[triton.cdiv(heads, cut.rows), max_splits, batch](
             q,
-            TensorDescriptor.from_tensor(rows, [block_n, main]),
-            TensorDescriptor.from_tensor(rows, [block_n, rest]),
+            TensorDescriptor.from_tensor(rows, [cut.keys, main]),
+            TensorDescriptor.from_tensor(rows, [cut.keys, rest]),
             page_table,
             kv_lens,
             out,
@@ -281,20 +312,22 @@ def mla_decode(
             page_table.stride(0),
             kv_dim,
             v_dim,
-            BLOCK_H=block_h,
-            BLOCK_N=block_n,
+            BLOCK_H=cut.rows,
+            BLOCK_N=cut.keys,
             MAIN=main,
             REST=rest,
             PAGE=PAGE,
             REST_VALUES=v_dim > main,
             BLOCK_B=triton.next_power_of_2(batch),
+            LEAST=cut.least,
             Q_LEN=q_len,
-            num_stages=2 if fast else 1,
-            num_warps=8 if fast else 4,
+            num_stages=1 if q.dtype == torch.float32 else 2,
+            num_warps=cut.warps,
             **pdl(q),
         )
     if max_splits > 1:
-        _combine_kernel[heads, batch](
+        at_once, columns = cut.merged
+        _combine_kernel[heads, batch, triton.cdiv(v_dim, columns)](
             partial,
             lse,
             used,
@@ -302,8 +335,8 @@ def mla_decode(
             heads,
             max_splits,
             v_dim,
-            BLOCK_S=8,
-            BLOCK_V=triton.next_power_of_2(v_dim),
+            BLOCK_S=at_once,
+            BLOCK_V=columns,
             **pdl(q),
         )
     return out

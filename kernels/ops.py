@@ -142,6 +142,7 @@ class Ops:
     decode_plan: Callable[[T, int], Any] = ref.decode_plan  # from the library that serves mla_decode
     linear: Product = ref.linear
     linear_float32: ProductFloat32 = ref.linear_float32
+    ffn_beside: Callable[[T, T, T], T] = ref.ffn_beside
     gate_topk: GateTopk = ref.gate_topk
     ep_scatter: EpScatter = ref.ep_scatter
     ep_scatter_masked: EpScatterMasked = ref.ep_scatter_masked

@@ -9,6 +9,9 @@ have ended.
 Hazard: not every library's kernel waits as it should. FlashMLA's is launched to start early, and a captured step gave
 wrong tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede attention lets the next
 kernel start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
+
+So does a small kernel before one whose programs fill the GPU. Those would wait in all SMs, and keep out the shared
+expert's kernels on the second stream (`model/moe.py`).
 """
 
 from functools import cache

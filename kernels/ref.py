@@ -145,6 +145,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def ffn_beside(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Return silu_mul(x @ gate_up.T) @ down.T: x [T, D], gate_up [2I, D], down [D, I] -> [T, D].
+
+    Other kernels may run at the same time, and share its SMs.
+    """
+    return linear(silu_mul(linear(x, gate_up)), down)
+
+
 def linear_float32(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Return x [T, D] @ weight [N, D].T in float32 [T, N]. Products of bf16 are exact there; only sums are rounded.
 

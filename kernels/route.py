@@ -37,7 +37,7 @@ def _gate_kernel(
     PDL: tl.constexpr,
 ):
     """Route one token per program. Its experts are [groups, experts per group], padded to powers of two [G, P]."""
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)
     token = tl.program_id(0).to(tl.int64)
     per_group = num_experts // n_group
     group, place = tl.arange(0, G), tl.arange(0, P)
@@ -219,7 +219,7 @@ def _move_kernel(
 
     Most copies may go nowhere. A branch, unlike a mask, skips their instructions.
     """
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = tl.load(x + token * D + cols, mask=cols < D)

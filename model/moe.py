@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
+from kernels.rooms import FEW_ROWS
 from model.config import ModelConfig
 from model.ffn import FFN
-from model.layers import block_scales, weight
+from model.layers import FP8, block_scales, weight
 from parallel.chosen_experts import Part
 from parallel.dispatch import Arrived, Contiguous, Copies, Masked, Sliced
 from parallel.dispatchers import Dispatcher
@@ -160,7 +161,10 @@ class MoE(nn.Module):
         self.shared_experts = None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = FFN(config.hidden_size, width, ops, expert_dtype, device)
+            self.shared_experts = FFN(config.hidden_size, width, ops, expert_dtype, device, beside=True)
+        # Tokens up to which the shared expert comes before the gate. Its kernels of more tokens, or in fp8, take whole
+        # SMs, for which the gate would wait.
+        self.leaves_room = 0 if expert_dtype == FP8 else FEW_ROWS
 
     def steps(
         self,
@@ -174,9 +178,12 @@ class MoE(nn.Module):
 
         Rows where `is_token` is False are padding and visit no routed expert. `observers` see the chosen slots.
         """
-        few = x.shape[0] <= FEW
+        few, shared = x.shape[0] <= FEW, None
+        if x.shape[0] <= self.leaves_room:
+            shared = self.beside.start(partial(self.shared, operand))
         logits = self.gate.logits(x)
-        shared = self.beside.start(partial(self.shared, operand)) if few else None
+        if few and shared is None:
+            shared = self.beside.start(partial(self.shared, operand))
         slots, weights = self.gate(logits, self.placement.slot_of_expert[self.layer], is_token)
         for observer in observers:
             observer.add(self.layer, slots)

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from tests.conftest import ROOT, eventually
+from tests.hosts import NO_NAMES, Host
 from tests.processes import Process
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -25,9 +27,13 @@ def start(*command: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     )
 
 
-def torchrun(ranks: int, *flags: str) -> Process:
-    """Start run.py with torchrun. The launcher is a fork, which saves importing torch; the ranks are new processes."""
-    return Process(["--standalone", "--nproc-per-node", str(ranks), "run.py", *flags], module="torch.distributed.run")
+def torchrun(ranks: int, *flags: str, nodes: Sequence[str] = ("--standalone",), host: Host | None = None) -> Process:
+    """Start run.py with torchrun. The launcher is a fork, which saves importing torch; the ranks are new processes.
+
+    `nodes`: its flags for a job over several machines. `host`: the machine; None: this one.
+    """
+    launcher = [*nodes, "--nproc-per-node", str(ranks), "run.py", *flags]
+    return Process(launcher, env=NO_NAMES if host else {}, module="torch.distributed.run", host=host)
 
 
 def finish_torchrun(launcher: Process) -> tuple[int, str, str]:

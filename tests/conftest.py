@@ -69,10 +69,11 @@ def has_ipv6() -> bool:
 
 
 # The files that take the longest, in this order. They come first, so that two workers end at about the same time.
-LONGEST = ("chaos", "torchrun", "faults", "rebalance", "worlds", "speculation", "model", "cli", "family", "handoff")
-LONGEST += ("hosts", "prompt_graphs", "speculation_apart", "speculation_graphs", "transports", "bench_handoff")
-LONGEST += ("router", "prefix_cache", "bench_rank", "chat_template", "bench_ranks", "peer", "hub", "hostile_ports")
-LONGEST += ("scheduler", "mtp", "overlap", "dummy", "pipeline", "dispatch", "secret", "memory", "bench_prefix", "roles")
+LONGEST = ("chaos", "speculation", "faults", "hosts", "prefix_cache", "torchrun", "rebalance", "worlds", "cli")
+LONGEST += ("prompt_graphs", "speculation_apart", "acceptance", "scheduler", "model", "family", "handoff")
+LONGEST += ("bench_speculation", "bench_rank", "speculation_graphs", "mtp", "pipeline", "transports", "bench_handoff")
+LONGEST += ("bench_ranks", "drain", "dummy", "dispatch", "hostile_ports", "router", "chat_template", "overlap", "hub")
+LONGEST += ("memory", "chosen_experts", "peer", "secret", "bench_prefix", "roles")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

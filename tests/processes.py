@@ -28,17 +28,21 @@ fork_server.set_forkserver_preload(["run", "pytest", "hypothesis"])
 _folder = tempfile.TemporaryDirectory(prefix="moesaic-processes-")
 
 
-def world(ranks: int, first_host: str | None = None) -> list[dict[str, str]]:
+def world(ranks: int, hosts: Sequence[Host] = ()) -> list[dict[str, str]]:
     """Return the environment that torchrun gives to each rank. A single rank gets none, as without torchrun.
 
-    `first_host`: the address of rank 0, for a job with one rank per machine; None: all are on this machine.
+    `hosts`: one per rank; none: all are on this machine.
     """
     if ranks == 1:
         return [{}]
-    common = {"MASTER_ADDR": first_host or "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    if first_host is not None:
-        return [common | {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for rank in range(ranks)]
-    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    addresses = [host.address for host in hosts] or ["127.0.0.1"] * ranks
+    common = {"MASTER_ADDR": addresses[0], "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    made = []
+    for rank, address in enumerate(addresses):
+        made.append(common | {"RANK": str(rank), "LOCAL_RANK": str(addresses[:rank].count(address))})
+        if hosts:
+            made[-1]["LOCAL_WORLD_SIZE"] = str(addresses.count(address))
+    return made
 
 
 def _child(
@@ -172,8 +176,7 @@ class Job:
 
         `hosts`: one per rank; none: this machine.
         """
-        environments = world(ranks, hosts[0].address if hosts else None)
-        places = hosts or [None] * ranks
+        environments, places = world(ranks, hosts), hosts or [None] * ranks
         self.ranks = [
             Process(argv, log, log, (env or {}) | own, constants, module, place)
             for own, place in zip(environments, places, strict=True)

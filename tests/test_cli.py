@@ -71,11 +71,11 @@ def test_jobs_in_any_order(
     assert timeless(read(deployment.out)) == timeless(unified)
 
 
-def test_ctrl_c_on_the_router_sends_all_home(tiny: Path, tmp_path: Path) -> None:
+def test_ctrl_c_on_the_router_sends_all_home(small: Path, tmp_path: Path) -> None:
     source = tmp_path / "long.jsonl"
     source.write_text("".join(json.dumps({"prompt_token_ids": [i + 9], "max_tokens": n, "ignore_eos": True}) + "\n"
                               for i, n in enumerate([2, 2, 2000, 2000])))  # fmt: skip
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment = Deployment(small, source, tmp_path / "out.jsonl")
     deployment.start_job("prefill")
     deployment.start_job("decode")
     deployment.start_router()
@@ -87,8 +87,8 @@ def test_ctrl_c_on_the_router_sends_all_home(tiny: Path, tmp_path: Path) -> None
     assert [answer.get("error") for answer in read(deployment.out)][2:] == ["interrupted"] * 2
 
 
-def test_ctrl_c_on_one_process(tiny: Path) -> None:
-    process = Process(["--model", str(tiny), "--prompt", "In", "--max-tokens", "2000"])
+def test_ctrl_c_on_one_process(small: Path) -> None:
+    process = Process(["--model", str(small), "--prompt", "In", "--max-tokens", "2000"])
     assert eventually(lambda: process.out)  # it generates
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = process.finish()
@@ -96,9 +96,9 @@ def test_ctrl_c_on_one_process(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", ["the router", "rank 0"])
-def test_a_unified_job_ends_with_its_router_and_the_router_with_the_job(tiny: Path, killed: str) -> None:
+def test_a_unified_job_ends_with_its_router_and_the_router_with_the_job(small: Path, killed: str) -> None:
     port = free_port()
-    job = Process(["--model", str(tiny), "--http", f"127.0.0.1:{port}"])
+    job = Process(["--model", str(small), "--http", f"127.0.0.1:{port}"])
     job.until("HTTP at")
     (router,) = children(job.pid)
     os.kill(router if killed == "the router" else job.pid, signal.SIGKILL)
@@ -110,12 +110,12 @@ def test_a_unified_job_ends_with_its_router_and_the_router_with_the_job(tiny: Pa
         assert sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
-def test_a_killed_prefill_job_is_replaced(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_prefill_job_is_replaced(small: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the batch: decode goes on, and what still needs a prefill waits for the next job."""
     source = tmp_path / "many.jsonl"
     rows = [{"prompt_token_ids": [7 + i] * 40, "max_tokens": 24, "ignore_eos": True} for i in range(12)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment = Deployment(small, source, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_job("decode", 1, "--max-batch", "2")  # few at a time: the router holds the others back
     deployment.start_router()
@@ -157,8 +157,8 @@ def test_a_killed_decode_job_takes_no_request_with_it(tiny: Path, tmp_path: Path
     assert all("error" not in answer for answer in answers) and len(answers[2]["logprobs"]) == 100
 
 
-def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, tmp_path: Path) -> None:
-    deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
+def test_a_replica_with_another_kv_layout_is_refused(small: Path, prompts: Path, tmp_path: Path) -> None:
+    deployment = Deployment(small, prompts, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_router()
     deployment.jobs["router"].until("a prefill replica joined")
@@ -173,14 +173,14 @@ def test_a_replica_with_another_kv_layout_is_refused(tiny: Path, prompts: Path, 
     assert all(answer["finish_reason"] != "error" for answer in read(deployment.out))
 
 
-def test_a_replica_with_other_weights_is_refused(tiny: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_replica_with_other_weights_is_refused(small: Path, prompts: Path, tmp_path: Path) -> None:
     """One that was trained on has other norms; nothing else tells the two apart."""
     other, path = tmp_path / "other", tmp_path / "other" / "model.safetensors"
-    shutil.copytree(tiny, other)
+    shutil.copytree(small, other)
     tensors = load_file(path)
     tensors["model.norm.weight"][0] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
-    deployment = Deployment(tiny, prompts, tmp_path / "out.jsonl")
+    deployment = Deployment(small, prompts, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_router()
     deployment.jobs["router"].until("a prefill replica joined")
@@ -191,12 +191,12 @@ def test_a_replica_with_other_weights_is_refused(tiny: Path, prompts: Path, tmp_
     assert [code for code, *_ in deployment.finish().values()] == [0, 0, 0]
 
 
-def test_a_token_that_only_the_routers_model_has_ends_its_own_request(tiny: Path, tmp_path: Path) -> None:
+def test_a_token_that_only_the_routers_model_has_ends_its_own_request(small: Path, tmp_path: Path) -> None:
     source = tmp_path / "two.jsonl"
     source.write_text("".join(f'{{"prompt_token_ids": [{token}], "max_tokens": 2}}\n' for token in (4500, 45)))
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment = Deployment(small, source, tmp_path / "out.jsonl")
     deployment.router_model = str(tmp_path / "larger")
-    shutil.copytree(tiny, deployment.router_model, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(small, deployment.router_model, ignore=shutil.ignore_patterns("*.safetensors"))
     config = Path(deployment.router_model, "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 5000}))
     deployment.start_job("prefill", ranks=1)
@@ -235,10 +235,10 @@ def test_a_batch_in_which_all_failed_says_so_by_its_status(tiny: Path, tmp_path:
     assert read(out) == []
 
 
-def test_a_failed_batch_is_the_routers_status(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_batch_is_the_routers_status(small: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "x", "max_tokens": 100}\n')
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment = Deployment(small, source, tmp_path / "out.jsonl")
     deployment.start_job("prefill", ranks=1)
     deployment.start_job("decode", 1, "--kv-tokens", "64")
     deployment.start_router()

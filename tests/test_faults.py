@@ -18,15 +18,15 @@ from tests.town import GRADED, LONG, OTHER, POOL, QUICK, SOON, all_right, busy, 
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Path) -> dict[str, list[int]]:
-    return undisturbed(tiny)
+def expected(small: Path) -> dict[str, list[int]]:
+    return undisturbed(small)
 
 
 def test_a_router_with_other_work_takes_the_address_of_one_that_was_killed(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
     """The jobs of the first one serve it, and nothing of the first one's requests is in its answers."""
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         first = place.router(GRADED, "first")
         jobs = [place.worker("prefill"), place.worker("decode")]
         joined(place, first, 2)
@@ -38,9 +38,9 @@ def test_a_router_with_other_work_takes_the_address_of_one_that_was_killed(
 
 
 def test_a_decode_job_that_slept_through_a_change_of_routers(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         first = place.router(GRADED, "first")
         place.worker("prefill")
         decode = place.worker("decode")
@@ -58,12 +58,13 @@ def test_a_decode_job_that_slept_through_a_change_of_routers(
     ("role", "flags", "at_once"), [("decode", (), 1), ("decode", ("--attn-tp", "2"), 2), ("prefill", (), 1)]
 )
 def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
-    small: Path, tmp_path: Path, role: str, flags: tuple[str, ...], at_once: int
+    small: Path, tmp_path: Path, expected: dict[str, list[int]], role: str, flags: tuple[str, ...], at_once: int
 ) -> None:
     """Not the rank that talks to the router. Another job of its role serves meanwhile, and it serves again itself.
 
     `at_once`: how many requests a decode replica serves, so that the batch outlasts the time until the loss is noticed.
     """
+    wanted = [request | {"max_tokens": 40} for request in LONG[:12]]
     with town(tmp_path, small, **QUICK) as place:
         router = place.fed_router("out")
         other, few = "prefill" if role == "decode" else "decode", ("--max-batch", str(at_once))
@@ -71,7 +72,7 @@ def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
         frozen = place.worker(role, 2, *flags, *(few if role == "decode" else ()))
         place.worker(role, 1, *(few if role == "decode" else ()))
         joined(place, router, 3 if flags else 4)
-        place.feed(LONG[:8], "out")
+        place.feed(wanted[:8], "out")
         busy(place, "out")
         frozen.ranks[1].signal(signal.SIGSTOP)
         stopped = time.monotonic()
@@ -80,17 +81,17 @@ def test_a_frozen_rank_holds_nobody_up_and_its_job_is_taken_back(
         busy(place, "out", min(len(place.answers("out")) + 2, 8))
         frozen.ranks[1].signal(signal.SIGCONT)
         place.until(lambda: f"a {role} replica is back" in router.said, 10)
-        place.feed(LONG[8:12], "out")
+        place.feed(wanted[8:], "out")
         place.stop_feeding("out")
-        all_right(place, router, "out", LONG[:12], undisturbed(small))
+        all_right(place, router, "out", wanted, expected)
         place.until(lambda: frozen.statuses == [0, 0], SOON)
 
 
 def test_jobs_that_are_frozen_together_go_on_together(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
     """As when the machine of both is paused. Neither may go on believing that the other is gone."""
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(GRADED, "out")
         jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
         joined(place, router, 2)
@@ -104,8 +105,8 @@ def test_jobs_that_are_frozen_together_go_on_together(
         assert router.said.count("is back") == 2
 
 
-def test_a_second_ctrl_c_ends_a_rank_that_waits_for_a_frozen_one(tiny: Path, tmp_path: Path) -> None:
-    with town(tmp_path, tiny, **QUICK) as place:
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_a_frozen_one(small: Path, tmp_path: Path) -> None:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(GRADED, "out")
         place.worker("prefill")
         decode = place.worker("decode", 2)
@@ -121,9 +122,9 @@ def test_a_second_ctrl_c_ends_a_rank_that_waits_for_a_frozen_one(tiny: Path, tmp
         place.until(lambda: router.statuses == [0], 20)
 
 
-def test_a_rank_that_waits_too_long_for_another_ends_its_job(tiny: Path, tmp_path: Path) -> None:
+def test_a_rank_that_waits_too_long_for_another_ends_its_job(small: Path, tmp_path: Path) -> None:
     """The collective's own limit: nobody has to find and kill the rank that still runs."""
-    with town(tmp_path, tiny, **QUICK, disagg__loop__COLLECTIVE_S=3.0) as place:
+    with town(tmp_path, small, **QUICK, disagg__loop__COLLECTIVE_S=3.0) as place:
         router = place.router(GRADED, "out")
         place.worker("prefill")
         decode = place.worker("decode", 2)
@@ -135,9 +136,9 @@ def test_a_rank_that_waits_too_long_for_another_ends_its_job(tiny: Path, tmp_pat
         place.until(lambda: router.statuses == [0], 20)
 
 
-def test_a_router_that_is_paused_loses_nothing(tiny: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
+def test_a_router_that_is_paused_loses_nothing(small: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
     """For three times as long as it takes its jobs to notice."""
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(GRADED, "out")
         jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
         joined(place, router, 2)
@@ -151,8 +152,8 @@ def test_a_router_that_is_paused_loses_nothing(tiny: Path, tmp_path: Path, expec
         place.until(lambda: [job.statuses for job in jobs] == [[0], [0]], SOON)
 
 
-def test_jobs_leave_when_their_router_stays_away(tiny: Path, tmp_path: Path) -> None:
-    with town(tmp_path, tiny, **QUICK, disagg__connection__HOLD_S=1.0) as place:
+def test_jobs_leave_when_their_router_stays_away(small: Path, tmp_path: Path) -> None:
+    with town(tmp_path, small, **QUICK, disagg__connection__HOLD_S=1.0) as place:
         router = place.router(GRADED, "out")
         jobs = [place.worker("prefill"), place.worker("decode", 2)]
         joined(place, router, 3)
@@ -162,9 +163,9 @@ def test_jobs_leave_when_their_router_stays_away(tiny: Path, tmp_path: Path) -> 
 
 
 def test_a_decode_job_that_dies_takes_no_request_with_it(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(GRADED, "out")
         place.worker("prefill")
         dying = place.worker("decode", 1, "--max-batch", "4")
@@ -177,7 +178,7 @@ def test_a_decode_job_that_dies_takes_no_request_with_it(
 
 
 def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
     """What waits for pages on the decode side has not begun, and so has not failed.
 
@@ -185,7 +186,7 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
     prefill job, because here no accused request waits for a trial of its own. The other four wait.
     """
     wanted = [LONG[0] | {"max_tokens": 4}, *LONG[1:]]
-    with town(tmp_path, tiny, **QUICK, disagg__front__trials__TRIAL_WAIT_S=0.0) as place:
+    with town(tmp_path, small, **QUICK, disagg__front__trials__TRIAL_WAIT_S=0.0) as place:
         router = place.router(wanted, "out")
         place.worker("decode", 1, "--kv-tokens", "1984")
         prefill = place.worker("prefill")
@@ -204,9 +205,9 @@ def listening(pid: int) -> list[int]:
     return [int(line.split()[3].rsplit(":", 1)[1]) for line in lines if f"pid={pid}," in line]
 
 
-def test_a_port_scanner_takes_nothing_down(tiny: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
+def test_a_port_scanner_takes_nothing_down(small: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
     """It connects to every port of every process, again and again, and says nothing or junk."""
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(LONG, "out")
         jobs = [router, place.worker("prefill"), place.worker("decode", 1, *POOL)]
         joined(place, router, 2)
@@ -227,9 +228,9 @@ def test_a_port_scanner_takes_nothing_down(tiny: Path, tmp_path: Path, expected:
 
 
 def test_a_job_of_another_dtype_that_came_first_locks_nobody_out(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(OTHER, "out")
         wrong = place.worker("decode", 1, "--dtype", "bfloat16")
         joined(place, router, 1)
@@ -244,12 +245,12 @@ def test_a_job_of_another_dtype_that_came_first_locks_nobody_out(
 
 
 def test_a_router_that_is_started_again_finds_its_jobs_and_goes_on_in_its_file(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
     """Meanwhile nobody else may write that file, and the jobs say what they wait for."""
-    with town(tmp_path, tiny, **QUICK) as place:
+    with town(tmp_path, small, **QUICK) as place:
         router = place.router(GRADED, "out")
-        jobs = [place.worker("prefill"), place.worker("decode", 1, *POOL)]
+        jobs = [place.worker("prefill"), place.worker("decode", 1, "--max-batch", "4")]
         joined(place, router, 2)
         busy(place, "out", 3)
         files = ("--input", str(tmp_path / "out.jsonl"), "--output", str(tmp_path / "out.out"), "--existing", "resume")
@@ -267,9 +268,9 @@ def test_a_router_that_is_started_again_finds_its_jobs_and_goes_on_in_its_file(
         assert all(job.said.count("joined the router") == 2 for job in jobs)
 
 
-def test_a_job_with_a_frozen_rank_ends_with_its_router(tiny: Path, tmp_path: Path) -> None:
+def test_a_job_with_a_frozen_rank_ends_with_its_router(small: Path, tmp_path: Path) -> None:
     """As soon as the rank goes on. (If it never does, its peers end the job, after COLLECTIVE_S.)"""
-    with town(tmp_path, tiny, **QUICK, disagg__front__fleet__FAREWELL_S=2.0) as place:
+    with town(tmp_path, small, **QUICK, disagg__front__fleet__FAREWELL_S=2.0) as place:
         router = place.router(GRADED, "out")
         prefill, decode = place.worker("prefill"), place.worker("decode", 2)
         joined(place, router, 3)
@@ -282,10 +283,10 @@ def test_a_job_with_a_frozen_rank_ends_with_its_router(tiny: Path, tmp_path: Pat
 
 
 def test_a_job_of_another_model_that_came_first_locks_nobody_out(
-    tiny: Path, small: Path, tmp_path: Path, expected: dict[str, list[int]]
+    small: Path, tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
-    with town(tmp_path, tiny, **QUICK) as place:
-        wrong = place.worker("decode", 1, "--model", str(small))
+    with town(tmp_path, small, **QUICK) as place:
+        wrong = place.worker("decode", 1, "--model", str(tiny))
         router = place.router(OTHER, "out")
         joined(place, router, 1)
         place.worker("decode")

@@ -19,7 +19,7 @@ from kernels.grouped_gemm import (
     grouped_gemm_masked_fp8,
     swiglu_masked,
 )
-from kernels.linear import linear_float32
+from kernels.linear import ffn_beside, linear_float32
 from kernels.quant import quantize_1x128, silu_mul, silu_mul_masked, silu_mul_quant, silu_mul_quant_masked
 
 pytestmark = pytest.mark.gpu
@@ -156,6 +156,20 @@ def test_masked_swiglu(sizes: list[int], room: int, width: int, d: int, dtype: t
     out = grouped_gemm_masked(hidden, down, counts)
     close(out[real], ref.grouped_gemm_masked(hidden.float(), down.float(), counts)[real])
     assert torch.equal(hidden[real], swiglu_masked(x, gate_up, counts)[real]), "other bits in another run"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 16, 17, 32, 33, 100, 128, 129])
+@pytest.mark.parametrize(("width", "d"), [(2816, 2048), (200, 264)])
+def test_ffn_beside(tokens: int, width: int, d: int, dtype: torch.dtype) -> None:
+    """Between NaN, which a row beyond the last must not touch."""
+    around = torch.full((tokens + 80, d), torch.nan, device=DEVICE, dtype=dtype)
+    x = around[40 : 40 + tokens].copy_(normal(tokens, d))
+    gate_up, down = ((normal(*shape) * shape[1] ** -0.5).to(dtype) for shape in ((2 * width, d), (d, width)))
+    out = ffn_beside(x, gate_up, down)
+    assert out.dtype == dtype
+    close(out, ref.ffn_beside(x.float(), gate_up.float(), down.float()), rel=2e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert torch.equal(out, ffn_beside(x, gate_up, down)), "other bits in another run"
 
 
 @pytest.mark.parametrize(("sizes", "room", "n", "d"), [*MASKED, ([3, 140], 144, 200, 272)])

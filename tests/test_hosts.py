@@ -6,7 +6,6 @@ The router, prefill over two machines, decode over two more, and a decode job on
 
 import json
 import re
-import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,21 +17,21 @@ import torch
 from disagg.handoff.endpoints import TRANSPORTS
 from model.config import ModelConfig
 from parallel.load_counter import save_recording
-from tests.commands import PYTHON, finish, start
+from tests.commands import finish_torchrun, torchrun
 from tests.conftest import write_secret
-from tests.deployment import answers_alone
+from tests.deployment import answers_alone, run
 from tests.hostile_ports import is_torchs, listening
-from tests.hosts import Host, hosts, obstacle
+from tests.hosts import NO_NAMES, Host, hosts, obstacle
 from tests.placed import REDUNDANT
 from tests.processes import Job
 from tests.test_faults import QUICK, SOON
 from tests.test_transports import needs
-from tests.town import NO_NAMES, Town, town
+from tests.town import Town, town
 
 WHY_NOT = obstacle()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 REQUESTS = [
-    {"id": str(i), "prompt": f"And the LORD spake {i}", "max_tokens": 60, "ignore_eos": True} for i in range(16)
+    {"id": str(i), "prompt": f"And the LORD spake {i}", "max_tokens": 30, "ignore_eos": True} for i in range(16)
 ]
 FEW = ("--max-batch", "1")  # so that the requests outlast what happens to the cable
 COLLECTIVE_S = 6
@@ -230,20 +229,20 @@ def test_a_link_over_which_nothing_passes(
         machines[3].flow()
 
 
-def test_torchrun_over_two_machines(machines: list[Host], tiny: Path, tmp_path: Path) -> None:
+def test_torchrun_over_two_machines(machines: list[Host], tiny: Path) -> None:
     """As a user types it, one launcher per machine."""
     prompt = ("--model", str(tiny), "--prompt", "In the beginning", "--max-tokens", "8")
-    alone = finish(start(*PYTHON, "run.py", *prompt))
-    launchers = []
-    for rank, machine in enumerate(machines[1:3]):
-        words = ("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1")
-        meet = (f"--master-addr={machines[1].address}", "--master-port=29500", "run.py")
-        launchers.append(start(*machine.command("env", NO_NAMES, *PYTHON, *words, *meet, *prompt, "--insecure")))
-    ended = [finish(launcher) for launcher in launchers]
+    alone = run(*prompt)
+    meet = (f"--master-addr={machines[1].address}", "--master-port=29500")
+    launchers = [
+        torchrun(1, *prompt, "--insecure", nodes=("--nnodes=2", f"--node-rank={number}", *meet), host=machine)
+        for number, machine in enumerate(machines[1:3])
+    ]
+    ended = [finish_torchrun(launcher) for launcher in launchers]
     assert [code for code, *_ in ended] == [0, 0], ended
     assert ended[0][1] == alone[1] and not ended[1][1], ended
     said = [line for line in ended[0][2].splitlines() if re.search("unified:|tok/s", line)]
-    assert said and all(line.startswith(f"[{socket.gethostname()} rank 0] ") for line in said), ended
+    assert said and all(line.startswith(f"[{machines[1].namespace} rank 0] ") for line in said), ended
 
 
 def test_experts_are_placed_by_machine(machines: list[Host], tiny: Path, tmp_path: Path) -> None:
@@ -252,15 +251,10 @@ def test_experts_are_placed_by_machine(machines: list[Host], tiny: Path, tmp_pat
     layers, experts, groups = config.num_moe_layers, config.n_routed_experts, config.n_group
     loads = torch.arange(layers * experts).view(1, layers, experts) % 17**2 + 1
     save_recording(tmp_path / "loads", list(loads), layers, experts)
-    launchers = []
-    for number, machine in enumerate(machines[1:3]):
-        words = ("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=2")
-        meet = (f"--master-addr={machines[1].address}", "--master-port=29501", "-m", "tests.placed")
-        named = ("unshare", "--uts", "sh", "-c", f'hostname machine{number} && exec "$@"', "sh", "env", NO_NAMES)
-        launchers.append(start(*machine.command(*named, *PYTHON, *words, *meet, str(tmp_path / "loads"))))
-    ended = [finish(launcher) for launcher in launchers]
-    assert [code for code, *_ in ended] == [0, 0], ended
-    ranks = {told["rank"]: told for _, out, _ in ended for told in map(json.loads, out.splitlines())}
+    places = [machine for machine in machines[1:3] for _ in range(2)]
+    code, out, err = Job([str(tmp_path / "loads")], 4, module="tests.placed", env=NO_NAMES, hosts=places).finish()
+    assert code == 0, err
+    ranks = {told["rank"]: told for told in map(json.loads, out.splitlines())}
     assert [ranks[rank]["machines"] for rank in range(4)] == [[0, 0, 1, 1]] * 4
     share = (experts + REDUNDANT) // 4
     for rank, told in ranks.items():

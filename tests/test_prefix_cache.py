@@ -362,7 +362,6 @@ def body(rank: int, folder: Path, libraries: list[str]) -> None:
         (one, "torch", {}, {}),
         (one, "torch", {"prefix_cache": "off"}, {}),
         (one, "torch", {}, {"prefix_cache": "off"}),
-        (one, "torch", {"prefix_cache": "off"}, {"prefix_cache": "off"}),
         (one, "torch", few, few),
         (two, "torch", {}, {}),
         (apart, "torch", {}, {}),

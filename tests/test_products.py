@@ -12,7 +12,7 @@ from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.products import ROWS, numbers_of_rows, run_products
 from disagg.request import Request
-from disagg.warm_up import run_every_size
+from disagg.warm_up import run_every_size, run_seldom
 from disagg.warm_up_progress import silent
 from kernels import ref
 from kernels.ops import Ops
@@ -55,6 +55,7 @@ def make_engine(seen: set[tuple], by_rows: bool = True) -> Engine:
 def test_serving_has_no_product_that_the_warm_up_has_not() -> None:
     seen: set[tuple] = set()
     engine = make_engine(seen)
+    run_seldom(engine)
     run_every_size(engine)
     warmed, rng = set(seen), random.Random(0)
     seen.clear()

@@ -159,7 +159,7 @@ def test_a_file_that_changes_is_an_error(tiny: Path, tmp_path: Path) -> None:
 # Whole jobs, in one process.
 
 
-def work(seed: int = 0, count: int = 6, tokens: int = 12) -> list[Request]:
+def work(seed: int = 0, count: int = 6, tokens: int = 8) -> list[Request]:
     """`tokens`: of the first request; each later one has three more."""
     rng = random.Random(seed)
     return [
@@ -486,8 +486,8 @@ def body(rank: int, tiny: Path, small: Path, scratch: Path, maps: list[list[tupl
         mesh = sub_mesh(0, size)
         for redundant in (0, EXTRA):
             for overlap in ("off", "on"):
-                if size == 2 and (redundant > 0) != (overlap == "on"):
-                    continue  # four ranks and one show these two as well
+                if size < 4 and (redundant > 0) != (overlap == "on"):
+                    continue  # four ranks show these two as well
                 at = next(turns)
                 if mesh is not None:
                     check_tokens(r, mesh, redundant, overlap, at)
@@ -501,7 +501,7 @@ def body(rank: int, tiny: Path, small: Path, scratch: Path, maps: list[list[tupl
 def test_tokens_do_not_change_when_experts_move(tiny: Path, small: Path, tmp_path: Path) -> None:
     drawn: list[list[tuple[int, int]]] = []
 
-    @settings(max_examples=10, database=None, derandomize=True)
+    @settings(max_examples=8, database=None, derandomize=True)
     @given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 2**32 - 1)), min_size=1, max_size=2))
     def draw(maps: list[tuple[int, int]]) -> None:
         drawn.append(maps)

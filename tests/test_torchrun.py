@@ -49,16 +49,6 @@ def test_prompt_prints_its_continuation(tiny: Path) -> None:
     assert "1 length" in err and "TTFT" in err and "Traceback" not in err
 
 
-def test_torchrun_gives_the_same_answers(small: Path, tmp_path: Path) -> None:
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text("".join(json.dumps(line | {"max_tokens": min(line["max_tokens"], 8)}) + "\n" for line in LINES))
-    flags = ("--model", str(small), "--input", str(prompts), "--output", str(out))
-    code, _, err = finish_torchrun(torchrun(2, *flags))
-    assert code == 0 and "Traceback" not in err, err
-    assert "2 ranks in 2 attention replicas" in err
-    assert timeless(read(out)) == timeless(answers_alone(small, prompts, tmp_path / "alone.jsonl"))
-
-
 def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
     """As soon as it takes signals, which is long before it has imported torch."""
 
@@ -72,28 +62,32 @@ def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
     assert finish(process) == (0, "", "run.py: interrupted\n")
 
 
-def test_an_interrupted_rank_ends_its_whole_job(tiny: Path, tmp_path: Path) -> None:
+def test_torchrun_gives_the_same_answers_until_an_interrupted_rank_ends_its_whole_job(
+    small: Path, tmp_path: Path
+) -> None:
     """SIGINT to one rank only, not to torchrun (which reports a signal that it gets itself, whatever its ranks do)."""
-    source = tmp_path / "long.jsonl"
-    source.write_text('{"prompt": "In", "max_tokens": 1}\n{"prompt": "In", "max_tokens": 2000, "ignore_eos": true}\n')
-    out = tmp_path / "out.jsonl"
-    flags = ("--model", str(tiny), "--input", str(source), "--output", str(out))
-    process = torchrun(2, *flags)
-    assert eventually(lambda: out.exists() and read(out), LIMIT_S)  # the short one has been answered
+    prompts, source, out = tmp_path / "prompts.jsonl", tmp_path / "long.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps(line | {"max_tokens": min(line["max_tokens"], 8)}) + "\n" for line in LINES))
+    source.write_text(prompts.read_text() + '{"prompt": "In", "max_tokens": 2000, "ignore_eos": true}\n')
+    process = torchrun(2, "--model", str(small), "--input", str(source), "--output", str(out))
+    assert eventually(lambda: out.exists() and len(read(out)) == len(LINES), LIMIT_S)  # the short ones are answered
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGINT)
     code, _, err = finish_torchrun(process)
     assert code == 0 and "Traceback" not in err, err
-    assert [answer["finish_reason"] for answer in read(out)] == ["length", "error"]
+    assert "2 ranks in 2 attention replicas" in err
+    *answers, interrupted = read(out)
+    assert interrupted["finish_reason"] == "error"
+    assert timeless(answers) == timeless(answers_alone(small, prompts, tmp_path / "alone.jsonl"))
 
 
-def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(tiny: Path, tmp_path: Path) -> None:
+def test_a_prefill_job_that_loses_one_of_its_ranks_costs_no_request(small: Path, tmp_path: Path) -> None:
     """Its other replica outlives that for a moment, in which no retry may go there."""
     source = tmp_path / "long.jsonl"
     rows = [{"prompt_token_ids": [7 + i] * 700, "max_tokens": 2, "ignore_eos": True} for i in range(12)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    deployment = Deployment(tiny, source, tmp_path / "out.jsonl")
+    deployment = Deployment(small, source, tmp_path / "out.jsonl")
     flags = deployment.job_flags("prefill", "--max-tokens-per-step", "64")
     killed = torchrun(2, *flags)
     deployment.start_job("decode", 1)

@@ -5,7 +5,6 @@ Arrangements: any world size, any attention TP, idle ranks, unified, or disaggre
 """
 
 import functools
-import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -36,10 +35,9 @@ from tests.worlds import run_world, sub_mesh
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # ranks, attention TP
 PAIRS = [  # prefill, decode: every side in either role, and every pair of attention TPs
-    *itertools.product([(1, 1), (2, 2), (4, 2)], repeat=2),
-    *itertools.product([(2, 1), (4, 1), (4, 4)], repeat=2),
-    *[((8, 1), (2, 2)), ((8, 2), (4, 4)), ((8, 4), (1, 1)), ((8, 2), (8, 4))],
-    *[((1, 1), (8, 1)), ((4, 4), (8, 2)), ((2, 1), (8, 4)), ((4, 2), (8, 1))],
+    *[((1, 1), (1, 1)), ((2, 1), (4, 1)), ((4, 1), (2, 1)), ((8, 1), (2, 2)), ((1, 1), (8, 4))],  # from TP 1
+    *[((4, 2), (8, 1)), ((8, 2), (4, 2)), ((2, 2), (8, 2)), ((2, 2), (4, 4))],  # from TP 2
+    *[((4, 4), (2, 1)), ((8, 4), (2, 2)), ((4, 4), (8, 4))],  # from TP 4
 ]
 SIDE = 8  # the most ranks a side has: the prefill (or unified) job starts at rank 0, the decode job at rank 8
 FAVOURED = 5, 900, 2000  # tokens that the last two requests favour; the first ends them
@@ -191,4 +189,6 @@ def body(rank: int, folder: Path) -> None:
 
 
 def test_every_arrangement_gives_the_same_tokens(small: Path) -> None:
+    assert {prefill for prefill, _ in PAIRS} == {decode for _, decode in PAIRS} == set(SHAPES)
+    assert len({(prefill[1], decode[1]) for prefill, decode in PAIRS}) == 9
     run_world(2 * SIDE, body, small, timeout_s=280)

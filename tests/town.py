@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.tools.demo import free_port
-from tests.hosts import Host
+from tests.hosts import NO_NAMES, Host
 from tests.processes import Job
 
 # ZeroMQ's own word of a dead connection, which would come at 10 s; and the beats.
@@ -24,7 +24,6 @@ QUICK = {
     "disagg__front__router__SUSPECT_S": 0.5,
 }
 SOON = 60
-NO_NAMES = "RES_OPTIONS=timeout:1 attempts:1"  # for hosts: torch asks for names, and nobody there knows any
 POOL = ("--kv-tokens", "2048")  # for a few requests at a time
 
 
@@ -60,7 +59,7 @@ class Town:
         log = self.folder / f"{len(self.jobs)}-{role}.log"
         argv = ["--role", role, "--model", self.model, *self.flags, *flags]
         # UCX would see that there is one machine in truth.
-        env = dict([NO_NAMES.split("=")], UCX_TLS="tcp,self") if hosts else {}
+        env = NO_NAMES | {"UCX_TLS": "tcp,self"} if hosts else {}
         self.jobs.append(Job(argv, ranks, log, self.constants, env=env, hosts=hosts))
         return self.jobs[-1]
 
@@ -104,7 +103,7 @@ class Town:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not in {seconds} s:\n{self.said}"
-            time.sleep(0.02)
+            time.sleep(0.05)  # a look reads logs, and some ask the router
 
     @property
     def said(self) -> str:

@@ -84,6 +84,7 @@ def allocating_ops(alignment: int) -> Ops:
         mla_decode=_mla_decode,
         linear=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
         linear_float32=_linear_float32,
+        ffn_beside=lambda x, gate_up, down: _halved(x.new_empty(len(x), len(gate_up))).new_empty(len(x), len(down)),
         gate_topk=_first_experts,
         ep_scatter=_scatter,
         ep_scatter_masked=_scatter_masked,

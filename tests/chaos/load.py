@@ -222,5 +222,5 @@ def answers(door: Door, lines: list[dict]) -> list[Said]:
         assert stream.said is not None, stream.error
         return stream.said
 
-    with ThreadPoolExecutor(4) as clients:
+    with ThreadPoolExecutor(len(lines)) as clients:
         return list(clients.map(answer, lines))

@@ -11,8 +11,8 @@ vLLM where it is installed, otherwise transformers.
 Prefill lasts until the last request's first token is on the host. Decode is the window in which all requests decode.
 
 With --speculate N vLLM drafts with the model's multi-token-prediction layer (`speculative_config`, method `mtp`). As in
-our benchmark its acceptance is FORCED: "synthetic" is its own name for that. A version without it fails here. It
-has run on a GPU with vLLM 0.26, but no figure of it is recorded.
+our benchmark its acceptance is FORCED: "synthetic" is its own name for that. A version without it fails here; vLLM
+0.26 has it.
 
 This file is a script, because the peer may have an environment of its own (--peer-python). It imports the files beside
 it, and loads model/dummy.py by its path. So it finds the peer's package `kernels`, not ours. Environment variables

@@ -35,6 +35,7 @@ DECODE = [
     (128, RAGGED, 1),
     (128, [4096] * 32, 1),
     (128, [8192] * 4, 1),
+    (16, [1024] * 128, 1),
     (16, [4096] * 128, 1),
     (128, [4096] * 128, 2),
     (16, [4096] * 128, 2),
@@ -148,9 +149,12 @@ def norms(tokens: int) -> None:
     report("norm_rope_write", str(tuple(kv.shape)), replayed_us(write), None, 4 * kv.numel(), "TB/s")
 
 
-def attention() -> None:
+def decodes() -> None:
     for heads, lens, q_len in DECODE:
         decode(heads, lens, q_len)
+
+
+def prefills() -> None:
     for lens in PREFILL:
         prefill(lens)
 

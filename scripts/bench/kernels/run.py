@@ -1,7 +1,7 @@
 """Time our Triton kernels against the vendors' in one run, at DeepSeek-V3's shapes (on one Hopper GPU).
 
 python -m scripts.bench.kernels --out measurements.json
-python -m scripts.bench.kernels --only attention
+python -m scripts.bench.kernels --only decode
 
 Most of a first run is compilation: of our kernels, and of vendors' kernels that are compiled at run time.
 """
@@ -16,7 +16,7 @@ import torch
 from scripts.bench.lib.flags import new_file
 from scripts.bench.lib.measurements import save
 
-PARTS = ("gemm", "attention", "memory")
+PARTS = ("gemm", "decode", "prefill", "memory")
 
 
 def main() -> None:
@@ -35,7 +35,8 @@ def measure(parts: Sequence[str], out: Path | None) -> None:
 
     benches = {
         "gemm": [gemm.products],
-        "attention": [attention.attention],
+        "decode": [attention.decodes],
+        "prefill": [attention.prefills],
         "memory": [gemm.moves, attention.moves],
     }
     torch.manual_seed(0)
