@@ -69,8 +69,8 @@ class NvccAhead:
     def rehearsal(self, offer: Offer) -> Iterator[None]:
         """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these.
 
-        The environment changes before anything is offered. `close` changes it back, because threads must not start
-        programs meanwhile.
+        The environment changes before anything is offered, and `close` changes it back: no thread may start a program
+        meanwhile.
         """
         global rehearsing
         for name, value in ((NVCC, self._stand_in), (nvcc_stand_in.REHEARSAL, "1")):
