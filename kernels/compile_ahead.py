@@ -42,7 +42,7 @@ class Compiler(Protocol):
         ...
 
     def close(self) -> None:
-        """End what still runs."""
+        """Undo all that a rehearsal has changed. No thread compiles any more."""
         ...
 
 

@@ -42,6 +42,7 @@ class NvccAhead:
         version = getattr(sys.modules.get("deep_gemm"), "__version__", "")
         self.identity = f"deep_gemm {version} {nvcc_stand_in.identity(nvcc)}"
         self._left_out: set[Hashable] = set()
+        self._environment: dict[str, str | None] = {}  # as it was
         command = [sys.executable, "-I", "-S", nvcc_stand_in.__file__, nvcc, str(self.cache)]
         self._stand_in = self._program(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
 
@@ -66,22 +67,21 @@ class NvccAhead:
 
     @contextmanager
     def rehearsal(self, offer: Offer) -> Iterator[None]:
-        """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these."""
+        """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these.
+
+        The environment changes before anything is offered, and `close` changes it back: no thread may start a program
+        meanwhile.
+        """
         global rehearsing
-        meanwhile = {NVCC: self._stand_in, nvcc_stand_in.REHEARSAL: "1"}
-        before = {name: os.environ.get(name) for name in meanwhile}
-        os.environ |= meanwhile
+        for name, value in ((NVCC, self._stand_in), (nvcc_stand_in.REHEARSAL, "1")):
+            self._environment[name] = os.environ.get(name)
+            os.environ[name] = value
         self._offer, rehearsing = offer, self
         self._offer_missing()
         try:
             yield
         finally:
             rehearsing = None
-            self._left_out.clear()
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
 
     def attempt(self, what: Hashable, call: Callable[[], Result]) -> Result | None:
         """Call DeepGEMM. Return None if that is left out. `what` tells calls apart that may need different kernels."""
@@ -124,7 +124,11 @@ class NvccAhead:
         return None
 
     def close(self) -> None:
-        """Do nothing: what nvcc does ends with the threads."""
+        for name, value in self._environment.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        self._environment.clear()
 
 
 def find_nvcc() -> str:

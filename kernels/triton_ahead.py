@@ -60,10 +60,12 @@ class TritonAhead:
             job = {"module": fn.module, "name": fn.name, "target": self._target, "special": special}
             print(json.dumps(job), file=process.stdin, flush=True)
             answer = process.stdout.readline().rstrip("\n")
-        except OSError as error:
-            answer = str(error)
+        except OSError:
+            answer = ""
         if answer == COMPILED:
             return None
+        if not answer:
+            self._own.process = None  # the thread's next job gets another
         return f"{fn.name}: {answer or 'its process ended'}"
 
     def _is_cached(self, kernel: Any, special: str) -> bool:

@@ -85,9 +85,7 @@ def store(tmp_path: Path, suffix: str) -> list[Path]:
 def test_after_a_rehearsal_nvcc_is_not_run_again(tmp_path: Path, start: Start) -> None:
     """It was run once for each kernel. Products are right, nothing is left behind, and a later start has no work."""
     ops, double = start()
-    environment = dict(os.environ)
     assert rehearse(ops) == []
-    assert dict(os.environ) == environment
     compiled = runs(tmp_path)
     assert len(set(compiled)) == len(compiled) == KERNELS == len(store(tmp_path, ".cubin"))
     for out, size in zip(steps(ops), SIZES, strict=True):
@@ -98,6 +96,22 @@ def test_after_a_rehearsal_nvcc_is_not_run_again(tmp_path: Path, start: Start) -
         assert later.is_done
     steps(start()[0])
     assert runs(tmp_path) == compiled
+
+
+def test_the_environment_changes_while_no_thread_starts_programs(start: Start) -> None:
+    """A program's start reads it, and would fail now and then. In the end it is as before."""
+    ops, _ = start()
+    before = dict(os.environ)
+    with ahead() as now:
+        assert dict(os.environ) == before
+        with now.rehearsal():
+            changed = dict(os.environ)
+            assert changed != before
+            steps(ops)
+        assert dict(os.environ) == changed
+        now.finish(silent)
+        assert dict(os.environ) == changed
+    assert dict(os.environ) == before
 
 
 def test_a_call_that_is_left_out_is_not_tried_again(tmp_path: Path, start: Start) -> None:
