@@ -25,7 +25,7 @@ Size = TypeVar("Size", bound=Any)
 
 
 def warm_up(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Compile every Triton kernel before the first request, and capture some steps. No-op on a CPU.
+    """Collective. Compile kernels before the first request, and capture some steps. No-op on a CPU.
 
     `progress` shows how far it is.
     """

@@ -162,9 +162,9 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = FFN(config.hidden_size, width, ops, expert_dtype, device, beside=True)
-        # Tokens up to which the shared expert comes before the gate. Its kernels of more tokens, or in fp8, take whole
-        # SMs, for which the gate would wait.
-        self.leaves_room = 0 if expert_dtype == FP8 else FEW_ROWS
+        # Up to so many tokens the shared expert comes before the gate. With more, or in fp8, its kernels take whole
+        # SMs, and the gate would wait for them.
+        self.shared_first_up_to = 0 if expert_dtype == FP8 else FEW_ROWS
 
     def steps(
         self,
@@ -179,7 +179,7 @@ class MoE(nn.Module):
         Rows where `is_token` is False are padding and visit no routed expert. `observers` see the chosen slots.
         """
         few, shared = x.shape[0] <= FEW, None
-        if x.shape[0] <= self.leaves_room:
+        if x.shape[0] <= self.shared_first_up_to:
             shared = self.beside.start(partial(self.shared, operand))
         logits = self.gate.logits(x)
         if few and shared is None:

@@ -15,8 +15,8 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from disagg.handoff.transport import TIMEOUT
 from parallel.interface import resolve
 
-# How many SMs a link's copies take from the steps beside them. Between GPUs of one host NCCL alone would take more. It
-# would be twice as fast, and slow a step down far more (docs/results.md). The environment's NCCL_MAX_CTAS comes first.
+# How many SMs a link's copies take from the steps beside them. Between GPUs of one host NCCL alone would take more, and
+# slow a step down far more (docs/results.md). The environment's NCCL_MAX_CTAS comes first.
 LINK_SMS = 4
 
 
