@@ -24,7 +24,7 @@ from scripts.tools.demo import free_port
 from tests.commands import children
 from tests.conftest import eventually, has_ipv6
 from tests.deployment import Deployment, answers_alone, read, run, timeless, write_lines
-from tests.processes import Process
+from tests.processes import Job, Process
 
 
 @pytest.fixture
@@ -92,6 +92,14 @@ def test_ctrl_c_on_one_process(small: Path) -> None:
     assert eventually(lambda: process.out)  # it generates
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = process.finish()
+    assert code == 0 and "Traceback" not in err, err
+
+
+def test_ctrl_c_on_one_rank_ends_a_job_that_serves_http(small: Path) -> None:
+    job = Job(["--model", str(small), "--http", f"127.0.0.1:{free_port()}"], 2)
+    job.ranks[0].until("HTTP at")
+    job.ranks[1].signal(signal.SIGINT)
+    code, _, err = job.finish(30)
     assert code == 0 and "Traceback" not in err, err
 
 

@@ -29,7 +29,7 @@ from disagg.control.ports import RouterPort
 from disagg.control.pulse import Beacon
 from disagg.front import fleet, missing_roles
 from disagg.front import router as module
-from disagg.front.answer import Answer
+from disagg.front.answer import INTERRUPTED, Answer
 from disagg.front.parse import UserRequest
 from disagg.front.router import Router
 from disagg.front.tokenizer import load_tokenizer
@@ -889,6 +889,21 @@ def test_a_cancelled_request_is_stopped_where_it_is_and_forgotten(tiny: Path) ->
     assert clients[2].answers[0].text == "".join(clients[2].pieces)
     assert dict(router.metrics.finished) == {"cancelled": 2, "length": 1}
     worker.send(Bye({}))
+    router.close()
+    worker.close()
+    router.port.close()
+
+
+def test_a_unified_replica_that_leaves_was_interrupted_even_if_the_router_has_not_heard_so(tiny: Path) -> None:
+    router, client = make_router(RouterPort(HOST, 0)), Heard()
+    worker = replica("u", "unified", router.port.port)
+    assert eventually(lambda: bool([router.turn(None, 10), worker.joined()][1]))
+    router.submit(UserRequest(0, Request(0, [5, 6], 4), []), client)
+    router.turn(None, 0)
+    worker.hear(Submit)
+    worker.send(Bye({}))
+    assert eventually(lambda: bool([router.turn(None, 10), client.answers][1]))
+    assert client.answers[0].error == INTERRUPTED
     router.close()
     worker.close()
     router.port.close()

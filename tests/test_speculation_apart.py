@@ -106,7 +106,7 @@ def test_jobs_with_other_drafts_are_refused_and_those_alike_serve(tiny: Path, tm
     steps = sum(answer["completion_tokens"] - 1 for answer in answers) - sum(accepted)
     said = r"\n +drafts  decode: (\S+) tokens per request and step, of (\S+) drafts; right by place: \S+, \S+\n"
     match = re.search(said, ended["router"][2])
-    assert match and sum(accepted) > 10, ended["router"][2]
+    assert match, ended["router"][2]
     tokens, drafts = float(match[1]), float(match[2])
     # Of the steps that verified drafts, while `steps` are all. A stop string cuts a step's tokens.
     assert 1 + sum(accepted) / steps - 0.1 <= tokens <= 1 + drafts

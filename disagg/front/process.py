@@ -5,7 +5,7 @@ Rank 0 forks it before torch has threads of groups or a GPU. The two talk throug
     rank 0 --> the model's folder, the host to listen at
     rank 0 <-- the port, or the error that refuses the user's flags or files
     rank 0 --> the number of replicas, when all ranks are ready: now requests are served
-    rank 0 --> the user wants to end early
+    rank 0 --> the user wants to end early, or the job has ended
 
 The router ends early, too, when the pipe does, because rank 0 has died.
 """
@@ -66,7 +66,8 @@ class RouterProcess:
         self._watch.start()
 
     def join(self) -> int:
-        """Wait until the router has ended. Returns its exit status."""
+        """Wait until the router has ended, now that the job has. Returns its exit status."""
+        self._tell(None)  # another rank may have been interrupted alone
         self._watch.join()
         return self._status
 
@@ -95,7 +96,8 @@ def _serve(pipe: Connection, args: Namespace) -> int:
             return
         stop.set()
         with contextlib.suppress(EOFError, OSError):
-            pipe.recv()
+            while True:
+                pipe.recv()  # it may say so more than once
         os._exit(1)  # rank 0 has died while the router was ending
 
     try:
