@@ -1,16 +1,22 @@
 """A link's pipe carries its messages in order between its two ends, and to no other process."""
 
+import gc
 import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 import zmq
+from torch.distributed import Store
 
-from disagg.control.messages import encode
+from disagg.control.messages import Member, encode
+from disagg.handoff.connect import Door, dial, listen
 from disagg.handoff.pipe import DOUBT_S, Pipe
 from disagg.handoff.protocol import Cancel, Sending
+from disagg.handoff.transport import Transport
+from scripts.tools.demo import free_port
 from tests.conftest import eventually
+from tests.worlds import run_world
 
 HOST = "127.0.0.1"
 SOON_MS = 10_000
@@ -139,3 +145,29 @@ def test_sending_to_nobody_is_an_error() -> None:
         pipe.send(Cancel(1))
     assert not pipe.is_met
     pipe.close()
+
+
+class NoTransport:
+    about = "none"
+
+    def connect(self, store: Store, me: int) -> Transport:
+        raise RuntimeError(f"member {me} finds nobody")
+
+
+def connect_in_vain(rank: int) -> None:
+    door, key = Door(HOST), "link"
+    door.store.set(f"{key}/pipe", str(free_port()))  # that of a prefill rank that has died meanwhile
+    prefill, me = Member("prefill", HOST, door.port, door.store.port), Member("decode", HOST)
+    for connect in (listen(door.store.port, HOST, NoTransport()), dial(prefill, me, NoTransport())):
+        with pytest.raises(RuntimeError, match="finds nobody"):
+            connect(key)
+    gc.collect()
+    listening = Pipe.listen(HOST, "other", Cancel)
+    connecting = Pipe.connect(HOST, listening.port, "other", Cancel)
+    assert eventually(lambda: listening.is_met), "ZeroMQ's thread stands still"
+    for end in (listening, connecting, door):
+        end.close()
+
+
+def test_a_link_that_finds_no_peer_stops_no_other_connection() -> None:
+    run_world(1, connect_in_vain, timeout_s=60)

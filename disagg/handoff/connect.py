@@ -21,7 +21,7 @@ from disagg.control.messages import Decoder, Member, encode
 from disagg.control.ports import MOST_POLLED, new_socket, unwatch, watch
 from disagg.control.refusals import FAILED, Refusals
 from disagg.control.secret import Secret
-from disagg.handoff.pipe import Pipe
+from disagg.handoff.pipe import Pipe, closed_on_error
 from disagg.handoff.protocol import Cancel, Chosen, Closed, Knock, Last, Open, Read, Scored, Sending
 from disagg.handoff.transport import TIMEOUT, Endpoint, Transport
 from parallel.interface import resolve
@@ -78,11 +78,11 @@ def listen(
     """Return the prefill end's `connect`: open a pipe, and put its port into the store that this rank hosts."""
 
     def connect(key: str) -> tuple[Pipe, Transport]:
-        pipe = Pipe.listen(host, key, Open | Cancel | Read, secret, refusals)
-        # One client per link: while a client waits, perhaps for a frozen peer, no other link could use it.
-        store = TCPStore(host, store_port, is_master=False, timeout=TIMEOUT)
-        store.set(f"{key}/pipe", str(pipe.port))
-        return pipe, endpoint.connect(PrefixStore(key, store), 0)
+        with closed_on_error(Pipe.listen(host, key, Open | Cancel | Read, secret, refusals)) as pipe:
+            # One client per link: while a client waits, perhaps for a frozen peer, no other link could use it.
+            store = TCPStore(host, store_port, is_master=False, timeout=TIMEOUT)
+            store.set(f"{key}/pipe", str(pipe.port))
+            return pipe, endpoint.connect(PrefixStore(key, store), 0)
 
     return connect
 
@@ -95,8 +95,10 @@ def dial(
     def connect(key: str) -> tuple[Pipe, Transport]:
         store = TCPStore(prefill.host, prefill.store, is_master=False, timeout=TIMEOUT)
         port = int(_knock(prefill, Knock(me, generation), store, f"{key}/pipe", secret))
-        pipe = Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed, secret)
-        transport = endpoint.connect(PrefixStore(key, store), 1)
+        with closed_on_error(
+            Pipe.connect(prefill.host, port, key, Sending | Chosen | Scored | Last | Closed, secret)
+        ) as pipe:
+            transport = endpoint.connect(PrefixStore(key, store), 1)
         where = f"prefill rank {prefill.rank} at {prefill.host}"
         print(f"decode: a link to {where}: {endpoint.about}", file=sys.stderr, flush=True)
         return pipe, transport

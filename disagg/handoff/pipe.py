@@ -6,6 +6,8 @@ at the port is ignored, and its connecting and disconnecting ends nothing.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import UnionType
 
 import zmq
@@ -50,8 +52,8 @@ class Pipe:
         """
         sock = new_socket(zmq.ROUTER)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        pipe = cls(sock, kind, name, refusals or Refusals("a link"))
-        pipe.port = bind(sock, host, 0, secret)
+        with closed_on_error(cls(sock, kind, name, refusals or Refusals("a link"))) as pipe:
+            pipe.port = bind(sock, host, 0, secret)
         return pipe
 
     @classmethod
@@ -59,9 +61,9 @@ class Pipe:
         """Connect as the peer called `name`. The end that listens sends messages of the types `kind`."""
         sock = new_socket(zmq.DEALER)
         sock.setsockopt(zmq.IDENTITY, name.encode())
-        pipe = cls(sock, kind, name, Refusals("a link"), port)
-        connect_to(sock, host, port, secret)
-        pipe._send(PROBE)  # the other end waits for a first message
+        with closed_on_error(cls(sock, kind, name, Refusals("a link"), port)) as pipe:
+            connect_to(sock, host, port, secret)
+            pipe._send(PROBE)  # the other end waits for a first message
         return pipe
 
     def send(self, message: Message) -> None:
@@ -129,3 +131,17 @@ class Pipe:
     def close(self) -> None:
         unwatch(self.sock, self.monitor)
         self.sock.close()
+
+
+@contextmanager
+def closed_on_error(pipe: Pipe) -> Iterator[Pipe]:
+    """Close the pipe if the body raises.
+
+    Left to the garbage collector, its monitor may be closed while the socket lives. At the socket's next event ZeroMQ's
+    I/O thread waits for a reader for ever, and all other connections with it: the router hears no beats any more.
+    """
+    try:
+        yield pipe
+    except BaseException:
+        pipe.close()
+        raise
