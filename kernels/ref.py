@@ -20,7 +20,6 @@ WAITING = {
     "prompts": (
         "prefill_attention",
         "ep_scatter",
-        "silu_mul",
         "grouped_gemm_contiguous",
         "grouped_gemm_contiguous_fp8",
     ),
@@ -97,10 +96,6 @@ def norm_rope_write(
 
 def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up: x [..., 2I], gate first -> [..., I]. Rows whose row_expert [M] is -1 are undefined."""
-    if row_expert is not None:
-        out, real = x.new_empty(x.shape[0], x.shape[1] // 2), row_expert >= 0
-        out[real] = silu_mul(x[real])
-        return out
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -282,26 +277,22 @@ def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None,
     if index is None:
         assert weights is not None
         index = torch.arange(weights.numel(), device=rows.device).view_as(weights)
-    out = torch.zeros(index.shape[0], rows.shape[-1], device=rows.device)
-    if plus is not None:
-        out += plus
     if rows.shape[0] == 0:
-        return out.to(rows.dtype)
-    for k in range(index.shape[1]):
-        term = rows[index[:, k].clamp(min=0)].float()
-        if weights is not None:
-            term = term * weights[:, k, None]
-        out += term.where(index[:, k, None] >= 0, 0.0)
-    return out.to(rows.dtype)
+        index = index[:, :0]
+    terms = rows[index.clamp(min=0)].float()  # [T, K, D]
+    if weights is not None:
+        terms = terms * weights[:, : index.shape[1], None]
+    out = terms.where(index[..., None] >= 0, 0.0).sum(1)
+    return (out if plus is None else out + plus).to(rows.dtype)
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
     """Return out[m] = x[m] @ weight[row_expert[m]].T, undefined for -1. x [M, D], weight [L, N, D] -> [M, N]."""
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for expert in row_expert.unique().tolist():
+    experts, counts = (t.tolist() for t in row_expert.unique_consecutive(return_counts=True))
+    for expert, rows, product in zip(experts, x.split(counts), out.split(counts), strict=True):
         if expert >= 0:
-            rows = row_expert == expert
-            out[rows] = x[rows] @ weight[expert].T
+            torch.mm(rows, weight[expert].T, out=product)
     return out
 
 
@@ -312,7 +303,8 @@ def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """
     out = x.new_empty(*x.shape[:2], weight.shape[1])
     for expert, count in enumerate(counts.tolist()):
-        out[expert, :count] = x[expert, :count] @ weight[expert].T
+        if count:
+            torch.mm(x[expert, :count], weight[expert].T, out=out[expert, :count])
     return out
 
 
@@ -320,7 +312,8 @@ def swiglu_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Return silu_mul of grouped_gemm_masked; the rest is undefined. weight [L, 2I, D] -> [L, R, I]."""
     out = x.new_empty(*x.shape[:2], weight.shape[1] // 2)
     for expert, (count, rows) in enumerate(zip(counts.tolist(), grouped_gemm_masked(x, weight, counts), strict=True)):
-        out[expert, :count] = silu_mul(rows[:count])
+        if count:
+            out[expert, :count] = silu_mul(rows[:count])
     return out
 
 
@@ -331,7 +324,7 @@ def gemm_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
     """
     slot = slots.flatten()
     rows = x.repeat_interleave(len(slot) // max(1, len(x)), 0)
-    out = torch.einsum("cd,cnd->cn", rows, weight[slot.clamp(min=0)])
+    out = torch.bmm(weight[slot.clamp(min=0)], rows[:, :, None])[..., 0]
     return out.masked_fill(slot[:, None] < 0, 0.0)
 
 

@@ -64,14 +64,15 @@ def mla_decode(
     kv_lens share it. None: this call makes its own.
     """
     q_len, heads = len(q) // max(1, len(kv_lens)), q.shape[1]
-    out = q.new_zeros(*q.shape[:2], v_dim or q.shape[2])
+    out, page_table = q.new_zeros(*q.shape[:2], v_dim or q.shape[2]), page_table.long()
+    queries, results = (x.view(len(kv_lens), -1, x.shape[2]) for x in (q.float() * scale, out))  # [B, Q H, ..]
     for i, length in enumerate(kv_lens.tolist()):
         if length:
-            pages = page_table[i, : -(-length // kv_pages.shape[1])].long()
-            rows, mine = kv_pages[pages].flatten(0, 1)[:length].float(), slice(i * q_len, (i + 1) * q_len)
-            scores = (q[mine].flatten(0, 1).float() @ rows.T) * scale  # [Q H, length]
+            pages = page_table[i, : -(-length // kv_pages.shape[1])]
+            rows = kv_pages[pages].flatten(0, 1)[:length].float()
+            scores = queries[i] @ rows.T  # [Q H, length]
             if q_len > 1:
                 future = torch.ones(q_len, length, dtype=torch.bool, device=q.device).triu(length - q_len + 1)
                 scores = scores.masked_fill(future.repeat_interleave(heads, 0), float("-inf"))
-            out[mine] = (scores.softmax(-1) @ rows[:, : out.shape[2]]).view_as(out[mine]).to(out.dtype)
+            results[i] = scores.softmax(-1) @ rows[:, : out.shape[2]]
     return out
