@@ -28,6 +28,7 @@ from disagg.scheduler import Plan, Scheduler
 from disagg.speculation import Speculation
 from disagg.step import NO_WORK, Drafts, Step, Work
 from disagg.steps import DecodeStep, PromptStep, places
+from kernels.compile_ahead import CompileAhead
 from kernels.ops import Ops
 from model.batch import Batch, to_host
 from model.checkpoint import open_checkpoint
@@ -66,6 +67,7 @@ class Engine:
         """
         self.config, self.settings, self.mesh, self.model, self.ops = model.config, settings, mesh, model, model.ops
         self.loaded = loaded
+        self.compiling: CompileAhead | None = None  # what compiles kernels, from the warm-up on
         self.max_model_len = settings.model_len(self.config)
         self.rule = Rule(settings.overlap, mesh.ep.size, mesh.attn.size, self.config.expert_share)
         buckets = make_buckets(settings.max_batch, partial(self.rule.row_multiple, each=1 + settings.speculate))
@@ -340,6 +342,8 @@ class Engine:
     def close(self) -> None:
         """Collective. Call it before the process groups end."""
         gc.unfreeze()  # undoes that of `warm_up.py`, or this engine would never be collected
+        if self.compiling is not None:
+            self.compiling.close()
         if self.rebalancer is not None:
             self.rebalancer.close()
         if self.recording is not None:

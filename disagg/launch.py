@@ -88,7 +88,7 @@ def run_worker(
     if fp8:
         say(f"{'fp8':>10}: {fp8}")
     progress = WarmUpProgress(say, bar=mesh.rank == 0)
-    warm_up(engine, progress)
+    warm_up(engine, progress, behind=True)
     if progress.summary:
         say(f"{'warm-up':>10}: {progress.summary}")
     mesh.ep.barrier()  # until all ranks have come, Ctrl-C ends each rank by itself

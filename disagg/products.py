@@ -1,4 +1,4 @@
-"""Products alone, with any number of rows that a step may have: part of the warm-up.
+"""Products alone, with any number of rows that a step may have: part of what the warm-up rehearses.
 
 Libraries choose a product's kernel by its number of rows: blocks are such that the last of them nearly fill the GPU. A
 step of prompts may have any number of tokens. So between two of the warm-up's sizes lie kernels that neither uses. To

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -24,16 +25,21 @@ from model.pages import pages_for
 Size = TypeVar("Size", bound=Any)
 
 
-def warm_up(engine: Engine, progress: Shown = silent) -> None:
+def warm_up(engine: Engine, progress: Shown = silent, behind: bool = False) -> None:
     """Collective. Compile kernels before the first request, and capture some steps. No-op on a CPU.
 
-    `progress` shows how far it is.
+    `progress` shows how far it is. `behind`: return while products that few steps need are still being compiled.
     """
     if engine.mesh.device.type != "cuda":
         return
-    if not compile_ahead(engine, progress):
-        run_seldom(engine, progress)
-    run_every_size(engine, progress)
+    found, all_of_them = compilers(engine)
+    ahead = engine.compiling = make_ahead(engine, found)
+    try:
+        with ahead.installed():
+            run_all(engine, ahead, all_of_them, progress, behind)
+    except BaseException:
+        ahead.close()
+        raise
     torch.cuda.synchronize()
     for counter in engine.model.load_counters:
         counter.forget()
@@ -41,30 +47,49 @@ def warm_up(engine: Engine, progress: Shown = silent) -> None:
     gc.freeze()  # these objects live as long as the engine, so later collections can skip them
 
 
-def compile_ahead(engine: Engine, progress: Shown) -> bool:
-    """Collective. Compile the kernels of all steps, many at once, unless every rank finds them compiled.
+def run_all(engine: Engine, ahead: CompileAhead, all_of_them: bool, progress: Shown, behind: bool) -> None:
+    """Collective. Rehearse, unless an earlier start has, and run. `all_of_them`: can all kernels be compiled ahead?"""
+    complete, done = zip(*engine.mesh.ep.exchange((all_of_them, ahead.is_done), tuple[bool, bool]), strict=True)
+    if all(complete + done):
+        ahead.close()
+    else:
+        rehearse(engine, ahead, progress, behind)
+    if not all(complete):
+        run_beside(engine, progress)
+        run_products(engine, most_prompt_tokens(engine), progress)
+    run_every_size(engine, progress)
 
-    Returns whether every rank found all kernels in its caches, from earlier starts.
-    """
+
+def make_ahead(engine: Engine, found: list[Compiler]) -> CompileAhead:
+    """Return what compiles the engine's kernels ahead, by the given compilers."""
     mesh, nodes = engine.mesh, engine.mesh.node_of_rank
     here = [rank for rank in range(mesh.size) if not nodes or nodes[rank] == nodes[mesh.rank]]
     ops = [f"{op.__module__}.{op.__qualname__}" for op in vars(engine.ops).values() if callable(op)]
     what = repr((engine.config, engine.settings, engine.model.fp8, engine.model.dtype, mesh.size, mesh.attn.size, ops))
+    return CompileAhead(found, what, here.index(mesh.rank), len(here))
+
+
+def rehearse(engine: Engine, ahead: CompileAhead, progress: Shown, behind: bool) -> None:
+    """Collective. Compile the kernels of all steps, many at once. `behind`: as in `warm_up`."""
 
     def shown(sizes: Iterable[Size], what: str) -> Iterable[Size]:
         return progress(sizes, "kernels")
 
-    found, all_of_them = compilers(engine)
-    with CompileAhead(found, what, here.index(mesh.rank), len(here)) as ahead:
-        if all(mesh.ep.exchange(all_of_them and ahead.is_done, bool)):
-            return True
-        with ahead.rehearsal():
-            run_seldom(engine, shown)
-            run_every_size(engine, shown, capture=False)
-        if problems := ahead.finish(progress):
+    def finish() -> None:
+        if problems := ahead.finish():
             print(f"warning: {len(problems)} kernels not compiled ahead, first {problems[0]}", file=sys.stderr)
-        mesh.ep.barrier()  # another rank may still compile what this one needs
-    return False
+
+    with ahead.rehearsal():
+        run_every_size(engine, shown, capture=False)
+        run_beside(engine, shown)
+    with ahead.rehearsal(behind):
+        run_products(engine, most_prompt_tokens(engine), shown)
+    ahead.wait(progress)
+    if behind:
+        threading.Thread(target=finish, name="kernels", daemon=True).start()
+    else:
+        finish()
+    engine.mesh.ep.barrier()  # another rank may still compile what this one needs
 
 
 def compilers(engine: Engine) -> tuple[list[Compiler], bool]:
@@ -86,14 +111,10 @@ def compilers(engine: Engine) -> tuple[list[Compiler], bool]:
     return found, all_of_them
 
 
-def run_seldom(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Run what serving may need beside the steps of `run_every_size`, once per machine.
-
-    Once its kernels are in the caches, serving takes them from there when it needs them.
-    """
+def run_beside(engine: Engine, progress: Shown = silent) -> None:
+    """Collective. Run decodes beside a prompt. Such steps have kernels of their own: none that writes fp8."""
     buckets, settings, drafts = engine.decode.buckets, engine.settings, every_drafts(engine)[-1]
-    run_products(engine, most_prompt_tokens(engine), progress)
-    if settings.decodes:  # without the fp8 output that other steps have
+    if settings.decodes:
         beside = {min(rows, settings.max_batch - 1) for rows in buckets} - {0}
         for rows in progress(sorted(beside, reverse=True), "decodes beside prompts"):
             engine.compute(prompt_work(1, 1, engine.config.vocab_size, False, drafts, rows))

@@ -6,6 +6,7 @@ loads the cubin. It does not build without a launch. But its nvcc can be chosen,
     rehearsal   `nvcc_stand_in.py` notes source and flags in the store, and fails. So does the call: it is left out
     meanwhile   threads run nvcc for what the store lacks
     warm-up     DeepGEMM builds again, and the stand-in gives it the cubins
+    serving     the same, whenever a kernel is needed first
 
 The store has `KEY.json`, what is to be compiled, and then `KEY.cubin`. A start that was killed leaves both to the next
 one.
@@ -17,9 +18,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -30,6 +33,7 @@ from kernels import nvcc_stand_in
 from kernels.compile_ahead import Offer
 
 NVCC = "DG_JIT_NVCC_COMPILER"  # environment variable: DeepGEMM reads it once, before its first build
+NICE = 10  # of 19: serving comes first
 FAILED = b"NVCC compilation failed"  # DeepGEMM prints it, and then what nvcc said
 Result = TypeVar("Result")
 rehearsing: "NvccAhead | None" = None  # whose rehearsal goes on, if one does
@@ -42,7 +46,9 @@ class NvccAhead:
         version = getattr(sys.modules.get("deep_gemm"), "__version__", "")
         self.identity = f"deep_gemm {version} {nvcc_stand_in.identity(nvcc)}"
         self._left_out: set[Hashable] = set()
-        self._environment: dict[str, str | None] = {}  # as it was
+        self._environment = dict(os.environ)  # of programs: threads start them while this process changes its own
+        self._running: set[subprocess.Popen] | None = set()  # None: closed
+        self._lock = threading.Lock()  # of that set
         command = [sys.executable, "-I", "-S", nvcc_stand_in.__file__, nvcc, str(self.cache)]
         self._stand_in = self._program(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
 
@@ -66,20 +72,20 @@ class NvccAhead:
         return path
 
     @contextmanager
-    def rehearsal(self, offer: Offer) -> Iterator[None]:
-        """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these.
+    def installed(self) -> Iterator[None]:
+        """Inside, DeepGEMM must come to its first kernel in this process. From then on it has the stand-in for nvcc."""
+        with environment(NVCC, self._stand_in):
+            yield
 
-        The environment changes before anything is offered, and `close` changes it back: no thread may start a program
-        meanwhile.
-        """
+    @contextmanager
+    def rehearsal(self, offer: Offer) -> Iterator[None]:
+        """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these."""
         global rehearsing
-        for name, value in ((NVCC, self._stand_in), (nvcc_stand_in.REHEARSAL, "1")):
-            self._environment[name] = os.environ.get(name)
-            os.environ[name] = value
         self._offer, rehearsing = offer, self
         self._offer_missing()
         try:
-            yield
+            with environment(nvcc_stand_in.REHEARSAL, "1"):
+                yield
         finally:
             rehearsing = None
 
@@ -116,19 +122,54 @@ class NvccAhead:
         with tempfile.TemporaryDirectory(dir=self.cache) as folder:
             Path(folder, "kernel.cu").write_bytes(source.encode("latin-1"))
             command = [self.nvcc, "kernel.cu", "-cubin", "-o", "kernel.cubin", *flags]
-            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-            if done.returncode:
-                lines = done.stdout.decode(errors="replace").split("\n")
-                return f"{self.nvcc}: {next(filter(None, lines), f'status {done.returncode}')}"
+            status, said = self._call(command, folder)
+            if status:
+                lines = said.decode(errors="replace").split("\n")
+                return f"{self.nvcc}: {next(filter(None, lines), f'status {status}')}"
             os.replace(Path(folder, "kernel.cubin"), result)
         return None
 
+    def _call(self, command: list[str], folder: str) -> tuple[int, bytes]:
+        """Run a program, with those that it starts behind all others of the machine. Returns its status and output."""
+        with self._lock:
+            if self._running is None:
+                return -1, b"closed"
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=self._environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+            self._running.add(process)
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PGRP, process.pid, NICE)
+        said, _ = process.communicate()
+        with self._lock:
+            if self._running is not None:
+                self._running.remove(process)
+        return process.returncode, said
+
     def close(self) -> None:
-        for name, value in self._environment.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-        self._environment.clear()
+        with self._lock:
+            running, self._running = self._running, None
+        for process in running or ():
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable inside."""
+    before, os.environ[name] = os.environ.get(name), value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def find_nvcc() -> str:

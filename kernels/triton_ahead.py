@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ class TritonAhead:
         target = triton.runtime.driver.active.get_current_target()
         self._target = [target.backend, target.arch, target.warp_size]
         self.identity = f"triton {triton.__version__} {self._target}"
+        paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+        of_worker = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._environment = os.environ | of_worker  # threads start workers while this process changes its own
         self._own, self._processes = threading.local(), []  # each thread has a process, which starts with its first job
+
+    def installed(self) -> AbstractContextManager[None]:
+        return nullcontext()  # Triton looks into its cache
 
     @contextmanager
     def rehearsal(self, offer: Offer) -> Iterator[None]:
@@ -78,17 +84,17 @@ class TritonAhead:
 
     def _start(self) -> subprocess.Popen[str]:
         """Start this thread's process."""
-        paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
         process = self._own.process = subprocess.Popen(
             [sys.executable, "-m", "kernels.triton_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env=self._environment,
         )
         self._processes.append(process)
         return process
 
     def close(self) -> None:
         for process in self._processes:
-            process.communicate()  # closes its stdin, which ends it
+            process.kill()
+            process.wait()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,10 @@ def ahead(place: int = 0, ranks: int = 1) -> CompileAhead:
 
 def rehearse(ops: ModuleType, place: int = 0, ranks: int = 1) -> list[str]:
     """Do what a start does before its warm-up. Returns what went wrong."""
-    with ahead(place, ranks) as now:
-        with now.rehearsal():
-            steps(ops)
-        return now.finish(silent)
+    now = ahead(place, ranks)
+    with now.installed(), now.rehearsal():
+        steps(ops)
+    return now.finish()
 
 
 def runs(tmp_path: Path) -> list[str]:
@@ -92,26 +93,67 @@ def test_after_a_rehearsal_nvcc_is_not_run_again(tmp_path: Path, start: Start) -
         assert torch.equal(out, ref.gemm_fp8(*operands(*size)))
     assert len(double.loaded) == KERNELS and runs(tmp_path) == compiled
     assert not store(tmp_path, ".json") and not list((tmp_path / "cache" / "tmp").iterdir())
-    with ahead() as later:
-        assert later.is_done
+    assert ahead().is_done
     steps(start()[0])
     assert runs(tmp_path) == compiled
 
 
-def test_the_environment_changes_while_no_thread_starts_programs(start: Start) -> None:
-    """A program's start reads it, and would fail now and then. In the end it is as before."""
-    ops, _ = start()
-    before = dict(os.environ)
-    with ahead() as now:
-        assert dict(os.environ) == before
+def test_the_start_does_not_wait_for_what_few_steps_need(tmp_path: Path, start: Start) -> None:
+    """It is compiled behind it, and found when it is needed: in this process, and in later ones."""
+    ops, double = start()
+    now, hold = ahead(), tmp_path / "cuda" / "hold"
+    with now.installed():
         with now.rehearsal():
-            changed = dict(os.environ)
-            assert changed != before
+            ops.gemm_fp8(*operands(*SIZES[0]))
+        now.wait(silent)
+        hold.touch()
+        with now.rehearsal(behind=True):
             steps(ops)
-        assert dict(os.environ) == changed
-        now.finish(silent)
-        assert dict(os.environ) == changed
+        now.wait(silent)
+        ops.gemm_fp8(*operands(*SIZES[0]))
+    assert len(double.loaded) == 2 == len(store(tmp_path, ".cubin")) and not now.is_done
+    hold.unlink()
+    assert now.finish() == [] and now.is_done
+    compiled = runs(tmp_path)
+    assert len(compiled) == KERNELS == len(store(tmp_path, ".cubin"))
+    ops.gemm_fp8(*operands(*SIZES[1]))
+    ops, double = start()
+    with ahead().installed():
+        ops.gemm_fp8(*operands(*SIZES[0]))
+    assert len(double.loaded) == 2
+    steps(ops)
+    assert len(double.loaded) == KERNELS and runs(tmp_path) == compiled
+
+
+def test_the_environment_is_as_before_in_the_end(start: Start) -> None:
+    ops, _ = start()
+    before, now = dict(os.environ), ahead()
     assert dict(os.environ) == before
+    with now.installed():
+        installed = dict(os.environ)
+        assert installed.keys() == before.keys() and installed[NVCC] != before[NVCC]
+        with now.rehearsal():
+            assert os.environ.items() > installed.items()
+            steps(ops)
+        assert dict(os.environ) == installed
+    assert dict(os.environ) == before
+    now.finish()
+
+
+def test_whoever_closes_it_does_not_wait_for_the_compiler(tmp_path: Path, start: Start) -> None:
+    ops, _ = start()
+    now, hold = ahead(), tmp_path / "cuda" / "hold"
+    hold.touch()
+    with now.installed(), now.rehearsal():
+        steps(ops)
+    assert eventually(lambda: bool(runs(tmp_path)))
+    began = time.monotonic()
+    now.close()
+    assert time.monotonic() - began < 5
+    assert "given up" in now.finish() and not now.is_done
+    assert not [path for path in (tmp_path / "cache" / "moesaic").iterdir() if path.is_dir()], "a folder is left"
+    hold.unlink()
+    assert rehearse(start()[0]) == [] and len(store(tmp_path, ".cubin")) == KERNELS
 
 
 def test_a_call_that_is_left_out_is_not_tried_again(tmp_path: Path, start: Start) -> None:
@@ -119,12 +161,14 @@ def test_a_call_that_is_left_out_is_not_tried_again(tmp_path: Path, start: Start
     ops, double = start()
     given, hold = operands(300, 128), tmp_path / "cuda" / "hold"
     hold.touch()
-    with ahead() as now, now.rehearsal():
+    now = ahead()
+    with now.installed(), now.rehearsal():
         outs = [ops.gemm_fp8(*given) for _ in range(3)]
         builds = double.builds
         double.num_sms = 112
         ops.gemm_fp8(*given)
         hold.unlink()
+    now.finish()
     assert (builds, double.builds) == (2, 4)  # of the scales, and of the product
     assert all(out.shape == (300, 128) and out.min() >= 0 and 0 < out.max() <= 1 for out in outs)
 
@@ -142,14 +186,14 @@ def test_what_nvcc_refuses_is_shown_by_the_warm_up_itself(
 ) -> None:
     """The others are compiled ahead. Nothing is marked as done."""
     ops, double = start()
-    with ahead() as now:
-        with now.rehearsal():
-            ops.gemm_fp8(*operands(64, 128))
-            double.flaw = " broken"
-            ops.gemm_fp8(*operands(64, 256))
-        (problem,) = now.finish(silent)
-        assert problem == f"{tmp_path / 'cuda' / 'nvcc'}: kernel.cu(1): error: broken"
-        assert not now.is_done
+    now = ahead()
+    with now.installed(), now.rehearsal():
+        ops.gemm_fp8(*operands(64, 128))
+        double.flaw = " broken"
+        ops.gemm_fp8(*operands(64, 256))
+    (problem,) = now.finish()
+    assert problem == f"{tmp_path / 'cuda' / 'nvcc'}: kernel.cu(1): error: broken"
+    assert not now.is_done
     assert "broken" not in capfd.readouterr().out
     with pytest.raises(RuntimeError, match="NVCC compilation failed"):
         ops.gemm_fp8(*operands(64, 256))
@@ -174,10 +218,10 @@ def test_every_kernel_is_the_share_of_one_rank() -> None:
     """Shares are about equal. What is offered again is not compiled again."""
     compiled: list[list[int]] = [[], [], []]
     for place, mine in enumerate(compiled):
-        with CompileAhead([], "", place, 3) as now:
-            for kernel in [*range(300), *range(300)]:
-                now.offer(f"kernel {kernel}", partial(mine.append, kernel))
-            assert now.finish(silent) == []
+        now = CompileAhead([], "", place, 3)
+        for kernel in [*range(300), *range(300)]:
+            now.offer(f"kernel {kernel}", partial(mine.append, kernel))
+        assert now.finish() == []
     assert sorted(kernel for mine in compiled for kernel in mine) == list(range(300))
     assert all(80 < len(mine) < 120 for mine in compiled)
 
@@ -186,11 +230,12 @@ def test_a_kernel_that_cannot_be_compiled_ends_no_start() -> None:
     def broken() -> str:
         raise KeyError("of the library")
 
-    with CompileAhead([], "") as now:
-        now.offer("one", broken)
-        now.offer("two", lambda: "what the compiler said")
-        now.offer("three", lambda: None)
-        assert now.finish(silent) == ["KeyError: 'of the library'", "what the compiler said"]
+    now = CompileAhead([], "")
+    now.offer("one", broken)
+    now.offer("two", lambda: "what the compiler said")
+    now.offer("three", lambda: None)
+    now.wait(silent)
+    assert now.finish() == ["KeyError: 'of the library'", "what the compiler said"]
 
 
 KILLED = """
@@ -201,7 +246,8 @@ from tests.conftest import eventually
 from tests.test_compile_ahead import ahead, fresh, operands, runs, store
 folder = Path(sys.argv[1])
 ops, _ = fresh(pytest.MonkeyPatch())
-with ahead() as now, now.rehearsal():
+now = ahead()
+with now.installed(), now.rehearsal():
     ops.gemm_fp8(*operands(300, 128))
     assert eventually(lambda: len(store(folder, ".cubin")) == 2)
     (folder / "cuda" / "hold").touch()
@@ -218,13 +264,13 @@ def test_a_killed_start_leaves_its_work_to_the_next(tmp_path: Path, start: Start
     (tmp_path / "cuda" / "hold").unlink()
     assert len(store(tmp_path, ".cubin")) == 2 and len(store(tmp_path, ".json")) == 1
     ops, double = start()
-    with ahead() as now:
-        with now.rehearsal():
-            assert eventually(lambda: len(store(tmp_path, ".cubin")) == 3)
-            for size in ((300, 128), (300, 256)):
-                ops.gemm_fp8(*operands(*size))
-            assert len(double.loaded) == 3
-        assert now.finish(silent) == []
+    now = ahead()
+    with now.installed(), now.rehearsal():
+        assert eventually(lambda: len(store(tmp_path, ".cubin")) == 3)
+        for size in ((300, 128), (300, 256)):
+            ops.gemm_fp8(*operands(*size))
+        assert len(double.loaded) == 3
+    assert now.finish() == []
     assert len(runs(tmp_path)) == 4
 
 

@@ -1,4 +1,4 @@
-"""Products alone, as part of the warm-up: serving has none whose kernel may be another."""
+"""Products alone, as part of the rehearsal: serving has none whose kernel may be another."""
 
 import random
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.products import ROWS, numbers_of_rows, run_products
 from disagg.request import Request
-from disagg.warm_up import run_every_size, run_seldom
+from disagg.warm_up import most_prompt_tokens, run_beside, run_every_size
 from disagg.warm_up_progress import silent
 from kernels import ref
 from kernels.ops import Ops
@@ -52,17 +52,18 @@ def make_engine(seen: set[tuple], by_rows: bool = True) -> Engine:
     return Engine(settings, model, mesh)
 
 
-def test_serving_has_no_product_that_the_warm_up_has_not() -> None:
+def test_serving_has_no_product_that_the_rehearsal_has_not() -> None:
     seen: set[tuple] = set()
     engine = make_engine(seen)
-    run_seldom(engine)
+    run_products(engine, most_prompt_tokens(engine), silent)
+    run_beside(engine)
     run_every_size(engine)
-    warmed, rng = set(seen), random.Random(0)
+    rehearsed, rng = set(seen), random.Random(0)
     seen.clear()
     lengths = [150, 129, 333, 192, 64, 300, 257, 20, 90]
     serve(engine, [Request(i, [rng.randrange(512) for _ in range(n)], 4) for i, n in enumerate(lengths)])
     assert {name for name, *_ in seen} == {"gemm_fp8", "grouped_gemm_contiguous_fp8"}
-    assert seen <= warmed
+    assert seen <= rehearsed
 
 
 def test_experts_whose_kernel_depends_on_no_rows_run_in_steps_alone() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg.warm_up import run_every_size, run_seldom
+from disagg.warm_up import run_beside, run_every_size
 from disagg.warm_up_progress import EVERY_S, WarmUpProgress
 from tests.test_speculation import make_engine
 
@@ -47,7 +47,7 @@ def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_all_of_an_engines_sizes_are_shown(tiny: Path, drafts: int) -> None:
     engine, shown = make_engine(tiny, drafts), {}
-    run_seldom(engine, lambda sizes, what: shown.setdefault(what, list(sizes)))
+    run_beside(engine, lambda sizes, what: shown.setdefault(what, list(sizes)))
     run_every_size(engine, lambda sizes, what: shown.setdefault(what, list(sizes)))
     buckets = engine.decode.buckets[::-1]
     wanted = {"decode steps"} | ({"prompts with drafts"} if drafts else set())
