@@ -3,13 +3,12 @@
 DeepGEMM builds a kernel when it first needs it: it writes the source to a folder, runs nvcc, which takes seconds, and
 loads the cubin. It does not build without a launch. But its nvcc can be chosen, so a stand-in comes first:
 
-    rehearsal   `nvcc_stand_in.py` notes source and flags in the store, and fails. So does the call: it is left out
-    meanwhile   threads run nvcc for what the store lacks
+    rehearsal   `nvcc_stand_in.py` notes source and flags, and fails. So does the call: it is left out
+    meanwhile   threads run nvcc for what was noted, and put the cubins into the store
     warm-up     DeepGEMM builds again, and the stand-in gives it the cubins
     serving     the same, whenever a kernel is needed first
 
-The store has `KEY.json`, what is to be compiled, and then `KEY.cubin`. A start that was killed leaves both to the next
-one.
+The store has a cubin per kernel, under a hash of all that it depends on. Jobs and ranks of a machine share it.
 """
 
 import ctypes
@@ -81,13 +80,12 @@ class NvccAhead:
     def rehearsal(self, offer: Offer) -> Iterator[None]:
         """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these."""
         global rehearsing
-        self._offer, rehearsing = offer, self
-        self._offer_missing()
-        try:
-            with environment(nvcc_stand_in.REHEARSAL, "1"):
+        with tempfile.TemporaryDirectory() as notes, environment(nvcc_stand_in.NOTES, notes):
+            self._offer, self._notes, rehearsing = offer, Path(notes), self
+            try:
                 yield
-        finally:
-            rehearsing = None
+            finally:
+                rehearsing = None
 
     def attempt(self, what: Hashable, call: Callable[[], Result]) -> Result | None:
         """Call DeepGEMM. Return None if that is left out. `what` tells calls apart that may need different kernels."""
@@ -98,25 +96,15 @@ class NvccAhead:
                 return call()
         except RuntimeError:  # DeepGEMM's for a failed build. If it is another's, the warm-up itself will show it
             self._left_out.add(what)
-            self._offer_missing()
+            for note in self._notes.iterdir():
+                self._offer(note.name, partial(self._compile, note.name, json.loads(note.read_text())))
+                note.unlink()
             return None
 
-    def _offer_missing(self) -> None:
-        for job in self.cache.glob("*.json"):
-            if not job.with_suffix(".cubin").exists():
-                self._offer(job.stem, partial(self._compile, job))
-
-    def _compile(self, job: Path) -> str | None:
-        """Compile what a file of the store describes, into the store. Returns None, or what went wrong."""
-        try:
-            made = json.loads(job.read_text())
-        except FileNotFoundError:  # another job on this machine has compiled it
-            return None
-        problem = None
-        if made["nvcc"] == nvcc_stand_in.identity(self.nvcc):  # an earlier start may have had another one
-            problem = self._run(made["source"], made["flags"], job.with_suffix(".cubin"))
-        job.unlink(missing_ok=True)
-        return problem
+    def _compile(self, key: str, job: dict) -> str | None:
+        """Compile what the stand-in has noted, into the store. Returns None, or what went wrong."""
+        result = self.cache / f"{key}.cubin"
+        return None if result.exists() else self._run(job["source"], job["flags"], result)
 
     def _run(self, source: str, flags: list[str], result: Path) -> str | None:
         with tempfile.TemporaryDirectory(dir=self.cache) as folder:

@@ -2,8 +2,8 @@
 
     python nvcc_stand_in.py NVCC STORE [nvcc's arguments]
 
-It gives what the store has. In a rehearsal it only notes there what is missing, and fails. All else is left to nvcc. It
-is a process for each kernel, so it imports little.
+It gives what the store has. In a rehearsal it only notes what is missing, and fails. All else is left to nvcc. It is a
+process for each kernel, so it imports little.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import NamedTuple
 
-REHEARSAL = "MOESAIC_REHEARSAL"  # environment variable: set in a rehearsal
+NOTES = "MOESAIC_NOTES"  # environment variable: the folder for the notes of a rehearsal, set in one
 
 
 class Build(NamedTuple):
@@ -54,15 +54,14 @@ def identity(nvcc: str) -> list[str | int]:
 def serve(build: Build, nvcc: str, store: str) -> bool:
     """Give the store's cubin. If it has none, return False, and in a rehearsal note the job."""
     job = build.job(nvcc)
-    path = os.path.join(store, hashlib.sha256(job.encode()).hexdigest())
+    key = hashlib.sha256(job.encode()).hexdigest()
     try:
-        with open(f"{path}.cubin", "rb") as file:
+        with open(os.path.join(store, f"{key}.cubin"), "rb") as file:
             cubin = file.read()
     except FileNotFoundError:
-        if REHEARSAL in os.environ:
-            with open(f"{path}.{os.getpid()}", "w") as file:
+        if notes := os.environ.get(NOTES):
+            with open(os.path.join(notes, key), "w") as file:
                 file.write(job)
-            os.replace(file.name, f"{path}.json")  # others see it whole
         return False
     with open(build.cubin, "wb") as file:
         file.write(cubin)
@@ -75,7 +74,7 @@ def main(nvcc: str, store: str, *arguments: str) -> None:
         with suppress(OSError):
             if serve(build, nvcc, store):
                 return
-        if REHEARSAL in os.environ:
+        if NOTES in os.environ:
             with suppress(OSError):
                 build.forget()
             sys.exit(1)

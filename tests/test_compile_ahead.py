@@ -92,7 +92,7 @@ def test_after_a_rehearsal_nvcc_is_not_run_again(tmp_path: Path, start: Start) -
     for out, size in zip(steps(ops), SIZES, strict=True):
         assert torch.equal(out, ref.gemm_fp8(*operands(*size)))
     assert len(double.loaded) == KERNELS and runs(tmp_path) == compiled
-    assert not store(tmp_path, ".json") and not list((tmp_path / "cache" / "tmp").iterdir())
+    assert not list((tmp_path / "cache" / "tmp").iterdir())
     assert ahead().is_done
     steps(start()[0])
     assert runs(tmp_path) == compiled
@@ -257,35 +257,47 @@ with now.installed(), now.rehearsal():
 """
 
 
-def test_a_killed_start_leaves_its_work_to_the_next(tmp_path: Path, start: Start) -> None:
-    """Also what it had only noted: that is compiled before anybody asks."""
+def test_what_a_killed_start_has_compiled_is_the_next_ones(tmp_path: Path, start: Start) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, timeout=100, check=False).returncode == -9
     (tmp_path / "cuda" / "hold").unlink()
-    assert len(store(tmp_path, ".cubin")) == 2 and len(store(tmp_path, ".json")) == 1
+    assert len(store(tmp_path, ".cubin")) == 2 and len(runs(tmp_path)) == 3
     ops, double = start()
     now = ahead()
     with now.installed(), now.rehearsal():
-        assert eventually(lambda: len(store(tmp_path, ".cubin")) == 3)
         for size in ((300, 128), (300, 256)):
             ops.gemm_fp8(*operands(*size))
-        assert len(double.loaded) == 3
+        assert len(double.loaded) == 2
     assert now.finish() == []
-    assert len(runs(tmp_path)) == 4
+    assert len(runs(tmp_path)) == 4 and len(store(tmp_path, ".cubin")) == 3
+
+
+def test_a_start_does_not_wait_for_kernels_of_the_job_beside_it(tmp_path: Path, start: Start) -> None:
+    def begin(count: int) -> CompileAhead:
+        now, (ops, _) = ahead(), start()
+        with now.installed(), now.rehearsal():
+            for size in SIZES[:count]:
+                ops.gemm_fp8(*operands(*size))
+        return now
+
+    hold = tmp_path / "cuda" / "hold"
+    assert begin(1).finish() == []
+    hold.touch()
+    other = begin(len(SIZES))
+    assert eventually(lambda: len(runs(tmp_path)) > 2)
+    assert begin(1).finish() == [] and len(store(tmp_path, ".cubin")) == 2
+    hold.unlink()
+    assert other.finish() == [] and len(store(tmp_path, ".cubin")) == KERNELS
 
 
 def test_another_nvcc_makes_other_cubins(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was noted for the first one is dropped."""
     assert rehearse(start()[0]) == []
-    old = store(tmp_path, ".cubin")[0]
     shutil.rmtree(tmp_path / "cache" / "cache", ignore_errors=True)  # what DeepGEMM has loaded in the rehearsal
-    noted = old.rename(old.with_suffix(".json"))
-    noted.write_text('{"source": "", "flags": [], "nvcc": ["/elsewhere/nvcc", 1, 2]}')
     nvcc = make_nvcc(tmp_path / "other")
     monkeypatch.setenv(NVCC, str(nvcc))
     assert rehearse(start()[0]) == []
     assert len((tmp_path / "other" / "log").read_text().splitlines()) == KERNELS + 1  # its version, too
-    assert not noted.exists() and not old.exists()
+    assert len(store(tmp_path, ".cubin")) == 2 * KERNELS
 
 
 def test_where_no_stand_in_can_be_nothing_is_compiled_ahead(tmp_path: Path) -> None:
@@ -304,7 +316,7 @@ def test_the_stand_in_leaves_all_else_to_nvcc(tmp_path: Path) -> None:
     nvcc = make_nvcc(tmp_path / "cuda")
     stand_in = next((NvccAhead(str(nvcc), tmp_path / "cache").cache).iterdir())
     (tmp_path / "kernel.cu").write_text("text\n")
-    out, environment = str(tmp_path / "out"), os.environ | {"MOESAIC_REHEARSAL": "1"}
+    out, environment = str(tmp_path / "out"), os.environ | {"MOESAIC_NOTES": str(tmp_path)}
     for arguments in (["-ptx", "-o", out], ["-cubin", "-o", out, "--ptxas-options=--verbose"]):
         command = [str(stand_in), str(tmp_path / "kernel.cu"), *arguments]
         assert subprocess.run(command, env=environment, timeout=20, check=False).returncode == 0
