@@ -127,11 +127,8 @@ def most_prompt_tokens(engine: Engine) -> int:
 
 
 def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
-    """Collective. Run steps of all sizes in which kernels differ.
-
-    `capture`: also capture those of `engine.captures` as CUDA graphs.
-    """
-    settings, vocab, buckets = engine.settings, engine.config.vocab_size, engine.decode.buckets
+    """Collective. Run steps of all sizes in which kernels differ. `capture`: as in `run_captured`."""
+    vocab, buckets = engine.config.vocab_size, engine.decode.buckets
     limit, drafts = min(engine.max_model_len, engine.kv_tokens), every_drafts(engine)[-1]
     for size in progress(sizes_of_prompts(most_prompt_tokens(engine)), "prompts"):
         for overlapped in (False, True)[: 1 + engine.rule.in_prefill(size)]:
@@ -144,13 +141,21 @@ def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = Tru
     if drafts is not None:  # how many get a token in a step with prompts: drafts follow
         for rows in progress(buckets[::-1], "prompts with drafts"):
             engine.compute(prompt_work(rows, 1, vocab, False, drafts))
+    run_captured(engine, progress, capture)
+
+
+def run_captured(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
+    """Collective. Run decode steps, and prompts of the sizes that may be in graphs.
+
+    `capture`: capture those of `engine.captures` as CUDA graphs.
+    """
     captures, into_graphs = engine.captures, engine.graphs.capture
     if captures.prompts:
         run = into_graphs if capture else run_each
         run(engine.prompt_graphs.run_padding, captures.prompts, "prompts in graphs", progress)
-    if settings.decodes:
+    if engine.settings.decodes:
         run = into_graphs if capture and captures.decodes else run_each
-        run(partial(decode_nothing, engine), buckets, "decode steps", progress)
+        run(partial(decode_nothing, engine), engine.decode.buckets, "decode steps", progress)
 
 
 def run_each(step: Callable[[Size], object], sizes: Iterable[Size], what: str, progress: Shown) -> None:

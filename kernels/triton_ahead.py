@@ -34,6 +34,7 @@ class TritonAhead:
         paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
         of_worker = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._environment = os.environ | of_worker  # threads start workers while this process changes its own
+        self._lock, self._closed = threading.Lock(), False
         self._own, self._processes = threading.local(), []  # each thread has a process, which starts with its first job
 
     def installed(self) -> AbstractContextManager[None]:
@@ -83,18 +84,23 @@ class TritonAhead:
         return manager.get_file(f"{source.name[:150]}.json") is not None
 
     def _start(self) -> subprocess.Popen[str]:
-        """Start this thread's process."""
-        process = self._own.process = subprocess.Popen(
-            [sys.executable, "-m", "kernels.triton_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._environment,
-        )
-        self._processes.append(process)
+        """Start this thread's process. Raises OSError if it cannot be, also because all is closed."""
+        with self._lock:
+            if self._closed:
+                raise OSError("closed")
+            process = self._own.process = subprocess.Popen(
+                [sys.executable, "-m", "kernels.triton_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+            )
+            self._processes.append(process)
         return process
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
         for process in self._processes:
             process.kill()
             process.wait()

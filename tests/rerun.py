@@ -15,7 +15,7 @@ from disagg.captures import Captures
 from disagg.engine import Engine
 from disagg.graphs import Graphs
 from disagg.prompt_graphs import PromptGraphs
-from disagg.warm_up import run_every_size
+from disagg.warm_up import run_captured
 
 
 class Rerun(Graphs):
@@ -64,5 +64,5 @@ def captured(engine: Engine, prompts: tuple[PromptSize, ...] = ()) -> Rerun:
     )
     if engine.speculation is not None:
         engine.speculation.graphs, engine.speculation.body = graphs, engine.prompt_graphs.body
-    run_every_size(engine)
+    run_captured(engine)
     return graphs
