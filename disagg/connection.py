@@ -18,6 +18,7 @@ from parallel.mesh import Mesh
 
 HOLD_S = 60.0  # how long a job keeps its requests while its router is away (stopped, or being replaced)
 KEPT_S = 1.0  # between two reports of what the cache has
+MEET_S = 5.0  # how long a replica that leaves at once waits for the router of its own job
 LOAD_S = 0.1  # how old a reported load may be, apart from the turn that is running
 SAYING = {
     "waiting": "waiting for the router at {}",
@@ -139,6 +140,10 @@ class Connection:
                 self.port.send(message)
 
     def close(self, bye: Bye) -> None:
+        if self.port is not None and self._name == "unified":  # the job's own router waits for all of its replicas
+            deadline = time.monotonic() + MEET_S
+            while not self.port.welcomed and time.monotonic() < deadline:
+                self.port.poll(50)
         self.report(bye)
         self.beacon.close()
         if self.port is not None:
