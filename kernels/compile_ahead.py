@@ -63,7 +63,7 @@ class CompileAhead:
         self._threads = ThreadPoolExecutor(max(1, min(MOST_AT_ONCE, len(os.sched_getaffinity(0)) // ranks)))
         self._offered: dict[str, Future[str | None] | None] = {}  # by name; None: another rank's
         self._awaited: list[Future[str | None]] = []  # by `wait`
-        self._behind = False
+        self._behind = self._closed = False
 
     @property
     def is_done(self) -> bool:
@@ -108,10 +108,12 @@ class CompileAhead:
     def finish(self) -> list[str]:
         """Wait for all kernels, tell later starts that nothing is missing, and close. Returns what went wrong, by line.
 
-        Any thread may call it. No kernel is offered any more.
+        Any thread may call it. No kernel is offered any more. If it is closed meanwhile, nothing is told.
         """
         futures = [future for future in self._offered.values() if future is not None]
         problems = [problem for future in futures if (problem := _problem(future)) is not None]
+        if self._closed:
+            return []
         if not problems:
             for mark in self._marks:
                 mark.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +123,7 @@ class CompileAhead:
 
     def close(self) -> None:
         """Compile nothing any more. It may be called again, by any thread."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for compiler in self._compilers:
             compiler.close()

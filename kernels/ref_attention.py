@@ -65,7 +65,8 @@ def mla_decode(
     """
     q_len, heads = len(q) // max(1, len(kv_lens)), q.shape[1]
     out, page_table = q.new_zeros(*q.shape[:2], v_dim or q.shape[2]), page_table.long()
-    queries, results = (x.view(len(kv_lens), -1, x.shape[2]) for x in (q.float() * scale, out))  # [B, Q H, ..]
+    rows_each = len(kv_lens), q_len * heads
+    queries, results = (q.float() * scale).reshape(*rows_each, q.shape[2]), out.view(*rows_each, out.shape[2])
     for i, length in enumerate(kv_lens.tolist()):
         if length:
             pages = page_table[i, : -(-length // kv_pages.shape[1])]

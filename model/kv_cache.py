@@ -5,8 +5,6 @@ Per token and layer, MLA caches only the normed latent and the rotated shared ke
 """
 
 import hashlib
-import math
-import mmap
 
 import torch
 from torch import Tensor
@@ -21,12 +19,7 @@ def make_pool(config: ModelConfig, num_pages: int, dtype: torch.dtype, device: t
 
     The multi-token-prediction layer, if it drafts, is the last of the layers.
     """
-    shape = config.kv_layers, num_pages, PAGE, config.kv_dim
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # The system's own zeros: a page that is never used takes no memory, and none is written at the start.
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.zeros(config.kv_layers, num_pages, PAGE, config.kv_dim, dtype=dtype, device=device)
 
 
 def kv_layout(model: Transformer, pool: Tensor) -> dict[str, str]:
