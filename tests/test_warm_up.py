@@ -1,12 +1,23 @@
-"""The warm-up's progress: lines where there is no terminal, and the time of its parts."""
+"""The warm-up: what a first start compiles and waits for, and what people see of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 
-from disagg.warm_up import run_beside, run_every_size
-from disagg.warm_up_progress import EVERY_S, WarmUpProgress
+from disagg.config import EngineConfig
+from disagg.engine import Engine
+from disagg.warm_up import make_ahead, run_all, run_beside, run_every_size
+from disagg.warm_up_progress import EVERY_S, WarmUpProgress, silent
+from kernels.compile_ahead import Offer
+from kernels.ops import Ops
+from model.config import ModelConfig
+from parallel.mesh import Mesh
 from tests.test_speculation import make_engine
+from tests.worlds import run_world, sub_mesh
 
 
 class Clock:
@@ -55,3 +66,63 @@ def test_all_of_an_engines_sizes_are_shown(tiny: Path, drafts: int) -> None:
     assert all(shown[what] == buckets for what in wanted)
     assert {1, 2, 64} <= set(shown["prompts"])
     assert shown["decodes beside prompts"] == [4, 2, 1]  # of five sequences, one is a prompt
+
+
+class Compiler:
+    """Each rehearsal needs eight kernels. Those of the second one are compiled only when `go` is set."""
+
+    identity = "made up"
+
+    def __init__(self, cache: Path, go: Event) -> None:
+        self.cache, self._go = cache, go
+        self.rehearsals, self.compiled = 0, []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def rehearsal(self, offer: Offer) -> Iterator[None]:
+        self.rehearsals += 1
+        for i in range(8):
+            name = f"kernel {i} of rehearsal {self.rehearsals}"
+            offer(name, partial(self._compile, name, self.rehearsals))
+        yield
+
+    def _compile(self, name: str, rehearsal: int) -> None:
+        assert rehearsal == 1 or self._go.wait(60)
+        self.compiled.append(name)
+
+    def close(self) -> None:
+        self._go.set()
+
+
+def of_all(mesh: Mesh, names: list[str]) -> list[str]:
+    return sorted(name for part in mesh.ep.exchange(names, list[str]) for name in part)
+
+
+def starts(rank: int, folder: Path, cache: Path) -> None:
+    """What `warm_up` does on a GPU, but for the kernels: a machine's first start, and another one."""
+    config, settings = ModelConfig.from_pretrained(folder), EngineConfig(2, 32, 1024, 64)
+    for ranks in (1, 2):
+        mesh = sub_mesh(0, ranks)
+        if mesh is None:
+            continue
+        engine = Engine.from_pretrained(settings, config, folder, mesh, Ops())
+        first, second = (Compiler(cache / f"{ranks}", Event()) for _ in range(2))
+        ahead = make_ahead(engine, [first])
+        run_all(engine, ahead, True, silent, behind=True)
+        assert first.rehearsals == 2 and not ahead.is_done
+        assert of_all(mesh, first.compiled) == [f"kernel {i} of rehearsal 1" for i in range(8)]
+        first._go.set()
+        ahead.finish()
+        assert of_all(mesh, first.compiled) == [f"kernel {i} of rehearsal {j}" for i in range(8) for j in (1, 2)]
+        ahead = make_ahead(engine, [second])
+        assert ahead.is_done
+        run_all(engine, ahead, True, silent, behind=True)
+        assert second.rehearsals == 0
+        engine.close()
+
+
+def test_a_machines_first_start_rehearses_and_a_job_serves_before_the_last_kernel(small: Path, tmp_path: Path) -> None:
+    run_world(2, starts, small, tmp_path, timeout_s=100)
