@@ -135,7 +135,7 @@ def _problem(future: Future[str | None]) -> str | None:
     try:
         error = future.exception()
     except CancelledError:
-        return "given up"
+        return "closed"
     return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 

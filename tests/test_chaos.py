@@ -17,7 +17,7 @@ KINDS = 18 if cut.obstacle() is None else 15
 
 
 def test_every_request_survives_what_happens_to_the_jobs(small: Path, tmp_path: Path) -> None:
-    figures = chaos(tmp_path, small, 0, 1, TIMES, LIMITS, 60, say=print, clients=4)
+    figures = chaos(tmp_path, small, 0, 1, TIMES, LIMITS, 60, say=print)
     assert not problems(figures), (tmp_path / "said.txt").read_text()
     assert len(figures.faults) == KINDS and figures.right > 100 and figures.left > 0, summary(figures)
 

@@ -110,6 +110,7 @@ def test_jobs_with_other_drafts_are_refused_and_those_alike_serve(tiny: Path, tm
     tokens, drafts = float(match[1]), float(match[2])
     # Of the steps that verified drafts, while `steps` are all. A stop string cuts a step's tokens.
     assert 1 + sum(accepted) / steps - 0.1 <= tokens <= 1 + drafts
+    assert (tokens > 1) == (sum(accepted) > 0)
     assert 0 < drafts < 2, "the policy tries other numbers"
     assert "drafts" not in err and not any("accepted_tokens" in answer for answer in alone)
 

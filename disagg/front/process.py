@@ -31,7 +31,10 @@ class RouterProcess:
     """Rank 0's handle of the process."""
 
     def __init__(self, args: Namespace) -> None:
-        """Fork. Call it before `Mesh.create`, whose threads the child would lack. Of numpy's, the router uses none."""
+        """Fork. Call it before `Mesh.create` starts threads, because a child has none of its parent's.
+
+        Numpy has started some already, but the router does not need them.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         self._pipe, theirs = Pipe()

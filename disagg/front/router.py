@@ -373,15 +373,15 @@ class Router:
         if self.fleet.leaving:  # no answer can be delivered any more
             return
         role = lost.hello.role
-        is_final = role == "unified" and not self.fleet.may_return(lost)  # a user ends it: no other could serve
-        if not is_final:
+        interrupted = role == "unified" and not self.fleet.may_return(lost)  # else such a job never leaves
+        if not interrupted:
             count = sum(lost in (tracked.decode, tracked.prefill) for tracked in self._tracked.values())
             print(f"router: a {lost} {how}; {count} requests were on it", file=sys.stderr, flush=True)
         if self.fleet.may_return(lost):
             self._count_deaths(lost, how)
         for uid in sorted(lost.requests):  # in the order in which they were submitted
-            if is_final or self._tracked[uid].attempts >= ATTEMPTS:
-                error = INTERRUPTED if is_final or self.stopped() else f"the {role} replica serving it {how}"
+            if interrupted or self._tracked[uid].attempts >= ATTEMPTS:
+                error = INTERRUPTED if interrupted or self.stopped() else f"the {role} replica serving it {how}"
                 self._end(uid, "error", error)
             else:
                 self._retry(uid, lost, is_lost=True)

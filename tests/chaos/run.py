@@ -61,7 +61,6 @@ def chaos(
     limit_s: float = 120.0,
     transport: str = "torch",
     say: Callable[[str], None] = lambda _: None,
-    clients: int = CLIENTS,
 ) -> Figures:
     """Run faults for so many seconds, and each kind at least once. `constants`: as in `tests.town.town`.
 
@@ -76,7 +75,7 @@ def chaos(
         faults = Faults(place, load, random.Random(seed), times, say, cut.obstacle() is None)
         until = time.monotonic() + seconds
         kill_while_streaming(figures, faults, expected)
-        load.start(clients)
+        load.start(CLIENTS)
         faults.run(until)
         hanging = load.stop(limit_s)
         assert not hanging, f"{[stream.name for stream in hanging]} hang\n{streets.said}"
