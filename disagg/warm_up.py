@@ -22,6 +22,7 @@ from kernels.compile_ahead import CompileAhead, Compiler
 from kernels.nvcc_ahead import NvccAhead
 from model.pages import pages_for
 
+COMPILED = "all kernels of this rank are compiled; later starts on this machine find them"
 Size = TypeVar("Size", bound=Any)
 
 
@@ -72,18 +73,21 @@ def make_ahead(engine: Engine, found: list[Compiler]) -> CompileAhead:
 def rehearse(engine: Engine, ahead: CompileAhead, progress: Shown, behind: bool) -> None:
     """Collective. Compile the kernels of all steps, many at once. `behind`: as in `warm_up`."""
 
-    def shown(sizes: Iterable[Size], what: str) -> Iterable[Size]:
-        return progress(sizes, "kernels")
+    def found(sizes: Iterable[Size], what: str) -> Iterable[Size]:
+        return progress(sizes, "finding kernels of products" if what.startswith("products") else "finding kernels")
 
     def finish() -> None:
-        if problems := ahead.finish():
+        problems = ahead.finish()
+        if problems:
             print(f"warning: {len(problems)} kernels not compiled ahead, first {problems[0]}", file=sys.stderr)
+        elif problems is not None and behind:
+            print(COMPILED, file=sys.stderr)
 
     with ahead.rehearsal():
-        run_every_size(engine, shown, capture=False)
-        run_beside(engine, shown)
+        run_every_size(engine, found, capture=False)
+        run_beside(engine, found)
     with ahead.rehearsal(behind):
-        run_products(engine, most_prompt_tokens(engine), shown)
+        run_products(engine, most_prompt_tokens(engine), found)
     ahead.wait(progress)
     if behind:
         threading.Thread(target=finish, name="kernels", daemon=True).start()

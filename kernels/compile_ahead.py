@@ -105,15 +105,15 @@ class CompileAhead:
         for _ in progress(range(len(self._awaited)), "kernels"):
             next(done)
 
-    def finish(self) -> list[str]:
+    def finish(self) -> list[str] | None:
         """Wait for all kernels, tell later starts that nothing is missing, and close. Returns what went wrong, by line.
 
-        Any thread may call it. No kernel is offered any more. If it is closed meanwhile, nothing is told.
+        Any thread may call it. No kernel is offered any more. If it is closed meanwhile, nothing is told: None.
         """
         futures = [future for future in self._offered.values() if future is not None]
         problems = [problem for future in futures if (problem := _problem(future)) is not None]
         if self._closed:
-            return []
+            return None
         if not problems:
             for mark in self._marks:
                 mark.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ OURS = ("rope", "fp8", "dtype", "drafts", "eos_token_ids")  # fields with other 
 
 
 def write_config(config: ModelConfig, folder: str) -> None:
-    """Write config.json for a model in bf16 with plain rope. (YaRN's rope costs the same.)
+    """Write config.json for a model in bf16 or block fp8, with plain rope. (YaRN's rope costs the same.)
 
     The gate decides between V2 and V3. As DeepSeek-V3 with the same numbers, Kimi-K2 and GLM-4.7-Flash cost the same. A
     config that drafts gets one multi-token-prediction layer.
@@ -28,4 +28,6 @@ def write_config(config: ModelConfig, folder: str) -> None:
         "attention_bias": False,
         "eos_token_id": 1,
     }
+    if config.fp8:
+        raw["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     Path(folder, "config.json").write_text(json.dumps(raw))

@@ -1,0 +1,5 @@
+"""python -m scripts.bench.start"""
+
+from scripts.bench.start.run import main
+
+main()
