@@ -58,13 +58,11 @@ class Graphs:
     def capture(
         self, step: Callable[[Size], object], sizes: Sequence[Size], what: str, progress: Shown = silent
     ) -> None:
-        """Collective. Run `step(size)` of every size, so that kernels compile, then capture its parts.
+        """Collective. Capture the parts of `step(size)`, for every size. Their kernels must have run before.
 
         The largest comes first, so that the others fit into its memory.
         """
         for size in progress(sorted(sizes, reverse=True), what):
-            for _ in range(2):
-                step(size)
             self._capturing = True
             step(size)
             self._capturing = False

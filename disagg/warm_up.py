@@ -55,10 +55,12 @@ def run_all(engine: Engine, ahead: CompileAhead, all_of_them: bool, progress: Sh
         ahead.close()
     else:
         rehearse(engine, ahead, progress, behind)
-    if not all(complete):
-        run_beside(engine, progress)
-        run_products(engine, most_prompt_tokens(engine), progress)
-    run_every_size(engine, progress)
+    with engine.model.few_layers():
+        if not all(complete):
+            run_beside(engine, progress)
+            run_products(engine, most_prompt_tokens(engine), progress)
+        run_every_size(engine, progress)
+    capture(engine, progress)
 
 
 def make_ahead(engine: Engine, found: list[Compiler]) -> CompileAhead:
@@ -83,8 +85,8 @@ def rehearse(engine: Engine, ahead: CompileAhead, progress: Shown, behind: bool)
         elif problems is not None and behind:
             print(COMPILED, file=sys.stderr)
 
-    with ahead.rehearsal():
-        run_every_size(engine, found, capture=False)
+    with ahead.rehearsal(), engine.model.few_layers():
+        run_every_size(engine, found)
         run_beside(engine, found)
     with ahead.rehearsal(behind):
         run_products(engine, most_prompt_tokens(engine), found)
@@ -130,8 +132,8 @@ def most_prompt_tokens(engine: Engine) -> int:
     return min(engine.settings.max_tokens_per_step, engine.settings.max_batch * limit)
 
 
-def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
-    """Collective. Run steps of all sizes in which kernels differ. `capture`: as in `run_captured`."""
+def run_every_size(engine: Engine, progress: Shown = silent) -> None:
+    """Collective. Run steps of all sizes in which kernels differ."""
     vocab, buckets = engine.config.vocab_size, engine.decode.buckets
     limit, drafts = min(engine.max_model_len, engine.kv_tokens), every_drafts(engine)[-1]
     for size in progress(sizes_of_prompts(most_prompt_tokens(engine)), "prompts"):
@@ -145,27 +147,26 @@ def run_every_size(engine: Engine, progress: Shown = silent, capture: bool = Tru
     if drafts is not None:  # how many get a token in a step with prompts: drafts follow
         for rows in progress(buckets[::-1], "prompts with drafts"):
             engine.compute(prompt_work(rows, 1, vocab, False, drafts))
-    run_captured(engine, progress, capture)
-
-
-def run_captured(engine: Engine, progress: Shown = silent, capture: bool = True) -> None:
-    """Collective. Run decode steps, and prompts of the sizes that may be in graphs.
-
-    `capture`: capture those of `engine.captures` as CUDA graphs.
-    """
-    captures, into_graphs = engine.captures, engine.graphs.capture
-    if captures.prompts:
-        run = into_graphs if capture else run_each
-        run(engine.prompt_graphs.run_padding, captures.prompts, "prompts in graphs", progress)
+    if engine.captures.prompts:
+        run_each(engine.prompt_graphs.run_padding, engine.captures.prompts, "prompts", progress)
     if engine.settings.decodes:
-        run = into_graphs if capture and captures.decodes else run_each
-        run(partial(decode_nothing, engine), engine.decode.buckets, "decode steps", progress)
+        run_each(partial(decode_nothing, engine), buckets, "decode steps", progress)
 
 
 def run_each(step: Callable[[Size], object], sizes: Iterable[Size], what: str, progress: Shown) -> None:
     """Run `step(size)` of every size, the largest first."""
     for size in progress(sorted(sizes, reverse=True), what):
         step(size)
+
+
+def capture(engine: Engine, progress: Shown = silent) -> None:
+    """Collective. Capture `engine.captures` as CUDA graphs. Their kernels must have run before."""
+    graphs, captures = engine.graphs, engine.captures
+    if captures.prompts:
+        graphs.capture(engine.prompt_graphs.run_padding, captures.prompts, "captures of prompts", progress)
+    if captures.decodes:
+        decodes = partial(decode_nothing, engine)
+        graphs.capture(decodes, engine.decode.buckets, "captures of decode steps", progress)
 
 
 def decode_nothing(engine: Engine, rows: int) -> None:

@@ -3,9 +3,9 @@
 DeepGEMM builds a kernel when it first needs it: it writes the source to a folder, runs nvcc, which takes seconds, and
 loads the cubin. It does not build without a launch. But its nvcc can be chosen, so a stand-in comes first:
 
-    rehearsal   `nvcc_stand_in.py` notes source and flags, and fails. So does the call: it is left out
+    rehearsal   the stand-in notes its arguments, and fails. So does the call: it is left out
     meanwhile   threads run nvcc for what was noted, and put the cubins into the store
-    warm-up     DeepGEMM builds again, and the stand-in gives it the cubins
+    warm-up     DeepGEMM builds again, and the stand-in gives it the cubins (`nvcc_stand_in.py`)
     serving     the same, whenever a kernel is needed first
 
 The store has a cubin per kernel, under a hash of all that it depends on. Jobs and ranks of a machine share it.
@@ -32,6 +32,20 @@ from kernels import nvcc_stand_in
 from kernels.compile_ahead import Offer
 
 NVCC = "DG_JIT_NVCC_COMPILER"  # environment variable: DeepGEMM reads it once, before its first build
+NOTE = "MOESAIC_NOTE"  # environment variable: the file for the stand-in's note, set in a rehearsal
+# A shell starts sooner than Python: DeepGEMM waits for each note.
+STAND_IN = f"""#!/bin/sh
+case "$*" in
+*verbose*) ;;
+*-cubin*)
+    if [ -n "${{{NOTE}-}}" ]; then
+        printf '%%s\\0' "$PWD" "$@" >"${NOTE}"
+        exit 1
+    fi
+    ;;
+esac
+exec %s "$@"
+"""
 NICE = 10  # of 19: serving comes first
 FAILED = b"NVCC compilation failed"  # DeepGEMM prints it, and then what nvcc said
 Result = TypeVar("Result")
@@ -49,7 +63,7 @@ class NvccAhead:
         self._running: set[subprocess.Popen] | None = set()  # None: closed
         self._lock = threading.Lock()  # of that set
         command = [sys.executable, "-I", "-S", nvcc_stand_in.__file__, nvcc, str(self.cache)]
-        self._stand_in = self._program(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        self._stand_in = self._program(STAND_IN % shlex.join(command))
 
     @classmethod
     def of_deep_gemm(cls) -> "NvccAhead":
@@ -80,8 +94,8 @@ class NvccAhead:
     def rehearsal(self, offer: Offer) -> Iterator[None]:
         """Leave out calls of DeepGEMM inside whose kernels are not compiled, and offer these."""
         global rehearsing
-        with tempfile.TemporaryDirectory() as notes, environment(nvcc_stand_in.NOTES, notes):
-            self._offer, self._notes, rehearsing = offer, Path(notes), self
+        with tempfile.TemporaryDirectory() as folder, environment(NOTE, f"{folder}/note"):
+            self._offer, self._note, rehearsing = offer, Path(folder, "note"), self
             try:
                 yield
             finally:
@@ -96,10 +110,19 @@ class NvccAhead:
                 return call()
         except RuntimeError:  # DeepGEMM's for a failed build. If it is another's, the warm-up itself will show it
             self._left_out.add(what)
-            for note in self._notes.iterdir():
-                self._offer(note.name, partial(self._compile, note.name, json.loads(note.read_text())))
-                note.unlink()
+            with suppress(OSError):
+                self._take_note()
             return None
+
+    def _take_note(self) -> None:
+        """Offer the kernel that the stand-in has noted. Raises OSError if it has none, or its source is gone."""
+        folder, *arguments = self._note.read_text().removesuffix("\0").split("\0")
+        self._note.unlink()
+        if (build := nvcc_stand_in.Build.of(arguments, folder)) is not None:
+            job = build.job(self.nvcc)
+            build.forget()
+            key = nvcc_stand_in.key_of(job)
+            self._offer(key, partial(self._compile, key, json.loads(job)))
 
     def _compile(self, key: str, job: dict) -> str | None:
         """Compile what the stand-in has noted, into the store. Returns None, or what went wrong."""

@@ -6,9 +6,14 @@ what one process compiles another would not find.
 """
 
 import functools
+from threading import Thread
 from types import ModuleType
 
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITCallable
+
+# Every key has a hash of Triton itself, which takes half a second: so it is made while others read weights.
+Thread(target=triton_key, daemon=True).start()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -25,7 +26,8 @@ def compile_kernel(module: str, name: str, target: list[Any], special: str) -> N
     home = importlib.import_module(module)
     settle(home)
     source, options = what_to_compile(getattr(home, name), special)
-    triton.compile(source, target=GPUTarget(*target), options=options)
+    compiled = triton.compile(source, target=GPUTarget(*target), options=options)
+    CudaLauncher(source, compiled.metadata)  # C code that passes the arguments: its library is cached, too
 
 
 def what_to_compile(kernel: Any, special: str) -> tuple[ASTSource, dict[str, Any]]:

@@ -5,6 +5,7 @@ only the files' headers (and a tied LM head, if there is one). It runs before th
 config.json wrongly claims costs no memory.
 """
 
+import os
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ WEIGHTS, SCALES = ("BF16", "F16", "F32", "F8_E4M3"), ("F32", "BF16", "F16", "F8_
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 MTP_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head")
 MTP_COPIES = ("embed_tokens.", "shared_head.head.")  # of the main model's embedding and LM head
+THREADS = min(8, os.cpu_count() or 1)  # that read at once
 EXTRA_ENDINGS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 
 
@@ -126,6 +128,8 @@ def _ffn_table(theirs: str, ours: str, width: int, hidden: int, attn_tp: int = 1
 
 class Checkpoint:
     """The tensors of a Hugging Face folder: where each one is, and its parts on request."""
+
+    threads = THREADS
 
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         """Open the files and read their headers, each once. Files that hold only extra tensors may be missing.

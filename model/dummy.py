@@ -33,7 +33,7 @@ def random_part(
         generator = torch.Generator(device).manual_seed(int.from_bytes(seed, "little"))
         values = torch.randn(end - first, *shape[1:], generator=generator, device=device)
         made.append(values[max(rows[0] - first, 0) : rows[1] - first])
-    values = torch.cat(made)
+    values = torch.cat(made) if len(made) > 1 else made[0]
     return values if unit else values.mul_(deviation(shape))
 
 

@@ -9,13 +9,12 @@ as they are, always together. Otherwise the tensor is dequantised while loading.
 `ExpertReader` reads single experts again while the model serves.
 """
 
-import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
+from threading import Lock
 from types import EllipsisType
 from typing import Protocol
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from kernels.fp8 import dequantize_128x128
 from kernels.fp8_format import BLOCK
-from model.checkpoint import Entry, blocks, checkpoint_table
+from model.checkpoint import THREADS, Entry, blocks, checkpoint_table
 from model.config import ModelConfig
 from model.dummy import deviation, random_part
 from model.layers import FP8
@@ -35,11 +34,12 @@ from model.transformer import Transformer
 from parallel.mesh import Mesh
 
 PIECE_BYTES = 2**25  # a larger tensor is loaded in pieces of whole blocks of rows
-THREADS = min(8, os.cpu_count() or 1)  # that load at once, each with a piece
 
 
 class Source(Protocol):
     """Where weights come from. Several threads call its methods at the same time."""
+
+    threads: int  # that should load at once, each with a piece
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """Return the dtype of a tensor: float8_e4m3fn if it has scales."""
@@ -67,6 +67,7 @@ class DummyWeights:
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.fp8, self.device = config.fp8, device
+        self.threads = THREADS if device.type == "cpu" else 1  # on a GPU, Python's launches take the time
 
     def dtype(self, entry: Entry) -> torch.dtype:
         return FP8 if self.fp8 and "_proj" in entry.name else torch.float32
@@ -126,18 +127,27 @@ def load_weights(model: Transformer, source: Source, mesh: Mesh, hide: bool | No
     """
     pieces = list(_pieces(model, source, mesh))
     sizes = [piece.num_values * source.dtype(piece.entry).itemsize for piece in pieces]
-    bar = tqdm(total=sum(sizes), desc="loading", unit="B", unit_scale=True, disable=hide)
-    with bar, ThreadPoolExecutor(THREADS, "load") as pool:
-        work = iter(zip(pieces, sizes, strict=True))
-        running: dict[Future, int] = {}
+    bar, lock = tqdm(total=sum(sizes), desc="loading", unit="B", unit_scale=True, disable=hide), Lock()
+    left = deque(zip(pieces, sizes, strict=True))
+
+    def load_pieces() -> None:
         while True:
-            for piece, size in islice(work, 2 * THREADS - len(running)):
-                running[pool.submit(piece.load, source)] = size
-            if not running:
-                return sum(sizes)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                future.result()  # raises what the thread raised; the few pieces in flight end first
-                bar.update(running.pop(future))
+            with lock:
+                if not left:
+                    return
+                piece, size = left.popleft()
+            try:
+                piece.load(source)
+            except BaseException:
+                left.clear()  # the few pieces in flight end first
+                raise
+            with lock:
+                bar.update(size)
+
+    with bar, ThreadPoolExecutor(source.threads, "load") as pool:
+        for loading in [pool.submit(load_pieces) for _ in range(source.threads)]:
+            loading.result()  # raises what the thread raised
+    return sum(sizes)
 
 
 def _pieces(model: Transformer, source: Source, mesh: Mesh) -> Iterator[Piece]:

@@ -15,7 +15,7 @@ from disagg.captures import Captures
 from disagg.engine import Engine
 from disagg.graphs import Graphs
 from disagg.prompt_graphs import PromptGraphs
-from disagg.warm_up import run_captured
+from disagg.warm_up import capture
 
 
 class Rerun(Graphs):
@@ -64,5 +64,5 @@ def captured(engine: Engine, prompts: tuple[PromptSize, ...] = ()) -> Rerun:
     )
     if engine.speculation is not None:
         engine.speculation.graphs, engine.speculation.body = graphs, engine.prompt_graphs.body
-    run_captured(engine)
+    capture(engine)
     return graphs

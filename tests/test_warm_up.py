@@ -1,12 +1,15 @@
 """The warm-up: what a first start compiles and waits for, and what people see of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
+import torch
 
 from disagg.config import EngineConfig
 from disagg.engine import Engine
@@ -15,7 +18,11 @@ from disagg.warm_up_progress import EVERY_S, WarmUpProgress, silent
 from kernels.compile_ahead import Offer
 from kernels.ops import Ops
 from model.config import ModelConfig
+from model.dummy import randomize
+from model.transformer import Transformer
 from parallel.mesh import Mesh
+from parallel.placement import Placement
+from tests.test_products import CONFIG
 from tests.test_speculation import make_engine
 from tests.worlds import run_world, sub_mesh
 
@@ -66,6 +73,36 @@ def test_all_of_an_engines_sizes_are_shown(tiny: Path, drafts: int) -> None:
     assert all(shown[what] == buckets for what in wanted)
     assert {1, 2, 64} <= set(shown["prompts"])
     assert shown["decodes beside prompts"] == [4, 2, 1]  # of five sequences, one is a prompt
+
+
+def test_a_step_of_few_layers_calls_every_op_that_a_whole_step_calls() -> None:
+    """With tensors of the same kinds: two dense layers and two with experts do, of three and four."""
+    seen: set[tuple] = set()
+    ops = Ops(**{name: recorded(name, seen) for name, op in vars(Ops()).items() if callable(op)})
+    config = replace(CONFIG, fp8=False, num_hidden_layers=7, first_k_dense_replace=3, drafts=True)
+    mesh, settings = Mesh(), EngineConfig(2, 32, 1024, 64, speculate=1)
+    placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, 1, mesh.device)
+    model = Transformer(config, mesh, placement, ops, torch.float32, 64)
+    randomize(model)
+    engine = Engine(settings, model, mesh)
+    with model.few_layers():
+        assert len(model.layers) == 4
+        run_every_size(engine)
+        run_beside(engine)
+    few = set(seen)
+    seen.clear()
+    run_every_size(engine)
+    run_beside(engine)
+    assert len(model.layers) == 7 and len(few) > 100 and few == seen
+
+
+def recorded(name: str, seen: set[tuple]) -> Callable[..., Any]:
+    def op(*args: Any, **kwargs: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        seen.add((name, *((arg.dtype, arg.shape, arg.stride()) for arg in tensors)))
+        return getattr(Ops(), name)(*args, **kwargs)
+
+    return op
 
 
 class Compiler:

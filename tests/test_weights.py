@@ -20,11 +20,11 @@ from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.memory import check_weights
 from kernels.ops import Ops
-from model.checkpoint import Checkpoint, Entry, checkpoint_table, open_checkpoint
+from model.checkpoint import THREADS, Checkpoint, Entry, checkpoint_table, open_checkpoint
 from model.config import ModelConfig
 from model.footprint import StepShape
 from model.shard import Shard
-from model.weights import THREADS, Piece, _pieces
+from model.weights import Piece, _pieces
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from tests import hf
