@@ -58,7 +58,8 @@ def run_worker(
     if args.role == "unified":
         handoff = BY_DEFAULT
         secret = read_secret(args, mesh.first_host)
-        router = open_front_door(front, args.model, mesh)
+        if front is not None:
+            front.open(args.model, local_host(mesh.first_host))
     else:
         handoff = Handoff(args.transport, args.kv_checksum)
         handoff.check(mesh.device)
@@ -69,6 +70,8 @@ def run_worker(
     dtype = dtype_on(mesh.device, settings.dtype)
     forced = [text for text in args.backend if not text.startswith(DISPATCH)]
     ops, choices = choose(op_shape(config), dtype, mesh.device, forced)
+    if args.role == "unified":
+        router = wait_for_front_door(front, mesh)
     handed_over = config.drafting() if settings.speculate else config
     handoff_bytes = buffer_bytes(page_bytes(handed_over, dtype.itemsize)) if args.role != "unified" else 0
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say, handoff_bytes)
@@ -127,16 +130,15 @@ def choose_threads(device: torch.device) -> None:
         torch.set_num_threads(1)
 
 
-def open_front_door(front: RouterProcess | None, model: str, mesh: Mesh) -> tuple[str, int]:
-    """Collective. Open the front door on rank 0. Returns the router's address.
+def wait_for_front_door(front: RouterProcess | None, mesh: Mesh) -> tuple[str, int]:
+    """Collective. Wait until rank 0's front door is open. Returns the router's address.
 
     An error on rank 0 is raised on all ranks, as a ValueError.
     """
     error, address = None, None
     if front is not None:
-        host = local_host(mesh.first_host)
         try:
-            address = (host, front.open(model, host))
+            address = (local_host(mesh.first_host), front.port())
         except ValueError as problem:
             error = str(problem)
     error, address = mesh.ep.exchange((error, address), tuple[str | None, tuple[str, int] | None])[0]

@@ -50,10 +50,14 @@ class RouterProcess:
         theirs.close()
         self._status = 0
 
-    def open(self, model: str, host: str) -> int:
-        """Open the front door. Returns the router's port. Raises ValueError with what the front door refuses."""
-        try:
+    def open(self, model: str, host: str) -> None:
+        """Have the front door opened. Reading a tokenizer may take a second: do something else meanwhile."""
+        with contextlib.suppress(OSError):  # it has ended, which `port` says
             self._pipe.send((model, host))
+
+    def port(self) -> int:
+        """Wait until the front door is open. Returns the router's port. Raises ValueError with what it refuses."""
+        try:
             port, error = self._pipe.recv()
         except (EOFError, OSError):
             raise ValueError("the router's process has ended") from None

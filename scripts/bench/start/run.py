@@ -2,6 +2,7 @@
 
     python -m scripts.bench.start --shape moonlight
     python -m scripts.bench.start --shape v3 --layers 4 --fp8
+    python -m scripts.bench.start --shape v3 --experts 16 --fp8    # as many as a rank of a deployment may have
 
     the process starts ----> the first token of a request comes ----> all kernels are compiled
                        start                                 behind
@@ -125,6 +126,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.ArgumentParser, argp
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="moonlight", help="the model (moonlight)")
     add("--layers", type=positive, help="layers of the model (the shape's)")
+    add("--experts", type=positive, help="experts of a layer (the shape's)")
     add("--fp8", action="store_true", help="weights in block fp8 (bf16)")
     add("--repeat", type=positive, default=3, help="starts with warm caches (3)")
     add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
@@ -134,7 +136,8 @@ def parse(words: list[str] | None = None) -> tuple[argparse.ArgumentParser, argp
 def run(args: argparse.Namespace) -> list[Measurement]:
     """Start all jobs, and return the figures. Raises ValueError for flags that cannot work."""
     shape, report = SHAPES[args.shape], Report()
-    config = replace(shape, num_hidden_layers=args.layers or shape.num_hidden_layers, fp8=args.fp8)
+    layers, experts = args.layers or shape.num_hidden_layers, args.experts or shape.n_routed_experts
+    config = replace(shape, num_hidden_layers=layers, n_routed_experts=experts, fp8=args.fp8)
     check_size(args.shape, config, pick_device("auto").type)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -144,8 +147,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         for number in range(1 + args.repeat):
             starts.append(one := start(folder, folder / "caches"))
             report.say(f"start {number}: {one.served:.2f} s; {one.warm_up}")
-    layers = f" with {args.layers} layers" if args.layers else ""
-    for figure in figures(f"{args.shape}{layers} in {'fp8' if args.fp8 else 'bf16'}", starts[0], starts[1:]):
+    fewer = [f"{count} {what}" for count, what in ((args.layers, "layers"), (args.experts, "experts")) if count]
+    name = f"{args.shape}{' with ' if fewer else ''}{' and '.join(fewer)} in {'fp8' if args.fp8 else 'bf16'}"
+    for figure in figures(name, starts[0], starts[1:]):
         report.keep(figure)
     return report.records
 
