@@ -20,6 +20,7 @@ from disagg.step import NO_WORK, Drafts, Work
 from disagg.warm_up_progress import Shown, silent
 from kernels.compile_ahead import CompileAhead, Compiler
 from kernels.nvcc_ahead import NvccAhead
+from kernels.ops import Ops
 from model.pages import pages_for
 
 COMPILED = "all kernels of this rank are compiled; later starts on this machine find them"
@@ -33,7 +34,7 @@ def warm_up(engine: Engine, progress: Shown = silent, behind: bool = False) -> N
     """
     if engine.mesh.device.type != "cuda":
         return
-    found, all_of_them = compilers(engine)
+    found, all_of_them = compilers(engine.ops, alone=engine.mesh.size == 1)
     ahead = engine.compiling = make_ahead(engine, found)
     try:
         with ahead.installed():
@@ -98,17 +99,17 @@ def rehearse(engine: Engine, ahead: CompileAhead, progress: Shown, behind: bool)
     engine.mesh.ep.barrier()  # another rank may still compile what this one needs
 
 
-def compilers(engine: Engine) -> tuple[list[Compiler], bool]:
-    """Return those of the engine's kernels that can compile ahead, and whether these are all."""
+def compilers(ops: Ops, alone: bool) -> tuple[list[Compiler], bool]:
+    """Return what can compile the kernels of ops ahead, and whether these are all. `alone`: the job has one rank."""
     found: list[Compiler] = []
     all_of_them = True
     try:
         module = importlib.import_module("kernels.triton_ahead")  # not at the top, because it needs Triton
-        found.append(module.TritonAhead(alone=engine.mesh.size == 1))
+        found.append(module.TritonAhead(alone))
     except ImportError as error:  # also of what another version of Triton lacks
         print(f"warning: Triton's kernels compile one by one: {error}", file=sys.stderr)
         all_of_them = False
-    if any(op.__module__ == "kernels.deep_gemm_ops" for op in vars(engine.ops).values() if callable(op)):
+    if any(op.__module__ == "kernels.deep_gemm_ops" for op in vars(ops).values() if callable(op)):
         try:
             found.append(NvccAhead.of_deep_gemm())
         except OSError as error:

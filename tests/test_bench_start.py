@@ -45,7 +45,7 @@ def test_a_first_start_lasts_until_all_kernels_are_compiled(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("job", "said"),
-    [("import sys; sys.exit('no GPU')", "no GPU"), ("print('{\"error\": \"too long\"}')", "too long")],
+    [("import sys; sys.exit('no GPU')", "no GPU"), ('print(\'{"error": "too long"}\')', "too long")],
 )
 def test_a_job_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, said: str) -> None:
     (tmp_path / "run.py").write_text(job)

@@ -4,6 +4,7 @@ Arrivals from the other ranks are SIMULATED (`loopback.py`). A step runs whole o
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from torch import Tensor
 from disagg.fixed_inputs import FixedInputs
 from disagg.graphs import Graphs
 from disagg.steps import DecodeStep
+from disagg.warm_up import compilers
 from kernels.backend import choose
+from kernels.compile_ahead import CompileAhead
 from kernels.ops import Ops
 from model.batch import Batch, Chunk, Decodes, split
 from model.config import ModelConfig
@@ -179,7 +182,7 @@ class Rank:
         pages = [range(1 + i * each, 1 + (i + 1) * each) for i in range(batch)]
         decodes = Decodes(np.arange(batch), np.full(batch, kv - 1), pages)
         eager = partial(step.run, decodes, batch, eager=True)
-        eager()
+        self._run_first(eager, batch, kv, overlap)
         if self.device.type != "cuda":
             return RankStep(eager, eager)
         graphs.capture(lambda rows: step.run(decodes, rows), [batch], "decode steps")
@@ -206,8 +209,19 @@ class Rank:
         batch = Batch.build([], prompts, self.device)
         halves = tuple(Batch.build(*part, self.device) for part in split([], prompts)) if overlap else None
         run = lambda: self.model(batch, self.pool, contiguous, halves)  # noqa: E731
-        run()
+        self._run_first(run, tokens, prompt, overlap)
         return RankStep(run, run)
+
+    def _run_first(self, step: Callable[[], object], *sizes: int) -> None:
+        """Run a step once. Its kernels, of these sizes, compile many at once."""
+        if self.device.type == "cuda":
+            ahead = CompileAhead(compilers(self.ops, alone=True)[0], repr((self.config, sizes)))
+            with ahead.installed():
+                with ahead.rehearsal():
+                    step()
+                for problem in ahead.finish() or ():
+                    print(f"warning: a kernel was not compiled ahead: {problem}", file=sys.stderr)
+        step()
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
