@@ -343,13 +343,13 @@ def run_engine(args: argparse.Namespace, mesh: Mesh, config: ModelConfig, report
     model = random_model(config, mesh, settings.positions(config), args.backend or ["auto"])
     bench = Bench(Engine(settings, model, mesh, report.say))
     report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
-    for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafting.most else ():
-        uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
-        print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
     progress = WarmUpProgress(report.say, bar=mesh.rank == 0)
     warm_up(bench.engine, progress)
     report.say(f"warm-up: {progress.summary}")
     report.say(f"ready after {time.perf_counter() - start:.1f} s{report.label}")
+    for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafting.most else ():
+        uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
+        print(f"batch {batch} hits {bench.experts_hit(batch):.1f} experts a layer (uniform routing: {uniform:.1f})")
     measure(bench, report, args)
     if mesh.device.type == "cuda":
         report.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
