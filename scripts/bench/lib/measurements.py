@@ -126,9 +126,10 @@ def load(path: Path = STORE) -> list[Measurement]:
 
 
 def save(records: list[Measurement], path: Path = STORE) -> None:
-    kept = [asdict(record) | {"ratio": record.ratio} for record in records]
+    """Write a file of measurements: JSON, with a line for each."""
+    kept = [json.dumps(asdict(record) | {"ratio": record.ratio}) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    path.write_text("[\n" + ",\n".join(kept) + "\n]\n")
 
 
 def merge(new: list[Measurement], old: list[Measurement]) -> list[Measurement]:
