@@ -421,8 +421,11 @@ def test_a_replicas_report_of_its_cache_counts_only_if_it_can_be_true(capsys: py
         other.send(Kept(bytes(range(5 * 8))))
         other.send(Kept(pages[1:]))
         assert eventually(lambda: router.port.refusals.count == 3)
-        known = {id: one.kept.count(array("Q", pages)) for id, one in router.fleet.replicas.items()}
-        assert known == {"keeping": 2, "other": 0, "none": 0}
+
+        def known() -> dict[str, int]:
+            return {id: one.kept.count(array("Q", pages)) for id, one in router.fleet.replicas.items()}
+
+        assert eventually(lambda: known() == {"keeping": 2, "other": 0, "none": 0}), known()
         prefill = joining("prefill", "prefill", router)
         finish(keeping, keeping.hear(Submit), other, none, prefill)
     assert answers[0].error is None
