@@ -1,12 +1,14 @@
 """scripts/bench/start: a real job is timed until its first token, and what it says about its kernels is found."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from disagg.warm_up import COMPILED
-from scripts.bench.start.run import Start, figures, main, start
+from scripts.bench.start import run
+from scripts.bench.start.run import Start, figures, start
 
 # Stands before `run.py`: a job that warms up as one on a GPU does. Its caches tell it whether it has done so before.
 REHEARSES = f"""
@@ -23,19 +25,26 @@ sys.exit(0 if sys.stdin.read() == "" else "there was more input")
 """
 
 
-def test_a_start_is_timed_until_its_first_token(tmp_path: Path) -> None:
-    """On a CPU: nothing is compiled there."""
-    main(["--shape", "tiny", "--repeat", "1", "--out", str(tmp_path / "out.json")])
+def test_a_start_is_timed_until_its_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where nothing is compiled. The first is a real one."""
+    made: list[Start] = []
+
+    def started(folder: Path, caches: Path) -> Start:
+        made.append(replace(made[0], served=1.5) if made else start(folder, caches))
+        return made[-1]
+
+    monkeypatch.setattr(run, "start", started)
+    run.main(["--shape", "tiny", "--fp8", "--experts", "8", "--repeat", "2", "--out", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    names = ["first token, empty caches", "first token, warm caches"]
-    assert [row["name"] for row in found] == [f"start of tiny in bf16: {name}" for name in names]
-    assert all(0.1 < row["value"] < 100 and row["unit"] == "s" for row in found)
+    names = [f"start of tiny with 8 experts in fp8: first token, {which} caches" for which in ("empty", "warm")]
+    assert [row["name"] for row in found] == names and len(made) == 3
+    assert 0.1 < found[0]["value"] < 100 and found[1]["value"] == 1.5 and {row["unit"] for row in found} == {"s"}
 
 
 def test_a_first_start_lasts_until_all_kernels_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.py").write_text(REHEARSES)
     (tmp_path / "request.jsonl").write_text("{}\n")
-    monkeypatch.setattr("scripts.bench.start.run.ROOT", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     first, second = (start(tmp_path, tmp_path / "caches") for _ in range(2))
     assert first.warm_up == "warm-up: 3.1 s: kernels 2.0, prompts 1.1" and first.compiled > first.served + 0.2
     assert second.warm_up == "warm-up: 3.1 s: prompts 1.1" and second.compiled is None
@@ -50,6 +59,6 @@ def test_a_first_start_lasts_until_all_kernels_are_compiled(tmp_path: Path, monk
 def test_a_job_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, said: str) -> None:
     (tmp_path / "run.py").write_text(job)
     (tmp_path / "request.jsonl").write_text("{}\n")
-    monkeypatch.setattr("scripts.bench.start.run.ROOT", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     with pytest.raises(RuntimeError, match=said):
         start(tmp_path, tmp_path / "caches")
