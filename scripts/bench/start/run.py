@@ -9,8 +9,8 @@
 
 A start is `run.py` with random weights and one request, whose answer has one token. The first one has empty folders for
 the kernels of Triton and DeepGEMM. It serves until those are full, and the next ones have the same folders. So a figure
-of "warm caches" has no kernel to compile; it is the median of --repeat starts. What else the machine keeps in memory,
-like Python's files, is what it is: the first start reads them, too.
+of "warm caches" has no kernel to compile; it is the median of --repeat starts. What else the machine keeps, like
+Python's compiled files, is what it is. Where PYTHONDONTWRITEBYTECODE forbids these, each start takes seconds longer.
 """
 
 import argparse
@@ -75,16 +75,15 @@ class Job:
 
     def wait(self, name: str, is_it: Callable[[str], bool]) -> tuple[float, str]:
         """Wait for that line. Raises RuntimeError if the job ends without it, or takes LIMIT_S seconds."""
-        while (found := self.first(name, is_it)) is None:
-            if self._process.poll() is not None or time.monotonic() - self._began > LIMIT_S:
-                for reader in self._readers if self._process.poll() is not None else ():
+        while True:
+            if ended := self._process.poll() is not None:
+                for reader in self._readers:
                     reader.join()
-                if (found := self.first(name, is_it)) is not None:
-                    return found
-                self._process.kill()
+            if (found := self.first(name, is_it)) is not None:
+                return found
+            if ended or time.monotonic() - self._began > LIMIT_S:
                 raise RuntimeError(f"the job did not say what it should:\n{self.log}")
             time.sleep(LOOK_S)
-        return found
 
     @property
     def log(self) -> str:
@@ -96,19 +95,27 @@ class Job:
         if status := self._process.wait(LIMIT_S):
             raise RuntimeError(f"the job's exit status is {status}:\n{self.log}")
 
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+
 
 def start(folder: Path, caches: Path) -> Start:
     """Start a job, wait until it has served and has all its kernels, and end it."""
     job = Job(folder, caches)
-    served, line = job.wait("stdout", bool)
-    if (answer := json.loads(line)).get("error") is not None:
-        raise RuntimeError(f"the answer is {answer}")
-    warm_up = job.first("stderr", lambda line: " warm-up: " in line)
-    compiled = None
-    if warm_up is not None and " kernels " in warm_up[1]:
-        compiled, _ = job.wait("stderr", lambda line: COMPILED in line)
-    job.end()
-    return Start(served, compiled, warm_up[1].strip() if warm_up is not None else "")
+    try:
+        served, line = job.wait("stdout", bool)
+        if (answer := json.loads(line)).get("error") is not None:
+            raise RuntimeError(f"the answer is {answer}")
+        _, warm_up = job.first("stderr", lambda line: " warm-up: " in line) or (0, "")
+        compiled = None
+        if " kernels " in warm_up:
+            compiled, _ = job.wait("stderr", lambda line: COMPILED in line)
+        job.end()
+    finally:
+        job.kill()
+    return Start(served, compiled, warm_up.strip())
 
 
 def figures(name: str, empty: Start, warm: list[Start]) -> list[Measurement]:
