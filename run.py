@@ -158,9 +158,13 @@ def main() -> int:
         return run_router(args, ModelConfig.from_pretrained(args.model), interrupt)
     settings = EngineConfig.from_flags(args)
     front = RouterProcess(args) if args.role == "unified" and launched_rank() == 0 else None
-    mesh = Mesh.create(args.attn_tp)
-    args.model = find_model(args.model, mesh, weights=args.load == "weights", drafts=settings.speculate > 0)
-    return run_worker(args, settings, ModelConfig.from_pretrained(args.model), mesh, interrupt, front)
+    try:
+        mesh = Mesh.create(args.attn_tp)
+        args.model = find_model(args.model, mesh, weights=args.load == "weights", drafts=settings.speculate > 0)
+        return run_worker(args, settings, ModelConfig.from_pretrained(args.model), mesh, interrupt, front)
+    finally:
+        if front is not None:
+            front.abandon()
 
 
 if __name__ == "__main__":

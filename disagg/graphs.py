@@ -58,7 +58,7 @@ class Graphs:
     def capture(
         self, step: Callable[[Size], object], sizes: Sequence[Size], what: str, progress: Shown = silent
     ) -> None:
-        """Collective. Capture the parts of `step(size)`, for every size. Their kernels must have run before.
+        """Collective. Capture the parts of `step(size)`, for every size. All their kernels must be loaded already.
 
         The largest comes first, so that the others fit into its memory.
         """

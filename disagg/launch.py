@@ -138,7 +138,7 @@ def wait_for_front_door(front: RouterProcess | None, mesh: Mesh) -> tuple[str, i
     error, address = None, None
     if front is not None:
         try:
-            address = (local_host(mesh.first_host), front.port())
+            address = front.address()
         except ValueError as problem:
             error = str(problem)
     error, address = mesh.ep.exchange((error, address), tuple[str | None, tuple[str, int] | None])[0]

@@ -24,6 +24,7 @@ from kernels.ops import Ops
 from model.pages import pages_for
 
 COMPILED = "all kernels of this rank are compiled; later starts on this machine find them"
+NOT_COMPILED = "kernels not compiled ahead, first"
 Size = TypeVar("Size", bound=Any)
 
 
@@ -76,21 +77,24 @@ def make_ahead(engine: Engine, found: list[Compiler]) -> CompileAhead:
 def rehearse(engine: Engine, ahead: CompileAhead, progress: Shown, behind: bool) -> None:
     """Collective. Compile the kernels of all steps, many at once. `behind`: as in `warm_up`."""
 
-    def found(sizes: Iterable[Size], what: str) -> Iterable[Size]:
-        return progress(sizes, "finding kernels of products" if what.startswith("products") else "finding kernels")
+    def of_steps(sizes: Iterable[Size], what: str) -> Iterable[Size]:
+        return progress(sizes, "finding kernels")
+
+    def of_products(sizes: Iterable[Size], what: str) -> Iterable[Size]:
+        return progress(sizes, "finding kernels of products")
 
     def finish() -> None:
         problems = ahead.finish()
         if problems:
-            print(f"warning: {len(problems)} kernels not compiled ahead, first {problems[0]}", file=sys.stderr)
+            print(f"warning: {len(problems)} {NOT_COMPILED} {problems[0]}", file=sys.stderr)
         elif problems is not None and behind:
             print(COMPILED, file=sys.stderr)
 
     with ahead.rehearsal(), engine.model.few_layers():
-        run_every_size(engine, found)
-        run_beside(engine, found)
+        run_every_size(engine, of_steps)
+        run_beside(engine, of_steps)
     with ahead.rehearsal(behind):
-        run_products(engine, most_prompt_tokens(engine), found)
+        run_products(engine, most_prompt_tokens(engine), of_products)
     ahead.wait(progress)
     if behind:
         threading.Thread(target=finish, name="kernels", daemon=True).start()
@@ -161,7 +165,7 @@ def run_each(step: Callable[[Size], object], sizes: Iterable[Size], what: str, p
 
 
 def capture(engine: Engine, progress: Shown = silent) -> None:
-    """Collective. Capture `engine.captures` as CUDA graphs. Their kernels must have run before."""
+    """Collective. Capture `engine.captures` as CUDA graphs, after `run_every_size`."""
     graphs, captures = engine.graphs, engine.captures
     if captures.prompts:
         graphs.capture(engine.prompt_graphs.run_padding, captures.prompts, "captures of prompts", progress)

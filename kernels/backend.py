@@ -185,7 +185,9 @@ def _load(op: str, library: str) -> Callable:
             return getattr(ref, op)
         case "triton":
             module = importlib.import_module(OURS[op])
-            importlib.import_module("kernels.triton_keys").settle(module)
+            keys = importlib.import_module("kernels.triton_keys")
+            keys.begin()
+            keys.settle(module)
             return getattr(module, op)
         case _:
             return getattr(importlib.import_module(f"kernels.{library}_ops"), op)

@@ -114,10 +114,12 @@ class CompileAhead:
         problems = [problem for future in futures if (problem := _problem(future)) is not None]
         if self._closed:
             return None
-        if not problems:
-            for mark in self._marks:
+        for mark in self._marks if not problems else ():
+            try:
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
+            except OSError as error:
+                problems.append(str(error))
         self.close()
         return problems
 

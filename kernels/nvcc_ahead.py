@@ -1,11 +1,12 @@
 """DeepGEMM's kernels compiled ahead (`compile_ahead.py`), into a store in DeepGEMM's cache.
 
 DeepGEMM builds a kernel when it first needs it: it writes the source to a folder, runs nvcc, which takes seconds, and
-loads the cubin. It does not build without a launch. But its nvcc can be chosen, so a stand-in comes first:
+loads the cubin. It does not build without a launch. But its nvcc can be chosen. So a stand-in comes first: a shell
+script, which leaves most of its work to `nvcc_stand_in.py`.
 
-    rehearsal   the stand-in notes its arguments, and fails. So does the call: it is left out
+    rehearsal   the script notes its arguments, and fails. So does the call: it is left out
     meanwhile   threads run nvcc for what was noted, and put the cubins into the store
-    warm-up     DeepGEMM builds again, and the stand-in gives it the cubins (`nvcc_stand_in.py`)
+    warm-up     DeepGEMM builds again. `nvcc_stand_in.py` gives it the cubins
     serving     the same, whenever a kernel is needed first
 
 The store has a cubin per kernel, under a hash of all that it depends on. Jobs and ranks of a machine share it.
@@ -32,12 +33,12 @@ from kernels import nvcc_stand_in
 from kernels.compile_ahead import Offer
 
 NVCC = "DG_JIT_NVCC_COMPILER"  # environment variable: DeepGEMM reads it once, before its first build
-NOTE = "MOESAIC_NOTE"  # environment variable: the file for the stand-in's note, set in a rehearsal
-# A shell starts sooner than Python: DeepGEMM waits for each note.
+NOTE = "MOESAIC_NOTE"  # environment variable: the file for the script's note, set in a rehearsal
+# DeepGEMM waits for each note, and a shell starts sooner than Python. `Build.of` has the same rules.
 STAND_IN = f"""#!/bin/sh
-case "$*" in
-*verbose*) ;;
-*-cubin*)
+case " $* " in
+*" --ptxas-options="*verbose*) ;;
+*" -cubin "*)
     if [ -n "${{{NOTE}-}}" ]; then
         printf '%%s\\0' "$PWD" "$@" >"${NOTE}"
         exit 1
@@ -68,7 +69,10 @@ class NvccAhead:
     @classmethod
     def of_deep_gemm(cls) -> "NvccAhead":
         """Find nvcc and the cache as DeepGEMM itself does. Raises OSError as the constructor does."""
-        return cls(find_nvcc(), Path(os.environ.get("DG_JIT_CACHE_DIR") or Path.home() / ".deep_gemm"))
+        try:
+            return cls(find_nvcc(), Path(os.environ.get("DG_JIT_CACHE_DIR") or Path.home() / ".deep_gemm"))
+        except RuntimeError as error:  # of a user without a home
+            raise OSError(str(error)) from None
 
     def _program(self, script: str) -> str:
         """Make a script a program in the cache, named after its text. Returns its path."""
@@ -110,22 +114,25 @@ class NvccAhead:
                 return call()
         except RuntimeError:  # DeepGEMM's for a failed build. If it is another's, the warm-up itself will show it
             self._left_out.add(what)
-            with suppress(OSError):
+            try:
                 self._take_note()
+            except OSError as error:
+                self._offer(f"{what}", partial(str, error))  # a problem, so that later starts rehearse again
             return None
 
     def _take_note(self) -> None:
-        """Offer the kernel that the stand-in has noted. Raises OSError if it has none, or its source is gone."""
-        folder, *arguments = self._note.read_text().removesuffix("\0").split("\0")
+        """Offer the kernel that was noted. Raises OSError if there is no note, or its source is gone."""
+        folder, *arguments = os.fsdecode(self._note.read_bytes()).removesuffix("\0").split("\0")
         self._note.unlink()
         if (build := nvcc_stand_in.Build.of(arguments, folder)) is not None:
             job = build.job(self.nvcc)
-            build.forget()
             key = nvcc_stand_in.key_of(job)
             self._offer(key, partial(self._compile, key, json.loads(job)))
+            with suppress(OSError):
+                build.forget()
 
     def _compile(self, key: str, job: dict) -> str | None:
-        """Compile what the stand-in has noted, into the store. Returns None, or what went wrong."""
+        """Compile what was noted, into the store. Returns None, or what went wrong."""
         result = self.cache / f"{key}.cubin"
         return None if result.exists() else self._run(job["source"], job["flags"], result)
 

@@ -24,10 +24,11 @@ class Build(NamedTuple):
     def of(cls, arguments: list[str], folder: str = "") -> "Build | None":
         """Return the build, or None if nvcc is asked for something else, as for what it prints if it is verbose.
 
-        `folder`: where it is asked, if not here.
+        `folder`: the one that nvcc was started in, if not this process's.
         """
         sources = [argument for argument in arguments if argument.endswith(".cu")]
-        if len(sources) != 1 or "-cubin" not in arguments or "-o" not in arguments or "verbose" in str(arguments):
+        verbose = any(arg.startswith("--ptxas-options=") and "verbose" in arg for arg in arguments)
+        if len(sources) != 1 or "-cubin" not in arguments or "-o" not in arguments or verbose:
             return None
         at = arguments.index("-o")
         flags = [flag for flag in arguments[:at] + arguments[at + 2 :] if flag not in (sources[0], "-cubin")]

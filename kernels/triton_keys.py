@@ -12,8 +12,11 @@ from types import ModuleType
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITCallable
 
-# Every key has a hash of Triton itself, which takes half a second: so it is made while others read weights.
-Thread(target=triton_key, daemon=True).start()
+
+@functools.cache
+def begin() -> None:
+    """Have Triton hash itself, in a thread. Every key has that, and it takes half a second. Triton keeps it."""
+    Thread(target=triton_key, name="triton", daemon=True).start()
 
 
 @functools.cache

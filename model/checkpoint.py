@@ -25,7 +25,7 @@ WEIGHTS, SCALES = ("BF16", "F16", "F32", "F8_E4M3"), ("F32", "BF16", "F16", "F8_
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 MTP_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head")
 MTP_COPIES = ("embed_tokens.", "shared_head.head.")  # of the main model's embedding and LM head
-THREADS = min(8, os.cpu_count() or 1)  # that read at once
+THREADS = min(8, os.cpu_count() or 1)  # that load at once
 EXTRA_ENDINGS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 
 

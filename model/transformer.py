@@ -163,9 +163,10 @@ class Transformer(nn.Module):
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
-        """Inside, a step has at most two layers of each kind. It launches all kernels that a whole step does.
+        """Inside, a step has at most two dense layers, two with experts, and the draft layer, if the model has one.
 
-        The very first layer has a norm of its own, because there is no sum before it. Layers of a kind are else alike.
+        It launches all kernels that a whole step does. Two of a kind, because the very first layer has another norm
+        than the rest: there is no sum before it.
         """
         layers, first = self.layers, self.first
         self.layers, self.first = layers[: min(first, 2)].extend(layers[first : first + 2]), min(first, 2)

@@ -39,7 +39,7 @@ PIECE_BYTES = 2**25  # a larger tensor is loaded in pieces of whole blocks of ro
 class Source(Protocol):
     """Where weights come from. Several threads call its methods at the same time."""
 
-    threads: int  # that should load at once, each with a piece
+    threads: int  # how many should load pieces of it at once
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """Return the dtype of a tensor: float8_e4m3fn if it has scales."""
@@ -139,14 +139,22 @@ def load_weights(model: Transformer, source: Source, mesh: Mesh, hide: bool | No
             try:
                 piece.load(source)
             except BaseException:
-                left.clear()  # the few pieces in flight end first
+                stop()
                 raise
             with lock:
                 bar.update(size)
 
+    def stop() -> None:
+        """Have the threads end, each after the piece that it loads."""
+        with lock:
+            left.clear()
+
     with bar, ThreadPoolExecutor(source.threads, "load") as pool:
-        for loading in [pool.submit(load_pieces) for _ in range(source.threads)]:
-            loading.result()  # raises what the thread raised
+        try:
+            for loading in [pool.submit(load_pieces) for _ in range(source.threads)]:
+                loading.result()  # raises what the thread raised
+        finally:
+            stop()  # also at Ctrl-C, which this thread alone hears
     return sum(sizes)
 
 

@@ -41,6 +41,7 @@ def make_nvcc(folder: Path) -> Path:
 
 class DeepGemmDouble:
     __version__ = "double"
+    flags = ""  # more of them
 
     def __init__(self) -> None:
         """It has not built anything, and reads its environment when it does."""
@@ -88,7 +89,7 @@ class DeepGemmDouble:
 
     def compile(self, folder: Path) -> None:
         source, cubin = folder / "kernel.cu", folder / "kernel.cubin"
-        command = f"cd {folder.parent} && {self.nvcc} {source} -cubin -o {cubin} -O3 2>&1"
+        command = f"cd {folder.parent} && {self.nvcc} {source} -cubin -o {cubin} -O3 {self.flags} 2>&1"
         done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             printf(f"NVCC compilation failed: {done.stdout}\n")

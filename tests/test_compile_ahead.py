@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,35 @@ def test_a_call_that_is_left_out_is_not_tried_again(tmp_path: Path, start: Start
     now.finish()
     assert (builds, double.builds) == (2, 4)  # of the scales, and of the product
     assert all(out.shape == (300, 128) and out.min() >= 0 and 0 < out.max() <= 1 for out in outs)
+
+
+def test_a_folder_that_stays_costs_no_kernel(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepGEMM, or a file system, may keep something in it."""
+    compile = DeepGemmDouble.compile
+
+    def keeping(self: DeepGemmDouble, folder: Path) -> None:
+        (folder / "kernel.ptx").touch()
+        compile(self, folder)
+
+    monkeypatch.setattr(DeepGemmDouble, "compile", keeping)
+    assert rehearse(start()[0]) == [] and len(store(tmp_path, ".cubin")) == KERNELS
+
+
+def test_flags_may_have_any_bytes(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of headers may, and so may the words that the stand-in looks for be in them."""
+    folder = tmp_path / "a verbose -cubin\n\udcff"
+    monkeypatch.setattr(DeepGemmDouble, "flags", f"-I{shlex.quote(str(folder))}")
+    assert rehearse(start()[0]) == [] and len(store(tmp_path, ".cubin")) == KERNELS
+
+
+def test_what_is_left_out_without_a_note_is_a_problem(start: Start) -> None:
+    """So later starts rehearse again."""
+    ops, _ = start()
+    now = ahead()
+    with now.installed(), now.rehearsal():
+        os.environ[NOTE] = "/dev/full"
+        ops.gemm_fp8(*operands(300, 128))
+    assert len(now.finish()) == 2 and not now.is_done
 
 
 def test_people_see_no_failure_of_a_rehearsal(start: Start, capfd: pytest.CaptureFixture[str]) -> None:

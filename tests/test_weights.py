@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -372,6 +373,21 @@ def test_pieces_make_the_whole(shape: str, tmp_path: Path, monkeypatch: pytest.M
         assert (len(pieces) > sum(1 for _ in checkpoint_table(stored[-1][0].config))) == (at == 1)
     for one, other in zip(*stored, strict=True):
         assert_same(one, other)
+
+
+def test_ctrl_c_ends_the_loading_after_the_pieces_in_flight(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Piece] = []
+
+    def slow(piece: Piece, source: object) -> None:
+        loaded.append(piece)
+        if len(loaded) == 1:
+            signal.raise_signal(signal.SIGINT)  # the main thread hears it, and waits for this one
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Piece, "load", slow)
+    with pytest.raises(KeyboardInterrupt):
+        hf.load(single)
+    assert 1 <= len(loaded) <= 4 * THREADS
 
 
 def test_few_tensors_are_in_memory_at_once(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,22 +48,30 @@ class RouterProcess:
             sys.stderr.flush()
             os._exit(status)
         theirs.close()
-        self._status = 0
+        self._status, self._host = 0, ""
+        self._watch: threading.Thread | None = None  # from `start` on
 
     def open(self, model: str, host: str) -> None:
         """Have the front door opened. Reading a tokenizer may take a second: do something else meanwhile."""
-        with contextlib.suppress(OSError):  # it has ended, which `port` says
+        self._host = host
+        with contextlib.suppress(OSError):  # it has ended, which `address` says
             self._pipe.send((model, host))
 
-    def port(self) -> int:
-        """Wait until the front door is open. Returns the router's port. Raises ValueError with what it refuses."""
+    def address(self) -> tuple[str, int]:
+        """Wait until the front door is open. Returns the router's address. Raises ValueError with what it refuses."""
         try:
             port, error = self._pipe.recv()
         except (EOFError, OSError):
             raise ValueError("the router's process has ended") from None
         if error is not None:
             raise ValueError(error)
-        return port
+        return self._host, port
+
+    def abandon(self) -> None:
+        """End the process, if it does not serve yet. Otherwise it ends by itself."""
+        if self._watch is None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
     def start(self, replicas: int, interrupt: Interrupt) -> None:
         """Serve requests. A router that is killed ends the job, as Ctrl-C would."""
@@ -74,6 +82,7 @@ class RouterProcess:
 
     def join(self) -> int:
         """Wait until the router has ended, now that the job has. Returns its exit status."""
+        assert self._watch is not None
         self._tell(None)  # another rank may have been interrupted alone
         self._watch.join()
         return self._status
@@ -111,7 +120,7 @@ def _serve(pipe: Connection, args: Namespace) -> int:
         args.model, host = pipe.recv()
         try:
             front = FrontDoor(args, ModelConfig.from_pretrained(args.model), (host, 0))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             pipe.send((None, str(error)))
             return 2
         pipe.send((front.port.port, None))

@@ -347,7 +347,8 @@ def run_engine(args: argparse.Namespace, mesh: Mesh, config: ModelConfig, report
     report.say(f"dispatch: {bench.engine.dispatchers.why}; overlap: {bench.engine.rule.why}; fp8: {model.fp8}")
     progress = WarmUpProgress(report.say, bar=mesh.rank == 0)
     warm_up(bench.engine, progress)
-    report.say(f"warm-up: {progress.summary}")
+    if progress.summary:
+        report.say(f"warm-up: {progress.summary}")
     report.say(f"ready after {time.perf_counter() - start:.1f} s{report.label}")
     for batch in args.batch if config.num_moe_layers and mesh.size == 1 and not report.drafting.most else ():
         uniform = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)

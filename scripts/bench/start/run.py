@@ -14,19 +14,19 @@ Python's compiled files, is what it is. Where PYTHONDONTWRITEBYTECODE forbids th
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from threading import Thread
 
-from disagg.warm_up import COMPILED
+from disagg.warm_up import COMPILED, NOT_COMPILED
 from parallel.mesh import pick_device
 from scripts.bench.lib.flags import new_file, positive
 from scripts.bench.lib.measurements import ROOT, Measurement, Report, save
@@ -52,18 +52,20 @@ class Job:
 
     def __init__(self, folder: Path, caches: Path) -> None:
         env = os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "DG_JIT_CACHE_DIR": f"{caches}/deep_gemm"}
-        flags = ["--model", str(folder), "--load", "dummy", "--input", "-", "--output", "-"]
+        flags = ["--model", str(folder), "--load", "dummy", "--dtype", "bfloat16", "--input", "-", "--output", "-"]
         pipe = subprocess.PIPE
         self._began = time.monotonic()
+        command = [sys.executable, "run.py", *flags]
         self._process = subprocess.Popen(
-            [sys.executable, "run.py", *flags], cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
         )
         self._said: dict[str, list[tuple[float, str]]] = {"stdout": [], "stderr": []}
         self._readers = [Thread(target=self._read, args=(name,), daemon=True) for name in self._said]
         for reader in self._readers:
             reader.start()
-        self._process.stdin.write((folder / "request.jsonl").read_text())
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, which `wait` says
+            self._process.stdin.write((folder / "request.jsonl").read_text())
+            self._process.stdin.flush()
 
     def _read(self, name: str) -> None:
         for line in getattr(self._process, name):
@@ -90,9 +92,13 @@ class Job:
         return "".join(f"{seconds:7.2f} s  {line}" for seconds, line in self._said["stderr"])
 
     def end(self) -> None:
-        """Close its input, and wait until it has ended. Raises RuntimeError if it fails."""
+        """Close its input, and wait until it has ended. Raises RuntimeError if it fails, or takes LIMIT_S seconds."""
         self._process.stdin.close()
-        if status := self._process.wait(LIMIT_S):
+        try:
+            status = self._process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the job does not end:\n{self.log}") from None
+        if status:
             raise RuntimeError(f"the job's exit status is {status}:\n{self.log}")
 
     def kill(self) -> None:
@@ -105,13 +111,15 @@ def start(folder: Path, caches: Path) -> Start:
     """Start a job, wait until it has served and has all its kernels, and end it."""
     job = Job(folder, caches)
     try:
-        served, line = job.wait("stdout", bool)
-        if (answer := json.loads(line)).get("error") is not None:
-            raise RuntimeError(f"the answer is {answer}")
+        served, answer = job.wait("stdout", bool)
+        if "error" in answer or "{" not in answer:
+            raise RuntimeError(f"the answer is {answer}{job.log}")
         _, warm_up = job.first("stderr", lambda line: " warm-up: " in line) or (0, "")
         compiled = None
         if " kernels " in warm_up:
-            compiled, _ = job.wait("stderr", lambda line: COMPILED in line)
+            compiled, line = job.wait("stderr", lambda line: COMPILED in line or NOT_COMPILED in line)
+            if NOT_COMPILED in line:
+                raise RuntimeError(f"{line}{job.log}")
         job.end()
     finally:
         job.kill()
@@ -153,7 +161,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         starts = []
         for number in range(1 + args.repeat):
             starts.append(one := start(folder, folder / "caches"))
-            report.say(f"start {number}: {one.served:.2f} s; {one.warm_up}")
+            report.say(f"start {number}: {one.served:.2f} s{'; ' if one.warm_up else ''}{one.warm_up}")
     fewer = [f"{count} {what}" for count, what in ((args.layers, "layers"), (args.experts, "experts")) if count]
     name = f"{args.shape}{' with ' if fewer else ''}{' and '.join(fewer)} in {'fp8' if args.fp8 else 'bf16'}"
     for figure in figures(name, starts[0], starts[1:]):
