@@ -179,8 +179,8 @@ class Engine:
             loaded = load_weights(model, source, mesh, hide=None if mesh.rank == 0 else True)
         except (OSError, ValueError) as error:
             loaded, problem = 0, f"--model {folder}: {error}"
-        if problems := [other for other in mesh.ep.exchange(problem, str | None) if other is not None]:
-            raise ValueError(problems[0])
+        if (problem := mesh.ep.first_problem(problem)) is not None:
+            raise ValueError(problem)
         if not moves:
             source.close()
         seconds, gigabytes = time.perf_counter() - began, loaded / 1e9

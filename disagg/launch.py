@@ -135,13 +135,12 @@ def wait_for_front_door(front: RouterProcess | None, mesh: Mesh) -> tuple[str, i
 
     An error on rank 0 is raised on all ranks, as a ValueError.
     """
-    error, address = None, None
+    problem, address = None, None
     if front is not None:
         try:
             address = front.address()
-        except ValueError as problem:
-            error = str(problem)
-    error, address = mesh.ep.exchange((error, address), tuple[str | None, tuple[str, int] | None])[0]
-    if error is not None:
-        raise ValueError(error)
-    return address
+        except ValueError as error:
+            problem = str(error)
+    if (problem := mesh.ep.first_problem(problem)) is not None:
+        raise ValueError(problem)
+    return mesh.ep.exchange(address, tuple[str, int] | None)[0]

@@ -100,7 +100,7 @@ def _serve(
         turn = pipeline.turn(end)
         if turn == Turn.OVER:
             # All ranks of a job end for one reason: a rank that the router had not admitted yet knows of none itself.
-            problem = next(filter(None, mesh.ep.exchange(problem or connection.problem, str | None)), None)
+            problem = mesh.ep.first_problem(problem or connection.problem)
             break
         if turn == Turn.WORKED:
             nap_ms = 1

@@ -103,6 +103,14 @@ class Group:
         rows, decode = self.all_gather(padded).numpy(), _decoder(kind).decode
         return [decode(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
+    def first_problem(self, problem: str | None) -> str | None:
+        """Return the first member's problem, by rank, of those that have one.
+
+        It may name a path with bytes that are no UTF-8, which the others get escaped.
+        """
+        sent = None if problem is None else problem.encode(errors="backslashreplace").decode()
+        return next(filter(None, self.exchange(sent, str | None)), None)
+
     def barrier(self) -> None:
         """Wait until every member has come here."""
         self.exchange(None, None)

@@ -182,6 +182,10 @@ def check_collectives(mesh: Mesh) -> None:
     assert group.exchange({"rank": group.rank}, dict[str, int]) == [{"rank": r} for r in range(group.size)]
     letters = "abc" * 1000 * group.rank + "x"  # of another length on every rank
     assert [len(text) for text in group.exchange(letters, str)] == [3000 * r + 1 for r in range(group.size)]
+    last = group.size - 1
+    problem = f"--model m\udcff on {group.rank}" if group.rank >= last - 1 else None  # a path that is not UTF-8
+    assert group.first_problem(problem) == f"--model m\\udcff on {max(0, last - 1)}"
+    assert group.first_problem(None) is None
     if group.size > 1:
         with pytest.raises(ValueError, match="Expected `int`, got `str`"):
             group.exchange("not a number" if group.rank else 1, int)
