@@ -1013,7 +1013,9 @@ def test_a_prefill_end_that_is_stopped_before_decode_came_ends_decodes_rooms(lib
         assert door.poll(SOON * 1000)
         connect = listen(door.store.port, HOST, there.endpoint)
         SendLink(key, connect, there.pool(None), queue.SimpleQueue(), Credits()).stop()
-        assert "the other end has gone" in end.hear_end(1, "link p/d", within=5).error
+        ended = end.hear_end(1, "link p/d", within=5)
+        by_gloo = library == "torch" and "Gloo connectFullMesh failed" in ended.error  # it may notice first
+        assert ended.link_down and ("the other end has gone" in ended.error or by_gloo)
         end.hush()
         door.close()
 
