@@ -186,7 +186,7 @@ def _load(op: str, library: str) -> Callable:
         case "triton":
             module = importlib.import_module(OURS[op])
             keys = importlib.import_module("kernels.triton_keys")
-            keys.begin()
+            keys.hash_triton()
             keys.settle(module)
             return getattr(module, op)
         case _:

@@ -117,7 +117,7 @@ class NvccAhead:
             try:
                 self._take_note()
             except OSError as error:
-                self._offer(f"{what}", partial(str, error))  # a problem, so that later starts rehearse again
+                self._offer(str(what), partial(str, error))  # a problem, so that later starts rehearse again
             return None
 
     def _take_note(self) -> None:

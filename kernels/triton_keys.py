@@ -14,7 +14,7 @@ from triton.runtime.jit import JITCallable
 
 
 @functools.cache
-def begin() -> None:
+def hash_triton() -> None:
     """Have Triton hash itself, in a thread. Every key has that, and it takes half a second. Triton keeps it."""
     Thread(target=triton_key, name="triton", daemon=True).start()
 

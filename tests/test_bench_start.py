@@ -10,7 +10,7 @@ from disagg.warm_up import COMPILED
 from scripts.bench.start import run
 from scripts.bench.start.run import Start, figures, start
 
-# Stands before `run.py`: a job that warms up as one on a GPU does. Its caches tell it whether it has done so before.
+# Stands in for `run.py`: a job that warms up as one on a GPU does. Its caches tell it whether it has done so before.
 REHEARSES = f"""
 import json, os, pathlib, sys, time
 cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])

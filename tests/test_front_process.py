@@ -1,10 +1,12 @@
-"""disagg/front/process.py: a router that never serves is ended, and its end is told."""
+"""disagg/front/process.py: a router that never serves is ended, and what keeps it from serving is told."""
 
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
+from disagg.front import process
 from disagg.front.process import RouterProcess
 
 
@@ -16,9 +18,13 @@ def test_a_router_that_does_not_serve_yet_is_ended() -> None:
         os.waitpid(front._pid, 0)
 
 
-def test_what_the_system_refuses_is_told(tmp_path: pytest.TempPathFactory) -> None:
-    front = RouterProcess(Namespace(existing="refuse", output=None))
-    front.open(str(tmp_path / "no model"), "127.0.0.1")
-    with pytest.raises(ValueError, match="no model"):
+def test_what_the_system_refuses_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(process, "FrontDoor", refused)
+    front = RouterProcess(Namespace())
+    front.open(str(tiny), "127.0.0.1")
+    with pytest.raises(ValueError, match="too many open files"):
         front.address()
     front.abandon()

@@ -1,11 +1,11 @@
 """Measure the engine's offline throughput with random weights of a given shape: prefill, and decode by batch size.
 
-python -m scripts.bench.engine --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
-python -m scripts.bench.engine --peer                                        # beside vLLM, else transformers
-python -m scripts.bench.engine --peer vllm --peer-python "source peer/env.sh && python3"
-python -m scripts.bench.engine --peer sglang --peer-python "source sglang/env.sh && python3"
-torchrun --nproc-per-node 2 -m scripts.bench.engine --shape v3 --layers 6 --batch 128 --prefill-batch 16 --overlap on
-python -m scripts.bench.engine --speculate 1,2 --accept 0.6 --batch 1,32,128
+    python -m scripts.bench.engine --shape moonlight --batch 1,32,64,128 --prompt 1024 --output 128 --out records.json
+    python -m scripts.bench.engine --peer                                        # beside vLLM, else transformers
+    python -m scripts.bench.engine --peer vllm --peer-python "source peer/env.sh && python3"
+    python -m scripts.bench.engine --peer sglang --peer-python "source sglang/env.sh && python3"
+    torchrun --nproc-per-node 2 -m scripts.bench.engine --shape v3 --layers 6 --batch 128 --prefill-batch 16
+    python -m scripts.bench.engine --speculate 1,2 --accept 0.6 --batch 1,32,128
 
 On a GPU the reference of each rate is a roofline (scripts.bench.lib.roofline). It is modelled from this GPU's ceilings,
 which are measured in the same run. With --peer the same work first goes through another engine (peer.py). Its
