@@ -7,6 +7,8 @@ o_proj, in the same pass.
 Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -148,10 +150,10 @@ def _values_kernel(
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute one head's values for BLOCK_T tokens. With scales_ptr, v_dim is GROUP: one scale per token and head."""
+    """Compute BLOCK_V of one head's values for BLOCK_T tokens. With scales_ptr, all of them: v_dim is GROUP then."""
     after_previous(PDL)
     head, token = tl.program_id(0), tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    live, row = token < batch, tl.arange(0, BLOCK_V)
+    live, row = token < batch, tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     at = token.to(tl.int64)[:, None] * heads + head  # row of [B * H]
     acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for first in range(0, latent, BLOCK_C):
@@ -167,6 +169,29 @@ def _values_kernel(
     else:
         y = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
         store_quantized(y, out, scales_ptr + head.to(tl.int64) * scale_stride + token, mask, live)
+
+
+class Tile(NamedTuple):
+    """What a program of `_values_kernel` computes, and how."""
+
+    tokens: int
+    values: int
+    columns: int  # of the latent, per step
+    warps: int
+    stages: int
+
+
+def _values_tile(attended: Tensor, v_dim: int, whole: bool) -> Tile:
+    """`whole`: a program must compute all values of a token's head."""
+    (batch, heads, _), sms = attended.shape, num_sms(attended.device)
+    fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
+    tokens, values = max(16, triton.next_power_of_2(batch)), max(16, triton.next_power_of_2(v_dim))
+    if fast and not whole and heads * triton.cdiv(batch, 64) < sms // 2:  # few programs: cut the values, too
+        return Tile(min(64, tokens), min(32, values), 128, 4, 3)
+    tokens = min(128 if fast else 16, tokens)
+    while tokens > 16 and heads * triton.cdiv(batch, tokens) < sms // 2:
+        tokens //= 2
+    return Tile(tokens, values, 64 if fast else 32, 8 if tokens == 128 else 4, 3 if fast else 1)
 
 
 def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Tensor | Quantized:
@@ -204,11 +229,8 @@ def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Te
             **pdl(attended),
         )
         return out
-    fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
-    block_t = min(128 if fast else 16, max(16, triton.next_power_of_2(batch)))
-    while block_t > 16 and heads * triton.cdiv(batch, block_t) < num_sms(attended.device) // 2:
-        block_t //= 2
-    _values_kernel[heads, triton.cdiv(batch, block_t)](
+    tile = _values_tile(attended, v_dim, scales is not None)
+    _values_kernel[heads, triton.cdiv(batch, tile.tokens), triton.cdiv(v_dim, tile.values)](
         attended,
         w_uv,
         out,
@@ -219,11 +241,11 @@ def project_values(attended: Tensor, w_uv: Tensor, quantize: bool = False) -> Te
         0 if scales is None else scales.stride(1),
         latent,
         v_dim,
-        block_t,
-        max(16, triton.next_power_of_2(v_dim)),
-        64 if fast else 32,
+        tile.tokens,
+        tile.values,
+        tile.columns,
         **pdl(attended),
-        num_warps=8 if block_t == 128 else 4,
-        num_stages=3 if fast else 1,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return (out, scales) if quantize else out

@@ -50,7 +50,7 @@ OURS = {  # op -> the module with its Triton kernel
     "linear": "kernels.linear",
     "linear_float32": "kernels.linear",
     "ffn_beside": "kernels.linear",
-    "gate_topk": "kernels.route",
+    "gate_topk": "kernels.gate",
     "ep_scatter": "kernels.route",
     "ep_scatter_masked": "kernels.route",
     "ep_gather": "kernels.route",

@@ -29,7 +29,7 @@ def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: 
 
 
 @gluon.jit
-def _load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
+def load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
     """Ask TMA for 64 rows of queries or of a page; `bar` flips when all are in shared memory."""
     mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + rest_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(rest_desc, [row, 0], bar, rest)
@@ -38,13 +38,13 @@ def _load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
 
 
 @gluon.jit
-def _decode_load(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
+def load_pages(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
     """Run the loader warp: page after page, into the buffer that is free."""
     for i in range(pages):
         row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
         at = i % 2
         mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)
-        _load_rows(
+        load_rows(
             left_desc, right_desc, rest_desc, row, full.index(at), left.index(at), right.index(at), rest.index(at)
         )
 
@@ -214,7 +214,7 @@ def decode_kernel(
     fence_async_shared()
     first_head = gl.program_id(0) * BLOCK_H
     q_row = seq * heads + first_head
-    _load_rows(q_left_desc, q_right_desc, q_rest_desc, q_row, q_full.index(0), q_left, q_right, q_rest)
+    load_rows(q_left_desc, q_right_desc, q_rest_desc, q_row, q_full.index(0), q_left, q_right, q_rest)
     seq64 = seq.to(gl.int64)
     out_row, partial_row = seq64 * heads, (seq64 * most + split) * heads
     attend = (
@@ -244,7 +244,7 @@ def decode_kernel(
     )
     table = page_table + seq64 * table_stride
     load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
-    gl.warp_specialize([(_decode_attend, attend), (_decode_load, load)], [1], [24])
+    gl.warp_specialize([(_decode_attend, attend), (load_pages, load)], [1], [24])
 
 
 def can_decode(q: Tensor, main: int, v_dim: int) -> bool:
@@ -261,12 +261,13 @@ def launch_decode(
     lse: Tensor,
     used: Tensor,
     splits: int,
+    max_splits: int,
     scale: float,
     main: int,
     rest: int,
     q_len: int,
 ) -> None:
-    """Fill `out` [B Q, H, v], or `partial` [B, splits, Q H, v] and `lse` for sequences with used > 1.
+    """Fill `out` [B Q, H, v], or `partial` [B * max_splits, Q H, v] and `lse` for sequences with used > 1.
 
     The results are those of `mla_decode._decode_kernel`. q [B Q, H, d], rows [pages * 64, d]. A program takes 64 heads:
     72 KB of queries and two 72 KB pages fill an SM's shared memory, and the output's 128 KB fill half its registers.
@@ -277,7 +278,7 @@ def launch_decode(
         (tile(x, 64, half), tile(x[:, half:], 64, half), tile(x[:, main:], 64, rest))
         for x in (q.reshape(-1, kv_dim), rows)
     )
-    decode_kernel[triton.cdiv(heads, 64), partial.shape[1], batch](
+    decode_kernel[triton.cdiv(heads, 64), max_splits, batch](
         *q_tiles,
         *kv_tiles,
         page_table,

@@ -6,6 +6,7 @@ import flash_mla
 from torch import Tensor
 
 from kernels import mla_decode as ours
+from kernels.decode_few_heads import Splits
 
 
 class TilePlan(NamedTuple):
@@ -13,8 +14,10 @@ class TilePlan(NamedTuple):
     metadata: Any  # how the library cuts the sequences; filled in at a step's first call
 
 
-def decode_plan(kv_lens: Tensor, q_len: int = 1) -> TilePlan:
-    return TilePlan(kv_lens.clamp(min=q_len), flash_mla.get_mla_metadata()[0])
+def decode_plan(kv_lens: Tensor, q_len: int, heads: int) -> TilePlan | Splits:
+    """Return the library's plan; with few heads that of our own kernel, which is faster there."""
+    splits = ours.decode_plan(kv_lens, q_len, heads)
+    return TilePlan(kv_lens.clamp(min=q_len), flash_mla.get_mla_metadata()[0]) if splits is None else splits
 
 
 def mla_decode(
@@ -24,17 +27,14 @@ def mla_decode(
     kv_lens: Tensor,
     scale: float,
     v_dim: int | None = None,
-    plan: TilePlan | None = None,
+    plan: TilePlan | Splits | None = None,
 ) -> Tensor:
-    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 may attend the first rows of its first page.
-
-    Very few sequences of few heads take our own kernel, which is faster there.
-    """
+    """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 may attend the first rows of its first page."""
     assert v_dim == 512, f"{v_dim=}"
-    if ours.serves_few(q, len(kv_lens)):
-        return ours.mla_decode(q, kv_pages, page_table, kv_lens, scale, v_dim)
     batch, q_len = len(kv_lens), len(q) // max(1, len(kv_lens))
-    plan = plan or decode_plan(kv_lens, q_len)
+    plan = plan or decode_plan(kv_lens, q_len, q.shape[1])
+    if isinstance(plan, Splits):
+        return ours.mla_decode(q, kv_pages, page_table, kv_lens, scale, v_dim, plan)
     out, _ = flash_mla.flash_mla_with_kvcache(
         q.unflatten(0, (batch, q_len)),
         kv_pages[:, :, None],

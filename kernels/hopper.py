@@ -52,5 +52,9 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1))
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def on_hopper(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    return q.dtype == torch.bfloat16 and is_hopper(q.device)

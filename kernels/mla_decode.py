@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import decode_hopper
+from kernels import decode_few_heads, decode_hopper, hopper
 from kernels.attention import LOG2_E, attention_scores, softmax_step
+from kernels.decode_few_heads import Splits
+from kernels.gemm import num_sms
 from kernels.pdl import after_previous, pdl
 
 PAGE = 64  # rows of a KV page
@@ -166,40 +168,60 @@ def _decode_kernel(
         tl.store(lse_ptr + place, top + tl.log2(norm), mask=head < heads)
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["starts", "most"])
 def _combine_kernel(
     partial,
     lse_ptr,
     used_ptr,
+    starts,
     out,
     heads,
     most,
     v_dim,
-    BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the splits of BLOCK_V columns of one head of one sequence, weighted by their share of the softmax sum."""
+    """Merge the splits of BLOCK columns of a sequence, of all heads' in a row, weighted by their share of softmax sums.
+
+    Sequence b's are splits starts[b] to starts[b + 1]; with `starts` None, the first used_ptr[b] of the `most` from
+    b * most on.
+    """
     after_previous(PDL)
-    head, seq = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    used = tl.load(used_ptr + seq)
+    seq = tl.program_id(1).to(tl.int64)
+    if starts is None:
+        start = seq * most
+        used = tl.load(used_ptr + seq)
+    else:
+        start = tl.load(starts + seq).to(tl.int64)
+        used = tl.load(starts + seq + 1) - start.to(tl.int32)
     if used <= 1:
         return
-    split, col = tl.arange(0, BLOCK_S), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    acc = tl.zeros([BLOCK_V], tl.float32)
-    top, total = float("-inf"), 0.0
-    for first in range(0, used, BLOCK_S):  # BLOCK_S loads in flight
-        here = first + split < used
-        place = (seq * most + first + split) * heads + head  # [BLOCK_S]
-        lse = tl.load(lse_ptr + place, mask=here, other=float("-inf"))
-        rows = tl.load(
-            partial + place[:, None] * v_dim + col, mask=here[:, None] & (col < v_dim), other=0.0
-        )  # [BLOCK_S, BLOCK_V]
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        shrink, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
-        acc = acc * shrink + tl.sum(weight[:, None] * rows, 0)
-        total, top = total * shrink + tl.sum(weight, 0), new_top
-    tl.store(out + (seq * heads + head) * v_dim + col, (acc / total).to(out.dtype.element_ty), mask=col < v_dim)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live, head = col < heads * v_dim, col // v_dim
+    top, total = tl.full([BLOCK], FLOOR, tl.float32), tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, used, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # so many loads in flight
+            here, row = live & (first + i < used), (start + first + i) * heads
+            lse = tl.load(lse_ptr + row + head, mask=here, other=float("-inf"))
+            value = tl.load(partial + row * v_dim + col, mask=here, other=0.0)
+            new_top = tl.maximum(top, lse)
+            shrink, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
+            acc, total, top = acc * shrink + weight * value, total * shrink + weight, new_top
+    tl.store(out + seq * heads * v_dim + col, (acc / total).to(out.dtype.element_ty), mask=live)
+
+
+def _combine(
+    partial: Tensor, lse: Tensor, used: Tensor | None, starts: Tensor | None, out: Tensor, batch: int, most: int
+) -> None:
+    """Merge splits into `out`. Some two programs per SM, if that is enough: many take longer to start than to run."""
+    heads, v_dim = lse.shape[-1], partial.shape[-1]
+    block = triton.next_power_of_2(triton.cdiv(batch * heads * v_dim, 2 * num_sms(out.device)))
+    block = min(2048, max(128, block))
+    _combine_kernel[triton.cdiv(heads * v_dim, block), batch](
+        partial, lse, used, starts, out, heads, most, v_dim, block, min(16, 4096 // block), num_warps=4, **pdl(out)
+    )
 
 
 def _columns(dim: int) -> tuple[int, int]:
@@ -228,26 +250,25 @@ class Cut(NamedTuple):
     warps: int
     splits: int  # of a sequence of average length
     least: int  # blocks per split
-    merged: tuple[int, int]  # splits and columns that a program of the second kernel merges at once
 
 
 FEW_SEQUENCES = 2  # up to which cutting a sequence into its smallest parts pays, with FEW_HEADS at most
 FEW_HEADS = 16
 
 
-def serves_few(q: Tensor, batch: int) -> bool:
-    """Is q [B Q, H, C + R] of so few sequences and heads that our Triton kernel is faster than all others?"""
-    return q.dtype == torch.bfloat16 and len(q) == batch <= FEW_SEQUENCES and q.shape[1] <= FEW_HEADS
-
-
-def _cut(q: Tensor, batch: int, heads: int, pages: int, v_dim: int) -> Cut:
-    whole = triton.next_power_of_2(v_dim)
-    if serves_few(q, batch):
-        return Cut(16, 32, 4, max(1, min(64, 2 * pages)), 1, (64, min(64, whole)))
+def _cut(q: Tensor, batch: int, heads: int, pages: int) -> Cut:
+    if q.dtype == torch.bfloat16 and len(q) == batch <= FEW_SEQUENCES and heads <= FEW_HEADS:
+        return Cut(16, 32, 4, max(1, min(64, 2 * pages)), 1)
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     rows, keys, warps = (64, PAGE, 8) if fast else (16, 16, 4)
     splits = _choose_splits(batch * triton.cdiv(heads, rows), pages, q.device)
-    return Cut(rows, keys, warps, splits, 2, (8, whole))
+    return Cut(rows, keys, warps, splits, 2)
+
+
+def decode_plan(kv_lens: Tensor, q_len: int, heads: int) -> Splits | None:
+    """Return the `plan` that a step's calls of `mla_decode` share, computed once: where few heads have their kernel."""
+    fits = q_len * heads <= decode_few_heads.ROWS and len(kv_lens) > 0
+    return decode_few_heads.plan_splits(kv_lens) if fits and hopper.is_hopper(kv_lens.device) else None
 
 
 def mla_decode(
@@ -257,7 +278,7 @@ def mla_decode(
     kv_lens: Tensor,
     scale: float,
     v_dim: int | None = None,
-    plan: None = None,
+    plan: Splits | None = None,
 ) -> Tensor:
     """Attend the last Q tokens per sequence with absorbed MLA. Contract: `ref.mla_decode`; `v_dim` None: all columns.
 
@@ -267,8 +288,7 @@ def mla_decode(
 
     64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
     as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
-    bf16 with v_dim <= C takes `decode_hopper`: pass v_dim. For very few sequences and heads (`serves_few`) no page is
-    read twice anyway, and splits are as short as they can be.
+    bf16 with v_dim <= C takes `decode_few_heads` or `decode_hopper`: pass v_dim.
     """
     (tokens, of_token, kv_dim), batch = q.shape, len(kv_lens)
     v_dim = v_dim or kv_dim
@@ -279,18 +299,25 @@ def mla_decode(
     heads = q_len * of_token
     in_a_row = q_len == 1 or q.stride(0) == of_token * q.stride(1)
     q = q if q.stride(-1) == 1 and in_a_row else q.contiguous()
-    cut = _cut(q, batch, heads, page_table.shape[1], v_dim)
     main, rest = _columns(kv_dim)
     rows = kv_pages.view(-1, kv_dim)
+    if decode_few_heads.serves(q, batch, main, v_dim):
+        splits = plan or decode_few_heads.plan_splits(kv_lens)
+        partial, lse = _partial(len(splits.table), heads, v_dim, q.device)
+        decode_few_heads.launch(
+            q, rows, page_table, kv_lens, splits, out, partial, lse, scale * LOG2_E, main, rest, q_len
+        )
+        _combine(partial, lse, None, splits.starts, out, batch, 0)
+        return out
+    cut = _cut(q, batch, heads, page_table.shape[1])
     splits = max_splits = cut.splits
     if batch > 1:  # a long sequence among short ones takes more than the average
         max_splits = min(2 * splits, max(1, page_table.shape[1] * PAGE // cut.keys // cut.least))
-    partial = torch.empty(batch, max_splits, heads, v_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    partial, lse = _partial(batch * max_splits, heads, v_dim, q.device)
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
-    if decode_hopper.can_decode(q, main, v_dim) and not serves_few(q, batch):
+    if decode_hopper.can_decode(q, main, v_dim):
         decode_hopper.launch_decode(
-            q, rows, page_table, kv_lens, out, partial, lse, used, splits, scale * LOG2_E, main, rest, q_len
+            q, rows, page_table, kv_lens, out, partial, lse, used, splits, max_splits, scale * LOG2_E, main, rest, q_len
         )
     else:
         _decode_kernel[triton.cdiv(heads, cut.rows), max_splits, batch](
@@ -326,17 +353,11 @@ def mla_decode(
             **pdl(q),
         )
     if max_splits > 1:
-        at_once, columns = cut.merged
-        _combine_kernel[heads, batch, triton.cdiv(v_dim, columns)](
-            partial,
-            lse,
-            used,
-            out,
-            heads,
-            max_splits,
-            v_dim,
-            BLOCK_S=at_once,
-            BLOCK_V=columns,
-            **pdl(q),
-        )
+        _combine(partial, lse, used, None, out, batch, max_splits)
     return out
+
+
+def _partial(splits: int, heads: int, v_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Allocate what splits leave to be merged: outputs [splits, heads, v_dim], and log2 of the softmax sums."""
+    outputs = torch.empty(splits, heads, v_dim, dtype=torch.float32, device=device)
+    return outputs, outputs.new_empty(splits, heads)

@@ -139,7 +139,7 @@ class Ops:
     silu_mul: SiluMul = ref.silu_mul
     prefill_attention: PrefillAttention = ref.prefill_attention
     mla_decode: MlaDecode = ref.mla_decode
-    decode_plan: Callable[[T, int], Any] = ref.decode_plan  # from the library that serves mla_decode
+    decode_plan: Callable[[T, int, int], Any] = ref.decode_plan  # from the library that serves mla_decode
     linear: Product = ref.linear
     linear_float32: ProductFloat32 = ref.linear_float32
     ffn_beside: Callable[[T, T, T], T] = ref.ffn_beside

@@ -39,8 +39,11 @@ def prefill_attention(
     return quantize_1x128(out.flatten(1)) if quantize else out
 
 
-def decode_plan(kv_lens: Tensor, q_len: int = 1) -> Any:
-    """Return the `plan` that one step's calls of mla_decode share, computed once. Here it is empty."""
+def decode_plan(kv_lens: Tensor, q_len: int, heads: int) -> Any:
+    """Return the `plan` that one step's calls of mla_decode share, computed once. Here it is empty.
+
+    kv_lens [B]; `q_len` tokens of each sequence, `heads` of each token.
+    """
     return None
 
 
@@ -60,7 +63,7 @@ def mla_decode(
     page_table [B, P], kv_lens [B] -> [B Q, H, v_dim].
 
     A sequence of length 0 is padding: its results are zero here, and finite in every library if the pool is finite.
-    Others have at least Q rows. `plan` is `decode_plan(kv_lens, Q)` of the same library; calls with equal shapes and
+    Others have at least Q rows. `plan` is `decode_plan(kv_lens, Q, H)` of the same library; calls with equal shapes and
     kv_lens share it. None: this call makes its own.
     """
     q_len, heads = len(q) // max(1, len(kv_lens)), q.shape[1]

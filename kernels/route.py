@@ -1,11 +1,13 @@
-"""Routing in Triton: the top-k gate, and the moves from token order to expert order and back.
+"""Routing in Triton: the moves from token order to expert order and back.
 
 A copy is one (token, k) pair. Its row is its expert's first row plus its rank among that expert's copies, counted in
 token order. There are no atomics, so the order is the same on every run.
 
     contiguous   many copies: count per block, sum the counts of earlier blocks, rank within a block by cumulative sum
-    masked       few copies: one program per expert walks over all of them
+    masked       few copies: each token's program walks over those of earlier tokens, and then moves the token
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,131 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.pdl import after_previous, pdl
-
-
-@triton.jit(do_not_specialize=["is_token"])
-def _gate_kernel(
-    logits,
-    bias,
-    slot_of_expert,
-    is_token,
-    ids_out,
-    weights_out,
-    num_experts,
-    n_group,
-    topk_group,
-    top_k,
-    scale,
-    NORMALIZE: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    GROUP_BEST: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Route one token per program. Its experts are [groups, experts per group], padded to powers of two [G, P]."""
-    after_previous(PDL, LET_NEXT=False)
-    token = tl.program_id(0).to(tl.int64)
-    per_group = num_experts // n_group
-    group, place = tl.arange(0, G), tl.arange(0, P)
-    expert = group[:, None] * per_group + place[None, :]  # [G, P]
-    exists = (group < n_group)[:, None] & (place < per_group)[None, :]
-    scores = tl.load(logits + token * num_experts + expert, mask=exists, other=float("-inf")).to(tl.float32)
-    if SOFTMAX:
-        scores = tl.exp(scores - tl.max(tl.max(scores, 1), 0))
-        scores = scores / tl.sum(tl.sum(scores, 1), 0)
-    else:
-        scores = tl.sigmoid(scores)
-    choice = scores
-    if bias is not None:
-        choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
-    choice = tl.where(choice == choice, choice, -1e30)  # with NaN, argmax could find one expert twice, or none
-    choice = tl.where(exists, choice, float("-inf"))
-
-    if G > 1:  # keep the topk_group groups whose GROUP_BEST best experts sum highest
-        value, first = tl.max(choice, 1, return_indices=True)  # [G]
-        if GROUP_BEST == 2:
-            second = tl.max(tl.where(place[None, :] == first[:, None], float("-inf"), choice), 1)
-            value = tl.where(per_group > 1, value + second, value)
-        value = tl.where(group < n_group, value, float("-inf"))
-        keep = group < 0
-        for _ in range(topk_group):
-            winner = tl.argmax(value, 0)  # the lower id on a tie
-            keep = keep | (group == winner)
-            value = tl.where(group == winner, float("-inf"), value)
-        choice = tl.where(keep[:, None], choice, float("-inf"))
-
-    choice, scores, expert = tl.reshape(choice, [G * P]), tl.reshape(scores, [G * P]), tl.reshape(expert, [G * P])
-    slot, k = tl.arange(0, G * P), tl.arange(0, K)
-    ids = tl.zeros((K,), dtype=tl.int32)
-    weights = tl.zeros((K,), dtype=tl.float32)
-    for i in range(top_k):
-        taken = slot == tl.argmax(choice, 0)
-        ids = tl.where(k == i, tl.sum(tl.where(taken, expert, 0), 0), ids)
-        weights = tl.where(k == i, tl.sum(tl.where(taken, scores, 0.0), 0), weights)
-        choice = tl.where(taken, float("-inf"), choice)
-    if NORMALIZE:
-        weights = weights / (tl.sum(weights, 0) + 1e-20)
-    ids = ids.to(tl.int64)
-    if slot_of_expert is not None:
-        ids = tl.load(slot_of_expert + ids, mask=k < top_k, other=-1)
-    if is_token is not None:
-        ids = tl.where(tl.load(is_token + token), ids, -1)
-    tl.store(ids_out + token * top_k + k, ids, mask=k < top_k)
-    tl.store(weights_out + token * top_k + k, weights * scale, mask=k < top_k)
-
-
-def gate_topk(
-    logits: Tensor,
-    bias: Tensor | None,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    normalize: bool,
-    scale: float,
-    slot_of_expert: Tensor | None = None,
-    is_token: Tensor | None = None,
-    softmax: bool = False,
-    group_best: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """Choose each token's experts in one launch; ties go to the lower id. Contract: `ref.gate_topk`.
-
-    logits [T, E] float32, bias [E], slot_of_expert [E] int64, is_token [T] bool -> ids [T, K] int64, by falling
-    score + bias, and weights [T, K] float32. Raises ValueError if the experts do not divide into the groups, or if
-    `group_best` is neither 1 nor 2.
-    """
-    tokens, num_experts = logits.shape
-    if num_experts % n_group:
-        raise ValueError(f"{num_experts=} is not a multiple of {n_group=}")
-    if group_best not in (1, 2):
-        raise ValueError(f"{group_best=} must be 1 or 2")
-    ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
-    weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
-    if tokens:
-        g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
-        _gate_kernel[tokens,](
-            logits.contiguous(),
-            bias,
-            slot_of_expert,
-            is_token,
-            ids,
-            weights,
-            num_experts,
-            n_group,
-            topk_group,
-            top_k,
-            scale,
-            normalize,
-            softmax,
-            group_best,
-            g,
-            p,
-            triton.next_power_of_2(top_k),
-            num_warps=1,
-            **pdl(logits),
-        )
-    return ids, weights
 
 
 @triton.jit(do_not_specialize=["num_copies"])
@@ -183,26 +60,9 @@ def _place_kernel(
     tl.store(row_expert + row, expert, mask=here)
 
 
-@triton.jit
-def _place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.constexpr, PDL: tl.constexpr):
-    """Number and count one expert's copies, in token order. The first program also writes the -1s."""
-    after_previous(PDL)
-    mine = tl.program_id(0)
-    row = mine.to(tl.int64) * room
-    for start in range(0, num_copies, COPIES):
-        copy = start + tl.arange(0, COPIES)
-        expert = tl.load(experts + copy, mask=copy < num_copies, other=-2).to(tl.int32)
-        hot = (expert == mine).to(tl.int32)
-        tl.store(index + copy, row + tl.cumsum(hot, 0) - 1, mask=hot > 0)
-        tl.store(index + copy, tl.full([COPIES], -1, tl.int64), mask=(expert == -1) & (mine == 0))
-        row += tl.sum(hot, 0)
-    tl.store(counts + mine, (row - mine.to(tl.int64) * room).to(tl.int32))
-
-
 @triton.jit(do_not_specialize_on_alignment=["scale_col"])
 def _move_kernel(
     x,
-    index,
     out,
     scales,
     scales_out,
@@ -210,6 +70,7 @@ def _move_kernel(
     scale_col,
     S,
     D,
+    index,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -235,6 +96,72 @@ def _move_kernel(
                 row = tl.load(index + token * K + k)
                 if row >= 0:
                     tl.store(scales_out + row * S + col, scale, mask=col < S)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "num_copies", "room"],
+    do_not_specialize_on_alignment=["scale_col"],
+)
+def _scatter_masked_kernel(
+    x,
+    out,
+    scales,
+    scales_out,
+    scale_row,
+    scale_col,
+    S,
+    D,
+    experts,
+    index,
+    counts,
+    tokens,
+    num_copies,
+    room,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Move a token to its experts' rooms. Its program counts the copies of earlier tokens that are before it there.
+
+    Behind the programs of the tokens comes one per expert, which counts all of its copies.
+    """
+    after_previous(PDL, LET_NEXT=False)
+    token, expert, first_columns = tl.program_id(0), tl.program_id(0) - tokens, tl.program_id(1) == 0
+    copy, k = tl.arange(0, COPIES), tl.arange(0, PADDED_K)
+    if expert >= 0:
+        if first_columns:
+            count = tl.zeros([COPIES], tl.int32)
+            for start in range(0, num_copies, COPIES):
+                other = tl.load(experts + start + copy, mask=start + copy < num_copies, other=-1).to(tl.int32)
+                count += (other == expert).to(tl.int32)
+            tl.store(counts + expert, tl.sum(count, 0))
+        return
+    earlier = token * K  # copies of earlier tokens
+    mine = tl.load(experts + earlier + k, mask=k < K, other=-1).to(tl.int32)
+    before = tl.zeros([PADDED_K], tl.int32)
+    for start in range(0, earlier, COPIES):
+        other = tl.load(experts + start + copy, mask=start + copy < earlier, other=-2).to(tl.int32)
+        before += tl.sum((other[:, None] == mine[None]).to(tl.int32), 0)
+    row = tl.where(mine >= 0, mine.to(tl.int64) * room + before, -1)
+    if first_columns:
+        tl.store(index + earlier + k, row, mask=k < K)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    value = tl.load(x + token.to(tl.int64) * D + cols, mask=cols < D)
+    for i in tl.static_range(K):
+        place = tl.sum(tl.where(k == i, row, 0), 0)
+        if place >= 0:
+            tl.store(out + place * D + cols, value, mask=cols < D)
+    if scales is not None:  # noqa: SIM102 (this is known at compile time, the next is not)
+        if first_columns:
+            col = tl.arange(0, BLOCK_S)
+            scale = tl.load(scales + token.to(tl.int64) * scale_row + col * scale_col, mask=col < S)
+            for i in tl.static_range(K):
+                place = tl.sum(tl.where(k == i, row, 0), 0)
+                if place >= 0:
+                    tl.store(scales_out + place * S + col, scale, mask=col < S)
 
 
 @triton.jit
@@ -282,28 +209,30 @@ def _gather_kernel(
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 
-def _move(x: Tensor, scales: Tensor | None, index: Tensor, *lead: int) -> list[Tensor]:
-    """Move rows of x [N, D], and of scales [N, S], to their places in new tensors [*lead, D], [*lead, S]."""
-    out = x.new_empty(*lead, x.shape[1])
-    moved = [out] if scales is None else [out, scales.new_empty(*lead, scales.shape[1])]
-    if x.shape[0] and out.numel():
+class _Move(NamedTuple):
+    """New tensors, and what a kernel that moves rows there takes."""
+
+    made: list[Tensor]
+    arguments: tuple
+    block_d: int  # columns of a program
+    block_s: int  # at least all columns of the scales
+
+    @classmethod
+    def to(cls, x: Tensor, scales: Tensor | None, *lead: int) -> "_Move":
+        """Plan to move rows of x [N, D], and of scales [N, S], into new tensors [*lead, D], [*lead, S]."""
+        out = x.new_empty(*lead, x.shape[1])
         source, target = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (x.contiguous(), out))
         block = min(triton.next_power_of_2(x.shape[1]), 8192 // x.itemsize)
-        strides = (0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])
-        _move_kernel[x.shape[0], triton.cdiv(x.shape[1], block)](
-            source,
-            index,
-            target,
-            scales,
-            None if scales is None else moved[1],
-            *strides,
-            x.shape[1],
-            index.shape[1],
-            block,
-            1 if scales is None else triton.next_power_of_2(scales.shape[1]),
-            **pdl(x),
-        )
-    return moved
+        if scales is None:
+            return cls([out], (source, target, None, None, 0, 0, 0, x.shape[1]), block, 1)
+        rows, width = scales.new_empty(*lead, scales.shape[1]), scales.shape[1]
+        arguments = (source, target, scales, rows, *scales.stride(), width, x.shape[1])
+        return cls([out, rows], arguments, block, triton.next_power_of_2(width))
+
+    @property
+    def programs(self) -> int:
+        """Return how many share a row."""
+        return triton.cdiv(self.made[0].shape[-1], self.block_d)
 
 
 def ep_scatter(
@@ -340,7 +269,12 @@ def ep_scatter(
     _place_kernel[blocks,](
         experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
     )
-    rows, *scale = _move(x, scales, index, num_rows)
+    move = _Move.to(x, scales, num_rows)
+    if x.shape[0] and num_rows:
+        _move_kernel[x.shape[0], move.programs](
+            *move.arguments, index, index.shape[1], move.block_d, move.block_s, **pdl(x)
+        )
+    rows, *scale = move.made
     return rows, row_expert, index, *scale
 
 
@@ -355,8 +289,23 @@ def ep_scatter_masked(
     """
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
-    _place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024, **pdl(x))
-    rows, *scale = _move(x, scales, index, num_local, room)
+    move, (tokens, top_k) = _Move.to(x, scales, num_local, room), experts.shape
+    _scatter_masked_kernel[tokens + num_local, move.programs](
+        *move.arguments,
+        experts,
+        index,
+        counts,
+        tokens,
+        experts.numel(),
+        room,
+        top_k,
+        triton.next_power_of_2(top_k),
+        512,
+        move.block_d,
+        move.block_s,
+        **pdl(x),
+    )
+    rows, *scale = move.made
     return rows, counts, index, *scale
 
 

@@ -55,6 +55,7 @@ class Transformer(nn.Module):
             raise ValueError(f"fp8: {obstacle}")
         self.config, self.dtype, self.placement, self.ops, self.fp8 = config, dtype, placement, ops, fp8
         self.load_counter: LoadCounter | None = None
+        self.heads = config.num_attention_heads // mesh.attn.size  # on this rank
         self.first = config.first_k_dense_replace  # the first layer with experts
         rope, beside = rope_table(config, max_model_len, mesh.device), Beside(mesh.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, mesh.device)
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
 
     def planned(self, batch: Batch) -> Batch:
         """Return the batch with the `decode_plan` that its layers share."""
-        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens, batch.q_len))
+        return replace(batch, decode_plan=self.ops.decode_plan(batch.kv_lens, batch.q_len, self.heads))
 
 
 def op_shape(config: ModelConfig) -> Shape:

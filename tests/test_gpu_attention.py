@@ -65,7 +65,10 @@ DECODE = [
     ([100, 300], 1, 64, 48),
     ([100, 300], 128, 256, 0),
     ([1000, 65, 0, 64, 3], 20, 512, 64),  # GLM-4.7-Flash; DeepSeek-V2-Lite has 16 heads
-    # So few sequences and heads that they are cut into 32 keys.
+    ([1000, 65, 0, 64, 3] * 12, 16, 512, 64),
+    ([1088, 64, 5], 16, 128, 32),
+    ([129, 640], 7, 256, 64),
+    # So few sequences and heads that they are cut into 32 keys, or into pages.
     *(([n], 16, 512, 64) for n in (0, 1, 31, 32, 33, 64, 1088, 2048, 2049, 9000)),
     ([1088, 0], 16, 512, 64),
     ([33, 9000], 5, 512, 64),
@@ -89,6 +92,7 @@ VERIFY = [  # lengths for any number of tokens up to 5: all in a page, across tw
     ([777], 128, 512, 64),
     ([5 + random.randrange(600) for _ in range(150)], 16, 512, 64),
     ([5000, 130, 0], 20, 512, 64),
+    ([4096, 5, 0, 64, 65, 66, 68, 69, 1000, 129], 3, 512, 64),  # few rows of queries
     ([200, 64, 0, 7, 66], 4, 64, 16),
     ([100, 321], 1, 64, 48),
     ([100, 300], 72, 256, 0),
@@ -123,16 +127,40 @@ def test_later_keys_change_no_bit_of_a_token(path: str) -> None:
     assert torch.equal(after[::q_len], before[::q_len]) and not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 31, 132, 133, 500])
+def test_a_batch_is_cut_into_splits_that_cover_each_page_once(batch: int) -> None:
+    """About as many as there are SMs. Those of a sequence follow one another, and differ by one page at most."""
+    from kernels.decode_few_heads import plan_splits
+    from kernels.gemm import num_sms
+
+    sms = num_sms(torch.device(DEVICE))
+    for longest in (0, 1, 64, 1088, 50000):
+        lens = [random.randrange(longest + 1) for _ in range(batch)]
+        table, starts = plan_splits(torch.tensor(lens, device=DEVICE).int())
+        starts = starts.tolist()
+        assert starts[0] == 0 and len(table) >= starts[-1] <= max(batch, sms) + batch
+        for seq, length in enumerate(lens):
+            mine, pages = table[starts[seq] : starts[seq + 1]].tolist(), -(-length // 64)
+            assert len(mine) >= 1 and all(row[0] == seq and row[3] == len(mine) for row in mine)
+            begins, sizes = [row[1] for row in mine], [row[2] for row in mine]
+            assert begins == [sum(sizes[:i]) for i in range(len(mine))] and sum(sizes) == pages
+            assert max(sizes) - min(sizes) <= 1 and (min(sizes) > 0 or pages == 0)
+            assert len(mine) <= max(1, sms * pages // max(1, sum(-(-n // 64) for n in lens)))
+
+
 def test_decode_empty() -> None:
     q, pages, table, kv_lens = decode_inputs([], 128, 576, 4, BF16)
     assert mla_decode(q, pages, table, kv_lens, 1.0, v_dim=512).shape == (0, 128, 512)
 
 
-@pytest.mark.parametrize(("batch", "q_len"), [(2, 1), (140, 1), (2, 3), (70, 2)])
-def test_decode_in_graph(batch: int, q_len: int, path: str) -> None:
+@pytest.mark.parametrize(
+    ("batch", "q_len", "heads"),
+    [(2, 1, 128), (140, 1, 128), (2, 3, 128), (70, 2, 128), (2, 1, 16), (140, 1, 16), (9, 2, 8)],
+)
+def test_decode_in_graph(batch: int, q_len: int, heads: int, path: str) -> None:
     """One capture serves any lengths, pages and queries of its shape."""
     lens = [[random.choice((0, random.randrange(q_len, n))) for _ in range(batch)] for n in (700, 1200, q_len + 1)]
-    inputs = [decode_inputs(n, 128, 576, 20, BF16, q_len) for n in lens]
+    inputs = [decode_inputs(n, heads, 576, 20, BF16, q_len) for n in lens]
     most = max(len(pages) for _, pages, _, _ in inputs)
     static = [t.clone() for t in inputs[0]]
     static[1] = torch.full((most, 64, 576), NAN, device=DEVICE, dtype=BF16)
@@ -206,7 +234,7 @@ def test_flash_mla_keeps_the_contract_for_several_tokens(heads: int, q_len: int)
     pages = randn(len(lens) * width + 1, 64, 576)
     table = torch.randperm(len(lens) * width, device=DEVICE).add(1).int().view(len(lens), width)
     kv_lens, q = torch.tensor(lens, device=DEVICE).int(), randn(len(lens) * q_len, heads, 576)
-    plan, want = decode_plan(kv_lens, q_len), ref.mla_decode(q.float(), pages.float(), table, kv_lens, 0.1, 512)
+    plan, want = decode_plan(kv_lens, q_len, heads), ref.mla_decode(q.float(), pages.float(), table, kv_lens, 0.1, 512)
     for _ in range(2):  # a plan serves several calls
         out = vendor(q, pages, table, kv_lens, 0.1, 512, plan)
         assert out.isfinite().all()
@@ -242,7 +270,7 @@ def test_vendors_keep_the_contract(library: str, heads: int, lens: list[tuple[in
     width = -(-int(kv_lens.max()) // 64)
     pages = randn(len(lens) * width + 1, 64, 576)
     table = torch.randperm(len(lens) * width, device=DEVICE).add(1).int().view(len(lens), width)
-    q, plan = randn(len(lens), heads, 576), decode_plan(kv_lens)
+    q, plan = randn(len(lens), heads, 576), decode_plan(kv_lens, 1, heads)
     want = ref.mla_decode(q.float(), pages.float(), table, kv_lens, scale, 512)
     for _ in range(2):  # a plan serves several calls
         agree(vendor(q, pages, table, kv_lens, scale, 512, plan), want)

@@ -44,18 +44,23 @@ def test_unified(
     assert tokens(out) == expected
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
-def test_disaggregated(prefill: int, decode: int, expected: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prefill", "decode", "drafts"), [(1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 1), (2, 1, 2), (1, 2, 3)]
+)
+def test_disaggregated(prefill: int, decode: int, drafts: int, expected: list[list[int]], tmp_path: Path) -> None:
     deployment = Deployment(Path("model/tiny"), Path(PROMPTS), tmp_path / "out.jsonl")
     for role, ranks in (("prefill", prefill), ("decode", decode)):
         # Two jobs on one GPU: left to itself, each would take all that is free.
-        deployment.start_job(role, ranks, "--dtype", "float32", "--kv-tokens", "65536")
+        flags = ("--dtype", "float32", "--kv-tokens", "65536", "--speculate", str(drafts))
+        deployment.start_job(role, ranks, *flags)
     deployment.start_router()
     ended = deployment.finish(TIMEOUT_S)
     for role, (code, _, err) in ended.items():
         assert code == 0, f"{role}: {err}"
     assert tokens(deployment.out) == expected
-    print(json.dumps({"pairing": (prefill, decode), "table": ended["router"][2]}))
+    accepted = sum(answer.get("accepted_tokens", 0) for answer in read(deployment.out))
+    assert (accepted > 0) == (drafts > 0)
+    print(json.dumps({"pairing": (prefill, decode), "accepted": accepted, "table": ended["router"][2]}))
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.warm_up import warm_up
-from kernels import compile_ahead
 from kernels.backend import choose
+from kernels.compile_ahead import Compile, CompileAhead
 from kernels.nvcc_ahead import NVCC, find_nvcc
 from model.dummy import randomize
 from model.transformer import Transformer, op_shape
@@ -53,8 +54,11 @@ def start(fp8: bool, behind: bool, log: Path) -> None:
     launchers = {}
     phase = "rehearsal"
 
+    warming = threading.Event()
+
     def enter(new: str) -> None:
         nonlocal phase
+        warming.set()
         launchers[phase] = len(list(Path(triton.knobs.cache.dir).glob("*/__triton_launcher*")))
         phase = new
         with log.open("a") as file:
@@ -68,9 +72,14 @@ def start(fp8: bool, behind: bool, log: Path) -> None:
             enter("warm-up")
         return sizes
 
+    offer = CompileAhead.offer
+
+    def offer_late(self: CompileAhead, name: str, compile: Compile) -> None:
+        """What the start does not wait for is compiled behind the rehearsal, also on a busy machine."""
+        offer(self, name, (lambda: warming.wait() and compile()) if self._behind else compile)
+
     triton.knobs.compilation.listener = listener
-    if behind:
-        compile_ahead.MOST_AT_ONCE = 6  # so that some are left when the start waits no more
+    CompileAhead.offer = offer_late
     mesh, config = Mesh(device=torch.device("cuda")), replace(V3_LIKE, fp8=fp8)
     ops, _ = choose(op_shape(config), torch.bfloat16, mesh.device)
     placement = Placement.identity(config.num_moe_layers, config.n_routed_experts, 1, mesh.device)

@@ -7,7 +7,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import ref
-from kernels.route import ep_gather, ep_scatter, ep_scatter_masked, gate_topk
+from kernels.gate import gate_topk
+from kernels.route import ep_gather, ep_scatter, ep_scatter_masked
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

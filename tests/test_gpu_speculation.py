@@ -16,7 +16,7 @@ from model.transformer import op_shape
 from parallel.mesh import Mesh
 from tests.test_gpu_engine import capture_no_prompts, differences
 from tests.test_gpu_engine import serve as serve_joining
-from tests.test_speculation import Answer, RandomDrafts, all_kinds, make_engine, prompts_of, same, serve
+from tests.test_speculation import Answer, RandomDrafts, all_kinds, make_engine, prompts_of, same, serve, sharing_pages
 from tests.worlds import run_world, sub_mesh
 
 pytestmark = pytest.mark.gpu
@@ -33,11 +33,12 @@ def engine_of(
     overlap: str = "auto",
     adapts: bool = False,
     prompts: bool = False,
+    prefix_cache: str = "off",
 ) -> Engine:
     """`prompts`: capture steps of prompts, too. Their padding may change how they are rounded."""
     ops, _ = choose(op_shape(ModelConfig.from_pretrained(folder)), dtype, DEVICE)
     name, how = str(dtype).removeprefix("torch."), {"graphs": graphs, "overlap": overlap, "adapts": adapts}
-    engine = make_engine(folder, drafts, mesh, ops, dtype=name, prefix_cache="off", **how)
+    engine = make_engine(folder, drafts, mesh, ops, dtype=name, prefix_cache=prefix_cache, **how)
     if not prompts:
         capture_no_prompts(engine)
     warm_up(engine)
@@ -58,6 +59,43 @@ def test_every_kind_of_request_gets_the_same_answer_in_float32(
     assert drafting.graph_replays > 0
     for engine in (plain, drafting):
         engine.close()
+
+
+@pytest.mark.parametrize(("drafts", "graphs"), [(1, "auto"), (3, "auto"), (2, "off")])
+def test_prompts_that_share_pages_get_the_same_answers_in_float32(tiny: Path, drafts: int, graphs: str) -> None:
+    work, plain = sharing_pages(), engine_of(tiny, 0, torch.float32)
+    drafting = engine_of(tiny, drafts, torch.float32, graphs, prefix_cache="auto")
+    want = serve(plain, work)[0]
+    for _ in range(2):
+        same(serve(drafting, work)[0], want)
+    assert drafting.scheduler.cache.hits >= 2 * len(work) - 3
+    for engine in (plain, drafting):
+        engine.close()
+
+
+def against_one_rank(rank: int, folder: Path, want: dict[int, Answer]) -> None:
+    """Replicas with other requests, the fourth with none."""
+    work = all_kinds(folder)
+    for ranks, attn_tp, overlap, drafts in ((2, 1, "off", 1), (2, 2, "on", 3), (4, 2, "on", 1), (4, 1, "on", 2)):
+        mesh = sub_mesh(0, ranks, attn_tp)
+        if mesh is None:
+            continue
+        mine = work[mesh.replica :: 3] if mesh.replica < 3 else []
+        engine = engine_of(folder, drafts, torch.float32, mesh=replace(mesh, device=DEVICE), overlap=overlap)
+        got, stats = serve(engine, mine)
+        if mesh.leads:  # the other ranks of a replica report no experts
+            same(got, {request.uid: want[request.uid] for request in mine})
+        assert engine.graph_replays > 0 and (stats["decode_overlapped"] > 0) == (overlap == "on"), stats
+        mesh.agree(0)
+        engine.close()
+    dist.barrier()
+
+
+def test_several_ranks_that_draft_give_the_answers_of_one_without_in_float32(tiny: Path) -> None:
+    plain = engine_of(tiny, 0, torch.float32)
+    want = serve(plain, all_kinds(tiny))[0]
+    plain.close()
+    run_world(4, against_one_rank, tiny, want, timeout_s=280, device="cuda")
 
 
 @pytest.mark.parametrize(("drafts", "overlap"), [(1, "off"), (3, "off"), (2, "on")])

@@ -161,7 +161,7 @@ def test_mla_decode_equals_dense_softmax_and_reads_nothing_else(q_len: int) -> N
             pool[pages[position // 64], position % 64] = row
     q = torch.randn(len(lens) * q_len, heads, latent + rope)
     kv_lens = torch.tensor(lens, dtype=torch.int32)
-    out = ref.mla_decode(q, pool, table, kv_lens, scale, plan=ref.decode_plan(kv_lens, q_len))
+    out = ref.mla_decode(q, pool, table, kv_lens, scale, plan=ref.decode_plan(kv_lens, q_len, q.shape[1]))
     assert out.shape == q.shape
     for i, rows in enumerate(dense):
         for j in range(q_len):

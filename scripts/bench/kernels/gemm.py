@@ -14,10 +14,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from kernels.gate import gate_topk
 from kernels.gemm import gemm_fp8
 from kernels.grouped_gemm import grouped_gemm_contiguous_fp8, grouped_gemm_masked_fp8
 from kernels.quant import quantize_1x128, silu_mul_quant, silu_mul_quant_masked
-from kernels.route import ep_gather, ep_scatter, ep_scatter_masked, gate_topk
+from kernels.route import ep_gather, ep_scatter, ep_scatter_masked
 from scripts.bench.kernels.table import report
 
 try:
