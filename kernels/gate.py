@@ -9,7 +9,7 @@ from kernels.pdl import after_previous, pdl
 
 
 @triton.jit(do_not_specialize=["is_token"])
-def _gate_kernel(
+def gate_kernel(
     logits,
     bias,
     slot_of_expert,
@@ -110,7 +110,7 @@ def gate_topk(
     weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
     if tokens:
         g, p = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
-        _gate_kernel[tokens,](
+        gate_kernel[tokens,](
             logits.contiguous(),
             bias,
             slot_of_expert,

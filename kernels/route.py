@@ -18,7 +18,7 @@ from kernels.pdl import after_previous, pdl
 
 
 @triton.jit(do_not_specialize=["num_copies"])
-def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr):
+def count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr):
     """Count, in block_counts[e, block], the block's copies that go to expert e."""
     after_previous(PDL)
     ids = tl.arange(0, EXPERTS)
@@ -29,7 +29,7 @@ def _count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, C
 
 
 @triton.jit(do_not_specialize=["num_copies"])
-def _place_kernel(
+def place_kernel(
     experts,
     block_ends,
     starts,
@@ -102,7 +102,7 @@ def _move_kernel(
     do_not_specialize=["tokens", "num_copies", "room"],
     do_not_specialize_on_alignment=["scale_col"],
 )
-def _scatter_masked_kernel(
+def scatter_masked_kernel(
     x,
     out,
     scales,
@@ -258,7 +258,7 @@ def ep_scatter(
     copies = max(16, min(256, 8192 // width))  # the [copies, experts] table lives in registers
     blocks = max(1, triton.cdiv(num_copies, copies))
     block_ends = experts.new_empty(num_local, blocks, dtype=torch.int32)
-    _count_kernel[blocks,](experts, block_ends, num_copies, num_local, width, copies, **pdl(x))
+    count_kernel[blocks,](experts, block_ends, num_copies, num_local, width, copies, **pdl(x))
     block_ends = block_ends.cumsum(1, dtype=torch.int32)
     sizes = (block_ends[:, -1] + alignment - 1) // alignment * alignment
     ends = sizes.cumsum(0)
@@ -266,7 +266,7 @@ def ep_scatter(
         num_rows = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
     row_expert = torch.full((num_rows,), -1, dtype=torch.int32, device=x.device)
     index = torch.empty_like(experts)
-    _place_kernel[blocks,](
+    place_kernel[blocks,](
         experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
     )
     move = _Move.to(x, scales, num_rows)
@@ -290,7 +290,7 @@ def ep_scatter_masked(
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
     move, (tokens, top_k) = _Move.to(x, scales, num_local, room), experts.shape
-    _scatter_masked_kernel[tokens + num_local, move.programs](
+    scatter_masked_kernel[tokens + num_local, move.programs](
         *move.arguments,
         experts,
         index,

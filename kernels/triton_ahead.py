@@ -18,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager
 
+from kernels import gate, route
 from kernels.compile_ahead import Offer
 from kernels.triton_worker import COMPILED, what_to_compile
 
-PLACES = ("_gate_kernel", "_count_kernel", "_place_kernel", "_place_masked_kernel")  # what they write, ranks exchange
+# What they write, ranks exchange.
+PLACES = (gate.gate_kernel, route.count_kernel, route.place_kernel, route.scatter_masked_kernel)
 
 
 class TritonAhead:
@@ -52,7 +54,7 @@ class TritonAhead:
 
     def _leave_out(self, offer: Offer, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         """Triton's hook before it compiles a kernel. Returns whether it shall neither compile it nor launch it."""
-        if fn.name in PLACES and not self._alone:
+        if fn.jit_function in PLACES and not self._alone:
             return False
         offer(f"{fn.name} {key}", partial(self._compile, fn, compile["specialization_data"]))
         return True

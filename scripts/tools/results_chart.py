@@ -7,7 +7,7 @@ python -m scripts.tools.results_chart --chart c.png   # another file
 import argparse
 from pathlib import Path
 
-from scripts.bench.lib.charts import figure
+from scripts.bench.lib.charts import figure, save
 from scripts.bench.lib.flags import new_png
 from scripts.bench.lib.measurements import KINDS, Measurement, load
 from scripts.bench.lib.refusals import refusals
@@ -50,7 +50,7 @@ def draw(path: Path, records: list[Measurement]) -> None:
     plot.margins(x=0.1)
     plot.set_xlabel("how many times as good as the reference (over 1 is better, for times too)")
     plot.legend(loc="lower right")
-    made.savefig(path, dpi=110)
+    save(made, path, dpi=110)
 
 
 def main() -> None:

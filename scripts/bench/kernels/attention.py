@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from kernels import hopper, norm
-from kernels.mla_decode import mla_decode
+from kernels.mla_decode import decode_plan, mla_decode
 from kernels.prefill_attention import prefill_attention
 from scripts.bench.kernels.table import report
 
@@ -81,8 +81,8 @@ def decode(heads: int, lens: list[int], q_len: int) -> None:
     pages = randn(batch * width, 64, 576)
     table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
     kv_lens, q, scale = torch.tensor(lens, device="cuda").int(), randn(batch * q_len, heads, 576), 576**-0.5
-    ours = lambda: mla_decode(q, pages, table, kv_lens, scale, v_dim=512)  # noqa: E731
-    vendor = None
+    plan, vendor = decode_plan(kv_lens, q_len, heads), None  # made once per step, as the vendor's
+    ours = lambda: mla_decode(q, pages, table, kv_lens, scale, 512, plan)  # noqa: E731
     if flash_mla:
         metadata, _ = flash_mla.get_mla_metadata()
         theirs = lambda: flash_mla.flash_mla_with_kvcache(  # noqa: E731
