@@ -13,7 +13,7 @@ Prefill and decode in separate jobs, started in any order. --router is the addre
 Each role has its own flags: --role ROLE --help lists them.
 """
 
-from disagg.front.streams import raise_file_limit, secure_streams
+from disagg.front.streams import check_file_limit, raise_file_limit, secure_streams
 from disagg.interrupt import Interrupt
 from parallel.launched import launched_name, launched_rank
 
@@ -153,6 +153,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     interrupt, args = Interrupt(), parse_args()
+    check_file_limit()
     if args.role == "router":
         args.model = find_model(args.model, Mesh(), weights=False)
         return run_router(args, ModelConfig.from_pretrained(args.model), interrupt)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_ctrl_c_while_it_starts_ends_it_at_once(tiny: Path) -> None:
     assert eventually(takes_signals)
     os.killpg(process.pid, signal.SIGINT)
     assert finish(process) == (0, "", "run.py: interrupted\n")
+
+
+def test_too_few_open_files_are_one_clear_line(tiny: Path) -> None:
+    """With some two dozen, a library would end the process with a core dump, or it would hang."""
+    command = f"ulimit -n 24; exec {shlex.join([sys.executable, 'run.py', '--model', str(tiny), '--prompt', 'In'])}"
+    said = "run.py: error: open files: the system allows 24 (ulimit -Hn), at least 256 are needed\n"
+    assert finish(start("bash", "-c", command)) == (2, "", said)
 
 
 def test_torchrun_gives_the_same_answers_until_an_interrupted_rank_ends_its_whole_job(

@@ -13,6 +13,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+LEAST_FILES = 256  # that a process must be allowed to open
+
 
 class Unread(io.FileIO):
     """A file descriptor that accepts all data, and drops it if it cannot be written."""
@@ -64,6 +66,13 @@ def raise_file_limit() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(OSError, ValueError):  # macOS has a limit that it does not tell
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def check_file_limit() -> None:
+    """Raise ValueError if this process may open too few files. With two dozen, some library ends it, or hangs."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed != resource.RLIM_INFINITY and allowed < LEAST_FILES:
+        raise ValueError(f"open files: the system allows {allowed} (ulimit -Hn), at least {LEAST_FILES} are needed")
 
 
 def discard_stdout() -> None:
