@@ -14,16 +14,17 @@ class Acceptance:
         self._steps = 0
         self._verified, self._judged, self._accepted = [0] * drafts, [0] * drafts, [0] * drafts
 
-    def add(self, verified: int, right: int, most: int) -> None:
+    def add(self, verified: int, right: int, most: int) -> int:
         """Count one sequence's step, in which the first `right` of `verified` drafts gave a token more.
 
-        `most`: how many drafts could have, before its request's end.
+        `most`: how many drafts could have, before its request's end. Returns how many drafts count.
         """
         self._steps += verified > 0
         for place in range(min(verified, most)):
             self._verified[place] += 1
             self._judged[place] += place <= right
             self._accepted[place] += place < right
+        return min(verified, most)
 
     def counts(self) -> list[int]:
         """Return how many drafts came after right ones only, N numbers by place, and how many of them were right."""

@@ -38,6 +38,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     hits: int = 0  # pages that came from the cache with their KV
     drafts: list[int] = field(default_factory=list)  # of the tokens after its first one, which came with it
+    verified: int = 0  # drafts that count for it (`acceptance.py`) and are not reported yet
     _page_tokens: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ class Unified(Role):
             given = new[:-1] if new[-1] == NO_TOKEN else new
             if given and drafts is not None and i < len(plan.decodes):
                 left = 0 if reason or given != new else sequence.limit - len(sequence.tokens)
-                self.acceptance.add(drafts.verified, len(given) - 1, len(given) - 1 + left)
+                sequence.verified += self.acceptance.add(drafts.verified, len(given) - 1, len(given) - 1 + left)
             if new[-1] == NO_TOKEN:
                 if given:
                     self.emit(sequence, given, logprobs[: len(given)], None, accepted=len(given) - 1)
@@ -132,8 +132,16 @@ class Unified(Role):
         if not sequence.request.max_tokens:
             tokens, logprobs = [], []
         update = Update(
-            sequence.uid, tokens, logprobs, reason, parts=parts, cached_tokens=cached_tokens, accepted=accepted
+            sequence.uid,
+            tokens,
+            logprobs,
+            reason,
+            parts=parts,
+            cached_tokens=cached_tokens,
+            accepted=accepted,
+            verified=sequence.verified,
         )
+        sequence.verified = 0
         self.updates.append(update)
         if reason:
             self.finish(sequence)

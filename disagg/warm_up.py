@@ -126,7 +126,8 @@ def run_beside(engine: Engine, progress: Shown = silent) -> None:
     """Collective. Run decodes beside a prompt. Such steps have kernels of their own: none that writes fp8."""
     buckets, settings, drafts = engine.decode.buckets, engine.settings, every_drafts(engine)[-1]
     if settings.decodes:
-        beside = {min(rows, settings.max_batch - 1) for rows in buckets} - {0}
+        # Some kernels depend on the power of two that covers the rows, and drafts beside prompts are padded less.
+        beside = {min(rows, settings.max_batch - 1) for rows in (1, 2, 4, *buckets)} - {0}
         for rows in progress(sorted(beside, reverse=True), "decodes beside prompts"):
             engine.compute(prompt_work(1, 1, engine.config.vocab_size, False, drafts, rows))
 

@@ -5,8 +5,8 @@ padding. So here it is the page: its rows as keys, and transposed as values.
 
     scores [64 keys, rows] = page @ queries.T        output [v, rows] += page[:, :v].T @ weights [64 keys, rows]
 
-A program has an SM to itself, and keeps up with the memory. So a batch is cut into about as many splits as there are
-SMs: `plan_splits`, once per step. `kernels/hopper.py` explains the loader warp and the barriers.
+A program has an SM to itself, and reads as fast as memory allows. So a batch is cut into about as many splits as there
+are SMs: `plan_splits`, once per step. `kernels/hopper.py` explains the loader warp and the barriers.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ ROWS = 16  # the most rows of queries: the heads of all tokens of a sequence
 
 
 class Splits(NamedTuple):
-    """How a batch is cut. Those of sequence b are splits starts[b] to starts[b + 1]."""
+    """How a batch is cut. Sequence b has splits starts[b] to starts[b + 1]."""
 
     table: Tensor  # [N, 4] int32: sequence, first page, pages, and how many splits the sequence has
     starts: Tensor  # [B + 1] int32; the last one says how many rows of the table are in use
@@ -45,7 +45,7 @@ class Splits(NamedTuple):
 def _plan_kernel(kv_lens, table, starts, batch, wanted, PAGE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
     """Cut each sequence into parts that differ by a page at most: its share of `wanted`, rounded down, but one or more.
 
-    A program that comes second in its SM would take as long as the first. Rounding up could need one.
+    Rounding up could make a few more programs than there are SMs, and these would take as long as all others did.
     """
     after_previous(PDL)
     seq = tl.arange(0, BLOCK_B)
@@ -113,7 +113,10 @@ def _attend(
     v_dim: gl.constexpr,
     Q_LEN: gl.constexpr,
 ):
-    """Run four warps: attend the rows to the pages, then store the split's output. All products have one layout."""
+    """Run four warps: attend the rows to the pages, then store the split's output.
+
+    Scores and outputs have the same layout, rows along its columns. So what is known by row needs no conversion.
+    """
     PAGE: gl.constexpr = left.shape[1]
     HALF: gl.constexpr = left.shape[2]
     ROWS: gl.constexpr = q_left.shape[0]
@@ -184,7 +187,7 @@ def few_heads_kernel(
     rest_desc,
     page_table,
     kv_lens,
-    splits,
+    split_table,
     starts,
     out_ptr,
     partial_ptr,
@@ -217,8 +220,9 @@ def few_heads_kernel(
     split = gl.program_id(0)
     if split >= gl.load(starts + batch):
         return
-    row = splits + split * 4
-    seq, first_page, pages, used = gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
+    entry = split_table + split * 4
+    seq, first_page = gl.load(entry), gl.load(entry + 1)
+    pages, used = gl.load(entry + 2), gl.load(entry + 3)
     kv_len = gl.load(kv_lens + seq)
     last_page = first_page + pages - 1
     last = gl.minimum((last_page + 1) * PAGE, kv_len)
@@ -248,15 +252,15 @@ def few_heads_kernel(
         v_dim,
         Q_LEN,
     )
-    table = page_table + seq.to(gl.int64) * table_stride
-    load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
+    page_row = page_table + seq.to(gl.int64) * table_stride
+    load = (left_desc, right_desc, rest_desc, page_row, last_page, pages, left, right, rest, full, empty)
     gl.warp_specialize([(_attend, attend), (load_pages, load)], [1], [24])
 
 
 def serves(q: Tensor, batch: int, main: int, v_dim: int) -> bool:
-    """Can it attend q [B Q, H, C + R], whose first `main` columns are a power of two, and is it the fastest there?"""
-    rows = len(q) // max(1, batch) * q.shape[1]
-    return rows <= ROWS and 128 <= main <= 512 and v_dim <= main < q.shape[2] and hopper.on_hopper(q)
+    """Can it attend q [B Q, H, C + R], and is it the fastest there? `main`: the largest power of two of columns."""
+    rows, rest = len(q) // max(1, batch) * q.shape[1], q.shape[2] - main
+    return rows <= ROWS and 128 <= main <= 512 and v_dim <= main and 0 < rest <= 256 and hopper.on_hopper(q)
 
 
 def launch(

@@ -1,4 +1,4 @@
-"""Paged MLA decode on Hopper: `attention.mla_decode`'s fast path, for head dims of 2^a + 2^b (`kernels/hopper.py`)."""
+"""Paged MLA decode on Hopper: `mla_decode.mla_decode`'s fast path, for head dims of 2^a + 2^b (`kernels/hopper.py`)."""
 
 import triton
 from torch import Tensor
@@ -18,7 +18,7 @@ from kernels.hopper import barriers, clear_rows, tile
 
 @gluon.jit
 def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: gl.constexpr):
-    """`attention._split_plan`, in Gluon."""
+    """`mla_decode._split_plan`, in Gluon."""
     every = gl.arange(0, BLOCK_B, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     all_pages = gl.sum(gl.cdiv(gl.load(kv_lens + every, mask=every < batch, other=0), PAGE), 0)
     pages = gl.cdiv(gl.load(kv_lens + seq), PAGE)
@@ -30,7 +30,7 @@ def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: 
 
 @gluon.jit
 def load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
-    """Ask TMA for 64 rows of queries or of a page; `bar` flips when all are in shared memory."""
+    """Ask TMA for the rows of a tile, of queries or of a page; `bar` flips when all are in shared memory."""
     mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + rest_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(rest_desc, [row, 0], bar, rest)
     tma.async_copy_global_to_shared(left_desc, [row, 0], bar, left)

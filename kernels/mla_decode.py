@@ -182,7 +182,7 @@ def _combine_kernel(
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the splits of BLOCK columns of a sequence, of all heads' in a row, weighted by their share of softmax sums.
+    """Merge BLOCK of a sequence's outputs, all heads in a row. Splits are weighted by their share of the softmax sum.
 
     Sequence b's are splits starts[b] to starts[b + 1]; with `starts` None, the first used_ptr[b] of the `most` from
     b * most on.
@@ -213,9 +213,9 @@ def _combine_kernel(
 
 
 def _combine(
-    partial: Tensor, lse: Tensor, used: Tensor | None, starts: Tensor | None, out: Tensor, batch: int, most: int
+    partial: Tensor, lse: Tensor, used: Tensor | None, starts: Tensor | None, out: Tensor, batch: int, most: int = 0
 ) -> None:
-    """Merge splits into `out`. Some two programs per SM, if that is enough: many take longer to start than to run."""
+    """Merge splits into `out`, with about two programs per SM: many would take longer to start than to run."""
     heads, v_dim = lse.shape[-1], partial.shape[-1]
     block = triton.next_power_of_2(triton.cdiv(batch * heads * v_dim, 2 * num_sms(out.device)))
     block = min(2048, max(128, block))
@@ -256,17 +256,18 @@ FEW_SEQUENCES = 2  # up to which cutting a sequence into its smallest parts pays
 FEW_HEADS = 16
 
 
-def _cut(q: Tensor, batch: int, heads: int, pages: int) -> Cut:
-    if q.dtype == torch.bfloat16 and len(q) == batch <= FEW_SEQUENCES and heads <= FEW_HEADS:
-        return Cut(16, 32, 4, max(1, min(64, 2 * pages)), 1)
+def _cut(q: Tensor, batch: int, heads: int, pages: int, gluon: bool) -> Cut:
+    """`gluon`: for `decode_hopper`, which has one size of program."""
     fast = q.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
+    if fast and not gluon and len(q) == batch <= FEW_SEQUENCES and heads <= FEW_HEADS:
+        return Cut(16, 32, 4, max(1, min(64, 2 * pages)), 1)
     rows, keys, warps = (64, PAGE, 8) if fast else (16, 16, 4)
     splits = _choose_splits(batch * triton.cdiv(heads, rows), pages, q.device)
     return Cut(rows, keys, warps, splits, 2)
 
 
 def decode_plan(kv_lens: Tensor, q_len: int, heads: int) -> Splits | None:
-    """Return the `plan` that a step's calls of `mla_decode` share, computed once: where few heads have their kernel."""
+    """Return the `plan` that a step's calls of `mla_decode` share. None where `decode_few_heads` does not serve."""
     fits = q_len * heads <= decode_few_heads.ROWS and len(kv_lens) > 0
     return decode_few_heads.plan_splits(kv_lens) if fits and hopper.is_hopper(kv_lens.device) else None
 
@@ -302,20 +303,21 @@ def mla_decode(
     main, rest = _columns(kv_dim)
     rows = kv_pages.view(-1, kv_dim)
     if decode_few_heads.serves(q, batch, main, v_dim):
-        splits = plan or decode_few_heads.plan_splits(kv_lens)
-        partial, lse = _partial(len(splits.table), heads, v_dim, q.device)
+        plan = plan or decode_few_heads.plan_splits(kv_lens)
+        partial, lse = _partial(len(plan.table), heads, v_dim, q.device)
         decode_few_heads.launch(
-            q, rows, page_table, kv_lens, splits, out, partial, lse, scale * LOG2_E, main, rest, q_len
+            q, rows, page_table, kv_lens, plan, out, partial, lse, scale * LOG2_E, main, rest, q_len
         )
-        _combine(partial, lse, None, splits.starts, out, batch, 0)
+        _combine(partial, lse, None, plan.starts, out, batch)
         return out
-    cut = _cut(q, batch, heads, page_table.shape[1])
+    gluon = decode_hopper.can_decode(q, main, v_dim)
+    cut = _cut(q, batch, heads, page_table.shape[1], gluon)
     splits = max_splits = cut.splits
     if batch > 1:  # a long sequence among short ones takes more than the average
         max_splits = min(2 * splits, max(1, page_table.shape[1] * PAGE // cut.keys // cut.least))
     partial, lse = _partial(batch * max_splits, heads, v_dim, q.device)
     used = torch.empty(batch, dtype=torch.int32, device=q.device)
-    if decode_hopper.can_decode(q, main, v_dim):
+    if gluon:
         decode_hopper.launch_decode(
             q, rows, page_table, kv_lens, out, partial, lse, used, splits, max_splits, scale * LOG2_E, main, rest, q_len
         )

@@ -59,7 +59,7 @@ def mla_decode(
     """Attend the last Q tokens of each of B sequences with absorbed MLA, causally.
 
     Keys are whole cache rows, values their first `v_dim` columns (None: all). q [B Q, H, C + R] has a sequence's tokens
-    in a row: the last of them sees all `kv_lens[i]` rows, the one before it one row less. kv_pages [pages, 64, C + R],
+    in a row. The last of them sees all `kv_lens[i]` rows, the one before it one row less. kv_pages [pages, 64, C + R],
     page_table [B, P], kv_lens [B] -> [B Q, H, v_dim].
 
     A sequence of length 0 is padding: its results are zero here, and finite in every library if the pool is finite.

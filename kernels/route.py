@@ -4,7 +4,8 @@ A copy is one (token, k) pair. Its row is its expert's first row plus its rank a
 token order. There are no atomics, so the order is the same on every run.
 
     contiguous   many copies: count per block, sum the counts of earlier blocks, rank within a block by cumulative sum
-    masked       few copies: each token's program walks over those of earlier tokens, and then moves the token
+    masked       fixed rooms. Few copies: each token's program walks over those of earlier tokens, and then moves the
+                 token. Many: one program per expert walks over all of them, and a second kernel moves the tokens
 """
 
 from typing import NamedTuple
@@ -98,6 +99,22 @@ def _move_kernel(
                     tl.store(scales_out + row * S + col, scale, mask=col < S)
 
 
+@triton.jit
+def place_masked_kernel(experts, index, counts, num_copies, room, COPIES: tl.constexpr, PDL: tl.constexpr):
+    """Number and count one expert's copies, in token order. The first program also writes the -1s."""
+    after_previous(PDL)
+    mine = tl.program_id(0)
+    row = mine.to(tl.int64) * room
+    for start in range(0, num_copies, COPIES):
+        copy = start + tl.arange(0, COPIES)
+        expert = tl.load(experts + copy, mask=copy < num_copies, other=-2).to(tl.int32)
+        hot = (expert == mine).to(tl.int32)
+        tl.store(index + copy, row + tl.cumsum(hot, 0) - 1, mask=hot > 0)
+        tl.store(index + copy, tl.full([COPIES], -1, tl.int64), mask=(expert == -1) & (mine == 0))
+        row += tl.sum(hot, 0)
+    tl.store(counts + mine, (row - mine.to(tl.int64) * room).to(tl.int32))
+
+
 @triton.jit(
     do_not_specialize=["tokens", "num_copies", "room"],
     do_not_specialize_on_alignment=["scale_col"],
@@ -124,7 +141,7 @@ def scatter_masked_kernel(
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Move a token to its experts' rooms. Its program counts the copies of earlier tokens that are before it there.
+    """Move a token to its experts' rooms. Each of its programs counts the copies of earlier tokens there.
 
     Behind the programs of the tokens comes one per expert, which counts all of its copies.
     """
@@ -145,7 +162,8 @@ def scatter_masked_kernel(
     for start in range(0, earlier, COPIES):
         other = tl.load(experts + start + copy, mask=start + copy < earlier, other=-2).to(tl.int32)
         before += tl.sum((other[:, None] == mine[None]).to(tl.int32), 0)
-    row = tl.where(mine >= 0, mine.to(tl.int64) * room + before, -1)
+    here = (mine >= 0) & (before < room)  # a room ends, even if an expert should come twice
+    row = tl.where(here, mine.to(tl.int64) * room + before, -1)
     if first_columns:
         tl.store(index + earlier + k, row, mask=k < K)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -209,6 +227,9 @@ def _gather_kernel(
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 
+FEW_COPIES = 4096  # for which one launch is faster than two, although each token walks over the earlier ones
+
+
 class _Move(NamedTuple):
     """New tensors, and what a kernel that moves rows there takes."""
 
@@ -233,6 +254,13 @@ class _Move(NamedTuple):
     def programs(self) -> int:
         """Return how many share a row."""
         return triton.cdiv(self.made[0].shape[-1], self.block_d)
+
+
+def _launch_move(move: _Move, index: Tensor) -> None:
+    """Move row n to its rows index[n]."""
+    tokens, top_k = index.shape
+    if tokens and move.made[0].numel():
+        _move_kernel[tokens, move.programs](*move.arguments, index, top_k, move.block_d, move.block_s, **pdl(index))
 
 
 def ep_scatter(
@@ -270,10 +298,7 @@ def ep_scatter(
         experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
     )
     move = _Move.to(x, scales, num_rows)
-    if x.shape[0] and num_rows:
-        _move_kernel[x.shape[0], move.programs](
-            *move.arguments, index, index.shape[1], move.block_d, move.block_s, **pdl(x)
-        )
+    _launch_move(move, index)
     rows, *scale = move.made
     return rows, row_expert, index, *scale
 
@@ -290,6 +315,10 @@ def ep_scatter_masked(
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
     move, (tokens, top_k) = _Move.to(x, scales, num_local, room), experts.shape
+    if experts.numel() > FEW_COPIES:
+        place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024, **pdl(x))
+        _launch_move(move, index)
+        return move.made[0], counts, index, *move.made[1:]
     scatter_masked_kernel[tokens + num_local, move.programs](
         *move.arguments,
         experts,

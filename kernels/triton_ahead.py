@@ -22,8 +22,14 @@ from kernels import gate, route
 from kernels.compile_ahead import Offer
 from kernels.triton_worker import COMPILED, what_to_compile
 
-# What they write, ranks exchange.
-PLACES = (gate.gate_kernel, route.count_kernel, route.place_kernel, route.scatter_masked_kernel)
+# They say where tokens go: what ranks exchange depends on it.
+PLACES = (
+    gate.gate_kernel,
+    route.count_kernel,
+    route.place_kernel,
+    route.place_masked_kernel,
+    route.scatter_masked_kernel,
+)
 
 
 class TritonAhead:

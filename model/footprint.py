@@ -36,8 +36,9 @@ from parallel.copies import grouped_rows, most_copies
 INDEX = 8  # bytes of an id or a row number
 FLOAT = 4
 SAMPLING = 13  # copies of the logits beside them: 8 in `sampling.py`, and an estimate of 5 for sorting
-# Split-KV partial sums of decode attention: SPLITS per sequence, for at least SPLIT_ROWS sequences (half the SMs).
-SPLITS, SPLIT_ROWS = 4, 66
+# Split-KV partial sums of decode attention: SPLITS per sequence, for at least SPLIT_ROWS sequences (half the SMs), each
+# with at least SPLIT_HEADS heads: several tokens of few heads have as many splits as one of 16.
+SPLITS, SPLIT_ROWS, SPLIT_HEADS = 4, 66, 16
 KERNELS, KERNEL_BYTES = 30, 2048  # kernels per layer of a captured step; bytes that a GPU keeps per kernel
 
 
@@ -288,8 +289,13 @@ def _expanded(shape: StepShape, tokens: int, context: int) -> int:
 
 def _absorbed(shape: StepShape, rows: int) -> int:
     c, heads = shape.config, shape.heads
-    partial = SPLITS * max(rows, SPLIT_ROWS) * heads * c.kv_lora_rank * FLOAT
+    partial = split_heads(rows, heads) * c.kv_lora_rank * FLOAT
     return shape.row(rows * heads * (c.kv_dim + c.kv_lora_rank)) + partial
+
+
+def split_heads(rows: int, heads: int) -> int:
+    """Return the most partial sums of decode attention for so many rows and heads."""
+    return SPLITS * max(rows, SPLIT_ROWS) * max(heads, SPLIT_HEADS)
 
 
 def _dense(shape: StepShape, tokens: int) -> int:

@@ -39,7 +39,7 @@ def answers_alone(model: Path, source: Path, out: Path) -> list[dict]:
 
 def timeless(answers: list[dict]) -> list[dict]:
     """Leave out what depends on when and where requests run."""
-    out = ("ttft_s", "latency_s", "cached_tokens", "accepted_tokens", "logprobs")
+    out = ("ttft_s", "latency_s", "cached_tokens", "accepted_tokens", "verified_tokens", "logprobs")
     return [{k: v for k, v in answer.items() if k not in out} for answer in answers]
 
 

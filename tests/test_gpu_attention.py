@@ -100,7 +100,7 @@ VERIFY = [  # lengths for any number of tokens up to 5: all in a page, across tw
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("q_len", [2, 3, 5])
+@pytest.mark.parametrize("q_len", [2, 3, 4, 5])
 @pytest.mark.parametrize(("lens", "heads", "c", "r"), VERIFY)
 def test_decode_of_several_tokens(
     lens: list[int], heads: int, c: int, r: int, q_len: int, dtype: torch.dtype, path: str
@@ -221,7 +221,7 @@ def test_prefill_empty() -> None:
     assert prefill_attention(q, v, k_rope, v, starts, starts, 0, 0, 1.0).shape == (0, 4, 128)
 
 
-@pytest.mark.parametrize("q_len", [1, 2, 5])
+@pytest.mark.parametrize("q_len", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("heads", [16, 20, 128])
 def test_flash_mla_keeps_the_contract_for_several_tokens(heads: int, q_len: int) -> None:
     """Padding among them, whose results need only be finite."""

@@ -16,7 +16,18 @@ from model.transformer import op_shape
 from parallel.mesh import Mesh
 from tests.test_gpu_engine import capture_no_prompts, differences
 from tests.test_gpu_engine import serve as serve_joining
-from tests.test_speculation import Answer, RandomDrafts, all_kinds, make_engine, prompts_of, same, serve, sharing_pages
+from tests.test_speculation import (
+    Answer,
+    RandomDrafts,
+    all_kinds,
+    counted_steps,
+    ends_cut_the_same_tokens,
+    make_engine,
+    prompts_of,
+    same,
+    serve,
+    sharing_pages,
+)
 from tests.worlds import run_world, sub_mesh
 
 pytestmark = pytest.mark.gpu
@@ -66,9 +77,27 @@ def test_prompts_that_share_pages_get_the_same_answers_in_float32(tiny: Path, dr
     work, plain = sharing_pages(), engine_of(tiny, 0, torch.float32)
     drafting = engine_of(tiny, drafts, torch.float32, graphs, prefix_cache="auto")
     want = serve(plain, work)[0]
-    for _ in range(2):
-        same(serve(drafting, work)[0], want)
+    first, again = (serve(drafting, work)[0] for _ in range(2))
+    same(first, want)
+    same(again, want)
     assert drafting.scheduler.cache.hits >= 2 * len(work) - 3
+    assert [first[request.uid].accepted for request in work] == [again[request.uid].accepted for request in work]
+    for engine in (plain, drafting):
+        engine.close()
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_ends_among_accepted_tokens_in_float32(tiny: Path, drafts: int) -> None:
+    ops, _ = choose(op_shape(ModelConfig.from_pretrained(tiny)), torch.float32, DEVICE)
+    ends_cut_the_same_tokens(tiny, (drafts,), ops, MESH)
+
+
+def test_each_request_of_a_batch_has_another_number_of_right_drafts_in_float32(tiny: Path) -> None:
+    requests = [Request(i, prompts_of(tiny)[at], 64, ignore_eos=True) for i, at in enumerate((1, 5, 9))]
+    plain, drafting = (engine_of(tiny, n, torch.float32) for n in (0, 4))
+    with counted_steps() as steps:
+        same(serve(drafting, requests)[0], serve(plain, requests)[0])
+    assert any(len(set(counts)) == 3 for counts in steps)
     for engine in (plain, drafting):
         engine.close()
 
@@ -140,7 +169,7 @@ def test_graphs_change_nothing_on_several_ranks(tiny: Path) -> None:
 def test_in_bf16_tokens_part_only_where_two_are_as_likely(tiny: Path, drafts: int) -> None:
     """One row and N + 1 rows are rounded differently. Where a text parts, that decides between the two tokens.
 
-    So their log probabilities differ by at most twice what rounding changes elsewhere, before any text parts.
+    So their log probabilities differ by at most twice what rounding changes in tokens before, where no text has parted.
     """
     work = [Request(i, p, 48, ignore_eos=True, logprobs=8) for i, p in enumerate(prompts_of(tiny))]
     plain, drafting = (engine_of(tiny, n, torch.bfloat16) for n in (0, drafts))
@@ -157,11 +186,11 @@ def parts_only_where_two_are_as_likely(want: dict[int, Answer], got: dict[int, A
         other = got[uid]
         for at, (one, two) in enumerate(zip(answer.tokens, other.tokens, strict=True)):
             mine, theirs = dict(answer.logprobs[at]), dict(other.logprobs[at])
-            rounding = max(rounding, *(abs(mine[t] - theirs[t]) for t in mine.keys() & theirs.keys()))
             if one != two:
                 assert two in mine, f"request {uid}, token {at}"
                 gaps.append(mine[one] - mine[two])
                 break
+            rounding = max(rounding, *(abs(mine[t] - theirs[t]) for t in mine.keys() & theirs.keys()))
     print(f"{len(gaps)} of {len(want)} texts part, at gaps of {gaps}; rounding {rounding:.3f}")
     assert rounding < 0.5 and all(gap <= 2 * rounding for gap in gaps)
     assert len(gaps) <= len(want) // 2

@@ -563,14 +563,14 @@ def test_an_answer_has_its_tokens_beyond_one_per_step_if_the_replica_drafts(draf
         tokens = router.tokenizer.encode(text, add_special_tokens=False).ids
         prefill, dying = joining("p", "prefill", router), joining("d", "decode", router, drafts=drafts)
         uid = dying.hear(Submit).request.uid
-        first = [Update(uid, tokens[:1]), Update(uid, tokens[1:3], accepted=int(drafts > 0))]
+        first = [Update(uid, tokens[:1]), Update(uid, tokens[1:3], accepted=int(drafts > 0), verified=drafts)]
         dying.send(Updates(first, [uid]))
         assert eventually(lambda: len(router._tracked[uid].stream.token_ids) == 3)
         dying.close()
         other = joining("e", "decode", router, drafts=drafts)
         uid = other.hear(Submit).request.uid
         rest = tokens[3:] + tokens[:9]
-        other.send(Updates([Update(uid, rest, accepted=len(rest) - 1 if drafts else 0)], [uid]))
+        other.send(Updates([Update(uid, rest, accepted=len(rest) - 1 if drafts else 0, verified=9 * drafts)], [uid]))
         for worker in (other, prefill):
             worker.hear(Finish)
             worker.send(Bye({}))
@@ -578,7 +578,8 @@ def test_an_answer_has_its_tokens_beyond_one_per_step_if_the_replica_drafts(draf
     answer, steps = answers[0], 3  # one of them was prefill's
     assert answer.finish_reason == "stop" and 3 < len(answer.token_ids) < len(tokens)
     assert answer.accepted_tokens == (len(answer.token_ids) - steps if drafts else None)
-    assert ("accepted_tokens" in answer.as_dict()) == bool(drafts)
+    assert answer.verified_tokens == (10 * drafts if drafts else None)
+    assert ("accepted_tokens" in answer.as_dict()) == ("verified_tokens" in answer.as_dict()) == bool(drafts)
 
 
 # ---- moving on

@@ -6,7 +6,8 @@ import json
 import random
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from disagg.request import Request
 from disagg.role import NOT_FINITE
 from disagg.scheduler import Sequence
 from disagg.speculative_sampler import before_each
+from disagg.step import Step
 from disagg.unified import Unified
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
@@ -59,6 +61,7 @@ class Answer:
     experts: bytes = b""
     prompt_rows: bytes = b""
     accepted: int = 0  # tokens beyond one per step
+    verified: int = 0  # drafts
     end: tuple[str | None, str | None] | None = None  # finish reason and error
 
     def hear(self, update: Update) -> None:
@@ -68,6 +71,7 @@ class Answer:
         self.experts += update.experts
         self.prompt_rows += update.prompt_rows
         self.accepted += update.accepted
+        self.verified += update.verified
         if update.finish or update.error:
             self.end = update.finish, update.error
 
@@ -99,6 +103,10 @@ def serve(
     counts, drafts = role.stats(), engine.settings.speculate
     accepted = [counts[f"accepted_drafts_{place}"] for place in range(1, drafts + 1)]
     assert sum(accepted) == sum(answer.accepted for answer in answers.values())
+    verified = sum(counts[f"verified_drafts_{place}"] for place in range(1, drafts + 1))
+    known = sum(answer.verified for answer in answers.values() if answer.end)  # an aborted request tells no more
+    assert known <= verified and (known == verified or not all(answer.end for answer in answers.values()))
+    assert all(answer.verified >= answer.accepted for answer in answers.values())
     after_first = sum(max(0, len(answer.tokens) - 1) for answer in answers.values())
     without = after_first - sum(accepted) - counts.get("verifications", 0)  # tokens of steps that verified no drafts
     assert without == 0 or not drafts or (engine.settings.adapts and without > 0), "a step gives one, and the accepted"
@@ -285,9 +293,30 @@ def test_rank_0_decides_and_hears_the_drafts_of_each_replica_once(
 
 
 def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
-    """So ends fall on every place among the accepted tokens. Some requests are as long as the model's limit, a page."""
+    ends_cut_the_same_tokens(tiny, (1, 4))
+
+
+@contextmanager
+def ends_within_steps() -> Iterator[Counter]:
+    """Yield a counter, by reason, of the ends behind which the same step gave more tokens."""
+    cut, extend = Counter(), Sequence.extend
+
+    def extended(sequence: Sequence, several: list[int]) -> tuple[int, str | None]:
+        count, reason = extend(sequence, several)
+        cut[reason] += count < len(several)
+        return count, reason
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Sequence, "extend", extended)
+        yield cut
+
+
+def ends_cut_the_same_tokens(
+    tiny: Path, each: tuple[int, ...], ops: Ops | None = None, mesh: Mesh | None = None
+) -> None:
+    """Ends fall on every place among the accepted tokens. Some requests are as long as the model's limit, a page."""
     prompt, many = prompts_of(tiny)[8], 24
-    sizes = {"max_batch": 16, "max_tokens_per_step": 100, "max_model_len": 64}
+    sizes = {"max_batch": 16, "max_tokens_per_step": 100, "max_model_len": 64, "mesh": mesh, "ops": ops}
     whole = Request(0, prompt, 64 - len(prompt), ignore_eos=True)
     tokens = serve(make_engine(tiny, 0, **sizes), [whole])[0][0].tokens
     limits = [Request(i, prompt, i, ignore_eos=True) for i in range(1, many)]
@@ -296,15 +325,42 @@ def test_any_limit_and_any_stop_cut_the_same_tokens(tiny: Path) -> None:
         for i, token in enumerate(tokens[:many])
     ]
     full = [msgspec.structs.replace(whole, uid=100 + i) for i in range(3)]
-    for drafts in (1, 4):
-        answers, _ = serve(make_engine(tiny, drafts, **sizes), limits + stops + full)
+    for drafts in each:
+        with ends_within_steps() as cut:
+            answers, _ = serve(make_engine(tiny, drafts, **sizes), limits + stops + full)
+        assert cut["length"] and cut["stop"], cut
         for request in limits:
-            answer = replace(answers[request.uid], accepted=0)
+            answer = replace(answers[request.uid], accepted=0, verified=0)
             assert answer == Answer(tokens[: request.max_tokens], end=("length", None))
         for request in stops:
             end = tokens.index(request.stop_token_ids[0]) + 1
-            assert replace(answers[request.uid], accepted=0) == Answer(tokens[:end], end=("stop", None))
+            assert replace(answers[request.uid], accepted=0, verified=0) == Answer(tokens[:end], end=("stop", None))
         assert all(answers[request.uid].tokens == tokens for request in full)
+
+
+def test_each_request_of_a_batch_has_another_number_of_right_drafts(tiny: Path) -> None:
+    requests = [Request(i, prompts_of(tiny)[at], 64, ignore_eos=True) for i, at in enumerate((1, 5, 9))]
+    want, _ = serve(make_engine(tiny, 0), requests)
+    with counted_steps() as steps:
+        same(serve(make_engine(tiny, 4), requests)[0], want)
+    assert any(len(set(counts)) == 3 for counts in steps), steps
+
+
+@contextmanager
+def counted_steps() -> Iterator[list[list[int]]]:
+    """Yield a list to which each decode step of this process adds how many tokens it gave, by request."""
+    steps: list[list[int]] = []
+    take_up = Unified.take_up
+
+    def counted(role: Unified, step: Step) -> int:
+        step.wait()
+        if step.counts is not None and not step.work.mixed:
+            steps.append(step.counts.numpy()[step.work.rows].tolist())
+        return take_up(role, step)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Unified, "take_up", counted)
+        yield steps
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -336,15 +392,20 @@ def sharing_pages() -> list[Request]:
 
 
 def test_prompts_that_share_pages_get_the_same_answers(tiny: Path) -> None:
-    """A page from the cache has the draft layer's KV, too. Its last row may be of another text, where the next token
-    differs: that can make a draft wrong, and no token."""
+    """A page from the cache has the draft layer's KV, too, so as many drafts are right.
+
+    Its last row may be of another text, where the next token differs: that can make a draft wrong, and no token.
+    """
     work = sharing_pages()
     want, _ = serve(make_engine(tiny, 0, prefix_cache="off"), work)
     for drafts in (1, 3):
         engine = make_engine(tiny, drafts)
-        for _ in range(2):
-            same(serve(engine, work)[0], want)
+        first, again = (serve(engine, work)[0] for _ in range(2))
+        same(first, want)
+        same(again, want)
         assert engine.scheduler.cache.hits >= 2 * len(work) - 3
+        accepted = [[answers[request.uid].accepted for request in work] for answers in (first, again)]
+        assert accepted[0] == accepted[1] and sum(accepted[0]) > 2
 
 
 def test_a_page_behind_a_stop_is_published_with_the_tokens_of_its_kv(
@@ -467,7 +528,7 @@ def test_the_shipped_models_drafts_are_worth_it(tiny: Path, temperature: float) 
 
 
 def on_ranks(rank: int, folder: Path) -> None:
-    """Unified jobs of any shape, with fewer requests than ranks in the largest: some idle, and step all the same.
+    """Unified jobs of any shape, with fewer requests than replicas in the largest: one idles, and steps all the same.
 
     With overlap, a half may be empty on some. Where the parts of decode steps are replayed, that holds for ranks with
     sampled requests, with greedy ones and with none.
@@ -487,7 +548,7 @@ def on_ranks(rank: int, folder: Path) -> None:
 
     expected = answers((1, 1), 0)
     assert rank or len({tuple(tokens) for tokens, *_ in expected}) == 7
-    plain = [((2, 1), 1), ((4, 4), 1), ((8, 2), 2)]
+    plain = [((2, 1), 1), ((4, 4), 1), ((8, 2), 2), ((8, 1), 1)]
     overlapped = [((1, 1), 2), ((2, 2), 1)]
     replayed = ((4, 1), 2, "off")
     for job in (*((*job, "off") for job in plain), *((*job, "on") for job in overlapped), replayed):

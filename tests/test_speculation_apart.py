@@ -116,6 +116,12 @@ def test_jobs_with_other_drafts_are_refused_and_those_alike_serve(tiny: Path, tm
 
 
 def test_the_usage_of_openais_api_has_the_drafts_that_were_right() -> None:
-    answers = [Answer(i, "", [5] * 9, "length", 4, 9, 0.1, 0.2, accepted_tokens=n) for i, n in enumerate((0, 6))]
-    assert to_builtins(usage(answers))["completion_tokens_details"] == {"accepted_prediction_tokens": 6}
+    answers = [
+        Answer(i, "", [5] * 9, "length", 4, 9, 0.1, 0.2, accepted_tokens=n, verified_tokens=n + 3)
+        for i, n in enumerate((0, 6))
+    ]
+    assert to_builtins(usage(answers))["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 6,
+        "rejected_prediction_tokens": 6,
+    }
     assert "completion_tokens_details" not in to_builtins(usage([replace(answers[0], accepted_tokens=None)]))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from kernels.rooms import FEW_ROWS
-from model.footprint import SPLIT_ROWS, SPLITS
+from model.footprint import split_heads
 from parallel.copies import grouped_rows
 from parallel.mesh import AllToAll, Group
 
@@ -147,7 +147,7 @@ def _gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
 
 
 def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lens: Tensor, scale: float, v_dim: int, plan: None) -> Tensor:
-    partial = q.new_empty(SPLITS * max(len(q), SPLIT_ROWS), q.shape[1], v_dim, dtype=torch.float32)
+    partial = q.new_empty(split_heads(*q.shape[:2]), v_dim, dtype=torch.float32)
     out = q.new_empty(*q.shape[:2], v_dim)
     del partial
     return out

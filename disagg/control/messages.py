@@ -164,6 +164,7 @@ class Update(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     experts: Piece = b""  # more of the sequence's chosen experts; those of the tokens before a token come before it
     cached_tokens: Count = 0  # with the first token: of the prompt, those that were not computed
     accepted: Count = 0  # of `tokens`: those beyond the one that every step gives, because drafts were right
+    verified: Count = 0  # drafts that steps have verified for it since its last Update
     prompt_rows: Piece = b""  # more rows of the prompt's log probabilities; all of them come before the first token
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 INTERRUPTED = "interrupted"  # the error of a request that Ctrl-C ended
 # Left out of the line if they are None.
-OPTIONAL = ("accepted_tokens", "logprobs", "prompt_token_ids", "prompt_logprobs", "experts", "error")
+OPTIONAL = (
+    "accepted_tokens",
+    "verified_tokens",
+    "logprobs",
+    "prompt_token_ids",
+    "prompt_logprobs",
+    "experts",
+    "error",
+)
 UNWRITTEN = ("refused",)  # never part of the line
 
 
@@ -23,6 +31,7 @@ class Answer:
     latency_s: float | None
     cached_tokens: int = 0  # of the prompt: their KV was there
     accepted_tokens: int | None = None  # generated beyond one per step, if the model drafts
+    verified_tokens: int | None = None  # drafts that could have been such tokens, right or wrong
     logprobs: list | None = None
     prompt_token_ids: list[int] | None = None  # beside prompt_logprobs: which of its tokens are the prompt's own
     prompt_logprobs: list | None = None  # as `PromptRows.encode` makes it

@@ -38,6 +38,7 @@ class Tracked:
     parts: Parts | None = None  # of the time to first token, if the prompt was computed elsewhere
     cached_tokens: int = 0  # of the prompt
     accepted_tokens: int | None = None  # beyond one per step, of all attempts; None: no replica of its own drafts
+    verified_tokens: int = 0  # drafts, of all attempts
     attempts: int = 0
     decode: Replica | None = None
     prefill: Replica | None = None  # until it has made a token
@@ -127,6 +128,7 @@ class Tracked:
         if not self.stream.token_ids:
             self.cached_tokens = min(update.cached_tokens, len(self.user.request.prompt))
         self.accept(min(update.accepted, len(update.tokens)))
+        self.verified_tokens += update.verified
         if update.experts:
             self.experts.add(update.experts)
         if update.prompt_rows:
@@ -170,6 +172,7 @@ class Tracked:
             latency_s=round(now - self.submitted, 4),
             cached_tokens=self.cached_tokens,
             accepted_tokens=self.accepted_tokens,
+            verified_tokens=None if self.accepted_tokens is None else self.verified_tokens,
             logprobs=self.logprobs if request.logprobs else None,
             error=error,
             refused=refused,

@@ -16,6 +16,7 @@ class PromptTokensDetails(msgspec.Struct):
 
 class CompletionTokensDetails(msgspec.Struct):
     accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class Usage(msgspec.Struct, omit_defaults=True):
@@ -63,8 +64,10 @@ def usage(answers: list[Answer]) -> Usage:
     prompt = sum(answer.prompt_tokens for answer in answers)
     generated = sum(answer.completion_tokens for answer in answers)
     cached = sum(answer.cached_tokens for answer in answers)
-    accepted = [answer.accepted_tokens for answer in answers if answer.accepted_tokens is not None]
-    details = CompletionTokensDetails(sum(accepted)) if accepted else None
+    drafted = [answer for answer in answers if answer.accepted_tokens is not None]
+    accepted = sum(answer.accepted_tokens or 0 for answer in drafted)
+    rejected = max(0, sum(answer.verified_tokens or 0 for answer in drafted) - accepted)
+    details = CompletionTokensDetails(accepted, rejected) if drafted else None
     return Usage(prompt, generated, prompt + generated, PromptTokensDetails(cached), details)
 
 
