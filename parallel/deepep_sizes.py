@@ -80,16 +80,17 @@ def low_latency_misfits(sizes: Sizes) -> list[str]:
         found.append(f"hidden size must be one of {_listed(HIDDEN)}, not {sizes.hidden}")
     if sizes.top_k > MAX_TOP_K:
         found.append(f"experts a token must be at most {MAX_TOP_K}, not {sizes.top_k}")
+    each = sizes.drafts + 1
+    product = f" = {sizes.capacity / each:g} x (1 + --speculate {sizes.drafts})" if sizes.drafts else ""
     if sizes.capacity > MAX_CAPACITY:
-        each = sizes.drafts + 1
-        product = f" = {sizes.capacity / each:g} x (1 + --speculate {sizes.drafts})" if sizes.drafts else ""
         most = f"must be at most {MAX_CAPACITY}, not {sizes.capacity}{product}"
         found.append(f"tokens a rank dispatches in a decode step {most}")
     if sizes.dtype != "bfloat16":
         found.append(f"needs bfloat16, not {sizes.dtype}")
     size = low_latency_bytes(slots, sizes.hidden, padded(sizes.capacity, ranks))
     if size > MAX_LOW_LATENCY_BYTES:
-        found.append(f"low latency's buffer must be under 32 GiB, not {size / 2**30:.1f}")
+        rows = f"{slots} physical experts x {sizes.capacity} tokens{product}"
+        found.append(f"low latency's buffer must be under 32 GiB, not {size / 2**30:.1f}: {rows}")
     return found
 
 

@@ -66,7 +66,10 @@ def mesh_of(monkeypatch: pytest.MonkeyPatch, *others: object, device: torch.devi
         ),
         ({"top_k": 12}, ["experts a token must be at most 11, not 12"]),
         ({"capacity": 1025}, ["tokens a rank dispatches in a decode step must be at most 1024, not 1025"]),
-        ({"num_slots": 584, "capacity": 1024}, ["low latency's buffer must be under 32 GiB, not 32.4"]),
+        (
+            {"num_slots": 584, "capacity": 1024},
+            ["low latency's buffer must be under 32 GiB, not 32.4: 584 physical experts x 1024 tokens"],
+        ),
         ({"dtype": "float32"}, ["needs bfloat16, not float32"]),
         ({"ranks": 6}, []),
         ({"ranks": 6, "ranks_per_node": 3}, []),

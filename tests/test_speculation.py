@@ -540,6 +540,7 @@ def on_ranks(rank: int, folder: Path) -> None:
     ) -> list[tuple]:
         mesh = sub_mesh(0, *shape)
         settings = replace(SETTINGS, speculate=drafts, overlap=overlap, adapts=adapts)
+        settings = replace(settings, redundant_experts=int(shape[0] == 3))  # else three ranks could not share them
         engine = Engine.from_pretrained(settings, config, folder, mesh, Ops()) if mesh is not None else None
         graphs = captured(engine) if replays and engine is not None else None
         found = one_run([("unified", engine, mesh)], folder, interrupt)
@@ -548,7 +549,7 @@ def on_ranks(rank: int, folder: Path) -> None:
 
     expected = answers((1, 1), 0)
     assert rank or len({tuple(tokens) for tokens, *_ in expected}) == 7
-    plain = [((2, 1), 1), ((4, 4), 1), ((8, 2), 2), ((8, 1), 1)]
+    plain = [((2, 1), 1), ((4, 4), 1), ((8, 2), 2), ((8, 1), 1), ((3, 1), 2)]
     overlapped = [((1, 1), 2), ((2, 2), 1)]
     replayed = ((4, 1), 2, "off")
     for job in (*((*job, "off") for job in plain), *((*job, "on") for job in overlapped), replayed):
@@ -603,6 +604,8 @@ def test_what_does_not_fit_is_refused_with_the_equation(tiny: Path, small: Path)
     (misfit,) = low_latency_misfits(sizes)
     assert misfit.endswith("must be at most 1024, not 1536 = 512 x (1 + --speculate 2)")
     assert not low_latency_misfits(replace(sizes, capacity=1023))
+    (misfit,) = low_latency_misfits(replace(sizes, num_slots=640, capacity=1023))
+    assert misfit.endswith("640 physical experts x 1023 tokens = 341 x (1 + --speculate 2)")
 
 
 def test_the_command_line(tiny: Path) -> None:

@@ -48,7 +48,7 @@ def body(rank: int, folder: Path) -> None:
     kinds = one_run([("unified", plain, one)], folder, interrupt)
     told = one_run([("unified", plain, one)], folder, interrupt, talks)
     accepted = {}  # by drafts: the tokens of each answer beyond one per step, in one job
-    for drafts in (1, 3):
+    for drafts in (1, 2, 3):
         found = answers_to(talks(0), [("unified", engine(one, drafts), one)], folder, interrupt)
         accepted[drafts] = [found[i].accepted_tokens for i in sorted(found)]
     assert rank or sum(accepted[1]) > 10 and sum(accepted[3]) > sum(accepted[1])
@@ -75,6 +75,8 @@ def body(rank: int, folder: Path) -> None:
         for again in range(2):
             found = answers_to(talks(0), jobs, folder, interrupt, handoff=Handoff(checksums=True))
             assert collect(found) == told or rank, f"prefix cache: prefill {left}, decode {right}, {again=}"
+            got = [found[i].accepted_tokens for i in sorted(found)]
+            assert got == accepted[2] or rank, f"prefix cache: {left}, {right}, {again=}: {got} not {accepted[2]}"
             hits = sum(answer.cached_tokens for answer in found.values())
             assert rank or hits >= (left == "auto") * (3 + 2 * again) * PAGE, (left, right, hits)
         caches = [(job.scheduler.cache.hits, how) for (_, job, _), how in zip(jobs, (left, right), strict=True) if job]
