@@ -17,11 +17,10 @@ from disagg.front.router import Router
 from disagg.request import Request
 from tests.conftest import eventually
 from tests.http_door import HOST, error_of, first_token, open_door
-from tests.town import GRADED, LONG, POOL, QUICK, SOON, all_right, busy, joined, town, undisturbed
+from tests.town import GRADED, POOL, QUICK, SOON, all_right, busy, joined, town, undisturbed
 from tests.workers import Worker, finish, joining, serving, waits
 
 COMPLETION = {"prompt": "x", "max_tokens": 4}
-SOME = GRADED[:12]
 
 
 @pytest.fixture(scope="module")
@@ -162,32 +161,33 @@ def test_a_job_that_is_replaced_while_it_serves(
 ) -> None:
     """SIGTERM to one of its ranks only. No request begins a second time."""
     with town(tmp_path, tiny, **QUICK) as place:
-        router = place.router(SOME, "out")
+        router = place.router(GRADED, "out")
         place.worker("prefill" if role == "decode" else "decode", 1, *(POOL if role == "prefill" else ()))
         leaving = place.worker(role, 2, *(POOL if role == "decode" else ()))
         joined(place, router, 3)
         busy(place, "out")
         leaving.ranks[1].signal(signal.SIGTERM)
         place.worker(role, 1, *(POOL if role == "decode" else ()))
-        all_right(place, router, "out", SOME, expected)
+        all_right(place, router, "out", GRADED, expected)
         place.until(lambda: leaving.statuses == [0, 0], SOON)
         assert f"a {role} job drains" in router.said and "retries" not in router.said, router.said
 
 
+@pytest.mark.parametrize("drafts", ["0", "2"])
 def test_a_drain_that_takes_too_long_ends_and_its_requests_go_on_elsewhere(
-    tiny: Path, tmp_path: Path, expected: dict[str, list[int]]
+    tiny: Path, tmp_path: Path, expected: dict[str, list[int]], drafts: str
 ) -> None:
-    with town(tmp_path, tiny, **QUICK, disagg__interrupt__DRAIN_S=0.2) as place:
-        router = place.router(LONG[:8], "out")
-        place.worker("prefill")
-        leaving = place.worker("decode", 1)
+    """With the tokens that they would have had; `expected` is of jobs that do not draft."""
+    with town(tmp_path, tiny, **QUICK, disagg__interrupt__DRAIN_S=0.05) as place:
+        router = place.router(GRADED, "out")
+        place.worker("prefill", 1, "--speculate", drafts)
+        leaving = place.worker("decode", 1, "--speculate", drafts)
         joined(place, router, 2)
-        place.until(lambda: "decode" in router.said and router.statuses == [None], SOON)
-        time.sleep(0.5)
+        busy(place, "out")  # the others have most of their tokens still to come
         leaving.signal(signal.SIGTERM)
-        place.worker("decode", 1)
+        place.worker("decode", 1, "--speculate", drafts)
         place.until(lambda: leaving.statuses == [0], 20)
-        all_right(place, router, "out", LONG[:8], expected)
+        all_right(place, router, "out", GRADED, expected)
         assert "retries" in router.said and "a decode replica was stopped" in router.said, router.said
         assert "decode: draining: it finishes what it has" in leaving.said
 
@@ -218,7 +218,7 @@ def test_a_batch_that_drains_answers_what_it_has_read_and_goes_on_later(
     """At most four lines are read ahead here."""
     with town(tmp_path, tiny, **QUICK, disagg__front__router__MOST_WAITING=4) as place:
         source, out = tmp_path / "in.jsonl", tmp_path / "out.out"
-        source.write_text("".join(json.dumps(request) + "\n" for request in SOME))
+        source.write_text("".join(json.dumps(request) + "\n" for request in GRADED))
         flags = ("--input", str(source), "--output", str(out), "--existing", "resume")
         where = ("--router", f"127.0.0.1:{place.port}") if role == "router" else ()
         small = ("--max-batch", "2", "--kv-tokens", "1024")
@@ -232,9 +232,9 @@ def test_a_batch_that_drains_answers_what_it_has_read_and_goes_on_later(
         first.signal(signal.SIGTERM)
         place.until(lambda: first.statuses == [0], SOON)
         answers = place.answers("out")
-        assert 0 < len(answers) < len(SOME), "it was nearly over: the test shows nothing"
+        assert 0 < len(answers) < len(GRADED), "it was nearly over: the test shows nothing"
         assert all(answer["token_ids"] == expected[answer["id"]][: len(answer["token_ids"])] for answer in answers)
         assert not any(answer.get("error") for answer in answers) and "takes no more requests" in first.said
         place.until(lambda: all(job.statuses == [0] for job in jobs), SOON)
         second, _ = begin()
-        all_right(place, second, "out", SOME, expected)
+        all_right(place, second, "out", GRADED, expected)

@@ -83,7 +83,8 @@ def test_decode_reads_the_kv_from_the_memory_of_a_gpu_over_nixl(
     assert "over UCX" in ended["decode"][2] and "VRAM" in ended["decode"][2], ended["decode"][2]
 
 
-def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafts", ["0", "2"])
+def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(drafts: str, tmp_path: Path) -> None:
     """In float32 with the tokens that they would have had: prefill computes now what decode had computed before."""
     source, alone = tmp_path / "in.jsonl", tmp_path / "alone.jsonl"
     rows = [{"prompt_token_ids": [7 + i], "max_tokens": n, "ignore_eos": True} for i, n in enumerate([1, 1900, 1900])]
@@ -91,11 +92,11 @@ def test_the_requests_of_a_killed_decode_job_go_on_in_the_next(tmp_path: Path) -
     flags = ("--dtype", "float32", "--kv-tokens", "65536")
     deployment = Deployment(Path("model/tiny"), source, tmp_path / "out.jsonl")
     for role in ("prefill", "decode"):
-        deployment.start_job(role, 1, *flags)
+        deployment.start_job(role, 1, *flags, "--speculate", drafts)
     deployment.start_router()
     deployment.wait_for_answers(1, TIMEOUT_S)
     deployment.kill("decode")
-    deployment.start_job("decode", 1, *flags)
+    deployment.start_job("decode", 1, *flags, "--speculate", drafts)
     ended = deployment.finish(TIMEOUT_S)
     assert [code for code, *_ in ended.values()] == [0, 0, 0], ended
     assert "a decode replica is lost" in ended["router"][2] and "retries" in ended["router"][2]
