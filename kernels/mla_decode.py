@@ -14,11 +14,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import decode_few_heads, decode_hopper, hopper
 from kernels.attention import LOG2_E, attention_scores, softmax_step
-from kernels.decode_few_heads import Splits
+from kernels.decode_few_heads import PAGE, Splits
 from kernels.gemm import num_sms
 from kernels.pdl import after_previous, pdl
 
-PAGE = 64  # rows of a KV page
 FLOOR = tl.constexpr(-1e30)  # below every score: the maximum of a row that has seen no key, where there are such rows
 
 
