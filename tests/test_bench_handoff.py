@@ -14,7 +14,7 @@ from scripts.bench.handoff.traffic import AHEAD
 from scripts.bench.lib.measurements import load
 from tests.processes import ForkedPopen, run_module
 
-TINY = "--device cpu --repeat 4 --prompts 64,128 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
+TINY = "--device cpu --repeat 12 --prompts 64,128 --kv-layers 2 --wire-bytes 1000000 --interval 0.02"
 JOBS = "scripts.bench.handoff.jobs"
 QUICK = {f"{JOBS}.Popen": ForkedPopen, f"{JOBS}.TO_STREAM": 8, f"{JOBS}.BURST": 8}
 QUICK["torch.multiprocessing.spawn"] = functools.partial(mp.start_processes, start_method="forkserver")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.town import GRADED, LONG, OTHER, POOL, QUICK, SOON, all_right, busy, joined, town, undisturbed
+from model.pages import PAGE
+from tests.town import GRADED, LONG, OTHER, POOL, QUICK, SOON, all_right, alone, busy, joined, town, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -177,18 +178,18 @@ def test_a_decode_job_that_dies_takes_no_request_with_it(
         all_right(place, router, "out", GRADED, expected)
 
 
-def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(
-    small: Path, tmp_path: Path, expected: dict[str, list[int]]
-) -> None:
+def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(small: Path, tmp_path: Path) -> None:
     """What waits for pages on the decode side has not begun, and so has not failed.
 
-    31 pages hold a short request and 15 long ones, which fail once. The first answer shows that they no longer need a
-    prefill job, because here no accused request waits for a trial of its own. The other four wait.
+    76 pages hold a short request and 15 long ones, which fail once. The first answer shows that they no longer need a
+    prefill job, because here no accused request waits for a trial of its own. The other four wait. The long ones are so
+    long that they decode until the last job has been killed.
     """
-    wanted = [LONG[0] | {"max_tokens": 4}, *LONG[1:]]
+    wanted = [LONG[0] | {"max_tokens": 4}, *(request | {"max_tokens": 300} for request in LONG[1:])]
+    expected = alone(small, wanted)
     with town(tmp_path, small, **QUICK, disagg__front__trials__TRIAL_WAIT_S=0.0) as place:
         router = place.router(wanted, "out")
-        place.worker("decode", 1, "--kv-tokens", "1984")
+        place.worker("decode", 1, "--kv-tokens", str(76 * PAGE))
         prefill = place.worker("prefill")
         joined(place, router, 2)
         for again in range(3):
@@ -208,11 +209,12 @@ def listening(pid: int) -> list[int]:
 def test_a_port_scanner_takes_nothing_down(small: Path, tmp_path: Path, expected: dict[str, list[int]]) -> None:
     """It connects to every port of every process, again and again, and says nothing or junk."""
     with town(tmp_path, small, **QUICK) as place:
-        router = place.router(LONG, "out")
+        router = place.fed_router("out")
         jobs = [router, place.worker("prefill"), place.worker("decode", 1, *POOL)]
         joined(place, router, 2)
-        touched = 0
-        while router.statuses == [None] and touched < 400:
+        place.feed(LONG, "out")
+        touched, deadline = 0, time.monotonic() + SOON
+        while touched < 200 and time.monotonic() < deadline:
             for port in {port for job in jobs for rank in job.ranks for port in listening(rank.pid)}:
                 try:
                     with socket.create_connection(("127.0.0.1", port), 1) as sock:
@@ -222,7 +224,8 @@ def test_a_port_scanner_takes_nothing_down(small: Path, tmp_path: Path, expected
                     continue
                 touched += 1
             time.sleep(0.05)
-        assert touched > 50
+        assert touched >= 200 and router.statuses == [None]
+        place.stop_feeding("out")
         all_right(place, router, "out", LONG, expected)
         assert "retries" not in router.said, router.said
 

@@ -18,7 +18,7 @@ from disagg.control.messages import MOST_DIGESTS, Decoder, Kept, ToRouter, encod
 from disagg.front import known
 from disagg.front.known import REPORTS, Known
 from disagg.page_cache import PageCache
-from disagg.page_digest import DIGEST, page_digests
+from disagg.page_digest import DIGEST, following, page_digests, root
 from disagg.request import Request
 from disagg.scheduler import Sequence
 from model.pages import PAGE
@@ -153,6 +153,24 @@ def test_many_pages_are_told_in_several_messages_and_the_first_one_begins_anew(m
     assert (len(message.got), len(message.lost), message.anew) == (DIGEST, DIGEST, False)
     catalogue.clear()
     assert told(catalogue) == [Kept(anew=True)]
+
+
+def test_a_page_that_is_reported_gone_does_not_count_although_a_request_brought_it_lately() -> None:
+    """An idle replica may send no second report."""
+    catalogue, router, page = Catalogue(), Known(9), int.from_bytes(following(root(""), b"page"), "little")
+    catalogue.add(0, "", b"page")
+    (there,) = told(catalogue)
+    catalogue.drop(0)
+    (gone,) = told(catalogue)
+    router.hear(there)
+    router.bring([page])
+    router.brought([page])
+    assert page in router
+    router.hear(gone)
+    assert page not in router
+    router.bring([page])
+    router.brought([page])
+    assert page in router, "it may be there again, and its report under way"
 
 
 def test_a_full_cache_never_seems_to_have_more_pages_than_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,12 +128,17 @@ def town(folder: Path, model: Path, host: Host | None = None, **constants: Any) 
 
 @cache
 def undisturbed(model: Path) -> dict[str, list[int]]:
-    """Return the tokens of all requests, of one process that nothing disturbs; by id."""
+    """Return the tokens of all requests, as `alone`."""
+    return alone(model, LONG + OTHER)
+
+
+def alone(model: Path, wanted: list[dict]) -> dict[str, list[int]]:
+    """Return the tokens of requests, of one process that nothing disturbs; by id."""
     with tempfile.TemporaryDirectory() as folder, town(Path(folder), model) as place:
         source, out = place.folder / "in.jsonl", place.folder / "all.out"
-        source.write_text("".join(json.dumps(request) + "\n" for request in LONG + OTHER))
-        alone = place.start("unified", 1, "--input", str(source), "--output", str(out))
-        place.until(lambda: alone.statuses == [0], SOON)
+        source.write_bytes(as_lines(wanted))
+        process = place.start("unified", 1, "--input", str(source), "--output", str(out))
+        place.until(lambda: process.statuses == [0], SOON)
         return {answer["id"]: answer["token_ids"] for answer in place.answers("all")}
 
 

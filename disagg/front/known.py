@@ -61,6 +61,8 @@ class Known:
             self._reported.clear()
         self._reported.difference_update(lost)
         self._reported.update(got)
+        for page in lost:  # whatever brought it, it is gone since: reports and the ends of requests come in order
+            self._lately.pop(page, None)
         if len(self._reported) > self._most:
             count = len(self._reported)
             self._reported.clear()
