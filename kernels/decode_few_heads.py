@@ -25,9 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import hopper
-from kernels.decode_hopper import load_pages, load_rows
 from kernels.gemm import num_sms
-from kernels.hopper import barriers, clear_rows, tile
+from kernels.hopper import barriers, clear_end, load_pages, load_rows, tile
 from kernels.pdl import after_previous, pdl
 
 PAGE = 64  # rows of a KV page
@@ -124,13 +123,7 @@ def _attend(
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, PAGE], gl.bfloat16)
     p = gl.allocate_shared_memory(gl.bfloat16, [ROWS, PAGE], p_layout).permute((1, 0))
     mbarrier.wait(q_full, 0)
-    if last % PAGE > 0:  # the page in which the sequence ends
-        mbarrier.wait(full.index(0), 0)
-        clear_rows(left.index(0), last % PAGE)
-        clear_rows(right.index(0), last % PAGE)
-        clear_rows(rest.index(0), last % PAGE)
-        fence_async_shared()
-        gl.thread_barrier()
+    clear_end(left, right, rest, full, last)
 
     row = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
     key = gl.arange(0, PAGE, gl.SliceLayout(1, layout))

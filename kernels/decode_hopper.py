@@ -7,13 +7,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from kernels import hopper
-from kernels.hopper import barriers, clear_rows, tile
+from kernels.hopper import barriers, clear_end, load_pages, load_rows, tile
 
 
 @gluon.jit
@@ -26,27 +25,6 @@ def _split_plan(kv_lens, seq, batch, splits, most, PAGE: gl.constexpr, BLOCK_B: 
     wanted = gl.maximum(gl.minimum(gl.minimum(wanted, most), pages // 2), 1)
     chunk = gl.maximum(gl.cdiv(pages, wanted), 1)
     return chunk, gl.cdiv(pages, chunk)
-
-
-@gluon.jit
-def load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
-    """Ask TMA for the rows of a tile, of queries or of a page; `bar` flips when all are in shared memory."""
-    mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + rest_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(rest_desc, [row, 0], bar, rest)
-    tma.async_copy_global_to_shared(left_desc, [row, 0], bar, left)
-    tma.async_copy_global_to_shared(right_desc, [row, 0], bar, right)
-
-
-@gluon.jit
-def load_pages(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
-    """Run the loader warp: page after page, into the buffer that is free."""
-    for i in range(pages):
-        row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
-        at = i % 2
-        mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)
-        load_rows(
-            left_desc, right_desc, rest_desc, row, full.index(at), left.index(at), right.index(at), rest.index(at)
-        )
 
 
 @gluon.jit
@@ -110,13 +88,7 @@ def _decode_attend(
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, PAGE], gl.bfloat16)
     p = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, PAGE], p_layout)
     mbarrier.wait(q_full, 0)
-    if last % PAGE > 0:  # the page in which the sequence ends
-        mbarrier.wait(full.index(0), 0)
-        clear_rows(left.index(0), last % PAGE)
-        clear_rows(right.index(0), last % PAGE)
-        clear_rows(rest.index(0), last % PAGE)
-        fence_async_shared()
-        gl.thread_barrier()
+    clear_end(left, right, rest, full, last)
 
     head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, score_layout))
     key = gl.arange(0, PAGE, gl.SliceLayout(0, score_layout))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
@@ -35,6 +35,40 @@ def clear_rows(tile, first):
         piece = tile.slice(col, WIDTH, dim=1)
         values = piece.load(layout)
         piece.store(gl.where((row < first)[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def clear_end(left, right, rest, full, last):
+    """Zero the rows from `last` on of the page that holds the last key: the first of the pages that are visited."""
+    PAGE: gl.constexpr = left.shape[1]
+    if last % PAGE > 0:
+        mbarrier.wait(full.index(0), 0)
+        clear_rows(left.index(0), last % PAGE)
+        clear_rows(right.index(0), last % PAGE)
+        clear_rows(rest.index(0), last % PAGE)
+        fence_async_shared()
+        gl.thread_barrier()
+
+
+@gluon.jit
+def load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
+    """Ask TMA for the rows of a tile, of queries or of a page; `bar` flips when all are in shared memory."""
+    mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + rest_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(rest_desc, [row, 0], bar, rest)
+    tma.async_copy_global_to_shared(left_desc, [row, 0], bar, left)
+    tma.async_copy_global_to_shared(right_desc, [row, 0], bar, right)
+
+
+@gluon.jit
+def load_pages(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
+    """Run the loader warp: page after page, into the buffer that is free."""
+    for i in range(pages):
+        row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
+        at = i % 2
+        mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)
+        load_rows(
+            left_desc, right_desc, rest_desc, row, full.index(at), left.index(at), right.index(at), rest.index(at)
+        )
 
 
 @functools.cache

@@ -227,7 +227,7 @@ def _gather_kernel(
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 
-FEW_COPIES = 4096  # for which one launch is faster than two, although each token walks over the earlier ones
+ONE_LAUNCH = 4096  # copies up to which one kernel does all; with more, each token would walk over too many
 
 
 class _Move(NamedTuple):
@@ -315,7 +315,7 @@ def ep_scatter_masked(
     experts, room = experts.contiguous(), -(-x.shape[0] // alignment) * alignment
     index, counts = torch.empty_like(experts), experts.new_empty(num_local, dtype=torch.int32)
     move, (tokens, top_k) = _Move.to(x, scales, num_local, room), experts.shape
-    if experts.numel() > FEW_COPIES:
+    if experts.numel() > ONE_LAUNCH:
         place_masked_kernel[num_local,](experts, index, counts, experts.numel(), room, COPIES=1024, **pdl(x))
         _launch_move(move, index)
         return move.made[0], counts, index, *move.made[1:]

@@ -73,6 +73,9 @@ def test_all_of_an_engines_sizes_are_shown(tiny: Path, drafts: int) -> None:
     assert all(shown[what] == buckets for what in wanted)
     assert {1, 2, 64} <= set(shown["prompts"])
     assert shown["decodes beside prompts"] == [4, 2, 1]  # of five sequences, one is a prompt
+    engine.decode.buckets, again = [4], {}
+    run_beside(engine, lambda sizes, what: again.setdefault(what, list(sizes)))
+    assert again["decodes beside prompts"] == [4, 2, 1], "also fewer than the smallest bucket"
 
 
 def test_a_step_of_few_layers_calls_every_op_that_a_whole_step_calls() -> None:
