@@ -181,14 +181,13 @@ def test_a_decode_job_that_dies_takes_no_request_with_it(
 def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(small: Path, tmp_path: Path) -> None:
     """What waits for pages on the decode side has not begun, and so has not failed.
 
-    76 pages hold a short request and 15 long ones, which fail once. The first answer shows that they no longer need a
-    prefill job, because here no accused request waits for a trial of its own. The other four wait. The long ones are so
-    long that they decode until the last job has been killed.
+    76 pages hold a short request and 15 long ones, which fail once. Here no accused request waits for a trial of its
+    own, so the next job computes all 16. From when the 15 decode until they end, the last job is killed. Four wait.
     """
     wanted = [LONG[0] | {"max_tokens": 4}, *(request | {"max_tokens": 300} for request in LONG[1:])]
     expected = alone(small, wanted)
     with town(tmp_path, small, **QUICK, disagg__front__trials__TRIAL_WAIT_S=0.0) as place:
-        router = place.router(wanted, "out")
+        router = place.router(wanted, "out", "--log-interval", "0.05")
         place.worker("decode", 1, "--kv-tokens", str(76 * PAGE))
         prefill = place.worker("prefill")
         joined(place, router, 2)
@@ -196,7 +195,7 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(small: Path, 
             prefill.signal(signal.SIGKILL)
             prefill = place.worker("prefill")
             joined(place, router, 3 + again)
-            busy(place, "out")
+            place.until(lambda: "4 waiting, 0 queued, 0 in prefill, 15 in decode; 1 ended" in router.said, SOON)
         all_right(place, router, "out", wanted, expected)
 
 
