@@ -20,6 +20,7 @@ PROBE = 4  # steps that make n drafts; the first of them still verifies others
 SHARE = 0.01  # of the time: the most that probes lose
 GAP = 40  # the fewest steps from one probe of n to the next
 BETTER = 1.02  # another n must be so much better than the one in use
+TRUST = 0.96  # what drafts seem to give counts so much of it, because all that is learned errs, and none never loses
 RECENT = 15  # steps whose median is a probe's other side
 
 MEMORY = 100  # drafts in one place that are remembered, or those of MEMORY_STEPS steps if they are more
@@ -67,6 +68,7 @@ class StepTimes:
         self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of steps with `best`
         self.clock = 0.0  # seconds of all steps
         self.probed = [0.0] * (most + 1)  # the clock after the latest probe
+        self.quiet = 0.0  # without drafts, nothing is to be decided before the clock says so
 
     def ratio(self, n: int) -> float:
         """Return t(n) / t(best)."""
@@ -119,6 +121,8 @@ class DraftPolicy:
             self._end_probe()
         if mixed:
             return self._beside_prompts(bucket, times)
+        if self._probe is None and times.best == 0 and times.clock < times.quiet:
+            return 0
         if self._probe is None:
             self._settle(times)
             n = self._due(times)
@@ -149,6 +153,8 @@ class DraftPolicy:
 
     def count_drafts(self, counts: list[int]) -> None:
         """Take how many drafts of all steps so far came after right ones only, by place, and how many were right."""
+        if counts == self._counts:
+            return
         new = [count - before for count, before in zip(counts, self._counts, strict=True)]
         self._counts = counts
         for place, (tried, right) in enumerate(zip(new[: self.most], new[self.most :], strict=True), 1):
@@ -161,8 +167,9 @@ class DraftPolicy:
         return self._times[bucket]
 
     def _rates(self, times: StepTimes) -> list[float]:
-        """Return E(n) / t(n), in any unit."""
-        return [tokens / math.exp(log) for tokens, log in zip(self._chances.tokens(), times.log, strict=True)]
+        """Return E(n) / t(n), in any unit, with drafts a little less."""
+        none, *drafts = (e / math.exp(log) for e, log in zip(self._chances.tokens(), times.log, strict=True))
+        return [none, *(TRUST * rate for rate in drafts)]
 
     def _settle(self, times: StepTimes) -> None:
         """Use another n if it has turned out better."""
@@ -184,13 +191,14 @@ class DraftPolicy:
             lost = PROBE * step * times.ratio(n) * max(0.0, 1 - rates[n] / rates[times.best])
             over[n] = times.clock - times.probed[n] - max(lost * self.most / SHARE, GAP * step)
         n = max(over, key=over.__getitem__)
+        times.quiet = times.clock + min(-over[n], GAP * step)
         return n if over[n] >= 0 else None
 
     def _end_probe(self) -> None:
         assert self._probe is not None
         bucket, n = self._probe
         times = self._times[bucket]
-        times.probed[n] = times.clock
+        times.probed[n], times.quiet = times.clock, 0.0
         if self._seen and times.recent:
             times.compare(n, self._seen)
         self._probe = None

@@ -24,7 +24,7 @@ from disagg.page_cache import PageCache
 from disagg.prompt_graphs import PromptGraphs
 from disagg.rebalance import BUSY, Rebalancer
 from disagg.sampler import Sampler
-from disagg.scheduler import Plan, Scheduler
+from disagg.scheduler import Plan, Scheduler, Sequence
 from disagg.speculation import Speculation
 from disagg.step import NO_WORK, Drafts, Step, Work
 from disagg.steps import DecodeStep, PromptStep, places
@@ -311,6 +311,12 @@ class Engine:
     def _reported(self, rows: Tensor) -> Tensor | None:
         """Return rows of the step, on the host once the step is done. None, unless this rank reports them."""
         return to_host(rows) if self.mesh.leads else None
+
+    def release(self, sequence: Sequence) -> None:
+        """Let go of a sequence's pages, as in `Scheduler.release`."""
+        if self.speculation is not None and self.speculation.late is not None:
+            self.speculation.late.fill()
+        self.scheduler.release(sequence)
 
     def check_experts(self) -> None:
         """Raise ValueError if this model's experts cannot be returned."""

@@ -146,6 +146,11 @@ class Plan:
         return [s.tokens.append for s in self.decodes]
 
     @property
+    def has_last_token(self) -> bool:
+        """Will a sequence be at its limit with one more token? Unlike `may_end`, it counts tokens that drafts gave."""
+        return any(len(s.tokens) + 1 >= s.limit for s in self.decodes)
+
+    @property
     def num_prefill_tokens(self) -> int:
         return sum(count for _, count in self.prefills)
 

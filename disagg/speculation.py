@@ -32,6 +32,7 @@ from torch import Tensor
 
 from disagg.fixed_inputs import FixedInputs
 from disagg.graphs import Graphs
+from disagg.late_fill import LateFill, Left, leaves
 from disagg.speculation_inputs import Half, Inputs, SpeculationInputs
 from disagg.speculative_sampler import SpeculativeSampler
 from disagg.step import Work
@@ -95,19 +96,25 @@ class Speculation:
         # the next step may have been launched, but not the one after.
         self._given = torch.zeros(rows, columns, **kind)
         on_gpu = self.device.type == "cuda"
+        self.late = None if on_gpu else LateFill(model, pool, self.tokens, self.positions)
         self._seen = [torch.zeros(rows, columns, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
 
     @torch.inference_mode()
     def run(self, work: Work, chosen: ChosenExperts | None = None, scored: PromptLogprobs | None = None) -> Outcome:
         """Run a step: verify, draft, and keep the fronts. `chosen`, `scored`: as in `Transformer.body`."""
         assert work.drafts is not None
-        inputs, (verifies, makes) = self.inputs.lay_out(work), work.drafts
+        verifies, makes = work.drafts
+        going_on = self.late.goes_on(work) if self.late is not None else None
+        inputs, front = going_on or (self.inputs.lay_out(work), None)
         dispatcher = self.dispatchers.contiguous if work.mixed else self.dispatchers.masked
         eager, rows = work.mixed or work.eager, inputs.rows
         assert eager or chosen is None, "a graph records no experts"
-        verify = partial(self._verify, inputs, verifies, dispatcher, chosen, scored)
+        verify = partial(self._verify, inputs, verifies, front, dispatcher, chosen, scored)
         verified, logits = self.graphs.part(("verify", rows, verifies), verify, eager)
         logprobs = self.sampler.choose(logits, verified.choice, work, verified.fed, verified.after)
+        if self.late is not None and leaves(work):
+            self.late.add(inputs, Left(verified.hidden, verified.choice, verified.start, verified.after))
+            return Outcome(verified.choice[:, None], torch.ones(rows, dtype=torch.int64), logprobs)
         self.graphs.part(("accept", rows, verifies), partial(self._accept, inputs, verified), eager)
         del verified
         for place in range(1, makes + 1):
@@ -120,15 +127,16 @@ class Speculation:
         self,
         inputs: Inputs,
         verifies: int,
+        front: tuple[Tensor, Tensor] | None,
         dispatcher: Dispatcher,
         chosen: ChosenExperts | None,
         scored: PromptLogprobs | None,
     ) -> tuple[Verified, Tensor]:
         """Run the target over each sequence's latest token and first drafts, `verifies` of them, and over the prompts.
 
-        Returns also its logits [R (v + 1) + P, V].
+        `front`: as `_fronts` returns, if it is known. Returns also its logits [R (v + 1) + P, V].
         """
-        fed, start = self._fronts(inputs, verifies)
+        fed, start = front or self._fronts(inputs, verifies)
         places, head = start[:, None] + torch.arange(verifies + 1, device=self.device), self.model.head
         batch, halves = batches(inputs, fed, places)
         hidden = head.norm(self.body(batch, dispatcher, halves, chosen, scored))
@@ -140,10 +148,10 @@ class Speculation:
 
     def _fronts(self, inputs: Inputs, verifies: int) -> tuple[Tensor, Tensor]:
         """Return each sequence's latest token and first drafts [R, v + 1], and that token's position [R]."""
-        row, place = (-1 - inputs.ids).clamp(min=0), (-1 - inputs.positions).clamp(min=0)
-        known = torch.cat((inputs.ids[:, None], inputs.drafts[:verifies].T), 1)
-        fed = self.tokens[row, : verifies + 1].where(inputs.ids[:, None] < 0, known)
-        return fed, self.positions[place].where(inputs.positions < 0, inputs.positions)
+        row, known = (-1 - inputs.ids).clamp(min=0), inputs.ids >= 0
+        brought = torch.cat((inputs.ids[:, None], inputs.drafts[:verifies].T), 1)
+        fed = torch.where(known[:, None], brought, self.tokens[row, : verifies + 1])
+        return fed, torch.where(known, inputs.positions, self.positions[row])
 
     def _accept(self, inputs: Inputs, verified: Verified) -> None:
         """Write what the step gives, and the fronts without their drafts. Fill, so that drafts can follow."""

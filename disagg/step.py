@@ -78,8 +78,9 @@ class Step:
             self.done.synchronize()
 
     def sampled(self) -> list[int]:
-        """Return the new token, or NO_TOKEN, of each of work.sequences."""
-        return self.tokens.numpy()[self.work.rows].tolist()
+        """Return the new token, or NO_TOKEN, of each of work.sequences. With drafts, its first new token."""
+        tokens = self.tokens.numpy()
+        return (tokens if self.counts is None else tokens[:, 0])[self.work.rows].tolist()
 
     def outcomes(self) -> Iterator[tuple[Sequence, list[int], list[list[tuple[int, float]]]]]:
         """Yield each sequence with its new tokens, and pairs as in `pairs` for each, if requested.

@@ -57,7 +57,8 @@ class Unified(Role):
     def take_up(self, step: Step) -> int:
         step.wait()
         plan, drafts = step.work.plan, step.work.drafts
-        tokens = step.sampled() if drafts is None else []
+        one_each = not plan.prefills and (drafts is None or not drafts.verified)
+        tokens = step.sampled() if one_each else []
         for sequence, experts in step.chosen_experts():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_experts(sequence.uid, experts)
@@ -65,7 +66,10 @@ class Unified(Role):
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_prompt(sequence.uid, rows)
         nothing_else = (
-            drafts is None and not plan.may_end and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
+            one_each
+            and not (plan.may_end if drafts is None else plan.returns_experts or plan.has_last_token)
+            and step.logprobs is None
+            and plan.stop_tokens.isdisjoint(tokens)
         )
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
@@ -80,7 +84,7 @@ class Unified(Role):
             if uid not in self.sequences:  # it ended while this step was in flight
                 sequence.extend(several[:1])  # the others may not follow on the tokens that it ended with
                 if not sequence.unseen:
-                    self.scheduler.release(sequence)
+                    self.engine.release(sequence)
                 continue
             count, reason = sequence.extend(several)
             new, cached_tokens = several[:count], sequence.hits * PAGE if is_first else 0
@@ -167,7 +171,7 @@ class Unified(Role):
         # While a token is unseen, a step still writes to the pages, and `take_up` releases them. A prompt chunk that
         # samples no token needs no wait: the pages' next owner writes later on the same stream.
         if sequence.pages and not sequence.unseen:
-            self.scheduler.release(sequence)
+            self.engine.release(sequence)
 
     def stats(self) -> dict[str, float]:
         return self.acceptance.stats() if self.engine.mesh.leads else {}  # the replica's other ranks count the same

@@ -64,5 +64,6 @@ def captured(engine: Engine, prompts: tuple[PromptSize, ...] = ()) -> Rerun:
     )
     if engine.speculation is not None:
         engine.speculation.graphs, engine.speculation.body = graphs, engine.prompt_graphs.body
+        engine.speculation.late = None  # as on a GPU
     capture(engine)
     return graphs

@@ -2,25 +2,26 @@
 
     python -m scripts.bench.speculation.auto --batch 1,4,16 --out records.json
 
-The shipped model continues the prompts of docs/prompts.jsonl, greedily: --batch requests at once, without drafts, with
-each of --drafts, and with `auto:N`. All kinds take turns, in rounds. Rates are generated tokens per second, prompts
-included, the median over the rounds. `auto` keeps what it has learned from round to round. The first --learning rounds
-do not count. The machine should be idle: what another process takes is learned, too.
+The shipped model continues the prompts of docs/prompts.jsonl, greedily: always --batch requests at once, as each one
+that ends is followed by another. So it serves without drafts, with each of --drafts, and with `auto:N`. All kinds take
+turns, in rounds of as many tokens as --batch requests get. Rates are generated tokens per second, prompts included, the
+median over the rounds; a ratio is the median of the rounds' ratios. The first --learning rounds do not count. The
+machine should be idle: what another process takes is learned, too.
 """
 
 import argparse
 import json
 import time
-from itertools import count
+from itertools import count, cycle
 from statistics import median
 
 from tqdm import trange
 
 from disagg.config import EngineConfig
-from disagg.control.messages import Submit
+from disagg.control.messages import Submit, Update
 from disagg.engine import Engine
 from disagg.front.tokenizer import load_tokenizer
-from disagg.pipeline import Pipeline, Turn
+from disagg.pipeline import Pipeline
 from disagg.request import Request
 from disagg.unified import Unified
 from disagg.warm_up import warm_up
@@ -43,9 +44,12 @@ def read_prompts() -> list[list[int]]:
 
 
 class Served:
-    """An engine with some number of drafts, and the requests that it has served."""
+    """An engine with some number of drafts, and a stream of requests, always `batch` of them at once."""
 
-    def __init__(self, batch: int, longest: int, drafts: int, adapts: bool, mesh: Mesh) -> None:
+    def __init__(
+        self, batch: int, prompts: list[list[int]], output: int, drafts: int, adapts: bool, mesh: Mesh
+    ) -> None:
+        longest = max(map(len, prompts)) + output
         config = ModelConfig.from_pretrained(MODEL)
         ops, _ = choose(op_shape(config), dtype_on(mesh.device, "auto"), mesh.device, [])
         settings = EngineConfig(
@@ -59,41 +63,54 @@ class Served:
         )
         self.engine = Engine.from_pretrained(settings, config, MODEL, mesh, ops)
         warm_up(self.engine)
-        self.role, self.uids = Unified(self.engine), count()
+        self.role, self.uids, self.prompts, self.output = Unified(self.engine), count(), cycle(prompts), output
         self.pipeline = Pipeline(self.role, self.engine, mesh)
+        for place in range(batch):  # the first ones are shorter, so that they end one after the other
+            self._submit(-(-output * (place + 1) // batch))
 
-    def rate(self, prompts: list[list[int]], output: int) -> float:
-        """Serve prompts, `output` tokens each. Return the generated tokens per second."""
-        for prompt in prompts:
-            self.role.handle(Submit(Request(next(self.uids), prompt, output, ignore_eos=True), None))
-        began = time.perf_counter()
-        while self.pipeline.turn() == Turn.WORKED:
+    def rate(self, tokens: int) -> float:
+        """Serve until so many tokens were generated. Return the generated tokens per second."""
+        began, done = time.perf_counter(), 0
+        self.pipeline._seen = began  # the other kinds' rounds are no part of the step that was launched before them
+        while done < tokens:
+            before = self._generated
+            self.pipeline.turn()
+            done += self._generated - before
+            ended = sum(isinstance(update, Update) and update.finish is not None for update in self.role.updates)
             self.role.updates.clear()
-        return len(prompts) * output / (time.perf_counter() - began)
+            for _ in range(ended):
+                self._submit(self.output)
+        return done / (time.perf_counter() - began)
+
+    @property
+    def _generated(self) -> int:
+        return int(self.pipeline.stats["prefill_step_tokens"] + self.pipeline.stats["decode_step_tokens"])
+
+    def _submit(self, output: int) -> None:
+        self.role.handle(Submit(Request(next(self.uids), next(self.prompts), output, ignore_eos=True), None))
 
 
 def measure(args: argparse.Namespace, batch: int, prompts: list[list[int]], mesh: Mesh, report: Report) -> None:
-    longest = max(map(len, prompts)) + args.output
-    kinds = [*((str(n), n, False) for n in (0, *args.drafts)), (f"auto:{args.most}", args.most, True)]
-    served = {name: Served(batch, longest, *how, mesh) for name, *how in kinds}
+    auto, most = f"auto:{args.most}", args.most
+    kinds = {str(n): (n, False) for n in (0, *args.drafts)} | {auto: (most, True)}
+    served = {
+        name: Served(batch, prompts, args.output, drafts, adapts, mesh) for name, (drafts, adapts) in kinds.items()
+    }
     rates: dict[str, list[float]] = {name: [] for name in served}
     for number in trange(args.learning + args.repeat, desc=f"batch {batch}, rounds"):
-        work = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
         for name in list(served)[:: 1 if number % 2 else -1]:
-            rates[name].append(served[name].rate(work, args.output))
-    found = {name: round(median(those[args.learning :]), 2) for name, those in rates.items()}
-    auto, best = kinds[-1][0], max(list(found)[:-1], key=found.__getitem__)
+            rates[name].append(served[name].rate(batch * args.output))
+    counted = {name: those[args.learning :] for name, those in rates.items()}
+    found = {name: round(median(those), 2) for name, those in counted.items()}
+    best = max((name for name in found if name != auto), key=found.__getitem__)
     for name, rate in found.items():
         beside, source = (found[best], f"{best} drafts, the best") if name == auto else (found["0"], "no drafts")
-        reference = (beside, f"{source}, same run") if name != "0" else ()
-        of = f"tiny, {batch} requests at once, drafts: {name}"
-        report.keep(Measurement(of, rate, "tok/s", "higher", *reference))
-    report.keep(
-        Measurement(
-            f"tiny, {batch} requests at once, drafts: {auto}, beside none", found[auto], "tok/s", "higher", found["0"],
-            "no drafts, same run",
-        )
-    )  # fmt: skip
+        of, reference = f"tiny, {batch} requests at once, drafts: {name}", beside if name != "0" else None
+        source = f"{source}, same run" if reference is not None else ""
+        report.keep(Measurement(of, rate, "tok/s", "higher", reference, source))
+    ratio = median(mine / none for mine, none in zip(counted[auto], counted["0"], strict=True))
+    of = f"tiny, {batch} requests at once, drafts: {auto}: its rate over that without drafts"
+    report.keep(Measurement(of, round(ratio, 3), "x", "higher"))
     for each in served.values():
         each.engine.close()
 
@@ -106,7 +123,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--most", type=positive, default=3, metavar="N", help="the most drafts of auto (3)")
     add("--output", type=positive, default=256, help="tokens to generate per request (256)")
     add("--learning", type=natural, default=4, help="rounds that do not count (4)")
-    add("--repeat", type=positive, default=9, help="rounds (9)")
+    add("--repeat", type=positive, default=15, help="rounds (15)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     return parser, parser.parse_args()
