@@ -77,7 +77,7 @@ def run_worker(
     engine = Engine.from_pretrained(settings, config, args.model, mesh, ops, say, handoff_bytes)
     fp8 = decide(config, args.attn_tp, dtype, mesh.device).why if config.fp8 else ""
     where = f"cpu, threads: {torch.get_num_threads()}" if mesh.device.type == "cpu" else mesh.device.type
-    say(f"{args.role}: {mesh.size} ranks in {mesh.num_replicas} attention replicas on {where}")
+    say(f"{args.role}: ranks: {mesh.size}, attention replicas: {mesh.num_replicas}, on {where}")
     say(f"{'weights':>10}: {engine.loaded}")
     say(f"{table(choices)}\n{'dispatch':>10}: {engine.dispatchers.why}\n{'overlap':>10}: {engine.rule.why}")
     if engine.captures.why:

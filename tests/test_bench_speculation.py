@@ -170,7 +170,7 @@ def test_the_shipped_models_figures_are_the_engines_counts(
 
 
 def test_auto_is_compared_with_the_best_number_and_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = "--device cpu --batch 2 --drafts 1,2 --most 2 --output 8 --learning 1 --repeat 2 --out"
+    flags = "--device cpu --batch 2 --drafts 1,2 --most 2 --output 8 --round 6 --learning 1 --repeat 2 --out"
     monkeypatch.setattr(sys, "argv", ["bench", *flags.split(), str(tmp_path / "r.json")])
     auto.main()
     of = "tiny, 2 requests at once, drafts: "
@@ -183,6 +183,12 @@ def test_auto_is_compared_with_the_best_number_and_with_none(tmp_path: Path, mon
     assert values["auto:2"].value > 0 and values["0"].reference is None
     ratio = values["auto:2"].value / values["0"].value
     assert values[over_none].value == pytest.approx(ratio, rel=0.5)
+
+
+def test_prompts_may_be_as_long_as_wanted(tmp_path: Path) -> None:
+    assert {len(prompt) for prompt in auto.read_prompts(70)} == {70}
+    plain, cut = auto.read_prompts(None), auto.read_prompts(3)
+    assert len({len(prompt) for prompt in plain}) > 1 and cut == [prompt[:3] for prompt in plain]
 
 
 def test_another_corpus_than_that_of_the_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_torchrun_gives_the_same_answers_until_an_interrupted_rank_ends_its_whol
     os.kill(ranks[1], signal.SIGINT)
     code, _, err = finish_torchrun(process)
     assert code == 0 and "Traceback" not in err, err
-    assert "2 ranks in 2 attention replicas" in err
+    assert "ranks: 2, attention replicas: 2" in err
     *answers, interrupted = read(out)
     assert interrupted["finish_reason"] == "error"
     assert timeless(answers) == timeless(answers_alone(small, prompts, tmp_path / "alone.jsonl"))

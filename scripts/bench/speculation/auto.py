@@ -1,12 +1,14 @@
 """Is `--speculate auto` as fast as the best number of drafts, with few requests at once and with many?
 
     python -m scripts.bench.speculation.auto --batch 1,4,16 --out records.json
+    python -m scripts.bench.speculation.auto --batch 4 --prompt 200 --output 1 --round 8 --drafts 1 --out prompts.json
 
 The shipped model continues the prompts of docs/prompts.jsonl, greedily: always --batch requests at once, as each one
 that ends is followed by another. So it serves without drafts, with each of --drafts, and with `auto:N`. All kinds take
-turns, in rounds of as many tokens as --batch requests get. Rates are generated tokens per second, prompts included, the
-median over the rounds; a ratio is the median of the rounds' ratios. The first --learning rounds do not count. The
-machine should be idle: what another process takes is learned, too.
+turns, in short rounds of some tokens per request, because a machine's speed changes within seconds. Rates are generated
+tokens per second, prompts included, the median over the rounds; a ratio is the median of the rounds' ratios. The first
+--learning rounds do not count. With --prompt, each prompt is repeated, or cut, to so many tokens; with --output 1
+nothing decodes. The machine should be idle: what another process takes is learned, too.
 """
 
 import argparse
@@ -37,10 +39,12 @@ from scripts.bench.lib.refusals import refusals
 MODEL = ROOT / "model" / "tiny"
 
 
-def read_prompts() -> list[list[int]]:
+def read_prompts(length: int | None) -> list[list[int]]:
+    """Return the tokens of the prompts, `length` of each if it is not None."""
     encoder = load_tokenizer(MODEL)
     lines = [json.loads(line) for line in (ROOT / "docs" / "prompts.jsonl").read_text().splitlines()]
-    return [encoder.chat(line["messages"]) if "messages" in line else encoder.text(line["prompt"]) for line in lines]
+    prompts = [encoder.chat(line["messages"]) if "messages" in line else encoder.text(line["prompt"]) for line in lines]
+    return prompts if length is None else [(prompt * length)[:length] for prompt in prompts]
 
 
 class Served:
@@ -91,25 +95,27 @@ class Served:
 
 
 def measure(args: argparse.Namespace, batch: int, prompts: list[list[int]], mesh: Mesh, report: Report) -> None:
-    auto, most = f"auto:{args.most}", args.most
-    kinds = {str(n): (n, False) for n in (0, *args.drafts)} | {auto: (most, True)}
+    auto, most, work = f"auto:{args.most}", args.most, f"tiny, {batch} requests at once"
+    if args.prompt is not None:
+        work += f", {args.prompt} prompt tokens and {args.output} generated"
+    kinds = {str(n): (n, False) for n in (*args.drafts, 0)} | {auto: (most, True)}  # none and auto in a row
     served = {
         name: Served(batch, prompts, args.output, drafts, adapts, mesh) for name, (drafts, adapts) in kinds.items()
     }
     rates: dict[str, list[float]] = {name: [] for name in served}
     for number in trange(args.learning + args.repeat, desc=f"batch {batch}, rounds"):
         for name in list(served)[:: 1 if number % 2 else -1]:
-            rates[name].append(served[name].rate(batch * args.output))
+            rates[name].append(served[name].rate(batch * args.round))
     counted = {name: those[args.learning :] for name, those in rates.items()}
     found = {name: round(median(those), 2) for name, those in counted.items()}
     best = max((name for name in found if name != auto), key=found.__getitem__)
     for name, rate in found.items():
         beside, source = (found[best], f"{best} drafts, the best") if name == auto else (found["0"], "no drafts")
-        of, reference = f"tiny, {batch} requests at once, drafts: {name}", beside if name != "0" else None
+        of, reference = f"{work}, drafts: {name}", beside if name != "0" else None
         source = f"{source}, same run" if reference is not None else ""
         report.keep(Measurement(of, rate, "tok/s", "higher", reference, source))
     ratio = median(mine / none for mine, none in zip(counted[auto], counted["0"], strict=True))
-    of = f"tiny, {batch} requests at once, drafts: {auto}: its rate over that without drafts"
+    of = f"{work}, drafts: {auto}: its rate over that without drafts"
     report.keep(Measurement(of, round(ratio, 3), "x", "higher"))
     for each in served.values():
         each.engine.close()
@@ -121,9 +127,11 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--batch", type=positives, default=[1, 4, 16], metavar="B,...", help="requests at once (1,4,16)")
     add("--drafts", type=positives, default=[1, 2, 3], metavar="N,...", help="fixed numbers of drafts (1,2,3)")
     add("--most", type=positive, default=3, metavar="N", help="the most drafts of auto (3)")
+    add("--prompt", type=positive, metavar="T", help="tokens of each prompt (as docs/prompts.jsonl has them)")
     add("--output", type=positive, default=256, help="tokens to generate per request (256)")
-    add("--learning", type=natural, default=4, help="rounds that do not count (4)")
-    add("--repeat", type=positive, default=15, help="rounds (15)")
+    add("--round", type=positive, default=64, help="tokens per request and round (64)")
+    add("--learning", type=natural, default=16, help="rounds that do not count (16)")
+    add("--repeat", type=positive, default=60, help="rounds (60)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=new_file, metavar="FILE", help="write the figures to FILE as JSON")
     return parser, parser.parse_args()
@@ -132,7 +140,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def main() -> None:
     parser, args = parse()
     with refusals(parser):
-        mesh, report, prompts = Mesh.create(device=args.device), Report(), read_prompts()
+        mesh, report, prompts = Mesh.create(device=args.device), Report(), read_prompts(args.prompt)
         for batch in args.batch:
             measure(args, batch, prompts, mesh, report)
         if args.out is not None:
