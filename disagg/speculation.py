@@ -10,8 +10,9 @@ d are for p + 1 and p + 2:
 
 So a step gives k + 1 tokens to a sequence. Every rank runs as many drafts behind each target, whether it is idle or
 not. A step may verify fewer drafts than N, and make fewer, down to none. It fills in any case, chunks of prompts too:
-so drafts can be made after any step. The KV of wrong drafts lies behind the sequence's end, where the next step writes.
-Tokens behind a request's last page write to the null page: a step may go too far, as it always may.
+so drafts can be made after any step. (On a CPU, steps without drafts fill together: `late_fill.py`.) The KV of wrong
+drafts lies behind the sequence's end, where the next step writes. Tokens behind a request's last page write to the null
+page: a step may go too far, as it always may.
 Where a step overlaps, the target runs as two halves of whole sequences, and the draft layer runs whole.
 
 A step has four parts. The host lays its inputs out (`speculation_inputs.py`). The device verifies, fills, and drafts;

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import pytest
 
 from disagg import late_fill
@@ -123,3 +124,13 @@ def test_the_pages_of_a_sequence_that_ended_have_the_layers_kv(engine: Engine, t
 
     serve(engine, [request(tiny, 0, 50), request(tiny, 1, 60)], between)
     assert filled and filled[0].abs().sum(-1).min() > 0
+
+
+def test_requests_that_want_more_than_tokens_get_it(engine: Engine, tiny: Path) -> None:
+    """Without drafts, as in a step of which they are the only requests."""
+    Now.script = rarely()
+    for wants in ({"return_experts": True}, {"logprobs": 2}):
+        requests = [msgspec.structs.replace(request(tiny, uid, 20), **wants) for uid in (0, 1)]
+        answers, _ = serve(engine, requests)
+        same(answers, serve(make_engine(tiny, 0), requests)[0])
+        assert all(answer.experts or answer.logprobs for answer in answers.values())
