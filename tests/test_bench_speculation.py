@@ -131,7 +131,9 @@ def test_one_rank_that_drafts_on_a_cpu(tmp_path: Path) -> None:
     delays = deepep_times.low_latency(SHAPES["tiny"], 4)
     whole, single = (1e3 * sum(delays(what, n).total for what in ("dispatch", "combine")) for n in (12, 4))
     ms = values[f"{label}{names[0]}"]["value"] + 2 * whole + 2 * single  # two layers with experts, and two drafts
-    assert values[f"{label}{names[1]}"]["value"] == pytest.approx(8 * 4 * 3 / ms * 1e3, abs=1)
+    rate = 8 * 4 * 3 / ms * 1e3
+    rounded = 0.5 + rate * 0.0005 / ms  # the step's time is rounded, too
+    assert values[f"{label}{names[1]}"]["value"] == pytest.approx(rate, abs=1.01 * rounded)
     beside = values[f"{label}{names[1]}, against no drafts"]
     assert beside["reference"] == values[f"0: {names[1]}"]["value"] and beside["kind"] == "modelled"
     assert all(record["kind"] == ("modelled" if "tok/s" in record["name"] else "measured") for record in records)

@@ -55,8 +55,10 @@ class FakeLink:
 
 def make_decode(capacity: int = CAPACITY) -> Decode:
     """The first rank of a replica of RANKS."""
+    scheduler = Scheduler(PageCache(capacity + 1), 4, 64, capacity * PAGE)
     engine: Any = SimpleNamespace(
-        scheduler=Scheduler(PageCache(capacity + 1), 4, 64, capacity * PAGE),
+        scheduler=scheduler,
+        release=scheduler.release,
         mesh=SimpleNamespace(attn=SimpleNamespace(rank=0)),
         settings=SimpleNamespace(speculate=0),
         config=SimpleNamespace(vocab_size=100, eos_token_ids=()),
