@@ -20,7 +20,7 @@ PROBE = 4  # steps that make n drafts; the first of them still verifies others
 SHARE = 0.01  # of the time: the most that probes lose
 GAP = 40  # the fewest steps from one probe of n to the next
 BETTER = 1.02  # another n must be so much better than the one in use
-TRUST = 0.96  # what drafts seem to give counts so much of it, because all that is learned errs, and none never loses
+TRUST = 0.96  # by which the rate of drafts is multiplied, because all that is learned errs, and none never loses
 RECENT = 15  # steps whose median is a probe's other side
 
 MEMORY = 100  # drafts in one place that are remembered, or those of MEMORY_STEPS steps if they are more

@@ -1,10 +1,10 @@
 """LateFill: on a CPU, steps without drafts put off what only later drafts need, and then do it for many steps at once.
 
 A row of the draft layer's KV needs the model's output at its position and the next token (`model/mtp.py`), and both
-stay in memory. Filling takes about as long for a few rows as for many: mostly, its operations have to start. So a step
-that verifies no drafts and makes none leaves its rows here. They are filled before a step that drafts, verifies, has
-prompts, or has other sequences. They are filled before a sequence lets go of its pages, too, because then others read
-or own them. And they are filled once MOST steps have left theirs.
+stay in memory. A fill of few rows takes most of its time to start its operations. So a step that verifies no drafts and
+makes none leaves its rows here. They are filled before a step that drafts, verifies, has prompts, or has other
+sequences. They are filled before a sequence lets go of its pages, too, because then others read or own them. And they
+are filled once MOST steps have left theirs.
 
 The next step of the same sequences goes on from these rows, so its inputs need not be laid out. Nor are the sequences'
 fronts (`speculation.py`) written before the rows are filled. On a GPU a step's parts are graphs, in which all this

@@ -182,7 +182,7 @@ def test_a_prefill_job_that_is_killed_and_replaced_again_and_again(small: Path, 
     """What waits for pages on the decode side has not begun, and so has not failed.
 
     76 pages hold a short request and 15 long ones, which fail once. Here no accused request waits for a trial of its
-    own, so the next job computes all 16. From when the 15 decode until they end, the last job is killed. Four wait.
+    own, so the next job computes all 16. Then the long ones decode, and the other four wait. Meanwhile two jobs die.
     """
     wanted = [LONG[0] | {"max_tokens": 4}, *(request | {"max_tokens": 300} for request in LONG[1:])]
     expected = alone(small, wanted)
