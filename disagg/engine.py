@@ -314,8 +314,8 @@ class Engine:
 
     def release(self, sequence: Sequence) -> None:
         """Let go of a sequence's pages, as in `Scheduler.release`."""
-        if self.speculation is not None and self.speculation.late is not None:
-            self.speculation.late.fill()
+        if self.speculation is not None:
+            self.speculation.settle()
         self.scheduler.release(sequence)
 
     def check_experts(self) -> None:

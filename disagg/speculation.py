@@ -124,6 +124,11 @@ class Speculation:
             self.sampler.draft(logits, drafts, work, self.positions, place)
         return self._report(inputs, makes, logprobs)
 
+    def settle(self) -> None:
+        """Write all that steps have put off. Call it before a sequence lets go of its pages."""
+        if self.late is not None:
+            self.late.fill()
+
     def _verify(
         self,
         inputs: Inputs,

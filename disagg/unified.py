@@ -65,18 +65,16 @@ class Unified(Role):
         for sequence, rows in step.prompt_logprobs():
             if self.sequences.get(sequence.uid) is sequence:
                 self.report_prompt(sequence.uid, rows)
+        fed, ends = step.fed_experts(), plan.may_end if drafts is None else plan.has_last_token
         nothing_else = (
-            one_each
-            and not (plan.may_end if drafts is None else plan.returns_experts or plan.has_last_token)
-            and step.logprobs is None
-            and plan.stop_tokens.isdisjoint(tokens)
+            one_each and not ends and not fed and step.logprobs is None and plan.stop_tokens.isdisjoint(tokens)
         )
         if nothing_else and plan.uids.keys() <= self.sequences.keys():  # the usual step: every request goes on
             for append, token in zip(plan.appends, tokens, strict=True):
                 append(token)
             self.updates.append(Tokens(dict(zip(plan.uids, tokens, strict=True))))
             return len(tokens)
-        going_on, useful, fed = {}, 0, step.fed_experts()
+        going_on, useful = {}, 0
         for i, (sequence, several, logprobs) in enumerate(step.outcomes()):
             uid, is_first = sequence.uid, len(sequence.tokens) == sequence.prompt_len
             if NO_TOKEN in several:

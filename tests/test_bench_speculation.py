@@ -196,7 +196,7 @@ def test_auto_is_compared_with_the_best_number_and_with_none(tmp_path: Path, mon
     assert len(ratios) == 3 and values[over_none].value == pytest.approx(sum(ratios[1:]) / 2, abs=5.1e-4)
 
 
-def test_prompts_may_be_as_long_as_wanted(tmp_path: Path) -> None:
+def test_prompts_may_be_as_long_as_wanted() -> None:
     assert {len(prompt) for prompt in auto.read_prompts(70)} == {70}
     plain, cut = auto.read_prompts(None), auto.read_prompts(3)
     assert len({len(prompt) for prompt in plain}) > 1 and cut == [prompt[:3] for prompt in plain]
