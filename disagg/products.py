@@ -11,6 +11,7 @@ from disagg.engine import Engine
 from disagg.memory import step_shape
 from disagg.warm_up_progress import Shown
 from kernels.fp8_format import BLOCK
+from kernels.groups import Groups
 from model.footprint import most_rows
 from model.layers import FP8, Linear
 from model.moe import Experts
@@ -37,7 +38,7 @@ def run_products(engine: Engine, tokens: int, progress: Shown) -> None:
                     linear(torch.zeros(rows, linear.weight.shape[1], dtype=model.dtype, device=device))
             for rows in progress(range(most, 0, -alignment), "products of experts") if experts else ():
                 for layer in experts.values():
-                    layer(lambda layer=layer, rows=rows: padding(layer, rows))
+                    layer(lambda layer=layer, rows=rows: padding(layer, rows, alignment))
 
 
 def numbers_of_rows(most: int) -> list[int]:
@@ -46,10 +47,10 @@ def numbers_of_rows(most: int) -> list[int]:
     return sorted({max(1, min(rows, most)) for end in ends for rows in (end, end - 1)}, reverse=True)
 
 
-def padding(experts: Experts, rows: int) -> Contiguous:
+def padding(experts: Experts, rows: int, alignment: int) -> Contiguous:
     """Return rows that are all padding, as dispatch groups them."""
     weight = experts.gate_up_proj
     hidden, device = weight.shape[2], weight.device
     scale = torch.ones(rows, -(-hidden // BLOCK), device=device) if weight.dtype == FP8 else None
-    of_expert = torch.full((rows,), -1, dtype=torch.int32, device=device)
-    return Contiguous(torch.zeros(rows, hidden, dtype=weight.dtype, device=device), of_expert, (), scale)
+    groups = Groups(torch.zeros(len(weight), dtype=torch.int32, device=device), alignment)
+    return Contiguous(torch.zeros(rows, hidden, dtype=weight.dtype, device=device), groups, (), scale)

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from kernels import nvcc_ahead
+from kernels.groups import Groups
 from kernels.quant import silu_mul_masked
 
 BY_ROWS = True  # the number of rows decides which blocks fill the GPU best, and so the kernel
 
 
-def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous`. Groups must be padded to 128 rows."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     if x.shape[0]:
-        _call(deep_gemm.m_grouped_bf16_gemm_nt_contiguous, x, weight, out, row_expert)
+        _call(deep_gemm.m_grouped_bf16_gemm_nt_contiguous, x, weight, out, groups.ends, use_psum_layout=True)
     return out
 
 
@@ -47,14 +48,14 @@ def gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
 
 
 def grouped_gemm_contiguous_fp8(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Groups
 ) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous_fp8`. Groups must be padded to 128 rows; widths as for `gemm_fp8`."""
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[0]:
         rows = (x, _column_major(x_scale))
-        weights = weight, weight_scale
-        _call(deep_gemm.m_grouped_fp8_gemm_nt_contiguous, rows, weights, out, row_expert, disable_ue8m0_cast=True)
+        rest = (weight, weight_scale), out, groups.ends
+        _call(deep_gemm.m_grouped_fp8_gemm_nt_contiguous, rows, *rest, disable_ue8m0_cast=True, use_psum_layout=True)
     return out
 
 

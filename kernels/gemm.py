@@ -17,7 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.group_at import group_at
+from kernels.groups import Groups
 from kernels.pdl import after_previous, let_next, pdl
+from kernels.quant import check_scales, column_major
 
 
 class Tile(NamedTuple):
@@ -155,13 +158,16 @@ def one_tile(
     x_scale,
     x_scale_stride,
     w_scale,
-    row_expert,
+    ends,
     out,
     M,
     N,
+    L,
     num_k,
     k_start,
     k_end,
+    EXPERTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLABS: tl.constexpr,
@@ -177,10 +183,11 @@ def one_tile(
     """
     m, n = block_order(tile, tl.cdiv(M, BLOCK_M * SLABS), tl.cdiv(N, BLOCK_N), GROUP_M)
     row, col = m * BLOCK_M * SLABS, n * BLOCK_N
-    expert = 0
-    if row_expert is not None:
-        expert = tl.load(row_expert + row)
-    if expert >= 0:  # else a block of padding
+    expert, here = 0, True
+    if ends is not None:
+        expert, end = group_at(ends, row, L, EXPERTS, ALIGNMENT)
+        here = row < end
+    if here:  # else a block of padding
         scale = w_scale
         if w_scale is not None:
             scale += (expert * tl.cdiv(N, 128) + col // 128) * num_k
@@ -214,11 +221,14 @@ def tiles_kernel(
     x_scale,
     x_scale_stride,
     w_scale,
-    row_expert,
+    ends,
     out,
     M,
     N,
     D,
+    L,
+    EXPERTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLABS: tl.constexpr,
@@ -229,7 +239,7 @@ def tiles_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute all tiles. row_expert [M] names each row block's weight; None: there is one weight.
+    """Compute all tiles. ends [L] says which weight a row block takes (`groups.py`); None: there is one weight.
 
     Grid (tiles, PARTS): axis 1 splits D, and part i goes to out + i * M * N. Each program has one tile. With two slabs
     it is written as a loop nevertheless: without one, the compiler spills registers.
@@ -249,13 +259,16 @@ def tiles_kernel(
             x_scale,
             x_scale_stride,
             w_scale,
-            row_expert,
+            ends,
             out,
             M,
             N,
+            L,
             num_k,
             k_start,
             k_end,
+            EXPERTS,
+            ALIGNMENT,
             BLOCK_M,
             BLOCK_N,
             SLABS,
@@ -274,13 +287,16 @@ def tiles_kernel(
                 x_scale,
                 x_scale_stride,
                 w_scale,
-                row_expert,
+                ends,
                 out,
                 M,
                 N,
+                L,
                 num_k,
                 k_start,
                 k_end,
+                EXPERTS,
+                ALIGNMENT,
                 BLOCK_M,
                 BLOCK_N,
                 SLABS,
@@ -303,10 +319,13 @@ def sum_parts_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 
 
 def launch_tiles(
-    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, row_expert: Tensor | None, tile: Tile
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, groups: Groups | None, tile: Tile
 ) -> Tensor:
     """Multiply x [M, D] with w [N, D] or [L, N, D] -> [M, N], in bf16 if there are scales, else in x's dtype."""
     (m, d), n = x.shape, w.shape[-2]
+    ends, alignment = (None, tile.rows) if groups is None else groups
+    assert alignment % tile.rows == 0, f"{alignment=} {tile.rows=}"
+    experts = 1 if ends is None else len(ends)
     out = x.new_empty(m, n, dtype=x.dtype if x_scale is None else torch.bfloat16)
     if out.numel() == 0:
         return out
@@ -319,11 +338,14 @@ def launch_tiles(
         x_scale,
         0 if x_scale is None else x_scale.stride(1),
         w_scale,
-        row_expert,
+        ends,
         parts,
         m,
         n,
         d,
+        experts,
+        triton.next_power_of_2(experts),
+        alignment,
         tile.block_m,
         tile.block_n,
         tile.slabs,
@@ -339,24 +361,6 @@ def launch_tiles(
     if tile.parts > 1:
         sum_parts_kernel[triton.cdiv(m * n, 1024),](parts, out, m * n, tile.parts, 1024, **pdl(x))
     return out
-
-
-def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None) -> None:
-    """Raise ValueError unless the scales fit: 1x128 for x [..., M, D], 128x128 for w [..., N, D]. None: no scales."""
-    if x_scale is None or w_scale is None:
-        return
-    blocks = -(-x.shape[-1] // 128)
-    want_x, want_w = (*x.shape[:-1], blocks), (*w.shape[:-2], -(-w.shape[-2] // 128), blocks)
-    if x_scale.shape != want_x or w_scale.shape != want_w:
-        raise ValueError(f"scales {tuple(x_scale.shape)}, {tuple(w_scale.shape)} should be {want_x}, {want_w}")
-    assert w_scale.is_contiguous(), "scales must be contiguous"
-
-
-def column_major(scale: Tensor | None) -> Tensor | None:
-    """Return scales [..., M, G] stored column by column, as `quant.fp8_like` allocates them. Copies where needed."""
-    if scale is None or scale.stride(-2) == 1:
-        return scale
-    return scale.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def dense_tile(m: int, n: int, d: int, sms: int) -> Tile:

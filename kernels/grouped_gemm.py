@@ -1,6 +1,6 @@
 """One GEMM over all experts of a rank, in Triton, for the two layouts that dispatch delivers:
 
-    contiguous   rows [M, D] in per-expert segments of whole 128-row blocks; each row has its expert's id
+    contiguous   rows [M, D] in one group per expert, of whole 128-row blocks (`groups.py`)
     masked       rows [L, R, D], the first counts[e] of expert e real; only the GPU knows the counts
 
 `kernels/gemm.py` has the tile, and explains the fp8 scales. Small rooms without scales go to `kernels/few_rows.py`.
@@ -17,18 +17,17 @@ from kernels.gemm import (
     Tile,
     block_descriptor,
     block_order,
-    check_scales,
-    column_major,
     dot_slabs,
     launch_tiles,
     num_sms,
     store_slabs,
 )
+from kernels.groups import Groups
 from kernels.pdl import after_previous, pdl
-from kernels.quant import silu_mul_masked
+from kernels.quant import check_scales, column_major, silu_mul_masked
 from kernels.rooms import FEW_ROWS
 
-ALIGNMENT = 128  # rows of a contiguous segment
+ALIGNMENT = 128  # rows of a contiguous block
 
 
 @triton.jit
@@ -137,31 +136,32 @@ def plain_tile(x: Tensor) -> Tile:
     return Tile(64, 64, 1, 8, 2) if x.dtype == torch.float32 else Tile(128, 128, 1, 8, 4)
 
 
-def _check_contiguous(x: Tensor, row_expert: Tensor) -> None:
-    if x.shape[0] % ALIGNMENT or row_expert.shape != x.shape[:1]:
-        raise ValueError(f"rows {tuple(x.shape)}, ids {tuple(row_expert.shape)}: rows must be equal, {ALIGNMENT} * n")
+def _check_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> None:
+    if x.shape[0] % ALIGNMENT or groups.alignment != ALIGNMENT:
+        raise ValueError(f"{x.shape[0]} rows, aligned to {groups.alignment}: rows must be {ALIGNMENT} * n, aligned so")
+    if groups.ends.shape != weight.shape[:1]:
+        raise ValueError(f"ends {tuple(groups.ends.shape)}: there must be one per weight, {weight.shape[0]}")
 
 
-def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
-    """Return out[m] = x[m] @ weight[row_expert[m]].T. Rows with -1 are undefined, and blocks of them are skipped.
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Multiply each group's rows by its expert's weight.T. Padding is undefined, and blocks of it are skipped.
 
-    x [M, D] bf16 (or float16, float32), weight [L, N, D], row_expert [M] int32 -> [M, N]. Every expert's segment
-    starts at a multiple of 128 rows and is filled from the front, so a block's first row names its expert.
+    x [M, D] bf16 (or float16, float32), weight [L, N, D] -> [M, N]. The groups' alignment must be 128.
     """
-    _check_contiguous(x, row_expert)
-    return launch_tiles(x, None, weight, None, row_expert, plain_tile(x))
+    _check_contiguous(x, weight, groups)
+    return launch_tiles(x, None, weight, None, groups, plain_tile(x))
 
 
 def grouped_gemm_contiguous_fp8(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Groups
 ) -> Tensor:
     """Do `grouped_gemm_contiguous` on fp8 e4m3 operands. Returns bf16.
 
     x [M, D], x_scale [M, ceil(D / 128)] float32; weight [L, N, D], weight_scale
     [L, ceil(N / 128), ceil(D / 128)] float32.
     """
-    _check_contiguous(x, row_expert)
-    return launch_tiles(x, x_scale, weight, weight_scale, row_expert, TWO_SLABS)
+    _check_contiguous(x, weight, groups)
+    return launch_tiles(x, x_scale, weight, weight_scale, groups, TWO_SLABS)
 
 
 def _few_rows(x: Tensor) -> bool:

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.fp8 import Quantized
+from kernels.groups import Groups
 
 # Ops whose arguments are all positional. Ops with named or default arguments are protocols, below.
 T = Tensor
 Norm = Callable[[T, T, float], T]
 AddNorm = Callable[[T, T, T, float], tuple[T, T]]
 Product = Callable[[T, T], T]
-GroupedProduct = Callable[[T, T, T], T]
+GroupedProduct = Callable[[T, T, Groups], T]
+MaskedProduct = Callable[[T, T, T], T]  # of counts, or of a slot per copy
 Fp8Product = Callable[[T, T, T, T], T]
-Fp8GroupedProduct = Callable[[T, T, T, T, T], T]
+Fp8GroupedProduct = Callable[[T, T, T, T, Groups], T]
+Fp8MaskedProduct = Callable[[T, T, T, T, T], T]
 NormRopeWrite = Callable[[T, T, float, T, T, T, T, T], None]
 
 
@@ -46,11 +49,11 @@ class ProjectValues(Protocol):
 
 
 class SiluMul(Protocol):
-    def __call__(self, x: Tensor, row_expert: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, groups: Groups | None = None) -> Tensor: ...
 
 
 class SiluMulQuant(Protocol):
-    def __call__(self, x: Tensor, row_expert: Tensor | None = None) -> Quantized: ...
+    def __call__(self, x: Tensor, groups: Groups | None = None) -> Quantized: ...
 
 
 class PrefillAttention(Protocol):
@@ -109,7 +112,7 @@ class EpScatter(Protocol):
         counts: abc.Sequence[int] | None = None,
         scales: Tensor | None = None,
         num_rows: int | None = None,
-    ) -> tuple[Tensor, ...]: ...
+    ) -> tuple[Any, ...]: ...
 
 
 class EpScatterMasked(Protocol):
@@ -148,16 +151,16 @@ class Ops:
     ep_scatter_masked: EpScatterMasked = ref.ep_scatter_masked
     ep_gather: EpGather = ref.ep_gather
     grouped_gemm_contiguous: GroupedProduct = ref.grouped_gemm_contiguous
-    grouped_gemm_masked: GroupedProduct = ref.grouped_gemm_masked
-    swiglu_masked: GroupedProduct = ref.swiglu_masked
-    gemm_of_copies: GroupedProduct = ref.gemm_of_copies
-    swiglu_of_copies: GroupedProduct = ref.swiglu_of_copies
+    grouped_gemm_masked: MaskedProduct = ref.grouped_gemm_masked
+    swiglu_masked: MaskedProduct = ref.swiglu_masked
+    gemm_of_copies: MaskedProduct = ref.gemm_of_copies
+    swiglu_of_copies: MaskedProduct = ref.swiglu_of_copies
     quantize_1x128: Callable[[T], Quantized] = ref.quantize_1x128
     silu_mul_quant: SiluMulQuant = ref.silu_mul_quant
     silu_mul_quant_masked: Callable[[T, T], Quantized] = ref.silu_mul_quant_masked
     gemm_fp8: Fp8Product = ref.gemm_fp8
     grouped_gemm_contiguous_fp8: Fp8GroupedProduct = ref.grouped_gemm_contiguous_fp8
-    grouped_gemm_masked_fp8: Fp8GroupedProduct = ref.grouped_gemm_masked_fp8
+    grouped_gemm_masked_fp8: Fp8MaskedProduct = ref.grouped_gemm_masked_fp8
     pack_pages: Callable[[T, T, T], None] = ref.pack_pages
     unpack_pages: Callable[[T, T, T], None] = ref.unpack_pages
     # Within `with leave_sms(n):`, products leave n SMs free. From the library that serves gemm_fp8.

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import fp8_format
+from kernels.group_at import group_at
+from kernels.groups import Groups
 from kernels.pdl import after_previous, pdl
 
 GROUP = tl.constexpr(fp8_format.BLOCK)  # columns that share a scale
@@ -50,15 +52,29 @@ def _quantize_kernel(x, out, scales, M, D, scale_stride, ROWS: tl.constexpr, PDL
 
 
 @triton.jit(do_not_specialize=["M", "scale_stride"])
-def _silu_mul_kernel(x, row_expert, out, scales, M, W, scale_stride, ROWS: tl.constexpr, PDL: tl.constexpr):
-    """Do silu(gate) * up, and quantise it unless scales is None. row_expert None: every row is real."""
+def _silu_mul_kernel(
+    x,
+    ends,
+    out,
+    scales,
+    M,
+    W,
+    L,
+    scale_stride,
+    EXPERTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Do silu(gate) * up, and quantise it unless scales is None. ends None: every row is real."""
     after_previous(PDL)
     group = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = group * GROUP + tl.arange(0, GROUP)
-    live = rows < M
-    if row_expert is not None:
-        live = live & (tl.load(row_expert + rows, mask=live, other=-1) >= 0)
+    end = M
+    if ends is not None:
+        _, end = group_at(ends, tl.program_id(0) * ROWS, L, EXPERTS, ALIGNMENT)
+    live = rows < end
     mask = live[:, None] & (cols < W)[None, :]
     y = _silu_mul(x, rows, cols, mask, W)
     at = out + rows.to(tl.int64)[:, None] * W + cols[None, :]
@@ -103,6 +119,24 @@ def fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(*lead, rows, width, dtype=torch.float8_e4m3fn), columns.transpose(-1, -2)[..., :rows, :]
 
 
+def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None) -> None:
+    """Raise ValueError unless the scales fit: 1x128 for x [..., M, D], 128x128 for w [..., N, D]. None: no scales."""
+    if x_scale is None or w_scale is None:
+        return
+    blocks = -(-x.shape[-1] // 128)
+    want_x, want_w = (*x.shape[:-1], blocks), (*w.shape[:-2], -(-w.shape[-2] // 128), blocks)
+    if x_scale.shape != want_x or w_scale.shape != want_w:
+        raise ValueError(f"scales {tuple(x_scale.shape)}, {tuple(w_scale.shape)} should be {want_x}, {want_w}")
+    assert w_scale.is_contiguous(), "scales must be contiguous"
+
+
+def column_major(scale: Tensor | None) -> Tensor | None:
+    """Return scales [..., M, G] stored column by column, as `quant.fp8_like` allocates them. Copies where needed."""
+    if scale is None or scale.stride(-2) == 1:
+        return scale
+    return scale.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise x [..., D] -> e4m3 [..., D] and float32 scales [..., ceil(D / 128)], one per row and 128 columns."""
     shape, width = x.shape, x.shape[-1]
@@ -116,16 +150,36 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
     return out.view(shape), scales.unflatten(0, shape[:-1])
 
 
-def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
+def _launch_silu_mul(x: Tensor, groups: Groups | None, out: Tensor, scales: Tensor | None) -> None:
+    """Run the kernel over the rows of out [M, I] or [..., I]. An alignment must be a multiple of ROWS."""
+    rows, width = out.numel() // out.shape[-1], out.shape[-1]
+    ends, alignment = (None, ROWS) if groups is None else groups
+    assert alignment % ROWS == 0, f"{alignment=}"
+    experts = 1 if ends is None else len(ends)
+    _silu_mul_kernel[triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value)](
+        x.contiguous(),
+        ends,
+        out,
+        scales,
+        rows,
+        width,
+        experts,
+        0 if scales is None else scales.stride(1),
+        triton.next_power_of_2(experts),
+        alignment,
+        ROWS,
+        **pdl(x),
+    )
+
+
+def silu_mul(x: Tensor, groups: Groups | None = None) -> Tensor:
     """Return silu(gate) * up: x [..., 2I], gate first -> [..., I], in float32 and rounded once.
 
-    With row_expert [M], rows of x [M, 2I] where it is -1 are padding: neither read nor written.
+    With the groups of x [M, 2I], rows of padding are neither read nor written.
     """
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if out.numel():
-        rows, width = out.numel() // out.shape[-1], out.shape[-1]
-        grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value))
-        _silu_mul_kernel[grid](x.contiguous(), row_expert, out, None, rows, width, 0, ROWS, **pdl(x))
+        _launch_silu_mul(x, groups, out, None)
     return out
 
 
@@ -142,18 +196,14 @@ def silu_mul_masked(x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def silu_mul_quant(x: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
     """Return quantize_1x128(silu(gate) * up), without rounding to bf16 in between.
 
-    x [M, 2I] -> values [M, I], scales [M, ceil(I / 128)]. Rows whose row_expert [M] is -1 are padding: neither read nor
-    written.
+    x [M, 2I] -> values [M, I], scales [M, ceil(I / 128)]. With its groups, padding is neither read nor written.
     """
     out, scales = fp8_like(x, x.shape[-1] // 2)
     if out.numel():
-        grid = (triton.cdiv(x.shape[0], ROWS), scales.shape[-1])
-        _silu_mul_kernel[grid](
-            x.contiguous(), row_expert, out, scales, x.shape[0], out.shape[-1], scales.stride(1), ROWS, **pdl(x)
-        )
+        _launch_silu_mul(x, groups, out, scales)
     return out, scales
 
 

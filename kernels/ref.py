@@ -7,12 +7,14 @@ T tokens, D hidden, H heads, C kv latent, R rope dims, K experts per token, L lo
 """
 
 from collections import abc
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fp8 import Quantized, dequantize_1x128, dequantize_128x128, quantize_1x128
+from kernels.groups import Groups
 from kernels.ref_attention import decode_plan, mla_decode, prefill_attention  # noqa: F401 (twins, too)
 
 WAITING = {
@@ -94,8 +96,8 @@ def norm_rope_write(
     kv_pages.view(-1, kv.shape[-1])[rows] = torch.cat((rms_norm(latent, norm_weight, eps), roped), -1)
 
 
-def silu_mul(x: Tensor, row_expert: Tensor | None = None) -> Tensor:
-    """Return silu(gate) * up: x [..., 2I], gate first -> [..., I]. Rows whose row_expert [M] is -1 are undefined."""
+def silu_mul(x: Tensor, groups: Groups | None = None) -> Tensor:
+    """Return silu(gate) * up: x [..., 2I], gate first -> [..., I]. With `groups`, rows of padding are undefined."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -114,10 +116,10 @@ def add_rms_norm_quant(
     return *rms_norm_quant(total, weight, eps, bare), total
 
 
-def silu_mul_quant(x: Tensor, row_expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def silu_mul_quant(x: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
     """Return quantize_1x128 of silu(gate) * up, x [..., 2I], with nothing rounded in between.
 
-    Rows whose row_expert [M] is -1 are padding: their results are undefined.
+    With `groups`, the results of padding are undefined.
     """
     return quantize_1x128(silu_mul(x.float()))
 
@@ -207,12 +209,12 @@ def ep_scatter(
     counts: abc.Sequence[int] | None = None,
     scales: Tensor | None = None,
     num_rows: int | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Group received tokens by expert, each group padded to `alignment` rows.
 
-    x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
-    row_expert [M] int32 (-1 = padding) and index [N, K], the row of token n's k-th copy (-1 = nowhere). With `scales`
-    [N, S], also returns the scales of the rows [M, S].
+    x [N, D]; experts [N, K] local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined), their Groups,
+    and index [N, K], the row of token n's k-th copy (-1 = nowhere). With `scales` [N, S], also returns the scales of
+    the rows [M, S].
 
     `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. `num_rows`: M, whatever the
     groups need, and no less than that; the rest is padding behind them. Either spares a host sync.
@@ -231,14 +233,13 @@ def ep_scatter(
     assert total >= needed, f"{num_rows=} {sizes=}"
     index = torch.full_like(flat, -1)
     index[order] = rows
-    row_expert = torch.full((total,), -1, dtype=torch.int32, device=x.device)
-    row_expert[rows] = expert.to(torch.int32)
+    groups = Groups((starts + copies).to(torch.int32), alignment)
     moved = []
     for source in (x,) if scales is None else (x, scales):
         out = source.new_empty(total, source.shape[1])
         _movable(out)[rows] = _movable(source)[order // experts.shape[1]]
         moved.append(out)
-    return moved[0], row_expert, index.view_as(experts), *moved[1:]
+    return moved[0], groups, index.view_as(experts), *moved[1:]
 
 
 def ep_scatter_masked(
@@ -286,13 +287,15 @@ def ep_gather(rows: Tensor, index: Tensor | None, weights: Tensor | None = None,
     return (out if plus is None else out + plus).to(rows.dtype)
 
 
-def grouped_gemm_contiguous(x: Tensor, weight: Tensor, row_expert: Tensor) -> Tensor:
-    """Return out[m] = x[m] @ weight[row_expert[m]].T, undefined for -1. x [M, D], weight [L, N, D] -> [M, N]."""
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Multiply each group's rows by its expert's weight.T; padding is undefined.
+
+    x [M, D], weight [L, N, D] -> [M, N].
+    """
     out = x.new_empty(x.shape[0], weight.shape[1])
-    experts, counts = (t.tolist() for t in row_expert.unique_consecutive(return_counts=True))
-    for expert, rows, product in zip(experts, x.split(counts), out.split(counts), strict=True):
-        if expert >= 0:
-            torch.mm(rows, weight[expert].T, out=product)
+    for expert, (start, end) in enumerate(groups.ranges()):
+        if start < end:
+            torch.mm(x[start:end], weight[expert].T, out=out[start:end])
     return out
 
 
@@ -334,11 +337,11 @@ def swiglu_of_copies(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
 
 
 def grouped_gemm_contiguous_fp8(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, row_expert: Tensor
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Groups
 ) -> Tensor:
     """Do grouped_gemm_contiguous on x [M, D] in 1x128 and weight [L, N, D] in 128x128 -> bf16, summed in float32."""
     x, weight = dequantize_1x128(x, x_scale), dequantize_128x128(weight, weight_scale)
-    return grouped_gemm_contiguous(x, weight, row_expert).bfloat16()
+    return grouped_gemm_contiguous(x, weight, groups).bfloat16()
 
 
 def grouped_gemm_masked_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:

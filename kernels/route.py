@@ -3,18 +3,20 @@
 A copy is one (token, k) pair. Its row is its expert's first row plus its rank among that expert's copies, counted in
 token order. There are no atomics, so the order is the same on every run.
 
-    contiguous   many copies: count per block, sum the counts of earlier blocks, rank within a block by cumulative sum
+    contiguous   many copies: count per block, sum the counts of earlier blocks, rank within a block by cumulative sum,
+                 and move the tokens: a kernel each
     masked       fixed rooms. Few copies: each token's program walks over those of earlier tokens, and then moves the
                  token. Many: one program per expert walks over all of them, and a second kernel moves the tokens
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.groups import Groups
 from kernels.pdl import after_previous, pdl
 
 
@@ -29,36 +31,50 @@ def count_kernel(experts, block_counts, num_copies, L, EXPERTS: tl.constexpr, CO
     tl.store(block_counts + ids * tl.num_programs(0) + tl.program_id(0), tl.sum(hot, 0), mask=ids < L)
 
 
+@triton.jit(do_not_specialize=["blocks"])
+def sum_blocks_kernel(block_counts, blocks, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+    """Add the counts of earlier blocks to each count of one expert, in place."""
+    after_previous(PDL)
+    at_expert, before = block_counts + tl.program_id(0).to(tl.int64) * blocks, 0
+    for start in range(0, blocks, BLOCKS):
+        at = start + tl.arange(0, BLOCKS)
+        counts = tl.load(at_expert + at, mask=at < blocks, other=0)
+        tl.store(at_expert + at, before + tl.cumsum(counts, 0), mask=at < blocks)
+        before += tl.sum(counts, 0)
+
+
 @triton.jit(do_not_specialize=["num_copies"])
 def place_kernel(
     experts,
     block_ends,
-    starts,
+    ends,
     index,
-    row_expert,
     num_copies,
     L,
     EXPERTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     COPIES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Store index[copy] = e's first row + copies to e in earlier blocks + earlier copies to e in its own block.
 
-    A copy that goes nowhere gets -1.
+    A copy that goes nowhere gets -1. block_ends [L, blocks]: copies up to each block's end. The first program also
+    stores where each expert's rows end.
     """
     after_previous(PDL)
-    block = tl.program_id(0)
+    block, blocks = tl.program_id(0), tl.num_programs(0)
     ids = tl.arange(0, EXPERTS)
+    total = tl.load(block_ends + ids * blocks + blocks - 1, mask=ids < L, other=0)
+    room = tl.cdiv(total, ALIGNMENT) * ALIGNMENT
+    start = tl.cumsum(room, 0) - room
+    if block == 0:
+        tl.store(ends + ids, start + total, mask=ids < L)
     copy = block * COPIES + tl.arange(0, COPIES)
     expert = tl.load(experts + copy, mask=copy < num_copies, other=-1).to(tl.int32)
     hot = (expert[:, None] == ids[None, :]).to(tl.int32)
-    before = tl.load(block_ends + ids * tl.num_programs(0) + block - 1, mask=(ids < L) & (block > 0), other=0)
-    first = tl.load(starts + ids, mask=ids < L, other=0) + before  # [EXPERTS]
+    first = start + tl.load(block_ends + ids * blocks + block - 1, mask=(ids < L) & (block > 0), other=0)
     rank = tl.sum((tl.cumsum(hot, 0) - 1 + first[None, :]) * hot, 1)  # [COPIES]
-    here = expert >= 0
-    row = tl.where(here, rank, -1).to(tl.int64)
-    tl.store(index + copy, row, mask=copy < num_copies)
-    tl.store(row_expert + row, expert, mask=here)
+    tl.store(index + copy, tl.where(expert >= 0, rank, -1).to(tl.int64), mask=copy < num_copies)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_col"])
@@ -271,12 +287,12 @@ def ep_scatter(
     counts: list[int] | None = None,
     scales: Tensor | None = None,
     num_rows: int | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Group received tokens by expert, in token order, each group padded to `alignment` rows: `ref.ep_scatter`.
 
-    x [N, D]; experts [N, K] int64 local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined),
-    row_expert [M] int32 (-1 = padding) and index [N, K] int64, the row of token n's k-th copy (-1 = nowhere). With
-    `scales` [N, S], also returns the scales of the rows [M, S].
+    x [N, D]; experts [N, K] int64 local ids, -1 = not here. Returns rows [M, D] (padding rows are undefined), their
+    Groups, and index [N, K] int64, the row of token n's k-th copy (-1 = nowhere). With `scales` [N, S], also returns
+    the scales of the rows [M, S].
 
     `counts`: copies per expert, rounded up to `alignment` or not, if the host knows them. `num_rows`: M, whatever the
     groups need, and no less than that; the rest is padding behind them. With neither, learning M costs one host sync.
@@ -285,22 +301,20 @@ def ep_scatter(
     width, num_copies = triton.next_power_of_2(num_local), experts.numel()
     copies = max(16, min(256, 8192 // width))  # the [copies, experts] table lives in registers
     blocks = max(1, triton.cdiv(num_copies, copies))
-    block_ends = experts.new_empty(num_local, blocks, dtype=torch.int32)
-    count_kernel[blocks,](experts, block_ends, num_copies, num_local, width, copies, **pdl(x))
-    block_ends = block_ends.cumsum(1, dtype=torch.int32)
-    sizes = (block_ends[:, -1] + alignment - 1) // alignment * alignment
-    ends = sizes.cumsum(0)
-    if num_rows is None:
-        num_rows = int(ends[-1]) if counts is None else sum(-(-count // alignment) * alignment for count in counts)
-    row_expert = torch.full((num_rows,), -1, dtype=torch.int32, device=x.device)
+    of_blocks = experts.new_empty(num_local, blocks, dtype=torch.int32)
+    groups = Groups(experts.new_empty(num_local, dtype=torch.int32), alignment)
     index = torch.empty_like(experts)
+    count_kernel[blocks,](experts, of_blocks, num_copies, num_local, width, copies, **pdl(x))
+    sum_blocks_kernel[num_local,](of_blocks, blocks, BLOCKS=1024, **pdl(x))
     place_kernel[blocks,](
-        experts, block_ends, ends - sizes, index, row_expert, num_copies, num_local, width, copies, **pdl(x)
+        experts, of_blocks, groups.ends, index, num_copies, num_local, width, alignment, copies, **pdl(x)
     )
+    if num_rows is None:
+        num_rows = groups.aligned(int(groups.ends[-1])) if counts is None else sum(map(groups.aligned, counts))
     move = _Move.to(x, scales, num_rows)
     _launch_move(move, index)
     rows, *scale = move.made
-    return rows, row_expert, index, *scale
+    return rows, groups, index, *scale
 
 
 def ep_scatter_masked(

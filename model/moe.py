@@ -107,15 +107,15 @@ class Experts(nn.Module):
                 return self._sums(arrived), arrived.way_back
             case Copies(x, slots, way_back):
                 return ops.gemm_of_copies(ops.swiglu_of_copies(x, gate_up, slots), down, slots), way_back
-            case Contiguous(x, row_expert, way_back, None):
-                x = ops.grouped_gemm_contiguous(x, gate_up, row_expert)
-                x = ops.silu_mul(x, row_expert)
-                return ops.grouped_gemm_contiguous(x, down, row_expert), way_back
-            case Contiguous(x, row_expert, way_back, scale):
+            case Contiguous(x, groups, way_back, None):
+                x = ops.grouped_gemm_contiguous(x, gate_up, groups)
+                x = ops.silu_mul(x, groups)
+                return ops.grouped_gemm_contiguous(x, down, groups), way_back
+            case Contiguous(x, groups, way_back, scale):
                 assert scale is not None and gate_up_scale is not None and down_scale is not None
-                x = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, row_expert)
-                x, scale = ops.silu_mul_quant(x, row_expert)
-                return ops.grouped_gemm_contiguous_fp8(x, scale, down, down_scale, row_expert), way_back
+                x = ops.grouped_gemm_contiguous_fp8(x, scale, gate_up, gate_up_scale, groups)
+                x, scale = ops.silu_mul_quant(x, groups)
+                return ops.grouped_gemm_contiguous_fp8(x, scale, down, down_scale, groups), way_back
             case Masked(x, counts, way_back, None):
                 x = ops.swiglu_masked(x, gate_up, counts)
                 return ops.grouped_gemm_masked(x, down, counts), way_back

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kernels.fp8 import Quantized
+from kernels.groups import Groups
 from kernels.ops import Ops
 from parallel.copies import grouped_rows
 from parallel.mesh import Group
@@ -42,7 +43,7 @@ class Contiguous:
     """Rows grouped by local expert, each group padded to the GEMM's alignment."""
 
     x: Tensor  # [M, D]; padding rows are undefined
-    row_expert: Tensor  # [M] int32, -1 = padding
+    groups: Groups
     way_back: tuple  # what combine needs
     scale: Tensor | None = None  # [M, D / 128] float32 if x is in fp8
 
@@ -84,10 +85,10 @@ class Sliced:
         """Group `size` tokens from token `at` on. The way back is (index, weights), as `ep_gather` takes them."""
         end = at + self.size
         scales = None if self.scale is None else self.scale[at:end]
-        rows, row_expert, index, *scale = ops.ep_scatter(
+        rows, groups, index, *scale = ops.ep_scatter(
             self.x[at:end], self.experts[at:end], num_local, ops.alignment, scales=scales
         )
-        return Contiguous(rows, row_expert, (index, self.weights[at:end]), *scale)
+        return Contiguous(rows, groups, (index, self.weights[at:end]), *scale)
 
 
 Arrived = Contiguous | Masked | Copies | Sliced
@@ -246,10 +247,10 @@ class LocalContiguous:
     def _group(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Contiguous:
         x, scales = (x, None) if isinstance(x, Tensor) else x
         most = grouped_rows(slots.numel(), self.num_local, self.ops.alignment)
-        rows, row_expert, index, *scale = self.ops.ep_scatter(
+        rows, groups, index, *scale = self.ops.ep_scatter(
             x, slots, self.num_local, self.ops.alignment, scales=scales, num_rows=most
         )
-        return Contiguous(rows, row_expert, (index, weights), *scale)
+        return Contiguous(rows, groups, (index, weights), *scale)
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
         """Sum y [..., D], one row per copy in any layout -> [T, D]."""
@@ -292,8 +293,8 @@ def group_by_expert(
         copies = int((experts >= 0).sum()) if counts is None else sum(counts)
         if copies > most:
             return Sliced(x, experts, weights, max(1, most // of_token), (None, None, *way_back), scales)
-    grouped, row_expert, index, *scale = ops.ep_scatter(x, experts, num_local, ops.alignment, counts, scales)
-    return Contiguous(grouped, row_expert, (index, weights, *way_back), *scale)
+    grouped, groups, index, *scale = ops.ep_scatter(x, experts, num_local, ops.alignment, counts, scales)
+    return Contiguous(grouped, groups, (index, weights, *way_back), *scale)
 
 
 def sum_of_copies(ops: Ops, y: Tensor, index: Tensor | None, weights: Tensor | None, *way_back: Any) -> tuple:

@@ -75,7 +75,7 @@ def run_experts(arrived: Contiguous | Masked, first: int) -> Tensor:
         slots = first + torch.arange(len(arrived.counts)).view(-1, 1, 1)
         there = torch.arange(arrived.x.shape[1]) < arrived.counts[:, None]
         return expert(arrived.x, slots).masked_fill(~there[..., None], 0).bfloat16()
-    return expert(arrived.x, first + arrived.row_expert[:, None]).bfloat16()
+    return expert(arrived.x, first + arrived.groups.of_rows(len(arrived.x))[:, None]).bfloat16()
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(16, 0), (16, 9), (72, 0), (72, 71), (144, 0), (144, 100)])

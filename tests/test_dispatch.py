@@ -56,13 +56,14 @@ def apply_experts(arrived: Contiguous | Masked | Copies | Sliced, first_slot: in
             ops, sums = Ops(alignment=8), []
             for at in range(0, len(x), size):
                 part = arrived.part(at, ops, EXPERTS)
-                assert (part.row_expert >= 0).sum() <= MOST
+                assert sum(end - start for start, end in part.groups.ranges()) <= MOST
                 sums.append(ops.ep_gather(apply_experts(part, first_slot), *part.way_back))
             return torch.cat(sums)
         case Copies(x, slots):
             y = expert(x.repeat_interleave(slots.shape[1], 0), first_slot + slots.flatten()[:, None].float())
             return y.masked_fill(slots.flatten()[:, None] < 0, 0.0)  # as `gemm_of_copies` promises
-        case Contiguous(x, row_expert, scale=scale):
+        case Contiguous(x, groups, scale=scale):
+            row_expert = groups.of_rows(len(x))
             y = expert(plain(x, scale), first_slot + row_expert[:, None].float())
             return y.masked_fill(row_expert[:, None] < 0, float("nan"))
         case Masked(x, counts, scale=scale):
@@ -152,7 +153,8 @@ def check_provenance(group: Group, experts_a_rank: int, dtype: torch.dtype) -> N
             case Copies(x, chosen):
                 real = chosen.flatten() >= 0
                 x, owners = x.repeat_interleave(TOP_K, 0), chosen.flatten()[real]
-            case Contiguous(x, row_expert, scale=scale):
+            case Contiguous(x, groups, scale=scale):
+                row_expert = groups.of_rows(len(x))
                 real, owners = row_expert >= 0, row_expert[row_expert >= 0]
                 assert len(x) % 8 == 0
             case Masked(x, counts, scale=scale):
@@ -240,7 +242,8 @@ def test_on_one_rank_the_number_of_rows_does_not_depend_on_the_routing() -> None
         arrived = contiguous.dispatch(x, slots, weights).wait()
         shapes.add(arrived.x.shape)
         used = sum(-(-int((slots == e).sum()) // 8) * 8 for e in range(EXPERTS))
-        assert (arrived.row_expert >= 0).sum() == (slots >= 0).sum() and (arrived.row_expert[used:] == -1).all()
+        ranges = arrived.groups.ranges()
+        assert sum(end - start for start, end in ranges) == (slots >= 0).sum() and ranges[-1][1] <= used
         got = contiguous.combine(apply_experts(arrived, 0), arrived.way_back).wait()
         terms = torch.stack([expert(x, slots[:, k, None]) * weights[:, k, None] for k in range(TOP_K)], 1)
         torch.testing.assert_close(got, terms.masked_fill(slots[..., None] < 0, 0).sum(1))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from disagg.front.tokenizer import load_tokenizer
 from kernels import ref
 from kernels.fp8 import dequantize_128x128, quantize_128x128
+from kernels.groups import Groups
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.checkpoint import open_checkpoint
@@ -80,9 +81,9 @@ def test_products_of_quantised_operands_are_near_the_exact_ones() -> None:
     exact = x @ weight.transpose(1, 2)
     counts = torch.tensor([40, 0, 7], dtype=torch.int32)
     masked = ref.grouped_gemm_masked_fp8(xq, xs, wq, ws, counts)
-    row_expert = torch.tensor([0] * 40 + [2] * 40, dtype=torch.int32)
+    groups = Groups(torch.tensor([40, 40, 80], dtype=torch.int32), 1)
     rows, scales = xq.view(torch.uint8)[[0, 2]].view(torch.float8_e4m3fn).flatten(0, 1), xs[[0, 2]].flatten(0, 1)
-    grouped = ref.grouped_gemm_contiguous_fp8(rows, scales, wq, ws, row_expert)
+    grouped = ref.grouped_gemm_contiguous_fp8(rows, scales, wq, ws, groups)
     for e, got in (
         (0, ref.gemm_fp8(xq[0], xs[0], wq[0], ws[0])),
         (0, masked[0]),

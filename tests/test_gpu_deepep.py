@@ -101,8 +101,8 @@ class World:
             arrived = replace(arrived, x=rows, scale=None)
         y, _ = self.experts(lambda: arrived)
         match arrived:
-            case Contiguous(_, row_expert):
-                y = y.masked_fill(row_expert[:, None] < 0, float("nan"))
+            case Contiguous(_, groups):
+                y = y.masked_fill(groups.of_rows(len(y))[:, None] < 0, float("nan"))
             case Masked(rows, counts):
                 there = torch.arange(rows.shape[1], device=DEVICE) < counts[:, None]
                 y = y.masked_fill(~there[..., None], float("nan"))
@@ -191,9 +191,10 @@ def check_provenance(world: World) -> None:
             values = ref.dequantize_1x128(arrived.x, arrived.scale) if fp8 else arrived.x.float()
             seen, got = values[..., ::128].round().long().cpu(), []
             match arrived:
-                case Contiguous(_, row_expert):
-                    assert len(row_expert) % world.ops.alignment == 0
-                    pairs = [(row, e) for row, e in zip(seen.tolist(), row_expert.tolist(), strict=True) if e >= 0]
+                case Contiguous(x, groups):
+                    assert len(x) % world.ops.alignment == 0
+                    of_rows = groups.of_rows(len(x)).tolist()
+                    pairs = [(row, e) for row, e in zip(seen.tolist(), of_rows, strict=True) if e >= 0]
                 case Masked(_, counts):
                     assert seen.shape[1] == group.size * CAPACITY
                     pairs = [(row, e) for e, n in enumerate(counts.tolist()) for row in seen[e, :n].tolist()]

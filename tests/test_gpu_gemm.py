@@ -19,6 +19,7 @@ from kernels.grouped_gemm import (
     grouped_gemm_masked_fp8,
     swiglu_masked,
 )
+from kernels.groups import Groups
 from kernels.linear import ffn_beside, linear_float32
 from kernels.quant import quantize_1x128, silu_mul, silu_mul_masked, silu_mul_quant, silu_mul_quant_masked
 
@@ -56,13 +57,14 @@ def test_linear_float32(m: int, n: int, d: int, dtype: torch.dtype) -> None:
     assert torch.equal(again, out) and torch.equal(room[:m], out) and room[m].isnan().all()
 
 
-def segments(counts: list[int], tail: int) -> Tensor:
-    """row_expert of segments aligned to 128, then `tail` rows of nothing but padding."""
-    ids = [
-        torch.nn.functional.pad(torch.full((count,), e, dtype=torch.int32), (0, -count % 128), value=-1)
-        for e, count in enumerate(counts)
-    ]
-    return torch.cat([*ids, torch.full((tail,), -1, dtype=torch.int32)]).to(DEVICE)
+def grouped(counts: list[int], tail: int) -> tuple[Groups, Tensor]:
+    """Groups of so many rows, aligned to 128, with `tail` rows of padding behind; and which rows are real."""
+    ends, rows = [], 0
+    for count in counts:
+        ends.append(rows + count)
+        rows += -(-count // 128) * 128
+    groups = Groups(torch.tensor(ends, dtype=torch.int32, device=DEVICE), 128)
+    return groups, groups.of_rows(rows + tail) >= 0
 
 
 @pytest.mark.parametrize(
@@ -85,24 +87,22 @@ CONTIGUOUS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("counts", "tail", "n", "d"), CONTIGUOUS)
 def test_contiguous(counts: list[int], tail: int, n: int, d: int, dtype: torch.dtype) -> None:
-    row_expert = segments(counts, tail)
-    real = row_expert >= 0
+    groups, real = grouped(counts, tail)
     x, weight = normal(len(real), d, dtype=dtype), normal(len(counts), n, d, dtype=dtype)
     x[~real] = float("nan")
-    out = grouped_gemm_contiguous(x, weight, row_expert)
+    out = grouped_gemm_contiguous(x, weight, groups)
     assert out.dtype == dtype
-    close(out[real], ref.grouped_gemm_contiguous(x.float(), weight.float(), row_expert)[real])
+    close(out[real], ref.grouped_gemm_contiguous(x.float(), weight.float(), groups)[real])
 
 
 @pytest.mark.parametrize(("counts", "tail", "n", "d"), [*CONTIGUOUS, ([5, 130], 128, 200, 272)])
 def test_contiguous_fp8(counts: list[int], tail: int, n: int, d: int) -> None:
-    row_expert = segments(counts, tail)
-    real = row_expert >= 0
+    groups, real = grouped(counts, tail)
     (x, xs), (w, ws) = quantize_1x128(normal(len(real), d)), quantize_128x128(normal(len(counts), n, d))
-    want = ref.grouped_gemm_contiguous_fp8(x, xs, w, ws, row_expert)
+    want = ref.grouped_gemm_contiguous_fp8(x, xs, w, ws, groups)
     x.view(torch.uint8)[~real] = 0x7F
     xs[~real] = float("nan")
-    close(grouped_gemm_contiguous_fp8(x, xs, w, ws, row_expert)[real], want[real])
+    close(grouped_gemm_contiguous_fp8(x, xs, w, ws, groups)[real], want[real])
 
 
 MASKED = [([0, 5, 130, 200], 200, 192, 256), ([64], 64, 64, 128), ([0, 0, 0], 128, 64, 64), ([512] * 4, 512, 1024, 512)]
@@ -247,13 +247,12 @@ def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [128, 2048, 200])
 def test_silu_mul_skips_padding(width: int, dtype: torch.dtype) -> None:
-    row_expert = segments([3, 0, 129], 128)
-    real = row_expert >= 0
+    groups, real = grouped([3, 0, 129], 128)
     x = torch.randn(len(real), 2 * width, device=DEVICE).to(dtype)
     want = silu_mul(x)
-    out = silu_mul(x.masked_fill(~real[:, None], float("nan")), row_expert)
+    out = silu_mul(x.masked_fill(~real[:, None], float("nan")), groups)
     assert out.dtype == dtype and out.shape == want.shape and torch.equal(out[real], want[real])
-    assert silu_mul(x[:0], row_expert[:0]).shape == (0, width)
+    assert silu_mul(x[:0], groups).shape == (0, width)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -272,11 +271,10 @@ def test_silu_mul_masked(sizes: list[int], room: int, width: int, dtype: torch.d
 
 @pytest.mark.parametrize("width", [128, 2048, 200])
 def test_silu_mul_quant(width: int) -> None:
-    row_expert = segments([3, 0, 129], 128)
-    real = row_expert >= 0
+    groups, real = grouped([3, 0, 129], 128)
     x = torch.randn(len(real), 2 * width, device=DEVICE).bfloat16()
     quantized(*silu_mul_quant(x), ref.silu_mul_quant(x))
-    values, scales = silu_mul_quant(x.masked_fill(~real[:, None], float("nan")), row_expert)
+    values, scales = silu_mul_quant(x.masked_fill(~real[:, None], float("nan")), groups)
     quantized(values[real], scales[real], ref.silu_mul_quant(x[real]))
     assert silu_mul_quant(x[:0])[0].shape == (0, width)
 
@@ -313,13 +311,12 @@ def test_deep_gemm_dense_fp8(vendor: ModuleType, m: int, n: int, d: int) -> None
     [([3, 0, 200, 128], 0, 192, 256), ([0, 0, 1], 256, 512, 128), ([300] * 9, 0, 512, 1024), ([0, 0], 0, 256, 256)],
 )
 def test_deep_gemm_contiguous_fp8(vendor: ModuleType, counts: list[int], tail: int, n: int, d: int) -> None:
-    row_expert = segments(counts, tail)
-    real = row_expert >= 0
+    groups, real = grouped(counts, tail)
     (x, xs), (w, ws) = quantize_1x128(normal(len(real), d)), quantize_128x128(normal(len(counts), n, d))
-    want = ref.grouped_gemm_contiguous_fp8(x, xs, w, ws, row_expert)
+    want = ref.grouped_gemm_contiguous_fp8(x, xs, w, ws, groups)
     x.view(torch.uint8)[~real] = 0x7F
     xs[~real] = float("nan")
-    close(vendor.grouped_gemm_contiguous_fp8(x, xs, w, ws, row_expert)[real], want[real])
+    close(vendor.grouped_gemm_contiguous_fp8(x, xs, w, ws, groups)[real], want[real])
 
 
 @pytest.mark.parametrize(

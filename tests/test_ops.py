@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kernels import ref
+from kernels.groups import Groups
 
 NAN = float("nan")
 
@@ -119,10 +120,12 @@ def test_silu_mul_takes_the_gate_first() -> None:
 def test_silu_mul_of_real_rows_only() -> None:
     gate, up = torch.randn(5, 6), torch.randn(5, 6)
     x, want = torch.cat((gate, up), -1), gate / (1 + torch.exp(-gate)) * up
-    row_expert = torch.tensor([0, -1, 2, 2, -1], dtype=torch.int32)
-    out = ref.silu_mul(x.masked_fill((row_expert < 0)[:, None], NAN), row_expert)
+    groups = Groups(torch.tensor([1, 2, 4], dtype=torch.int32), 2)
+    real = torch.tensor([True, False, True, True, False])
+    assert torch.equal(groups.of_rows(5), torch.tensor([0, -1, 2, 2, -1], dtype=torch.int32))
+    out = ref.silu_mul(x.masked_fill(~real[:, None], NAN), groups)
     assert out.shape == want.shape
-    assert_close(out[row_expert >= 0], want[row_expert >= 0])
+    assert_close(out[real], want[real])
 
 
 @pytest.mark.parametrize(
@@ -266,14 +269,14 @@ def problem(experts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 @pytest.mark.parametrize("alignment", [1, 128])
 def test_contiguous_round_trip_equals_a_loop_over_tokens(experts: list[list[int]], alignment: int) -> None:
     x, ids, weights, gate_up, down, want = problem(experts)
-    rows, row_expert, index = ref.ep_scatter(x, ids, LOCAL, alignment)
-    padding = row_expert < 0
+    rows, groups, index = ref.ep_scatter(x, ids, LOCAL, alignment)
+    padding = groups.of_rows(len(rows)) < 0
 
     def poisoned(t: Tensor) -> Tensor:
         return t.masked_fill(padding[:, None], NAN)
 
-    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, row_expert)), row_expert)
-    out = poisoned(ref.grouped_gemm_contiguous(poisoned(hidden), down, row_expert))
+    hidden = ref.silu_mul(poisoned(ref.grouped_gemm_contiguous(poisoned(rows), gate_up, groups)), groups)
+    out = poisoned(ref.grouped_gemm_contiguous(poisoned(hidden), down, groups))
     assert_close(ref.ep_gather(out, index, weights), want, atol=1e-4, rtol=1e-4)
 
 
@@ -281,17 +284,18 @@ def test_contiguous_round_trip_equals_a_loop_over_tokens(experts: list[list[int]
 @pytest.mark.parametrize("alignment", [1, 128])
 def test_ep_scatter_groups_by_expert_and_pads_to_the_alignment(experts: list[list[int]], alignment: int) -> None:
     x, ids, *_ = problem(experts)
-    rows, row_expert, index = ref.ep_scatter(x, ids, LOCAL, alignment)
+    rows, groups, index = ref.ep_scatter(x, ids, LOCAL, alignment)
+    row_expert = groups.of_rows(len(rows))
     counts = [sum(row.count(e) for row in experts) for e in range(LOCAL)]
     layout = [[e] * n + [-1] * (-n % alignment) for e, n in enumerate(counts)]
     assert row_expert.tolist() == sum(layout, [])
-    assert row_expert.dtype == torch.int32
+    assert groups.ends.dtype == torch.int32 and groups.alignment == alignment
     assert rows.shape == (len(row_expert), HIDDEN)
     assert_provenance(rows, row_expert, index, x, ids)
     for more in (0, 1, 300):
-        wide, expert, at = ref.ep_scatter(x, ids, LOCAL, alignment, num_rows=len(rows) + more)
-        assert expert.tolist() == row_expert.tolist() + [-1] * more and torch.equal(at, index)
-        assert_provenance(wide, expert, at, x, ids)
+        wide, same, at = ref.ep_scatter(x, ids, LOCAL, alignment, num_rows=len(rows) + more)
+        assert len(wide) == len(rows) + more and torch.equal(same.ends, groups.ends) and torch.equal(at, index)
+        assert_provenance(wide, same.of_rows(len(wide)), at, x, ids)
 
 
 @every_routing
@@ -326,7 +330,8 @@ def test_ep_scatter_masked_fills_each_expert_from_the_front(experts: list[list[i
 def test_both_scatters_move_fp8_with_its_scales(experts: list[list[int]]) -> None:
     ids = torch.tensor(experts, dtype=torch.int64).view(-1, 3)
     x, scales = ref.quantize_1x128(torch.randn(len(ids), 256))
-    rows, row_expert, index, moved = ref.ep_scatter(x, ids, LOCAL, 4, scales=scales)
+    rows, groups, index, moved = ref.ep_scatter(x, ids, LOCAL, 4, scales=scales)
+    row_expert = groups.of_rows(len(rows))
     assert rows.dtype == x.dtype and moved.shape == (len(rows), 2)
     assert_provenance(rows.view(torch.uint8), row_expert, index, x.view(torch.uint8), ids)
     assert_provenance(moved, row_expert, index, scales, ids)

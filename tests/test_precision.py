@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.fp8 import quantize_128x128
+from kernels.groups import Groups
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
 from model.checkpoint import checkpoint_table, open_checkpoint
@@ -248,16 +249,16 @@ def test_experts_equal_fake_quant_ones() -> None:
     masked = experts(lambda: Masked(values, torch.tensor(counts, dtype=torch.int32), (), scale))[0]
     real = torch.arange(5) < torch.tensor(counts)[:, None]
     rows, row_scale = values.view(torch.uint8)[real].view(FP8), scale[real]
-    row_expert = torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    contiguous = experts(lambda: Contiguous(rows, row_expert, (), row_scale))[0]
-    nothing = Contiguous(rows[:0], row_expert[:0], (), row_scale[:0])
+    groups = Groups(torch.tensor(counts, dtype=torch.int32).cumsum(0), 1)
+    contiguous = experts(lambda: Contiguous(rows, groups, (), row_scale))[0]
+    nothing = Contiguous(rows[:0], Groups(torch.zeros(3, dtype=torch.int32), 1), (), row_scale[:0])
     assert experts(lambda: nothing)[0].shape == (0, 256)
     for e, count in enumerate(counts):
         gate_up = expanded(experts.gate_up_proj[e], experts.gate_up_proj_scale_inv[e])
         down = expanded(experts.down_proj[e], experts.down_proj_scale_inv[e])
         want = swiglu(x[e, :count], gate_up, down)
         close(masked[e, :count], want)
-        close(contiguous[row_expert == e], want)
+        close(contiguous[groups.of_rows(len(rows)) == e], want)
 
 
 LENGTHS = (1, 64, 65, 30)

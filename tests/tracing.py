@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from kernels.fp8 import Quantized
+from kernels.groups import Groups
 from kernels.ops import Ops
 from kernels.rooms import FEW_ROWS
 from model.footprint import split_heads
@@ -97,7 +98,7 @@ def allocating_ops(alignment: int) -> Ops:
         grouped_gemm_masked=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[-2]),
         swiglu_masked=_swiglu_masked,
         quantize_1x128=_quantized,
-        silu_mul_quant=lambda x, _=None: _quantized(x, x.shape[-1] // 2),
+        silu_mul_quant=lambda x, groups=None: _quantized(x, x.shape[-1] // 2),
         silu_mul_quant_masked=lambda x, _: _quantized(x, x.shape[-1] // 2),
         gemm_fp8=_gemm_fp8,
         grouped_gemm_contiguous_fp8=_gemm_fp8,
@@ -142,7 +143,7 @@ def _swiglu_masked(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
     return _halved(x.new_empty(*x.shape[:-1], width))
 
 
-def _gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+def _gemm_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, *_: Tensor | Groups) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[-2], dtype=torch.bfloat16)
 
 
@@ -172,7 +173,12 @@ def _scatter(
     if counts is not None:
         rows = sum(-(-count // alignment) * alignment for count in counts)
     moved = [t.new_empty(rows, t.shape[1]) for t in (x, scales) if t is not None]
-    return moved[0], experts.new_empty(rows, dtype=torch.int32), torch.empty_like(experts), *moved[1:]
+    return (
+        moved[0],
+        Groups(experts.new_empty(groups, dtype=torch.int32), alignment),
+        torch.empty_like(experts),
+        *moved[1:],
+    )
 
 
 def _scatter_masked(x: Tensor, experts: Tensor, groups: int, alignment: int, scales: Tensor | None = None) -> tuple:

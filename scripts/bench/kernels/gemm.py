@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.gate import gate_topk
 from kernels.gemm import gemm_fp8
 from kernels.grouped_gemm import grouped_gemm_contiguous_fp8, grouped_gemm_masked_fp8
+from kernels.groups import Groups
 from kernels.quant import quantize_1x128, silu_mul_quant, silu_mul_quant_masked
 from kernels.route import ep_gather, ep_scatter, ep_scatter_masked
 from scripts.bench.kernels.table import report
@@ -117,17 +118,19 @@ def masked(experts: int, room: int, count: int, n: int, d: int) -> None:
 
 
 def contiguous(experts: int, count: int, n: int, d: int) -> None:
-    row_expert = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(-(-count // 128) * 128)
-    (x, xs), w = quantize_1x128(randn(len(row_expert), d)), weights(experts, n, d)
+    each = -(-count // 128) * 128
+    rows = experts * each
+    groups = Groups(torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * each, 128)
+    (x, xs), w = quantize_1x128(randn(rows, d)), weights(experts, n, d)
     vendor = None
     if deep_gemm:
-        out, a = x.new_empty(len(row_expert), n, dtype=torch.bfloat16), (x, column_major(xs))
-        call = partial(deep_gemm.m_grouped_fp8_gemm_nt_contiguous, disable_ue8m0_cast=True)
-        vendor = median_us([partial(call, a, w, out, row_expert)])
-        compare(grouped_gemm_contiguous_fp8(x, xs, *w, row_expert), out, slice(0, 20_000))
-    ours = median_us([partial(grouped_gemm_contiguous_fp8, x, xs, *w, row_expert)])
+        out, a = x.new_empty(rows, n, dtype=torch.bfloat16), (x, column_major(xs))
+        call = partial(deep_gemm.m_grouped_fp8_gemm_nt_contiguous, disable_ue8m0_cast=True, use_psum_layout=True)
+        vendor = median_us([partial(call, a, w, out, groups.ends)])
+        compare(grouped_gemm_contiguous_fp8(x, xs, *w, groups), out, slice(0, 20_000))
+    ours = median_us([partial(grouped_gemm_contiguous_fp8, x, xs, *w, groups)])
     shape = f"{experts} x {count} {n} x {d}"
-    report("contiguous_fp8", shape, ours, vendor, 2 * len(row_expert) * n * d, "TFLOP/s", "deep_gemm")
+    report("contiguous_fp8", shape, ours, vendor, 2 * rows * n * d, "TFLOP/s", "deep_gemm")
 
 
 def memory_bound(tokens: int, experts: int, d: int, width: int) -> None:

@@ -68,10 +68,10 @@ class LoopbackContiguous:
             return group
 
         def group() -> Contiguous:
-            grouped, row_expert, index, *scale = self.ops.ep_scatter(
+            grouped, groups, index, *scale = self.ops.ep_scatter(
                 rows, experts, len(counts), self.ops.alignment, counts, scales
             )
-            return Contiguous(grouped, row_expert, (index, row_weights, tokens), *scale)
+            return Contiguous(grouped, groups, (index, row_weights, tokens), *scale)
 
         return Pending(receive)
 

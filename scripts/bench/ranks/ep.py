@@ -175,8 +175,8 @@ def experts_that_change_nothing(arrived: Contiguous | Masked) -> Tensor:
             y = ref.dequantize_1x128(x, scale).bfloat16()
             is_real = torch.arange(x.shape[1], device=x.device) < counts[:, None]
             return y.masked_fill(~is_real[..., None], 0)
-        case Contiguous(x, row_expert, _, scale):
-            return ref.dequantize_1x128(x, scale).bfloat16().masked_fill(row_expert[:, None] < 0, 0)
+        case Contiguous(x, groups, _, scale):
+            return ref.dequantize_1x128(x, scale).bfloat16().masked_fill(groups.of_rows(len(x))[:, None] < 0, 0)
 
 
 def dispatchers(

@@ -1,0 +1,35 @@
+"""Groups of the contiguous layout: which rows belong to which expert."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """Rows in groups, one per local expert. Each begins at the next multiple of `alignment`; padding lies between.
+
+    As DeepGEMM's "psum" layout. With nothing said of single rows, a GEMM takes only the blocks that hold real ones.
+    """
+
+    ends: Tensor  # [L] int32: the row behind the group's last one; where an empty group begins
+    alignment: int
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return each group's first row and end. Waits for the device."""
+        start, found = 0, []
+        for end in self.ends.tolist():
+            found.append((start, end))
+            start = self.aligned(end)
+        return found
+
+    def aligned(self, end: int) -> int:
+        """Return where a group begins, behind one that ends there."""
+        return -(-end // self.alignment) * self.alignment
+
+    def of_rows(self, num_rows: int) -> Tensor:
+        """Return each row's group [num_rows] int32, -1 for padding. Waits for the device."""
+        group = torch.full((num_rows,), -1, dtype=torch.int32, device=self.ends.device)
+        for expert, (start, end) in enumerate(self.ranges()):
+            group[start:end] = expert
+        return group
