@@ -1,8 +1,7 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-Each head has its own weights. cuBLAS computes the first product, one matrix product per head. A kernel of ours that
-also rotated the rope part was slower than cuBLAS and a separate rope kernel. The second product also casts to fp8 for
-o_proj, in the same pass.
+Each head has its own weights. The first product also rotates the rope part, in the same pass, up to MOST_ROWS rows of
+queries. With more, cuBLAS and a separate rope kernel are faster. The second product also casts to fp8 for o_proj.
 
 Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
@@ -17,9 +16,11 @@ from torch import Tensor
 from kernels.fp8 import Quantized
 from kernels.gemm import num_sms
 from kernels.gemv import FEW_TOKENS
-from kernels.norm import rope_into, turned
-from kernels.pdl import after_previous, pdl
+from kernels.norm import norm_rope_write, rope_into, turned
+from kernels.pdl import after_previous, pdl, wait_at_the_end
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
+
+MOST_ROWS = 8192  # tokens x heads up to which our kernel computes the first product
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -43,10 +44,15 @@ def _absorb_few_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute some columns of one head's q' for every token. A head's first program also rotates its rope part."""
-    after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
+    """Compute some columns of one head's q' for every token. A head's first program also rotates its rope part.
+
+    BESIDE: all that it reads was there before the kernel before it.
+    """
+    if not BESIDE:
+        after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
     head, part = tl.program_id(0), tl.program_id(1)
     row, col = tl.arange(0, BLOCK_Q), part * BLOCK_C + tl.arange(0, BLOCK_C)
     here = (row < nope)[:, None] & (col < latent)[None, :]
@@ -65,6 +71,61 @@ def _absorb_few_kernel(
             key = tl.load(q + nope + rope_col, mask=rope_col < rope_dim, other=0.0)
             key = turned(key[None, :], cos[None, :], sin[None, :], 1, BLOCK_R)
             tl.store(out + latent + rope_col[None, :], key, mask=(rope_col < rope_dim)[None, :])
+    if BESIDE:
+        wait_at_the_end(PDL)
+
+
+@triton.jit(do_not_specialize=["positions", "batch"])
+def _absorb_kernel(
+    q_ptr,
+    w_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions,
+    out_ptr,
+    batch,
+    q_stride,
+    q_head_stride,
+    w_stride,
+    out_stride,
+    cos_stride,
+    sin_stride,
+    nope: tl.constexpr,
+    latent: tl.constexpr,
+    rope_dim: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BESIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Compute some columns of one head's q' for BLOCK_T tokens. The first such program also rotates the rope part.
+
+    BESIDE: as in `_absorb_few_kernel`.
+    """
+    if not BESIDE:
+        after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
+    head, part = tl.program_id(0), tl.program_id(2)
+    token = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    live = token < batch
+    row, col = tl.arange(0, BLOCK_Q), (part * BLOCK_C + tl.arange(0, BLOCK_C))[None]
+    q = q_ptr + token * q_stride + head * q_head_stride
+    out = out_ptr + token * out_stride + head * (latent + rope_dim)
+    x = tl.load(q + row[None], mask=live & (row < nope)[None], other=0.0)
+    here = (row < nope)[:, None] & (col < latent)
+    w = tl.load(w_ptr + head * w_stride + row[:, None] * latent + col, mask=here, other=0.0)
+    tl.store(out + col, tl.dot(x, w).to(out_ptr.dtype.element_ty), mask=live & (col < latent))
+    if part == 0:
+        rope_col, pair = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_R // 2)[None]
+        turns, here_pair = live & (rope_col < rope_dim), live & (pair < rope_dim // 2)
+        position = tl.load(positions + token, mask=live, other=0)
+        cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)
+        sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
+        key = tl.load(q + nope + rope_col, mask=turns, other=0.0)
+        tl.store(out + latent + rope_col, turned(key, cos, sin, BLOCK_T, BLOCK_R), mask=turns)
+    if BESIDE:
+        wait_at_the_end(PDL)
 
 
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
@@ -73,37 +134,52 @@ def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, 
     Shapes: q [B, H, nope + R], w_uk [H, nope, C], positions [B] int64 -> [B, H, C + R]. The tables are float32
     [length, R / 2]. The last stride of q must be 1, and each head of w_uk contiguous.
     """
+    return _absorb(q, w_uk, cos_table, sin_table, positions, beside=False)
+
+
+def write_and_absorb(
+    q: Tensor,
+    w_uk: Tensor,
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    kv_pages: Tensor,
+) -> Tensor:
+    """Do `norm.norm_rope_write` and absorb_query, side by side: neither needs the other. Contract: its twin in ref.
+
+    q must have been computed by the current stream before. kv and q have as many tokens.
+    """
+    norm_rope_write(kv, norm_weight, eps, cos_table, sin_table, positions, rows, kv_pages)
+    return _absorb(q, w_uk, cos_table, sin_table, positions, beside=True)  # no kernel may come between
+
+
+def _absorb(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, beside: bool) -> Tensor:
+    """Do absorb_query; `beside`: next to the kernel enqueued last, which must be norm_rope_write's."""
     (batch, heads, _), (_, nope, latent) = q.shape, w_uk.shape
     rope_dim = q.shape[2] - nope
     out = q.new_empty(batch, heads, latent + rope_dim)
-    if 0 < batch <= FEW_TOKENS:
-        block = min(64, triton.next_power_of_2(latent))
-        _absorb_few_kernel[heads, triton.cdiv(latent, block)](
-            q,
-            w_uk,
-            cos_table,
-            sin_table,
-            positions,
-            out,
-            batch,
-            q.stride(0),
-            q.stride(1),
-            w_uk.stride(0),
-            out.stride(0),
-            cos_table.stride(0),
-            sin_table.stride(0),
-            nope,
-            latent,
-            rope_dim,
-            triton.next_power_of_2(nope),
-            block,
-            max(2, triton.next_power_of_2(rope_dim)),
-            num_warps=4,
-            **pdl(q),
-        )
+    if batch > FEW_TOKENS and (q.itemsize > 2 or batch * heads > MOST_ROWS):  # float32 has no tensor cores
+        torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=out[..., :latent].transpose(0, 1))
+        rope_into(q, out, cos_table, sin_table, positions, rope_dim)
         return out
-    torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=out[..., :latent].transpose(0, 1))
-    rope_into(q, out, cos_table, sin_table, positions, rope_dim)
+    if batch == 0:
+        return out
+    block = min(64, max(16, triton.next_power_of_2(latent)))
+    operands = q, w_uk, cos_table, sin_table, positions, out, batch
+    strides = q.stride(0), q.stride(1), w_uk.stride(0), out.stride(0), cos_table.stride(0), sin_table.stride(0)
+    widths = nope, latent, rope_dim
+    padded = max(16, triton.next_power_of_2(nope)), block, max(2, triton.next_power_of_2(rope_dim))
+    columns = triton.cdiv(latent, block)
+    if batch <= FEW_TOKENS:
+        _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, beside, num_warps=4, **pdl(q))
+    else:
+        tokens = 32 if batch <= 32 else 64
+        grid = heads, triton.cdiv(batch, tokens), columns
+        _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, beside, num_warps=4, **pdl(q))
     return out
 
 

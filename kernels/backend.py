@@ -42,6 +42,7 @@ OURS = {  # op -> the module with its Triton kernel
     "add_rms_norm_quant": "kernels.norm",
     "rope_query": "kernels.norm",
     "absorb_query": "kernels.absorb",
+    "write_and_absorb": "kernels.absorb",
     "project_values": "kernels.absorb",
     "norm_rope_write": "kernels.norm",
     "silu_mul": "kernels.quant",

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pdl import after_previous, pdl
+from kernels.pdl import after_previous, let_next, pdl
 from kernels.quant import GROUP, fp8_like, store_quantized
 
 
@@ -254,7 +254,8 @@ def _norm_rope_write_kernel(
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)
+    let_next(PDL)  # `absorb.write_and_absorb` counts on this order
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     live = token < tokens
     source = kv_ptr + token * kv_stride

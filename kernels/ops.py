@@ -26,6 +26,7 @@ Fp8Product = Callable[[T, T, T, T], T]
 Fp8GroupedProduct = Callable[[T, T, T, T, Groups], T]
 Fp8MaskedProduct = Callable[[T, T, T, T, T], T]
 NormRopeWrite = Callable[[T, T, float, T, T, T, T, T], None]
+WriteAndAbsorb = Callable[[T, T, T, T, float, T, T, T, T, T], T]
 
 
 class RmsNormQuant(Protocol):
@@ -139,6 +140,7 @@ class Ops:
     absorb_query: Callable[[T, T, T, T, T], T] = ref.absorb_query
     project_values: ProjectValues = ref.project_values
     norm_rope_write: NormRopeWrite = ref.norm_rope_write
+    write_and_absorb: WriteAndAbsorb = ref.write_and_absorb
     silu_mul: SiluMul = ref.silu_mul
     prefill_attention: PrefillAttention = ref.prefill_attention
     mla_decode: MlaDecode = ref.mla_decode

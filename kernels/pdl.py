@@ -10,8 +10,11 @@ Hazard: not every library's kernel waits as it should. FlashMLA's is launched to
 wrong tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede attention lets the next
 kernel start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
 
-So does a small kernel before one whose programs fill the GPU. Those would wait in all SMs, and keep out the shared
-expert's kernels on the second stream (`model/moe.py`).
+One pair runs side by side: `absorb.write_and_absorb`. The first kernel waits, and only then lets the second start. So
+what was enqueued before both has ended, and the second may read it at once. It waits for the first at its own end.
+
+A small kernel before one whose programs fill the GPU lets it start only at its end, too. Those would wait in all SMs,
+and keep out the shared expert's kernels on the second stream (`model/moe.py`).
 """
 
 from functools import cache
@@ -40,6 +43,13 @@ def let_next(PDL: tl.constexpr):
     """
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_at_the_end(PDL: tl.constexpr):
+    """Wait for the end of the kernel before: the last line of a kernel that ran beside it."""
+    if PDL:
+        gdc_wait()
 
 
 @cache

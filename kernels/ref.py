@@ -96,6 +96,23 @@ def norm_rope_write(
     kv_pages.view(-1, kv.shape[-1])[rows] = torch.cat((rms_norm(latent, norm_weight, eps), roped), -1)
 
 
+def write_and_absorb(
+    q: Tensor,
+    w_uk: Tensor,
+    kv: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    kv_pages: Tensor,
+) -> Tensor:
+    """Do norm_rope_write of kv [B, C + R], and absorb_query of q [B, H, nope + R]. Neither needs the other."""
+    norm_rope_write(kv, norm_weight, eps, cos_table, sin_table, positions, rows, kv_pages)
+    return absorb_query(q, w_uk, cos_table, sin_table, positions)
+
+
 def silu_mul(x: Tensor, groups: Groups | None = None) -> Tensor:
     """Return silu(gate) * up: x [..., 2I], gate first -> [..., I]. With `groups`, rows of padding are undefined."""
     gate, up = x.chunk(2, dim=-1)

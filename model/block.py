@@ -91,9 +91,9 @@ class Block(nn.Module):
     def attended(self, residual: Residual, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor]:
         """Return x, and the attention's output for it, not yet summed over mesh.attn."""
         operand, x = self.input_layernorm.add(*residual.take())[1:]
-        q = self.self_attn.project(operand, batch, kv_pages)
+        q, kv = self.self_attn.project(operand, batch, kv_pages)
         del operand
-        return x, self.self_attn.attend(q, batch, kv_pages)
+        return x, self.self_attn.attend(q, kv, batch, kv_pages)
 
     def fill(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> None:
         """Write the layer's KV for x [T, D], and nothing else. No communication."""

@@ -51,29 +51,35 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
         """Do attention: x [T, D] -> [T, D], to be summed over mesh.attn. kv_pages is written in place."""
-        return self.attend(self.project(x, batch, kv_pages), batch, kv_pages)
+        return self.attend(*self.project(x, batch, kv_pages), batch, kv_pages)
 
-    def project(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """Project x [T, D] -> q [T, H, nope + R], not yet rotated. kv_pages [pages, 64, C + R] is written in place."""
+    def project(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Project x [T, D] -> q [T, H, nope + R], not yet rotated. kv_pages [pages, 64, C + R] is written in place.
+
+        The second result is KV [T, C + R] that `attend` must write: decodes write it beside the query's absorption. A
+        model with a q_lora writes it beside that one's norm.
+        """
         q, kv = self.qkv_a_proj(x).split(self.split, -1)
+        if self.config.q_lora_rank is None and batch.decode_tokens == batch.num_tokens:
+            return self.queries(q), kv
         self.write_kv(kv, batch, kv_pages)
-        return self.queries(q)
+        return self.queries(q), None
 
     def fill(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> None:
         """Write to kv_pages what `project` writes, and attend nothing. The product is whole, so it is the same."""
         self.write_kv(self.qkv_a_proj(x).split(self.split, -1)[1], batch, kv_pages)
 
-    def attend(self, q: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """Attend with q of `project`, which may be rotated in place -> [T, D], to be summed over mesh.attn."""
+    def attend(self, q: Tensor, kv: Tensor | None, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """Attend with `project`'s results. q may be rotated in place -> [T, D], to be summed over mesh.attn."""
         split, quantize = batch.decode_tokens, self.o_proj.weight_scale_inv is not None
         if split == 0:
             out = self.expanded(q, batch, kv_pages, quantize)
         elif split == batch.num_tokens:
-            out = self.absorbed(q, batch, kv_pages, quantize)
+            out = self.absorbed(q, kv, batch, kv_pages, quantize)
         else:
             out = torch.cat(
                 (
-                    unquantized(self.absorbed(q[:split], batch, kv_pages)),
+                    unquantized(self.absorbed(q[:split], None, batch, kv_pages)),
                     unquantized(self.expanded(q[split:], batch, kv_pages)),
                 )
             )
@@ -118,10 +124,16 @@ class MLA(nn.Module):
         )
         return out if quantize else unquantized(out).flatten(1)
 
-    def absorbed(self, q: Tensor, batch: Batch, kv_pages: Tensor, quantize: bool = False) -> Tensor | Quantized:
-        """Attend decodes: q [B Q, H, nope + R] -> [B Q, H v]. `quantize`: as in `expanded`."""
+    def absorbed(
+        self, q: Tensor, kv: Tensor | None, batch: Batch, kv_pages: Tensor, quantize: bool = False
+    ) -> Tensor | Quantized:
+        """Attend decodes: q [B Q, H, nope + R] -> [B Q, H v]. `kv`: to be written. `quantize`: as in `expanded`."""
         ops, (w_uk, w_uv) = self.ops, self.up_projections()
-        absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.decode_tokens])
+        if kv is None:
+            absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.decode_tokens])
+        else:
+            norm, to = self.kv_a_layernorm, (batch.positions, batch.kv_rows, kv_pages)
+            absorbed = ops.write_and_absorb(q, w_uk, kv, norm.weight, norm.eps, *self.rope, *to)
         attended = ops.mla_decode(
             absorbed,
             kv_pages,

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from kernels import ref
-from kernels.absorb import absorb_query, project_values
+from kernels.absorb import absorb_query, project_values, write_and_absorb
+from kernels.linear import linear
+from kernels.norm import norm_rope_write
 from tests.test_gpu_gemm import DEVICE, DTYPES, close, normal, quantized
 from tests.test_gpu_norm import tables
 
@@ -18,6 +21,7 @@ pytestmark = pytest.mark.gpu
     ("batch", "heads", "nope", "latent", "rope", "v"),
     [(0, 4, 128, 512, 64, 128), (1, 16, 128, 512, 64, 128), (2, 128, 128, 512, 64, 128), (2, 3, 24, 100, 16, 40),
      (5, 8, 32, 64, 16, 32), (3, 16, 128, 512, 64, 128), (77, 6, 128, 512, 64, 128), (256, 16, 128, 512, 64, 128),
+     (33, 16, 128, 512, 64, 128), (64, 128, 128, 512, 64, 128), (65, 128, 128, 512, 64, 128),
      (1, 20, 192, 512, 64, 256), (4, 20, 192, 512, 64, 256), (200, 20, 192, 512, 64, 256)],  # GLM-4.7-Flash
 )  # fmt: skip
 def test_absorb(batch: int, heads: int, nope: int, latent: int, rope: int, v: int, dtype: torch.dtype) -> None:
@@ -35,3 +39,38 @@ def test_absorb(batch: int, heads: int, nope: int, latent: int, rope: int, v: in
     values = project_values(attended, w_uv)
     close(values, ref.project_values(attended.float(), w_uv.float()))
     quantized(*project_values(attended, w_uv, quantize=True), ref.quantize_1x128(values.flatten(1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 16), (2, 16), (5, 16), (33, 16), (128, 16), (64, 128), (65, 128)])
+def test_the_cache_is_written_beside_the_query_in_a_graph(batch: int, heads: int, dtype: torch.dtype) -> None:
+    """The product before it, and what reads both results behind it, are of the same graph, replayed on other inputs."""
+    width, latent, rope = heads * 192, 512, 64
+    x, weight = normal(batch, 256, dtype=dtype), normal(width + latent + rope, 256, dtype=dtype) / 16
+    w_uk, norm_weight = normal(heads, 128, latent, dtype=dtype), normal(latent, dtype=dtype)
+    rows = torch.randperm(10 * 64, device=DEVICE)[:batch]
+    positions, cos_sin = torch.randint(1000, (batch,), device=DEVICE), tables(1000, rope)
+    pages = torch.zeros(10, 64, latent + rope, device=DEVICE, dtype=dtype)
+
+    def step() -> tuple[Tensor, Tensor]:
+        q, kv = linear(x, weight).split((width, latent + rope), 1)
+        q = q.view(batch, heads, 192)
+        out = write_and_absorb(q, w_uk, kv, norm_weight, 1e-6, *cos_sin, positions, rows, pages)
+        return out + 0, pages + 0
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(50):
+        x.normal_()
+        pages.zero_()
+        graph.replay()
+        out, written = (t.clone() for t in replayed)
+        pages.zero_()
+        q, kv = linear(x, weight).split((width, latent + rope), 1)
+        torch.cuda.synchronize()
+        want = absorb_query(q.view(batch, heads, 192), w_uk, *cos_sin, positions)
+        torch.cuda.synchronize()
+        norm_rope_write(kv, norm_weight, 1e-6, *cos_sin, positions, rows, pages)
+        assert torch.equal(out, want) and torch.equal(written, pages) and written.any()

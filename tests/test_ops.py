@@ -110,6 +110,11 @@ def test_norm_rope_write_fills_each_tokens_row_and_no_other() -> None:
     flat, real = pages.flatten(0, 1), rows > 0
     assert_close(flat[rows[real]], want[real])
     assert flat.isfinite().all(-1).nonzero().flatten().tolist() == sorted({*rows.tolist()})
+    q, w_uk, again = torch.randn(tokens, 3, 5 + rope), torch.randn(3, 5, latent), torch.full_like(pages, NAN)
+    rotation = table.cos(), table.sin(), positions
+    absorbed = ref.write_and_absorb(q, w_uk, kv, weight, 0.1, *rotation, rows, again)
+    assert torch.equal(absorbed, ref.absorb_query(q, w_uk, *rotation))
+    assert_close(again.flatten(0, 1)[rows[real]], want[real])
 
 
 def test_silu_mul_takes_the_gate_first() -> None:

@@ -80,6 +80,7 @@ def allocating_ops(alignment: int) -> Ops:
         absorb_query=lambda q, w, *_: q.new_empty(*q.shape[:2], q.shape[2] - w.shape[1] + w.shape[2]),
         project_values=_project_values,
         norm_rope_write=lambda *_: None,
+        write_and_absorb=lambda q, w, *_: q.new_empty(*q.shape[:2], q.shape[2] - w.shape[1] + w.shape[2]),
         silu_mul=_halved,
         prefill_attention=_prefill_attention,
         mla_decode=_mla_decode,

@@ -80,7 +80,7 @@ ELEMENTWISE = (
 OF_OP = dict.fromkeys(ELEMENTWISE, "elementwise")
 OF_OP |= dict.fromkeys(("ep_scatter", "ep_scatter_masked", "ep_gather"), "EP permute")
 OF_OP |= dict.fromkeys(("mla_decode", "prefill_attention"), "MLA core")
-OF_KERNEL = {"_rope_kernel": "elementwise"}  # whichever op launches it: absorb_query does, beside its product
+OF_KERNEL = dict.fromkeys(("_rope_kernel", "_norm_rope_write_kernel"), "elementwise")  # whichever op launches them
 
 
 MARK = "rank/"  # before the names of our ranges in a profile
