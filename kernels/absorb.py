@@ -17,7 +17,7 @@ from kernels.fp8 import Quantized
 from kernels.gemm import num_sms
 from kernels.gemv import FEW_TOKENS
 from kernels.norm import norm_rope_write, rope_into, turned
-from kernels.pdl import after_previous, pdl, wait_at_the_end
+from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
 MOST_ROWS = 8192  # tokens x heads up to which our kernel computes the first product
@@ -72,7 +72,7 @@ def _absorb_few_kernel(
             key = turned(key[None, :], cos[None, :], sin[None, :], 1, BLOCK_R)
             tl.store(out + latent + rope_col[None, :], key, mask=(rope_col < rope_dim)[None, :])
     if BESIDE:
-        wait_at_the_end(PDL)
+        wait_for_previous(PDL)
 
 
 @triton.jit(do_not_specialize=["positions", "batch"])
@@ -125,7 +125,7 @@ def _absorb_kernel(
         key = tl.load(q + nope + rope_col, mask=turns, other=0.0)
         tl.store(out + latent + rope_col, turned(key, cos, sin, BLOCK_T, BLOCK_R), mask=turns)
     if BESIDE:
-        wait_at_the_end(PDL)
+        wait_for_previous(PDL)
 
 
 def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
@@ -198,11 +198,12 @@ def _values_few_kernel(
     PDL: tl.constexpr,
 ):
     """Multiply some rows of one head's W_UV with every token's attended latent."""
-    after_previous(PDL)
+    let_next(PDL)
     head = tl.program_id(0)
     row, col = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_C)
     here = (row < v_dim)[:, None] & (col < latent)[None, :]
     w = tl.load(w_ptr + head * w_stride + row[:, None] * latent + col[None, :], mask=here, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)  # see kernels/pdl.py: weights may be read before
     for token in range(batch):
         x = tl.load(x_ptr + (token * heads + head) * latent + col, mask=col < latent, other=0.0).to(tl.float32)
         y = tl.sum(x[None, :] * w, 1)

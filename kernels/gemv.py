@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pdl import after_previous, pdl
+from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
 
 FEW_TOKENS = 2  # `linear_of_few` beats cuBLAS up to this many
 ROWS = 4  # weight rows per program; in `linear_of_few` rows x tokens, so it takes at most 4 tokens
@@ -118,15 +118,18 @@ def _few_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply all tokens with BLOCK_N rows of the weight [N, D]."""
-    after_previous(PDL)
+    """Multiply all tokens with BLOCK_N rows of the weight [N, D]. The weight's first block is read ahead of x."""
+    let_next(PDL)
     token, col = tl.arange(0, TOKENS)[:, None, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
+    at, rows = tl.arange(0, BLOCK_D)[None, None, :], weight + col.to(tl.int64) * D
     acc = tl.zeros((TOKENS, BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for d in range(0, D, BLOCK_D):
-        at = (d + tl.arange(0, BLOCK_D))[None, None, :]
-        w = tl.load(weight + col.to(tl.int64) * D + at, mask=(col < N) & (at < D), other=0.0)
+    w = tl.load(rows + at, mask=(col < N) & (at < D), other=0.0)
+    wait_for_previous(PDL)  # see kernels/pdl.py: weights may be read before
+    for _ in range(0, D, BLOCK_D):
         a = tl.load(x + token * x_stride + at, mask=(token < T) & (at < D), other=0.0)
         acc += a.to(tl.float32) * w.to(tl.float32)
+        at += BLOCK_D
+        w = tl.load(rows + at, mask=(col < N) & (at < D), other=0.0)
     token, col = tl.arange(0, TOKENS)[:, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(out + token * N + col, tl.sum(acc, 2).to(out.dtype.element_ty), mask=(token < T) & (col < N))
 

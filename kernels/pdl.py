@@ -13,6 +13,9 @@ kernel start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
 One pair runs side by side: `absorb.write_and_absorb`. The first kernel waits, and only then lets the second start. So
 what was enqueued before both has ended, and the second may read it at once. It waits for the first at its own end.
 
+A kernel may read weights before it waits, except experts' (a rebalance moves those). They were there before the step,
+and a step begins with kernels of torch, which start when all before them has ended.
+
 A small kernel before one whose programs fill the GPU lets it start only at its end, too. Those would wait in all SMs,
 and keep out the shared expert's kernels on the second stream (`model/moe.py`).
 """
@@ -37,17 +40,18 @@ def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
 
 @triton.jit
 def let_next(PDL: tl.constexpr):
-    """Let the next kernel start from here on. The kernel must have begun with after_previous(PDL, LET_NEXT=False).
+    """Let the next kernel start from here on.
 
-    For kernels whose programs fill the GPU: an earlier start of the next one would only take resources from them.
+    At the end of a kernel whose programs fill the GPU: an earlier start of the next one would only take resources from
+    them. That kernel must have begun with after_previous(PDL, LET_NEXT=False).
     """
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_at_the_end(PDL: tl.constexpr):
-    """Wait for the end of the kernel before: the last line of a kernel that ran beside it."""
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait for the end of the kernel before, with some work done already. The kernel must have no `after_previous`."""
     if PDL:
         gdc_wait()
 
