@@ -6,13 +6,14 @@ queries. With more, cuBLAS and a separate rope kernel are faster. The second pro
 Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.decode_few_heads import Splits
 from kernels.fp8 import Quantized
 from kernels.gemm import num_sms
 from kernels.gemv import FEW_TOKENS
@@ -45,14 +46,18 @@ def _absorb_few_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BESIDE: tl.constexpr,
+    OURS_NEXT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Compute some columns of one head's q' for every token. A head's first program also rotates its rope part.
 
-    BESIDE: all that it reads was there before the kernel before it.
+    BESIDE: all that it reads was there before the kernel before it. OURS_NEXT: the next kernel is `decode_few_heads`'s,
+    which may start now. FlashMLA's may not: see kernels/pdl.py.
     """
     if not BESIDE:
-        after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
+        wait_for_previous(PDL)
+    if OURS_NEXT:
+        let_next(PDL)
     head, part = tl.program_id(0), tl.program_id(1)
     row, col = tl.arange(0, BLOCK_Q), part * BLOCK_C + tl.arange(0, BLOCK_C)
     here = (row < nope)[:, None] & (col < latent)[None, :]
@@ -98,14 +103,17 @@ def _absorb_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BESIDE: tl.constexpr,
+    OURS_NEXT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Compute some columns of one head's q' for BLOCK_T tokens. The first such program also rotates the rope part.
 
-    BESIDE: as in `_absorb_few_kernel`.
+    BESIDE, OURS_NEXT: as in `_absorb_few_kernel`.
     """
     if not BESIDE:
-        after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
+        wait_for_previous(PDL)
+    if OURS_NEXT:
+        let_next(PDL)
     head, part = tl.program_id(0), tl.program_id(2)
     token = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     live = token < batch
@@ -128,13 +136,16 @@ def _absorb_kernel(
         wait_for_previous(PDL)
 
 
-def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
+def absorb_query(
+    q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, plan: Any = None
+) -> Tensor:
     """Return q' = [W_UK^T q_nope, rope(q_rope)] for every head. Contract: `ref.absorb_query`.
 
     Shapes: q [B, H, nope + R], w_uk [H, nope, C], positions [B] int64 -> [B, H, C + R]. The tables are float32
-    [length, R / 2]. The last stride of q must be 1, and each head of w_uk contiguous.
+    [length, R / 2]. The last stride of q must be 1, and each head of w_uk contiguous. `plan`: what `mla_decode` will be
+    given. It must be the next op, because it may start early.
     """
-    return _absorb(q, w_uk, cos_table, sin_table, positions, beside=False)
+    return _absorb(q, w_uk, cos_table, sin_table, positions, plan, beside=False)
 
 
 def write_and_absorb(
@@ -148,16 +159,19 @@ def write_and_absorb(
     positions: Tensor,
     rows: Tensor,
     kv_pages: Tensor,
+    plan: Any = None,
 ) -> Tensor:
     """Do `norm.norm_rope_write` and absorb_query, side by side: neither needs the other. Contract: its twin in ref.
 
     q must have been computed by the current stream before. kv and q have as many tokens.
     """
     norm_rope_write(kv, norm_weight, eps, cos_table, sin_table, positions, rows, kv_pages)
-    return _absorb(q, w_uk, cos_table, sin_table, positions, beside=True)  # no kernel may come between
+    return _absorb(q, w_uk, cos_table, sin_table, positions, plan, beside=True)  # no kernel may come between
 
 
-def _absorb(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, beside: bool) -> Tensor:
+def _absorb(
+    q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, plan: Any, beside: bool
+) -> Tensor:
     """Do absorb_query; `beside`: next to the kernel enqueued last, which must be norm_rope_write's."""
     (batch, heads, _), (_, nope, latent) = q.shape, w_uk.shape
     rope_dim = q.shape[2] - nope
@@ -173,13 +187,13 @@ def _absorb(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, posit
     strides = q.stride(0), q.stride(1), w_uk.stride(0), out.stride(0), cos_table.stride(0), sin_table.stride(0)
     widths = nope, latent, rope_dim
     padded = max(16, triton.next_power_of_2(nope)), block, max(2, triton.next_power_of_2(rope_dim))
-    columns = triton.cdiv(latent, block)
+    columns, order = triton.cdiv(latent, block), (beside, isinstance(plan, Splits))
     if batch <= FEW_TOKENS:
-        _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, beside, num_warps=4, **pdl(q))
+        _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, *order, num_warps=4, **pdl(q))
     else:
         tokens = 32 if batch <= 32 else 64
         grid = heads, triton.cdiv(batch, tokens), columns
-        _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, beside, num_warps=4, **pdl(q))
+        _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, *order, num_warps=4, **pdl(q))
     return out
 
 

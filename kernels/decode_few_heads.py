@@ -46,7 +46,7 @@ def _plan_kernel(kv_lens, table, starts, batch, wanted, PAGE: tl.constexpr, BLOC
 
     Rounding up could make a few more programs than there are SMs, and these would take as long as all others did.
     """
-    after_previous(PDL)
+    after_previous(PDL, LET_NEXT=False)  # the plan's readers do not wait for it: see kernels/pdl.py
     seq = tl.arange(0, BLOCK_B)
     here = seq < batch
     pages = tl.cdiv(tl.load(kv_lens + seq, mask=here, other=0), PAGE)
@@ -170,6 +170,42 @@ def _attend(
         gl.store(lse + row, top + gl.log2(norm), mask=row < rows)
 
 
+@gluon.jit
+def _load(
+    q_left_desc,
+    q_right_desc,
+    q_rest_desc,
+    row,
+    q_full,
+    q_left,
+    q_right,
+    q_rest,
+    left_desc,
+    right_desc,
+    rest_desc,
+    page_row,
+    last_page,
+    pages,
+    new_page,
+    left,
+    right,
+    rest,
+    full,
+    empty,
+    PDL: gl.constexpr,
+):
+    """Run the loader warp. Old pages fill both buffers while the kernel before still makes the queries."""
+    if PDL:  # noqa: SIM102 (this is known at compile time, the next is not)
+        if last_page >= new_page:
+            gdc_wait()
+    ahead = gl.minimum(pages, 2)
+    load_pages(left_desc, right_desc, rest_desc, page_row, last_page, 0, ahead, left, right, rest, full, empty)
+    if PDL:
+        gdc_wait()
+    load_rows(q_left_desc, q_right_desc, q_rest_desc, row, q_full, q_left, q_right, q_rest)
+    load_pages(left_desc, right_desc, rest_desc, page_row, last_page, ahead, pages, left, right, rest, full, empty)
+
+
 @gluon.jit(do_not_specialize=["page_table", "kv_lens", "batch", "table_stride"])
 def few_heads_kernel(
     q_left_desc,
@@ -194,7 +230,10 @@ def few_heads_kernel(
     Q_LEN: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Compute one split per program. `rows`: the heads of all tokens of a sequence, Q H. `of_token`: those of one."""
+    """Compute one split per program. `rows`: the heads of all tokens of a sequence, Q H. `of_token`: those of one.
+
+    Whatever is older than the step's own rows is read ahead of the kernel before: see kernels/pdl.py.
+    """
     ROWS: gl.constexpr = q_left_desc.block_type.shape[0]
     PAGE: gl.constexpr = left_desc.block_type.shape[0]
     HALF: gl.constexpr = left_desc.block_type.shape[1]
@@ -207,11 +246,12 @@ def few_heads_kernel(
     rest = gl.allocate_shared_memory(gl.bfloat16, [2, PAGE, REST], rest_desc.layout)
     q_full, full, empty = barriers(1, 1), barriers(2, 1), barriers(2, 1)
     fence_async_shared()
-    if PDL:  # `pdl.after_previous`, which Gluon cannot call
+    if PDL:  # `pdl.let_next`, which Gluon cannot call
         gdc_launch_dependents()
-        gdc_wait()
     split = gl.program_id(0)
     if split >= gl.load(starts + batch):
+        if PDL:
+            gdc_wait()
         return
     entry = split_table + split * 4
     seq, first_page = gl.load(entry), gl.load(entry + 1)
@@ -219,7 +259,6 @@ def few_heads_kernel(
     kv_len = gl.load(kv_lens + seq)
     last_page = first_page + pages - 1
     last = gl.minimum((last_page + 1) * PAGE, kv_len)
-    load_rows(q_left_desc, q_right_desc, q_rest_desc, seq * rows, q_full.index(0), q_left, q_right, q_rest)
     out_row, partial_row = seq.to(gl.int64) * rows, split.to(gl.int64) * rows
     attend = (
         q_left,
@@ -246,8 +285,31 @@ def few_heads_kernel(
         Q_LEN,
     )
     page_row = page_table + seq.to(gl.int64) * table_stride
-    load = (left_desc, right_desc, rest_desc, page_row, last_page, pages, left, right, rest, full, empty)
-    gl.warp_specialize([(_attend, attend), (load_pages, load)], [1], [24])
+    new_page = (kv_len - Q_LEN) // PAGE  # the first page with rows of this step
+    load = (
+        q_left_desc,
+        q_right_desc,
+        q_rest_desc,
+        seq * rows,
+        q_full.index(0),
+        q_left,
+        q_right,
+        q_rest,
+        left_desc,
+        right_desc,
+        rest_desc,
+        page_row,
+        last_page,
+        pages,
+        new_page,
+        left,
+        right,
+        rest,
+        full,
+        empty,
+        PDL,
+    )
+    gl.warp_specialize([(_attend, attend), (_load, load)], [1], [24])
 
 
 def serves(q: Tensor, batch: int, main: int, v_dim: int) -> bool:

@@ -215,7 +215,7 @@ def decode_kernel(
         Q_LEN,
     )
     table = page_table + seq64 * table_stride
-    load = (left_desc, right_desc, rest_desc, table, last_page, pages, left, right, rest, full, empty)
+    load = (left_desc, right_desc, rest_desc, table, last_page, 0, pages, left, right, rest, full, empty)
     gl.warp_specialize([(_decode_attend, attend), (load_pages, load)], [1], [24])
 
 

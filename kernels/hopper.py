@@ -60,9 +60,9 @@ def load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
 
 
 @gluon.jit
-def load_pages(left_desc, right_desc, rest_desc, page_table, last_page, pages, left, right, rest, full, empty):
-    """Run the loader warp: page after page, into the buffer that is free."""
-    for i in range(pages):
+def load_pages(left_desc, right_desc, rest_desc, page_table, last_page, first, end, left, right, rest, full, empty):
+    """Run the loader warp: pages number first..end, counted from the last page back, into the buffer that is free."""
+    for i in range(first, end):
         row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
         at = i % 2
         mbarrier.wait(empty.index(at), (i // 2 & 1) ^ 1)

@@ -16,7 +16,7 @@ from kernels import decode_few_heads, decode_hopper, hopper
 from kernels.attention import LOG2_E, attention_scores, softmax_step
 from kernels.decode_few_heads import PAGE, Splits
 from kernels.gemm import num_sms
-from kernels.pdl import after_previous, pdl
+from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
 
 FLOOR = tl.constexpr(-1e30)  # below every score: the maximum of a row that has seen no key, where there are such rows
 
@@ -186,14 +186,16 @@ def _combine_kernel(
     Sequence b's are splits starts[b] to starts[b + 1]; with `starts` None, the first used_ptr[b] of the `most` from
     b * most on.
     """
-    after_previous(PDL)
+    let_next(PDL)
     seq = tl.program_id(1).to(tl.int64)
     if starts is None:
+        wait_for_previous(PDL)
         start = seq * most
         used = tl.load(used_ptr + seq)
-    else:
+    else:  # of the step's plan, which is older than the kernel before: see kernels/pdl.py
         start = tl.load(starts + seq).to(tl.int64)
         used = tl.load(starts + seq + 1) - start.to(tl.int32)
+        wait_for_previous(PDL)
     if used <= 1:
         return
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -26,7 +26,7 @@ Fp8Product = Callable[[T, T, T, T], T]
 Fp8GroupedProduct = Callable[[T, T, T, T, Groups], T]
 Fp8MaskedProduct = Callable[[T, T, T, T, T], T]
 NormRopeWrite = Callable[[T, T, float, T, T, T, T, T], None]
-WriteAndAbsorb = Callable[[T, T, T, T, float, T, T, T, T, T], T]
+WriteAndAbsorb = Callable[[T, T, T, T, float, T, T, T, T, T, Any], T]
 
 
 class RmsNormQuant(Protocol):
@@ -137,7 +137,7 @@ class Ops:
     rms_norm_quant: RmsNormQuant = ref.rms_norm_quant
     add_rms_norm_quant: AddRmsNormQuant = ref.add_rms_norm_quant
     rope_query: Callable[[T, T, T, T, int], None] = ref.rope_query
-    absorb_query: Callable[[T, T, T, T, T], T] = ref.absorb_query
+    absorb_query: Callable[[T, T, T, T, T, Any], T] = ref.absorb_query
     project_values: ProjectValues = ref.project_values
     norm_rope_write: NormRopeWrite = ref.norm_rope_write
     write_and_absorb: WriteAndAbsorb = ref.write_and_absorb

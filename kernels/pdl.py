@@ -7,14 +7,17 @@ Every program of such a kernel must wait, whatever it reads. Only then does its 
 have ended.
 
 Hazard: not every library's kernel waits as it should. FlashMLA's is launched to start early, and a captured step gave
-wrong tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede attention lets the next
-kernel start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
+wrong tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede it lets the next kernel
+start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
 
 One pair runs side by side: `absorb.write_and_absorb`. The first kernel waits, and only then lets the second start. So
 what was enqueued before both has ended, and the second may read it at once. It waits for the first at its own end.
 
 A kernel may read weights before it waits, except experts' (a rebalance moves those). They were there before the step,
 and a step begins with kernels of torch, which start when all before them has ended.
+
+`decode_few_heads` reads the step's plan, and pages without a row of this step, before it waits. That is right only if
+the kernel before lets it start after a wait, its own or that of the pair above. The plan's kernel lets none start early.
 
 A small kernel before one whose programs fill the GPU lets it start only at its end, too. Those would wait in all SMs,
 and keep out the shared expert's kernels on the second stream (`model/moe.py`).

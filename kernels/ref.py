@@ -48,10 +48,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
-def absorb_query(q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor) -> Tensor:
+def absorb_query(
+    q: Tensor, w_uk: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, plan: Any = None
+) -> Tensor:
     """Return absorbed MLA's query (DeepSeek-V2, section 2.1): q' = [W_UK^T q_nope, rope(q_rope)] for every head.
 
     q [B, H, nope + R], w_uk [H, nope, C], tables [length, R / 2] float32, indexed by positions [B] -> [B, H, C + R].
+    `plan`: what mla_decode, the next op, will be given.
     """
     nope, key = q.tensor_split((w_uk.shape[1],), -1)
     latent = torch.bmm(nope.transpose(0, 1), w_uk).transpose(0, 1)
@@ -107,10 +110,11 @@ def write_and_absorb(
     positions: Tensor,
     rows: Tensor,
     kv_pages: Tensor,
+    plan: Any = None,
 ) -> Tensor:
     """Do norm_rope_write of kv [B, C + R], and absorb_query of q [B, H, nope + R]. Neither needs the other."""
     norm_rope_write(kv, norm_weight, eps, cos_table, sin_table, positions, rows, kv_pages)
-    return absorb_query(q, w_uk, cos_table, sin_table, positions)
+    return absorb_query(q, w_uk, cos_table, sin_table, positions, plan)
 
 
 def silu_mul(x: Tensor, groups: Groups | None = None) -> Tensor:

@@ -128,12 +128,12 @@ class MLA(nn.Module):
         self, q: Tensor, kv: Tensor | None, batch: Batch, kv_pages: Tensor, quantize: bool = False
     ) -> Tensor | Quantized:
         """Attend decodes: q [B Q, H, nope + R] -> [B Q, H v]. `kv`: to be written. `quantize`: as in `expanded`."""
-        ops, (w_uk, w_uv) = self.ops, self.up_projections()
+        ops, plan, (w_uk, w_uv) = self.ops, batch.decode_plan, self.up_projections()
         if kv is None:
-            absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.decode_tokens])
+            absorbed = ops.absorb_query(q, w_uk, *self.rope, batch.positions[: batch.decode_tokens], plan)
         else:
             norm, to = self.kv_a_layernorm, (batch.positions, batch.kv_rows, kv_pages)
-            absorbed = ops.write_and_absorb(q, w_uk, kv, norm.weight, norm.eps, *self.rope, *to)
+            absorbed = ops.write_and_absorb(q, w_uk, kv, norm.weight, norm.eps, *self.rope, *to, plan)
         attended = ops.mla_decode(
             absorbed,
             kv_pages,
@@ -141,7 +141,7 @@ class MLA(nn.Module):
             batch.kv_lens,
             self.scale,
             v_dim=self.config.kv_lora_rank,
-            plan=batch.decode_plan,
+            plan=plan,
         )
         out = ops.project_values(attended, w_uv, quantize)
         return out if quantize else unquantized(out).flatten(1)
