@@ -12,12 +12,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kernels import ref
+from kernels.addends import Delta
 from kernels.fp8 import Quantized
 
 # Ops whose arguments are all positional. Ops with named or default arguments are protocols, below.
 T = Tensor
 Norm = Callable[[T, T, float], T]
-AddNorm = Callable[[T, T, T, float], tuple[T, T]]
+AddNorm = Callable[[T, Delta, T, float], tuple[T, T]]
 Product = Callable[[T, T], T]
 GroupedProduct = Callable[[T, T, T], T]
 Fp8Product = Callable[[T, T, T, T], T]
@@ -33,7 +34,7 @@ class RmsNormQuant(Protocol):
 
 class AddRmsNormQuant(Protocol):
     def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+        self, x: Tensor, delta: Delta, weight: Tensor, eps: float, bare: bool = True
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]: ...
 
 

@@ -28,6 +28,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.addends import Addends, Delta
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from parallel.copies import grouped_rows
@@ -251,10 +252,10 @@ class LocalContiguous:
         )
         return Contiguous(rows, row_expert, (index, weights), *scale)
 
-    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """Sum y [..., D], one row per copy in any layout -> [T, D]."""
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Delta]:
+        """Sum y [M, D] -> [T, D]. The rows are several times as large: held until the next norm, they cost memory."""
         index, weights = way_back
-        out = self.ops.ep_gather(y.flatten(0, -2), index, weights, plus)
+        out = self.ops.ep_gather(y, index, weights, plus)
         return Pending(lambda: lambda: out)
 
 
@@ -269,6 +270,12 @@ class LocalMasked(LocalContiguous):
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
         return Masked(rows, counts, (index, weights), *scale)
+
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Delta]:
+        """Return y [..., D], one row per copy, as `Addends` of [T, D]."""
+        index, weights = way_back
+        addends = Addends(y.flatten(0, -2), index, weights, plus)
+        return Pending(lambda: lambda: addends)
 
 
 def group_by_expert(
