@@ -6,7 +6,7 @@ dispatches 1/t of its replica's tokens:
     x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,12 @@ class Residual:
     def put(self, x: Tensor, delta: Delta | None) -> None:
         self.held = (x, delta)
 
-    def sum(self, ops: Ops) -> Tensor:
+    def sum(self, ep_gather: Callable[..., Tensor]) -> Tensor:
+        """Return x + delta. `ep_gather`: the op."""
         x, delta = self.take()
         if delta is None:
             return x
-        delta = summed(delta, ops.ep_gather)  # frees the addends
+        delta = summed(delta, ep_gather)  # frees the addends
         return x + delta
 
     def cut(self, row: int) -> tuple["Residual", "Residual"]:

@@ -129,7 +129,7 @@ class Bench:
             arrived = dispatcher.dispatch(payload, slots, weights).wait()
             self.spans.add("dispatch", start)
             start = self.spans.mark()
-            dispatcher.combine(y, arrived.way_back).wait()
+            summed(dispatcher.combine(y, arrived.way_back).wait(), self.ops.ep_gather)
             self.spans.add("combine", start)
         self.evaluate(mode, library, tokens, self.spans.times(self.args.repeat), slots, masked)
         self.together()
