@@ -4,8 +4,8 @@
 
     gate  yield  dispatch>, shared expert  yield  >arrival  yield  experts  yield  combine>  yield  >return
 
-Combine adds the shared expert's output. With few tokens, neither the shared expert nor the gate and the moves around
-dispatch fill the GPU. Then the shared expert runs beside them, on a second stream.
+Combine, or the next norm, adds the shared expert's output. With few tokens, neither the shared expert nor the gate and
+the moves around dispatch fill the GPU. Then the shared expert runs beside them, on a second stream.
 """
 
 from collections.abc import Callable, Iterable

@@ -18,7 +18,9 @@ The experts take rows in one of four layouts. The first two are as in DeepEP:
     Sliced       for prefill with far more rows than balanced routing brings: the experts take one slice at a time,
                  so that bad routing costs time, not memory
 
-A dispatch and a combine each have a start and a `Pending`, so that other work can run in between.
+A dispatch and a combine each have a start and a `Pending`, so that other work can run in between. The result of a
+combine may be `Addends`, which the next norm sums. The all-to-alls and `LocalContiguous` sum at once. Their rows are
+several times as large as the sum, and would live on while another micro-batch runs.
 """
 
 from collections.abc import Callable
@@ -253,7 +255,7 @@ class LocalContiguous:
         return Contiguous(rows, row_expert, (index, weights), *scale)
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Delta]:
-        """Sum y [M, D] -> [T, D]. The rows are several times as large: held until the next norm, they cost memory."""
+        """Sum y [M, D] -> [T, D]."""
         index, weights = way_back
         out = self.ops.ep_gather(y, index, weights, plus)
         return Pending(lambda: lambda: out)
