@@ -192,18 +192,7 @@ def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
-def add_copies(
-    total,
-    rows,
-    index,
-    weights,
-    plus,
-    token,
-    cols,
-    D,
-    K: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
+def add_copies(total, rows, index, weights, plus, token, cols, D, K: tl.constexpr, SPARSE: tl.constexpr):
     """Return total + plus[token, cols] + the weighted rows of the token's copies, in this order. total is float32.
 
     `token`: one, or a column of them. SPARSE, for one token: see `_gather_kernel`.
