@@ -1,6 +1,7 @@
 """RMSNorm, rope, and MLA's cache write, which needs both. Each is one pass over memory.
 
-RMSNorm comes with or without the residual add, and with or without quantising its result.
+RMSNorm comes with or without the residual add, and with or without quantising its result. The add also sums what
+combine left as `Addends`.
 """
 
 import torch
@@ -8,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.addends import Addends, Delta
 from kernels.pdl import after_previous, let_next, pdl
 from kernels.quant import GROUP, fp8_like, store_quantized
+from kernels.route import add_copies
 
 
 @triton.jit
@@ -27,10 +30,13 @@ def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "scale_stride"])
+@triton.jit(do_not_specialize=["index_ptr", "copy_weights_ptr", "rows", "scale_stride"])
 def _rms_norm_kernel(
     x_ptr,
-    residual_ptr,
+    delta_ptr,
+    index_ptr,
+    copy_weights_ptr,
+    plus_ptr,
     weight_ptr,
     out_ptr,
     sum_ptr,
@@ -38,23 +44,32 @@ def _rms_norm_kernel(
     scales_ptr,
     rows,
     x_stride,
-    residual_stride,
+    delta_stride,
     eps,
     scale_stride,
     dim: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ADD: tl.constexpr,
+    K: tl.constexpr,
     QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Norm x, or with ADD x + delta. K: rows per token that make delta, which are `Addends`; 0: delta is one tensor."""
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
     here = (row < rows) & (col < dim)
     x = tl.load(x_ptr + row * x_stride + col, mask=here, other=0.0)  # [ROWS, BLOCK_D]
     if ADD:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + row * residual_stride + col, mask=here, other=0.0)).to(x.dtype)
+        if K == 0:
+            delta = tl.load(delta_ptr + row * delta_stride + col, mask=here, other=0.0)
+        else:  # rows past the end sum the last token's copies, and are not stored
+            token = tl.program_id(0).to(tl.int64) if ROWS == 1 else tl.minimum(row, rows - 1)
+            delta = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+            delta = add_copies(delta, delta_ptr, index_ptr, copy_weights_ptr, plus_ptr, token, col, dim, K, False)
+            delta = delta.to(delta_ptr.dtype.element_ty)
+        x = (x.to(tl.float32) + delta).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
     normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim)
     if out_ptr is None:
@@ -80,27 +95,32 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: bool = False, bare: bool = True
+    x: Tensor, delta: Delta | None, weight: Tensor, eps: float, quant: bool = False, bare: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """Return (normed, x + residual), or with `quant` (normed, values, scales, x + residual).
+    """Return (normed, x + delta), or with `quant` (normed, values, scales, x + delta).
 
-    Without a residual, the sum is x itself. Without `bare`, normed is None.
+    Without a delta, the sum is x itself. Without `bare`, normed is None.
     """
     shape, dim, on = x.shape, x.shape[-1], x.device
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=on) if bare else None
-    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=on)
+    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=on)
     values = scales = None
     if quant:
         assert dim % GROUP.value == 0, f"{dim=}"
         values, scales = fp8_like(_rows(x), dim)
     if x.numel():
         x = _rows(x)
-        other = x if residual is None else _rows(residual)
+        if isinstance(delta, Addends):
+            top_k = delta.top_k
+            other, *copies = (None if part is None else part.contiguous() for part in delta)
+        else:
+            top_k, other, copies = 0, x if delta is None else _rows(delta), (None, None, None)
         block = triton.next_power_of_2(dim)
         per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
             x,
             other,
+            *copies,
             weight,
             out,
             total,
@@ -114,7 +134,8 @@ def _norm(
             dim,
             ROWS=per_program,
             BLOCK_D=block,
-            ADD=residual is not None,
+            ADD=delta is not None,
+            K=top_k,
             QUANT=quant,
             num_warps=4 if block <= 2048 else 8,
             **pdl(x),
@@ -133,12 +154,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _norm(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add, then normalise: return (rms_norm(x + residual), x + residual). The sum is rounded to x's dtype first.
+def add_rms_norm(x: Tensor, delta: Delta, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add, then normalise: return (rms_norm(x + delta), x + delta). The sum is rounded to x's dtype first.
 
-    x, residual [..., D] of one dtype. Neither is written. The norm takes the sum from registers, not from memory.
+    x, delta [..., D] of one dtype. Neither is written. The norm takes the sum from registers, not from memory.
+    `Addends`, for x [T, D], are summed as `ep_gather` does, to the bit.
     """
-    return _norm(x, residual, weight, eps)
+    return _norm(x, delta, weight, eps)
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -151,10 +173,10 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> 
 
 
 def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+    x: Tensor, delta: Delta, weight: Tensor, eps: float, bare: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Do add_rms_norm and rms_norm_quant in one pass: return (normed or None, values, scales, x + residual)."""
-    return _norm(x, residual, weight, eps, True, bare)
+    """Do add_rms_norm and rms_norm_quant in one pass: return (normed or None, values, scales, x + delta)."""
+    return _norm(x, delta, weight, eps, True, bare)
 
 
 @triton.jit(do_not_specialize=["positions_ptr", "rows"])

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kernels import ref
+from kernels.addends import Delta
 from kernels.fp8 import Quantized
 from kernels.groups import Groups
 
 # Ops whose arguments are all positional. Ops with named or default arguments are protocols, below.
 T = Tensor
 Norm = Callable[[T, T, float], T]
-AddNorm = Callable[[T, T, T, float], tuple[T, T]]
+AddNorm = Callable[[T, Delta, T, float], tuple[T, T]]
 Product = Callable[[T, T], T]
 GroupedProduct = Callable[[T, T, Groups], T]
 MaskedProduct = Callable[[T, T, T], T]  # of counts, or of a slot per copy
@@ -37,7 +38,7 @@ class RmsNormQuant(Protocol):
 
 class AddRmsNormQuant(Protocol):
     def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+        self, x: Tensor, delta: Delta, weight: Tensor, eps: float, bare: bool = True
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]: ...
 
 

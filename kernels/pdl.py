@@ -17,7 +17,8 @@ A kernel may read weights before it waits, except experts' (a rebalance moves th
 and a step begins with kernels of torch, which start when all before them has ended.
 
 `decode_few_heads` reads the step's plan, and pages without a row of this step, before it waits. That is right only if
-the kernel before lets it start after a wait, its own or that of the pair above. The plan's kernel lets none start early.
+the kernel before lets it start after a wait, its own or that of the pair above. The plan's kernel lets nothing start
+early.
 
 A small kernel before one whose programs fill the GPU lets it start only at its end, too. Those would wait in all SMs,
 and keep out the shared expert's kernels on the second stream (`model/moe.py`).

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.addends import Delta, summed
 from kernels.fp8 import Quantized, dequantize_1x128, dequantize_128x128, quantize_1x128
 from kernels.groups import Groups
 from kernels.ref_attention import decode_plan, mla_decode, prefill_attention  # noqa: F401 (twins, too)
@@ -34,9 +35,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Do the residual add before a norm: return (rms_norm(x + residual), x + residual)."""
-    total = x + residual
+def add_rms_norm(x: Tensor, delta: Delta, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Do the residual add before a norm: return (rms_norm(x + delta), x + delta). Addends are summed and rounded first.
+
+    x [..., D], or [T, D] with `Addends`. The sum over copies is `ep_gather`'s, to the bit.
+    """
+    total = x + summed(delta, ep_gather)
     return rms_norm(total, weight, eps), total
 
 
@@ -130,10 +134,10 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, bare: bool = True) -> 
 
 
 def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, bare: bool = True
+    x: Tensor, delta: Delta, weight: Tensor, eps: float, bare: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Do the residual add before rms_norm_quant: return (normed, values, scales, x + residual)."""
-    total = x + residual
+    """Do the residual add, as in add_rms_norm, before rms_norm_quant: return (normed, values, scales, x + delta)."""
+    total = x + summed(delta, ep_gather)
     return *rms_norm_quant(total, weight, eps, bare), total
 
 

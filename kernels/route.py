@@ -207,6 +207,26 @@ def _weighted(rows, row, weight_at, cols, D, WEIGHTED: tl.constexpr):
     return value
 
 
+@triton.jit
+def add_copies(total, rows, index, weights, plus, token, cols, D, K: tl.constexpr, SPARSE: tl.constexpr):
+    """Return total + plus[token, cols] + the weighted rows of the token's copies, in this order. total is float32.
+
+    `token`: one, or a column of them. SPARSE, for one token: see `_gather_kernel`.
+    """
+    if plus is not None:
+        total += tl.load(plus + token * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        row = token * K + k
+        if index is not None:
+            row = tl.load(index + row)
+        weight_at = weights if weights is None else weights + token * K + k
+        if not SPARSE:  # noqa: SIM114 (this is known at compile time, the next is not)
+            total += _weighted(rows, row, weight_at, cols, D, weights is not None)
+        elif row >= 0:
+            total += _weighted(rows, row, weight_at, cols, D, weights is not None)
+    return total
+
+
 @triton.jit(do_not_specialize=["weights"])
 def _gather_kernel(
     rows,
@@ -229,17 +249,7 @@ def _gather_kernel(
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    if plus is not None:
-        total += tl.load(plus + token * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-    for k in tl.static_range(K):
-        row = token * K + k
-        if index is not None:
-            row = tl.load(index + row)
-        weight_at = weights if weights is None else weights + token * K + k
-        if not SPARSE:  # noqa: SIM114 (this is known at compile time, the next is not)
-            total += _weighted(rows, row, weight_at, cols, D, weights is not None)
-        elif row >= 0:
-            total += _weighted(rows, row, weight_at, cols, D, weights is not None)
+    total = add_copies(total, rows, index, weights, plus, token, cols, D, K, SPARSE)
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 

@@ -6,11 +6,12 @@ dispatches 1/t of its replica's tokens:
     x [T, D] -- attention (partial) -- reduce_scatter --> [T/t, D] -- MoE --> [T/t, D] -- all_gather --> x [T, D]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from kernels.addends import Addends, Delta, summed
 from kernels.ops import Ops
 from model.batch import Batch
 from model.config import ModelConfig
@@ -32,26 +33,36 @@ class Residual:
     It passes from layer to layer by `take` and `put`, so that no reference keeps a replaced tensor alive.
     """
 
-    def __init__(self, x: Tensor, delta: Tensor | None = None) -> None:
-        self.held: tuple[Tensor, Tensor | None] | None = (x, delta)
+    def __init__(self, x: Tensor, delta: Delta | None = None) -> None:
+        self.held: tuple[Tensor, Delta | None] | None = (x, delta)
 
-    def take(self) -> tuple[Tensor, Tensor | None]:
+    def take(self) -> tuple[Tensor, Delta | None]:
         stream, self.held = self.held, None
         assert stream is not None, "another layer has taken it"
         return stream
 
-    def put(self, x: Tensor, delta: Tensor | None) -> None:
+    def put(self, x: Tensor, delta: Delta | None) -> None:
         self.held = (x, delta)
 
-    def sum(self) -> Tensor:
+    def sum(self, ep_gather: Callable[..., Tensor]) -> Tensor:
+        """Return x + delta. `ep_gather`: the op."""
         x, delta = self.take()
-        return x if delta is None else x + delta
+        if delta is None:
+            return x
+        delta = summed(delta, ep_gather)  # frees the addends
+        return x + delta
 
     def cut(self, row: int) -> tuple["Residual", "Residual"]:
         """Split into the rows before `row`, and the others."""
         x, delta = self.take()
-        first = Residual(x[:row], None if delta is None else delta[:row])
-        return first, Residual(x[row:], None if delta is None else delta[row:])
+        match delta:
+            case None:
+                deltas = None, None
+            case Addends():
+                deltas = delta.cut(row)
+            case _:
+                deltas = delta[:row], delta[row:]
+        return Residual(x[:row], deltas[0]), Residual(x[row:], deltas[1])
 
 
 class Block(nn.Module):
@@ -69,7 +80,7 @@ class Block(nn.Module):
     ) -> None:
         """`moe_layer`: the layer's row in the placement map; None: a layer without experts."""
         super().__init__()
-        self.attn, device = mesh.attn, mesh.device
+        self.attn, self.ops, device = mesh.attn, ops, mesh.device
         hidden, eps, on = config.hidden_size, config.rms_norm_eps, {"dtype": dtype, "device": device}
         self.input_layernorm = RMSNorm(hidden, eps, ops, **on, quantize=fp8)
         projection = FP8 if fp8 else dtype
@@ -119,7 +130,7 @@ class Block(nn.Module):
         del normed, operand
         delta = yield from experts
         if self.attn.size > 1:
-            x, delta = self.attn.all_gather(x + delta), None
+            x, delta = self.attn.all_gather(x + summed(delta, self.ops.ep_gather)), None
         residual.put(x, delta)
         del x, delta
         yield "return"

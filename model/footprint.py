@@ -266,7 +266,9 @@ def _attention(shape: StepShape, tokens: int, inside: int) -> int:
     c, normed = shape.config, shape.operand(shape.config.hidden_size) if shape.fp8 else 0
     q = shape.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
     latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
-    widths = 3 if shape.fp8 else 4  # x, its addend, their sum; and the norm, unless only its fp8 form is wanted
+    # x, its addend, their sum; and the norm, unless only its fp8 form is wanted. With DeepEP there are two addends, but
+    # there the experts take more: at least 2 T received rows beside 3 T.
+    widths = 3 if shape.fp8 else 4
     before = max(
         shape.row(widths * c.hidden_size) + normed,
         shape.row(c.hidden_size + latent + q) + shape.operand(c.hidden_size),
@@ -322,7 +324,7 @@ def _experts(
     hidden, top_k = c.hidden_size, c.num_experts_per_tok
     outside = local_tokens * (shape.row(2 * hidden) + shape.operand(hidden) + top_k * INDEX)  # lives throughout
     inside = rows * (FLOAT + _expert_row(shape, room))
-    if shape.ranks == 1:
+    if shape.ranks == 1:  # in the masked layout the next norm makes the sum: beside x, `plus`, the rows and its output
         gathering = rows * FLOAT + shape.row((rows + local_tokens) * hidden)
         return outside + local_tokens * top_k * FLOAT + max(inside, gathering)
     routing = received * top_k * (INDEX + FLOAT)

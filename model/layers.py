@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.addends import Delta
 from kernels.fp8 import Quantized, unquantized
 from kernels.fp8_format import BLOCK
 from kernels.ops import Ops
@@ -78,7 +79,7 @@ class RMSNorm(nn.Module):
         """Return norm(x), as a Linear takes it."""
         return self.ops.rms_norm_quant(x, self.weight, self.eps, bare=False)[1:] if self.quantize else self(x)
 
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor | None, Tensor | Quantized, Tensor]:
+    def add(self, x: Tensor, delta: Delta | None) -> tuple[Tensor | None, Tensor | Quantized, Tensor]:
         """Return norm(x + delta), the same as a Linear takes it, and x + delta. `delta` None is 0.
 
         With `quantize` but without `bare`, the first may be None.

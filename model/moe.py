@@ -4,8 +4,8 @@
 
     gate  yield  dispatch>, shared expert  yield  >arrival  yield  experts  yield  combine>  yield  >return
 
-Combine adds the shared expert's output. With few tokens, neither the shared expert nor the gate and the moves around
-dispatch fill the GPU. Then the shared expert runs beside them, on a second stream.
+Combine, or the next norm, adds the shared expert's output. With few tokens, neither the shared expert nor the gate and
+the moves around dispatch fill the GPU. Then the shared expert runs beside them, on a second stream.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kernels.addends import Delta
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from kernels.rooms import FEW_ROWS
@@ -173,8 +174,8 @@ class MoE(nn.Module):
         is_token: Tensor,
         dispatcher: Dispatcher,
         observers: Iterable[LoadCounter | Part] = (),
-    ) -> Steps[Tensor]:
-        """Run the layer's stages: x [T, D] -> [T, D]. `operand` is x as the experts take it.
+    ) -> Steps[Delta]:
+        """Run the layer's stages: x [T, D] -> [T, D], maybe not summed. `operand` is x as the experts take it.
 
         Rows where `is_token` is False are padding and visit no routed expert. `observers` see the chosen slots.
         """

@@ -59,7 +59,9 @@ class MTP(nn.Module):
         residual = Residual(self._joined(hidden, batch, embed))
         observers = (self.load_counter,) if self.load_counter is not None else ()
         run(self.block.steps(residual, batch, kv_pages, dispatcher, observers))
-        return self.norm(residual.sum())
+        normed = self.norm.add(*residual.take())[0]
+        assert normed is not None  # the norm does not quantise
+        return normed
 
     def fill(self, hidden: Tensor, batch: Batch, embed: Embedding, kv_pages: Tensor) -> None:
         """Write the KV that `forward` writes, and draft nothing: without attention, experts and communication."""

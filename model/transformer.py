@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         for layer, kv_pages in zip(self.layers[self.first :], kv_pool[self.first : len(self.layers)], strict=True):
             assert isinstance(layer, Block)
             yield from layer.steps(residual, batch, kv_pages, dispatcher, observers)
-        return residual.sum()
+        return residual.sum(self.ops.ep_gather)
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:

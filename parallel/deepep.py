@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.addends import Addends
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from parallel import rdma
@@ -190,11 +191,11 @@ class ContiguousDeepEP:
 
         return Pending(receive)
 
-    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Addends]:
         """Start returning the experts' outputs y [M, D] bf16, one per received row. Collective.
 
-        The result is [T, D] on the source ranks, in dispatch's order, with `plus` [T, D] added there. The sum over a
-        rank's experts is rounded to bf16 before it travels.
+        The result is [T, D] on the source ranks, in dispatch's order, beside `plus` [T, D], which the next norm adds.
+        The sum over a rank's experts is rounded to bf16 before it travels.
         """
         library = self.buffer.library
         summed, handle = sum_of_copies(self.ops, y, *way_back)
@@ -207,9 +208,9 @@ class ContiguousDeepEP:
             allocate_on_comm_stream=True,
         )
 
-        def receive() -> Callable[[], Tensor]:
+        def receive() -> Callable[[], Addends]:
             done.current_stream_wait()
-            return once(_added, out, plus)
+            return once(Addends, out, None, None, plus)
 
         return Pending(receive)
 
@@ -248,21 +249,17 @@ class MaskedDeepEP:
         values, scale = rows if self.fp8 else (rows, None)
         return Pending(_received(received, receive, once(Masked, values, counts, (handle, slots, weights), scale)))
 
-    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Addends]:
         """Start returning the experts' outputs y [L, R * capacity, D] bf16. Collective.
 
-        The result is [T, D], weighted and summed in float32 on the source rank, with `plus` [T, D] added. Raises
-        AssertionError as dispatch does.
+        The result is [T, D], weighted and summed in float32 on the source rank, beside `plus` [T, D], which the next
+        norm adds. Raises AssertionError as dispatch does.
         """
         handle, slots, weights = way_back
         received = self.buffer.in_flight.start("combine")
         out, _, receive = self.buffer.library.low_latency_combine(y, slots, weights, handle, return_recv_hook=True)
 
-        return Pending(_received(received, receive, once(_added, out, plus)))
-
-
-def _added(out: Tensor, plus: Tensor | None) -> Tensor:
-    return out if plus is None else out + plus
+        return Pending(_received(received, receive, once(Addends, out, None, None, plus)))
 
 
 def _received(received: Callable[[], None], receive: Callable[[], None], result: Callable) -> Callable[[], Callable]:

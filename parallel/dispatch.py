@@ -18,7 +18,9 @@ The experts take rows in one of four layouts. The first two are as in DeepEP:
     Sliced       for prefill with far more rows than balanced routing brings: the experts take one slice at a time,
                  so that bad routing costs time, not memory
 
-A dispatch and a combine each have a start and a `Pending`, so that other work can run in between.
+A dispatch and a combine each have a start and a `Pending`, so that other work can run in between. The result of a
+combine may be `Addends`, which the next norm sums. The all-to-alls and `LocalContiguous` sum at once. Their rows are
+several times as large as the sum, and would live on while another micro-batch runs.
 """
 
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.addends import Addends, Delta
 from kernels.fp8 import Quantized
 from kernels.groups import Groups
 from kernels.ops import Ops
@@ -252,10 +255,10 @@ class LocalContiguous:
         )
         return Contiguous(rows, groups, (index, weights), *scale)
 
-    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
-        """Sum y [..., D], one row per copy in any layout -> [T, D]."""
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Delta]:
+        """Sum y [M, D] -> [T, D]."""
         index, weights = way_back
-        out = self.ops.ep_gather(y.flatten(0, -2), index, weights, plus)
+        out = self.ops.ep_gather(y, index, weights, plus)
         return Pending(lambda: lambda: out)
 
 
@@ -270,6 +273,12 @@ class LocalMasked(LocalContiguous):
             x, slots, self.num_local, self.ops.alignment, scales=scales
         )
         return Masked(rows, counts, (index, weights), *scale)
+
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Delta]:
+        """Return y [..., D], one row per copy, as `Addends` of [T, D]."""
+        index, weights = way_back
+        addends = Addends(y.flatten(0, -2), index, weights, plus)
+        return Pending(lambda: lambda: addends)
 
 
 def group_by_expert(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import ref
+from kernels.addends import summed
 from kernels.ops import Ops
 from parallel import deepep
 from parallel.deepep import ContiguousDeepEP, DeepEPBuffer, MaskedDeepEP, obstacles
@@ -197,7 +198,8 @@ def test_both_modes_equal_the_local_computation(
     slots, weights = routing(kind, tokens, SLOTS, generator), torch.rand(tokens, TOP_K, generator=generator)
     rows = ref.dequantize_1x128(*ref.quantize_1x128(x)) if fp8 else x
     copies = expert(rows[:, None], slots[..., None].float()) * weights[..., None]
-    expected = copies.masked_fill(slots[..., None] < 0, 0).sum(1)
+    plus = torch.randn(tokens, HIDDEN, generator=generator)
+    expected = copies.masked_fill(slots[..., None] < 0, 0).sum(1) + plus
     buffer = DeepEPBuffer(group_of(2), SLOTS, HIDDEN, 20)
     padded = ContiguousDeepEP(buffer, Ops(alignment=8))  # `ref.ep_scatter` holds the counts to what came
     sliced = ContiguousDeepEP(buffer, Ops(alignment=8), MOST)
@@ -209,7 +211,8 @@ def test_both_modes_equal_the_local_computation(
         if fp8 and not isinstance(arrived, Sliced):
             rows = ref.dequantize_1x128(arrived.x, arrived.scale)
             arrived = type(arrived)(rows, *list(vars(arrived).values())[1:3])
-        out = dispatcher.combine(apply_experts(arrived, 0), arrived.way_back).wait()
+        back = dispatcher.combine(apply_experts(arrived, 0), arrived.way_back, plus).wait()
+        out = summed(back, ref.ep_gather)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -9,11 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.addends import Addends, summed
 from kernels.fp8 import Quantized, dequantize_1x128, quantize_1x128
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
-from parallel.dispatch import Contiguous, ContiguousAllToAll, Copies, Masked, MaskedAllToAll, Pending, Sliced
+from parallel.dispatch import (
+    Contiguous,
+    ContiguousAllToAll,
+    Copies,
+    LocalMasked,
+    Masked,
+    MaskedAllToAll,
+    Pending,
+    Sliced,
+)
 from parallel.dispatchers import plain_dispatchers
 from parallel.mesh import Group, Mesh
 from tests.worlds import run_world, sub_mesh
@@ -113,7 +123,9 @@ def check_round_trip(group: Group, experts_a_rank: int, kind: str, tokens: int, 
             copies = [slot // experts_a_rank == group.rank for theirs in everyone for row in theirs for slot in row]
             assert isinstance(arrived, Sliced) == (sum(copies) > MOST)
         y = apply_experts(arrived, group.rank * experts_a_rank)
-        out = dispatcher.combine(y, arrived.way_back).wait()[:tokens]
+        back = dispatcher.combine(y, arrived.way_back).wait()
+        assert isinstance(back, Addends) == isinstance(dispatcher, LocalMasked)
+        out = summed(back, Ops().ep_gather)[:tokens]
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"{kind} {tokens=} {fp8=} {m}")
 
 

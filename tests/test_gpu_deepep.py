@@ -19,6 +19,7 @@ from disagg.config import EngineConfig
 from disagg.engine import Engine
 from disagg.warm_up import decode_nothing
 from kernels import ref
+from kernels.addends import summed
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.batch import Batch, Chunk
@@ -106,7 +107,7 @@ class World:
             case Masked(rows, counts):
                 there = torch.arange(rows.shape[1], device=DEVICE) < counts[:, None]
                 y = y.masked_fill(~there[..., None], float("nan"))
-        return dispatcher.combine(y, arrived.way_back).wait()
+        return summed(dispatcher.combine(y, arrived.way_back).wait(), self.ops.ep_gather)
 
     def say(self, text: str) -> None:
         if self.group.rank == 0:
@@ -202,7 +203,7 @@ def check_provenance(world: World) -> None:
                 assert first + e + 2 in row[2:10], "a row arrived at an expert that it did not ask for"
                 got.append((row[0], row[1], first + e))
             assert sorted(got) == sorted(expected)
-            back = dispatcher.combine(values.bfloat16(), arrived.way_back).wait()
+            back = summed(dispatcher.combine(values.bfloat16(), arrived.way_back).wait(), world.ops.ep_gather)
             torch.testing.assert_close(back, x * (slots >= 0).sum(1, keepdim=True), rtol=2**-7, atol=0)
     world.say(f"{group.size} ranks: provenance")
 
@@ -256,7 +257,7 @@ def check_guard(world: World) -> None:
     pending = one.combine(*world.experts(lambda: arrived))
     with pytest.raises(AssertionError, match="low-latency dispatch [0-9]+ started while combine [0-9]+ was not"):
         two.dispatch(*given)
-    assert error(pending.wait(), world.dense(*given)) < BF16_ERROR
+    assert error(summed(pending.wait(), world.ops.ep_gather), world.dense(*given)) < BF16_ERROR
     with pytest.raises(AssertionError, match="over self.capacity"):
         one.dispatch(*world.inputs("random", CAPACITY + 1))
     world.say(f"{world.group.size} ranks: guard")

@@ -7,6 +7,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import norm, ref
+from kernels.addends import Addends, summed
+from kernels.route import ep_gather
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -40,6 +42,63 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     want_normed, want_total = ref.add_rms_norm(x, residual, weight, 1e-6)
     agree(normed, want_normed)
     assert torch.equal(total, want_total) and torch.equal(residual, before)
+
+
+def addends(tokens: int, dim: int, top_k: int, kind: str, plus: bool, dtype: torch.dtype) -> Addends:
+    """Rows that nothing points to are NaN, and so are weights of copies that are nowhere."""
+    top_k = top_k if kind != "rows" else 1
+    index = weights = None
+    rows = torch.randn(tokens * top_k, dim, device=DEVICE)
+    if "weighted" in kind:
+        weights = torch.rand(tokens, top_k, device=DEVICE)
+    if "indexed" in kind:
+        index = torch.randperm(2 * len(rows), device=DEVICE)[: len(rows)].view(tokens, top_k)
+        index[torch.rand(index.shape, device=DEVICE) < 0.3] = -1
+        wide = torch.full((2 * len(rows), dim), float("nan"), device=DEVICE)
+        wide[index[index >= 0]] = rows[index.flatten() >= 0]
+        rows, weights = wide, None if weights is None else weights.where(index >= 0, float("nan"))
+    return Addends(rows.to(dtype), index, weights, torch.randn(tokens, dim, device=DEVICE).to(dtype) if plus else None)
+
+
+@pytest.mark.parametrize("plus", [True, False])
+@pytest.mark.parametrize("kind", ["indexed, weighted", "indexed", "weighted", "rows"])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "top_k"),
+    [(0, 2048, 6), (1, 2048, 6), (33, 2048, 6), (1, 7168, 8), (130, 7168, 8), (9, 7168, 1), (37, 256, 6), (5, 128, 1)],
+)
+def test_the_norm_sums_addends_as_a_kernel_of_its_own_does(
+    tokens: int, dim: int, top_k: int, kind: str, plus: bool, dtype: torch.dtype
+) -> None:
+    """Bit for bit, quantised or not, bare or not; whole, and cut where nothing is aligned."""
+    given = addends(tokens, dim, top_k, kind, plus, dtype)
+    x, weight = torch.randn(tokens, dim, device=DEVICE, dtype=dtype), torch.randn(dim, device=DEVICE, dtype=dtype)
+    delta = summed(given, ep_gather)
+    want, total = norm.add_rms_norm(x, delta, weight, 1e-6)
+    assert total.isfinite().all() and torch.equal(total, x + delta)
+    for got, wanted in zip(norm.add_rms_norm(x, given, weight, 1e-6), (want, total), strict=True):
+        assert torch.equal(got, wanted)
+    for bare in (True, False):
+        out, wanted = (norm.add_rms_norm_quant(x, term, weight, 1e-6, bare) for term in (given, delta))
+        assert (out[0] is not None) == (wanted[0] is not None) == bare
+        for a, b in zip(out[1 - bare :], wanted[1 - bare :], strict=True):
+            assert a.dtype == b.dtype and torch.equal(a.float(), b.float())
+    first, rest = given.cut(tokens // 3)
+    parts = (x[: tokens // 3], first), (x[tokens // 3 :], rest)
+    cut = [norm.add_rms_norm(part, mine, weight, 1e-6)[0] for part, mine in parts]
+    assert torch.equal(torch.cat(cut), want)
+    twin = ref.add_rms_norm(x, given, weight, 1e-6)[1]
+    step = 2**-6 if dtype == torch.bfloat16 else 1e-5  # the twin adds `plus` last
+    torch.testing.assert_close(total, twin, rtol=step, atol=4 * step)
+
+
+def test_addends_with_no_rows_are_zero_or_plus(dtype: torch.dtype) -> None:
+    """As on a rank none of whose experts got a token."""
+    x, plus = torch.randn(2, 5, 2048, device=DEVICE, dtype=dtype)
+    nowhere, weights = torch.full((5, 6), -1, device=DEVICE), torch.rand(5, 6, device=DEVICE)
+    weight = torch.ones(2048, device=DEVICE, dtype=dtype)
+    for given, want in ((plus, x + plus), (None, x)):
+        delta = Addends(x.new_empty(0, 2048), nowhere, weights, given)
+        assert torch.equal(norm.add_rms_norm(x, delta, weight, 1e-6)[1], want)
 
 
 def quantised(normed: Tensor, values: Tensor, scales: Tensor) -> None:

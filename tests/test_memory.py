@@ -253,6 +253,12 @@ def test_formulas_follow_the_code(ranks: int, attn_tp: int, fp8: bool) -> None:
         "more wanted than there are": ({"n_routed_experts": max(4, ranks)}, 1024, 1024, 64),
         "decode, wide experts": (latent, 512, 512, 512),
         "decode, wide rows": (latent | {"hidden_size": 2048, "moe_intermediate_size": 128}, 512, 512, 512),
+        "decode, few experts": (
+            latent | {"hidden_size": 2048, "moe_intermediate_size": 128, "n_routed_experts": max(4, ranks)},
+            64,
+            64,
+            64,
+        ),
         "logits": ({"vocab_size": 50_000}, 512, 512, 512),
         "prompts' log probabilities": ({"vocab_size": 20_000}, 512, 512, 4),
     }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.addends import summed
 from kernels.ops import Ops
 from model.config import ModelConfig
 from model.moe import Experts
@@ -47,7 +48,7 @@ def part(experts: Experts, config: ModelConfig, rank: int) -> Experts:
 
 def through(dispatcher: object, experts: Experts, x: Tensor, slots: Tensor, weights: Tensor, plus: Tensor) -> Tensor:
     arrived = dispatcher.dispatch(x, slots, weights).wait()
-    return dispatcher.combine(*experts(lambda: arrived), plus).wait()
+    return summed(dispatcher.combine(*experts(lambda: arrived), plus).wait(), Ops().ep_gather)
 
 
 def body(rank: int, tiny: Path) -> None:

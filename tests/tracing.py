@@ -69,9 +69,9 @@ class FakeGroup(Group):
 def allocating_ops(alignment: int) -> Ops:
     return Ops(
         rms_norm=lambda x, weight, eps: x.new_empty(x.shape),
-        add_rms_norm=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+        add_rms_norm=lambda x, delta, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
         rms_norm_quant=lambda x, weight, eps, bare=True: (x.new_empty(x.shape) if bare else None, *_quantized(x)),
-        add_rms_norm_quant=lambda x, residual, weight, eps, bare=True: (
+        add_rms_norm_quant=lambda x, delta, weight, eps, bare=True: (
             x.new_empty(x.shape) if bare else None,
             *_quantized(x),
             x.new_empty(x.shape),

@@ -12,6 +12,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from kernels.addends import Addends
 from kernels.fp8 import Quantized
 from kernels.ops import Ops
 from parallel.dispatch import Contiguous, Masked, Pending
@@ -52,7 +53,7 @@ class LoopbackContiguous:
         tokens = max(arrivals.tokens for arrivals in arriving(most))
         value = torch.randn(tokens, hidden, generator=generator, device=self.device, dtype=dtype)
         self.rows = (value, None) if bare else ops.quantize_1x128(value)
-        self.back = torch.randn(1, hidden, generator=generator, device=self.device, dtype=dtype)
+        self.back = torch.randn(most, hidden, generator=generator, device=self.device, dtype=dtype)
         self.turns: dict[int, Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by tokens sent; see `_make`
 
     def dispatch(self, x: Tensor | Quantized, slots: Tensor, weights: Tensor) -> Pending[Contiguous]:
@@ -80,7 +81,7 @@ class LoopbackContiguous:
         ids = _assign(arrivals, self.top_k, self.device)
         return ids, torch.full(ids.shape, 1 / self.top_k, device=self.device), arrivals.counts
 
-    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Addends]:
         index, row_weights, tokens = way_back
         sent = self.ops.ep_gather(y, index, row_weights)
         received = _start(self.link, "combine", tokens)
@@ -122,7 +123,7 @@ class LoopbackMasked:
             self.x.view(torch.uint8)[:, : values.shape[1]] = values.view(torch.uint8)
         else:
             self.x[:, : some.shape[1]] = some.to(dtype)
-        self.back = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
+        self.back = torch.randn(most, hidden, generator=generator, device=device).to(dtype)
 
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Masked]:
         """Start a dispatch. A CUDA graph can capture it for numbers of tokens that ran before."""
@@ -139,7 +140,7 @@ class LoopbackMasked:
 
         return Pending(receive)
 
-    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
+    def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Addends]:
         (tokens,) = way_back
         return _returned(self.back, tokens, plus, _start(self.link, "combine", tokens))
 
@@ -150,15 +151,14 @@ def _start(link: SimulatedLink | None, what: str, tokens: int) -> Callable[[], N
 
 def _returned(
     back: Tensor, tokens: int, plus: Tensor | None, received: Callable[[], None], sent: Tensor | None = None
-) -> Pending[Tensor]:
+) -> Pending[Addends]:
     """Start a combine. `sent` is kept alive until it is received, as in normal mode; low latency copies it at once."""
 
-    def receive() -> Callable[[], Tensor]:
+    def receive() -> Callable[[], Addends]:
         nonlocal sent
         received()
         sent = None
-        out = back.expand(tokens, -1)
-        return lambda: out.clone() if plus is None else out + plus
+        return lambda: Addends(back[:tokens], None, None, plus)
 
     return Pending(receive)
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kernels import ref
+from kernels.addends import summed
 from kernels.backend import choose
 from kernels.ops import Ops
 from model.transformer import op_shape
@@ -114,7 +115,7 @@ class Bench:
         payload = x if dispatcher.casts else self.quantize(x)
         arrived = dispatcher.dispatch(payload, slots, weights).wait()
         y = experts_that_change_nothing(arrived)
-        back = dispatcher.combine(y, arrived.way_back).wait()
+        back = summed(dispatcher.combine(y, arrived.way_back).wait(), self.ops.ep_gather)
         error = (back.float() - x.float()).norm() / x.float().norm()
         if not error < FP8_ERROR:
             raise RuntimeError(f"{library}, {mode}: the tokens came back with an error of {error:.3f}")
@@ -128,7 +129,7 @@ class Bench:
             arrived = dispatcher.dispatch(payload, slots, weights).wait()
             self.spans.add("dispatch", start)
             start = self.spans.mark()
-            dispatcher.combine(y, arrived.way_back).wait()
+            summed(dispatcher.combine(y, arrived.way_back).wait(), self.ops.ep_gather)
             self.spans.add("combine", start)
         self.evaluate(mode, library, tokens, self.spans.times(self.args.repeat), slots, masked)
         self.together()

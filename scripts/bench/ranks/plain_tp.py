@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.addends import summed
 from kernels.fp8 import Quantized
 from model.config import ModelConfig
 from parallel.dispatch import Contiguous, Copies, LocalContiguous, Masked, Pending
@@ -60,5 +61,6 @@ class SlicedExperts:
 
     def combine(self, y: Tensor, way_back: tuple, plus: Tensor | None = None) -> Pending[Tensor]:
         """Return this rank's tokens [T / t, D], summed over the slices of all ranks."""
-        summed = self.group.reduce_scatter(self.local.combine(y, way_back).wait())
-        return Pending(lambda: lambda: summed if plus is None else summed + plus)
+        partial = summed(self.local.combine(y, way_back).wait(), self.local.ops.ep_gather)
+        out = self.group.reduce_scatter(partial)
+        return Pending(lambda: lambda: out if plus is None else out + plus)
