@@ -1,7 +1,7 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
-Each head has its own weights. The first product also rotates the rope part, in the same pass, up to MOST_ROWS rows of
-queries. With more, cuBLAS and a separate rope kernel are faster. The second product also casts to fp8 for o_proj.
+Each head has its own weights. The first product also rotates the rope part, in the same pass. The second also casts to
+fp8 for o_proj. In float32, or with more than MOST_TOKENS tokens, cuBLAS and a separate rope kernel serve the first.
 
 Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
@@ -21,7 +21,8 @@ from kernels.norm import norm_rope_write, rope_into, turned
 from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
-MOST_ROWS = 8192  # tokens x heads up to which our kernel computes the first product
+MOST_TOKENS = 512  # up to which our kernel computes the first product
+FEW_ROWS = 8192  # tokens x heads up to which a program of that kernel has one block of columns
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -106,7 +107,7 @@ def _absorb_kernel(
     OURS_NEXT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute some columns of one head's q' for BLOCK_T tokens. The first such program also rotates the rope part.
+    """Compute some blocks of columns of one head's q' for BLOCK_T tokens. The first program also rotates the rope part.
 
     BESIDE, OURS_NEXT: as in `_absorb_few_kernel`.
     """
@@ -117,13 +118,15 @@ def _absorb_kernel(
     head, part = tl.program_id(0), tl.program_id(2)
     token = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     live = token < batch
-    row, col = tl.arange(0, BLOCK_Q), (part * BLOCK_C + tl.arange(0, BLOCK_C))[None]
+    row = tl.arange(0, BLOCK_Q)
     q = q_ptr + token * q_stride + head * q_head_stride
     out = out_ptr + token * out_stride + head * (latent + rope_dim)
     x = tl.load(q + row[None], mask=live & (row < nope)[None], other=0.0)
-    here = (row < nope)[:, None] & (col < latent)
-    w = tl.load(w_ptr + head * w_stride + row[:, None] * latent + col, mask=here, other=0.0)
-    tl.store(out + col, tl.dot(x, w).to(out_ptr.dtype.element_ty), mask=live & (col < latent))
+    for first in range(part * BLOCK_C, latent, tl.num_programs(2) * BLOCK_C):
+        col = (first + tl.arange(0, BLOCK_C))[None]
+        here = (row < nope)[:, None] & (col < latent)
+        w = tl.load(w_ptr + head * w_stride + row[:, None] * latent + col, mask=here, other=0.0)
+        tl.store(out + col, tl.dot(x, w).to(out_ptr.dtype.element_ty), mask=live & (col < latent))
     if part == 0:
         rope_col, pair = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_R // 2)[None]
         turns, here_pair = live & (rope_col < rope_dim), live & (pair < rope_dim // 2)
@@ -176,7 +179,7 @@ def _absorb(
     (batch, heads, _), (_, nope, latent) = q.shape, w_uk.shape
     rope_dim = q.shape[2] - nope
     out = q.new_empty(batch, heads, latent + rope_dim)
-    if batch > FEW_TOKENS and (q.itemsize > 2 or batch * heads > MOST_ROWS):  # float32 has no tensor cores
+    if batch > FEW_TOKENS and (q.itemsize > 2 or batch > MOST_TOKENS):
         torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=out[..., :latent].transpose(0, 1))
         rope_into(q, out, cos_table, sin_table, positions, rope_dim)
         return out
@@ -190,10 +193,12 @@ def _absorb(
     columns, order = triton.cdiv(latent, block), (beside, isinstance(plan, Splits))
     if batch <= FEW_TOKENS:
         _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, *order, num_warps=4, **pdl(q))
-    else:
-        tokens = 32 if batch <= 32 else 64
-        grid = heads, triton.cdiv(batch, tokens), columns
-        _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, *order, num_warps=4, **pdl(q))
+        return out
+    tokens = 32 if batch <= 32 else 64
+    if batch * heads > FEW_ROWS:
+        tokens, columns = 128, 2
+    grid = heads, triton.cdiv(batch, tokens), columns
+    _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, *order, num_warps=4, num_stages=3, **pdl(q))
     return out
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.addends import Addends, Delta
-from kernels.pdl import after_previous, let_next, pdl
+from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
 from kernels.quant import GROUP, fp8_like, store_quantized
 from kernels.route import add_copies
 
@@ -56,10 +56,13 @@ def _rms_norm_kernel(
     PDL: tl.constexpr,
 ):
     """Norm x, or with ADD x + delta. K: rows per token that make delta, which are `Addends`; 0: delta is one tensor."""
-    after_previous(PDL)
+    if K == 0:
+        let_next(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None]
     here = (row < rows) & (col < dim)
+    weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0)
+    wait_for_previous(PDL)  # see kernels/pdl.py: weights may be read before
     x = tl.load(x_ptr + row * x_stride + col, mask=here, other=0.0)  # [ROWS, BLOCK_D]
     if ADD:
         if K == 0:
@@ -71,7 +74,9 @@ def _rms_norm_kernel(
             delta = delta.to(delta_ptr.dtype.element_ty)
         x = (x.to(tl.float32) + delta).to(x.dtype)
         tl.store(sum_ptr + row * dim + col, x, mask=here)
-    normed = _normed(x, tl.load(weight_ptr + col, mask=col < dim, other=0.0), eps, dim)
+    normed = _normed(x, weight, eps, dim)
+    if K > 0:  # not before: the next kernel reads its weights at once, and would delay the reads of so many rows
+        let_next(PDL)
     if out_ptr is None:
         normed = normed.to(x.dtype)
     else:

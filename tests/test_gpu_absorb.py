@@ -22,7 +22,8 @@ pytestmark = pytest.mark.gpu
     [(0, 4, 128, 512, 64, 128), (1, 16, 128, 512, 64, 128), (2, 128, 128, 512, 64, 128), (2, 3, 24, 100, 16, 40),
      (5, 8, 32, 64, 16, 32), (3, 16, 128, 512, 64, 128), (77, 6, 128, 512, 64, 128), (256, 16, 128, 512, 64, 128),
      (33, 16, 128, 512, 64, 128), (64, 128, 128, 512, 64, 128), (65, 128, 128, 512, 64, 128),
-     (1, 20, 192, 512, 64, 256), (4, 20, 192, 512, 64, 256), (200, 20, 192, 512, 64, 256)],  # GLM-4.7-Flash
+     (300, 72, 128, 512, 64, 128), (513, 16, 128, 512, 64, 128),
+     *((batch, 20, 192, 512, 64, 256) for batch in (1, 4, 200, 500))],  # GLM-4.7-Flash
 )  # fmt: skip
 def test_absorb(batch: int, heads: int, nope: int, latent: int, rope: int, v: int, dtype: torch.dtype) -> None:
     """The query is a slice of a wider projection, and both weights are parts of kv_b_proj's."""
