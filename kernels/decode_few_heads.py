@@ -331,10 +331,12 @@ def launch(
     main: int,
     rest: int,
     q_len: int,
+    early: bool,
 ) -> None:
     """Fill `out` [B Q, H, v], or partial [N, Q H, v] and lse [N, Q H] for sequences with several splits.
 
-    q [B Q, H, d], pages [pages * 64, d]. `scale` includes log2(e).
+    q [B Q, H, d], pages [pages * 64, d]. `scale` includes log2(e). `early`: start before the kernel before has ended,
+    which must be one of `absorb.py` (see kernels/pdl.py).
     """
     (_, of_token, kv_dim), half = q.shape, main // 2
     q_tiles, kv_tiles = (
@@ -360,5 +362,5 @@ def launch(
         Q_LEN=q_len,
         num_warps=4,
         maxnreg=128,  # of an SM's registers, half is left: the kernels that follow can wait there
-        **pdl(q),
+        **(pdl(q) if early else {"PDL": False}),
     )

@@ -32,16 +32,16 @@ def mla_decode(
     """Serve `ref.mla_decode` for v_dim 512. A sequence of length 0 may attend the first rows of its first page."""
     assert v_dim == 512, f"{v_dim=}"
     batch, q_len = len(kv_lens), len(q) // max(1, len(kv_lens))
-    plan = plan or decode_plan(kv_lens, q_len, q.shape[1])
-    if isinstance(plan, Splits):
+    cut = plan or decode_plan(kv_lens, q_len, q.shape[1])
+    if isinstance(cut, Splits):
         return ours.mla_decode(q, kv_pages, page_table, kv_lens, scale, v_dim, plan)
     out, _ = flash_mla.flash_mla_with_kvcache(
         q.unflatten(0, (batch, q_len)),
         kv_pages[:, :, None],
         page_table,
-        plan.lens,
+        cut.lens,
         512,
-        plan.metadata,
+        cut.metadata,
         softmax_scale=scale,
         causal=q_len > 1,
     )

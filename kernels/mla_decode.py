@@ -290,7 +290,8 @@ def mla_decode(
 
     64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
     as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
-    bf16 with v_dim <= C takes `decode_few_heads` or `decode_hopper`: pass v_dim.
+    bf16 with v_dim <= C takes `decode_few_heads` or `decode_hopper`: pass v_dim. A `plan` is read early: the op before
+    must not be the one that made it.
     """
     (tokens, of_token, kv_dim), batch = q.shape, len(kv_lens)
     v_dim = v_dim or kv_dim
@@ -304,12 +305,13 @@ def mla_decode(
     main, rest = _columns(kv_dim)
     rows = kv_pages.view(-1, kv_dim)
     if decode_few_heads.serves(q, batch, main, v_dim):
-        plan = plan or decode_few_heads.plan_splits(kv_lens)
-        partial, lse = _partial(len(plan.table), heads, v_dim, q.device)
+        splits = plan or decode_few_heads.plan_splits(kv_lens)
+        partial, lse = _partial(len(splits.table), heads, v_dim, q.device)
+        early = plan is not None
         decode_few_heads.launch(
-            q, rows, page_table, kv_lens, plan, out, partial, lse, scale * LOG2_E, main, rest, q_len
+            q, rows, page_table, kv_lens, splits, out, partial, lse, scale * LOG2_E, main, rest, q_len, early
         )
-        _combine(partial, lse, None, plan.starts, out, batch)
+        _combine(partial, lse, None, splits.starts, out, batch)
         return out
     gluon = decode_hopper.can_decode(q, main, v_dim)
     cut = _cut(q, batch, heads, page_table.shape[1], gluon)

@@ -270,7 +270,7 @@ def test_vendors_keep_the_contract(library: str, heads: int, lens: list[tuple[in
     width = -(-int(kv_lens.max()) // 64)
     pages = randn(len(lens) * width + 1, 64, 576)
     table = torch.randperm(len(lens) * width, device=DEVICE).add(1).int().view(len(lens), width)
-    q, plan = randn(len(lens), heads, 576), decode_plan(kv_lens, 1, heads)
+    plan, q = decode_plan(kv_lens, 1, heads), randn(len(lens), heads, 576)
     want = ref.mla_decode(q.float(), pages.float(), table, kv_lens, scale, 512)
     for _ in range(2):  # a plan serves several calls
         agree(vendor(q, pages, table, kv_lens, scale, 512, plan), want)

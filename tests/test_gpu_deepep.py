@@ -192,9 +192,9 @@ def check_provenance(world: World) -> None:
             values = ref.dequantize_1x128(arrived.x, arrived.scale) if fp8 else arrived.x.float()
             seen, got = values[..., ::128].round().long().cpu(), []
             match arrived:
-                case Contiguous(x, groups):
-                    assert len(x) % world.ops.alignment == 0
-                    of_rows = groups.of_rows(len(x)).tolist()
+                case Contiguous(_, groups):
+                    assert len(seen) % world.ops.alignment == 0
+                    of_rows = groups.of_rows(len(seen)).tolist()
                     pairs = [(row, e) for row, e in zip(seen.tolist(), of_rows, strict=True) if e >= 0]
                 case Masked(_, counts):
                     assert seen.shape[1] == group.size * CAPACITY
