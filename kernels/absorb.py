@@ -18,7 +18,7 @@ from kernels.fp8 import Quantized
 from kernels.gemm import num_sms
 from kernels.gemv import FEW_TOKENS
 from kernels.norm import norm_rope_write, rope_into, turned
-from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
+from kernels.pdl import let_next, pdl, wait_for_previous
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
 MOST_TOKENS = 512  # up to which our kernel computes the first product
@@ -246,18 +246,30 @@ def _values_kernel(
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute BLOCK_V of one head's values for BLOCK_T tokens. With scales_ptr, all of them: v_dim is GROUP then."""
-    after_previous(PDL)
+    """Compute BLOCK_V of one head's values for BLOCK_T tokens. With scales_ptr, all of them: v_dim is GROUP then.
+
+    If a block has all columns of the latent, the weight is read ahead of x.
+    """
+    let_next(PDL)
     head, token = tl.program_id(0), tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     live, row = token < batch, tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     at = token.to(tl.int64)[:, None] * heads + head  # row of [B * H]
-    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
-    for first in range(0, latent, BLOCK_C):
-        col = (first + tl.arange(0, BLOCK_C))[None, :]
-        x = tl.load(x_ptr + at * latent + col, mask=live[:, None] & (col < latent), other=0.0)
+    if latent <= BLOCK_C:
+        col = tl.arange(0, BLOCK_C)[None, :]
         w_at = w_ptr + head * w_stride + row[:, None] * latent + col
         w = tl.load(w_at, mask=(row < v_dim)[:, None] & (col < latent), other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        wait_for_previous(PDL)  # see kernels/pdl.py: weights may be read before
+        x = tl.load(x_ptr + at * latent + col, mask=live[:, None] & (col < latent), other=0.0)
+        acc = tl.dot(x, w.T, input_precision="ieee")
+    else:
+        wait_for_previous(PDL)
+        acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+        for first in range(0, latent, BLOCK_C):
+            col = (first + tl.arange(0, BLOCK_C))[None, :]
+            x = tl.load(x_ptr + at * latent + col, mask=live[:, None] & (col < latent), other=0.0)
+            w_at = w_ptr + head * w_stride + row[:, None] * latent + col
+            w = tl.load(w_at, mask=(row < v_dim)[:, None] & (col < latent), other=0.0)
+            acc = tl.dot(x, w.T, acc, input_precision="ieee")
     out = out_ptr + at * v_dim + row[None, :]
     mask = live[:, None] & (row < v_dim)[None, :]
     if scales_ptr is None:
@@ -279,11 +291,12 @@ class Tile(NamedTuple):
 
 def _values_tile(attended: Tensor, v_dim: int, whole: bool) -> Tile:
     """`whole`: a program must compute all values of a token's head."""
-    (batch, heads, _), sms = attended.shape, num_sms(attended.device)
+    (batch, heads, latent), sms = attended.shape, num_sms(attended.device)
     fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     tokens, values = max(16, triton.next_power_of_2(batch)), max(16, triton.next_power_of_2(v_dim))
     if fast and not whole and heads * triton.cdiv(batch, 64) < sms // 2:  # few programs: cut the values, too
-        return Tile(min(64, tokens), min(32, values), 128, 4, 3)
+        columns = triton.next_power_of_2(latent)
+        return Tile(min(64, tokens), min(32, values), *((columns, 4, 1) if columns <= 512 else (128, 4, 3)))
     tokens = min(128 if fast else 16, tokens)
     while tokens > 16 and heads * triton.cdiv(batch, tokens) < sms // 2:
         tokens //= 2

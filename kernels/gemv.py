@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gemm import num_sms
 from kernels.pdl import after_previous, let_next, pdl, wait_for_previous
 
 FEW_TOKENS = 2  # `linear_of_few` beats cuBLAS up to this many
@@ -146,7 +147,9 @@ def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, o
     x = x if x.stride(1) == 1 else x.contiguous()
     block = triton.next_power_of_2(tokens)
     rows = ROWS // block
-    _few_kernel[triton.cdiv(outputs, rows),](
+    programs = triton.cdiv(outputs, rows)
+    wide = tokens == 1 and programs <= 4 * num_sms(x.device)  # with wider blocks, no more programs fit the GPU at once
+    _few_kernel[programs,](
         x,
         weight,
         out,
@@ -156,7 +159,7 @@ def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, o
         x.stride(0),
         block,
         rows,
-        2048 if tokens == 1 else 1024,
+        2048 if wide else 1024,
         num_warps=4,
         **pdl(x),
     )
