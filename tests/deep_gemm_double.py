@@ -54,6 +54,9 @@ class DeepGemmDouble:
     def get_num_sms(self) -> int:
         return self.num_sms
 
+    def set_pdl(self, on: bool) -> None:
+        """How kernels are launched changes nothing of what is built."""
+
     def fp8_gemm_nt(
         self, rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, disable_ue8m0_cast: bool
     ) -> None:
