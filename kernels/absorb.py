@@ -22,7 +22,7 @@ from kernels.pdl import let_next, pdl, wait_for_previous
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
 MOST_TOKENS = 512  # up to which our kernel computes the first product
-FEW_ROWS = 8192  # tokens x heads up to which a program of that kernel has one block of columns
+FEW_TOKEN_HEADS = 8192  # tokens x heads up to which a program of that kernel has one block of columns
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -52,8 +52,8 @@ def _absorb_few_kernel(
 ):
     """Compute some columns of one head's q' for every token. A head's first program also rotates its rope part.
 
-    BESIDE: all that it reads was there before the kernel before it. OURS_NEXT: the next kernel is `decode_few_heads`'s,
-    which may start now. FlashMLA's may not: see kernels/pdl.py.
+    BESIDE: it reads nothing that the kernel before it writes. OURS_NEXT: the next kernel is `decode_few_heads`'s, which
+    may start now. FlashMLA's may not: see kernels/pdl.py.
     """
     if not BESIDE:
         wait_for_previous(PDL)
@@ -145,8 +145,8 @@ def absorb_query(
     """Return q' = [W_UK^T q_nope, rope(q_rope)] for every head. Contract: `ref.absorb_query`.
 
     Shapes: q [B, H, nope + R], w_uk [H, nope, C], positions [B] int64 -> [B, H, C + R]. The tables are float32
-    [length, R / 2]. The last stride of q must be 1, and each head of w_uk contiguous. `plan`: what `mla_decode` will be
-    given. It must be the next op, because it may start early.
+    [length, R / 2]. The last stride of q must be 1, and each head of w_uk contiguous. `plan`: that of `mla_decode`,
+    which must be the next op, because it may start early.
     """
     return _absorb(q, w_uk, cos_table, sin_table, positions, plan, beside=False)
 
@@ -166,7 +166,7 @@ def write_and_absorb(
 ) -> Tensor:
     """Do `norm.norm_rope_write` and absorb_query, side by side: neither needs the other. Contract: its twin in ref.
 
-    q must have been computed by the current stream before. kv and q have as many tokens.
+    q must have been computed by the current stream before. kv and q have the same number of tokens.
     """
     norm_rope_write(kv, norm_weight, eps, cos_table, sin_table, positions, rows, kv_pages)
     return _absorb(q, w_uk, cos_table, sin_table, positions, plan, beside=True)  # no kernel may come between
@@ -190,15 +190,15 @@ def _absorb(
     strides = q.stride(0), q.stride(1), w_uk.stride(0), out.stride(0), cos_table.stride(0), sin_table.stride(0)
     widths = nope, latent, rope_dim
     padded = max(16, triton.next_power_of_2(nope)), block, max(2, triton.next_power_of_2(rope_dim))
-    columns, order = triton.cdiv(latent, block), (beside, isinstance(plan, Splits))
+    columns, flags = triton.cdiv(latent, block), (beside, isinstance(plan, Splits))
     if batch <= FEW_TOKENS:
-        _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, *order, num_warps=4, **pdl(q))
+        _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, *flags, num_warps=4, **pdl(q))
         return out
     tokens = 32 if batch <= 32 else 64
-    if batch * heads > FEW_ROWS:
+    if batch * heads > FEW_TOKEN_HEADS:
         tokens, columns = 128, 2
     grid = heads, triton.cdiv(batch, tokens), columns
-    _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, *order, num_warps=4, num_stages=3, **pdl(q))
+    _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, *flags, num_warps=4, num_stages=3, **pdl(q))
     return out
 
 

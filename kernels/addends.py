@@ -12,7 +12,8 @@ from torch import Tensor
 class Addends(NamedTuple):
     """A delta [T, D]: delta[t] = plus[t] + sum over k of weights[t, k] * rows[index[t, k]], rounded to rows' dtype.
 
-    Index -1 adds nothing. `index` None: copy (t, k) is row t * K + k. Without weights, either, token t has row t alone.
+    Index -1 adds nothing. `index` None: copy (t, k) is row t * K + k. With neither index nor weights, token t has
+    row t.
     """
 
     rows: Tensor  # [M, D]

@@ -232,7 +232,7 @@ def few_heads_kernel(
 ):
     """Compute one split per program. `rows`: the heads of all tokens of a sequence, Q H. `of_token`: those of one.
 
-    Whatever is older than the step's own rows is read ahead of the kernel before: see kernels/pdl.py.
+    Whatever is older than the step's own rows is read while the kernel before still runs: see kernels/pdl.py.
     """
     ROWS: gl.constexpr = q_left_desc.block_type.shape[0]
     PAGE: gl.constexpr = left_desc.block_type.shape[0]
@@ -335,8 +335,8 @@ def launch(
 ) -> None:
     """Fill `out` [B Q, H, v], or partial [N, Q H, v] and lse [N, Q H] for sequences with several splits.
 
-    q [B Q, H, d], pages [pages * 64, d]. `scale` includes log2(e). `early`: start before the kernel before has ended,
-    which must be one of `absorb.py` (see kernels/pdl.py).
+    q [B Q, H, d], pages [pages * 64, d]. `scale` includes log2(e). `early`: it may start while the kernel
+    before still runs. kernels/pdl.py says when that is right.
     """
     (_, of_token, kv_dim), half = q.shape, main // 2
     q_tiles, kv_tiles = (

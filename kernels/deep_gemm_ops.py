@@ -13,7 +13,7 @@ from kernels import nvcc_ahead
 from kernels.groups import Groups
 from kernels.quant import silu_mul_masked
 
-deep_gemm.set_pdl(True)  # its kernels wait for the one before, as ours do: see kernels/pdl.py
+deep_gemm.set_pdl(True)  # see kernels/pdl.py. All threads of its kernels wait before they read a tensor
 BY_ROWS = True  # the number of rows decides which blocks fill the GPU best, and so the kernel
 
 

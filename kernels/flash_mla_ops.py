@@ -33,7 +33,7 @@ def mla_decode(
     assert v_dim == 512, f"{v_dim=}"
     batch, q_len = len(kv_lens), len(q) // max(1, len(kv_lens))
     cut = plan or decode_plan(kv_lens, q_len, q.shape[1])
-    if isinstance(cut, Splits):
+    if isinstance(cut, Splits):  # `plan`, not `cut`: a plan that was made just now may not be read early
         return ours.mla_decode(q, kv_pages, page_table, kv_lens, scale, v_dim, plan)
     out, _ = flash_mla.flash_mla_with_kvcache(
         q.unflatten(0, (batch, q_len)),

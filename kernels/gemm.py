@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.group_at import group_at
+from kernels.group_at import group_arguments, group_at
 from kernels.groups import Groups
 from kernels.pdl import after_previous, let_next, pdl
 from kernels.quant import check_scales, column_major
@@ -166,7 +166,7 @@ def one_tile(
     num_k,
     k_start,
     k_end,
-    EXPERTS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -185,7 +185,7 @@ def one_tile(
     row, col = m * BLOCK_M * SLABS, n * BLOCK_N
     expert, here = 0, True
     if ends is not None:
-        expert, end = group_at(ends, row, L, EXPERTS, ALIGNMENT)
+        expert, end = group_at(ends, row, L, BLOCK_L, ALIGNMENT)
         here = row < end
     if here:  # else a block of padding
         scale = w_scale
@@ -227,7 +227,7 @@ def tiles_kernel(
     N,
     D,
     L,
-    EXPERTS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -267,7 +267,7 @@ def tiles_kernel(
             num_k,
             k_start,
             k_end,
-            EXPERTS,
+            BLOCK_L,
             ALIGNMENT,
             BLOCK_M,
             BLOCK_N,
@@ -295,7 +295,7 @@ def tiles_kernel(
                 num_k,
                 k_start,
                 k_end,
-                EXPERTS,
+                BLOCK_L,
                 ALIGNMENT,
                 BLOCK_M,
                 BLOCK_N,
@@ -323,9 +323,7 @@ def launch_tiles(
 ) -> Tensor:
     """Multiply x [M, D] with w [N, D] or [L, N, D] -> [M, N], in bf16 if there are scales, else in x's dtype."""
     (m, d), n = x.shape, w.shape[-2]
-    ends, alignment = (None, tile.rows) if groups is None else groups
-    assert alignment % tile.rows == 0, f"{alignment=} {tile.rows=}"
-    experts = 1 if ends is None else len(ends)
+    ends, *of_groups = group_arguments(groups, tile.rows)
     out = x.new_empty(m, n, dtype=x.dtype if x_scale is None else torch.bfloat16)
     if out.numel() == 0:
         return out
@@ -343,9 +341,7 @@ def launch_tiles(
         m,
         n,
         d,
-        experts,
-        triton.next_power_of_2(experts),
-        alignment,
+        *of_groups,
         tile.block_m,
         tile.block_n,
         tile.slabs,

@@ -148,7 +148,7 @@ def linear_of_few(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, o
     block = triton.next_power_of_2(tokens)
     rows = ROWS // block
     programs = triton.cdiv(outputs, rows)
-    wide = tokens == 1 and programs <= 4 * num_sms(x.device)  # with wider blocks, no more programs fit the GPU at once
+    wide = tokens == 1 and programs <= 4 * num_sms(x.device)  # an SM has registers for 4 programs with wide blocks
     _few_kernel[programs,](
         x,
         weight,

@@ -137,8 +137,10 @@ def plain_tile(x: Tensor) -> Tile:
 
 
 def _check_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> None:
-    if x.shape[0] % ALIGNMENT or groups.alignment != ALIGNMENT:
-        raise ValueError(f"{x.shape[0]} rows, aligned to {groups.alignment}: rows must be {ALIGNMENT} * n, aligned so")
+    if x.shape[0] % ALIGNMENT:
+        raise ValueError(f"{x.shape[0]} rows: rows % {ALIGNMENT} must be 0, not {x.shape[0] % ALIGNMENT}")
+    if groups.alignment != ALIGNMENT:
+        raise ValueError(f"groups.alignment {groups.alignment}: it must be {ALIGNMENT}")
     if groups.ends.shape != weight.shape[:1]:
         raise ValueError(f"ends {tuple(groups.ends.shape)}: there must be one per weight, {weight.shape[0]}")
 

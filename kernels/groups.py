@@ -9,7 +9,7 @@ from torch import Tensor
 class Groups(NamedTuple):
     """Rows in groups, one per local expert. Each begins at the next multiple of `alignment`; padding lies between.
 
-    As DeepGEMM's "psum" layout. With nothing said of single rows, a GEMM takes only the blocks that hold real ones.
+    As DeepGEMM's "psum" layout. A GEMM sees from the ends which blocks hold real rows, and computes no others.
     """
 
     ends: Tensor  # [L] int32: the row behind the group's last one; where an empty group begins
@@ -23,9 +23,9 @@ class Groups(NamedTuple):
             start = self.aligned(end)
         return found
 
-    def aligned(self, end: int) -> int:
-        """Return where a group begins, behind one that ends there."""
-        return -(-end // self.alignment) * self.alignment
+    def aligned(self, rows: int) -> int:
+        """Return `rows` rounded up to the alignment."""
+        return -(-rows // self.alignment) * self.alignment
 
     def of_rows(self, num_rows: int) -> Tensor:
         """Return each row's group [num_rows] int32, -1 for padding. Waits for the device."""

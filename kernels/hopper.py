@@ -61,7 +61,7 @@ def load_rows(left_desc, right_desc, rest_desc, row, bar, left, right, rest):
 
 @gluon.jit
 def load_pages(left_desc, right_desc, rest_desc, page_table, last_page, first, end, left, right, rest, full, empty):
-    """Run the loader warp: pages number first..end, counted from the last page back, into the buffer that is free."""
+    """Run the loader warp: pages first to end - 1, counted back from the last, into the buffer that is free."""
     for i in range(first, end):
         row = gl.load(page_table + last_page - i) * left_desc.block_type.shape[0]
         at = i % 2

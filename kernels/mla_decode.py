@@ -290,8 +290,8 @@ def mla_decode(
 
     64 heads share a program, so it reads a page into shared memory once. The page serves as keys, and its first columns
     as values. Sequences are cut into splits that fill the GPU evenly; a second kernel merges the splits. On Hopper,
-    bf16 with v_dim <= C takes `decode_few_heads` or `decode_hopper`: pass v_dim. A `plan` is read early: the op before
-    must not be the one that made it.
+    bf16 with v_dim <= C takes `decode_few_heads` or `decode_hopper`: pass v_dim. A `plan` is read early:
+    kernels/pdl.py says when that is right.
     """
     (tokens, of_token, kv_dim), batch = q.shape, len(kv_lens)
     v_dim = v_dim or kv_dim

@@ -55,7 +55,7 @@ def _rms_norm_kernel(
     QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm x, or with ADD x + delta. K: rows per token that make delta, which are `Addends`; 0: delta is one tensor."""
+    """Norm x, or with ADD x + delta. K > 0: delta is `Addends` with K rows per token; 0: one tensor."""
     if K == 0:
         let_next(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -117,15 +117,15 @@ def _norm(
         x = _rows(x)
         if isinstance(delta, Addends):
             top_k = delta.top_k
-            other, *copies = (None if part is None else part.contiguous() for part in delta)
+            other, *rest = (None if part is None else part.contiguous() for part in delta)
         else:
-            top_k, other, copies = 0, x if delta is None else _rows(delta), (None, None, None)
+            top_k, other, rest = 0, x if delta is None else _rows(delta), (None, None, None)
         block = triton.next_power_of_2(dim)
         per_program = max(1, 2048 // block)  # narrow rows share a program: about 2K elements
         _rms_norm_kernel[triton.cdiv(x.shape[0], per_program),](
             x,
             other,
-            *copies,
+            *rest,
             weight,
             out,
             total,

@@ -4,24 +4,26 @@ A kernel may start on the GPU while the kernel before it in the stream still run
 kernel's results. This hides the launch, which takes most of a small kernel's time.
 
 Every program of such a kernel must wait, whatever it reads. Only then does its end imply that all kernels before it
-have ended.
+have ended. A kernel lets the next one start at one of three places:
 
-Hazard: not every library's kernel waits as it should. FlashMLA's is launched to start early, and a captured step gave
-wrong tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede it lets the next kernel
-start only at its own end: `after_previous(PDL, LET_NEXT=False)`.
+    before it waits   `after_previous(PDL)`; or `let_next`, some reads, `wait_for_previous`
+    after its wait    `after_previous(PDL, LET_NEXT=False)`, and `let_next` later
+    at its end        `after_previous(PDL, LET_NEXT=False)` alone
 
-One pair runs side by side: `absorb.write_and_absorb`. The first kernel waits, and only then lets the second start. So
-what was enqueued before both has ended, and the second may read it at once. It waits for the first at its own end.
+The last is for two cases. FlashMLA's kernel does not wait as it should: it starts early, and a captured step gave wrong
+tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede it lets nothing start early.
+The other case is a small kernel before one that fills the GPU. The programs of that one would wait in all SMs, and keep
+out the shared expert's kernels on the second stream (`model/moe.py`).
 
-A kernel may read weights before it waits, except experts' (a rebalance moves those). They were there before the step,
-and a step begins with kernels of torch, which start when all before them has ended.
+Some reads come before the wait. Each needs a reason why what it reads is there:
 
-`decode_few_heads` reads the step's plan, and pages without a row of this step, before it waits. That is right only if
-the kernel before lets it start after a wait, its own or that of the pair above. The plan's kernel lets nothing start
-early.
-
-A small kernel before one whose programs fill the GPU lets it start only at its end, too. Those would wait in all SMs,
-and keep out the shared expert's kernels on the second stream (`model/moe.py`).
+    weights       They were there before the step. A step begins with kernels of torch, which start when all before them
+                  has ended. Experts' weights are not read so: a rebalance moves them.
+    a query       `absorb.write_and_absorb` runs two kernels side by side. The first waits, and only then lets the
+                  second start. So what was enqueued before both has ended. The second waits for the first at its end.
+    a step's plan, and pages without a row of the step
+                  `decode_few_heads` reads them. The kernel before it, of `absorb.py`, lets it start after a wait: its
+                  own, or that of the first of the pair above. The kernel that makes the plan lets nothing start early.
 """
 
 from functools import cache
@@ -44,18 +46,14 @@ def after_previous(PDL: tl.constexpr, LET_NEXT: tl.constexpr = True):
 
 @triton.jit
 def let_next(PDL: tl.constexpr):
-    """Let the next kernel start from here on.
-
-    At the end of a kernel whose programs fill the GPU: an earlier start of the next one would only take resources from
-    them. That kernel must have begun with after_previous(PDL, LET_NEXT=False).
-    """
+    """Let the next kernel start from here on."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait for the end of the kernel before, with some work done already. The kernel must have no `after_previous`."""
+    """Wait for the end of the kernel before, with some reads done already. The kernel has no `after_previous` then."""
     if PDL:
         gdc_wait()
 
@@ -66,5 +64,5 @@ def _has_it(device: torch.device) -> bool:
 
 
 def pdl(x: Tensor) -> dict[str, bool]:
-    """Return the launch arguments for a kernel that begins with `after_previous(PDL)`, on x's device."""
+    """Return the launch arguments for a kernel that waits for the one before, on x's device."""
     return {"PDL": True, "launch_pdl": True} if _has_it(x.device) else {"PDL": False}

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import fp8_format
-from kernels.group_at import group_at
+from kernels.group_at import group_arguments, group_at
 from kernels.groups import Groups
 from kernels.pdl import after_previous, pdl
 
@@ -59,21 +59,21 @@ def _silu_mul_kernel(
     scales,
     M,
     W,
-    L,
     scale_stride,
-    EXPERTS: tl.constexpr,
+    L,
+    BLOCK_L: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Do silu(gate) * up, and quantise it unless scales is None. ends None: every row is real."""
     after_previous(PDL)
-    group = tl.program_id(1)
+    block = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = group * GROUP + tl.arange(0, GROUP)
+    cols = block * GROUP + tl.arange(0, GROUP)
     end = M
     if ends is not None:
-        _, end = group_at(ends, tl.program_id(0) * ROWS, L, EXPERTS, ALIGNMENT)
+        _, end = group_at(ends, tl.program_id(0) * ROWS, L, BLOCK_L, ALIGNMENT)
     live = rows < end
     mask = live[:, None] & (cols < W)[None, :]
     y = _silu_mul(x, rows, cols, mask, W)
@@ -81,7 +81,7 @@ def _silu_mul_kernel(
     if scales is None:
         tl.store(at, y.to(out.dtype.element_ty), mask=mask)
     else:
-        store_quantized(y, at, scales + group.to(tl.int64) * scale_stride + rows, mask, live)
+        store_quantized(y, at, scales + block.to(tl.int64) * scale_stride + rows, mask, live)
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor |
 
 
 def column_major(scale: Tensor | None) -> Tensor | None:
-    """Return scales [..., M, G] stored column by column, as `quant.fp8_like` allocates them. Copies where needed."""
+    """Return scales [..., M, G] stored column by column, as `fp8_like` allocates them. Copies where needed."""
     if scale is None or scale.stride(-2) == 1:
         return scale
     return scale.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -151,11 +151,9 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch_silu_mul(x: Tensor, groups: Groups | None, out: Tensor, scales: Tensor | None) -> None:
-    """Run the kernel over the rows of out [M, I] or [..., I]. An alignment must be a multiple of ROWS."""
+    """Run the kernel over the rows of out [M, I] or [..., I]."""
     rows, width = out.numel() // out.shape[-1], out.shape[-1]
-    ends, alignment = (None, ROWS) if groups is None else groups
-    assert alignment % ROWS == 0, f"{alignment=}"
-    experts = 1 if ends is None else len(ends)
+    ends, *of_groups = group_arguments(groups, ROWS)
     _silu_mul_kernel[triton.cdiv(rows, ROWS), triton.cdiv(width, GROUP.value)](
         x.contiguous(),
         ends,
@@ -163,10 +161,8 @@ def _launch_silu_mul(x: Tensor, groups: Groups | None, out: Tensor, scales: Tens
         scales,
         rows,
         width,
-        experts,
         0 if scales is None else scales.stride(1),
-        triton.next_power_of_2(experts),
-        alignment,
+        *of_groups,
         ROWS,
         **pdl(x),
     )

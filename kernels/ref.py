@@ -58,7 +58,7 @@ def absorb_query(
     """Return absorbed MLA's query (DeepSeek-V2, section 2.1): q' = [W_UK^T q_nope, rope(q_rope)] for every head.
 
     q [B, H, nope + R], w_uk [H, nope, C], tables [length, R / 2] float32, indexed by positions [B] -> [B, H, C + R].
-    `plan`: what mla_decode, the next op, will be given.
+    `plan`: that of mla_decode, which must be the next op.
     """
     nope, key = q.tensor_split((w_uk.shape[1],), -1)
     latent = torch.bmm(nope.transpose(0, 1), w_uk).transpose(0, 1)

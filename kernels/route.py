@@ -65,8 +65,8 @@ def place_kernel(
     block, blocks = tl.program_id(0), tl.num_programs(0)
     ids = tl.arange(0, EXPERTS)
     total = tl.load(block_ends + ids * blocks + blocks - 1, mask=ids < L, other=0)
-    room = tl.cdiv(total, ALIGNMENT) * ALIGNMENT
-    start = tl.cumsum(room, 0) - room
+    padded = tl.cdiv(total, ALIGNMENT) * ALIGNMENT
+    start = tl.cumsum(padded, 0) - padded
     if block == 0:
         tl.store(ends + ids, start + total, mask=ids < L)
     copy = block * COPIES + tl.arange(0, COPIES)

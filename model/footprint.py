@@ -266,8 +266,8 @@ def _attention(shape: StepShape, tokens: int, inside: int) -> int:
     c, normed = shape.config, shape.operand(shape.config.hidden_size) if shape.fp8 else 0
     q = shape.heads * c.qk_head_dim + (c.kv_dim if c.q_lora_rank is None else 0)
     latent = 0 if c.q_lora_rank is None else c.q_lora_rank + c.kv_dim
-    # x, its addend, their sum; and the norm, unless only its fp8 form is wanted. With DeepEP there are two addends, but
-    # there the experts take more: at least 2 T received rows beside 3 T.
+    # x, its addend, their sum; and the norm, unless only its fp8 form is wanted. With DeepEP there are two addends. But
+    # then the experts have the higher peak: they hold received rows, at least twice as many as there are tokens.
     widths = 3 if shape.fp8 else 4
     before = max(
         shape.row(widths * c.hidden_size) + normed,

@@ -54,10 +54,10 @@ class MLA(nn.Module):
         return self.attend(*self.project(x, batch, kv_pages), batch, kv_pages)
 
     def project(self, x: Tensor | Quantized, batch: Batch, kv_pages: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Project x [T, D] -> q [T, H, nope + R], not yet rotated. kv_pages [pages, 64, C + R] is written in place.
+        """Project x [T, D]: return q [T, H, nope + R], not yet rotated, and KV [T, C + R] if `attend` must write it.
 
-        The second result is KV [T, C + R] that `attend` must write: decodes write it beside the query's absorption. A
-        model with a q_lora writes it beside that one's norm.
+        Otherwise KV is written to kv_pages [pages, 64, C + R] here, and the second result is None. `attend` writes that
+        of decodes, beside the query's absorption. With a q_lora all is written here, beside the norm of q_a_proj.
         """
         q, kv = self.qkv_a_proj(x).split(self.split, -1)
         if self.config.q_lora_rank is None and batch.decode_tokens == batch.num_tokens:
@@ -70,7 +70,7 @@ class MLA(nn.Module):
         self.write_kv(self.qkv_a_proj(x).split(self.split, -1)[1], batch, kv_pages)
 
     def attend(self, q: Tensor, kv: Tensor | None, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """Attend with `project`'s results. q may be rotated in place -> [T, D], to be summed over mesh.attn."""
+        """Attend with `project`'s results -> [T, D], to be summed over mesh.attn. q may be rotated in place."""
         split, quantize = batch.decode_tokens, self.o_proj.weight_scale_inv is not None
         if split == 0:
             out = self.expanded(q, batch, kv_pages, quantize)

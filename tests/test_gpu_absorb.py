@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from kernels import ref
 from kernels.absorb import absorb_query, project_values, write_and_absorb
 from kernels.linear import linear
+from kernels.mla_decode import decode_plan, mla_decode
 from kernels.norm import norm_rope_write
 from tests.test_gpu_gemm import DEVICE, DTYPES, close, normal, quantized
 from tests.test_gpu_norm import tables
@@ -75,3 +76,47 @@ def test_the_cache_is_written_beside_the_query_in_a_graph(batch: int, heads: int
         torch.cuda.synchronize()
         norm_rope_write(kv, norm_weight, 1e-6, *cos_sin, positions, rows, pages)
         assert torch.equal(out, want) and torch.equal(written, pages) and written.any()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("lens", [[700], [1, 64], [65, 128, 3000, 1, 640], [1088] * 40, [5, 4100] * 60])
+def test_attention_may_start_before_the_query_is_there(lens: list[int], beside: bool) -> None:
+    """With the step's plan it reads old pages early. Each replay has another query, and another key in the last row."""
+    heads, latent, rope = 16, 512, 64
+    batch, width, dtype = len(lens), -(-max(lens) // 64), torch.bfloat16
+    x, weight = normal(batch, 256, dtype=dtype), normal(heads * 192 + latent + rope, 256, dtype=dtype) / 16
+    w_uk, norm_weight = normal(heads, 128, latent, dtype=dtype), normal(latent, dtype=dtype)
+    pages = torch.randn(batch * width, 64, latent + rope, device=DEVICE).to(dtype)
+    table = torch.randperm(batch * width, device=DEVICE).int().view(batch, width)
+    kv_lens = torch.tensor(lens, device=DEVICE).int()
+    positions = kv_lens.long() - 1
+    rows = table.gather(1, positions[:, None] // 64)[:, 0].long() * 64 + positions % 64
+    rotation, plan = (*tables(5000, rope), positions), decode_plan(kv_lens, 1, heads)
+
+    def projected() -> tuple[Tensor, Tensor]:
+        q, kv = linear(x, weight).split((heads * 192, latent + rope), 1)
+        return q.view(batch, heads, 192), kv
+
+    def step() -> Tensor:
+        q, kv = projected()
+        if beside:
+            q = write_and_absorb(q, w_uk, kv, norm_weight, 1e-6, *rotation, rows, pages, plan)
+        else:
+            norm_rope_write(kv, norm_weight, 1e-6, *rotation, rows, pages)
+            q = absorb_query(q, w_uk, *rotation, plan)
+        return mla_decode(q, pages, table, kv_lens, 0.05, latent, plan)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(30):
+        x.normal_()
+        graph.replay()
+        out = replayed.clone()
+        q, kv = projected()
+        norm_rope_write(kv, norm_weight, 1e-6, *rotation, rows, pages)
+        torch.cuda.synchronize()
+        q = absorb_query(q, w_uk, *rotation)
+        torch.cuda.synchronize()
+        assert torch.equal(out, mla_decode(q, pages, table, kv_lens, 0.05, latent)) and out.isfinite().all()

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from kernels import norm, ref
 from kernels.addends import Addends, summed
 from kernels.route import ep_gather
+from tests.test_addends import make
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -44,22 +45,6 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(total, want_total) and torch.equal(residual, before)
 
 
-def addends(tokens: int, dim: int, top_k: int, kind: str, plus: bool, dtype: torch.dtype) -> Addends:
-    """Rows that nothing points to are NaN, and so are weights of copies that are nowhere."""
-    top_k = top_k if kind != "rows" else 1
-    index = weights = None
-    rows = torch.randn(tokens * top_k, dim, device=DEVICE)
-    if "weighted" in kind:
-        weights = torch.rand(tokens, top_k, device=DEVICE)
-    if "indexed" in kind:
-        index = torch.randperm(2 * len(rows), device=DEVICE)[: len(rows)].view(tokens, top_k)
-        index[torch.rand(index.shape, device=DEVICE) < 0.3] = -1
-        wide = torch.full((2 * len(rows), dim), float("nan"), device=DEVICE)
-        wide[index[index >= 0]] = rows[index.flatten() >= 0]
-        rows, weights = wide, None if weights is None else weights.where(index >= 0, float("nan"))
-    return Addends(rows.to(dtype), index, weights, torch.randn(tokens, dim, device=DEVICE).to(dtype) if plus else None)
-
-
 @pytest.mark.parametrize("plus", [True, False])
 @pytest.mark.parametrize("kind", ["indexed, weighted", "indexed", "weighted", "rows"])
 @pytest.mark.parametrize(
@@ -70,7 +55,7 @@ def test_the_norm_sums_addends_as_a_kernel_of_its_own_does(
     tokens: int, dim: int, top_k: int, kind: str, plus: bool, dtype: torch.dtype
 ) -> None:
     """Bit for bit, quantised or not, bare or not; whole, and cut where nothing is aligned."""
-    given = addends(tokens, dim, top_k, kind, plus, dtype)
+    given = make(tokens, top_k, dtype, "indexed" in kind, "weighted" in kind, plus, dim, DEVICE)
     x, weight = torch.randn(tokens, dim, device=DEVICE, dtype=dtype), torch.randn(dim, device=DEVICE, dtype=dtype)
     delta = summed(given, ep_gather)
     want, total = norm.add_rms_norm(x, delta, weight, 1e-6)

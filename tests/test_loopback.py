@@ -192,7 +192,8 @@ def test_a_link_changes_nothing_but_the_time(layout: int) -> None:
         arrived = loopback.dispatch(*tokens).wait()
         dispatched = time.perf_counter() - start
         y = arrived.x * 2
-        out.append((arrived.x, loopback.combine(y, arrived.way_back, tokens[0]).wait().rows))
+        back = loopback.combine(y, arrived.way_back, tokens[0]).wait()
+        out.append((arrived.x, back.rows, back.plus))
         combined = time.perf_counter() - start
     assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
     assert asked == [("dispatch", 6), ("combine", 6)]
