@@ -1,7 +1,8 @@
 """The two products around absorbed MLA's attention (`model/mla.py`): W_UK into the query, W_UV into the result.
 
 Each head has its own weights. The first product also rotates the rope part, in the same pass. The second also casts to
-fp8 for o_proj. In float32, or with more than MOST_TOKENS tokens, cuBLAS and a separate rope kernel serve the first.
+fp8 for o_proj. With more than MOST_TOKENS tokens, or FEW_TOKENS in float32, cuBLAS and a separate rope kernel serve the
+first.
 
 Up to FEW_TOKENS tokens, each product has a kernel without tensor cores: most of the time then goes into launches.
 """
@@ -59,6 +60,7 @@ def _absorb_few_kernel(
         wait_for_previous(PDL)
     if OURS_NEXT:
         let_next(PDL)
+    CACHE: tl.constexpr = ".cg" if BESIDE else ""  # without a wait, nothing says that L1 knows of the query
     head, part = tl.program_id(0), tl.program_id(1)
     row, col = tl.arange(0, BLOCK_Q), part * BLOCK_C + tl.arange(0, BLOCK_C)
     here = (row < nope)[:, None] & (col < latent)[None, :]
@@ -67,14 +69,14 @@ def _absorb_few_kernel(
     for token in range(batch):
         q = q_ptr + token * q_stride + head * q_head_stride
         out = out_ptr + token * out_stride + head * (latent + rope_dim)
-        x = tl.load(q + row, mask=row < nope, other=0.0).to(tl.float32)
+        x = tl.load(q + row, mask=row < nope, other=0.0, cache_modifier=CACHE).to(tl.float32)
         y = tl.sum(x[:, None] * w, 0)
         tl.store(out + col, y.to(out_ptr.dtype.element_ty), mask=col < latent)
         if part == 0:
             position = tl.load(positions + token)
             cos = tl.load(cos_ptr + position * cos_stride + pair, mask=pair < rope_dim // 2, other=0.0)
             sin = tl.load(sin_ptr + position * sin_stride + pair, mask=pair < rope_dim // 2, other=0.0)
-            key = tl.load(q + nope + rope_col, mask=rope_col < rope_dim, other=0.0)
+            key = tl.load(q + nope + rope_col, mask=rope_col < rope_dim, other=0.0, cache_modifier=CACHE)
             key = turned(key[None, :], cos[None, :], sin[None, :], 1, BLOCK_R)
             tl.store(out + latent + rope_col[None, :], key, mask=(rope_col < rope_dim)[None, :])
     if BESIDE:
@@ -115,13 +117,14 @@ def _absorb_kernel(
         wait_for_previous(PDL)
     if OURS_NEXT:
         let_next(PDL)
+    CACHE: tl.constexpr = ".cg" if BESIDE else ""  # without a wait, nothing says that L1 knows of the query
     head, part = tl.program_id(0), tl.program_id(2)
     token = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     live = token < batch
     row = tl.arange(0, BLOCK_Q)
     q = q_ptr + token * q_stride + head * q_head_stride
     out = out_ptr + token * out_stride + head * (latent + rope_dim)
-    x = tl.load(q + row[None], mask=live & (row < nope)[None], other=0.0)
+    x = tl.load(q + row[None], mask=live & (row < nope)[None], other=0.0, cache_modifier=CACHE)
     for first in range(part * BLOCK_C, latent, tl.num_programs(2) * BLOCK_C):
         col = (first + tl.arange(0, BLOCK_C))[None]
         here = (row < nope)[:, None] & (col < latent)
@@ -133,7 +136,7 @@ def _absorb_kernel(
         position = tl.load(positions + token, mask=live, other=0)
         cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)
         sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
-        key = tl.load(q + nope + rope_col, mask=turns, other=0.0)
+        key = tl.load(q + nope + rope_col, mask=turns, other=0.0, cache_modifier=CACHE)
         tl.store(out + latent + rope_col, turned(key, cos, sin, BLOCK_T, BLOCK_R), mask=turns)
     if BESIDE:
         wait_for_previous(PDL)

@@ -27,15 +27,6 @@ class Addends(NamedTuple):
         of_copies = self.weights if self.index is None else self.index
         return 1 if of_copies is None else of_copies.shape[1]
 
-    def cut(self, token: int) -> tuple["Addends", "Addends"]:
-        """Split into those of the tokens before `token`, and the others."""
-        row = token * self.top_k
-        parts = []
-        for mine, theirs in ((slice(token), slice(row)), (slice(token, None), slice(row, None))):
-            of_tokens = (None if part is None else part[mine] for part in self[1:])
-            parts.append(Addends(self.rows if self.index is not None else self.rows[theirs], *of_tokens))
-        return parts[0], parts[1]
-
 
 Delta = Tensor | Addends
 

@@ -174,9 +174,11 @@ def _obstacle(library: str, shape: Shape, dtype: torch.dtype, device: torch.devi
     if library == "deep_gemm" and (shape.hidden % 128 or shape.expert_width % 128):
         return f"needs widths in 128s, not {shape.hidden} and {shape.expert_width}"
     try:
-        importlib.import_module(MODULES.get(library, library))
+        module = importlib.import_module(MODULES.get(library, library))
     except Exception as error:  # a library may fail in its own way: no compiler, another torch
         return f"does not import ({type(error).__name__}: {error})"
+    if library == "deep_gemm" and not hasattr(module, "set_pdl"):
+        return f"{getattr(module, '__version__', 'this version')} is too old: it has no set_pdl"
     return None
 
 

@@ -7,13 +7,16 @@ Every program of such a kernel must wait, whatever it reads. Only then does its 
 have ended. A kernel lets the next one start at one of three places:
 
     before it waits   `after_previous(PDL)`; or `let_next`, some reads, `wait_for_previous`
-    after its wait    `after_previous(PDL, LET_NEXT=False)`, and `let_next` later
+    after its wait    `after_previous(PDL, LET_NEXT=False)` or `wait_for_previous`, and `let_next` later
     at its end        `after_previous(PDL, LET_NEXT=False)` alone
 
-The last is for two cases. FlashMLA's kernel does not wait as it should: it starts early, and a captured step gave wrong
-tokens (seen on an H100; `tests/test_gpu_engine.py`). So a kernel of ours that may precede it lets nothing start early.
-The other case is a small kernel before one that fills the GPU. The programs of that one would wait in all SMs, and keep
-out the shared expert's kernels on the second stream (`model/moe.py`).
+The last is for three cases:
+
+    FlashMLA next     It does not wait as it should: it starts early, and a captured step gave wrong tokens (seen on an
+                      H100; `tests/test_gpu_engine.py`).
+    a full GPU next   Programs that fill the GPU would wait in all SMs, and keep out the shared expert's kernels on the
+                      second stream (`model/moe.py`).
+    a step's plan     Its readers come before their wait: see below.
 
 Some reads come before the wait. Each needs a reason why what it reads is there:
 
@@ -22,8 +25,9 @@ Some reads come before the wait. Each needs a reason why what it reads is there:
     a query       `absorb.write_and_absorb` runs two kernels side by side. The first waits, and only then lets the
                   second start. So what was enqueued before both has ended. The second waits for the first at its end.
     a step's plan, and pages without a row of the step
-                  `decode_few_heads` reads them. The kernel before it, of `absorb.py`, lets it start after a wait: its
-                  own, or that of the first of the pair above. The kernel that makes the plan lets nothing start early.
+                  `decode_few_heads` reads them, and the merge of its splits reads the plan. The kernel before it, of
+                  `absorb.py`, lets it start after a wait: its own, or that of the first of the pair above. The kernel
+                  that makes the plan lets nothing start early.
 """
 
 from functools import cache

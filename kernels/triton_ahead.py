@@ -26,6 +26,7 @@ from kernels.triton_worker import COMPILED, what_to_compile
 PLACES = (
     gate.gate_kernel,
     route.count_kernel,
+    route.sum_blocks_kernel,
     route.place_kernel,
     route.place_masked_kernel,
     route.scatter_masked_kernel,

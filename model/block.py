@@ -55,14 +55,9 @@ class Residual:
     def cut(self, row: int) -> tuple["Residual", "Residual"]:
         """Split into the rows before `row`, and the others."""
         x, delta = self.take()
-        match delta:
-            case None:
-                deltas = None, None
-            case Addends():
-                deltas = delta.cut(row)
-            case _:
-                deltas = delta[:row], delta[row:]
-        return Residual(x[:row], deltas[0]), Residual(x[row:], deltas[1])
+        assert not isinstance(delta, Addends), "steps are cut before the layers with experts"
+        first = Residual(x[:row], None if delta is None else delta[:row])
+        return first, Residual(x[row:], None if delta is None else delta[row:])
 
 
 class Block(nn.Module):

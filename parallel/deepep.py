@@ -196,6 +196,9 @@ class ContiguousDeepEP:
 
         The result is [T, D] on the source ranks, in dispatch's order, beside `plus` [T, D], which the next norm adds.
         The sum over a rank's experts is rounded to bf16 before it travels.
+
+        Hazard: the result lies in memory of the communication stream, and the norm may read it after another half's
+        dispatch has begun. The library keeps the memory until then (`record_stream`).
         """
         library = self.buffer.library
         summed, handle = sum_of_copies(self.ops, y, *way_back)

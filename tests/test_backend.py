@@ -72,6 +72,20 @@ def test_every_implementation_takes_its_twins_arguments() -> None:
     assert len(compared) == 32 + 8  # a Triton kernel for each, and the vendors'
 
 
+def test_a_rehearsal_runs_every_kernel_that_places_tokens() -> None:
+    """What ranks exchange, and how many rows the host makes, depends on them."""
+    functions = {node.name: node for node in ast.walk(ast.parse((ROOT / "kernels" / "route.py").read_text()))
+                 if isinstance(node, ast.FunctionDef)}  # fmt: skip
+    launched = {
+        call.func.value.id
+        for name in ("ep_scatter", "ep_scatter_masked")
+        for call in ast.walk(functions[name])
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript) and isinstance(call.func.value, ast.Name)
+    }
+    ahead = (ROOT / "kernels" / "triton_ahead.py").read_text()
+    assert len(launched) == 5 and launched == set(re.findall(r"^    route\.(\w+),$", ahead, re.MULTILINE))
+
+
 @pytest.mark.parametrize(
     ("forced", "message"),
     [
