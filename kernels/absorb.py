@@ -18,7 +18,7 @@ from kernels.decode_few_heads import Splits
 from kernels.fp8 import Quantized
 from kernels.gemm import num_sms
 from kernels.gemv import FEW_TOKENS
-from kernels.norm import norm_rope_write, rope_into, turned
+from kernels.norm import norm_rope_write, rope_into, turn_rows, turned
 from kernels.pdl import let_next, pdl, wait_for_previous
 from kernels.quant import GROUP, fp8_like, quantize_1x128, store_quantized
 
@@ -131,13 +131,10 @@ def _absorb_kernel(
         w = tl.load(w_ptr + head * w_stride + row[:, None] * latent + col, mask=here, other=0.0)
         tl.store(out + col, tl.dot(x, w).to(out_ptr.dtype.element_ty), mask=live & (col < latent))
     if part == 0:
-        rope_col, pair = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_R // 2)[None]
-        turns, here_pair = live & (rope_col < rope_dim), live & (pair < rope_dim // 2)
-        position = tl.load(positions + token, mask=live, other=0)
-        cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)
-        sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
-        key = tl.load(q + nope + rope_col, mask=turns, other=0.0, cache_modifier=CACHE)
-        tl.store(out + latent + rope_col, turned(key, cos, sin, BLOCK_T, BLOCK_R), mask=turns)
+        source, target, position = q + nope, out + latent, positions + token
+        turn_rows(
+            source, target, position, cos_ptr, sin_ptr, cos_stride, sin_stride, live, rope_dim, BLOCK_T, BLOCK_R, CACHE
+        )
     if BESIDE:
         wait_for_previous(PDL)
 
@@ -193,14 +190,14 @@ def _absorb(
     strides = q.stride(0), q.stride(1), w_uk.stride(0), out.stride(0), cos_table.stride(0), sin_table.stride(0)
     widths = nope, latent, rope_dim
     padded = max(16, triton.next_power_of_2(nope)), block, max(2, triton.next_power_of_2(rope_dim))
-    columns, flags = triton.cdiv(latent, block), (beside, isinstance(plan, Splits))
+    parts, flags = triton.cdiv(latent, block), (beside, isinstance(plan, Splits))
     if batch <= FEW_TOKENS:
-        _absorb_few_kernel[heads, columns](*operands, *strides, *widths, *padded, *flags, num_warps=4, **pdl(q))
+        _absorb_few_kernel[heads, parts](*operands, *strides, *widths, *padded, *flags, num_warps=4, **pdl(q))
         return out
     tokens = 32 if batch <= 32 else 64
     if batch * heads > FEW_TOKEN_HEADS:
-        tokens, columns = 128, 2
-    grid = heads, triton.cdiv(batch, tokens), columns
+        tokens, parts = 128, 2
+    grid = heads, triton.cdiv(batch, tokens), parts
     _absorb_kernel[grid](*operands, *strides, *widths, tokens, *padded, *flags, num_warps=4, num_stages=3, **pdl(q))
     return out
 
@@ -298,8 +295,8 @@ def _values_tile(attended: Tensor, v_dim: int, whole: bool) -> Tile:
     fast = attended.dtype == torch.bfloat16  # float32 multiplies outside the tensor cores: small tiles
     tokens, values = max(16, triton.next_power_of_2(batch)), max(16, triton.next_power_of_2(v_dim))
     if fast and not whole and heads * triton.cdiv(batch, 64) < sms // 2:  # few programs: cut the values, too
-        columns = triton.next_power_of_2(latent)
-        return Tile(min(64, tokens), min(32, values), *((columns, 4, 1) if columns <= 512 else (128, 4, 3)))
+        tokens, values, columns = min(64, tokens), min(32, values), triton.next_power_of_2(latent)
+        return Tile(tokens, values, columns, 4, 1) if columns <= 512 else Tile(tokens, values, 128, 4, 3)
     tokens = min(128 if fast else 16, tokens)
     while tokens > 16 and heads * triton.cdiv(batch, tokens) < sms // 2:
         tokens //= 2

@@ -14,6 +14,7 @@ import torch
 
 from kernels import ref
 from kernels.ops import Ops
+from kernels.rooms import ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def choose(
             kind for kind, waiting in ref.WAITING.items() if not any(chosen[op] is getattr(ref, op) for op in waiting)
         ),
         whole_keys=_beside(chosen["prefill_attention"], "WHOLE_KEYS", False),
-        alignment=128 if padded else 1,
+        alignment=ALIGNMENT if padded else 1,
         by_rows=any(_beside(call, "BY_ROWS", False) for op, call in chosen.items() if "contiguous" in op),
     ), choices
 

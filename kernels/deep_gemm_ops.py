@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from kernels import nvcc_ahead
-from kernels.groups import Groups
+from kernels.groups import Groups, check_groups
 from kernels.quant import silu_mul_masked
 
 deep_gemm.set_pdl(True)  # see kernels/pdl.py. All threads of its kernels wait before they read a tensor
-ALIGNMENT = 128  # where the library itself expects a group to begin
 BY_ROWS = True  # the number of rows decides which blocks fill the GPU best, and so the kernel
 
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous`. Groups must be padded to 128 rows."""
-    assert groups.alignment == ALIGNMENT, f"{groups.alignment=}"
+    check_groups(x, weight, groups)
     out = x.new_empty(x.shape[0], weight.shape[1])
     if x.shape[0]:
         _call(deep_gemm.m_grouped_bf16_gemm_nt_contiguous, x, weight, out, groups.ends, use_psum_layout=True)
@@ -54,7 +53,7 @@ def grouped_gemm_contiguous_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Groups
 ) -> Tensor:
     """Serve `ref.grouped_gemm_contiguous_fp8`. Groups must be padded to 128 rows; widths as for `gemm_fp8`."""
-    assert groups.alignment == ALIGNMENT, f"{groups.alignment=}"
+    check_groups(x, weight, groups)
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
     if x.shape[0]:
         rows = (x, _column_major(x_scale))

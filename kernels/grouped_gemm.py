@@ -22,12 +22,10 @@ from kernels.gemm import (
     num_sms,
     store_slabs,
 )
-from kernels.groups import Groups
+from kernels.groups import Groups, check_groups
 from kernels.pdl import after_previous, pdl
 from kernels.quant import check_scales, column_major, silu_mul_masked
 from kernels.rooms import FEW_ROWS
-
-ALIGNMENT = 128  # rows of a contiguous block
 
 
 @triton.jit
@@ -136,21 +134,12 @@ def plain_tile(x: Tensor) -> Tile:
     return Tile(64, 64, 1, 8, 2) if x.dtype == torch.float32 else Tile(128, 128, 1, 8, 4)
 
 
-def _check_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> None:
-    if x.shape[0] % ALIGNMENT:
-        raise ValueError(f"{x.shape[0]} rows: rows % {ALIGNMENT} must be 0, not {x.shape[0] % ALIGNMENT}")
-    if groups.alignment != ALIGNMENT:
-        raise ValueError(f"groups.alignment {groups.alignment}: it must be {ALIGNMENT}")
-    if groups.ends.shape != weight.shape[:1]:
-        raise ValueError(f"ends {tuple(groups.ends.shape)}: there must be one per weight, {weight.shape[0]}")
-
-
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Multiply each group's rows by its expert's weight.T. Padding is undefined, and blocks of it are skipped.
 
     x [M, D] bf16 (or float16, float32), weight [L, N, D] -> [M, N]. The groups' alignment must be 128.
     """
-    _check_contiguous(x, weight, groups)
+    check_groups(x, weight, groups)
     return launch_tiles(x, None, weight, None, groups, plain_tile(x))
 
 
@@ -162,7 +151,7 @@ def grouped_gemm_contiguous_fp8(
     x [M, D], x_scale [M, ceil(D / 128)] float32; weight [L, N, D], weight_scale
     [L, ceil(N / 128), ceil(D / 128)] float32.
     """
-    _check_contiguous(x, weight, groups)
+    check_groups(x, weight, groups)
     return launch_tiles(x, x_scale, weight, weight_scale, groups, TWO_SLABS)
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.rooms import ALIGNMENT
+
 
 class Groups(NamedTuple):
     """Rows in groups, one per local expert. Each begins at the next multiple of `alignment`; padding lies between.
@@ -33,3 +35,13 @@ class Groups(NamedTuple):
         for expert, (start, end) in enumerate(self.ranges()):
             group[start:end] = expert
         return group
+
+
+def check_groups(x: Tensor, weight: Tensor, groups: Groups) -> None:
+    """Raise ValueError unless a GPU's product can take rows x [M, D] in these groups, with weight [L, N, D]."""
+    if x.shape[0] % ALIGNMENT:
+        raise ValueError(f"{x.shape[0]} rows: rows % {ALIGNMENT} must be 0, not {x.shape[0] % ALIGNMENT}")
+    if groups.alignment != ALIGNMENT:
+        raise ValueError(f"groups.alignment {groups.alignment}: it must be {ALIGNMENT}")
+    if groups.ends.shape != weight.shape[:1]:
+        raise ValueError(f"ends {tuple(groups.ends.shape)}: there must be one per weight, {weight.shape[0]}")

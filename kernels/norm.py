@@ -30,6 +30,34 @@ def turned(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, BLOCK_D).to(x.dtype)
 
 
+@triton.jit
+def turn_rows(
+    source,
+    target,
+    positions,
+    cos_ptr,
+    sin_ptr,
+    cos_stride,
+    sin_stride,
+    live,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Rotate `dim` columns at source into those at target, which may be source. All but the strides: [ROWS, 1].
+
+    `positions` points to each row's position. CACHE: how the source is cached.
+    """
+    col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
+    here, here_pair = live & (col < dim), live & (pair < dim // 2)
+    position = tl.load(positions, mask=live, other=0)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
+    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
+    x = tl.load(source + col, mask=here, other=0.0, cache_modifier=CACHE)  # [ROWS, BLOCK_D]
+    tl.store(target + col, turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
+
+
 @triton.jit(do_not_specialize=["index_ptr", "copy_weights_ptr", "rows", "scale_stride"])
 def _rms_norm_kernel(
     x_ptr,
@@ -208,15 +236,10 @@ def _rope_kernel(
     after_previous(PDL, LET_NEXT=False)  # attention comes next: see kernels/pdl.py
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # row of [T * H]
     token, head = (row // heads).to(tl.int64), row % heads
-    col, pair = tl.arange(0, BLOCK_D)[None], tl.arange(0, BLOCK_D // 2)[None]
-    live = row < rows
-    here, here_pair = live & (col < dim), live & (pair < dim // 2)
-    x = tl.load(source_ptr + token * source_stride + head * source_head_stride + col, mask=here, other=0.0)
-    position = tl.load(positions_ptr + token, mask=live, other=0)
-    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_D / 2]
-    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
-    target = target_ptr + token * target_stride + head * target_head_stride + col
-    tl.store(target, turned(x, cos, sin, ROWS, BLOCK_D), mask=here)
+    source = source_ptr + token * source_stride + head * source_head_stride
+    target = target_ptr + token * target_stride + head * target_head_stride
+    position = positions_ptr + token
+    turn_rows(source, target, position, cos_ptr, sin_ptr, cos_stride, sin_stride, row < rows, dim, ROWS, BLOCK_D, "")
 
 
 def rope_query(q: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, rope_dim: int) -> None:
@@ -294,13 +317,8 @@ def _norm_rope_write_kernel(
     normed = _normed(x, tl.load(weight_ptr + col, mask=col < latent, other=0.0), eps, latent)
     tl.store(target + col, normed.to(pages_ptr.dtype.element_ty), mask=here)
 
-    col, pair = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_R // 2)[None]
-    here, here_pair = live & (col < rope_dim), live & (pair < rope_dim // 2)
-    position = tl.load(positions_ptr + token, mask=live, other=0)
-    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=here_pair, other=0.0)  # [ROWS, BLOCK_R / 2]
-    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=here_pair, other=0.0)
-    key = tl.load(source + latent + col, mask=here, other=0.0)  # [ROWS, BLOCK_R]
-    tl.store(target + latent + col, turned(key, cos, sin, ROWS, BLOCK_R), mask=here)
+    source, target, position = source + latent, target + latent, positions_ptr + token
+    turn_rows(source, target, position, cos_ptr, sin_ptr, cos_stride, sin_stride, live, rope_dim, ROWS, BLOCK_R, "")
 
 
 def norm_rope_write(

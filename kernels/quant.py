@@ -123,8 +123,8 @@ def check_scales(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor |
     """Raise ValueError unless the scales fit: 1x128 for x [..., M, D], 128x128 for w [..., N, D]. None: no scales."""
     if x_scale is None or w_scale is None:
         return
-    blocks = -(-x.shape[-1] // 128)
-    want_x, want_w = (*x.shape[:-1], blocks), (*w.shape[:-2], -(-w.shape[-2] // 128), blocks)
+    blocks = -(-x.shape[-1] // fp8_format.BLOCK)
+    want_x, want_w = (*x.shape[:-1], blocks), (*w.shape[:-2], -(-w.shape[-2] // fp8_format.BLOCK), blocks)
     if x_scale.shape != want_x or w_scale.shape != want_w:
         raise ValueError(f"scales {tuple(x_scale.shape)}, {tuple(w_scale.shape)} should be {want_x}, {want_w}")
     assert w_scale.is_contiguous(), "scales must be contiguous"

@@ -175,7 +175,7 @@ class MoE(nn.Module):
         dispatcher: Dispatcher,
         observers: Iterable[LoadCounter | Part] = (),
     ) -> Steps[Delta]:
-        """Run the layer's stages: x [T, D] -> [T, D], maybe not summed. `operand` is x as the experts take it.
+        """Run the layer's stages: x [T, D] -> [T, D], as a tensor or `Addends`. `operand` is x as the experts take it.
 
         Rows where `is_token` is False are padding and visit no routed expert. `observers` see the chosen slots.
         """

@@ -198,7 +198,7 @@ class ContiguousDeepEP:
         The sum over a rank's experts is rounded to bf16 before it travels.
 
         Hazard: the result lies in memory of the communication stream, and the norm may read it after another half's
-        dispatch has begun. The library keeps the memory until then (`record_stream`).
+        dispatch has begun. The memory must be kept until then: DeepEP's published source records that stream, too.
         """
         library = self.buffer.library
         summed, handle = sum_of_copies(self.ops, y, *way_back)

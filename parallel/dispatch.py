@@ -302,8 +302,8 @@ def group_by_expert(
         copies = int((experts >= 0).sum()) if counts is None else sum(counts)
         if copies > most:
             return Sliced(x, experts, weights, max(1, most // of_token), (None, None, *way_back), scales)
-    grouped, groups, index, *scale = ops.ep_scatter(x, experts, num_local, ops.alignment, counts, scales)
-    return Contiguous(grouped, groups, (index, weights, *way_back), *scale)
+    rows, groups, index, *scale = ops.ep_scatter(x, experts, num_local, ops.alignment, counts, scales)
+    return Contiguous(rows, groups, (index, weights, *way_back), *scale)
 
 
 def sum_of_copies(ops: Ops, y: Tensor, index: Tensor | None, weights: Tensor | None, *way_back: Any) -> tuple:

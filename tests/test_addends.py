@@ -35,7 +35,8 @@ def make(
     if indexed:
         index = torch.randperm(2 * copies, **on)[:copies].view(tokens, top_k)
         index[torch.rand(index.shape, **on) < 0.3] = -1
-        index[: tokens // 2 and 1] = -1
+        if tokens > 1:
+            index[0] = -1
         used = index[index >= 0]
         rows = torch.full((2 * copies, width), float("nan"), **on)
         rows[used] = torch.randn(len(used), width, **on)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kernels import ref
-from kernels.groups import Groups
+from kernels.groups import Groups, check_groups
 
 NAN = float("nan")
 
@@ -301,6 +302,21 @@ def test_ep_scatter_groups_by_expert_and_pads_to_the_alignment(experts: list[lis
         wide, same, at = ref.ep_scatter(x, ids, LOCAL, alignment, num_rows=len(rows) + more)
         assert len(wide) == len(rows) + more and torch.equal(same.ends, groups.ends) and torch.equal(at, index)
         assert_provenance(wide, same.of_rows(len(wide)), at, x, ids)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ends", "alignment", "message"),
+    [
+        (200, [100, 200], 128, "200 rows: rows % 128 must be 0, not 72"),
+        (256, [100, 200], 64, "groups.alignment 64: it must be 128"),
+        (256, [100], 128, "ends (1,): there must be one per weight, 2"),
+    ],
+)
+def test_groups_that_a_gpu_cannot_take_are_refused(rows: int, ends: list[int], alignment: int, message: str) -> None:
+    groups = Groups(torch.tensor(ends, dtype=torch.int32), alignment)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_groups(torch.empty(rows, 4), torch.empty(2, 3, 4), groups)
+    check_groups(torch.empty(256, 4), torch.empty(2, 3, 4), Groups(torch.tensor([100, 228]), 128))
 
 
 @every_routing

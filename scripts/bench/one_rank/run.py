@@ -9,7 +9,8 @@ as the whole deployment would send (`loopback.py`). Communication is not timed: 
 The time of a part is the sum of its kernels' times in one step without a graph. The step takes longer: the rest is gaps
 between kernels, and the lower clock of a GPU under steady load. Work that a kernel does in the same pass counts as the
 kernel's. For example, the cast of attention's output counts as attention; the floors count it as elementwise. A decode
-step's weighted sum over the experts counts as elementwise, because the next norm makes it; the floor is EP permute's.
+step's weighted sum over the experts counts as elementwise, because the next norm makes it; the floors count it as EP
+permute.
 
 At the end the throughput of a cluster of such ranks is MODELLED. The inputs are the measured steps, whole and as two
 micro-batches, and the communication times of deepep_times.py:

@@ -10,6 +10,7 @@ from disagg.buckets import make_buckets
 from disagg.budget import Budget, plan_parts, share_of_gpu
 from disagg.config import EngineConfig
 from disagg.handoff import credits
+from kernels.rooms import ALIGNMENT
 from model.config import ModelConfig
 from model.divisibility import fp8_misfit
 from model.footprint import StepShape, page_bytes
@@ -21,7 +22,6 @@ from scripts.tools.plan.sizes import job_sizes, least_redundant, splits
 
 DTYPE, ITEMSIZE = "bfloat16", 2  # of activations; bytes
 DEFAULTS = EngineConfig()
-ALIGNMENT = 128  # of the grouped products' rows, in every GPU kernel
 PROMPT_STEPS = (16384, 8192, 4096, 2048, 1024, 512)  # tokens per step of a prefill job, the best first
 MOST_BATCH = deepep_sizes.MAX_CAPACITY  # requests per rank that are considered
 
